@@ -68,9 +68,8 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 class PlanRefused(UserError):
     """A plan in a file cannot be used."""
 
-    def __init__(self, problem: str, key: str = "search.plan") -> None:
-        self.problem = problem
-        super().__init__(f"`{key}`: {problem}")
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"`search.plan`: {problem}")
 
 
 class StageError(QprunerError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,13 @@ def counted(number: float, noun: str) -> str:
     """Render a number of things: ``1 trial``, ``2 trials``; the plural takes an s."""
     text = f"{number:g}" if isinstance(number, float) else f"{number}"
     return f"{text} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(word: str, known: Iterable[str], heading: str, cutoff: float = 0.6) -> str:
+    """Return a hint at the known word that was meant; where none is near, the heading and all of them."""
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    return f"did you mean `{near[0]}`?" if near else f"{heading} {', '.join(words)}"
 
 
 def error_text(stderr: float | None, digits: int) -> str:

@@ -29,19 +29,7 @@ from qpruner.wording import counted
 def check(
     config: RunConfig, address: str | None, quiet: bool, measure: bool, for_gpus: bool, show_config: bool
 ) -> dict[str, Any]:
-    """Print and return everything that can be known of a run before it is begun.
-
-    Args:
-        config: The configuration.
-        address: A Ray cluster to look at; None looks at this machine.
-        quiet: Print the last line only, and warnings on stderr.
-        measure: Time a few steps here, to estimate hours.
-        for_gpus: Assume a machine with the GPUs that a trial asks for.
-        show_config: Print every key in effect, too.
-
-    Raises:
-        UserError: For what cannot work, as `preflight.inspect` tells it.
-    """
+    """Print and return everything that can be known of a run before it is begun; refuse what cannot work."""
     if measure and for_gpus:
         raise UserError("`--measure` times this machine, `--gpu` assumes another one: leave one of them out")
     with Terminal(quiet=quiet) as terminal:
@@ -55,12 +43,13 @@ def check(
     disk_needed, disk_free = found.disk
     here = {"memory_free": free, "disk_needed": disk_needed, "disk_free": disk_free}
     facts = _facts(config, inspection, found.slots) | here | taken
+    works, remark = driver_text(RunDir(config.output, create=False)), other_base_remark(config)
     facts["warnings"] = [
-        *_driver_warnings(config),
+        *([f"{works}: `qpruner run` is refused until it ends"] if works else []),
         *config.warnings,
         *inspection.warnings,
         *_memory_warnings(taken["memory_at_once"], free),
-        *_card_warnings(config),
+        *([remark] if remark else []),
     ]
     if show_config:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -103,16 +92,6 @@ def _memory_warnings(at_once: int, free: int | None) -> list[str]:
         "`evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, `sensitivity.batch_size` or "
         "`search.max_concurrent`"
     ]
-
-
-def _card_warnings(config: RunConfig) -> list[str]:
-    remark = other_base_remark(config)
-    return [remark] if remark else []
-
-
-def _driver_warnings(config: RunConfig) -> list[str]:
-    works = driver_text(RunDir(config.output, create=False))
-    return [f"{works}: `qpruner run` is refused until it ends"] if works else []
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
@@ -166,6 +145,7 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         origin = f"of {calibration.max_length} tokens packed from the {rows['calibration']} rows of {source}"
     else:
         origin = f"(one a row, of {rows['calibration']} of {source})"
+    measured = f"{counted(samples['sensitivity'], 'row')} of `data.train`" if config.measured_methods else "none"
     chosen = (rows["confirmation"] + 1) // 2
     asked = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
     asked += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
@@ -176,14 +156,10 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
         f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
-        f"{_measured(config, samples['sensitivity'])} for the sensitivities",
+        f"{measured} for the sensitivities",
         *([f"search:      {'; '.join(asked)}"] if asked else []),
         f"test:        {', '.join([_questions(questions['test']), *text])}",
     ]
-
-
-def _measured(config: RunConfig, num_rows: int) -> str:
-    return f"{counted(num_rows, 'row')} of `data.train`" if config.measured_methods else "none"
 
 
 def _questions(by_task: dict[str, int]) -> str:

@@ -52,7 +52,7 @@ def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
     for table in final_tables(results):
         terminal.say(f"{table.caption}:")
         terminal.table(table.headings, table.rows)
-    terminal.prose(claim(results))
+    terminal.say(claim(results), is_prose=True)
     if results.comparison is None:
         terminal.say(how_to_compare(as_called()))
     terminal.say(where_next(root))

@@ -6,20 +6,20 @@ Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qpruner.config.load import config_schema, load_config
-from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
+from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
 from qpruner.pipeline.flow import STAGES, stages_until
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
 }
 """Verbs that run the flow: the last stage, and the help."""
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
+ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
     "fetch it again if it is yours; if a run wrote it, repeat `qpruner run`, which makes it anew; if that names the "
@@ -52,8 +53,6 @@ class _Suggesting(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        import difflib
-
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -69,14 +68,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 
 
 @click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show_version,
-    help="Show the version and its commit, and exit.",
-)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help=ABOUT_VERSION)
 def main() -> None:
     """Make a large language model fit the memory you have, at the least loss."""
     # torch's threads wait for one another spinning. Beside another busy process that doubled a training step on two
@@ -84,57 +76,72 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _options(about_address: str, metavar: str = "CONFIG") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for option in (
-            click.argument("config", metavar=metavar, type=click.Path()),
-            click.option(
-                "--set",
-                "overrides",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` takes it out of the file.",
-            ),
-            click.option("--address", help=about_address),
-            click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
-            click.option("--quiet", is_flag=True, help="Print the result only."),
-        ):
-            function = option(function)
-        return function
+def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None) -> None:
+    """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
+    try:
+        outcome, code = work(), 0
+    except QprunerError as error:
+        code, text = error.exit_code, str(error)
+        if plan_file:
+            text = text.replace("`search.plan`", "`--plan`")  # the name under which it was given
+        remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
+        click.echo(f"error: {text}{remedy}", err=True)
+        outcome = {"status": "error", "kind": type(error).__name__, "error": text}
+    except BrokenPipeError:
+        raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
+    except Exception as error:
+        # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
+        outcome, code = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{note_defect(error)}"}, 1
+        traceback.print_exc()
+    except KeyboardInterrupt:
+        outcome, code = {"status": "interrupted", "resume": as_called()}, 130
+        click.echo(f"interrupted; go on with: {outcome['resume']}", err=True)
+    if as_json:
+        click.echo(json.dumps(without_nan(outcome), allow_nan=False))
+    if code:
+        sys.exit(code)
 
-    return decorate
+
+def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]]], None]:
+    """Register a verb: a function of its options that returns the object for `--json`."""
+
+    def register(function: Callable[..., dict[str, Any]]) -> None:
+        @functools.wraps(function)
+        def verb(**given: Any) -> None:
+            _guarded(given["as_json"], functools.partial(function, **given), given.get("plan_file"))
+
+        for option in reversed(options):
+            verb = option(verb)
+        main.command(**about)(verb)
+
+    return register
 
 
-def _plan_option(does: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(
-        "--plan",
-        "plan_file",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help=f"{does}: bits by group, as `qpruner plan` prints them, or a sensitivity for its seed plan.",
+def _config_options(about_address: str, metavar: str = "CONFIG") -> tuple[Any, ...]:
+    about_set = "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` takes it out of the file."
+    return (
+        click.option("--quiet", is_flag=True, help="Print the result only."),
+        click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
+        click.option("--address", help=about_address),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=about_set),
+        click.argument("config", metavar=metavar, type=click.Path()),
     )
 
 
-def _given(plan_file: Path | None) -> tuple[str, ...]:
-    """Return the setting that `--plan` stands for."""
-    return () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
+def _plan_option(does: str) -> Any:
+    about = f"{does}: bits by group, as `qpruner plan` prints them, or a sensitivity for its seed plan."
+    return click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help=about)
 
 
-@contextmanager
-def _plan_named(plan_file: Path | None) -> Iterator[None]:
-    """Name a plan that is refused as it was given: by the option, or else by the setting."""
-    try:
-        yield
-    except PlanRefused as error:
-        raise error if plan_file is None else PlanRefused(error.problem, "--plan") from error
-    except ConfigError as error:
-        if plan_file is None:
-            raise
-        named = [re.sub(r"^`search\.plan`", "`--plan`", problem) for problem in error.problems]
-        raise ConfigError(named, error.source) from error
+def _load(config: str, overrides: tuple[str, ...], plan_file: Path | None) -> RunConfig:
+    """Read the configuration, and only then let libraries be imported."""
+    given = [] if plan_file is None else [f"search.plan={json.dumps(str(plan_file))}"]
+    loaded = load_config(Path(config), [*overrides, *given])
+    quiet_libraries()
+    return loaded
 
 
-def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
+def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     def verb(
         config: str,
         overrides: tuple[str, ...],
@@ -142,140 +149,112 @@ def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         as_json: bool,
         quiet: bool,
         plan_file: Path | None = None,
-    ) -> None:
-        given = _given(plan_file)
+        dry_run: bool = False,
+    ) -> dict[str, Any]:
+        if name == Report.name and not (Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")):
+            if overrides or plan_file or address:
+                raise UserError(
+                    f"`--set`, `--plan` and `--address` belong to a configuration, and {config} is a run: leave them "
+                    "out, or name the configuration instead"
+                )
+            from qpruner.cli import run_verbs
 
-        def work() -> dict[str, Any]:
-            with _plan_named(plan_file):
-                loaded = _load(config, (*overrides, *given))
-                from qpruner.cli import flow_verbs
-
-                return flow_verbs.run(loaded, address, last.name, quiet)
-
-        is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
-        if name == Report.name and not is_file:
-            _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
-        else:
-            _guarded(as_json, work)
-
-    if Search in stages_until(last.name):
-        verb = _plan_option("Take this plan instead of searching for one")(verb)
-    about_address = LOCAL_RAY if last.starts_ray else NO_RAY
-    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == Report.name else "CONFIG")(verb))
-
-
-for _name, (_last, _text) in VERBS.items():
-    if _last is not Prune:
-        _add_verb(_name, _last, _text)
-
-
-@main.command(help=Prune.help)
-@_options(NO_RAY)
-@click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
-def prune(
-    config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
-) -> None:
-    """Run up to the pruned checkpoint, or preview it."""
-
-    def work() -> dict[str, Any]:
-        loaded = _load(config, overrides)
+            return run_verbs.report(config)
+        loaded = _load(config, overrides, plan_file)
         from qpruner.cli import flow_verbs
 
         if dry_run:
             return flow_verbs.preview(loaded, address, quiet)
-        return flow_verbs.run(loaded, address, Prune.name, quiet)
+        return flow_verbs.run(loaded, address, last.name, quiet)
 
-    _guarded(as_json, work)
+    options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY, CONFIG_OF.get(name, "CONFIG"))]
+    if last is Prune:
+        options.append(click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing."))
+    if Search in stages_until(last.name):
+        options.append(_plan_option("Take this plan instead of searching for one"))
+    _verb(*options, name=name, help=text)(verb)
 
 
-@main.command()
-@_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
-@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them.")
-@click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here.")
-@click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
-@_plan_option("Check this plan, too")
+CONFIG_OF = {Report.name: "RUN_OR_CONFIG"}
+for _name, (_last, _text) in VERBS.items():
+    _add_flow_verb(_name, _last, _text)
+
+
+@_verb(
+    *_config_options(
+        "Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray."
+    ),
+    click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them."),
+    click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here."),
+    click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too."),
+    _plan_option("Check this plan, too"),
+)
 def check(
-    config: str,
-    overrides: tuple[str, ...],
-    address: str | None,
-    as_json: bool,
-    quiet: bool,
-    measure: bool,
-    for_gpus: bool,
-    show_config: bool,
-    plan_file: Path | None,
-) -> None:
+    config: str, overrides: tuple[str, ...], plan_file: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> dict[str, Any]:
     """Validate a configuration and say what the run would be and take; loads no weights."""
+    loaded = _load(config, overrides, plan_file)
+    if not (quiet or as_json):
+        # Before the imports, which take seconds by themselves.
+        steps = ", then a few steps" if options["measure"] else ""
+        click.echo(f"[check] model, rows, tasks and machine of {config}{steps} ...", err=True)
+    from qpruner.cli.check import check
 
-    def work() -> dict[str, Any]:
-        loaded = load_config(Path(config), [*overrides, *_given(plan_file)])
-        if not (quiet or as_json):
-            # Before the imports, which take seconds by themselves.
-            steps = ", then a few steps" if measure else ""
-            click.echo(f"[check] model, rows, tasks and machine of {config}{steps} ...", err=True)
-        quiet_libraries()
-        from qpruner.cli.check import check
-
-        with _plan_named(plan_file):
-            return check(loaded, address, quiet, measure, for_gpus, show_config)
-
-    _guarded(as_json, work)
+    return check(loaded, quiet=quiet, **options)
 
 
 _run_folder = click.argument("run", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+_json_last = click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 
 
-@main.command()
-@_run_folder
-@_json
-def status(run: str, as_json: bool) -> None:
+@_verb(_run_folder, _json)
+def status(run: str, as_json: bool) -> dict[str, Any]:
     """Show where a run stands: its stages, trials, and the best so far. From any shell or machine."""
     from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: run_verbs.status(run, as_json))
+    return run_verbs.status(run, as_json)
 
 
-@main.command()
-@_run_folder
-@click.option(
-    "--where",
-    "conditions",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Only these: status=finished, loss<3.2, 'bytes<=126 MB'; also != and >. Several all hold.",
+@_verb(
+    _run_folder,
+    click.option(
+        "--where",
+        "conditions",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Only these: status=finished, loss<3.2, 'bytes<=126 MB'; also != and >. Several all hold.",
+    ),
+    click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column, or `score`."),
+    click.option("--descending", is_flag=True, help="Largest first."),
+    click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV."),
+    _json,
 )
-@click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column, or `score`.")
-@click.option("--descending", is_flag=True, help="Largest first.")
-@click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
-@_json
-def trials(run: str, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
+def trials(as_csv: bool, as_json: bool, **options: Any) -> dict[str, Any]:
     """List the trials of a run, the winner marked."""
     from qpruner.cli import run_verbs
 
-    form = "json" if as_json else "csv" if as_csv else "text"
-    _guarded(as_json, lambda: run_verbs.trials(run, conditions, sort, descending, form))
+    return run_verbs.trials(**options, form="json" if as_json else "csv" if as_csv else "text")
 
 
-@main.command()
-@_run_folder
-@click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead.")
-@_json
-def plan(run: str, index: int | None, as_json: bool) -> None:
+@_verb(
+    _run_folder,
+    click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead."),
+    _json,
+)
+def plan(**options: Any) -> dict[str, Any]:
     """Print the winner's plan as YAML, for `--plan` of another run or to change it by hand."""
     from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: run_verbs.plan(run, index, as_json))
+    return run_verbs.plan(**options)
 
 
-@main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
-@_json
-def compare(runs: tuple[str, ...], as_json: bool) -> None:
+@_verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)
+def compare(runs: tuple[str, ...], as_json: bool) -> dict[str, Any]:
     """Put runs side by side: figures, paired differences, settings that differ."""
     from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: run_verbs.compare(runs, as_json))
+    return run_verbs.compare(runs, as_json)
 
 
 @main.command()
@@ -290,147 +269,86 @@ def schema(results: bool) -> None:
         click.echo(config_schema(), nl=False)
 
 
-@main.command()
-@_run_folder
-@click.option(
-    "--to",
-    "form",
-    type=click.Choice(("merged", "peft")),
-    required=True,
-    help="merged: dense, the adapter added in. peft: the adapter, and the quantized model below it.",
+@_verb(
+    _run_folder,
+    click.option(
+        "--to",
+        "form",
+        type=click.Choice(("merged", "peft")),
+        required=True,
+        help="merged: dense, the adapter added in. peft: the adapter, and the quantized model below it.",
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it."),
+    _json_last,
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
-@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-def export(run: str, form: Any, out: Path | None, as_json: bool) -> None:
+def export(run: str, form: Any, out: Path | None, as_json: bool) -> dict[str, Any]:
     """Write the final model in another form, and compare its predictions before it counts."""
+    quiet_libraries()
+    from qpruner.cli import model_verbs
 
-    def work() -> dict[str, Any]:
-        quiet_libraries()
-        from qpruner.cli import model_verbs
-
-        return model_verbs.export(run, form, out)
-
-    _guarded(as_json, work)
+    return model_verbs.export(run, form, out)
 
 
-@main.command()
-@_run_folder
-@click.argument("repo_id", metavar="OWNER/NAME")
-@click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either.")
-@click.option(
-    "--what",
-    type=click.Choice(("final", "merged", "peft")),
-    default="final",
-    show_default=True,
-    help="final: packed layers and adapter. merged, peft: what `export --to` wrote.",
+@_verb(
+    _run_folder,
+    click.argument("repo_id", metavar="OWNER/NAME"),
+    click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either."),
+    click.option(
+        "--what",
+        type=click.Choice(("final", "merged", "peft")),
+        default="final",
+        show_default=True,
+        help="final: packed layers and adapter. merged, peft: what `export --to` wrote.",
+    ),
+    _json_last,
 )
-@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
+def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> dict[str, Any]:
     """Upload the final model with its card to a model hub; nothing else of qpruner uploads anything."""
-
-    def work() -> dict[str, Any]:
-        quiet_libraries()
-        from qpruner.cli import run_verbs
-
-        return run_verbs.push(run, repo_id, what, is_public)
-
-    _guarded(as_json, work)
-
-
-_count = click.IntRange(min=1)
-
-
-@main.command()
-@click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path())
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
-@click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
-@click.option("--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it.")
-@click.option("--max-tokens", type=_count, default=128, show_default=True, help="Tokens an answer may have.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0: the likeliest token every time.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0.")
-@click.option(
-    "--template",
-    type=click.Choice(["chat", "alpaca", "none"]),
-    default="chat",
-    show_default=True,
-    help="What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
-    "`data.template: alpaca`, as in a fine-tune on instructions.",
-)
-@_json
-def generate(
-    place: str,
-    prompts: tuple[str, ...],
-    file: Path | None,
-    which: str | None,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    template: Any,
-    as_json: bool,
-) -> None:
-    """Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt."""
-
-    def work() -> dict[str, Any]:
-        quiet_libraries()
-        from qpruner.cli.model_verbs import generate
-        from qpruner.export.generate import Sampling
-
-        sampling = Sampling(max_tokens, temperature, seed, template)
-        return generate(place, which, prompts, file, sampling, as_json)
-
-    _guarded(as_json, work)
-
-
-def _report(root: str, has_settings: bool) -> dict[str, Any]:
-    if has_settings:
-        raise UserError(
-            f"`--set`, `--plan` and `--address` belong to a configuration, and {root} is a run: leave them out, or "
-            "name the configuration instead"
-        )
+    quiet_libraries()
     from qpruner.cli import run_verbs
 
-    return run_verbs.report(root)
+    return run_verbs.push(run, repo_id, what, is_public)
 
 
-def _load(path: str, overrides: tuple[str, ...]) -> RunConfig:
-    """Read the configuration, and only then let libraries be imported."""
-    config = load_config(Path(path), list(overrides))
+_about_template = (
+    "What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
+    "`data.template: alpaca`, as in a fine-tune on instructions."
+)
+_at_least_0 = click.FloatRange(min=0)
+
+
+@_verb(
+    click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
+    click.option(
+        "--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times."
+    ),
+    click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line."),
+    click.option(
+        "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
+    ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(min=1),
+        default=128,
+        show_default=True,
+        help="Tokens an answer may have.",
+    ),
+    click.option(
+        "--temperature", type=_at_least_0, default=0.0, show_default=True, help="0: the likeliest token every time."
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
+    click.option(
+        "--template",
+        type=click.Choice(["chat", "alpaca", "none"]),
+        default="chat",
+        show_default=True,
+        help=_about_template,
+    ),
+    _json,
+)
+def generate(**options: Any) -> dict[str, Any]:
+    """Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt."""
     quiet_libraries()
-    return config
+    from qpruner.cli import model_verbs
 
-
-def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
-    """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
-    try:
-        outcome = work()
-    except QprunerError as error:
-        remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
-        click.echo(f"error: {error}{remedy}", err=True)
-        outcome = {"status": "error", "kind": type(error).__name__, "error": str(error)}
-        if as_json:
-            click.echo(json.dumps(outcome))
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
-    except Exception as error:
-        # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
-        remedy = note_defect(error)
-        traceback.print_exc()
-        if as_json:
-            outcome = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{remedy}"}
-            click.echo(json.dumps(outcome))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        resume = as_called()
-        click.echo(f"interrupted; go on with: {resume}", err=True)
-        if as_json:
-            click.echo(json.dumps({"status": "interrupted", "resume": resume}))
-        sys.exit(130)
-    if as_json:
-        click.echo(json.dumps(without_nan(outcome), allow_nan=False))
+    return model_verbs.generate(**options)

@@ -5,7 +5,6 @@ Answers are shown without control characters, so that a model cannot take the te
 
 from __future__ import annotations
 
-import difflib
 import re
 import time
 from collections.abc import Sequence
@@ -22,12 +21,13 @@ from qpruner.models.memory import release
 from qpruner.pipeline.prepare import telling
 from qpruner.report.liveness import warning_of_driver
 from qpruner.runs.run_dir import STATE, RunDir
+from qpruner.wording import nearest
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def generate(
-    place: str, which: str | None, prompts: Sequence[str], file: Path | None, sampling: Sampling, as_json: bool
+    place: str, which: str | None, prompts: Sequence[str], file: Path | None, as_json: bool, **drawn: Any
 ) -> dict[str, Any]:
     """Let every model answer every prompt.
 
@@ -36,8 +36,8 @@ def generate(
         which: Of a run's models, separated by commas.
         prompts: What to answer.
         file: More prompts, one a line.
-        sampling: How answers are drawn.
         as_json: Print nothing but what is returned.
+        drawn: How answers are drawn, the fields of `Sampling`.
 
     Raises:
         UserError: If there is no prompt, or no such model.
@@ -48,7 +48,7 @@ def generate(
     if not all(prompt.strip() for prompt in asked):
         raise UserError("`--prompt` is empty: give it some text")
     models = _sources(place, which)
-    answers = [answer for source in models for answer in _answers(source, asked, sampling)]
+    answers = [answer for source in models for answer in _answers(source, asked, Sampling(**drawn))]
     if not as_json:
         for number, prompt in enumerate(asked):
             if len(asked) > 1:
@@ -85,29 +85,21 @@ def printable(text: str) -> str:
 def _sources(place: str, which: str | None) -> list[Source]:
     """Find the models; of a run, name those that are missing, and a command that works on it."""
     root = Path(place).expanduser()
+    names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
+    for name in names:
+        if name not in WHICH:
+            raise UserError(f"`--which`: a run has no {name!r}; {nearest(name, WHICH, 'there are')}")
     is_run = (root / STATE).is_file()
     if is_run and (warning := warning_of_driver(RunDir(root, create=False))):
         click.echo(warning, err=True)
-    found = sources(place, _names(which))
+    found = sources(place, names)
     missing = [name for name in WHICH if name not in {source.name for source in found}]
     if is_run and which is None and missing:
         click.echo(f"{', '.join(missing)}: not there yet; `qpruner run` makes them", err=True)
     return found
 
 
-def _names(which: str | None) -> list[str]:
-    """Split the models that `--which` names."""
-    names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
-    for name in names:
-        if name not in WHICH:
-            nearest = difflib.get_close_matches(name, WHICH, n=1)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"there are {', '.join(WHICH)}"
-            raise UserError(f"`--which`: a run has no {name!r}; {hint}")
-    return names
-
-
 def _lines(file: Path) -> list[str]:
-    """Read the prompts of a file, one a line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

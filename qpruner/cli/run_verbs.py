@@ -6,14 +6,11 @@ Figures come from `report.run_views`.
 from __future__ import annotations
 
 import csv
-import difflib
-import math
 import operator
 import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from qpruner.runs.records import plan_group_bytes
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import REMEDIES
-from qpruner.wording import counted, duration
+from qpruner.wording import counted, duration, nearest
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -42,36 +39,20 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
 }
 SHOWN = (
-    "trial",
-    "winner",
-    "from",
-    "status",
-    "failure",
-    "bytes",
-    "mean_bits",
-    "step",
-    "loss",
-    "accuracy",
-    "seconds",
-    "search",
-    "plan",
+    *("trial", "winner", "from", "status", "failure", "bytes", "mean_bits", "step"),
+    *("loss", "accuracy", "seconds", "search", "plan"),
 )
 ALSO_CALLED = {"index": "trial", "origin": "from"}
 """Columns by their names in records and results.json."""
 MOST_LINES = 10
 """Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
-WITHOUT_WORKER = {
-    "starting": "of them waiting for a worker process to start",
-    "waiting": "of them waiting for a machine",
-}
-"""Why trials that are under way are in no worker's hands, by the count of them."""
+WITHOUT_WORKER = {"starting": "a worker process to start", "waiting": "a machine"}
+"""What trials under way that are in no worker's hands wait for."""
 UNITS: dict[str, dict[str, float]] = {
     "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "seconds": {"h": 3600, "min": 60, "s": 1},
 }
 """Those that a person may write of figures in a base unit, by that."""
-MOST_WORDS = 12
-"""Words of a column that `trials` tells where a condition on it holds for none; of plans there are more."""
 
 
 def status(run: str | Path, as_json: bool) -> dict[str, Any]:
@@ -126,8 +107,11 @@ def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
             size = f"{best['bytes'] / 1e6:.1f} MB"
             lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
     word = "under way:" if is_running else "begun:"
-    lines += _told([f"{word:<15}{_under_way(each, search['steps'])}" for each in search["under_way"]])
-    lines += _told([_failed(each) for each in search["failures"]])
+    lines += _told(
+        f"{word:<15}trial {each['trial']} ({each['from']}), step {each['step']}/{search['steps']}"
+        for each in search["under_way"]
+    )
+    lines += _told(map(_failed, search["failures"]))
     if search["winner"] is not None:
         lines.append(_winner(search))
     return lines
@@ -136,7 +120,7 @@ def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
 def _slots(search: dict[str, Any]) -> str:
     """Say where the trials under way are."""
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
-    without = [f"{search[name]} {why}" for name, why in WITHOUT_WORKER.items() if search[name]]
+    without = [f"{search[name]} of them waiting for {what}" for name, what in WITHOUT_WORKER.items() if search[name]]
     return slots + (f" ({', '.join(without)})" if without else "")
 
 
@@ -150,14 +134,11 @@ def _winner(search: dict[str, Any]) -> str:
     return f"{text}{unbeaten}; `qpruner plan` prints its plan"
 
 
-def _told(lines: list[str]) -> list[str]:
+def _told(every: Iterable[str]) -> list[str]:
     """Return the first few, and how many more there are."""
+    lines = list(every)
     more = len(lines) - MOST_LINES
     return [*lines[:MOST_LINES], f"... and {more} more: `qpruner trials` lists them"] if more > 0 else lines
-
-
-def _under_way(trial: dict[str, Any], steps: int) -> str:
-    return f"trial {trial['trial']} ({trial['from']}), step {trial['step']}/{steps}"
 
 
 def _failed(trial: dict[str, Any]) -> str:
@@ -166,20 +147,9 @@ def _failed(trial: dict[str, Any]) -> str:
 
 
 def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
-    """Print the trials of a run.
-
-    Args:
-        run: The run folder.
-        conditions: `KEY=VALUE`, also with `!=`, `<`, `<=`, `>` and `>=`; all of them hold.
-        sort: A key; what has no such figure comes last.
-        descending: Largest first.
-        form: `text`, `csv` or `json`.
-
-    Raises:
-        UserError: For a key that trials do not have.
-    """
+    """Print the trials of which all conditions hold, as `text`, `csv` or `json`; those without a figure last."""
     looked = run_views.view(run)
-    rows = every = [run_views.trial_row(looked, trial) for trial in looked.trials]
+    rows = [run_views.trial_row(looked, trial) for trial in looked.trials]
     columns = list(rows[0]) if rows else list(SHOWN)
     search = looked.state.search
     names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
@@ -187,17 +157,13 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
         rows = _where(rows, condition, names)
     key = _known(sort, names)
     known = [row for row in rows if row[key] is not None]
-    rows = [
-        *sorted(known, key=operator.itemgetter(key), reverse=descending),
-        *(row for row in rows if row[key] is None),
-    ]
+    rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
     if form == "csv":
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif form == "text" and not rows:
-        none = "; ".join(["no trials match", *_what_there_is(every, conditions, names)])
-        click.echo(none if looked.trials else "there are no trials yet")
+        click.echo("no trials match" if looked.trials else "there are no trials yet")
     elif form == "text":
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
@@ -215,77 +181,34 @@ def _cell(name: str, row: dict[str, Any]) -> str:
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Select the rows of which a condition holds; one without a value differs from every value.
-
-    A value of no more digits than the table shows compares with what it shows: 6 mean bits are those of 5.998.
-    """
-    key, sign, text = _parts(condition, names)
-    value: float | str = text
-    as_shown = False
-    if any(isinstance(row[key], int | float) for row in rows):
-        try:
-            value = _number(key, text)
-        except ValueError as error:
-            units = "".join(f", in {base} or with {', '.join(_units(key))}" for base in UNITS if key.endswith(base))
-            raise UserError(f"--where {condition}: `{key}` is a number{units}, got {text!r}") from error
-        as_shown = math.isfinite(value) and _number(key, _figure(key, value)) == value
-
-    def holds(found: Any) -> bool:
-        return COMPARISONS[sign](_number(key, _figure(key, found)) if as_shown else found, value)
-
-    return [row for row in rows if (sign == "!=" if row[key] is None else holds(row[key]))]
-
-
-def _number(key: str, text: str) -> float:
-    """Parse a figure, with units as the table shows them, too: `126.91 MB`, `1 min 15 s`."""
-    units, total = _units(key), 0.0
-    for part in re.split(r"(?<=[A-Za-z])\s+", text):
-        unit = next((unit for unit in units if part.endswith(unit)), "")
-        total += float(part.removesuffix(unit)) * units.get(unit, 1)
-    return total
-
-
-def _units(key: str) -> dict[str, float]:
-    """Return the units of a figure; none where it has no base unit."""
-    return next((units for base, units in UNITS.items() if key.endswith(base)), {})
-
-
-def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
-    """Split a condition into column, sign and value."""
+    """Select the rows of which a condition holds; one without a value differs from every value."""
     parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
     if parts is None:
         raise UserError(
             f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}; "
             "for example --where 'loss<3.2'"
         )
-    return _known(parts[1].strip(), names), parts[2], parts[3].strip()
-
-
-def _what_there_is(
-    rows: Sequence[dict[str, Any]], conditions: Sequence[str], names: Mapping[str, str]
-) -> Iterator[str]:
-    """Say, for each condition that no row meets, which words there are, or how far the numbers go."""
-    for condition in conditions:
-        key = _parts(condition, names)[0]
-        if _where(rows, condition, names):
-            continue
-        numbers = [row[key] for row in rows if isinstance(row[key], int | float)]
-        found = Counter(row[key] for row in rows if isinstance(row[key], str))
-        if numbers:
-            yield f"`{key}` is from {_figure(key, min(numbers))} to {_figure(key, max(numbers))}"
-        elif 0 < len(found) <= MOST_WORDS:
-            yield f"`{key}` is {', '.join(f'{word} ({count})' for word, count in found.most_common())}"
+    key, sign, text = _known(parts[1].strip(), names), parts[2], parts[3].strip()
+    value: float | str = text
+    if any(isinstance(row[key], int | float) for row in rows):
+        units = next((units for base, units in UNITS.items() if key.endswith(base)), {})
+        try:
+            unit = next((unit for unit in units if text.endswith(unit)), "")
+            value = float(text.removesuffix(unit)) * units.get(unit, 1)
+        except ValueError as error:
+            known = f", plain or with {', '.join(units)}" if units else ""
+            raise UserError(f"--where {condition}: `{key}` is a number{known}, got {text!r}") from error
+    compare = COMPARISONS[sign]
+    return [row for row in rows if (sign == "!=" if row[key] is None else compare(row[key], value))]
 
 
 def _known(key: str, names: Mapping[str, str]) -> str:
     """Return the column of that name, or refuse it with the nearest one."""
-    if key in names:
-        return names[key]
-    nearest = difflib.get_close_matches(key, names, n=1)
-    bits = [name for name in names if name.startswith("bits ")]
-    text = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(text)}"
-    raise UserError(f"trials have no `{key}`; {hint}")
+    if key not in names:
+        bits = [name for name in names if name.startswith("bits ")]
+        text = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
+        raise UserError(f"trials have no `{key}`; {nearest(key, text, 'they have')}")
+    return names[key]
 
 
 def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
@@ -303,7 +226,8 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
         if budget is not None:
             click.echo(f"# {told_of_budget(trial.plan_bytes, budget)}")
         for group, bits in trial.plan.items():
-            click.echo(f"{yaml.safe_dump({group: bits}).strip()}{_sizes(group, sizes)}")
+            at_levels = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {level}" for level, by_group in sizes.items())
+            click.echo(yaml.safe_dump({group: bits}).strip() + (f"  # {at_levels}" if at_levels else ""))
     return {
         "status": "ok",
         "trial": trial.index,
@@ -314,12 +238,6 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
         "plan": trial.plan,
         "group_bytes": sizes,
     }
-
-
-def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:
-    """Render the bytes of a group at each level as a comment."""
-    text = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {bits}" for bits, by_group in sizes.items())
-    return f"  # {text}" if text else ""
 
 
 def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
@@ -340,7 +258,7 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
                 f"Of stages that ran once for several of these runs the hours count in each: {', '.join(shared)}."
             )
         for name, found in zip(headings[2:], apart, strict=True):
-            terminal.prose(f"{name} less {headings[1]}: {against_text(found)}.")
+            terminal.say(f"{name} less {headings[1]}: {against_text(found)}.", is_prose=True)
         if settings:
             terminal.say("Settings that differ:")
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])

@@ -5,81 +5,84 @@ The live part shows the stages, the steps inside one, and the search. The log is
 
 from __future__ import annotations
 
-import textwrap
+import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import click
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from qpruner.cli.search_view import FOLDED, SearchView
-from qpruner.report.search_progress import event_line
+from qpruner.report.search_progress import (
+    bar,
+    control_name,
+    event_line,
+    score,
+    score_title,
+    score_with_step,
+    search_progress,
+)
 from qpruner.runs import events
-from qpruner.wording import duration
+from qpruner.runs.records import SearchState, TrialRecord
+from qpruner.wording import counted, duration
 
 SILENCE_SECONDS = 30.0
 """Without a live part, a line reports progress after this long without any other."""
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
 """Window of the pace that the time left follows: one step of a large model may take a minute."""
-LONGEST_FIGURE = 24
-"""Characters of a cell that a table never breaks; columns with longer ones are text, and fold."""
-LEAST_TEXT = 12
-"""Characters that a column of text keeps when it folds."""
-
-
-def can_redraw(console: Console) -> bool:
-    """Whether a console is a terminal that moves its cursor, whatever `FORCE_COLOR` makes rich believe of a pipe."""
-    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
+LINES_ABOVE = 10
+"""Lines of the live part, about, beside those of trials under way."""
+COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
+FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
+"""Of text that goes on in the next line where a window is narrow: a live part cannot be widened to read the rest."""
 
 
 class Terminal:
     """Prints events, to stderr on request; a quiet one prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
-        self._console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
-        self._is_plain = not can_redraw(self._console)
+        self._console = console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
+        # Whether it moves its cursor, whatever `FORCE_COLOR` makes rich believe of a pipe.
+        self._is_plain = not (console.file.isatty() and console.is_terminal and not console.is_dumb_terminal)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, float | str] = {}
         self._counts: dict[str, str] = {}
-        self._steps = 0
         self._last_line, self._is_cut = time.monotonic(), False
         self._lock, self._closed = threading.RLock(), threading.Event()
-        self._search: SearchView | None = None
+        self._search: SearchState | None = None
+        self._trials: dict[int, TrialRecord] = {}
+        self._steps: Mapping[int, int] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            _TimeTaken(),
-            _TimeLeft(),
-            console=self._console,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
             speed_estimate_period=PACE_SECONDS,
         )
         self._live: Live | None = None
         if not (self._is_plain or quiet):
             self._live = Live(
-                get_renderable=self._view,
-                console=self._console,
-                refresh_per_second=REFRESHES_PER_SECOND,
-                transient=True,
+                get_renderable=self._view, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
             )
 
     def __enter__(self) -> Terminal:
@@ -100,7 +103,7 @@ class Terminal:
     def emit(self, event: events.Event) -> None:
         """Show one event; messages about the command itself go to stderr, of a quiet terminal, too."""
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
-            click.echo(event_line(event, self._steps), err=True)
+            click.echo(event_line(event, 0), err=True)
             return
         if self._quiet:
             return
@@ -122,55 +125,53 @@ class Terminal:
             case events.Progress(stage, done, total, detail):
                 self._advance(stage, done, total, detail)
             case events.SearchPlanned(search):
-                self._search, self._steps = SearchView(event), search.steps
-        line = event_line(event, self._steps)
+                self._search, self._trials = search, {trial.index: trial for trial in event.trials}
+            case events.SlotsFound(slots) if self._search:
+                self._search = self._search.model_copy(update={"slots": slots})
+            case events.TrialChanged(trial):
+                self._trials[trial.index] = trial
+            case events.StepsSeen(steps):
+                self._steps = steps
+            case events.TrialWithdrawn(index):
+                self._trials.pop(index, None)
+        line = event_line(event, self._search.steps if self._search else 0)
         # The live part shows rungs.
         is_shown = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
         if line and not is_shown:
-            self._line(line)
-        if self._search:
-            self._search.listen(event)
+            self.say(line)
 
     def table(self, headings: Sequence[str], body: Sequence[Sequence[str]]) -> None:
         """Print a table of the result; in a pipe a row is one whole line, for `grep` and `awk`."""
-        columns = [_Column(heading, cells) for heading, *cells in zip(headings, *body, strict=True)]
         if self._is_plain:
-            for cells in zip(*(column.padded() for column in columns), strict=True):
-                self._line("  ".join(cells).rstrip())
+            rows = [[" ".join(cell.splitlines()) for cell in row] for row in (headings, *body)]
+            widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+            for cells in rows:
+                self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
-        for part in _fitting(columns, self._console.width):
-            table = Table()
-            for column in part:
-                table.add_column(column.folded_heading, no_wrap=not column.is_text, overflow="fold")
-            for row in zip(*(column.cells for column in part), strict=True):
-                table.add_row(*map(Text, row))
-            self._console.print(table)
+        columns = (Column(Text(heading), overflow="fold") for heading in headings)
+        table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+        for row in body:
+            table.add_row(*map(Text, row))
+        self._console.print(table)
 
-    def say(self, text: str) -> None:
-        """Print a line of the result."""
-        self._line(text)
-
-    def prose(self, text: str) -> None:
-        """Print sentences of the result, broken between words on a terminal."""
-        self._line(text, is_prose=not self._is_plain)
-
-    def _line(self, text: str, is_prose: bool = False) -> None:
+    def say(self, text: str, is_prose: bool = False) -> None:
+        """Print a line of the result; sentences are broken between words on a terminal."""
         self._last_line = time.monotonic()
-        self._console.print(text, markup=False, soft_wrap=not is_prose)
+        self._console.print(text, markup=False, soft_wrap=self._is_plain or not is_prose)
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
-        before = next((task for task in self._progress.tasks if task.id == self._bars.get(stage)), None)
-        if before and (before.total != total or before.completed >= done):
-            # A stage counts one thing after another: each has a pace and an end of its own.
-            self._progress.remove_task(before.id)
-            before = None
-        if before is None:
-            counts_trials = stage == "search" and not detail
-            self._bars[stage] = self._progress.add_task(stage, total=total, counts_trials=counts_trials)
-        self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
+        if stage != "search" or detail:  # the search's view counts its trials
+            before = next((task for task in self._progress.tasks if task.id == self._bars.get(stage)), None)
+            if before and (before.total != total or before.completed >= done):
+                # A stage counts one thing after another: each has a pace and an end of its own.
+                self._progress.remove_task(before.id)
+                before = None
+            if before is None:
+                self._bars[stage] = self._progress.add_task(stage, total=total)
+            self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
         count = f"{detail or 'done'}: {done} of {total}"
         if self._is_plain and self._is_silent():
-            self._line(f"[{stage}] {count}")
+            self.say(f"[{stage}] {count}")
         if done < total:
             self._counts[stage] = count
         else:
@@ -190,11 +191,11 @@ class Terminal:
                         self._is_cut = True
 
     def _report_stages(self) -> None:
-        for stage in {**self._stages, **self._counts}:  # what export and talk do begins with no event
+        for stage in {**self._stages, **self._counts}:  # what export and generate do begins with no event
             began, count = self._stages.get(stage), self._counts.get(stage, "running")
             if not isinstance(began, str):
                 taken = f", {duration(time.monotonic() - began)}" if began else ""
-                self._line(f"[{stage}] {count}{taken}")
+                self.say(f"[{stage}] {count}{taken}")
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome
@@ -205,73 +206,62 @@ class Terminal:
             self._search = None
 
     def _view(self) -> RenderableType:
-        """Render the live part."""
+        """Render the live part; rich cuts what is below the window."""
         now = time.monotonic()
         stages = [
             f"{stage} {outcome}" if isinstance(outcome, str) else f"{stage} running, {duration(now - outcome)}"
             for stage, outcome in tuple(self._stages.items())
         ]
-        above = Group(Text(" | ".join(stages), style="bold", **FOLDED), self._progress)
-        return _Stacked(above, self._search) if self._search and "search" in self._stages else above
+        parts: list[RenderableType] = [Text(" | ".join(stages), style="bold", **FOLDED), self._progress]
+        if self._search and "search" in self._stages:
+            num_listed = max(1, self._console.size.height - LINES_ABOVE)
+            parts += _search_view(self._search, tuple(self._trials.values()), self._steps, num_listed)
+        return Group(*parts)
 
 
-class _Stacked:
-    """The search below the rest of the live part, in the lines that are left of the window."""
-
-    def __init__(self, above: RenderableType, search: SearchView) -> None:
-        self._above, self._search = above, search
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._above, options.reset_height(), pad=False)
-        for line in lines:
-            yield from (*line, Segment.line())
-        yield from console.render(self._search, options.update_height(max(0, options.size.height - len(lines))))
-
-
-class _TimeTaken(TimeElapsedColumn):
-    """The time taken; none for a search's trials, whose stage shows it above."""
-
-    def render(self, task: Task) -> Text:
-        return Text() if task.fields["counts_trials"] else super().render(task)
-
-
-class _TimeLeft(TimeRemainingColumn):
-    """The time left; none for a search's trials, whose own view shows it."""
-
-    def render(self, task: Task) -> Text:
-        return Text() if task.fields["counts_trials"] else Text.assemble(super().render(task), " left")
-
-
-class _Column:
-    """A column of a table."""
-
-    def __init__(self, heading: str, cells: Sequence[str]) -> None:
-        self.heading, self.cells = heading, cells
-        self._width = max(map(cell_len, (*heading.split(), *cells)), default=0)
-        self.is_text = self._width > LONGEST_FIGURE
-
-    @property
-    def folded_heading(self) -> Text:
-        """The heading, folded to the width of the cells or its longest word."""
-        return Text("\n".join(textwrap.wrap(self.heading, max(self._width, 1), break_long_words=False)))
-
-    @property
-    def least_width(self) -> int:
-        """Characters that the column takes at least, with its border."""
-        return 3 + (LEAST_TEXT if self.is_text else self._width)
-
-    def padded(self) -> list[str]:
-        """Return heading and cells, each in one line and equally wide."""
-        lines = [" ".join(text.splitlines()) for text in (self.heading, *self.cells)]
-        width = max(map(cell_len, lines))
-        return [set_cell_size(line, width) for line in lines]
+def _search_view(
+    search: SearchState, trials: Sequence[TrialRecord], steps: Mapping[int, int], num_listed: int
+) -> Iterator[RenderableType]:
+    """Render a search: counts and the time left, the best so far, and trials under way."""
+    now = search_progress(search, trials)
+    over = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
+    busy = f"{len(now.running)} running"
+    if search.slots is not None:
+        # What has no slot waits for a machine that an autoscaler may start.
+        num_waiting = max(0, len(now.running) - search.slots)
+        busy = f"{len(now.running) - num_waiting} of {counted(search.slots, 'slot')} busy"
+        busy += f", {num_waiting} waiting for one" if num_waiting else ""
+    left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
+    yield Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {over}; {busy}{left}", **FOLDED)
+    for best in (now.best, now.best_control):
+        if best:
+            name = control_name(best) if best.is_control else "best so far"
+            reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
+            size = f"{best.plan_bytes / 1e6:.1f} MB"
+            yield Text(f"{name:<12}  {reached} ({best.origin}), {size}  ", **FOLDED).append(_plan(best))
+    headings = ("trial", "from", "bytes", "step", score_title(search))
+    figures = [Column(heading, no_wrap=True) for heading in headings]
+    table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
+    for trial in now.running[:num_listed]:
+        last = trial.rungs[-1] if trial.rungs else None
+        step = max(last.step if last else 0, steps.get(trial.index, 0))
+        table.add_row(
+            str(trial.index),
+            trial.origin,
+            f"{trial.plan_bytes / 1e6:.1f} MB",
+            f"{step}/{search.steps}",
+            score_with_step(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
+            _plan(trial),
+        )
+    if len(now.running) > num_listed:
+        table.caption = f"and {len(now.running) - num_listed} more"
+    if now.running:
+        yield table
 
 
-def _fitting(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
-    """Split the columns into as many tables as the width needs; each begins with the first column."""
-    parts = [list(columns[:1])]
-    for column in columns[1:]:
-        if 1 + sum(each.least_width for each in (*parts[-1], column)) > width and len(parts[-1]) > 1:
-            parts.append([columns[0]])
-        parts[-1].append(column)
-    return parts
+def _plan(trial: TrialRecord) -> Text:
+    """Render a plan: a character a group, a colour a bit-width."""
+    text = Text()
+    for character, alike in itertools.groupby(bar(trial)):
+        text.append("".join(alike), COLORS[character])
+    return text

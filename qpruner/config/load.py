@@ -16,9 +16,6 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import ConfigError, UserError
 from qpruner.wording import counted
 
-TAB_FOUND = "found character '\\t'"
-"""PyYAML's words for a tab where YAML allows none."""
-
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice; YAML would silently keep the last."""
@@ -63,7 +60,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(_explain_yaml(path, error)) from error
+        remedy = "replace its tabs by spaces, two for each level" if "'\\t'" in str(error) else "correct it"
+        raise UserError(
+            f"{path} is not valid YAML: {error}; {remedy}, or see tune_configs/ for complete examples"
+        ) from error
     if not isinstance(raw, dict):
         raise UserError(
             f"{path} must be a mapping of sections, got {type(raw).__name__}; see tune_configs/ for complete examples"
@@ -71,17 +71,6 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_config(raw, f"{path}, overrides included" if overrides else str(path))
-
-
-def _explain_yaml(path: Path, error: Exception) -> str:
-    """Say what is wrong with a file that is no YAML; a tab, which editors do not show, is located."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and TAB_FOUND in (error.problem or ""):
-        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
-        return (
-            f"{path}, line {line}, column {column}: a tab; YAML indents and separates by spaces alone: replace the "
-            "file's tabs by spaces, two for each level"
-        )
-    return f"{path} is not valid YAML: {error}; correct it, or see tune_configs/ for complete examples"
 
 
 def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig:

@@ -31,16 +31,7 @@ def facts(
     done: Mapping[str, float],
     gpus: float | None,
 ) -> dict[str, Any]:
-    """Return every figure as plain data.
-
-    Args:
-        config: The run's configuration.
-        inspection: Shapes, rows and questions.
-        rates: Speed of a whole GPU, or of a slot without one; without it no hours are estimated.
-        slots: Trials, or fine-tunes, at once.
-        done: Share of each stage that is recorded, from 0 to 1.
-        gpus: GPUs that each slot holds, whose hours are counted; None counts the slots' own.
-    """
+    """Return every figure as plain data; no hours without rates, and slot hours instead of GPU hours without GPUs."""
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -78,16 +69,13 @@ def _hours(
 
 def works(config: RunConfig) -> dict[str, Callable[[RunConfig, Inspection], Memory]]:
     """Map each kind of work whose memory is counted to its counter."""
-    found: dict[str, Callable[[RunConfig, Inspection], Memory]] = {
+    return {
         "trial, training": training_memory,
         "trial, scoring": scoring_memory,
         "prune": prune_memory,
+        **({"sensitivity": sensitivity_memory} if config.measured_methods else {}),
+        **({"comparison": comparison_memory} if config.finetune.compare else {}),
     }
-    if config.measured_methods:
-        found["sensitivity"] = sensitivity_memory
-    if config.finetune.compare:
-        found["comparison"] = comparison_memory
-    return found
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:
@@ -116,20 +104,17 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     return [
         *recorded,
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time{left}",
-        *_stage_lines(time),
+        *(_stage_line(time, slots) for slots in sorted(set(time["shared"].values()))),
         f"    {time['rates']}",
         f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
         "loading and saving come on top, with a model as small as the demo's up to as much again",
     ]
 
 
-def _stage_lines(time: Mapping[str, Any]) -> list[str]:
-    """List the stages by how many slots share each."""
-    lines = []
-    for slots in sorted(set(time["shared"].values())):
-        stages = [f"{name} {_taken(each)}" for name, each in time["stages"].items() if time["shared"][name] == slots]
-        lines.append(f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(stages)}")
-    return lines
+def _stage_line(time: Mapping[str, Any], slots: int) -> str:
+    """List the stages that so many slots share."""
+    stages = [f"{name} {_taken(each)}" for name, each in time["stages"].items() if time["shared"][name] == slots]
+    return f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(stages)}"
 
 
 def _taken(hours: float) -> str:

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
-from qpruner.data.sources import Example
 from qpruner.estimate.step_times import StepTimes, packing_operations
+from qpruner.pipeline.bank import Bank
+from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.evaluate import Evaluate
+from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import STAGES
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.search import Search
+from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.plans.plan import FULL_BITS, Layout
 
+T = TypeVar("T")
 CHOICES = 4
 """Answers that a question of a task is asked with."""
 UNTUNED = 3
@@ -39,13 +46,8 @@ class Rates:
         """Scale to a slot that holds a share of a GPU; several GPUs do not make a trial faster."""
         if gpus >= 1:
             return self
-        return replace(
-            self,
-            training=self.training * gpus,
-            scoring=self.scoring * gpus,
-            packing=self.packing * gpus,
-            origin=f"{self.origin}, {gpus:g} of a GPU a slot",
-        )
+        origin = f"{self.origin}, {gpus:g} of a GPU a slot"
+        return Rates(self.training * gpus, self.scoring * gpus, self.packing * gpus, origin)
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, times: StepTimes, where: str) -> Rates:
@@ -56,7 +58,7 @@ def measured_rates(config: RunConfig, inspection: Inspection, times: StepTimes, 
         f"measured on {where}: {rows} rows x {length} tokens take {times.training:.3g} s forward and backward, "
         f"{times.scoring:.3g} s forward"
     )
-    training = _operations(config) * operations / times.training
+    training = _Count(config, inspection).step_operations * operations / times.training
     return Rates(training, 2 * operations / times.scoring, times.packing_rate, origin)
 
 
@@ -78,92 +80,43 @@ def multiply_adds(layout: Layout, model_config: Any) -> int:
     return layout.num_parameters - (0 if model_config.tie_word_embeddings else embeddings)
 
 
-def _operations(config: RunConfig) -> int:
-    """Return the operations of a training step for a weight and token."""
-    return 6 if config.training.gradient_checkpointing else 4
-
-
 def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
     """Estimate the hours of one slot by stage, without starts of processes, loading and saving."""
-    return {name: seconds / 3600 for name, seconds in _by_stage(_SlotSeconds(config, inspection, rates), config)}
+    count, steps = _Count(config, inspection), expected_steps(config)
+    scores = count.split("validation") + count.split("confirmation") / 2
+    finetune = count.training(count.finetune_steps()) / rates.training + scores / rates.scoring
+    evaluation = count.evaluation() / rates.scoring
+    seconds = {
+        Prune: count.prune() / rates.training,
+        Bank: count.bank() / rates.packing,
+        Sensitivity: count.sensitivity() / rates.training,
+        Search: count.training(steps.steps) / rates.training + count.search_scores(steps) / rates.scoring,
+        Finetune: finetune,
+        Evaluate: (1 + UNTUNED) * evaluation,
+        Comparison: num_compared(config) * (finetune + evaluation),
+    }
+    return {name: each / 3600 for name, each in _of_wanted(config, seconds).items()}
 
 
 def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpus: bool) -> dict[str, int]:
     """Return how many of the slots each stage's jobs are shared among."""
-    return dict(_by_stage(_SlotsSharing(config, inspection, slots, has_gpus), config))
+    workers = config.finetune.num_workers
+    measures = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
+    sharing = {
+        Prune: 1,
+        Bank: min(slots, len(inspection.pruned.groups)),
+        Sensitivity: slots if measures else 1,
+        Search: min(slots, config.num_trials),
+        Finetune: workers,
+        Evaluate: min(slots, 1 + UNTUNED),
+        Comparison: max(1, min(slots // workers, num_compared(config))) * workers,
+    }
+    return _of_wanted(config, sharing)
 
 
-def _by_stage(estimates: Any, config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Call the method of each stage's name, in the order of the flow."""
-    for stage in STAGES:
-        if stage.is_wanted(config) and hasattr(estimates, stage.name):
-            yield stage.name, getattr(estimates, stage.name)()
-
-
-class _SlotSeconds:
-    """Seconds of one slot: a method for each stage that takes long."""
-
-    def __init__(self, config: RunConfig, inspection: Inspection, rates: Rates) -> None:
-        self._config, self._rates, self._count = config, rates, _Count(config, inspection)
-
-    def prune(self) -> float:
-        return self._count.prune() / self._rates.training
-
-    def bank(self) -> float:
-        return self._count.bank() / self._rates.packing
-
-    def sensitivity(self) -> float:
-        return self._count.sensitivity() / self._rates.training
-
-    def search(self) -> float:
-        steps, rates = expected_steps(self._config), self._rates
-        return self._count.training(steps.steps) / rates.training + self._count.search_scores(steps) / rates.scoring
-
-    def finetune(self) -> float:
-        count, rates = self._count, self._rates
-        scores = (count.split("validation") + count.split("confirmation") / 2) / rates.scoring
-        return count.training(count.finetune_steps()) / rates.training + scores
-
-    def evaluate(self) -> float:
-        return (1 + UNTUNED) * self._one_evaluation()
-
-    def comparison(self) -> float:
-        return num_compared(self._config) * (self.finetune() + self._one_evaluation())
-
-    def _one_evaluation(self) -> float:
-        return self._count.evaluation() / self._rates.scoring
-
-
-@dataclass(frozen=True)
-class _SlotsSharing:
-    """Slots that share a stage's jobs: a method for each stage that takes long."""
-
-    config: RunConfig
-    inspection: Inspection
-    slots: int
-    has_gpus: bool
-
-    def prune(self) -> int:
-        return 1
-
-    def bank(self) -> int:
-        return min(self.slots, len(self.inspection.pruned.groups))
-
-    def sensitivity(self) -> int:
-        return self.slots if self.has_gpus and set(MEASUREMENT) & set(self.config.measured_methods) else 1
-
-    def search(self) -> int:
-        return min(self.slots, self.config.num_trials)
-
-    def finetune(self) -> int:
-        return self.config.finetune.num_workers
-
-    def evaluate(self) -> int:
-        return min(self.slots, 1 + UNTUNED)
-
-    def comparison(self) -> int:
-        workers = self.config.finetune.num_workers
-        return max(1, min(self.slots // workers, num_compared(self.config))) * workers
+def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
+    """Keep what is of a stage that the configuration wants, by its name, in the order of the flow."""
+    return {stage.name: by_stage[stage] for stage in STAGES if stage in by_stage and stage.is_wanted(config)}
 
 
 @dataclass(frozen=True)
@@ -210,10 +163,14 @@ class _Count:
 
     def __init__(self, config: RunConfig, inspection: Inspection) -> None:
         self._config, self._inspection = config, inspection
+        self.step_operations = 6 if config.training.gradient_checkpointing else 4
         self._pruned = multiply_adds(inspection.pruned, inspection.model_config)
         self._base = multiply_adds(inspection.base, inspection.model_config)
         self._head = int(inspection.model_config.vocab_size) * int(inspection.model_config.hidden_size)
-        self._lengths = {name: _lengths(rows, config) for name, rows in inspection.examples.items()}
+        most = config.data.max_length
+        self._lengths = {
+            name: [min(sum(about_tokens(row)), most) for row in rows] for name, rows in inspection.examples.items()
+        }
 
     def share_labelled(self, name: str) -> float:
         """Return the share of a split's tokens that have a label."""
@@ -234,7 +191,7 @@ class _Count:
             rows = random.Random(self._config.seed).sample(lengths, len(lengths))
             padding = _padded(rows, training.batch_size, training.micro_batch_size) - mean
         weights = mean * self.weights_a_token("train") + padding * (self._pruned - self._head)
-        return steps * training.batch_size * weights * _operations(self._config)
+        return steps * training.batch_size * weights * self.step_operations
 
     def finetune_steps(self) -> float:
         """Return the steps of the final fine-tune."""
@@ -303,11 +260,6 @@ class _Count:
         words = self._inspection.questions.get(section, [])
         tokens = sum(len(text) for text in words) / CHARACTERS_A_TOKEN
         return 2 * self._pruned * CHOICES * (tokens + 8 * len(words)) * (1 + self._config.evaluate.num_fewshot)
-
-
-def _lengths(rows: Sequence[Example], config: RunConfig) -> list[int]:
-    """Return about how many tokens each row has."""
-    return [min(sum(about_tokens(row)), config.data.max_length) for row in rows]
 
 
 def _padded(lengths: Sequence[int], batch_size: int, rows: int) -> float:

@@ -84,24 +84,21 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the scoring of a trial at a rung; its optimizer's state is kept meanwhile."""
-    return Memory(
-        f"scoring {config.evaluate.batch_size} rows x {config.data.max_length} tokens (`evaluate.batch_size`)",
-        _held(inspection.pruned, _trial_bytes(config, inspection)) | _scored(config, inspection, inspection.pruned),
-    )
+    """Estimate the scoring of a trial at a rung; its optimizer's state is kept meanwhile.
 
-
-def _scored(config: RunConfig, inspection: Inspection, layout: Layout) -> dict[str, int]:
-    """Count a forward pass over a batch of rows; where lm-eval pads answers, the head may run at every token."""
-    rows, length = config.evaluate.batch_size, config.data.max_length
+    Where lm-eval pads answers, the head may run at every token.
+    """
+    layout, rows, length = inspection.pruned, config.evaluate.batch_size, config.data.max_length
     labelled = length
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
     a_logit = inspection.base.element_bytes + 2 * FLOAT32_BYTES
-    return {
+    scored = {
         "activations": _widest(layout, rows * length),
         "logits": a_logit * rows * labelled * int(inspection.model_config.vocab_size),
     }
+    about = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)"
+    return Memory(about, _held(layout, _trial_bytes(config, inspection)) | scored)
 
 
 def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
@@ -112,13 +109,8 @@ def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
     """Count what training holds all the time."""
-    adapters = layout.adapter_bytes
-    return {
-        "weights": plan_bytes - adapters,
-        "adapters": adapters,
-        "gradients": adapters,
-        "optimizer": 2 * adapters,
-    }
+    size = layout.adapter_bytes
+    return {"weights": plan_bytes - size, "adapters": size, "gradients": size, "optimizer": 2 * size}
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
@@ -148,7 +140,13 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
     tokens = calibration.batch_size * length
     return Memory(
         f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)",
-        parts | _by_gradient(inspection, base, tokens),
+        # Gradients are dropped one parameter at a time.
+        parts
+        | {
+            "gradient": FLOAT32_BYTES * _largest(base),
+            "activations": _kept_dense(base, tokens),
+            "logits": logit_bytes(inspection, tokens),
+        },
     )
 
 
@@ -230,19 +228,12 @@ def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
     }
 
 
-def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str, int]:
-    """Count a backward pass through a dense model whose gradients are dropped one parameter at a time."""
-    return {
-        "gradient": FLOAT32_BYTES * _largest(dense),
-        "activations": _kept_dense(dense, tokens),
-        "logits": logit_bytes(inspection, tokens),
-    }
-
-
 def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool) -> int:
     """Count what a forward pass with adapters keeps for the backward pass."""
-    blocks = _by_block(layout)
-    kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks]
+    blocks: dict[str, list[LinearShape]] = {}  # a group's name begins with its block's, `layers.07`
+    for group in layout.groups:
+        blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)
+    kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks.values()]
     if not checkpointing:
         return sum(kept)
     return len(blocks) * tokens * hidden_size * layout.element_bytes + max(kept)
@@ -274,11 +265,3 @@ def _largest(layout: Layout) -> int:
 def _widest(layout: Layout, tokens: int) -> int:
     """Count what a forward pass holds at once: the inputs and outputs of the widest group's layers."""
     return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups)
-
-
-def _by_block(layout: Layout) -> list[list[LinearShape]]:
-    """Collect the linear layers of each block; a group's name begins with its block's, `layers.07`."""
-    blocks: dict[str, list[LinearShape]] = {}
-    for group in layout.groups:
-        blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)
-    return list(blocks.values())

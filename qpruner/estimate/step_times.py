@@ -38,13 +38,7 @@ SVD_OPERATIONS = 150
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one micro-batch through the whole model, and the operations a second of packing.
-
-    Attributes:
-        training: Forward and backward.
-        scoring: Forward.
-        packing_rate: `packing_operations` a second.
-    """
+    """Seconds of one micro-batch forward and backward, and forward alone, and the operations a second of packing."""
 
     training: float
     scoring: float
@@ -54,12 +48,12 @@ class StepTimes:
 def measure(
     config: RunConfig, model_config: Any, linear: LinearShape, share_high: float, share_labelled: float, threads: int
 ) -> StepTimes:
-    """Time a micro-batch of rows of full length, and the packing of a layer.
+    """Time a micro-batch of rows of full length, and the packing of a layer of `LARGEST` rows and columns at most.
 
     Args:
-        config: Its batch size, length, bit-widths and adapters.
+        config: The run's configuration.
         model_config: transformers config of the pruned model.
-        linear: The layer whose packing is timed, of `LARGEST` rows and columns at most.
+        linear: The layer whose packing is timed.
         share_high: Share of the weights that are at the highest bits, the others being at the lowest.
         share_labelled: Share of the tokens that have a label, to which the head is applied.
         threads: CPU cores of a slot.
@@ -67,7 +61,11 @@ def measure(
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
     levels = config.quantize.bits
-    batch = _batch(config, model_config, share_labelled)
+    rows, length = config.training.micro_batch_size, config.data.max_length
+    ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
+    labels = ids.clone()
+    labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     low, high = (_whole_model(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
     training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
     return StepTimes(training, scoring, _packing_rate(config, linear))
@@ -101,14 +99,6 @@ def _is_exact(lora: LoraConfig) -> bool:
     return lora.init == "loftq" and lora.svd == "exact"
 
 
-def _batch(config: RunConfig, model_config: Any, share_labelled: float) -> dict[str, torch.Tensor]:
-    rows, length = config.training.micro_batch_size, config.data.max_length
-    ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
-    labels = ids.clone()
-    labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
 def _whole_model(
     config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
 ) -> tuple[float, float]:
@@ -119,13 +109,9 @@ def _whole_model(
     for count in {few, more}:
         timed[count] = _timed(_small_model(config, model_config, count, bits), batch)
         release()
-    if few == more:
-        return timed[few]
-    whole = []
-    for less, most in zip(timed[few], timed[more], strict=True):
-        block = max(0.0, most - less) / (more - few)
-        whole.append(most + (blocks - more) * block)
-    return whole[0], whole[1]
+    each = [max(0.0, most - less) / max(1, more - few) for less, most in zip(timed[few], timed[more], strict=True)]
+    training, scoring = (most + (blocks - more) * block for most, block in zip(timed[more], each, strict=True))
+    return training, scoring
 
 
 def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -147,19 +133,15 @@ def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
 
 def _least(work: Callable[[], None]) -> float:
     """Time some work: the least of a few tries, since what else the machine does only adds."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken = []
     for _ in range(1 + REPEATS):
-        _wait()
+        wait()
         started = time.perf_counter()
         work()
-        _wait()
+        wait()
         taken.append(time.perf_counter() - started)
     return min(taken[1:])  # the first warms up
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: int) -> Any:

@@ -34,40 +34,24 @@ NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a configuration makes of its model.
-
-    Attributes:
-        model_config: transformers config of the base model.
-        base: Sizes of the base model.
-        cuts: The cuts that are made: one.
-        pruned: Sizes after it; an estimate when `is_estimate`.
-        is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
-        budget_bytes: The byte budget for the pruned model.
-        plan: That of the file that `search.plan` names; None where it names none, or where how many blocks go is open.
-        packs: Whether later stages use the pruned model. One that is only saved may have widths no device can run.
-    """
+    """What a configuration makes of its model: configs, sizes, the cuts, the budget of the pruned model."""
 
     model_config: Any
     base: Layout
     cuts: tuple[Cut, ...]
     pruned: Layout
     is_estimate: bool
+    """Global selection, or which blocks go, leaves the widths open until the scores are known."""
     budget_bytes: int
     plan: PrecisionPlan | None
+    """That of the file that `search.plan` names, where the groups are known before the cut."""
     packs: bool
+    """Whether later stages use the pruned model. One that is only saved may have widths no device can run."""
 
 
 @dataclass(frozen=True)
 class Inspection(Shapes):
-    """What a run would be.
-
-    Attributes:
-        examples: Rows by split.
-        questions: Words of the tasks' questions, by use (`search`, `fresh`, `evaluate`).
-        metrics: lm-eval's metric that scores each task, by section (`search`, `evaluate`).
-        counts: How many samples and questions each step has.
-        warnings: What will work, but perhaps not as hoped.
-    """
+    """What a run would be: also its rows by split, and questions and lm-eval's metrics by use."""
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
@@ -77,12 +61,7 @@ class Inspection(Shapes):
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
-    """Validate a configuration against the model, the data, the tasks and the device; no weights are read.
-
-    Args:
-        config: The configuration.
-        works_here: Whether this machine's device is what the run works on, not those of a cluster.
-        packs: Whether later stages use the pruned model.
+    """Validate a configuration against the model, the data, the tasks and, if it works here, this machine's device.
 
     Raises:
         UserError: For what cannot work: of the folder, the model, each source of rows and the tasks all that is found,
@@ -199,11 +178,7 @@ def is_pruned(model_config: Any) -> bool:
 
 
 def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """Plan the cut of this model; one that was pruned earlier is not cut again.
-
-    Raises:
-        UserError: If the model cannot meet the settings.
-    """
+    """Plan the cut of this model; one that was pruned earlier is not cut again."""
     if is_pruned(model_config):
         return (Cut(settings.model_copy(update={"rate": 0.0, "layer_rate": None}), model_config),)
     try:
@@ -214,11 +189,7 @@ def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
 
 
 def check_quantizable(model_config: Any) -> None:
-    """Refuse weights that no bit-width can be given to; pruning alone works for such models.
-
-    Raises:
-        UserError: Naming the first parameter.
-    """
+    """Refuse weights that no bit-width can be given to; pruning alone works for such models."""
     family = family_of(model_config)
     if family.unquantizable:
         with_experts = (
@@ -235,12 +206,7 @@ def check_quantizable(model_config: Any) -> None:
 
 
 def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """Return the budget in bytes.
-
-    Args:
-        quantize: Names the budget and the bit-widths.
-        layout: The pruned model.
-        pareto: Whether a front is searched, which may go up to the largest plan.
+    """Return the budget in bytes; a search of a front may have all that the largest plan takes.
 
     Raises:
         UserError: If no plan meets it, or, of several bit-widths, only the smallest plan does or every plan does; the
@@ -253,23 +219,24 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     choice = lowest
     if len(levels) > 1:
         choice += min(more - less for less, more in zip(*map(layout.group_bytes, levels[:2]), strict=True))
-    smallest = f"the smallest that works is {choice} bytes ({_rounded_up_gib(choice)} GiB)"
+    key = f"`quantize.budget.{name}`"
+    smallest = f"the smallest that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < lowest:
         raise UserError(
-            f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits, {lowest} bytes: "
+            f"{key} is below the pruned model with every group at {levels[0]} bits, {lowest} bytes: "
             f"{smallest}, got {value}; raise it, or prune more"
         )
     if len(levels) == 1:
         return size
     if size < choice:
         raise UserError(
-            f"`quantize.budget.{name}` leaves nothing to choose, only every group at {levels[0]} bits fits, {lowest} "
+            f"{key} leaves nothing to choose, only every group at {levels[0]} bits fits, {lowest} "
             f"bytes: {smallest}, got {value}; raise it, or prune more"
         )
     if size >= highest and not pareto:
-        largest = f"the largest {highest - 1} bytes ({_rounded_down_gib(highest - 1)} GiB)"
+        largest = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
-            f"`quantize.budget.{name}` leaves nothing to choose, every group fits at {levels[-1]} bits: {smallest}, "
+            f"{key} leaves nothing to choose, every group fits at {levels[-1]} bits: {smallest}, "
             f"{largest}, got {value}; lower it, or search the whole front with `search.pareto`"
         )
     return size
@@ -289,25 +256,13 @@ def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]
     return round(float(np.interp(budget.mean_bits, levels, sizes)))
 
 
-def _rounded_up_gib(size: int) -> float:
-    return -(-size * 10**4 // GIB) / 10**4
-
-
-def _rounded_down_gib(size: int) -> float:
-    return size * 10**4 // GIB / 10**4
-
-
 def amount(size: int) -> str:
     """Render bytes as `1.5 GiB`, or MiB where GiB would show nothing."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
 def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
-    """Refuse a GPU of a compute capability that cannot run the configured layers.
-
-    Raises:
-        UserError: Naming the key, the rule and the remedy.
-    """
+    """Refuse a GPU of a compute capability that cannot run the configured layers."""
     for bits in config.quantize.bits:
         needed = NEEDED_CAPABILITY.get(bits, (0, 0))
         if capability < needed:
@@ -321,18 +276,7 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
 def check_device(
     capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
 ) -> None:
-    """Refuse a device that cannot train and run the pruned model.
-
-    Args:
-        capability: Compute capability of the GPU; None of a CPU.
-        config: The configuration.
-        model_config: Of the model before the cut.
-        cuts: The cuts that are made.
-        packs: Whether later stages use the pruned model.
-
-    Raises:
-        UserError: Naming the key, the rule and the remedy.
-    """
+    """Refuse a device, a CPU or a GPU of this compute capability, that cannot train and run the pruned model."""
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     for cut in cuts if packs else ():

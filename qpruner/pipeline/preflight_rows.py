@@ -38,36 +38,23 @@ FEW_QUESTIONS = 40
 """An accuracy over fewer has a standard error of up to 0.08 and more, beyond most differences between plans."""
 LONGEST_HEADING = 5
 """Words of a line that may stand in two texts."""
-Questions = dict[str, list[str]]
-"""Texts of each task's questions."""
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Counts of samples and questions.
-
-    Attributes:
-        samples: Of `importance` and `sensitivity`.
-        questions: By use (`search`, `fresh`, `test`) and task.
-        sample_length: Tokens of the longest importance sample, at most.
-    """
+    """Counts of samples (`importance`, `sensitivity`) and of questions by use (`search`, `fresh`, `test`) and task."""
 
     samples: dict[str, int]
     questions: dict[str, dict[str, int]]
     sample_length: int
+    """Tokens of the longest importance sample, at most."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """Every row and question that a run will use.
 
-    Attributes:
-        examples: Rows by split.
-        questions: Texts of questions by use: they score trials (`search`), choose the winner (`fresh`) or test
-            (`evaluate`).
-        asked: Numbers of questions, as `RowCounts.questions`.
-        metrics: lm-eval's metric of each task, by section (`search`, `evaluate`).
-        warnings: Remarks on what will work, but perhaps not as hoped.
+    Questions score trials (`search`), choose the winner (`fresh`) or test models (`evaluate`).
     """
 
     examples: dict[str, list[Example]]
@@ -88,14 +75,18 @@ def check_rows(config: RunConfig) -> Rows:
     tasks: dict[str, dict[str, TaskQuestions]]
     loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
     examples, left_out = loaded
-    asked = _asked_questions(config, tasks)
+    limit = config.search.limit
+    asked = {
+        "search": {name: task.texts[:limit] for name, task in tasks["search"].items()},
+        "fresh": {name: task.texts[limit:] for name, task in tasks["search"].items() if config.search.by_accuracy},
+        "evaluate": {name: task.texts for name, task in tasks["evaluate"].items()},
+    }
     words = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
     _check_overlap(config, examples, words)
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     doubtful = (
-        *_without_response(examples),
-        *_without_room(config, examples),
+        *_remarks_on_splits(config, examples),
         *_few_tokens(config, examples),
         *_few_questions(words),
     )
@@ -147,22 +138,17 @@ def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
     ]
 
 
-def _without_response(examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn of rows without an answer: their column is empty, or they lack it."""
-    for split in SPLITS:
-        empty = [row for row in examples[split] if row.format != "text" and not row.response.strip()]
-        if empty:
-            yield (
-                f"{counted(len(empty), 'row')} of `data.{split}` of {len(examples[split])} have no response, such as "
-                f"{empty[0].prompt[:90]!r}: they teach to say nothing; fill them or leave them out"
-            )
-
-
-def _without_room(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn that prompts leave no room for a response, by about how many tokens they have."""
+def _remarks_on_splits(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
+    """Warn of rows without an answer, and of prompts that leave no room for one, by about how many tokens they have."""
     longest = config.data.max_length
     for split in SPLITS:
         rows = examples[split]
+        empty = [row for row in rows if row.format != "text" and not row.response.strip()]
+        if empty:
+            yield (
+                f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, such as "
+                f"{empty[0].prompt[:90]!r}: they teach to say nothing; fill them or leave them out"
+            )
         lost = sum(about_tokens(row)[0] >= longest for row in rows)
         if lost > MOST_LOST * len(rows):
             yield (
@@ -250,18 +236,14 @@ def size_of_importance_samples(
         asked["num_samples"] = examples["calibration"]
     for key, rows in asked.items():
         if (wanted := getattr(calibration, key)) > len(rows):
+            source = "`calibration.data`" if calibration.data and key == "num_samples" else "`data.train`"
             raise UserError(
                 f"`calibration.{key}` asks for {wanted} rows, but there {'is' if len(rows) == 1 else 'are'} "
-                f"{counted(len(rows), 'row')} of {_source_of(config, key)}: ask for fewer or give more"
+                f"{counted(len(rows), 'row')} of {source}: ask for fewer or give more"
             )
     if given:
         return len(given), max(len(sample["input_ids"]) for sample in given)
     return calibration.num_samples, calibration.max_length
-
-
-def _source_of(config: RunConfig, key: str) -> str:
-    """Name the source of the rows that a key of `calibration` counts."""
-    return "`calibration.data`" if config.calibration.data and key == "num_samples" else "`data.train`"
 
 
 def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
@@ -309,29 +291,13 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
         ),
         lambda: task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
     )
-    if search.by_accuracy:
-        _check_fresh_questions(looked_at, search.limit)
-    return {"search": looked_at, "evaluate": tested}
-
-
-def _asked_questions(config: RunConfig, tasks: dict[str, dict[str, TaskQuestions]]) -> dict[str, Questions]:
-    """Split the questions: they score trials (`search`), choose the winner (`fresh`) or test models (`evaluate`)."""
-    limit, looked_at = config.search.limit, tasks["search"]
-    return {
-        "search": {name: task.texts[:limit] for name, task in looked_at.items()},
-        "fresh": {name: task.texts[limit:] for name, task in looked_at.items()} if config.search.by_accuracy else {},
-        "evaluate": {name: task.texts for name, task in tasks["evaluate"].items()},
-    }
-
-
-def _check_fresh_questions(tasks: dict[str, TaskQuestions], limit: int | None) -> None:
-    """Refuse a task that has fewer further questions to choose the winner by than the trials are asked."""
-    for name, task in tasks.items():
-        if limit is not None and len(task.texts) < 2 * limit:
+    for name, task in looked_at.items() if search.by_accuracy else ():
+        if search.limit is not None and len(task.texts) < 2 * search.limit:
             raise UserError(
                 f"`search.limit` must leave as many questions of every task again to choose the winner by: {name} has "
-                f"{len(task.texts)}, got {limit}; lower it to {len(task.texts) // 2} or less"
+                f"{len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2} or less"
             )
+    return {"search": looked_at, "evaluate": tested}
 
 
 def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
