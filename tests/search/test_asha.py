@@ -6,7 +6,7 @@ Ray's own ASHA code runs here. Of a trial it looks at nothing but the id, and we
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,9 @@ def plan_of(index: int) -> PrecisionPlan:
 
 def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: bool = False) -> RunConfig:
     raw = raw_config(Path("model"), Path("run"))
-    for key, value in (
-        ("search.steps", steps),
-        ("search.reduction_factor", factor),
-        ("search.tasks", ["piqa"]),
-        ("search.limit", 10),
-        ("search.metric", metric),
-        ("search.pareto", pareto),
-    ):
-        raw = with_key(raw, key, value)
+    values = {"steps": steps, "reduction_factor": factor, "metric": metric, "pareto": pareto}
+    for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items():
+        raw = with_key(raw, f"search.{key}", value)
     return validate_config(raw)
 
 
@@ -164,15 +158,6 @@ def test_recorded_rungs_set_the_cutoff() -> None:
     assert [session.report(14, rung(step, 0.1)) for step in (1, 2, 4, 8)] == [CONTINUE] * 3 + [STOP]
 
 
-def test_a_recorded_plan_over_the_budget_stops_nobody() -> None:
-    """A search with a larger budget was here before: its plans score better because they are larger."""
-    large, small = 0b11111111, 0b00000111
-    recorded = [record(large, "finished", [rung(step, 0.1) for step in (1, 2, 4, 8)])]
-    assert Session(config_of(), recorded).report(small, rung(1, 0.5)) == STOP
-    space = replace(SPACE, budget_bytes=SPACE.plan_bytes(plan_of(small)))
-    assert Session(config_of(), recorded, space).report(small, rung(1, 0.5)) == CONTINUE
-
-
 def test_a_stopped_trials_score_does_not_sink_to_lower_rungs() -> None:
     """Ray enters a trial's last score again when it ends; under its new id, a resumed trial is new to lower rungs."""
     recorded = [
@@ -241,9 +226,8 @@ def values_of(seed: int) -> np.ndarray:
     return plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
 
 
-@pytest.mark.parametrize(("steps", "metric"), [(8, "loss"), (6, "accuracy")])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, metric: str) -> None:
+@pytest.mark.parametrize(("steps", "metric", "seed"), [(8, "loss", 0), (6, "accuracy", 1)])
+def test_an_interruption_anywhere_changes_no_decision(steps: int, metric: str, seed: int) -> None:
     config = config_of(steps=steps, metric=metric)
     undisturbed = Search(config, values_of(seed))
     undisturbed.run()
@@ -254,7 +238,3 @@ def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, met
         interrupted.run([place])
         assert interrupted.decisions == undisturbed.decisions, f"interrupted after {place}"
         assert interrupted.records == undisturbed.records
-    # And a search that is interrupted at every turn.
-    interrupted = Search(config, values_of(seed))
-    interrupted.run(undisturbed.decisions)
-    assert interrupted.decisions == undisturbed.decisions

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import raw_config
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 
@@ -29,13 +29,11 @@ from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.errors import NodeDiffers, StageError
+from qpruner.errors import NodeDiffers
 from qpruner.pipeline.run import preview, run
-from qpruner.runs import events
 from qpruner.runs.events import Emit, Event, Message, TableMade
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
@@ -228,32 +226,6 @@ def test_a_node_that_joined_after_the_probe_is_refused(
     assert f"{late[0].node_id[:8]})" in caught.value.cause
     assert not (tmp_path / "run" / "records").exists()
     assert command is not previewed or not (tmp_path / "run").exists(), "a preview leaves nothing"
-
-
-def test_a_folder_that_is_not_shared_is_refused(
-    cluster: Raylets, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The shared folder is gone from the node while it works, and whatever is written there goes to its own disk."""
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 1.0)
-    raw = raw_config(tiny_model, tmp_path / "run")
-    # Many passes, so that the fault comes between the first and the last.
-    for key, value in {"num_samples": 64, "max_length": 16, "batch_size": 1}.items():
-        raw = with_key(raw, f"calibration.{key}", value)
-    config = validate_config(raw)
-    node = with_mounts(cluster, ":")
-    cluster.kill_machine(cluster.nodes[0])
-    gone = []
-
-    def unmount_once(event: Event) -> None:
-        if isinstance(event, events.Progress) and event.detail == "importance" and not gone:
-            raylet = str(node.all_processes["raylet"][0].process.pid)
-            mount = ["mount", "-t", "tmpfs", "apart", config.output]
-            gone.append(subprocess.run(["nsenter", "-t", raylet, "-m", *mount], check=True))
-
-    with pytest.raises(StageError, match="was written on another machine and is not here") as caught:
-        run(config, unmount_once, cluster.address, until="prune")
-    assert gone and caught.value.stage == "prune" and "mount the folder" in caught.value.remedy
-    assert not (tmp_path / "run" / "records" / "prune.json").exists()
 
 
 @pytest.mark.parametrize(
