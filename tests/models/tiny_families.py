@@ -167,7 +167,7 @@ def with_output_biases(name: str) -> PreTrainedModel:
     return model
 
 
-# Cuts -----------------------------------------------------------------------------------------------------------------
+# ---- cuts
 
 
 def kept_of(name: str) -> Kept:
@@ -205,7 +205,7 @@ def has_experts(name: str, index: int) -> bool:
     return family_name(name) in MIXTURES and index not in dense.get(name, ())
 
 
-# What a cut must do ---------------------------------------------------------------------------------------------------
+# ---- what a cut must do
 
 
 def blocks_of(model: PreTrainedModel) -> Any:
@@ -326,7 +326,7 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# Looking at models ----------------------------------------------------------------------------------------------------
+# ---- looking at models
 
 
 def prompt() -> torch.Tensor:

@@ -134,7 +134,7 @@ def test_what_is_not_said_follows_from_what_is(given: dict[str, Any], implied: d
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("round_to", [32, 64, 128])
+@pytest.mark.parametrize("round_to", [32, 128])
 def test_the_rate_is_met_to_within_a_multiple_of_channels(selection: str, round_to: int) -> None:
     model = decoder(intermediate_size=512)
     before = num_parameters(model)
@@ -146,29 +146,8 @@ def test_the_rate_is_met_to_within_a_multiple_of_channels(selection: str, round_
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
-def test_a_half_precision_checkpoint_loses_the_rate_too(tiny_model: Path, selection: str, importance: str) -> None:
-    """The widths of the search are those of this model: bfloat16, two key/value heads, multiples of 64."""
-    model = load_dense(str(tiny_model), "bfloat16")
-    before = num_parameters(model)
-    channel = unit_sizes(model, range(1), ("attention", "mlp"))[0]["mlp"].parameters
-    settings = settings_of(rate=0.2, selection=selection, importance=importance, round_to=64)
-    pruned = prune(model, settings, Samples(rows_of((20, 20)), 1, 2))
-    assert abs(before - pruned.parameters_after - 0.2 * before) <= channel * 64
-    assert model.dtype == torch.bfloat16
-
-
-def test_a_bias_that_compensation_adds_is_made_up_for() -> None:
-    model = decoder()
-    before = num_parameters(model)
-    pruned = prune(model, settings_of(rate=0.2, compensation="bias"), samples_of())
-    assert any(name.endswith("bias") for name, _ in model.named_parameters())
-    assert abs(before - num_parameters(pruned.model) - 0.2 * before) <= CHANNEL
-
-
-@pytest.mark.parametrize("selection", ["per_layer", "global"])
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.2])
-def test_where_the_grid_is_coarse_the_nearest_possible_rate_is_achieved(rate: float, selection: str) -> None:
+def test_a_coarse_grid_reaches_the_nearest_rate(rate: float, selection: str) -> None:
     """Three key/value heads and nothing else: SmolLM2-135M's attention."""
     model = decoder(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
     before = num_parameters(model)
@@ -242,20 +221,6 @@ def test_blocks_outside_the_range_keep_their_weights(options: dict[str, Any], wh
         assert is_same == (index in whole)
 
 
-@pytest.mark.parametrize(("units", "other"), [("attention", "mlp"), ("mlp", "attention")])
-def test_only_the_named_kind_is_cut(units: str, other: str) -> None:
-    model = decoder()
-    pruned = prune(model, settings_of(rate=0.15, units=[units]), samples_of())
-    assert {tuple(kinds) for kinds in pruned.kept.values()} == {(units,)}
-    layers = model.model.layers
-    is_whole = {
-        "attention": {block.self_attn.k_proj.out_features for block in layers} == {32},
-        "mlp": {block.mlp.up_proj.out_features for block in layers} == {64},
-    }
-    assert is_whole[other]
-    assert not is_whole[units]
-
-
 def test_random_units_are_those_of_the_seed() -> None:
     settings = settings_of(rate=0.3, importance="random")
     first, again, other = (prune(decoder(), settings, samples_of(), seed=seed).kept for seed in (1, 1, 2))
@@ -303,17 +268,10 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     assert {kind: len(values) for kind, values in stepped.scores[0].items()} == {"attention": 4, "mlp": 64}
 
 
-@pytest.mark.parametrize("options", [{"layer_rate": 0.5}, {"rate": 0.4, "uniform": True, "round_to": 8}], ids=str)
-def test_steps_keep_to_what_one_step_promises(options: dict[str, Any]) -> None:
-    once, stepped = (prune(decoder(), settings_of(steps=steps, **options), samples_of()) for steps in (1, 4))
-    assert widths(stepped) == widths(once)
-    assert stepped.model.config.is_heterogeneous == once.model.config.is_heterogeneous
-
-
 # ---- every block alike
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("compensation", ["none", "least_squares"])
 def test_uniform_widths_make_a_plain_config(rate: float, compensation: str, tmp_path: Path) -> None:
     """Every block alike, so the config has no entry by block: and what a plain Llama may not be, it never becomes."""
@@ -417,7 +375,7 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     }
 
 
-def test_where_scores_decide_the_config_is_what_it_is_on_average() -> None:
+def test_under_global_selection_the_config_is_the_average() -> None:
     from transformers import AutoModelForCausalLM
 
     settings, model = settings_of(rate=0.3, selection="global"), decoder()
@@ -553,7 +511,7 @@ def test_what_stacked_experts_cannot_do_is_refused(options: dict[str, Any], said
     [(("attention", "mlp"), "none"), (("expert",), "none"), (("attention",), "least_squares")],
     ids=str,
 )
-def test_experts_are_cut_by_default_with_nothing_made_up_for(units: Any, expected: str) -> None:
+def test_experts_get_no_compensation_by_default(units: Any, expected: str) -> None:
     """What only linear layers can have is no default for those that have none."""
     model, settings = tiny("mixtral"), PruneConfig(rate=0.1, units=units, round_to=8)
     assert planned_cut(model.config, settings).settings.compensates_by == expected
@@ -591,7 +549,7 @@ def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> No
         expected_config(model_config, settings_of(rate=float(told) + 0.1, **options))
 
 
-def test_no_highest_rate_is_told_where_fewer_blocks_would_go_at_it() -> None:
+def test_no_highest_rate_is_named_beside_dropped_blocks() -> None:
     settings = settings_of(rate=0.9, units=["block", "attention"], depth_share=0.5)
     with pytest.raises(UserError, match=r"at most .* can .*\(once \d whole blocks? went") as caught:
         expected_config(tiny(num_hidden_layers=6).config, settings)
@@ -632,7 +590,7 @@ def _share_with_the_head(model: PreTrainedModel) -> None:
         (_share_with_the_head, ("model.layers.1.self_attn.o_proj.weight", "model.norm.weight")),
     ],
 )
-def test_weights_that_a_cut_would_break_for_another_block_are_refused(share: Any, names: tuple[str, ...]) -> None:
+def test_shared_weights_are_refused(share: Any, names: tuple[str, ...]) -> None:
     model = decoder()
     share(model)
     with pytest.raises(UserError, match=r"one shared \(tied\) weight.*untie them, or leave pruning out") as caught:
@@ -669,9 +627,7 @@ def test_a_tied_output_head_is_no_obstacle() -> None:
     ],
     ids=str,
 )
-def test_what_a_model_cannot_meet_is_refused_before_and_after_its_weights_are_read(
-    name: str, options: dict[str, Any], said: str
-) -> None:
+def test_what_a_model_cannot_meet_is_refused(name: str, options: dict[str, Any], said: str) -> None:
     """And the model is as it was."""
     grouped = {"num_key_value_heads": 4} if name == "llama" else {}
     model, settings = tiny(name, **grouped), settings_of(**options)

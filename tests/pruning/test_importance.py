@@ -229,7 +229,7 @@ def test_the_last_matrix_of_an_expert_is_its_output_projection() -> None:
 
 @pytest.mark.parametrize("importance", ["fluctuation", "activation_norm"])
 @pytest.mark.parametrize("batch_size", [2, 8])
-def test_what_reaches_the_output_projections_is_weighted_by_their_columns(
+def test_output_inputs_are_weighted_by_columns(
     model: PreTrainedModel, samples: Samples, importance: str, batch_size: int
 ) -> None:
     """FLAP's variance and Wanda's norm, each over all real tokens however they were batched."""
@@ -324,7 +324,7 @@ def test_a_gradient_is_weighed_in_one_more_tensor_of_its_size(order: str) -> Non
     assert peak.bytes() < 10 * num_weights, peak.bytes() / num_weights
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_mask_gradient_is_the_sum_of_weight_times_gradient(name: str, dim: int, samples: Samples) -> None:
     """Of every row, or column, of a linear layer, for each sample by itself; biases, windows and padding included."""
@@ -395,27 +395,10 @@ def test_gradients_add_up_over_batches(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        {"importance": "magnitude"},
-        {"importance": "fisher"},
-        {"importance": "fisher", "aggregation": "vector"},
-        {"importance": "taylor"},
-        {"importance": "fluctuation"},
-        {"importance": "activation_norm"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("criterion", [{"importance": "magnitude"}, {"importance": "fisher"}], ids=str)
 @pytest.mark.parametrize(
     "name",
-    [
-        "model.layers.1.mlp.down_proj",
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.2.input_layernorm",
-        "model.embed_tokens",
-        "model.norm",
-    ],
+    ["model.layers.1.mlp.down_proj", "model.layers.2.input_layernorm", "model.embed_tokens"],
 )
 def test_a_broken_weight_is_named(
     model: PreTrainedModel, samples: Samples, name: str, criterion: dict[str, str], bad: float
