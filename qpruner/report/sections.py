@@ -16,7 +16,7 @@ from qpruner.report.plots.search import Shown, best_so_far, front
 from qpruner.report.search_progress import score, score_title, shown_together
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
-from qpruner.search.trial_records import remedy_of
+from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
 STEPS_NOTE = (
@@ -125,7 +125,7 @@ def search_text(search: SearchRecord) -> list[str]:
         before = counted(search.resumed, "trial")
         told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
     if search.failures:
-        failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
+        failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
     return [told, _who_won(search)]
 
