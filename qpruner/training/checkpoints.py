@@ -80,9 +80,9 @@ def is_damaged(checkpoint: Path) -> bool:
     """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
     try:
         verify_folder(checkpoint)
+        return False
     except CorruptFile:
         return True
-    return False
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:

@@ -45,19 +45,9 @@ def score_tasks(
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory, with or without adapters.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        tasks: Task or group names.
-        settings: Folder of further task files, and requests a forward pass.
-        limit: Questions of each task, all if None.
-        num_fewshot: Worked examples before each question.
-        skip: Questions of each task before those; every task must have more.
-        metric: The metric of every `TaskScore`; None takes the first of `METRICS` that the task reports.
-        on_progress: Called with answered and all requests (a question's choices, or a generation).
-
-    Returns:
-        One score a task (the subtasks of a group one by one), with every metric that it reports.
+    `skip` and `limit` choose questions of each task, all after the first `skip` (every task must have more) if `limit`
+    is None. `metric` None takes the first of `METRICS` that a task reports. `on_progress` gets answered and all
+    requests (a question's choices, or a generation). Returns one score a task (the subtasks of a group one by one).
     """
     from lm_eval import simple_evaluate
 
@@ -153,13 +143,11 @@ def task_questions(
             "mend the task's file or data, mind the network where they are on the hub, or name another task"
         ) from error
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
-    questions: dict[str, TaskQuestions] = {}
+    questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
     for name, task in loaded.items():
-        texts = []
         for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
             _check_answer(task, doc, f"`{key}`: question {number} of task `{name}`")
-            texts.append(_question(task, doc))
-        questions[name] = TaskQuestions(texts, used[name])
+            questions[name].texts.append(_question(task, doc))
     return questions
 
 

@@ -100,19 +100,11 @@ def finetune(
     listener: Listener | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train the adapters in place.
+    """Train the adapters that `attach_adapters` made in place.
 
-    Args:
-        model: What `attach_adapters` made.
-        rows: Encoded training rows, the same in every process.
-        settings: Optimizer settings; `batch_size` is that of all processes together.
-        schedule: Length, rungs and checkpoints.
-        output: Folder for checkpoints.
-        seed: Seeds data order and dropout.
-        pad_id: Padding token.
-        start: A checkpoint of this very training to resume from; of several processes the first one's counts.
-        listener: Callbacks for steps, checkpoints and rungs.
-        callbacks: Further callbacks of transformers.
+    `rows` are the same in every process, `settings.batch_size` is that of all processes together, and `seed` that of
+    data order and dropout. `start` is a checkpoint of this very training to resume from; of several processes the first
+    one's counts. Checkpoints go to `output`.
 
     Raises:
         TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than

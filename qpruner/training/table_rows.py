@@ -111,10 +111,8 @@ class FinetuneOutcome:
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     """Fine-tune a row from its LoftQ start on all training rows and save the adapter; resumes from a checkpoint.
 
-    Checkpoints stay until the driver has recorded the outcome.
-
-    Raises:
-        TakenOver: If another process has started the same fine-tune, before anything more is written.
+    Checkpoints stay until the driver has recorded the outcome. `TakenOver` is raised before anything more is written if
+    another process has started the same fine-tune.
     """
     # Imported before memory is measured: the rise should be the model's, not the libraries'.
     import peft  # noqa: F401
@@ -215,9 +213,9 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """Fine-tuned rows of different models that take turns in one process.
+    """Fine-tuned rows of different models that take turns in one process; `progress` is a file for `done total`.
 
-    The prompt is the beginning of the confirmation rows in `data`; `progress` is a file for `done total` of the turns.
+    The prompt is the beginning of the confirmation rows in `data`.
     """
 
     config: RunConfig

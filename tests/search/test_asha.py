@@ -170,20 +170,6 @@ def test_a_stopped_trials_score_does_not_sink_to_lower_rungs() -> None:
     assert session.report(12, rung(1, 0.9)) == STOP
 
 
-def test_a_resumed_trial_is_entered_once() -> None:
-    """Its worker died after the rung was decided on; its last rung is reported again."""
-    session = Session(config_of())
-    assert [session.report(10 + index, rung(1, value)) for index, value in enumerate((1.0, 0.9))] == [
-        CONTINUE,
-        CONTINUE,
-    ]
-    session.trials[11] = RayTrial("ray-of-another-worker", session.trials[11].config)
-    session.scheduler.on_trial_add(None, session.trials[11])
-    assert session.report(11, rung(1, 0.9)) == CONTINUE
-    # With 0.9 in there twice, the median of rung 1 would be 0.9 and not 0.95.
-    assert session.report(12, rung(1, 0.94)) == CONTINUE
-
-
 @dataclass
 class Search:
     """Trials one after the other, each recorded before it is reported, as the trainable and the searcher do it."""

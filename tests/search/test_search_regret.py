@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,22 +119,6 @@ def test_regret_is_a_share_of_the_range(table: Path) -> None:
     assert row.ends_best == pytest.approx(1 / 3)
     assert row.wasted == pytest.approx(3 / 10)
     assert row.area[1] == pytest.approx((0.5 + 0.3 + 62 * 0.02) / 64)
-
-
-def test_the_returned_plan_is_best_on_fresh_rows(table: Path) -> None:
-    # (loss, score, fresh): the third trial was lucky when it was scored, the fourth when it was scored again, and the
-    # best plan of all was unlucky.
-    told = [(3.0, 3.3, 3.0), (3.2, 3.2, 3.2), (3.4, 3.0, 3.4), (3.3, 3.1, 2.9), (3.5, 3.4, 3.5)]
-    trials = [EndedTrial(at, *each, False, True, 0) for at, each in enumerate(told)]
-    done = replace(replayed(task(table), [3.0]), trials=trials)
-    # Of up to three trials the best on fresh rows is returned; of five, the best of three, the first not among them.
-    assert done.returned() == [3.0, 3.0, 3.0, 3.3, 3.3]
-    # A control is scored again whatever its score.
-    control = replace(done, trials=[replace(trials[0], control=True, fresh=2.8), *trials[1:]])
-    assert control.returned() == [3.0] * 5
-    # What ASHA stopped is not returned.
-    stopped = replace(done, trials=[*trials[:3], replace(trials[3], finished=False), trials[4]])
-    assert stopped.returned() == [3.0] * 5
 
 
 def test_asha_stops_poor_trials_and_no_control(table: Path) -> None:

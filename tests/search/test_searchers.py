@@ -140,22 +140,7 @@ def test_a_small_space_is_tried_out_and_then_it_is_over(make: MakeProposer) -> N
     assert ledger.next() is None
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """A searcher that goes on from the last result it is told: the least it takes for the order to matter."""
-
-    space: PlanSpace
-    seed: int
-    name: str = "neighbour"
-
-    def propose(self, index: int, history: History) -> Proposal:
-        told = history.observations
-        bits = list(told[-1].plan.bits if told else self.space.uniform(8).bits)
-        bits[index % len(bits)] = 12 - bits[index % len(bits)]
-        return Proposal(PrecisionPlan(self.space.groups, tuple(bits)))
-
-
-@pytest.mark.parametrize("make", [*map(maker, NAMES), Neighbour], ids=[*NAMES, "neighbour"])
+@PROPOSERS
 def test_the_order_in_which_results_arrive_does_not_matter(make: MakeProposer) -> None:
     """On a cluster the same trials end in another order every time."""
     space = space_of(10)
@@ -276,17 +261,6 @@ def test_what_was_running_goes_on_first(make: MakeProposer) -> None:
     assert fresh == ledger.next()
     assert fresh.index == 7
     assert fresh.plan not in {item.plan for item in before}
-
-
-def test_trials_of_another_budget_are_known_but_do_not_count() -> None:
-    space = space_of(9)
-    others = run(ledger_of(space, RandomProposer))
-    ledger = ledger_of(space, RandomProposer, max_trials=4)
-    for suggestion in others:
-        ledger.recall(suggestion, rungs_of(suggestion), counts=False)
-    following = run(ledger)
-    assert len(following) == 4
-    assert not {item.plan for item in following} & {item.plan for item in others}
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import disk_of, full_until_noticed
+from conftest import disk_of
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 from test_search_stage import trial as finished
@@ -162,27 +161,6 @@ def test_a_search_that_lost_its_lock_leaves_others_trials(joined: tuple[Raylets,
     assert (first.status, second) == ("finished", theirs)
 
 
-def test_a_worker_without_storage_does_not_count_as_killed(
-    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
-) -> None:
-    """There is room again when the driver notices that it has none either."""
-    with ExitStack() as stack:
-
-        def room() -> int:
-            if (tmp_path / "begun").exists() and not (tmp_path / "full").exists():
-                stack.enter_context(full_until_noticed(disk))
-                (tmp_path / "full").touch()
-            return 1
-
-        job = one_trial_on(disk, tmp_path, once="full")
-        with pytest.raises(StageError, match=r"trial 0: no space left .* \(on 127\.0\.0\.1 "):
-            search(job, within(room), lambda event: None)
-    (trial,) = read_trials(job.trials)
-    assert (trial.status, trial.failure, trial.kills) == ("failed", "storage", 0)
-    outcome = search(job, within(lambda: 1), lambda event: None)
-    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
-
-
 def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:
     """transformers tells of a missing file without the system's number, as of any other mistake."""
     (disk / "config.json").write_text('{"model_type": "llama"}')
@@ -218,12 +196,6 @@ def slow_to_end(folder: Path, seconds: float, **settings: object) -> SearchJob:
 def processes(folder: Path) -> set[str]:
     """Those that trials of `slow_to_end` ran in."""
     return {path.name.split("-")[1] for path in folder.glob("made-*")}
-
-
-def test_a_trial_waits_for_a_slow_worker(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    outcome = search(slow_to_end(tmp_path, seconds=5.0), within(lambda: 1), lambda event: None)
-    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)] * 2
-    assert len(processes(tmp_path)) == 1
 
 
 def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
