@@ -15,7 +15,7 @@ from qpruner.report.results_json import summary_of, summary_text
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import exists, fetch_file, publish_folder, published_folders, write_text
+from qpruner.runs.storage import exists, fetch_file, published_folders, storage_at, write_text
 
 CARD = "final/README.md"
 PICTURES = "pictures"
@@ -35,7 +35,7 @@ def write_report(run_dir: RunDir) -> Path:
     plots = list(charts(run, _importances(run_dir, scratch) if run.results.prune else None))
     for plot in plots:
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
-    publish_folder(scratch, run_dir.root / PICTURES)
+    storage_at(run_dir.root / PICTURES).publish(scratch)
     listed = sections(run, plots, yaml.safe_dump(run.state.config, sort_keys=False))
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
