@@ -133,7 +133,7 @@ def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
 
 def _least(work: Callable[[], None]) -> float:
     """Time some work: the least of a few tries, since what else the machine does only adds."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken = []
     for _ in range(1 + REPEATS):
         wait()

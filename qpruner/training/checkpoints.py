@@ -17,14 +17,13 @@ from qpruner.runs.storage import (
     file_digest,
     folder_digests,
     list_path,
-    publish_folder,
     published_folders,
-    put_folder,
     read_existing,
     remove,
     retry_storage,
     share_files,
     staging_path,
+    storage_at,
     verify_folder,
     write_json,
     write_text,
@@ -77,12 +76,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Whether a checkpoint is not as it was saved; one whose process was killed before it listed the files is not."""
+    """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
     try:
         verify_folder(checkpoint)
+        return False
     except CorruptFile:
         return True
-    return False
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
@@ -102,22 +101,20 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
             for old in set(folder.glob(f"*{FILES}")) - {list_path(checkpoint)}:
                 old.unlink()
             share_files(checkpoint)
-            write_text(list_path(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
+            # Each worker has its own random state, and may save it later.
+            digests = folder_digests(checkpoint).items()
+            found = {name: digest for name, digest in digests if not name.startswith("rng_state")}
+            write_text(list_path(checkpoint), FileList(sha256=found).model_dump_json())
         return
     if share.processes > 1:
         distributed.barrier()  # each has saved its random state
     if share.rank > 0:
         return
-    put_folder(checkpoint, folder / checkpoint.name)
+    storage_at(folder / checkpoint.name).put_folder(checkpoint)
     ownership.check()  # uploading took its time
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    """Digest what a fine-tune resumes from; each worker has its own random state, and may save it later."""
-    return {name: digest for name, digest in folder_digests(checkpoint).items() if not name.startswith("rng_state")}
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
@@ -127,16 +124,12 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
         retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)
     ownership.check()
-    publish_folder(aside, adapter)
+    storage_at(adapter).publish(aside)
     return digest
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved adapter weights into a model that has adapters.
-
-    Raises:
-        CorruptFile: If the file is missing or cut short.
-    """
+    """Load saved adapter weights into a model that has adapters; `CorruptFile` if they are missing or cut short."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

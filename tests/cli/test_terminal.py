@@ -28,7 +28,7 @@ from qpruner.wording import duration
 TELL = """
 import sys, time
 sys.path[:0] = sys.argv[1:3]
-from recorded_runs import planned, trials
+from made_run import planned, trials
 from qpruner.runs import events
 from qpruner.cli.terminal import Terminal
 with Terminal(quiet="quiet" in sys.argv) as terminal:
@@ -261,7 +261,7 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     seen = re.sub(r"\x1b\[[0-9;]*m", "", colored)
     assert "\u2026" not in seen and max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
-    plan = [line.split()[-1] for line in first.splitlines()[2:] if line.split()]
+    plan = [line.split()[-1] for line in first.splitlines() if line.split()]
     assert "".join(part for part in plan if set(part) <= {"4", "8"}) == bar(made.trials[0]), "whole, in several lines"
 
 
