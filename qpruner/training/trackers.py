@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def without_key(text: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    return without_key((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return without_key(first_line(error))
 
 
 class Guard:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import struct
 import tracemalloc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from qpruner.data.encoding import (
+    calibration_samples,
     collate,
     encode,
     load_encoded,
     pack,
-    packed_samples,
     row_lengths,
-    row_samples,
     save_encoded,
 )
 from qpruner.data.sources import Example
@@ -189,10 +188,10 @@ def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
         assert torch.isfinite(torch.nn.functional.cross_entropy(torch.zeros(3, 50), shifted, ignore_index=IGNORED))
 
 
-@pytest.mark.parametrize("take", [packed_samples, row_samples])
-def test_calibration_predicts_responses_only(take: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_calibration_predicts_responses_only(packing: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
-    samples = take(rows, tokenizer, 3, 160, "alpaca", True)
+    samples = calibration_samples(rows, tokenizer, 3, 160, "alpaca", True, packing)
     words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
     assert "purple" in words
     assert "Name the colour" not in words and "Instruction" not in words
@@ -202,18 +201,18 @@ def test_calibration_predicts_responses_only(take: Any, tokenizer: PreTrainedTok
 
 def test_packed_samples_without_a_response_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
-    samples = packed_samples(rows, tokenizer, 4, 16, "alpaca", True)
+    samples = calibration_samples(rows, tokenizer, 4, 16, "alpaca", True, packing=True)
     assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
     assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
     with pytest.raises(UserError, match="make 4 with a token to predict"):
-        packed_samples(rows, tokenizer, 5, 16, "alpaca", True)
+        calibration_samples(rows, tokenizer, 5, 16, "alpaca", True, packing=True)
 
 
-@pytest.mark.parametrize("take", [packed_samples, row_samples])
-def test_calibration_text_skips_blank_lines(take: Any, with_bos: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_calibration_text_skips_blank_lines(packing: bool, with_bos: PreTrainedTokenizerBase) -> None:
     """Half the rows of WikiText are blank: each would be a beginning of sequence and nothing else."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
-    samples = take(rows, with_bos, 2, 8, "alpaca", True)
+    samples = calibration_samples(rows, with_bos, 2, 8, "alpaca", True, packing)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one for each row with words"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"

@@ -167,14 +167,14 @@ def test_columns_that_are_not_there(tmp_path: Path, row: dict[str, Any], source:
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("rows.xlsx", "PK", "give a .jsonl, .json, .parquet, .csv, .tsv or .txt file"),
+        ("rows.xlsx", "PK", "give a .jsonl or .json or .parquet or .csv or .tsv or .txt file"),
         ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
         (
             "short.csv",
             "instruction,input,output\na,b\n",
             "line 2 has 2 cells, its header 3 (instruction, input, output): an empty cell has its ','",
         ),
-        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "line 3 is no UTF-8: save the file as UTF-8"),
+        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "it is no UTF-8: save the file as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),

@@ -22,7 +22,7 @@ from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.plans.plan import LinearShape, PrecisionPlan, check_cpu_widths
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.quantization.mixed import pack, replace_linears, unpack
+from qpruner.quantization.mixed import pack, unpack
 
 MIXED = (4, 8, 16, 8, 4)
 LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
@@ -224,12 +224,6 @@ def test_every_width_is_decoded_rightly_or_refused() -> None:
             assert error < 0.15, columns
     with pytest.raises(UserError, match="layer has 80 columns"):
         check_cpu_widths([LinearShape("layer", 64, 80)])
-
-
-def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
-    model = load_dense(str(tiny_model), DTYPE)
-    with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
-        replace_linears(model, {"model.embed_tokens": 8}, torch.bfloat16, double_quant=False)
 
 
 def test_a_final_folder_keeps_the_generation_config(

@@ -15,10 +15,17 @@ from qpruner.config.schema import LoraConfig
 from qpruner.data.calibration import Samples
 from qpruner.models import ragged
 from qpruner.models.layout import group_linears
-from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
+from qpruner.quantization.bank import (
+    BankIndex,
+    EntrySettings,
+    IndexEntry,
+    Starts,
+    build_entry,
+    write_entry,
+    write_index,
+)
 from qpruner.runs.storage import file_digest
 from qpruner.sensitivity.methods import Subject
-from qpruner.sensitivity.starts import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

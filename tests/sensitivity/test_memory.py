@@ -20,10 +20,10 @@ from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
+from qpruner.quantization.bank import Starts
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_information
-from qpruner.sensitivity.starts import Starts
 
 LENGTH = 64
 SHAPES: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.sensitivity import seed_origin, seed_plan
+from qpruner.sensitivity.seeds import seed_origin, seed_plan
 
 SIZES = {4: 40, 8: 70, 16: 130}
 
