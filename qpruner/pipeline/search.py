@@ -43,8 +43,8 @@ from qpruner.runs.records import (
 )
 from qpruner.runs.storage import write_json
 from qpruner.search.choice import controls_of
-from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
+    Materials,
     read_trials,
     readable_trials,
     restart_if_damaged,
