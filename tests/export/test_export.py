@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
-from qpruner import pipeline
 from qpruner.cli.main import main
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.export.compare import compare
 from qpruner.export.forms import export
+from qpruner.pipeline.run import run as run_pipeline
 from qpruner.quantization.mixed import unpack
 from qpruner.runs.run_dir import RunDir
 
@@ -66,7 +66,7 @@ def test_a_merged_model_predicts_the_same(finished: Path, monkeypatch: pytest.Mo
 def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
     """A model that was really cut, in a process where qpruner cannot be imported: the final model's predictions."""
     raw = with_key(raw_config(tiny_model, tmp_path / "cut"), "prune", {"rate": 0.2, "uniform": True})
-    pipeline.run(validate_config(raw), lambda event: None, until="prune")
+    run_pipeline(validate_config(raw), lambda event: None, until="prune")
     pruned = tmp_path / "cut" / "prune"
     run = finished_run(pruned, tmp_path / "run")
     done = export(RunDir(run), "merged", tmp_path / "merged")
