@@ -45,10 +45,9 @@ def plain_error_of(weight: torch.Tensor, bits: int, double_quant: bool = False) 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize(("bits", "svd"), [(4, "randomized"), (8, "exact")])
 def test_the_adapter_never_makes_it_worse(shape: tuple[int, int], bits: int, svd: str) -> None:
-    weight = weight_of(shape)
+    weight = torch.nn.Parameter(weight_of(shape))
     plain = plain_error_of(weight, bits)
     for iterations, rank in ((1, 1), (3, 8), (1, 200)):
         start = start_of(weight, bits, svd=svd, loftq_iterations=iterations, rank=rank)
@@ -56,6 +55,8 @@ def test_the_adapter_never_makes_it_worse(shape: tuple[int, int], bits: int, svd
         assert start.plain_error == pytest.approx(plain, rel=1e-5)
         assert start.error == pytest.approx(error_of(weight, start), rel=1e-3, abs=1e-6)
         assert error_of(weight, start) < plain
+        kept = (start.lora_a, start.lora_b, *start.packed.values())
+        assert not any(tensor.requires_grad for tensor in kept), "a graph would stay in memory"
     full_rank = start_of(weight, bits, rank=min(shape))
     assert error_of(weight, full_rank) < 1e-4 * plain
 
@@ -113,18 +114,6 @@ def test_the_same_seed_makes_the_same_tensors(svd: str) -> None:
     assert all(torch.equal(first.packed[name], second.packed[name]) for name in first.packed)
     if svd == "randomized":
         assert not torch.equal(first.lora_a, start_of(weight, 4, svd=svd, loftq_iterations=3, seed=8).lora_a)
-
-
-def test_a_weight_without_error_needs_no_adapter() -> None:
-    start = start_of(torch.zeros(32, 64), 4)
-    assert start.plain_error == start.error == 0.0
-    assert not start.lora_a.any() and not start.lora_b.any()
-
-
-def test_the_start_keeps_no_graph() -> None:
-    """A bank of a whole model's parameters must not keep every step of its making in memory."""
-    start = start_of(torch.nn.Parameter(weight_of((64, 128))), 8, loftq_iterations=2)
-    assert not any(tensor.requires_grad for tensor in (start.lora_a, start.lora_b, *start.packed.values()))
 
 
 def test_the_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Path) -> None:
