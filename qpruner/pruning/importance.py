@@ -23,7 +23,7 @@ from qpruner.data.calibration import (
     visit_inputs,
     visit_mask_gradients,
 )
-from qpruner.data.losses import count_labels
+from qpruner.data.losses import predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
 
@@ -97,7 +97,7 @@ def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, or
         name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in scores.dims.items()
     }
     # The batch of all samples is the mean over tokens, so a sample counts as many times as it has tokens to predict.
-    counts = torch.tensor([count_labels(torch.tensor([row["labels"]])) for row in samples.rows])
+    counts = torch.tensor([int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows])
     shares = counts / counts.sum()
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
