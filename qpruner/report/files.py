@@ -15,7 +15,7 @@ from qpruner.report.results_json import summary_of, summary_text
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import exists, fetch_file, publish_folder, published_folders, write_text
+from qpruner.runs.storage import exists, fetch_file, published_folders, storage_at, write_text
 
 CARD = "final/README.md"
 PICTURES = "pictures"
@@ -36,7 +36,7 @@ def write_report(run_dir: RunDir) -> Path:
     listed = sections(run, yaml.safe_dump(run.state.config, sort_keys=False), importances)
     for plot in (part for section in listed for part in section.parts if isinstance(part, Chart)):
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
-    publish_folder(scratch, run_dir.root / PICTURES)
+    storage_at(run_dir.root / PICTURES).publish(scratch)
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
     if run.is_whole:

@@ -28,7 +28,6 @@ from qpruner.runs.storage import (
     fetch,
     folder_digests,
     progress_seconds,
-    publish_folder,
     remove,
     retry_storage,
     staging_path,
@@ -156,7 +155,7 @@ class _RecordedTrial:
         # Asked again where it counts: copying took its time, and so does publishing.
         self._check_ownership()
         _drop_others(aside)
-        publish_folder(aside, target)
+        storage_at(target).publish(aside)
         old = checkpoint_of(self._job.trials, self._record)
         ended = result.step >= self._job.config.search.steps
         self._check_ownership()
