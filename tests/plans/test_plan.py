@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -37,10 +36,8 @@ def random_layout(generator: np.random.Generator, num_groups: int) -> Layout:
     return layout_of([(int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))])
 
 
-def all_plans(space: PlanSpace) -> Iterator[PrecisionPlan]:
-    names = space.groups
-    for bits in itertools.product(space.levels, repeat=len(names)):
-        yield PrecisionPlan(names, bits)
+def all_plans(space: PlanSpace) -> list[PrecisionPlan]:
+    return [PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=len(space.groups))]
 
 
 def feasible_plans(space: PlanSpace) -> list[PrecisionPlan]:
@@ -162,7 +159,7 @@ def test_a_repaired_proposal_keeps_what_the_budget_allows(levels: tuple[int, ...
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 5)
     space = PlanSpace.of(layout, levels, budget_between(layout, levels, float(generator.uniform(0.2, 0.8))))
-    plans, feasible = list(all_plans(space)), feasible_plans(space)
+    plans, feasible = all_plans(space), feasible_plans(space)
     for _ in range(5):
         wanted = plans[generator.integers(len(plans))]
         known = {feasible[index] for index in generator.integers(len(feasible), size=len(feasible) // 2)}

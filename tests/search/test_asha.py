@@ -158,18 +158,6 @@ def test_recorded_rungs_set_the_cutoff() -> None:
     assert [session.report(14, rung(step, 0.1)) for step in (1, 2, 4, 8)] == [CONTINUE] * 3 + [STOP]
 
 
-def test_a_stopped_trials_score_does_not_sink_to_lower_rungs() -> None:
-    """Ray enters a trial's last score again when it ends; under its new id, a resumed trial is new to lower rungs."""
-    recorded = [
-        record(10, "finished", [rung(step, 1.0) for step in (1, 2, 4, 8)]),
-        record(11, "running", [rung(1, 0.5), rung(2, 9.0)]),
-    ]
-    session = Session(config_of(), recorded)
-    assert session.report(11, rung(2, 9.0)) == STOP
-    # Rung 1 has seen 1.0 and 0.5. With 9.0 among them, 0.9 would be among the better half.
-    assert session.report(12, rung(1, 0.9)) == STOP
-
-
 @dataclass
 class Search:
     """Trials one after the other, each recorded before it is reported, as the trainable and the searcher do it."""
