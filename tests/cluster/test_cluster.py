@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from raylets import raylets
 
-from qpruner.cluster.autoscaler import read_growth
-from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.connect import connect, disconnect, read_growth
 from qpruner.cluster.slots import LOOK_SECONDS, Growth, Node, Room, Slots, worker_resources
 from qpruner.config.schema import SearchConfig
 from qpruner.errors import UserError

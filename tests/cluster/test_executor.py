@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelCache, ModelExecutor
-from qpruner.cluster.probe import packed_check_of_gpus
+from qpruner.cluster.node_check import packed_check
 from qpruner.cluster.tasks import MAX_DEATHS, run_tasks
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
@@ -34,7 +34,7 @@ from qpruner.runs.records import Results
 from qpruner.runs.run_dir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
-CHECK = packed_check_of_gpus()
+CHECK = packed_check({}, None)
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +352,7 @@ def test_every_node_builds_entries_of_the_bank(tiny_model: Path, tmp_path: Path)
         assert builders == {node.node_id for node in cluster.nodes}
 
 
-def test_more_gpus_than_any_node_has_are_refused(until: str, one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_more_gpus_than_any_node_has_are_refused(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
     """Ray would wait for ever."""
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
     events: list[Event] = []
