@@ -30,7 +30,7 @@ from qpruner.report.search_progress import score_with_step
 from qpruner.runs.records import plan_group_bytes
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
-from qpruner.search.trial_records import remedy_of
+from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -162,7 +162,7 @@ def _under_way(trial: dict[str, Any], steps: int) -> str:
 
 def _failed(trial: dict[str, Any]) -> str:
     text = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
-    return f"{text}\n  remedy: {remedy_of(trial['failure'])}" if trial["failure"] else text
+    return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
 def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _NEEDS_US = (
     "Loading it takes the Python package `qpruner`: `pip install .` in a copy of its source, which whoever made this "
     "model has.\n"
 )
-_MERGED = "The weights here are dense, with the adapter merged in; the sizes told are those of the packed model."
+_MERGED = "The weights here are dense, with the adapter merged in; the sizes stated are those of the packed model."
 _IMPORT = "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths\n"
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,49 +17,45 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
-from qpruner.data.measures import accuracy_name
-from qpruner.errors import CorruptFile, StageError
+from qpruner.errors import CorruptFile
+from qpruner.pipeline.finalists import (
+    best_of,
+    choose_finalists,
+    confirm,
+    finalists_beside,
+    fresh_scores,
+    front_of,
+    hypervolume_of,
+    may_win,
+    plan_of,
+)
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Message, Progress, SearchPlanned
+from qpruner.runs.events import Message, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
-    Confirmation,
-    FreshScore,
-    FrontPoint,
-    KeptScore,
     SearchRecord,
     SearchState,
     SensitivityRecord,
     TrialRecord,
     digest_of,
 )
-from qpruner.runs.storage import for_each, quarantine, read_json, write_json
-from qpruner.search.choice import controls_of, finalist_positions, winner_position
-from qpruner.search.trial_job import Materials
+from qpruner.runs.storage import write_json
+from qpruner.search.choice import controls_of
 from qpruner.search.trial_records import (
-    SETTING_REMEDIES,
-    checkpoint_of,
-    fresh_path,
-    objective,
+    Materials,
     read_trials,
     readable_trials,
     restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
-from qpruner.wording import counted, error_text
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
     from qpruner.pipeline.context import Context
-
-FINALISTS = "scoring finalists on fresh rows"
-REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
-"""What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
 class Search(Stage[SearchRecord]):
@@ -154,15 +150,15 @@ class Search(Stage[SearchRecord]):
         context.join()
         resumed = _report_recorded(context, job)
         outcome, finalists = self._finalists(job, known)
-        fresh = _fresh_scores(context, finalists, known)
-        confirmations = _confirm(context, finalists, fresh, known)
+        fresh = fresh_scores(context, finalists, known)
+        confirmations = confirm(context, finalists, fresh, known)
         by_index = {trial.index: trial for trial in finalists}
-        eligible = [each for each in confirmations if self.given in (None, _plan(by_index[each.index]))]
-        best = _best(eligible, job)
-        best_control = _best([each for each in confirmations if each.control], job)
+        eligible = [each for each in confirmations if self.given in (None, plan_of(by_index[each.index]))]
+        best = best_of(eligible, job)
+        best_control = best_of([each for each in confirmations if each.control], job)
         assert best is not None, "there are finalists"
         write_json(scratch / "best.json", by_index[best.index])
-        front = _front(confirmations, by_index, job) if self.config.search.pareto else ()
+        front = front_of(confirmations, by_index, job) if self.config.search.pareto else ()
         return self._trial_fields(outcome) | {
             "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
             "confirmations": confirmations,
@@ -172,7 +168,7 @@ class Search(Stage[SearchRecord]):
             "best_control": best_control.index if best_control else None,
             "control_won": best.control and not self.given,
             "front": front,
-            "hypervolume": _hypervolume(front, job) if front else None,
+            "hypervolume": hypervolume_of(front, job) if front else None,
             "resumed": resumed,
         }
 
@@ -209,12 +205,12 @@ class Search(Stage[SearchRecord]):
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.tell(f"ended: {outcome.ended}")
-            earlier = [trial for trial in outcome.reused if job.space.is_feasible(_plan(trial))]
+            earlier = [trial for trial in outcome.reused if job.space.is_feasible(plan_of(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
-                finalists = _beside_given(usable, self.given, known)
+                finalists = finalists_beside(usable, self.given, known)
             else:
-                finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
+                finalists = choose_finalists([trial for trial in usable if may_win(trial, job)], job)
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
@@ -317,168 +313,3 @@ def _report_recorded(context: Context, job: SearchJob) -> int:
         number = len(recorded) - resumed
         context.emit(Message("search", f"starting from {counted(number, 'trial')} that earlier searches left"))
     return resumed
-
-
-def _plan(trial: TrialRecord) -> PrecisionPlan:
-    return PrecisionPlan.from_dict(trial.plan)
-
-
-def _competes(trial: TrialRecord, job: SearchJob) -> bool:
-    """Whether a trial may win: a plan that was given in place of an earlier search may not."""
-    return not trial.is_given or job.control_of(_plan(trial)) is not None
-
-
-def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials and every finished control; for a front, all trials that could be on it.
-
-    Raises:
-        StageError: If no trial finished, with the first reason.
-    """
-    if not trials:
-        cause = "its hours were over before any machine took a trial"
-        raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")
-    finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
-    if not finished:
-        reasons = [trial.reason for trial in trials if trial.reason]
-        kinds = {trial.failure for trial in trials}
-        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
-        raise StageError(
-            "search",
-            f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
-            f"{mend} and repeat the command",
-        )
-    settings = job.config.search
-    scores = [objective(trial.rungs[-1], job.config) for trial in finished]
-    chosen = finalist_positions(
-        scores, [job.control_of(_plan(trial)) is not None for trial in finished], settings.confirm
-    )
-    if settings.pareto:
-        weighed = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
-        chosen += non_dominated(weighed)
-    return [finished[position] for position in sorted(set(chosen))]
-
-
-def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan, and every control that a search has finished to compare it with.
-
-    Raises:
-        StageError: If the given plan's trial did not finish.
-    """
-    tried = _finalists([trial for trial in trials if _plan(trial) == given], job)
-    controls = [trial for trial in trials if trial.status == "finished" and job.control_of(_plan(trial))]
-    return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
-
-
-def _confirm(
-    context: Context, finalists: Sequence[TrialRecord], scores: Sequence[KeptScore], job: SearchJob
-) -> list[Confirmation]:
-    """Report the finalists with their scores on fresh rows."""
-    confirmations = []
-    for trial, score in zip(finalists, scores, strict=True):
-        control, reused = job.control_of(_plan(trial)), not job.owns(trial)
-        each = Confirmation(
-            index=trial.index,
-            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
-            control=control not in (None, GIVEN),
-            reused=reused,
-            **score.model_dump(exclude={"digest", "gpu_seconds"}),
-        )
-        text = (
-            f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}{error_text(each.stderr, 4)}"
-        )
-        if each.accuracy is not None:
-            name = accuracy_name(context.inspection.metrics["search"])
-            text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
-        context.emit(Message("search", text))
-        confirmations.append(each)
-    return confirmations
-
-
-def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Score each finalist on fresh rows; scores of an earlier command are reused."""
-    from qpruner.cluster.tasks import run_tasks
-
-    paths = [fresh_path(job.trials, trial.index) for trial in finalists]
-    # Which rows there are is told by the folder of trials, as all that they were trained on.
-    asked = (context.config.search.metric, context.inspection.questions["fresh"])
-    digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
-    found: dict[int, KeptScore] = {}
-    for position, kept in enumerate(for_each(_kept_or_error, paths)):
-        if isinstance(kept, CorruptFile):
-            where = quarantine(paths[position], job.trials)
-            context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
-        elif kept and kept.digest == digests[position]:
-            found[position] = kept
-    context.emit(Progress("search", len(found), len(finalists), FINALISTS))
-    left = [position for position in range(len(finalists)) if position not in found]
-    if left:
-        jobs, resources, concurrent = _confirmation_jobs(context, [finalists[position] for position in left], job)
-        held: list[float] = []
-        for number, score in run_tasks(
-            confirm_trial,
-            jobs,
-            resources,
-            concurrent,
-            fresh=False,
-            check_node=context.check_node,
-            on_held=held.append,
-        ):
-            position = left[number]
-            kept_score = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
-            write_json(paths[position], kept_score)
-            found[position] = kept_score
-            context.emit(Progress("search", len(found), len(finalists), FINALISTS))
-    return [found[position] for position in range(len(finalists))]
-
-
-def _kept_or_error(path: Path) -> KeptScore | CorruptFile | None:
-    try:
-        return read_json(path, KeptScore)
-    except CorruptFile as error:
-        return error
-
-
-def _confirmation_jobs(
-    context: Context, finalists: Sequence[TrialRecord], job: SearchJob
-) -> tuple[list[ConfirmationJob], dict[str, float], int]:
-    """Make a job for each finalist; return them, the resources of each, and how many run at once."""
-    resources, concurrent = context.task_resources(len(finalists))
-    jobs = []
-    for trial in finalists:
-        checkpoint = checkpoint_of(job.trials, trial)
-        assert checkpoint is not None, "a finished trial has a checkpoint"
-        seed = context.config.seed
-        title = f"trial {trial.index}"
-        candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
-        threads = int(resources.get("cpu", 1))
-        jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
-    return jobs, resources, concurrent
-
-
-def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the best on fresh rows; a control wins a tie."""
-    scores = [objective(each, job.config) for each in confirmations]
-    position = winner_position(scores, [each.control for each in confirmations])
-    return None if position is None else confirmations[position]
-
-
-def _front(
-    confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
-) -> tuple[FrontPoint, ...]:
-    """List the confirmed plans that no plan of fewer or equal bytes beats, by bytes."""
-    weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
-    return tuple(
-        FrontPoint(
-            index=each.index,
-            origin=each.origin,
-            plan=trials[each.index].plan,
-            plan_bytes=trials[each.index].plan_bytes,
-            **each.model_dump(include=set(FreshScore.model_fields)),
-        )
-        for each in (confirmations[position] for position in non_dominated(weighed))
-    )
-
-
-def _hypervolume(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    points = [(point.plan_bytes, objective(point, job.config)) for point in front]
-    return hypervolume(points, points[0], job.space.budget_bytes)

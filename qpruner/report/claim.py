@@ -33,7 +33,7 @@ from qpruner.report.statistics import (
     seeds_text,
 )
 from qpruner.runs.records import GIVEN, Results, SearchRecord
-from qpruner.search.random_plans import SAME_BYTES
+from qpruner.search.choice import SAME_BYTES
 
 RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 

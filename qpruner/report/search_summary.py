@@ -9,7 +9,7 @@ from qpruner.data.measures import Z_95, accuracy_in_full
 from qpruner.report.search_progress import cost, score, score_name
 from qpruner.report.statistics import paired_losses
 from qpruner.runs.records import GIVEN, Confirmation, SearchRecord, TrialRecord
-from qpruner.search.trial_records import remedy_of
+from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
 
@@ -35,7 +35,7 @@ def _what_ran(search: SearchRecord) -> str:
         before = counted(search.resumed, "trial")
         told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
     if search.failures:
-        failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
+        failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
     return told
 

@@ -40,7 +40,7 @@ from qpruner.runs.records import (
     TrialRecord,
 )
 from qpruner.runs.run_dir import RunDir
-from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
+from qpruner.search.trial_records import REMEDIES, write_pulse, write_trial
 
 
 def qpruner(*arguments: object) -> Result:
@@ -150,7 +150,7 @@ def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> N
 
 def test_every_way_to_fail_has_a_remedy() -> None:
     (kinds,) = [each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)]
-    assert len(get_args(kinds)) == 8 and all(remedy_of(kind) for kind in get_args(kinds))
+    assert len(get_args(kinds)) == 8 and all(REMEDIES[kind] for kind in get_args(kinds))
 
 
 def test_trials_are_filtered_and_sorted(run: Path) -> None:

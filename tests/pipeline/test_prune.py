@@ -557,10 +557,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(raw: Raw, write_yaml: Callable[[Ra
     assert not Path(raw["output"]).exists()
 
 
-# ---- whole blocks or none, where `units` leaves it open
-
-NUM_BLOCKS = 12
-"""So many that one block is less than a tenth of all parameters, the most that whole blocks may take."""
+# ---- whole blocks
 
 
 def test_a_plan_of_a_cut_with_whole_blocks_names_those_that_stay(raw: Raw, tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ import torch
 torch.set_num_threads(1)
 from qpruner.config.load import load_config
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.search.trial_records import Materials, TrialJob
 run, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
 materials = Materials(run / "prune", run / "bank", run / "prepare" / "data")
 rungs = []

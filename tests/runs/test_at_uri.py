@@ -33,7 +33,7 @@ from qpruner.runs.storage import FILES, children, fetch, files_in, published_fol
 from qpruner.runs.storage import bucket as objects
 from qpruner.runs.storage.objects import objects_at
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
 from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 

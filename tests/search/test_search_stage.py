@@ -26,8 +26,8 @@ from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
+from qpruner.pipeline.finalists import FINALISTS, best_of, choose_finalists, front_of, hypervolume_of
 from qpruner.pipeline.run import run
-from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
 from qpruner.runs.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
@@ -35,8 +35,8 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import CACHE, folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
+    Materials,
     begin_session,
     begin_trial,
     read_pulses,
@@ -668,21 +668,16 @@ def test_a_damaged_record_is_set_aside_and_its_trial_rerun(copy: str, damage: st
 
 
 @pytest.mark.parametrize("text", ["", '{"sec', '{"seconds": 9.0, "record_digest": "0"}'])
-def test_a_damaged_clock_is_rebuilt_from_the_trials(text: str, tmp_path: Path) -> None:
-    """Two of them at once from 10 to 40, one from 50 to 60."""
+def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
     job = job_of(tmp_path)
     write_trial(job.trials, trial(0, "444444", [3, 3, 3], times=(10.0, 30.0)))
-    write_trial(job.trials, trial(1, "844444", [3, 3, 3], times=(20.0, 40.0)))
-    write_trial(job.trials, trial(2, "484444", [3, 3, 3], times=(50.0, 60.0)))
-    write_trial(job.trials, trial(3, "448444", [3, 3, 3], ANOTHER, times=(0.0, 99.0)))
     clock = job.trials / f"search-{MINE}.json"
     clock.write_text(text)
     told: list[str] = []
-    set_aside_damaged(job.trials, job.search, told.append)
-    assert len(told) == 1 and str(clock) in told[0] and "damaged" in told[0]
-    assert read_seconds(job.trials, job.search) == 40.0
-    set_aside_damaged(job.trials, job.search, told.append)
-    assert len(told) == 1, "whole again"
+    for _ in range(2):  # the second finds it whole
+        set_aside_damaged(job.trials, job.search, told.append)
+        assert len(told) == 1 and str(clock) in told[0] and "count from zero" in told[0]
+        assert read_seconds(job.trials, job.search) == 0.0
 
 
 @pytest.mark.parametrize("text", ["", '{"node": "a", "pi', '{"seconds": 1.0}', "\0" * 200])
@@ -750,7 +745,7 @@ def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
         trial(5, "844844", [3, 3, 3.3]),
         trial(6, "844484", [2.0, 2.0]),
     ]
-    assert [each.index for each in _finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
+    assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
 
 
 def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> None:
@@ -761,13 +756,13 @@ def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> No
         trial(3, "448484", [3, 3, 3.6]),
         trial(4, "444444", [3, 3, 3.9]),
     ]
-    assert [each.index for each in _finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
+    assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
 
 
 def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:
     trials = [trial(0, "444444", [], status="failed", failure="diverged", reason="loss is nan at step 1")]
     with pytest.raises(StageError, match=r"none of 1 trial finished.*at step 1.*\n.*training.learning_rate"):
-        _finalists(trials, job_of(tmp_path))
+        choose_finalists(trials, job_of(tmp_path))
 
 
 def confirmation(index: int, loss: float, control: bool = False, accuracy: float | None = None) -> Confirmation:
@@ -787,7 +782,7 @@ def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> No
     job = job_of(tmp_path)
     control = confirmation(5, 3.0, control=True)
     for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
-        best = _best([confirmation(4, searched), control], job)
+        best = best_of([confirmation(4, searched), control], job)
         assert best is not None and best.index == winner
 
 
@@ -800,7 +795,7 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
     }
     fresh = [confirmation(0, 3.1), confirmation(1, 3.5, control=True), confirmation(2, 3.3)]
     job = job_of(tmp_path, pareto=True)
-    front = _front(fresh, trials, job)
+    front = front_of(fresh, trials, job)
     assert [(point.index, point.loss, point.plan_bytes) for point in front] == [
         (2, 3.3, LAYOUT.plan_bytes(plan_of("444444"))),
         (0, 3.1, LAYOUT.plan_bytes(plan_of("884444"))),
@@ -808,8 +803,8 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
     smallest, larger = (point.plan_bytes for point in front)
     worth = (3.3 - 3.1) * (job.space.budget_bytes - larger) / (job.space.budget_bytes - smallest)
     assert 0 < worth < 0.2
-    assert _hypervolume(front, job) == pytest.approx(worth)
-    assert _hypervolume(front[:1], job) == 0.0
+    assert hypervolume_of(front, job) == pytest.approx(worth)
+    assert hypervolume_of(front[:1], job) == 0.0
 
 
 # ---- the whole stage

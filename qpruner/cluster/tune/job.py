@@ -11,8 +11,14 @@ from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ending, Ledger, Observation, Prior, Proposer, Suggestion
-from qpruner.search.trial_job import Materials, Trial
-from qpruner.search.trial_records import objective, read_trials, remove_old_checkpoints, write_trial
+from qpruner.search.trial_records import (
+    Materials,
+    Trial,
+    objective,
+    read_trials,
+    remove_old_checkpoints,
+    write_trial,
+)
 
 METRIC = "score"
 """What Tune minimizes: the validation loss, or one minus the accuracy."""

@@ -33,8 +33,8 @@ from qpruner.runs.storage import (
     storage_at,
     storage_error,
 )
-from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
+    TrialJob,
     checkpoint_of,
     objective,
     read_pulse,

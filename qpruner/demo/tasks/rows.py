@@ -9,7 +9,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def load(file: str, **_: Any) -> Any:
-    """The rows of one file as lm-eval's `test` split; lm-eval passes the task's metadata along, which is not needed."""
+    """Return the rows of one file as lm-eval's `test` split."""
     import datasets
 
     return {"test": datasets.Dataset.from_json(str(DATA / file))}

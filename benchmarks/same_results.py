@@ -1,0 +1,142 @@
+"""Compares what two commits compute: the same configuration and seed must give the same cut, bank, plans and losses.
+
+    .venv/bin/python benchmarks/same_results.py OLD [NEW] [--config CONFIG] [--set KEY=VALUE ...]
+
+Each commit is checked out into a folder of its own and runs the configuration there, one trial at a time, with this
+Python. Every tensor of the run and every number of its records is compared bit by bit; times, memory, digests, paths
+and words are not. Prints what differs, then counts. Exits 1 where a number or tensor of both differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+RECIPE = "tune_configs/demo_smollm2_cpu.yaml"
+SMALL = (
+    "prune.units=[attention,mlp]",
+    "calibration.num_samples=16",
+    "calibration.num_sensitivity_samples=32",
+    "sensitivity.methods=[mutual_information,first_order]",
+    "search.max_concurrent=1",
+    "search.max_trials=8",
+    "search.steps=4",
+    "search.first_rung=2",
+    "search.confirm=2",
+    "finetune.steps=4",
+    "finetune.compare=false",
+    "evaluate.limit=8",
+)
+"""The recipe in some minutes."""
+VARIES = (
+    "seconds",
+    "hours",
+    "memory",
+    "tokens_per",
+    "bytes_free",
+    "speed",
+    "started",
+    "pid",
+    "time",
+    "version",
+    "commit",
+)
+"""Parts of the names of numbers that differ from run to run."""
+
+
+def run(commit: str, folder: Path, config: str, overrides: list[str]) -> Path:
+    """Run a commit's code in a checkout of its own; returns the run's folder, which may be there from before."""
+    code, output = folder / "code", folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    if output.exists():
+        return output
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(code), commit], check=True)  # noqa: S607
+    try:
+        options = [part for each in [*overrides, f"output={output}"] for part in ("--set", each)]
+        command = [sys.executable, "-m", "qpruner", "run", config, "--quiet", *options]
+        subprocess.run(command, cwd=code, env=os.environ | {"PYTHONPATH": str(code)}, check=True)
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", str(code)], check=True)  # noqa: S607
+    return output
+
+
+def tensors(run: Path) -> dict[str, str]:
+    """Stage, file and tensor -> digest of its bytes; folders named by digests count by their order."""
+    found: dict[str, str] = {}
+    for stage in ("prune", "bank", "final"):
+        for file in sorted((run / stage).rglob("*.safetensors")):
+            for key, tensor in load_file(file).items():
+                digest = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+                found[f"{file.relative_to(run)}:{key}"] = digest
+    return found
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """Numbers and plans of all records, by stage or trial and path of keys."""
+    files = {path.stem: path for path in sorted((run / "records").glob("*.json"))}
+    files |= {path.parent.name: path for path in sorted((run / "trials").glob("*/*/trial.json"))}
+    found: dict[str, Any] = {}
+    for name, file in files.items():
+        _flatten(json.loads(file.read_text()), name, found)
+    return found
+
+
+def _flatten(value: Any, path: str, found: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not any(part in key for part in VARIES):
+                _flatten(item, f"{path}.{key}", found)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _flatten(item, f"{path}[{index}]", found)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        found[path] = value
+
+
+def compare(kind: str, old: dict[str, Any], new: dict[str, Any]) -> int:
+    """Print what differs and counts by stage; returns how many of both differ."""
+    both = old.keys() & new.keys()
+    different = sorted(key for key in both if old[key] != new[key])
+    for key in different[:20]:
+        print(f"differs: {key}: {old[key]} -> {new[key]}")
+    for name, mine, other in (("only old", old, new), ("only new", new, old)):
+        for key in sorted(mine.keys() - other.keys())[:20]:
+            print(f"{name}: {key}")
+    stages = Counter(key.split(".")[0].split("/")[0] for key in both)
+    print(f"{kind}: {len(both) - len(different)} of {len(both)} equal ({dict(sorted(stages.items()))})")
+    return len(different)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old")
+    parser.add_argument("new", nargs="?", default="HEAD")
+    parser.add_argument("--config", default=RECIPE)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--keep", type=Path, help="where the runs stay; a temporary folder without it")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        place = asked.keep or Path(temporary)
+        runs = [
+            run(commit, place / name, asked.config, [*SMALL, *asked.overrides])
+            for name, commit in (("old", asked.old), ("new", asked.new))
+        ]
+        different = compare("tensors", *(tensors(each) for each in runs)) + compare(
+            "numbers", *(numbers(each) for each in runs)
+        )
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()
