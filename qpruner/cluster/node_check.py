@@ -285,7 +285,7 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None
             return "does not show there what the driver wrote"
         what = "written"
         if me:
-            storage_at(folder / me).write_progress(me.encode())
+            storage_at(folder / me).write(me.encode(), durable=False)
     except FileNotFoundError:
         return "is not shared with it: what the driver wrote is not there"
     except OSError as error:

@@ -36,7 +36,6 @@ from qpruner.runs.storage import (
     exists,
     fetch,
     for_each,
-    publish_folder,
     published_folders,
     quarantine,
     read_json,
@@ -123,7 +122,7 @@ class Finetune(Stage[FinetuneRecord]):
 
     def _has_final(self) -> bool:
         """Whether the final folder is there and complete."""
-        return storage_at(self._final).is_published() and self.is_whole(self._final)
+        return self._final in published_folders(self._final.parent) and self.is_whole(self._final)
 
 
 def have_rows(jobs: Iterable[RowJob]) -> bool:
@@ -284,4 +283,4 @@ def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)
-    publish_folder(scratch, job.folder)
+    storage_at(job.folder).publish(scratch)

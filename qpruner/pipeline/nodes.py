@@ -19,7 +19,7 @@ from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.runs.events import Message, TableMade
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import BANK_CACHE, RunDir
-from qpruner.runs.storage import CACHE, read_progress, remove, storage_at, write_text
+from qpruner.runs.storage import CACHE, cache_root, read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
 HEADINGS = ("node", "CPUs", "GPUs", "state")
@@ -53,15 +53,16 @@ def look_at_nodes(context: Context) -> None:
 
 def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
     """Return what every node keeps copies of."""
-    patterns = storage_at(run.root).copies()
+    banked: list[str] = []
     with contextlib.suppress(CorruptFile):  # reported where the stage reads its record
         record = run.read_record("bank", BankRecord)
-        patterns[BANK_CACHE] = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
+        banked = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
     levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
     bank = sum(sum(layout.group_bytes(bits)) + layout.adapter_bytes for bits in levels)
-    copies = {BANK_CACHE: ("the bank", bank, patterns.get(BANK_CACHE, []))}
-    if CACHE in patterns:
-        copies[CACHE] = ("the pruned model", layout.num_parameters * layout.element_bytes, patterns[CACHE])
+    copies = {BANK_CACHE: ("the bank", bank, banked)}
+    if not run.storage.fills_this_disk:
+        pruned = layout.num_parameters * layout.element_bytes
+        copies[CACHE] = ("the pruned model", pruned, [f"{run.root.relative_to(cache_root())}/**/*"])
     return copies
 
 

@@ -46,7 +46,7 @@ class Prepare(Stage[PrepareRecord]):
     @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, run = self.context, self.context.run_dir
-        is_shared = bool(context.address) or run.storage.is_read_anywhere
+        is_shared = bool(context.address) or not run.storage.fills_this_disk
         job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
         base = context.executor.run(bring_base, job, context.emit)
         if base.converted:

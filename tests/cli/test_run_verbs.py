@@ -16,8 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from made_records import made_confirmation
-from made_run import TRIALS, MadeRun
-from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
+from made_run import DIGEST, GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 
 from qpruner.cli.main import main
 from qpruner.errors import PlanRefused
@@ -140,8 +139,8 @@ def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> N
         search = told("status", run)["search"]
         assert (search["starting"], search["waiting"]) == (0, 0)
         snapshot = read_snapshot(RunDir(run))
-        page = render(snapshot, sections(snapshot, [], ""))
-        assert "1 failed, 2 begun." in page and '<option value="running">begun</option>' in page
+        page = render(snapshot, sections(snapshot, ""))
+        assert "1 failed, 2 begun." in page
 
     check()
     with hold_run(run, print):

@@ -26,7 +26,6 @@ from qpruner.runs.storage import (
     fetch,
     folder_digests,
     progress_seconds,
-    publish_folder,
     remove,
     retry_storage,
     staging_path,
@@ -143,7 +142,7 @@ class _RecordedTrial:
         for left in aside.parent.glob(".checkpoint-*"):  # unpublished copies of earlier workers
             if left != aside:
                 shutil.rmtree(left, ignore_errors=True)
-        publish_folder(aside, target)
+        storage_at(target).publish(aside)
         old = checkpoint_of(self._job.trials, self._record)
         self._check_ownership()
         self._write(
