@@ -28,7 +28,7 @@ from qpruner.search.trial_records import (
     fresh_path,
     objective,
 )
-from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
+from qpruner.training.table_rows import Candidate, CandidateJob, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _kept_or_error(path: Path) -> KeptScore | CorruptFile | None:
 
 def _confirmation_jobs(
     context: Context, finalists: Sequence[TrialRecord], job: SearchJob
-) -> tuple[list[ConfirmationJob], dict[str, float], int]:
+) -> tuple[list[CandidateJob], dict[str, float], int]:
     """Make a job for each finalist; return them, the resources of each, and how many run at once."""
     resources, concurrent = context.task_resources(len(finalists))
     jobs = []
@@ -173,7 +173,7 @@ def _confirmation_jobs(
         title = f"trial {trial.index}"
         candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
         threads = int(resources.get("cpu", 1))
-        jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
+        jobs.append(CandidateJob(context.worker_config, candidate, context.data, threads))
     return jobs, resources, concurrent
 
 
