@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
-from qpruner.models.layout import num_layers
 from qpruner.pipeline.prepare import importance_samples, telling
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
@@ -90,7 +89,7 @@ class Prune(Stage[PruneRecord]):
         settings = _settings(context)
         context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
         self._report_earlier_cut()
-        job = PreviewJob(context.worker_config, settings, context.inspection.examples["calibration"])
+        job = context.worker_config, settings, context.inspection.examples["calibration"]
         fields = context.executor.run(cut_in_memory, job, context.emit)
         return PruneRecord(digest="", **fields)
 
@@ -107,15 +106,7 @@ def _settings(context: Context) -> PruneConfig:
 
 @dataclass(frozen=True)
 class CutJob:
-    """What the cut needs, wherever it is made.
-
-    Attributes:
-        config: The run's configuration.
-        settings: The cut.
-        base: Folder of the base model.
-        rows: Folder of the encoded importance samples.
-        scratch: Folder for the pruned checkpoint.
-    """
+    """What the cut needs, wherever it is made: the folders of base model, importance samples and pruned checkpoint."""
 
     config: RunConfig
     settings: PruneConfig
@@ -142,40 +133,27 @@ def cut_and_save(job: CutJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
     cache.keep(pruned.model)
-    return fields | {"weights": _weights_digest(job.scratch)}
+    listed = read_list(job.scratch)
+    assert listed, "was just written"
+    weights = {name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")}
+    return fields | {"weights": digest_of(weights)}
 
 
-def _weights_digest(folder: Path) -> str:
-    """Digest of the weights in a folder that was just written."""
-    listed = read_list(folder)
-    assert listed
-    return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
-
-
-@dataclass(frozen=True)
-class PreviewJob:
-    """What a cut in memory needs: the configuration, the cut, the calibration rows."""
-
-    config: RunConfig
-    settings: PruneConfig
-    examples: list[Example]
-
-
-def cut_in_memory(job: PreviewJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
-    """Cut the base model and drop it; returns the record's fields."""
+def cut_in_memory(job: tuple[RunConfig, PruneConfig, list[Example]], cache: ModelCache, emit: Emit) -> dict[str, Any]:
+    """Cut the base model, by calibration rows, and drop it; returns the record's fields."""
     from qpruner.models.checkpoint import prepare_base
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 
-    config = job.config
+    config, settings, examples = job
     with tempfile.TemporaryDirectory() as scratch:
         base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
-        rows = importance_samples(config, job.examples, vocabulary, tokenizer)
+        rows = importance_samples(config, examples, vocabulary, tokenizer)
         samples = _samples(rows, tokenizer, config.calibration.batch_size)
         started = time.monotonic()  # what was prepared is another stage's
         model = load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
-        _, fields = _cut(config, job.settings, model, samples, emit)
+        _, fields = _cut(config, settings, model, samples, emit)
         return fields | {"seconds": time.monotonic() - started}
 
 
@@ -195,14 +173,10 @@ def _cut(
 
     copy_weights(model)
     base_config = copy.deepcopy(model.config)
-    block_parameters = block_sizes(model, range(num_layers(base_config)))
+    block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
     memory = PeakMemory()
     pruned = prune(
-        model,
-        settings,
-        samples,
-        config.seed,
-        lambda what, done, total: emit(Progress("prune", done, total, what)),
+        model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))
     )
     peak_bytes = memory.bytes()
     if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
@@ -254,7 +228,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
     """List what each block of the base model keeps; `before` has the parameters of each."""
     from qpruner.pruning.prune import block_sizes
 
-    family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))
+    family, after = family_of(base), block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))
     position = {old: new for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))}
     layers = []
     for index, parameters in enumerate(before):
@@ -262,9 +236,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
         kinds = {kind.name: kind for kind in family.unit_kinds(layer_config, index)}
         everything = {name: tuple(range(kind.num_units)) for name, kind in kinds.items()}
         gone = index in pruned.dropped_blocks
-        kept: dict[str, tuple[int, ...]] = everything | pruned.kept.get(index, {})
-        if gone:
-            kept = dict.fromkeys(everything, ())
+        kept = {name: () if gone else stays for name, stays in (everything | pruned.kept.get(index, {})).items()}
         if EXPERT in kinds:
             experts, size = set(kept[EXPERT]), kinds[MLP].units_per_partition
             kept[MLP] = tuple(channel for channel in kept[MLP] if channel // size in experts)
