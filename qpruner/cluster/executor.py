@@ -1,7 +1,7 @@
 """Runs work on one model: in this process, or in an actor on a node of the cluster.
 
-A stage passes a module-level function and plain data for it. What one piece of work leaves in the `ModelCache` is there
-for the next: the model that prune cut is not loaded again to be scored.
+A stage passes a module-level function with plain data bound to it (`functools.partial`). What one piece of work leaves
+in the `ModelCache` is there for the next: the model that prune cut is not loaded again to be scored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 20.0
 """A worker process takes a few seconds to start; one that takes longer waits for a machine, and the user is told."""
 
-Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -73,14 +72,14 @@ class ModelCache:
         return self._pruned
 
 
-Work = Callable[[Job, ModelCache, Emit], Result]
-"""A module-level function of plain data, the cache, and a function that takes events."""
+Work = Callable[[ModelCache, Emit], Result]
+"""A partial module-level function of plain data, the cache, and a function that takes events."""
 
 
 class ModelExecutor(Protocol):
     """Runs work on one model."""
 
-    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run `work`; its events and errors arrive as they are."""
 
     def close(self) -> None:
@@ -94,10 +93,10 @@ class LocalExecutor:
         self._gpus, self._gpu_time = gpus, gpu_time
         self._cache = ModelCache()
 
-    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run `work` here."""
         with self._gpu_time.held(self._gpus):
-            return work(job, self._cache, emit)
+            return work(self._cache, emit)
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -119,7 +118,7 @@ class ClusterExecutor:
         self._actor: Any = None
         self._node: str | None = None
 
-    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run `work` in the actor, and again in another one when it dies."""
         from ray.exceptions import OutOfMemoryError, RayActorError
 
@@ -128,7 +127,7 @@ class ClusterExecutor:
             try:
                 self._start_actor(emit)
                 with self._gpu_time.held(self._resources.get("gpu", 0.0)):
-                    return self._result(work, job, emit)
+                    return self._result(work, emit)
             except (OutOfMemoryError, RayActorError) as error:
                 self.close()
                 line = deaths.count(0, self._node, error)
@@ -147,13 +146,13 @@ class ClusterExecutor:
             emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
         self._node = ray.get(place)
 
-    def _result(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def _result(self, work: Work[Result], emit: Emit) -> Result:
         """Emit the worker's events; return its result."""
         import ray
         from ray import cloudpickle
         from ray.exceptions import RayTaskError
 
-        for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps((work, job))):
+        for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps(work)):
             try:
                 answer = ray.get(reference)
             except RayTaskError as error:
@@ -205,7 +204,7 @@ def _checked_worker(check_node: bytes) -> type:
             if self._worker is None:
                 cloudpickle.loads(check_node)()
                 self._worker = cloudpickle.loads(worker)(self._threads)
-            yield from self._worker.run(*cloudpickle.loads(packed))
+            yield from self._worker.run(cloudpickle.loads(packed))
 
     return Worker
 
@@ -217,9 +216,9 @@ class _Worker:
         self._cache = ModelCache()
         self._thread = ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,))
 
-    def run(self, work: Work[Any, Any], job: Any) -> Iterator[Event | _Done]:
+    def run(self, work: Work[Any]) -> Iterator[Event | _Done]:
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        outcome = self._thread.submit(work, job, self._cache, events.put)
+        outcome = self._thread.submit(work, self._cache, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event
