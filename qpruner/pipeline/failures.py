@@ -22,17 +22,17 @@ from qpruner.runs.storage import display_name, storage_error
 def explained(stage: type[Stage[Any]], root: Path | None = None, repaired: Collection[str] = ()) -> Iterator[None]:
     """Turn what a stage may meet into a `StageError`.
 
-    Args:
-        stage: The stage that works.
-        root: The run folder, to tell its own files from the user's.
-        repaired: Names of the stages whose damaged files the next command makes again.
+    `root` is the run folder, and `repaired` names the stages whose damaged files the next command makes again.
     """
     try:
         yield
     except StageError:
         raise
     except TrainingDiverged as error:
-        raise StageError(stage.name, str(error), _nan_remedy(stage)) from error
+        remedy = "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
+        if stage.trains:
+            remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
+        raise StageError(stage.name, str(error), remedy) from error
     except CorruptFile as error:
         raise StageError(stage.name, str(error), _damage_remedy(error.path, root, repaired)) from error
     except StorageError as error:
@@ -47,17 +47,7 @@ def explained(stage: type[Stage[Any]], root: Path | None = None, repaired: Colle
         raise StageError(stage.name, *cause) from error
 
 
-def _nan_remedy(stage: type[Stage[Any]]) -> str:
-    if stage.trains:
-        return "lower `training.learning_rate`, or use bfloat16 or float32"
-    return "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
-
-
 def _damage_remedy(path: Path | None, root: Path | None, repaired: Collection[str]) -> str:
-    """Say what to do about a file that cannot be read.
-
-    A stage whose folder is gone is run again, and a search that begins sets aside what is damaged of its trials.
-    """
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts

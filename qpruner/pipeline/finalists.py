@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qpruner.data.measures import accuracy_name
-from qpruner.errors import CorruptFile, StageError
+from qpruner.errors import StageError
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Message, Progress
-from qpruner.runs.records import (
-    GIVEN,
-    Confirmation,
-    FreshScore,
-    FrontPoint,
-    KeptScore,
-    TrialRecord,
-    digest_of,
-)
-from qpruner.runs.storage import for_each, quarantine, read_json, write_json
+from qpruner.runs.events import Progress
+from qpruner.runs.records import GIVEN, Confirmation, FreshScore, FrontPoint, KeptScore, TrialRecord, digest_of
+from qpruner.runs.storage import for_each, write_json
 from qpruner.search.choice import finalist_positions, winner_position
-from qpruner.search.trial_records import (
-    SETTING_REMEDIES,
-    checkpoint_of,
-    fresh_path,
-    objective,
-)
+from qpruner.search.trial_records import SETTING_REMEDIES, checkpoint_of, fresh_path, objective
 from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob
     from qpruner.pipeline.context import Context
+    from qpruner.pipeline.stage import Stage
 
 FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
@@ -69,33 +56,24 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
             f"{mend} and repeat the command",
         )
-    settings = job.config.search
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
-    chosen = finalist_positions(
-        scores, [job.control_of(plan_of(trial)) is not None for trial in finished], settings.confirm
-    )
-    if settings.pareto:
-        weighed = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
-        chosen += non_dominated(weighed)
+    are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
+    chosen = finalist_positions(scores, are_controls, job.config.search.confirm)
+    if job.config.search.pareto:
+        chosen += non_dominated([(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)])
     return [finished[position] for position in sorted(set(chosen))]
 
 
 def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan, and every control that a search has finished to compare it with.
-
-    Raises:
-        StageError: If the given plan's trial did not finish.
-    """
+    """Choose the trial of the given plan, and every control that a search has finished to compare it with."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
-def confirm(
-    context: Context, finalists: Sequence[TrialRecord], scores: Sequence[KeptScore], job: SearchJob
-) -> list[Confirmation]:
-    """Report the finalists with their scores on fresh rows."""
-    confirmations = []
+def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
+    """Score the finalists on fresh rows and report them; return them and the GPU seconds."""
+    confirmations, scores = [], _fresh_scores(stage, finalists, job)
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
         each = Confirmation(
@@ -105,76 +83,44 @@ def confirm(
             reused=reused,
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
-        text = (
-            f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}{error_text(each.stderr, 4)}"
-        )
+        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
+        text += error_text(each.stderr, 4)
         if each.accuracy is not None:
-            name = accuracy_name(context.inspection.metrics["search"])
+            name = accuracy_name(stage.context.inspection.metrics["search"])
             text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
-        context.emit(Message("search", text))
+        stage.tell(text)
         confirmations.append(each)
-    return confirmations
+    return confirmations, sum(score.gpu_seconds for score in scores)
 
 
-def fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
+def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
     """Score each finalist on fresh rows; scores of an earlier command are reused."""
-    from qpruner.cluster.tasks import run_tasks
-
-    paths = [fresh_path(job.trials, trial.index) for trial in finalists]
+    context, paths = stage.context, [fresh_path(job.trials, trial.index) for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.
     asked = (context.config.search.metric, context.inspection.questions["fresh"])
     digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
-    found: dict[int, KeptScore] = {}
-    for position, kept in enumerate(for_each(_kept_or_error, paths)):
-        if isinstance(kept, CorruptFile):
-            where = quarantine(paths[position], job.trials)
-            context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
-        elif kept and kept.digest == digests[position]:
-            found[position] = kept
-    context.emit(Progress("search", len(found), len(finalists), FINALISTS))
+    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "that finalist is scored again"), paths)
+    found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
+    context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
     if left:
-        jobs, resources, concurrent = _confirmation_jobs(context, [finalists[position] for position in left], job)
+        resources, concurrent = context.task_resources(len(left))
+        jobs = [_confirmation_job(context, finalists[at], job, int(resources.get("cpu", 1))) for at in left]
         held: list[float] = []
-        for number, score in run_tasks(
-            confirm_trial,
-            jobs,
-            resources,
-            concurrent,
-            fresh=False,
-            check_node=context.check_node,
-            on_held=held.append,
-        ):
+        for number, score in context.run_tasks(confirm_trial, jobs, resources, concurrent, on_held=held.append):
             position = left[number]
-            kept_score = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
-            write_json(paths[position], kept_score)
-            found[position] = kept_score
-            context.emit(Progress("search", len(found), len(finalists), FINALISTS))
+            found[position] = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
+            write_json(paths[position], found[position])
+            context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     return [found[position] for position in range(len(finalists))]
 
 
-def _kept_or_error(path: Path) -> KeptScore | CorruptFile | None:
-    try:
-        return read_json(path, KeptScore)
-    except CorruptFile as error:
-        return error
-
-
-def _confirmation_jobs(
-    context: Context, finalists: Sequence[TrialRecord], job: SearchJob
-) -> tuple[list[ConfirmationJob], dict[str, float], int]:
-    """Make a job for each finalist; return them, the resources of each, and how many run at once."""
-    resources, concurrent = context.task_resources(len(finalists))
-    jobs = []
-    for trial in finalists:
-        checkpoint = checkpoint_of(job.trials, trial)
-        assert checkpoint is not None, "a finished trial has a checkpoint"
-        seed = context.config.seed
-        title = f"trial {trial.index}"
-        candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
-        threads = int(resources.get("cpu", 1))
-        jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
-    return jobs, resources, concurrent
+def _confirmation_job(context: Context, trial: TrialRecord, job: SearchJob, threads: int) -> ConfirmationJob:
+    checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
+    assert checkpoint is not None, "a finished trial has a checkpoint"
+    seed = context.config.seed
+    candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
+    return ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads)
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:

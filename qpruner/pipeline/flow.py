@@ -7,6 +7,7 @@ Each stage leaves a record. A stage whose record has the digest of its present i
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import CorruptFile
@@ -29,15 +30,8 @@ if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
 
 STAGES: tuple[type[Stage[Any]], ...] = (
-    Prepare,
-    Prune,
-    Bank,
-    Sensitivity,
-    Search,
-    Finetune,
-    Evaluate,
-    Comparison,
-    Report,
+    *(Prepare, Prune, Bank, Sensitivity, Search),
+    *(Finetune, Evaluate, Comparison, Report),
 )
 REPAIRED = frozenset(stage.name for stage in STAGES if stage.repairs_files)
 
@@ -58,10 +52,12 @@ def run_flow(context: Context, until: str) -> Results:
 def run_stage(stage: Stage[Any]) -> None:
     """Run one stage unless it is recorded, and add its record to those of the context.
 
+    Its files go into a scratch folder; the folder is published first, its record last.
+
     Raises:
         StageError: If the stage cannot go on.
     """
-    context = stage.context
+    context, run = stage.context, stage.context.run_dir
     stage.begin()
     digest = stage.digest if stage.record else ""
     record = _usable_record(stage, digest)
@@ -70,30 +66,21 @@ def run_stage(stage: Stage[Any]) -> None:
         context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
         return
     context.emit(StageStarted(stage.name, stage.detail()))
-    started = time.monotonic()
-    with explained(type(stage), context.run_dir.root, REPAIRED):
+    started, held = time.monotonic(), context.gpu_time.seconds
+    with explained(type(stage), run.root, REPAIRED):
         if stage.record is None:
-            stage.run(context.run_dir.root)
+            stage.run(run.root)
         else:
-            record = _record_of(stage, digest, started)
+            context.check_ours(stage.name)
+            scratch = run.begin(stage.name, stage.keeps_scratch)
+            fields = stage.run(scratch)
+            fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
+            record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
+            context.check_ours(stage.name)
+            run.commit(stage.name, scratch, record)
             context.add_record(stage.name, record)
     seconds = record.seconds if record else time.monotonic() - started
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
-
-
-def _record_of(stage: Stage[RecordType], digest: str, started: float) -> RecordType:
-    """Run a stage in a scratch folder, then publish folder and record."""
-    assert stage.record
-    context, run = stage.context, stage.context.run_dir
-    held = context.gpu_time.seconds
-    context.check_ours(stage.name)
-    scratch = run.begin(stage.name, stage.keeps_scratch)
-    fields = stage.run(scratch)
-    own = {"gpu_seconds": context.gpu_time.seconds - held} | fields
-    record = stage.record(digest=digest, seconds=time.monotonic() - started, **own)
-    context.check_ours(stage.name)
-    run.commit(stage.name, scratch, record)
-    return record
 
 
 def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
@@ -109,27 +96,19 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
 def recorded(context: Context) -> dict[str, float]:
     """Add to the context the records for which `run` would skip stages; nothing is run, mended or written.
 
-    Returns:
-        How much of each stage is done, from 0 to 1. Whether its files are intact is left to the run.
+    Returns how much of each stage is done, from 0 to 1. Whether its files are intact is left to the run.
     """
     context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
     for kind in STAGES:
         if kind.record is None or not kind.is_wanted(context.config):
             continue
-        stage = kind(context)
-        record = _known_record(stage)
+        stage, record = kind(context), None
+        with suppress(CorruptFile):
+            if exists(context.run_dir.record_path(stage.name)):  # what the stage depends on takes time to read
+                record = stage.matching_record(stage.digest)
         if record is None:
             shares[kind.name] = stage.share_done()
             break
         context.add_record(kind.name, record)
         shares[kind.name] = 1.0
     return shares
-
-
-def _known_record(stage: Stage[RecordType]) -> RecordType | None:
-    if not exists(stage.context.run_dir.record_path(stage.name)):
-        return None  # what the stage depends on takes time to read
-    try:
-        return stage.matching_record(stage.digest)
-    except CorruptFile:
-        return None

@@ -15,15 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from typing_extensions import override
-
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.finalists import (
     best_of,
     choose_finalists,
     confirm,
     finalists_beside,
-    fresh_scores,
     front_of,
     hypervolume_of,
     may_win,
@@ -31,7 +28,7 @@ from qpruner.pipeline.finalists import (
 )
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Message, SearchPlanned
+from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
@@ -44,18 +41,12 @@ from qpruner.runs.records import (
 from qpruner.runs.storage import write_json
 from qpruner.search.choice import controls_of
 from qpruner.search.trial_job import Materials
-from qpruner.search.trial_records import (
-    read_trials,
-    readable_trials,
-    restart_if_damaged,
-    set_aside_damaged,
-)
+from qpruner.search.trial_records import read_trials, readable_trials, restart_if_damaged, set_aside_damaged
 from qpruner.sensitivity.seeds import seed_plan
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
-    from qpruner.pipeline.context import Context
 
 
 class Search(Stage[SearchRecord]):
@@ -68,44 +59,75 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan that is taken instead of a search."""
-        return given_plan(self.context)
+        """The plan that is taken instead of a search: from a file, a sensitivity's seed plan, or the only one."""
+        space, method = self.context.space, self.config.search.plan_method
+        if method:
+            return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
+        if self.context.plan_in_file or len(space.levels) > 1:
+            return self.context.plan_in_file
+        return space.uniform(space.levels[0])
 
     @cached_property
     def search_digest(self) -> str:
-        """Digest of what is proposed."""
-        return _search_digest(self.context, self.given)
+        """Digest of what is proposed, or of the plan that is given in its place."""
+        return self._digest_of_search(self.given)
+
+    def _digest_of_search(self, given: PrecisionPlan | None) -> str:
+        settings = self.config.search
+        return digest_of(
+            self.context.record(SensitivityRecord).digest,
+            self.context.space.budget_bytes,
+            settings.searcher,
+            settings.metric,
+            settings.pareto,
+            self.config.seed,
+            *([given.as_dict()] if given else []),
+        )
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of what a trial's own result depends on."""
-        return _trials_digest(self.context, self.search_digest)
+        """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
+        context, config, settings = self.context, self.config, self.config.search
+        scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
+        return digest_of(
+            "trials",
+            context.record(BankRecord).digest,
+            context.space.levels,
+            config.training,
+            config.lora,
+            config.seed,
+            scored,
+            (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
+            "" if settings.reuse_trials else self.search_digest,
+        )
 
     @property
     def folder(self) -> Path:
         """Where the trials are recorded."""
         return self.context.run_dir.trials / self.trials_digest
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
         # More trials or hours continue with those there are.
         ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
         return (self.trials_digest, self.search_digest, *ends)
 
-    @override
     def warnings(self) -> Iterable[str]:
         return self.context.inspection.warnings
 
-    @override
     def check(self) -> None:
-        from qpruner.pipeline.resources import check_search
+        from qpruner.search.searchers import check_searcher
         from qpruner.training.trackers import check_trackers
 
-        check_search(self.config.search, self.context.known_slots)
+        settings = self.config.search
+        check_searcher(settings.searcher)
+        if not self.context.trial_resources.get("gpu") and settings.max_gpu_hours is not None:
+            raise UserError(
+                f"`search.max_gpu_hours` ends no search whose trials hold no GPU, got {settings.max_gpu_hours:g}; use "
+                "`search.max_hours`"
+            )
         check_trackers(self.config.trackers)
 
-    @override
     def begin(self) -> None:
         """Report what is known of the trials, and forget the record where one of them was damaged."""
         context, settings = self.context, self.config.search
@@ -120,7 +142,7 @@ class Search(Stage[SearchRecord]):
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
-            beside=_search_digest(context, None) if self.given else None,
+            beside=self._digest_of_search(None) if self.given else None,
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
@@ -134,24 +156,21 @@ class Search(Stage[SearchRecord]):
     def _metric(self) -> Literal["loss", "accuracy"]:
         return "accuracy" if self.config.search.by_accuracy else "loss"
 
-    @override
     def detail(self) -> str:
         settings = self.config.search
         trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
         budget = self.context.space.budget_bytes / 1e6
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, job = self.context, self._job()
+        job = self._job()
         # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
-        priors = job.priors
-        known = replace(job, controls=[*controls_of(job.space, priors), *job.controls]) if self.given else job
-        context.join()
-        resumed = _report_recorded(context, job)
+        controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
+        known = replace(job, controls=controls)
+        _ = self.context.cluster  # Tune and tasks take the one that this process has joined
+        resumed = self._tell_recorded(job)
         outcome, finalists = self._finalists(job, known)
-        fresh = fresh_scores(context, finalists, known)
-        confirmations = confirm(context, finalists, fresh, known)
+        confirmations, gpu_seconds = confirm(self, finalists, known)
         by_index = {trial.index: trial for trial in finalists}
         eligible = [each for each in confirmations if self.given in (None, plan_of(by_index[each.index]))]
         best = best_of(eligible, job)
@@ -160,7 +179,7 @@ class Search(Stage[SearchRecord]):
         write_json(scratch / "best.json", by_index[best.index])
         front = front_of(confirmations, by_index, job) if self.config.search.pareto else ()
         return self._trial_fields(outcome) | {
-            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
+            "confirmation_gpu_seconds": gpu_seconds,
             "confirmations": confirmations,
             "best_index": best.index,
             "best_origin": GIVEN if self.given else best.origin,
@@ -171,6 +190,15 @@ class Search(Stage[SearchRecord]):
             "hypervolume": hypervolume_of(front, job) if front else None,
             "resumed": resumed,
         }
+
+    def _tell_recorded(self, job: SearchJob) -> int:
+        """Tell what the search starts from; return the number of its own recorded trials."""
+        own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
+        if resumed := own.count(True):
+            self.tell(f"going on from {counted(resumed, 'recorded trial')}")
+        if others := own.count(False):
+            self.tell(f"starting from {counted(others, 'trial')} that earlier searches left")
+        return resumed
 
     def _job(self) -> SearchJob:
         """Collect what the trials are run with."""
@@ -236,7 +264,6 @@ class Search(Stage[SearchRecord]):
             "sessions": outcome.sessions,
         }
 
-    @override
     def summary(self, record: SearchRecord) -> str:
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
@@ -244,72 +271,10 @@ class Search(Stage[SearchRecord]):
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
-    @override
     def share_done(self) -> float:
         over = sum(trial.is_over and trial.search == self.search_digest for trial in readable_trials(self.folder))
         return min(1.0, over / self.config.num_trials)
 
-    @override
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
-
-
-def given_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan that is used instead of a search, or None.
-
-    It comes from a file, is a sensitivity's seed plan, or the only plan there is.
-
-    Raises:
-        PlanRefused: If a file's plan does not fit this model or its budget.
-    """
-    space, method = context.space, context.config.search.plan_method
-    if method:
-        measured = context.record(SensitivityRecord)
-        return seed_plan(measured.methods[method].values, space)
-    if context.plan_in_file or len(space.levels) > 1:
-        return context.plan_in_file
-    return space.uniform(space.levels[0])
-
-
-def _search_digest(context: Context, given: PrecisionPlan | None) -> str:
-    """Digest of what is proposed, or of the plan that is given in its place."""
-    settings = context.config.search
-    return digest_of(
-        context.record(SensitivityRecord).digest,
-        context.space.budget_bytes,
-        settings.searcher,
-        settings.metric,
-        settings.pareto,
-        context.config.seed,
-        *([given.as_dict()] if given else []),
-    )
-
-
-def _trials_digest(context: Context, search_digest: str) -> str:
-    """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
-    config, settings = context.config, context.config.search
-    scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
-    return digest_of(
-        "trials",
-        context.record(BankRecord).digest,
-        context.space.levels,
-        config.training,
-        config.lora,
-        config.seed,
-        scored,
-        (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
-        "" if settings.reuse_trials else search_digest,
-    )
-
-
-def _report_recorded(context: Context, job: SearchJob) -> int:
-    """Report what the search starts from; return the number of its own recorded trials."""
-    recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
-    resumed = sum(1 for trial in recorded if job.owns(trial))
-    if resumed:
-        context.emit(Message("search", f"going on from {counted(resumed, 'recorded trial')}"))
-    if len(recorded) > resumed:
-        number = len(recorded) - resumed
-        context.emit(Message("search", f"starting from {counted(number, 'trial')} that earlier searches left"))
-    return resumed

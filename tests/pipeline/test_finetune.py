@@ -16,14 +16,14 @@ from searched_runs import a_winner, folders, progress_of, rows_of, told, with_wi
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.comparison_rows import (
+    candidates_for,
+    untuned_candidates,
+)
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
 from qpruner.pipeline.finetune import Finetune, finetune_jobs, row_set_aside_if_damaged
 from qpruner.pipeline.flow import run_stage
-from qpruner.pipeline.table_rows import (
-    candidates_for,
-    untuned_candidates,
-)
 from qpruner.runs.events import Event, StageSkipped
 from qpruner.runs.records import (
     CandidateRecord,
@@ -71,7 +71,7 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
 
     def finetune_all(context: Context) -> list[CandidateRecord]:
         events.clear()
-        return finetune_jobs(context, "comparison", Comparison(context).jobs)
+        return finetune_jobs(Comparison(context), Comparison(context).jobs)
 
     try:
         records = finetune_all(whole)

@@ -37,6 +37,7 @@ from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
+    from qpruner.pipeline.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -177,18 +178,13 @@ def gpus_held(context: Context, num_workers: int = 1) -> float:
 
 
 class JobProgress:
-    """Adds up the progress of equally long jobs from the files that their workers write: `done total`.
+    """Adds up the progress of equally long jobs of a stage from the files that their workers write: `done total`.
 
-    Args:
-        context: The run.
-        stage: The stage whose progress it is.
-        signs: A file for each job that is left.
-        num_jobs: Jobs in all; the others are done.
-        what: What is counted.
+    There is a file in `signs` for each job that is left of `num_jobs`; the others are done.
     """
 
-    def __init__(self, context: Context, stage: str, signs: list[Path], num_jobs: int, what: str) -> None:
-        self._emit, self._stage, self._signs, self._num_jobs, self._what = context.emit, stage, signs, num_jobs, what
+    def __init__(self, stage: Stage[Any], signs: list[Path], num_jobs: int, what: str) -> None:
+        self._stage, self._signs, self._num_jobs, self._what = stage, signs, num_jobs, what
         self._last = -1
 
     def tell(self) -> None:
@@ -201,4 +197,4 @@ class JobProgress:
         done = (self._num_jobs - len(self._signs)) * each + sum(done for done, _ in parts)
         if done != self._last:
             self._last = done
-            self._emit(Progress(self._stage, done, self._num_jobs * each, self._what))
+            self._stage.context.emit(Progress(self._stage.name, done, self._num_jobs * each, self._what))

@@ -16,8 +16,7 @@ from searched_runs import a_winner, folders, progress_of, rows_of, searched_reco
 from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.table_rows import (
+from qpruner.pipeline.comparison_rows import (
     JobProgress,
     Row,
     candidates_for,
@@ -27,6 +26,7 @@ from qpruner.pipeline.table_rows import (
     untuned_candidates,
     winner_row,
 )
+from qpruner.pipeline.context import Context
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event
 from qpruner.runs.records import (
@@ -239,10 +239,10 @@ def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Pat
     """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
     events: list[Event] = []
     signs = [tmp_path / "a", tmp_path / "b"]
-    progress = JobProgress(replace(context, emit=events.append), "evaluate", signs, 3, "answers")
+    progress = JobProgress(Comparison(replace(context, emit=events.append)), signs, 3, "answers")
     for a, b in ((None, None), ("2 8", None), ("2 8", None), ("8 8", "3"), ("8 8", "8 8")):
         for sign, text in zip(signs, (a, b), strict=True):
             if text:
                 sign.write_text(text)
         progress.tell()
-    assert progress_of(events, "evaluate") == {"answers": [(10, 24), (16, 24), (24, 24)]}
+    assert progress_of(events, "comparison") == {"answers": [(10, 24), (16, 24), (24, 24)]}
