@@ -35,7 +35,7 @@ from qpruner.quantization.bank import INDEX, BankIndex, EntrySettings, GroupJob,
 from qpruner.runs.records import RungResult
 from qpruner.runs.version import describe
 from qpruner.search import trial
-from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.search.trial_records import Materials, TrialJob
 
 ROOT = Path(__file__).resolve().parent.parent
 

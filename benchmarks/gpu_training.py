@@ -18,7 +18,7 @@ import qpruner.hf  # noqa: F401  (plain transformers then loads blocks of differ
 from qpruner.data.encoding import collate
 from qpruner.models.memory import PeakMemory, release
 from qpruner.quantization.assembly import PlanAssembler
-from qpruner.runs.scratch import working_folder
+from qpruner.runs.storage import working_folder
 from qpruner.training.finetune import Schedule, finetune
 
 TURNS, TURNS_SECONDS = 3, 300.0

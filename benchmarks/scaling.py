@@ -74,7 +74,7 @@ import torch
 torch.set_num_threads(1)
 from qpruner.config.load import validate_config
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.search.trial_records import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
 for plan in plans:
     job = TrialJob(config, Materials(run / "prune", run / "bank", run / "prepare" / "data"), plan)

@@ -27,7 +27,7 @@ from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.search.trial_job import Materials, Progress, Report, TrialJob
+from qpruner.search.trial_records import Materials, Progress, Report, TrialJob
 
 NUM_GROUPS = 64
 NAMES = tuple(f"layers.{index:02d}" for index in range(NUM_GROUPS))

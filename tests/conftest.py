@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 import pytest
 import yaml
 
-pytest_plugins = ["searched_runs"]
+# A machine with the kit of benchmarks/gpu_7b.py has no Ray.
+pytest_plugins = ["searched_runs"] if find_spec("ray") else []
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 

@@ -16,7 +16,7 @@ from qpruner.report.results import rows
 from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord, Results
-from qpruner.runs.storage import address_of, run_root, storage_at
+from qpruner.runs.storage import export_command, run_root, storage_at
 from qpruner.wording import as_called
 
 
@@ -31,7 +31,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             _print_layers(results.prune, terminal)
         if until == Report.name:
             _print_table(results, root, terminal)
-    return {"status": "ok", "run": address_of(root), **_figures(results)}
+    return {"status": "ok", "run": storage_at(root).address, **_figures(results)}
 
 
 def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def where_next(root: Path) -> str:
     storage = storage_at(root)
     place = folder = shlex.quote(storage.address)
     brought = ""
-    if command := storage.export_command:  # models are loaded from a folder
+    if command := export_command(root):  # models are loaded from a folder
         brought, folder = f"`{command}`, then ", "FOLDER"
     return (
         f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "

@@ -27,10 +27,11 @@ from qpruner.plans.plan import told_of_budget
 from qpruner.report import liveness, run_views
 from qpruner.report.between_runs import against, against_text, shared_stages
 from qpruner.report.search_progress import score_with_step
-from qpruner.runs.records import plan_group_bytes
+from qpruner.report.snapshot import read_snapshot
+from qpruner.runs.records import BankRecord, plan_group_bytes
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
-from qpruner.search.trial_records import remedy_of
+from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -76,7 +77,7 @@ MOST_WORDS = 12
 
 def status(run: str | Path, as_json: bool) -> dict[str, Any]:
     """Print where a run stands."""
-    facts = run_views.status(run_views.view(run), time.time())
+    facts = run_views.status(read_snapshot(RunDir(run, create=False)), time.time())
     if not as_json:
         terminal = Terminal(quiet=False)
         terminal.say(_headline(facts))
@@ -162,7 +163,7 @@ def _under_way(trial: dict[str, Any], steps: int) -> str:
 
 def _failed(trial: dict[str, Any]) -> str:
     text = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
-    return f"{text}\n  remedy: {remedy_of(trial['failure'])}" if trial["failure"] else text
+    return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
 def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     Raises:
         UserError: For a key that trials do not have.
     """
-    looked = run_views.view(run)
+    looked = read_snapshot(RunDir(run, create=False))
     rows = every = [run_views.trial_row(looked, trial) for trial in looked.trials]
     columns = list(rows[0]) if rows else list(SHOWN)
     search = looked.state.search
@@ -290,9 +291,11 @@ def _known(key: str, names: Mapping[str, str]) -> str:
 
 def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
     """Print the winner's plan, or a trial's, as YAML that `--plan` takes back."""
-    looked = run_views.view(run)
+    looked = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
-    budget, sizes = run_views.budget_bytes(looked), run_views.group_bytes(looked)
+    budget = looked.state.search.budget_bytes if looked.state.search else None
+    banked = looked.run_dir.read_record("bank", BankRecord)
+    sizes = banked.group_bytes if banked else {}
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
@@ -324,7 +327,7 @@ def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:
 
 def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
     """Print runs side by side, their differences from the first, and the settings in which they differ."""
-    views = [run_views.view(run) for run in runs]
+    views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     results = [run.results for run in views]
     apart, shared = [against(each, results[0]) for each in results[1:]], shared_stages(results)

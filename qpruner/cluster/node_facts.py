@@ -188,7 +188,7 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None
         return _unusable(error)
     try:
         if me:
-            storage_at(folder / me).write_progress(me.encode())
+            storage_at(folder / me).write(me.encode(), durable=False)
     except OSError as error:
         return f"cannot be written there ({error.strerror})"
     except Exception as error:

@@ -15,7 +15,7 @@ from qpruner.cluster.slots import Node
 from qpruner.cluster.tasks import first_line
 from qpruner.runs.records import RUN_ID
 from qpruner.runs.run_dir import BANK_CACHE, RunDir
-from qpruner.runs.storage import storage_at
+from qpruner.runs.storage import CACHE, cache_root, storage_at
 
 ANSWER_SECONDS = 120.0
 """A node starts a worker and answers within this time; importing torch from a cold network file system can take a
@@ -84,7 +84,8 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     caches = {BANK_CACHE: [f"{sha256}.safetensors" for sha256 in banked]}
-    caches |= storage_at(storage.parent).copies()
+    if not storage_at(storage).fills_this_disk:
+        caches[CACHE] = [f"{storage.parent.relative_to(cache_root())}/**/*"]
     asked = _ask(nodes, storage, driver, caches)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
     answers: dict[str, NodeFacts | str] = {}

@@ -19,7 +19,7 @@ from qpruner.models.loading import OnLoading, checkpoint_config, ignore_progress
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import exists, fetch, publish_folder, write_json
+from qpruner.runs.storage import exists, fetch, storage_at, write_json
 
 Form = Literal["merged", "peft"]
 AGAINST_SHORTAGE = (
@@ -72,7 +72,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignor
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
         likeness = compare(final, scratch, [row["input_ids"] for row in rows], on_progress)
         write_json(scratch / MARK, record)
-        publish_folder(scratch, target)
+        storage_at(target).publish(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     is_plain = form == "merged" and not checkpoint_config(target).is_heterogeneous

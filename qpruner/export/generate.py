@@ -21,7 +21,7 @@ from qpruner.models.loading import OnLoading, check_folder, ignore_progress, loa
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import STATE, RunDir
-from qpruner.runs.storage import run_path, storage_at
+from qpruner.runs.storage import export_command, run_path
 
 BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
 """The models of a run, in the order in which they are made."""
@@ -172,7 +172,7 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     Raises:
         UserError: If one is missing or damaged, or the run is at a URI.
     """
-    if "://" in str(place) and (command := storage_at(run_path(str(place))).export_command):
+    if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
             f"models are loaded from a folder, and this is a URI: `{command}` "
             "brings its final model here, then name FOLDER"

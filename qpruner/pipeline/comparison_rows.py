@@ -28,8 +28,7 @@ from qpruner.report.results import (
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import controls_of
-from qpruner.search.random_plans import random_plans
+from qpruner.search.choice import controls_of, random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
 from qpruner.training.table_rows import Candidate, CandidateJob

@@ -14,7 +14,7 @@ from qpruner.pipeline.flow import STAGES, recorded
 from qpruner.pipeline.preflight import amount
 from qpruner.runs.records import Results
 from qpruner.runs.run_dir import BANK_CACHE
-from qpruner.runs.storage import CACHE, cache_root, storage_at
+from qpruner.runs.storage import CACHE, cache_root, files_in
 
 SMALL_FILES = 2**20
 """Bytes of records, log and report, which every command writes."""
@@ -60,7 +60,7 @@ def _left(context: Context, sizes: dict[str, int]) -> int:
         left += max(0, to_write - _bytes({file for name in names for file in _attempts(context, name)}))
         if done := [name for name in names if shares[name]]:
             copied = _bytes(_bank_copies(context.records)) if "bank" in names else 0
-            to_copy = storage_at(_folder(context, names[0])).bytes_to_copy() - copied
+            to_copy = _bytes_to_copy(_folder(context, names[0])) - copied
             left += max(0, min(to_copy, sum(sizes[name] for name in done)))
     return left
 
@@ -81,6 +81,11 @@ def _bank_copies(found: Results) -> Iterator[Path]:
     """Name this machine's copies of the bank's files."""
     copies = Path(os.environ.get(BANK_CACHE) or cache_root() / "bank")
     yield from (copies / f"{sha256}.safetensors" for sha256 in (found.bank.files.values() if found.bank else ()))
+
+
+def _bytes_to_copy(folder: Path) -> int:
+    """Count what this machine has still to fetch of a folder; of one that is used in place nothing."""
+    return max(0, sum(files_in(folder).values()) - _bytes(file for file in folder.rglob("*") if file.is_file()))
 
 
 def _bytes(files: Iterable[Path]) -> int:

@@ -34,7 +34,6 @@ from qpruner.runs.storage import (
     exists,
     fetch,
     for_each,
-    publish_folder,
     published_folders,
     quarantine,
     read_json,
@@ -89,7 +88,7 @@ class Finetune(Stage[FinetuneRecord]):
 
     def begin(self) -> None:
         final = self._final
-        if not (have_rows(self.jobs) and storage_at(final).is_published() and self.is_whole(final)):
+        if not (have_rows(self.jobs) and final in published_folders(final.parent) and self.is_whole(final)):
             self.context.forget(self.name)
 
     def detail(self) -> str:
@@ -249,4 +248,4 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)
-    publish_folder(scratch, folder)
+    storage_at(folder).publish(scratch)

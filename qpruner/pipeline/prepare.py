@@ -43,7 +43,7 @@ class Prepare(Stage[PrepareRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context, folder = self.context, scratch / "model"
         # Other machines see the run's storage, but not each other's caches of the hub.
-        is_shared = bool(context.address) or context.run_dir.storage.is_read_anywhere
+        is_shared = bool(context.address) or not context.run_dir.storage.fills_this_disk
         bring = partial(_bring_base, context.worker_config.model, folder, is_shared)
         base = context.executor.run(bring, context.emit)
         if base.converted:

@@ -104,7 +104,7 @@ def cut_and_save(
     from qpruner.data.encoding import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
-    from qpruner.report.importance_map import load_importance, save_importance, write_pictures
+    from qpruner.report.plots.model import save_importance
 
     source, on_weights = str(fetch(base)), telling(emit, "prune")
     tokenizer = load_tokenizer(source)
@@ -116,8 +116,6 @@ def cut_and_save(
     with writing_folder(scratch) as folder:
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
-        record = PruneRecord(digest="", seconds=0.0, **fields)
-        retry_storage(lambda: write_pictures(folder, record, load_importance(folder)), folder)
     cache.keep(pruned.model)
     return fields | {"weights": _weights_digest(scratch)}
 

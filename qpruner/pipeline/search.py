@@ -40,8 +40,13 @@ from qpruner.runs.records import (
 )
 from qpruner.runs.storage import write_json
 from qpruner.search.choice import controls_of
-from qpruner.search.trial_job import Materials
-from qpruner.search.trial_records import read_trials, readable_trials, restart_if_damaged, set_aside_damaged
+from qpruner.search.trial_records import (
+    Materials,
+    read_trials,
+    readable_trials,
+    restart_if_damaged,
+    set_aside_damaged,
+)
 from qpruner.sensitivity.seeds import seed_plan
 from qpruner.wording import counted
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 Point = tuple[float, float]
 """Bytes, and what is minimized beside them."""
@@ -32,13 +32,3 @@ def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -
             area += (budget_bytes - size) * (lowest - score)
             lowest = score
     return area / (budget_bytes - smallest[0]) if area else 0.0
-
-
-def hypervolumes(points: Iterable[Point | None], smallest: Point, budget_bytes: float) -> Iterator[float]:
-    """Yield the hypervolume of the first 1, 2, ... points; a None adds nothing."""
-    front: list[Point] = []
-    for point in points:
-        if point is not None:
-            front.append(point)
-            front = [front[position] for position in non_dominated(front)]
-        yield hypervolume(front, smallest, budget_bytes)

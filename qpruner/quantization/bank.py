@@ -29,6 +29,7 @@ from qpruner.quantization.mixed import pack
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import (
     OnPiece,
+    cache_root,
     display_name,
     exclusive,
     fetch,
@@ -255,10 +256,9 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
     None if the contents are others.
     """
     named = os.environ.get(BANK_CACHE)
-    copies = Path(named) if named else storage_at(path).bank_copies
-    if copies is None:
+    if not named and storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = copies / f"{sha256}.safetensors"
+    copy = (Path(named) if named else cache_root() / "bank") / f"{sha256}.safetensors"
     if _is_intact(copy, sha256):
         return copy
     with exclusive(copy, on_piece):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from qpruner.report.results import SEARCHED, fine_tunes
 from qpruner.report.statistics import (
     Difference,
-    Pair,
     difference_text,
     more_bytes,
     over_confirmation_rows,
@@ -21,14 +20,9 @@ from qpruner.runs.records import Results
 
 @dataclass(frozen=True)
 class Against:
-    """A run's searched row less another run's, both after their fine-tunes.
+    """A run's searched row less another run's, both after their fine-tunes, under the training seeds both have.
 
-    Attributes:
-        seeds: Training seeds both have.
-        more_bytes: The run's bytes above the other's, as a share of these, of the seed where they differ most.
-        no_figures: Why there is no difference; None where there is one.
-        differ: What the two were measured on and is not the same.
-        differences: By measure, of those that were measured alike in both.
+    `no_figures` says why there is no difference, `differ` what the two were measured on and is not the same.
     """
 
     seeds: tuple[int, ...]
@@ -46,7 +40,8 @@ def against(run: Results, other: Results) -> Against:
     if not pairs:
         return Against((), None, "they have no training seed in common", (), ())
     share = more_bytes([(theirs, ours) for ours, theirs in pairs])
-    if all(_is_same_model(pair) for pair in pairs):
+    same = [(one.plan, one.adapter_sha256) == (two.plan, two.adapter_sha256) for (one, _), (two, _) in pairs]
+    if all(same) and all(one.adapter_sha256 for (one, _), _ in pairs):
         return Against(seeds_of(pairs), share, "it is the same fine-tuned model", (), ())
     # Records of older versions tell the questions together with those of trials, and the text.
     tested = [record.tested or record.rows[-1].digest for record in (run.evaluate, other.evaluate)]
@@ -60,11 +55,6 @@ def against(run: Results, other: Results) -> Against:
         return Against(seeds_of(pairs), share, f"{' and '.join(differ)} are others", (), ())
     found = tuple(each for differences in measured.values() for each in differences or ())
     return Against(seeds_of(pairs), share, None, differ, found)
-
-
-def _is_same_model(pair: Pair) -> bool:
-    (ours, _), (theirs, _) = pair
-    return bool(ours.adapter_sha256) and (ours.plan, ours.adapter_sha256) == (theirs.plan, theirs.adapter_sha256)
 
 
 def against_text(found: Against) -> str:

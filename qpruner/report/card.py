@@ -17,7 +17,6 @@ from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import GIVEN
-from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
@@ -31,9 +30,9 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
     """Write the card of a whole run's final model; `base_card` is the base model's own, where it is at hand."""
     assert run.results.evaluate and run.results.search
     config = run.state.config
-    base = config["model"]["source"]
+    base, stated = config["model"]["source"], _stated(config)
     data = ModelCardData(
-        **_known(config, Path(run.state.folder), base_card or "") | _stated(config),
+        **_known(config, Path(run.state.folder), base_card or "") | stated,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],
@@ -41,6 +40,10 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
         eval_results=list(_measured(run)),
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
+    expanded = ""
+    if (prepared := run.results.prepare) and prepared.source_bytes is not None:  # from a .gguf file, mostly quantized
+        size = f"{prepared.source_bytes / 1e6:.1f} MB"
+        expanded = f" The base's weights were expanded from {code(Path(base).name)}, a file of {size}."
     return "\n".join(
         [
             "---",
@@ -51,7 +54,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             "",
             f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
             f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the fine-tunes "
-            f"below it is that of training seed {winner.seeds[0]}.{_expanded(run)}",
+            f"below it is that of training seed {winner.seeds[0]}.{expanded}",
             "",
             loading_section("packed"),
             "## Measured",
@@ -75,15 +78,6 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             metric_name=score.metric,
             metric_value=round(score.value, 4),
         )
-
-
-def _expanded(run: Snapshot) -> str:
-    """State that the base's weights came from a .gguf file, which is mostly a quantized one."""
-    prepared = run.results.prepare
-    if prepared is None or prepared.source_bytes is None:
-        return ""
-    name = Path(run.state.config["model"]["source"]).name
-    return f" The base's weights were expanded from {code(name)}, a file of {prepared.source_bytes / 1e6:.1f} MB."
 
 
 def _chosen(run: Snapshot) -> str:
@@ -118,11 +112,11 @@ def _is_hub_id(source: str, folder: Path) -> bool:
     )
 
 
-def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
+def base_card(run: Snapshot) -> str | None:
     """Read the base model's own card, which lies beside its files; None where it has none or they are gone."""
     assert run.results.prepare
     try:
-        return read_text(run_dir.base_model(run.results.prepare) / "README.md")
+        return read_text(run.run_dir.base_model(run.results.prepare) / "README.md")
     except (OSError, UnicodeDecodeError):  # it is not ours: what is wrong with it must not cost the report
         return None
 
@@ -137,7 +131,8 @@ def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, An
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
     licence = {} if "license" in _stated(config) else _license(base_card, base) or _package_license(source)
-    return {"base_model": base, "datasets": _datasets(config, folder) or None, **licence}
+    data = dict.fromkeys(each["source"] for each in config["data"]["train"])
+    return {"base_model": base, "datasets": [each for each in data if _is_hub_id(each, folder)] or None, **licence}
 
 
 def _license(card: str, base: str | None) -> dict[str, Any]:
@@ -160,9 +155,3 @@ def _package_license(base: str) -> dict[str, Any]:
     keys = ("License-Expression", "License")
     told = {next((each[key] for key in keys if key in each), "").lower() for each in metadata}
     return {"license": told.pop()} if len(told) == 1 and told <= set(SPDX_ON_HUB) else {}
-
-
-def _datasets(config: dict[str, Any], folder: Path) -> list[str]:
-    """List the hub data sets that the model was fine-tuned on."""
-    sources = dict.fromkeys(each["source"] for each in config["data"]["train"])
-    return [source for source in sources if _is_hub_id(source, folder)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qpruner.data.measures import accuracy_in_full
+from qpruner.data.measures import Z_95, accuracy_in_full
 from qpruner.report.results import (
     BASE,
     BEST_SEED,
@@ -20,7 +21,7 @@ from qpruner.report.results import (
     under_first_seed,
     untuned_accuracies,
 )
-from qpruner.report.search_summary import margins
+from qpruner.report.search_progress import cost, score, score_name
 from qpruner.report.statistics import (
     Difference,
     Pair,
@@ -29,26 +30,21 @@ from qpruner.report.statistics import (
     over_confirmation_rows,
     over_questions,
     paired,
+    paired_losses,
     seeds_of,
     seeds_text,
 )
-from qpruner.runs.records import GIVEN, Results, SearchRecord
-from qpruner.search.random_plans import SAME_BYTES
+from qpruner.runs.records import GIVEN, Confirmation, Results, SearchRecord
+from qpruner.search.choice import SAME_BYTES
 
 RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The searched row against another one.
+    """The searched row against another one, whose bytes above the searched plan's are a share of these.
 
-    Attributes:
-        other: That row.
-        origin: Where its plans came from; empty without such a row.
-        seeds: Training seeds both have.
-        more_bytes: Its bytes above the searched plan's, as a share of these, of the seed where they differ most.
-        no_claim: Why nothing can be claimed; None where something can.
-        differences: By measure; empty where nothing can be claimed.
+    Without such a row `origin` is empty; `no_claim` says why nothing can be claimed, and then there are no differences.
     """
 
     other: str
@@ -57,13 +53,6 @@ class Comparison:
     more_bytes: float | None
     no_claim: str | None
     differences: tuple[Difference, ...]
-
-    def by_verdict(self) -> dict[str, list[str]]:
-        """Group the measures by verdict."""
-        found: dict[str, list[str]] = {}
-        for difference in self.differences:
-            found.setdefault(difference.verdict, []).append(difference.measure)
-        return found
 
 
 def comparisons(results: Results) -> list[Comparison]:
@@ -84,7 +73,9 @@ def claim(results: Results) -> str:
     assert results.search
     found, winner = comparisons(results), _winner(results, results.search)
     if not found:
-        return "\n".join([f"{winner}{_alone(results)}", *_items_alone(results.search)])
+        fresh = [f"- On the search's fresh rows, before this fine-tune: {each}" for each in margins(results.search)]
+        alone = "- No other plan had this fine-tune, so nothing is claimed at equal bytes."
+        return "\n".join([f"{winner}{_alone(results)}", *fresh, alone])
     lead = f"{winner}{_lost(results)}{_beside_uniform(results)}{_verdicts(found)}"
     return "\n".join([lead, *map(_item, found)])
 
@@ -95,17 +86,6 @@ def how_to_compare(command: str) -> str:
         "The comparison with the base, uniform bits, seed and random plans after the same fine-tune is added by "
         f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
     )
-
-
-def tally(found: Sequence[Comparison]) -> tuple[str, str]:
-    """Count in how many of all comparisons the searched plan is better or worse, and how many these are.
-
-    Of several comparisons one may show a difference by chance.
-    """
-    verdicts = [difference.verdict for each in found for difference in each.differences]
-    counts = [f"{verdict} in {verdicts.count(verdict)}" for verdict in ("better", "worse") if verdict in verdicts]
-    headline = f"{' and '.join(counts)} of {len(verdicts)}" if counts else "no difference shown"
-    return headline, f"{len(verdicts)} comparisons, each at 95 % by itself"
 
 
 def _winner(results: Results, search: SearchRecord) -> str:
@@ -132,9 +112,33 @@ def _alone(results: Results) -> str:
     )
 
 
-def _items_alone(search: SearchRecord) -> list[str]:
-    fresh = [f"- On the search's fresh rows, before this fine-tune: {margin}" for margin in margins(search)]
-    return [*fresh, "- No other plan had this fine-tune, so nothing is claimed at equal bytes."]
+def margins(search: SearchRecord) -> Iterator[str]:
+    """Yield by how much the winner beat the best of the other kind on fresh rows; nothing where there was none."""
+    best = next(each for each in search.confirmations if each.index == search.best_index)
+    others = [each for each in search.confirmations if each.control != search.control_won and each != best]
+    rival = min(others, key=lambda each: (cost(each, search.metric), each.index), default=None)
+    if rival is None:
+        return
+    ours, theirs = (score(each, search.metric) for each in (best, rival))
+    is_behind = cost(best, search.metric) > cost(rival, search.metric)
+    yield (
+        f"its selection {score_name(search)} is {ours:.4f}, that of the best "
+        f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
+        f"{rival.origin}): {'behind by' if is_behind else 'a margin of'} {abs(ours - theirs):.4f}"
+        f"{_margin_error(best, rival, search.metric)}."
+    )
+
+
+def _margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
+    """Describe the standard error of a margin: of its rows where they are known, else of each score."""
+    apart = paired_losses(one, other) if metric == "loss" else None
+    if apart:
+        verdict = ", so it may be chance" if abs(apart.mean) < Z_95 * apart.stderr else ""
+        return f" (standard error {apart.stderr:.4f}, paired over {len(one.losses)} rows{verdict})"
+    errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
+    known = [f"{error:.4f}" for error in errors if error is not None and not math.isnan(error)]
+    over = "rows" if metric == "loss" else "questions"
+    return f" (standard errors {' and '.join(known)}, over the same {over})" if len(known) == 2 else ""
 
 
 def _compared(results: Results, other: str) -> Comparison:
@@ -190,16 +194,19 @@ def _beside_uniform(results: Results) -> str:
 
 
 def _verdicts(found: Sequence[Comparison]) -> str:
-    parts = []
+    """Tell what is better or worse, in words before figures; of several comparisons one may be so by chance."""
+    parts, verdicts = [], [difference.verdict for each in found for difference in each.differences]
+    shown = ("better", "worse")
     for each in (each for each in found if each.differences):
-        rival, measures = RIVALS[each.other], each.by_verdict()
-        shown = [verdict for verdict in ("better", "worse") if verdict in measures]
-        told = [f"is {verdict} than {rival} in {' and '.join(measures[verdict])}" for verdict in shown]
+        rival = RIVALS[each.other]
+        measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
+        told = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
         parts.append(" and ".join(told) or f"cannot be told from {rival}")
     if not parts:
         return ""
-    headline, among = tally(found)
-    return f" It {'; it '.join(parts)}. Over {among}: {headline}."
+    counts = [f"{word} in {verdicts.count(word)}" for word in shown if word in verdicts]
+    headline = f"{' and '.join(counts)} of {len(verdicts)}" if counts else "no difference shown"
+    return f" It {'; it '.join(parts)}. Over {len(verdicts)} comparisons, each at 95 % by itself: {headline}."
 
 
 def _item(found: Comparison) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from qpruner.report.plots.chart import Chart
 
-Rows = Sequence[Sequence[str]]
 NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].*)?|-|")
 
 
@@ -33,7 +32,7 @@ class Table:
 
     caption: str
     headings: tuple[str, ...]
-    rows: Rows
+    rows: Sequence[Sequence[str]]
     summary: str = ""
     is_on_page_only: bool = False
 
@@ -47,7 +46,7 @@ class Table:
         """Drop the columns in which no row has a figure."""
         kept = [column for column in range(len(self.headings)) if any(row[column] != "-" for row in self.rows)]
         rows = [tuple(row[column] for column in kept) for row in self.rows]
-        return Table(self.caption, tuple(self.headings[column] for column in kept), rows, self.summary)
+        return replace(self, headings=tuple(self.headings[column] for column in kept), rows=rows)
 
 
 @dataclass(frozen=True)
@@ -67,42 +66,13 @@ class Code:
     summary: str = ""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One figure and what stands under it."""
-
-    heading: str
-    figure: str
-    lines: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The answer in figures, on the page alone."""
-
-    tiles: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
-class PlanBar:
-    """A plan, one character a group, on the page alone."""
-
-    bar: str
-
-
-@dataclass(frozen=True)
-class TrialsTable:
-    """Every trial in a table that sorts and filters, on the page alone."""
-
-
-Part = Paragraph | Items | Table | Terms | Code | Tiles | PlanBar | TrialsTable | Chart
+Part = Paragraph | Items | Table | Terms | Code | Chart
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report under a heading; `short` is what the page's navigation calls it."""
+    """A part of the report under a heading."""
 
     name: str
     heading: str
-    short: str
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part]

@@ -1,4 +1,4 @@
-"""Writes TensorBoard's event files with tensorboardX, so that writing twice changes nothing.
+"""Writes TensorBoard's event files of a search with tensorboardX, so that writing twice changes nothing.
 
 A file is a function of what it shows. While a search runs it grows at the end, which a TensorBoard that is open
 follows; after a crash, a resume or a loss the same call completes or rewrites it, and no row is in it twice.
@@ -7,33 +7,153 @@ follows; after a crash, a resume or a loss the same call completes or rewrites i
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import custom_scalars
 from tensorboardX.summary import text as text_summary
+
+from qpruner.config.schema import RunConfig
+from qpruner.data.measures import accuracy_name
+from qpruner.report.plots.search import Shown, front
+from qpruner.report.search_progress import bar, best_of, best_so_far, score, score_name
+from qpruner.runs.records import SearchState, TrialRecord
 
 FILE = "events.out.tfevents"
 """How the names of event files begin, for TensorBoard to see them."""
 TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
 """DataType and Status of the HParams plugin's api.proto."""
+RUNGS = "validation by rung"
+"""Group of the tags that are columns of the HParams table, named so that Scalars begins with the curves."""
+BEST = "search/best so far"
+MOST_POINTS = 1000
+"""Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
+MOST_PICTURES = 10
+"""TensorBoard shows no more."""
+
+
+def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
+    """Write a trial's curves and, once it is over, its row of the HParams table."""
+    if not trial.rungs and not trial.is_over:
+        return
+    started, *moments = trial.times or (0.0,)
+    moments += [started] * (len(trial.rungs) + 1 - len(moments))
+    every = math.ceil(search.steps / MOST_POINTS)
+    found: list[Any] = []
+    step = 0
+    for rung, moment in zip(trial.rungs, moments, strict=False):
+        for loss in rung.train_losses:
+            step += 1
+            if step % every == 0:
+                found.append(_scalar("train/loss", loss, step, moment))
+        for name, value in (("loss", rung.loss), (accuracy_name(search.metrics), rung.accuracy)):
+            if value is not None:
+                found.append(_scalar(f"validation/{name}", value, rung.step, moment))
+                found.append(_scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
+    if trial.is_over:
+        # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
+        title = f"{trial.index:04d} of {folder.parent.name}"
+        found += _session(title, _columns(search, trial), trial.status != "failed", (started, moments[-1]))
+    write_events(folder / run_name(trial), found)
+
+
+def write_curves(
+    folder: Path,
+    search: SearchState,
+    over: Sequence[TrialRecord],
+    listed: Sequence[TrialRecord],
+    config: RunConfig,
+) -> None:
+    """Write best so far, a line a control, the columns of the HParams table and the configuration.
+
+    Args:
+        folder: Where the runs lie.
+        search: What it is about.
+        over: Trials to compare that are over, in the order of their ends.
+        listed: One that the HParams table lists, whose columns all of them have; none where the table is empty yet.
+        config: The run's configuration.
+    """
+    found = [text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")]
+    found += [_experiment(_columns(search, trial), _metrics(search, config)) for trial in listed]
+    for count, (value, trial) in enumerate(zip(best_so_far(over, search.metric), over, strict=True), 1):
+        if value is not None:
+            found.append(_scalar(BEST, value, count, _end(trial)))
+    write_events(folder / "search", found)
+    for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
+        value = score(control.rungs[-1], search.metric)
+        # Two points: with more, TensorBoard takes the best trials for outliers and leaves them outside the chart.
+        line = [_scalar(BEST, value, count, _end(control)) for count in (1, config.search.max_trials)]
+        write_events(folder / control_name(control), line)
+
+
+def picture_every(config: RunConfig) -> int:
+    """Return after how many trials the front is drawn again."""
+    return math.ceil(config.search.max_trials / MOST_PICTURES)
+
+
+def write_picture(folder: Path, search: SearchState, over: Sequence[TrialRecord], winner: int | None) -> None:
+    """Draw the front of the trials that are over, in an event file of its own, named by number and search."""
+    searched = [trial for trial in over if trial.status == "finished" and not trial.is_control]
+    chosen = [trial for trial in over if trial.index == winner]
+    best, title = best_of(chosen or searched, search.metric), "winner" if chosen else "best so far"
+    if chart := front(Shown(search, over, best, title)):
+        picture = _image("search/bytes and score", chart.png(), len(over), _end(over[-1]))
+        write_events(folder / "pictures", [picture], f"{len(over):06d}-{search.search}")
+
+
+def run_name(trial: TrialRecord) -> str:
+    """Name a trial's run in TensorBoard."""
+    return f"trial-{trial.index:04d}-{trial.origin}"
+
+
+def control_name(trial: TrialRecord) -> str:
+    """Name a control's run in TensorBoard; of plans that were given there may be several."""
+    return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
+
+
+def _end(trial: TrialRecord) -> float:
+    return trial.times[-1] if trial.times else 0.0
+
+
+def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
+    """Return the columns of a trial's row; TensorBoard shows the first five at first, in the order of ASCII."""
+    return {
+        "#": f"{trial.index:04d}",  # numbers are shown with four decimals
+        "From": trial.origin,
+        "MB": trial.plan_bytes / 1e6,
+        "Mean bits": trial.mean_bits,
+        "Status": trial.status,
+        "plan": bar(trial),
+        "search": "this" if trial.search == search.search else "another",
+        **{f"bits {group}": bits for group, bits in trial.plan.items()},
+    }
+
+
+def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
+    """Map tags to columns of the HParams table, first what trials are compared by.
+
+    Every trial that reached all rungs has all of them: the parallel coordinates leave out whoever lacks one.
+    """
+    scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
+    steps = config.search.rungs
+    rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
+    last = f"{RUNGS}/{score_name(search)} at step {steps[-1]}"
+    return {last: rungs[last]} | rungs
+
+
+# ---- messages and files
 
 
 def write_events(folder: Path, events: Sequence[Any], name: str = "0") -> None:
-    """Make a run's event file hold these events and no others.
-
-    Args:
-        folder: The run, as TensorBoard names it.
-        events: `Event` messages, the first of them with the time at which the run began.
-        name: End of the file's name.
-    """
+    """Make the event file `name` of a run, as TensorBoard names the folder, hold these messages and no others."""
     version = Event(wall_time=events[0].wall_time, file_version="brain.Event:2")
     path, wanted = folder / f"{FILE}.{name}", _framed([version, *events])
     found = path.read_bytes() if path.is_file() else b""
@@ -59,33 +179,22 @@ def _framed(events: Sequence[Any]) -> bytes:
         return file.read_bytes()
 
 
-def scalar(tag: str, value: float, step: int, time: float) -> Any:
-    """Make one point of a curve."""
+def text(tag: str, markdown: str) -> Any:
+    """Make a text, shown as Markdown."""
+    return Event(wall_time=0.0, summary=text_summary(tag, markdown))
+
+
+def _scalar(tag: str, value: float, step: int, time: float) -> Any:
     return _event(Summary.Value(tag=tag, simple_value=value), step, time)
 
 
-def image(tag: str, png: bytes, step: int, time: float) -> Any:
-    """Make a picture of a PNG file, which the slider shows at a step."""
+def _image(tag: str, png: bytes, step: int, time: float) -> Any:
     width, height = struct.unpack(">II", png[16:24])
     picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
     return _event(Summary.Value(tag=tag, image=picture), step, time)
 
 
-def text(tag: str, markdown: str, time: float = 0.0) -> Any:
-    """Make a text, shown as Markdown."""
-    return Event(wall_time=time, summary=text_summary(tag, markdown))
-
-
-def charts(layout: dict[str, dict[str, list[str]]]) -> Any:
-    """Make the layout of the custom scalars: category -> chart -> tags, every run with such a tag a line."""
-    lines = {
-        category: {chart: ["Multiline", tags] for chart, tags in of_category.items()}
-        for category, of_category in layout.items()
-    }
-    return Event(summary=custom_scalars(lines))
-
-
-def experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
+def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
     """Make the HParams table's columns: of parameters, with a value of each, and of metrics, tag -> title."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
@@ -95,16 +204,10 @@ def experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -
     return _hparams("experiment", content, 0.0)
 
 
-def session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """Make a row of the HParams table; its metrics are the run's last scalars.
+def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
+    """Make a row of the HParams table, whose metrics are the run's last scalars; rows of one title are merged.
 
     tensorboardX's own `hparams` has neither titles nor times.
-
-    Args:
-        title: Of its first column; rows of one title are merged, whatever runs they are from.
-        parameters: Columns.
-        is_success: Whether the trial did not fail.
-        times: Unix seconds of start and end.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]

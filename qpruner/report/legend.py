@@ -5,7 +5,7 @@ from __future__ import annotations
 from qpruner.data.measures import accuracy_in_full
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
 from qpruner.runs.records import EvalRecord, InferenceSetting, Results
-from qpruner.search.random_plans import SAME_BYTES
+from qpruner.search.choice import SAME_BYTES
 
 TITLE = "How to read the table"
 ROWS = {

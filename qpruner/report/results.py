@@ -38,18 +38,8 @@ class Row:
     """One row of the final table: means over its fine-tunes, and their standard deviation (None with one) as spread.
 
     Fine-tunes of a row differ by the training seed, those of the random row by the plan, too. Losses are in nats per
-    token, answer losses in nats per answer; the standard error of the accuracy is over questions.
-
-    Attributes:
-        name: As the records have it; `searched` is the winner's, whoever found it.
-        title: As people read it.
-        plans: Bits as a bar, one character a group.
-        num_parameters: Without adapters.
-        measured_bytes: Of the packed tensors.
-        mean_bits: Per grouped weight.
-        peak_memory_bytes: The most of any fine-tune.
-        answer_loss: None where a task has no choices.
-        perplexity: On the held-out text; None without one.
+    token, answer losses in nats per answer (None where a task has no choices); the standard error of the accuracy is
+    over questions. The name is the records', the title people's; a plan is a bar of a character a group.
     """
 
     name: str

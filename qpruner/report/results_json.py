@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict
 from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.results import Row, rows, under_first_seed
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.statistics import MarginalEffects, rank_correlation
 from qpruner.runs.records import Results, RunState, TrialRecord
 from qpruner.wording import without_nan
 
@@ -34,10 +33,6 @@ class Summary(BaseModel):
     """The rows of `table` under the first training seed alone, which every row had."""
     table: tuple[Row, ...]
     """The final table; losses in nats per token, means over training seeds."""
-    marginal_effects: MarginalEffects | str | None
-    """What finished trials show of each group, or why they show nothing."""
-    rank_correlations: dict[str, float | None]
-    """Of each sensitivity with the marginal effects (Spearman)."""
     records: Results
     """What every stage recorded."""
     trials: tuple[TrialRecord, ...]
@@ -52,15 +47,12 @@ class Summary(BaseModel):
 
 def summary_of(run: Snapshot) -> Summary:
     """Collect everything that the run's folder holds."""
-    methods = run.sensitivity.methods if run.sensitivity else {}
     return Summary(
         standing=run.standing,
         claim=claim(run.results) if run.is_whole else None,
         comparisons=tuple(comparisons(run.results)) if run.is_whole else (),
         table=tuple(rows(run.results)) if run.is_whole else (),
         first_seed_table=tuple(under_first_seed(run.results)) if run.is_whole else (),
-        marginal_effects=run.effects if run.trials else None,
-        rank_correlations={name: rank_correlation(method, run.effects) for name, method in methods.items()},
         records=run.results,
         trials=run.trials,
         state=run.state,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
-from qpruner.plans.pareto import Point, hypervolumes
+from qpruner.plans.pareto import Point
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs import events
 from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
@@ -14,16 +14,10 @@ from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchSta
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """A search at one moment.
+    """A search at one moment: its trials, by number, and `others` that another search left in the same folder.
 
-    Attributes:
-        trials: Of this search, by number.
-        others: Trials that searches with another budget, searcher or plan left in the same folder.
-        best: The finished trial with the best score that is no control; None before there is one.
-        best_control: The finished control with the best score.
-        seconds_left: Estimated from the mean time of trials that are over; None before there is one, and where no
-            trial runs.
-        slots: Trials that machines have room for.
+    The best ones are finished, `best` is no control. `seconds_left` is estimated from the mean time of trials that are
+    over; `slots` is how many trials machines have room for.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -132,21 +126,6 @@ def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
             best = best_of([trial] if best is None else [best, trial], metric)
         curve.append(score(best.rungs[-1], metric) if best else None)
     return curve
-
-
-def hypervolume_so_far(
-    over: Sequence[TrialRecord], metric: str, budget_bytes: int, of_controls: bool = False
-) -> list[float]:
-    """Return the hypervolume of those that finished among the first 1, 2, ... of the trials, by the smallest of all.
-
-    With `of_controls` it is that of the controls alone; a plan that the user gave is none.
-    """
-    points = {trial.index: front_point(trial, metric) for trial in over if trial.status == "finished"}
-    if not points:
-        return [0.0] * len(over)
-    left_out = {trial.index for trial in over if of_controls and (trial.is_given or not trial.is_control)}
-    counted = (None if trial.index in left_out else points.get(trial.index) for trial in over)
-    return list(hypervolumes(counted, min(points.values()), budget_bytes))
 
 
 def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:

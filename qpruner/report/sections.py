@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import yaml
 
+from qpruner.data.measures import accuracy_in_full
 from qpruner.report import legend, tables
-from qpruner.report.answer import tiles
-from qpruner.report.claim import claim
-from qpruner.report.content import (
-    Code,
-    Items,
-    Paragraph,
-    Part,
-    PlanBar,
-    Section,
-    Table,
-    Terms,
-    Tiles,
-    TrialsTable,
-)
-from qpruner.report.plots.chart import Chart
-from qpruner.report.search_progress import score
-from qpruner.report.search_summary import search_text
+from qpruner.report.claim import claim, margins
+from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table, Terms
+from qpruner.report.plots.model import importance, plan_map
+from qpruner.report.plots.search import Shown, best_so_far, front
+from qpruner.report.search_progress import score, score_title, shown_together
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.statistics import MarginalEffects
-from qpruner.runs.records import GIVEN, PruneRecord, Results
-from qpruner.wording import counted
+from qpruner.runs.records import GIVEN, Results, SearchRecord
+from qpruner.search.trial_records import REMEDIES
+from qpruner.wording import counted, duration
 
 STEPS_NOTE = (
     "The model as each step leaves it: base, pruned, quantized by the winner's plan (with the adapter start that its "
@@ -41,34 +31,31 @@ STAGES_NOTE = (
 )
 
 
-def sections(run: Snapshot, charts: Sequence[Chart], config: str) -> list[Section]:
+def sections(run: Snapshot, config: str, importances: Mapping[str, Any] | None = None) -> list[Section]:
     """List the sections that the run has something to show in.
 
     Args:
         run: What the run's folder holds.
-        charts: Its plots.
         config: The configuration as YAML.
+        importances: The scores of every unit, as pruning kept them.
     """
-
-    def plots(section: str) -> list[Chart]:
-        return [chart for chart in charts if chart.section == section]
-
-    plan = "The given plan" if run.is_given else "The winner's plan" if run.results.search else "The best plan so far"
-    listed = [
-        Section("answer", "The answer", "The answer", list(_answer(run))),
-        Section("quality", "Quality by task", "Quality", list(_quality(run, plots("quality")))),
-        Section("plan", plan, "Plan", list(_plan(run, plots("plan")))),
-        Section("search", "The search", "Search", list(_search(run, plots("search")))),
-        Section("pruning", "Pruning", "Pruning", list(_pruning(run.results.prune, plots("pruning")))),
-        Section("cost", "Cost", "Cost", [tables.stages(run), Paragraph(STAGES_NOTE, is_note=True), *plots("cost")]),
-        Section("repeat", "To repeat it", "To repeat it", list(_repeat(run, config))),
+    listed: list[tuple[str, str, Iterator[Part]]] = [
+        ("answer", "The answer", answer(run)),
+        ("quality", "Quality by task", _quality(run)),
+        ("plan", f"The plan: {run.best_title}", _plan(run)),
+        ("search", "The search", _search(run)),
+        ("pruning", "Pruning", _pruning(run, importances)),
+        ("cost", "Cost", iter((tables.stages(run), Paragraph(STAGES_NOTE, is_note=True)))),
+        ("repeat", "To repeat it", _repeat(run, config)),
     ]
-    return [section for section in listed if section.parts]
+    found = [Section(name, heading, list(parts)) for name, heading, parts in listed]
+    return [section for section in found if section.parts]
 
 
-def _answer(run: Snapshot) -> Iterator[Part]:
-    yield Tiles(tuple(tiles(run)))
+def answer(run: Snapshot) -> Iterator[Part]:
+    """Yield what a whole run found: its winner in figures, the claim and the final table."""
     if run.is_whole:
+        yield tables.winner(run)
         yield from measured(run.results, run.how_to_compare)
 
 
@@ -83,49 +70,76 @@ def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
     yield Terms(legend.TITLE, tuple(legend.terms(results)))
 
 
-def _quality(run: Snapshot, plots: Sequence[Chart]) -> Iterator[Part]:
+def _quality(run: Snapshot) -> Iterator[Part]:
     if run.results.evaluate:
         yield tables.steps(run.results)
         yield Paragraph(STEPS_NOTE, is_note=True)
-        yield from plots
         yield tables.by_task(run.results)
 
 
-def _plan(run: Snapshot, plots: Sequence[Chart]) -> Iterator[Part]:
+def _plan(run: Snapshot) -> Iterator[Part]:
     if run.best_plan is None:
         return
-    yield PlanBar(tables.bar_of(run.best_plan))
-    yield from plots
+    yield plan_map(run)
     if run.sensitivity:
-        yield tables.methods(run.sensitivity, run.effects)
-        yield Paragraph(_effects(run.effects), is_note=True)
+        yield tables.methods(run.sensitivity)
         if numbering := tables.group_numbering(run.results.prune):
             yield Paragraph(numbering, is_note=True)
-        yield tables.groups(run.sensitivity, run.effects, run.best_plan)
+        yield tables.groups(run.sensitivity, run.best_plan)
 
 
-def _effects(effects: MarginalEffects | str) -> str:
-    if isinstance(effects, str):
-        return f"Rank correlations with what trials show were not computed: {effects}."
-    return (
-        f"Trials: least-squares main effects of {effects.num_trials} finished trials (residual {effects.residual:.4f} "
-        "nats). Rank correlation is Spearman's with these, over groups and lower bits."
-    )
-
-
-def _search(run: Snapshot, plots: Sequence[Chart]) -> Iterator[Part]:
-    search = run.results.search
-    if search is None and run.state.search is None:
+def _search(run: Snapshot) -> Iterator[Part]:
+    search, state = run.results.search, run.state.search
+    if search is None and state is None:
         return
-    texts = search_text(search, run.trials) if search else _unfinished_search(run)
-    yield from map(Paragraph, texts)
-    yield from plots
+    yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
+    if state:
+        together = shown_together(state, run.trials)
+        charts = [
+            draw(Shown(state, trials, run.best_trial, run.best_title))
+            for draw, trials in ((front, run.trials), (best_so_far, together))
+        ]
+        yield from (chart for chart in charts if chart)
     if search:
         yield tables.finalists(search)
         if search.front:
             yield tables.front(search)
-    yield TrialsTable()
-    yield tables.rungs(run)
+    yield tables.trials(run)
+
+
+def search_text(search: SearchRecord) -> list[str]:
+    """Tell what ran and why it ended; then who was best on fresh rows, by how much."""
+    by = "a given plan" if search.best_origin == GIVEN else search.searcher
+    what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
+    told = (
+        f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
+        f"{counted(search.num_trials, 'trial')}, "
+        f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
+        f"{duration(search.total_seconds)}"
+        + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
+        + f". It ended because {search.ended}."
+    )
+    if search.num_reused:
+        told += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
+    if search.sessions > 1:
+        before = counted(search.resumed, "trial")
+        told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
+    if search.failures:
+        failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
+        told += f" Failed: {', '.join(failed)}."
+    return [told, _who_won(search)]
+
+
+def _who_won(search: SearchRecord) -> str:
+    if search.best_origin == GIVEN:
+        controls = len(search.confirmations) - 1
+        beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
+        scored = beside if controls else "the only one scored on fresh rows"
+        given = f"Trial {search.best_index} is the plan that was given, {scored}"
+        return f"{given}; where this report speaks of a winner, it is meant."
+    outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
+    best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
+    return " ".join([best, *(f"I{margin[1:]}" for margin in margins(search))])
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
@@ -135,18 +149,19 @@ def _unfinished_search(run: Snapshot) -> list[str]:
     told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     of_all = f"{len(run.own_trials)} of {counted(run.state.search.max_trials, 'trial')}"
     lines = [f"{of_all} so far, budget {run.state.search.budget_bytes / 1e6:.1f} MB: {told or 'none yet'}."]
-    if run.best_trial:
+    if best := run.best_trial:
         lines.append(
-            f"Best so far is trial {run.best_trial.index} ({run.best_trial.origin}), {run.metric_title} "
-            f"{score(run.best_trial.rungs[-1], run.metric):.4f}. The rows that score it chose it, so it is flattered."
+            f"Best so far is trial {best.index} ({best.origin}), {score_title(run.state.search)} "
+            f"{score(best.rungs[-1], run.metric):.4f}. The rows that score it chose it, so it is flattered."
         )
     return lines
 
 
-def _pruning(record: PruneRecord | None, plots: Sequence[Chart]) -> Iterator[Part]:
-    if record:
+def _pruning(run: Snapshot, importances: Mapping[str, Any] | None) -> Iterator[Part]:
+    if record := run.results.prune:
         yield Paragraph(tables.prune_summary(record))
-        yield from plots
+        if importances:
+            yield importance(record, importances)
         yield tables.kept_of_blocks(record)
 
 

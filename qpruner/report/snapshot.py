@@ -1,4 +1,4 @@
-"""Reads a run from its folder, whole or not: what every report is made of."""
+"""Reads a run from its folder, whole or not: what every report and every verb that looks at runs is made of."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.claim import how_to_compare
 from qpruner.report.liveness import RUNNING, Liveness, read_liveness
 from qpruner.report.results import read_results
-from qpruner.report.search_progress import best_of, score_title, shown_together
-from qpruner.report.statistics import MarginalEffects, marginal_effects
-from qpruner.report.worker_intervals import WorkerInterval, worker_intervals
-from qpruner.runs.lock import Driver
+from qpruner.report.search_progress import best_of
+from qpruner.runs.lock import driver_of
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
-from qpruner.runs.run_dir import RunDir
+from qpruner.runs.run_dir import LOG, STATE, RunDir
+from qpruner.runs.storage import children, exists, for_each
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 
@@ -24,31 +23,32 @@ if TYPE_CHECKING:
     import pandas
 
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
+MOST_RUNS = 10
+"""Runs that are named where a folder of runs is taken for one."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment.
+    """A run at one moment: its records are those of the latest command, its trials all that the search knew."""
 
-    Attributes:
-        name: Of its folder.
-        state: What its latest command did.
-        results: Records of the stages that this command made or found; others are of an older configuration.
-        trials: Every trial that the search knew, in order of suggestion.
-        effects: What the trials show of each group, or why they show nothing.
-        driver: The process that the run's lock names; None where nobody holds it.
-    """
-
-    name: str
-    state: RunState
+    run_dir: RunDir
+    liveness: Liveness
     results: Results
     trials: tuple[TrialRecord, ...]
-    effects: MarginalEffects | str
-    driver: Driver | None = None
 
     def __repr__(self) -> str:
         recorded = ", ".join(name for name, record in self.results if record is not None)
         return f"<{type(self).__name__} of the run {self.name!r}: {counted(len(self.trials), 'trial')}; {recorded}>"
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return Path(self.run_dir.place).name
+
+    @property
+    def state(self) -> RunState:
+        """What its latest command did."""
+        return self.liveness.state
 
     @property
     def is_whole(self) -> bool:
@@ -87,24 +87,21 @@ class Snapshot:
         return best_of((trial for trial in self.own_trials if trial.status == "finished"), self.metric)
 
     @property
+    def best_title(self) -> str:
+        """What the best trial is called."""
+        if self.results.search is None:
+            return "best so far"
+        return "given plan" if self.results.search.best_origin == GIVEN else "winner"
+
+    @property
     def own_trials(self) -> list[TrialRecord]:
         """The trials without those that a search with another budget or searcher left."""
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
 
     @property
-    def shown_together(self) -> list[TrialRecord]:
-        """The trials that best-so-far compares; beside a plan that was given those of the search, too."""
-        return shown_together(self.state.search, self.trials) if self.state.search else []
-
-    @property
-    def is_given(self) -> bool:
-        """Whether the plan was given, not searched for."""
-        return self.results.search is not None and self.results.search.best_origin == GIVEN
-
-    @property
     def statuses(self) -> dict[str, str]:
         """Every status of a trial in words; what no command works on has begun, and does not run."""
-        return STATUSES if self.is_running else {**STATUSES, "running": "begun"}
+        return STATUSES if self.liveness.outcome == RUNNING else {**STATUSES, "running": "begun"}
 
     @property
     def sensitivity(self) -> SensitivityRecord | None:
@@ -113,20 +110,9 @@ class Snapshot:
         return record if record and record.methods else None
 
     @property
-    def worker_intervals(self) -> list[WorkerInterval]:
-        """When workers had trials for this search."""
-        return worker_intervals(self.trials, self.state.search.search) if self.state.search else []
-
-    @property
     def metric(self) -> str:
         """What the search scores trials by: `loss` or `accuracy`."""
         return self.state.search.metric if self.state.search else "loss"
-
-    @property
-    def metric_title(self) -> str:
-        """What the scores are called, with their unit."""
-        search = self.state.search
-        return score_title(search) if search and search.metric != "loss" else "validation loss (nats per token)"
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return the trials, one a row, as `TrialRecord.to_dataframe` has it."""
@@ -138,11 +124,6 @@ class Snapshot:
         from qpruner.report.html import notebook_view
 
         return notebook_view(self)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the latest command still works on the run."""
-        return Liveness(self.state, self.driver).outcome == RUNNING
 
     @property
     def standing(self) -> str:
@@ -161,8 +142,7 @@ class Snapshot:
         """How the latest command ended before its last stage, or where it is."""
         at_work = next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
         stage = f" in stage {at_work}" if at_work else ""
-        outcome = Liveness(self.state, self.driver).outcome
-        match outcome:
+        match self.liveness.outcome:
             case "failed":
                 cause = (self.state.error or "").removeprefix(f"stage `{at_work}` failed: ")
                 return f"Failed{stage}: {cause}"
@@ -173,7 +153,7 @@ class Snapshot:
             case "running":
                 process = f"it was running on {self.state.host} (process {self.state.pid}) when this was written"
                 return f"Unfinished{stage}: {process}; `qpruner status` tells whether it still is."
-        return f"Unfinished{stage}: its process is {outcome}; repeat the command to go on from here."
+        return f"Unfinished{stage}: its process is {self.liveness.outcome}; repeat the command to go on from here."
 
     @property
     def missing(self) -> str | None:
@@ -192,8 +172,38 @@ def read_snapshot(run: RunDir) -> Snapshot:
     """
     liveness = read_liveness(run)
     if liveness is None:
-        raise UserError(f"{run.place} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
-    state = liveness.state
-    results = read_results(run, state)
-    trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
-    return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials), liveness.driver)
+        driver = driver_of(run.root)
+        if driver and driver.state == "alive":
+            process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
+            raise UserError(f"{run.place} has no {STATE} yet: a command is starting there ({process}); look again soon")
+        raise UserError(_no_run(run))
+    search = liveness.state.search
+    trials = read_trials(run.trials / search.trials_digest) if search else []
+    return Snapshot(run, liveness, read_results(run, liveness.state), tuple(trials))
+
+
+def _no_run(run: RunDir) -> str:
+    """Tell why a place is no run, and what to name instead."""
+
+    def may_be_run(folder: Path) -> bool:
+        try:
+            return exists(folder / STATE)
+        except OSError:  # a folder that may not be entered, a link that loops
+            return False
+
+    names = children(run.root)
+    are_runs = for_each(may_be_run, [run.root / name for name in names])
+    runs = [name for name, is_run in zip(names, are_runs, strict=True) if is_run]
+    remedy = "name the `output` of a configuration that `qpruner run` was given"
+    if runs:
+        more = f" and {len(runs) - MOST_RUNS} more" if len(runs) > MOST_RUNS else ""
+        listed = f"{'runs' if len(runs) > 1 else 'run'} {', '.join(runs[:MOST_RUNS])}{more}"
+        return f"{run.place} is no run folder, but has the {listed}: name one of them"
+    if LOG in names:
+        return (
+            f"{run.place} has no {STATE} yet, only {LOG}: a command that has just started looks at its input first, so "
+            "look again soon; if none works on it, that file tells why the last one ended"
+        )
+    if names or run.root.is_dir():
+        return f"{run.place} is no run folder, it has no {STATE}: {remedy}"
+    return f"{run.place} does not exist or is empty: {remedy}"

@@ -1,4 +1,4 @@
-"""Estimates differences between rows with their intervals, and what trials show of each group.
+"""Estimates differences between rows with their intervals.
 
 Rows are paired by training seed, and by question or confirmation row. Means and standard errors over tasks and
 questions are those of `qpruner.data.measures`.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from qpruner.data import measures
 from qpruner.data.measures import Answers, Estimate
 from qpruner.report.results import FineTune
-from qpruner.runs.records import FinalistScore, MethodScores, TrialRecord
+from qpruner.runs.records import FinalistScore
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
@@ -25,21 +23,14 @@ LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS)
 """Measures in nats, of which less is better; every other one is an accuracy."""
 Pair = tuple[FineTune, FineTune]
 """One of the first row and one of the other, under the same training seed."""
-TRIALS_PER_UNKNOWN = 1.5
-"""With fewer trials an effect is mostly their noise."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The searched row less another one in one measure.
+    """The searched row less another one in one measure: a mean over training seeds, and half of its 95 % interval.
 
-    Attributes:
-        measure: lm-eval's name of the accuracy (`accuracy` where tasks have several), answer loss or confirmation loss.
-        mean: Mean over training seeds.
-        spread: Standard deviation over training seeds; None with one.
-        half_width: Of the 95 % interval; None where there is none.
-        num_pairs: Questions or confirmation rows; None where records of older versions do not have the rows.
-        verdict: `better` or `worse` beyond the interval, else `not distinguishable`.
+    `spread` is the standard deviation over training seeds, `num_pairs` counts questions or confirmation rows; the
+    verdict is `better` or `worse` beyond the interval, else `not distinguishable`.
     """
 
     measure: str
@@ -160,69 +151,3 @@ def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
     for key, value in zip(keys, values, strict=True):
         grouped.setdefault(key, []).append(value)
     return [statistics.fmean(each) for each in grouped.values()]
-
-
-@dataclass(frozen=True)
-class MarginalEffects:
-    """Least-squares main effects of the plans on the loss.
-
-    Attributes:
-        values: Bits -> rise of the loss over the highest level, a group, in nats; for every lower level.
-        num_trials: Finished trials that were fitted.
-        residual: Standard deviation of what is left, in nats.
-    """
-
-    values: Mapping[int, Sequence[float]]
-    num_trials: int
-    residual: float
-
-
-def marginal_effects(trials: Sequence[TrialRecord]) -> MarginalEffects | str:
-    """Fit ``loss = constant + sum of an effect for each (group, bits)`` to the trials that finished.
-
-    Returns:
-        The effects, or why there are none: there must be `TRIALS_PER_UNKNOWN` finished trials for each and for
-        the constant, with plans that tell them apart.
-    """
-    finished = [trial for trial in trials if trial.status == "finished"]
-    if not finished:
-        return "no trial finished"
-    plans = np.array([list(trial.plan.values()) for trial in finished])
-    *lower, highest = sorted(set(plans.ravel().tolist()))
-    if not lower:
-        return f"every finished trial has {highest} bits for every group"
-    num_effects = plans.shape[1] * len(lower)
-    num_unknowns = num_effects + 1
-    num_needed = math.ceil(TRIALS_PER_UNKNOWN * num_unknowns)
-    if len(finished) < num_needed:
-        return (
-            f"{num_effects} effects and a constant need {num_needed} finished trials, {TRIALS_PER_UNKNOWN:g} for each, "
-            f"got {len(finished)}"
-        )
-    design = np.concatenate([np.ones((len(plans), 1)), *[plans == bits for bits in lower]], axis=1)
-    losses = np.array([trial.rungs[-1].loss for trial in finished])
-    solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
-    if rank < num_unknowns:
-        return f"the plans of {len(finished)} finished trials do not tell {num_effects} effects apart"
-    by_level = solution[1:].reshape(len(lower), -1)
-    residual = float(np.sqrt(np.sum((losses - design @ solution) ** 2) / (len(finished) - num_unknowns)))
-    values = {bits: tuple(map(float, row)) for bits, row in zip(lower, by_level, strict=True)}
-    return MarginalEffects(values, len(finished), residual)
-
-
-def rank_correlation(method: MethodScores, effects: MarginalEffects | str) -> float | None:
-    """Correlate a sensitivity with the effects by rank (Spearman), over all groups and lower levels.
-
-    Returns:
-        None where there are no effects, or one of the two is constant.
-    """
-    from scipy.stats import spearmanr
-
-    if isinstance(effects, str):
-        return None
-    highest = np.array(method.values[max(method.values)])
-    predicted = np.concatenate([np.array(method.values[bits]) - highest for bits in effects.values])
-    shown = np.concatenate([np.array(row) for row in effects.values.values()])
-    if np.ptp(predicted) == 0 or np.ptp(shown) == 0:
-        return None
-    return float(spearmanr(predicted, shown).statistic)

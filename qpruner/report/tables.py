@@ -19,10 +19,11 @@ from qpruner.report.results import (
     rows,
     task_accuracies,
     under_first_seed,
+    untuned_accuracies,
 )
-from qpruner.report.search_progress import score_name
+from qpruner.report.search_progress import bar, score, score_name, score_title
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.statistics import MarginalEffects, paired_losses, rank_correlation
+from qpruner.report.statistics import paired_losses
 from qpruner.runs.records import (
     Confirmation,
     FreshScore,
@@ -50,6 +51,36 @@ FINAL = (
 """The final table in parts of which each fits 120 columns."""
 ALIKE = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
+
+
+def winner(run: Snapshot) -> Table:
+    """Show a whole run's winner in figures: its size, its accuracy, its plan."""
+    assert run.results.search and run.results.prune and run.results.evaluate
+    table, search, prune = rows(run.results), run.results.search, run.results.prune
+    row = next(row for row in table if row.name == SEARCHED)
+    asked = [f"{name} {value}" for name, value in run.state.config["quantize"]["budget"].items() if value is not None]
+    base, pruned, budget = map(_megabytes, (prune.bytes_before, prune.bytes_after, search.budget_bytes))
+    size = (
+        f"{prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {pruned} after "
+        f"pruning; budget {budget} (quantize.budget: {', '.join(asked)}), adapter included"
+    )
+    half_width = measures.Z_95 * row.accuracy_stderr
+    low, high = max(0.0, row.accuracy - half_width), min(1.0, row.accuracy + half_width)
+    untuned = untuned_accuracies(run.results).items()
+    accuracy = [f"95 % interval over questions {low:.3f} to {high:.3f}"]
+    accuracy += [f"{name}, not fine-tuned: {value:.3f}" for name, value in untuned if len(table) == 1]
+    levels = list(search.best_plan.values())
+    counts = ", ".join(f"{levels.count(level)} at {level} bits" for level in sorted(set(levels)))
+    body = [
+        ("size", _megabytes(row.measured_bytes), size),
+        (f"test {measures.accuracy_name(run.results.evaluate.metrics)}", f"{row.accuracy:.3f}", "; ".join(accuracy)),
+        ("plan", f"{row.mean_bits:.2f} mean bits", f"{len(levels)} groups: {counts}; from {row.origin}"),
+    ]
+    return Table(f"The {run.best_title}", ("what", "figure", "about it"), body)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -197,22 +228,29 @@ def group_numbering(record: PruneRecord | None) -> str:
     return f"Blocks are numbered as in the pruned model; the base's {gone} gone."
 
 
-def rungs(run: Snapshot) -> Table:
-    """Show every trial's figures at every rung."""
-    by_trial = [{rung.step: rung for rung in trial.rungs} for trial in run.trials]
-    every = [rung for found in by_trial for rung in found.values()]
-    steps = sorted({rung.step for rung in every})
-    names = [name for name in ("loss", "accuracy") if any(getattr(rung, name) is not None for rung in every)]
-    shown = {"loss": "loss", "accuracy": measures.accuracy_name(run.state.search.metrics if run.state.search else {})}
-    columns = [(name, step) for name in names for step in steps]
+def trials(run: Snapshot) -> Table:
+    """Show every trial with the score of its last rung."""
     body = []
-    for trial, found in zip(run.trials, by_trial, strict=True):
-        values = [getattr(found.get(step), name, None) for name, step in columns]
-        figures = ("-" if value is None else f"{value:.4f}" for value in values)
-        body.append((f"{trial.index}", trial.origin, *figures))
-    caption = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
-    headings = ("trial", "from", *(f"{shown[name]} at {step}" for name, step in columns))
-    return Table(caption, headings, body, "Every rung", is_on_page_only=True)
+    for trial in run.trials:
+        last = trial.rungs[-1] if trial.rungs else None
+        body.append(
+            (
+                f"{trial.index}",
+                trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
+                run.statuses[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
+                f"{trial.plan_bytes / 1e6:.2f}",
+                f"{trial.mean_bits:.2f}",
+                f"{score(last, run.metric):.4f}" if last else "-",
+                f"{last.step}" if last else "-",
+                f"{trial.seconds:.0f}",
+                bar(trial),
+                trial.reason or "-",
+            )
+        )
+    title = score_title(run.state.search) if run.state.search else "score"
+    headings = ("trial", "from", "status", "MB", "mean bits", title, "step", "seconds", "plan", "reason")
+    caption = "Plans as a bar: a character a group, in model order (F is 16). The score is that of the last rung."
+    return Table(caption, headings, body, "Every trial", is_on_page_only=True).without_empty_columns()
 
 
 def finalists(search: SearchRecord) -> Table:
@@ -237,16 +275,20 @@ def _less(each: Confirmation, best: Confirmation) -> str:
 def front(search: SearchRecord) -> Table:
     """Show the plans that none of fewer or equal bytes beats on fresh rows; the caption has their hypervolume."""
     caption = "Plans that none of fewer or equal bytes beats on fresh rows"
-    if search.hypervolume is not None:  # as it is of older versions
-        smallest = search.front[0]
+    if search.hypervolume is not None:
         unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
         caption += (
-            f"; hypervolume {search.hypervolume:.4f} {unit}: so much better than trial {smallest.index}, the smallest, "
-            "the best plan inside a budget is there, in the mean over all budgets from its "
-            f"{smallest.plan_bytes / 1e6:.1f} to {search.budget_bytes / 1e6:.1f} MB"
+            f"; hypervolume {search.hypervolume:.4f} {unit}: so much better than the smallest is the best plan inside "
+            "a budget, in the mean over all budgets from the smallest's bytes to the run's"
         )
     body = [
-        (f"{each.index}", each.origin, f"{each.plan_bytes / 1e6:.1f} MB", bar_of(each.plan), *_fresh(each))
+        (
+            f"{each.index}",
+            each.origin,
+            f"{each.plan_bytes / 1e6:.1f} MB",
+            str(PrecisionPlan.from_dict(each.plan)),
+            *_fresh(each),
+        )
         for each in search.front
     ]
     headings = ("trial", "from", "bytes", "plan", *_fresh_headings(search))
@@ -262,36 +304,25 @@ def _fresh(score: FreshScore) -> tuple[str, str]:
     return f"{score.loss:.4f}{error_text(score.stderr, 4)}", accuracy
 
 
-def bar_of(plan: dict[str, int]) -> str:
-    """Write a plan as one character a group."""
-    return str(PrecisionPlan.from_dict(plan))
-
-
-def methods(measured: SensitivityRecord, effects: MarginalEffects | str) -> Table:
-    """Show every sensitivity, what it took, and, where trials show enough, how it agrees with them."""
+def methods(measured: SensitivityRecord) -> Table:
+    """Show every sensitivity and what it took."""
     caption = "Sensitivities"
     for together in (EXPANSION, MEASUREMENT):
         *others, last = [name for name in together if name in measured.methods] or [""]
         if others:
             caption += f"; {', '.join(others)} and {last} come from one pass, and each has the seconds of all of it"
-    body = []
-    for name, method in measured.methods.items():
-        agrees = rank_correlation(method, effects)
-        seconds, correlation = f"{method.seconds:.1f}", "-" if agrees is None else f"{agrees:.2f}"
-        body.append((name, method.source, method.unit, seconds, correlation))
-    return Table(caption, ("method", "what", "unit", "seconds", "rank correlation"), body).without_empty_columns()
+    body = [(name, each.source, each.unit, f"{each.seconds:.1f}") for name, each in measured.methods.items()]
+    return Table(caption, ("method", "what", "unit", "seconds"), body)
 
 
-def groups(measured: SensitivityRecord, effects: MarginalEffects | str, plan: dict[str, int] | None) -> Table:
-    """Show the plan's bits of each group beside what methods predict that fewer bits cost, and what trials show."""
+def groups(measured: SensitivityRecord, plan: dict[str, int] | None) -> Table:
+    """Show the plan's bits of each group beside what methods predict that fewer bits cost."""
     rises: dict[str, Sequence[float]] = {}
     *lower, highest = sorted({bits for method in measured.methods.values() for bits in method.values})
     for name, method in measured.methods.items():
         for bits in lower:
             pairs = zip(method.values[bits], method.values[highest], strict=True)
             rises[f"{name}, {bits} less {highest} bits"] = [low - high for low, high in pairs]
-    if not isinstance(effects, str):
-        rises |= {f"trials, {bits} less {highest} bits": values for bits, values in effects.values.items()}
     body = [
         (group, f"{plan[group]}" if plan else "-", *(f"{value:.3g}" for value in values))
         for group, *values in zip(measured.groups, *rises.values(), strict=True)
@@ -302,8 +333,8 @@ def groups(measured: SensitivityRecord, effects: MarginalEffects | str, plan: di
 
 def stages(run: Snapshot) -> Table:
     """Show every stage that was begun, its state and what it took; then all together."""
-    busy = {"search": sum(interval.end - interval.start for interval in run.worker_intervals)}
     # Of the trials that other searches left, too.
+    busy = {"search": sum(trial.seconds for trial in run.trials)}
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
         gpu["search"] += run.results.search.confirmation_gpu_seconds

@@ -27,7 +27,7 @@ class StageFinished:
 
 @dataclass(frozen=True)
 class StageSkipped:
-    """A record with the same input digest exists, so the stage is not run again; `seconds` it took when it was."""
+    """A record with the same input digest exists, so the stage is not run again; `seconds` are those it took."""
 
     stage: str
     figures: str
@@ -66,13 +66,7 @@ class TableMade:
 
 @dataclass(frozen=True)
 class SearchPlanned:
-    """What the search is about, and every trial that is recorded already; told whether or not there is anything to do.
-
-    Attributes:
-        search: Its settings and digests.
-        trials: Also those of searches with another budget or searcher.
-        measured: The sensitivities that it starts from.
-    """
+    """What the search is about, and every recorded trial, also those of searches with another budget or searcher."""
 
     search: SearchState
     trials: tuple[TrialRecord, ...]

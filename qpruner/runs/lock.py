@@ -3,7 +3,8 @@
 A lock is stale when its process is dead, where this machine can see that, and otherwise when its heartbeat has stopped.
 A driver on another machine is waited for until it beats again, or would have. Ages are differences of the storage's own
 times, so machines' clocks need not agree. `filelock` keeps two processes from judging one lock at once; an object store
-knows no such locks, so of two drivers that start there in the same instant the first heartbeat ends one.
+knows no such locks (pyarrow 26 has no conditional put), so of two drivers that start there in the same instant the
+first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qpruner.errors import StageError, StorageError, UserError
 from qpruner.runs.records import RUN_ID
-from qpruner.runs.storage import display_name, retry_storage, storage_at
-from qpruner.runs.storage.base import Storage
+from qpruner.runs.storage import Storage, display_name, exclusive, retry_storage, storage_at
 
 NAME = "driver.lock"
 HEARTBEAT_SECONDS = 10.0
@@ -49,14 +50,16 @@ class Holder(BaseModel):
 
 @dataclass(frozen=True)
 class Driver:
-    """The process that a run's lock names, as somebody sees it who only looks."""
+    """The process that a run's lock names, as somebody sees it who only looks.
+
+    A `dead` one was on this machine; a `silent` one is on another, a minute without a heartbeat. The next command takes
+    the run.
+    """
 
     holder: Holder
     beat: float
     """Its last heartbeat, in Unix seconds on the storage's clock."""
     state: Literal["alive", "dead", "silent"]
-    """`dead`: this machine and boot has no such process any more. `silent`: on another machine, a minute without a
-    heartbeat, so that the next command takes the run."""
 
 
 def driver_of(root: Path) -> Driver | None:
@@ -64,9 +67,6 @@ def driver_of(root: Path) -> Driver | None:
 
     Nothing is written, so ages are told by this machine's clock. One that is a minute ahead calls a driver elsewhere
     silent that is not.
-
-    Args:
-        root: The run.
 
     Raises:
         StorageError: If the storage cannot be reached.
@@ -88,11 +88,8 @@ def hold_run(
 
     Yields a callable: True while this process holds the lock, or the storage cannot be reached.
 
-    Args:
-        root: The run.
-        notify: Called with one line when another machine's driver is waited for, a stale lock is taken, or this one
-            was lost.
-        heartbeat_seconds: Time between heartbeats.
+    `notify` is called with one line when another machine's driver is waited for, a stale lock is taken, or this one was
+    lost.
 
     Raises:
         UserError: If another driver works on the run, with its host and process.
@@ -127,24 +124,19 @@ def hold_run(
     finally:
         done.set()
         beating.join()
-        with contextlib.suppress(OSError, StorageError), lock.exclusive():
+        with contextlib.suppress(OSError, StorageError), _alone(lock):
             if _holder(lock) == me:
                 lock.delete()
 
 
 def lock_lost(stage: str, how: str) -> StageError:
-    """Explain why a stage ends whose driver slept, or was cut off, while another worked on its run.
-
-    Args:
-        stage: Its name.
-        how: What shows it.
-    """
-    cause = f"another driver took this run over while this one gave no sign of life: {how}"
-    remedy = (
+    """Explain why a stage ends whose driver slept, or was cut off, while another worked on its run; `how` shows it."""
+    return StageError(
+        stage,
+        f"another driver took this run over while this one gave no sign of life: {how}",
         "leave the run to it (`qpruner status` tells where it stands); once that has ended, the same command goes on "
-        "from what is recorded"
+        "from what is recorded",
     )
-    return StageError(stage, cause, remedy)
 
 
 def this_process() -> Holder:
@@ -153,13 +145,8 @@ def this_process() -> Holder:
         machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
         machine = socket.gethostname()
-    return Holder(
-        host=socket.gethostname(),
-        machine=machine,
-        pid=os.getpid(),
-        started=_start_of(os.getpid()) or 0,
-        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    )
+    started, since = _start_of(os.getpid()) or 0, time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return Holder(host=socket.gethostname(), machine=machine, pid=os.getpid(), started=started, since=since)
 
 
 def _holder(lock: Storage) -> Holder | None:
@@ -173,31 +160,18 @@ def _holder(lock: Storage) -> Holder | None:
 def _last_beat(lock: Storage) -> tuple[Holder, float] | None:
     """Read who holds a lock, and its last heartbeat; None where there is no lock, or it goes just now."""
     try:
-        holder = _holder(lock)
-        return (holder, lock.modified()) if holder else None
+        holder, found = _holder(lock), lock.stat()
     except FileNotFoundError:
         return None
+    return (holder, found.modified) if holder and found else None
 
 
-def _now(lock: Storage) -> float:
-    """Read the storage's clock."""
-    probe = storage_at(lock.path.with_name(f".{NAME}.{os.getpid()}.probe"))
-    probe.write(b"now")
-    try:
-        return probe.modified()
-    finally:
-        probe.delete()
-
-
-def _take(
-    lock: Storage, me: Holder, notify: Callable[[str], None], limit_seconds: float
-) -> tuple[Holder, float] | None:
+def _take(lock: Storage, me: Holder, notify: Callable[[str], None], limit: float) -> tuple[Holder, float] | None:
     """Take the lock from nobody or from the dead; return who else holds it, and its last heartbeat."""
-    with lock.exclusive():
-        found = _last_beat(lock)
-        if found:
+    with _alone(lock):
+        if found := _last_beat(lock):
             holder, beat = found
-            why = _stale(holder, me, lambda: _now(lock) - beat, limit_seconds)
+            why = _stale(holder, me, lambda: _now(lock) - beat, limit)
             if why is None:
                 return found
             notify(f"taking over from process {holder.pid} on {holder.host}: {why}")
@@ -205,22 +179,33 @@ def _take(
     return None
 
 
-def _stale(holder: Holder, me: Holder, silent_seconds: Callable[[], float], limit_seconds: float) -> str | None:
+def _alone(lock: Storage) -> AbstractContextManager[None]:
+    """Keep other processes from judging or changing a lock in a folder meanwhile."""
+    return exclusive(lock.path) if lock.fills_this_disk else contextlib.nullcontext()
+
+
+def _now(lock: Storage) -> float:
+    """Read the storage's clock."""
+    probe = storage_at(lock.path.with_name(f".{NAME}.{os.getpid()}.probe"))
+    probe.write(b"now")
+    found = probe.stat()
+    probe.delete()
+    assert found, "it was written"
+    return found.modified
+
+
+def _stale(holder: Holder, me: Holder, silent_seconds: Callable[[], float], limit: float) -> str | None:
     """Tell why a holder no longer works on the run; None while it does, or may."""
     if holder.machine == me.machine:
         return None if _start_of(holder.pid) == holder.started else "that process is dead"
     seconds = silent_seconds()
-    return f"no sign of life for {seconds:.0f} s" if seconds > limit_seconds else None
+    return f"no sign of life for {seconds:.0f} s" if seconds > limit else None
 
 
 def _start_of(pid: int) -> int | None:
     """Tell when a process started, in clock ticks since boot; None for a dead one, 0 where the system does not tell."""
     if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        return 0
+        return 0 if psutil.pid_exists(pid) else None
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -234,7 +219,7 @@ def _lost(lock: Storage, me: Holder) -> str | None:
         holder = _holder(lock)
     except FileNotFoundError:
         # Of a storage that is away the run's other files are missing, too; the lock is looked for again after them.
-        if not storage_at(lock.path.with_name(RUN_ID)).is_file() or lock.is_file():
+        if not storage_at(lock.path.with_name(RUN_ID)).stat() or lock.stat():
             return None
         return "the lock is gone: another driver took this run over and is done with it, or somebody deleted the lock"
     if holder == me:

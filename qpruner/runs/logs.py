@@ -11,22 +11,19 @@ from pathlib import Path
 
 from qpruner.errors import QprunerError, UserError, note_defect
 from qpruner.runs.run_dir import LOG
-from qpruner.runs.storage import display_name, retry_storage, storage_at, storage_error
+from qpruner.runs.storage import display_name, fetch_file, retry_storage, storage_at, storage_error
 
 logger = logging.getLogger(__name__)
 
-TELL_ADDRESSES = ("httpx", "httpx2")
-"""Loggers of the hub's clients, which tell each address that they ask for: one that is signed is a key."""
-
 
 def quiet_libraries() -> None:
-    """Progress bars and banners of the libraries would tear the terminal's own; their warnings go to the log."""
+    """Keep progress bars and banners of the libraries off the terminal; their warnings go to the log."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # peft asks for it (0.21), and nobody who reads that can do anything about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    for name in TELL_ADDRESSES:
+    for name in ("httpx", "httpx2"):  # the hub's clients tell each address that they ask for: one signed is a key
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -40,13 +37,16 @@ def logging_to(root: Path) -> Iterator[None]:
     Raises:
         UserError: If the folder cannot be written.
     """
+    log = root / LOG
     try:
         root.mkdir(parents=True, exist_ok=True)
-        retry_storage(storage_at(root / LOG).resume_local, root / LOG)
-        handler = logging.FileHandler(root / LOG)
+        sent = retry_storage(storage_at(log).stat, log)
+        # A driver at work here, or one that was killed, has written more than it sent: that stays.
+        if sent and not (log.is_file() and log.stat().st_size >= sent.size):
+            fetch_file(log, log)
+        handler = logging.FileHandler(log)
     except OSError as error:
-        trouble = storage_error(error, root)
-        if trouble:
+        if trouble := storage_error(error, root):
             raise trouble from error
         raise UserError(
             f"`output`: {root} cannot be written ({error.strerror}); name a folder that may be written"

@@ -46,6 +46,8 @@ class RunDir:
         self.root = run_root(root, is_sought=not create)
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
+        self.trials = self.root / "trials"
+        self.candidates = self.root / "candidates"
 
     @property
     def storage(self) -> Storage:
@@ -65,11 +67,8 @@ class RunDir:
     def require_folder(self, remedy: str) -> Path:
         """Return the run's folder, for what works on folders only.
 
-        Args:
-            remedy: What to do about a run in an object store.
-
         Raises:
-            UserError: If the run's files are not on this machine.
+            UserError: If the run's files are in an object store, with what to do about that.
         """
         if not self.storage.fills_this_disk:
             raise UserError(f"{self.place} is in an object store: {remedy}")
@@ -94,45 +93,44 @@ class RunDir:
         return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)
 
     @property
-    def trials(self) -> Path:
-        """The folder with one folder a trial: its record and its last checkpoint."""
-        return self.root / "trials"
-
-    @property
-    def candidates(self) -> Path:
-        """The folder with one folder a row of the final table."""
-        return self.root / "candidates"
-
-    @property
     def tune(self) -> Path:
         """Ray Tune's own experiment folders, on this machine; nothing reads them back."""
         return storage_at(self.root / "tune").staging
 
     def scratch_path(self, name: str) -> Path:
         """Name the folder of this machine in which a folder is prepared; a killed command leaves it."""
-        return storage_at(self.root / name).scratch
+        if self.storage.fills_this_disk:
+            return self.root / f".scratch-{name}"
+        return storage_at(self.stage(name)).staging
 
     def scratch(self, name: str) -> Path:
-        """Make an empty folder on this machine, which `publish_folder` will move."""
+        """Make an empty folder on this machine, which is published when it is finished."""
         return empty_folder(self.scratch_path(name))
 
     def begin(self, name: str, resume: bool = False) -> Path:
-        """Make the folder that a stage writes into.
+        """Make the folder that a stage writes into; with `resume` what a killed command left is kept.
 
-        Args:
-            name: The stage.
-            resume: Whether to keep what a killed command left.
+        In an object store it is the stage's own, where the record vouches for what is sent.
         """
-        return storage_at(self.stage(name)).begin_stage(self.record_path(name), resume)
+        if not self.storage.fills_this_disk:
+            self.forget(name)
+            return self.stage(name)
+        if not resume:
+            return self.scratch(name)
+        folder = self.scratch_path(name)
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def commit(self, name: str, written: Path, record: BaseModel) -> None:
         """Publish what a stage wrote as its folder, then write its record."""
-        storage_at(self.stage(name)).commit_stage(written, self.record_path(name))
+        if written != self.stage(name):
+            self.forget(name)
+            storage_at(self.stage(name)).publish(written)
         self.write_record(name, record)
 
     def has_folder(self, name: str) -> bool:
-        """Whether a recorded stage still has its folder."""
-        return not storage_at(self.stage(name)).has_lost_folder()
+        """Whether a recorded stage still has its folder; an object store keeps no empty folders to tell."""
+        return not self.storage.fills_this_disk or self.stage(name).is_dir()
 
     def write_record(self, name: str, record: BaseModel) -> None:
         """Write a stage's record."""

@@ -1,4 +1,4 @@
-"""The plans every search starts with, and the choice of its winner, from plans and scores alone.
+"""The plans every search starts with, the random ones beside it, and the choice of its winner, from scores alone.
 
 The search stage and the replays of `benchmarks/` share it, so a replay's regret is that of the plan a run returns.
 """
@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.searchers import Prior
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
+
+SAME_BYTES = 0.01
+"""Plans whose bytes differ by at most this share count as equal bytes."""
+BATCH, MAX_BATCHES = 1024, 128
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
@@ -28,3 +34,55 @@ def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], co
 def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int | None:
     """Return the position of the best score on fresh rows; a control wins a tie. None if there are no scores."""
     return min(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at), default=None)
+
+
+def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
+    """Draw different plans, almost uniformly over all others whose bytes are within `SAME_BYTES` of those of `plan`.
+
+    Levels are drawn group by group with probabilities ``exp(-tilt * bytes)``, which makes plans of the wanted bytes
+    likely, and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) evens out the rest.
+
+    The budget of `space` plays no part. Returns `count` plans, or fewer where 131072 draws found no more.
+    """
+    if count == 0 or len(space.levels) == 1:
+        return []
+    generator = np.random.default_rng(seed)
+    sizes = np.array(space.group_bytes, dtype=float)
+    wanted, apart = space.plan_bytes(plan) - space.fixed_bytes, SAME_BYTES * space.plan_bytes(plan)
+    least, most = wanted - apart, wanted + apart
+    tilt = _tilt(sizes, most)
+    limit = most
+    if tilt < 0:  # the lightest plans of the band are the most
+        tilt, limit = min(_tilt(sizes, least), 0.0), least
+    chances = _chances(sizes, tilt).cumsum(axis=1)
+    found: dict[PrecisionPlan, None] = {}
+    for _ in range(MAX_BATCHES):
+        levels = (generator.random((BATCH, len(sizes), 1)) > chances[None, :, :-1]).sum(axis=2)
+        weights = np.take_along_axis(sizes[None], levels[:, :, None], axis=2).sum(axis=(1, 2))
+        kept = (weights <= most) & (weights >= least)
+        kept[kept] = generator.random(int(kept.sum())) < np.exp(tilt * (weights[kept] - limit))
+        for indices in levels[kept]:
+            other = space.plan_of(indices)
+            if other != plan:
+                found[other] = None
+            if len(found) == count:
+                return list(found)
+    return list(found)
+
+
+def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
+    """Return the probability ``(groups, levels)`` of each level."""
+    logits = -tilt * (sizes - sizes.min(axis=1, keepdims=True))
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
+    return chances
+
+
+def _tilt(sizes: np.ndarray, wanted: float) -> float:
+    """Find by bisection the tilt under which the expected bytes are `wanted`; it is bounded."""
+    low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_too_heavy = (_chances(sizes, middle) * sizes).sum() > wanted
+        low, high = (middle, high) if is_too_heavy else (low, middle)
+    return float((low + high) / 2)

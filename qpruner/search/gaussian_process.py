@@ -42,15 +42,26 @@ NUM_ASCENTS = 4
 NUM_CLIMBS = 3
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one thread, as the matrices are small.
+
+    Where trials share the driver's cores, threads that wait for one another took 12 s for a proposal from 24
+    observations of 64 groups, one thread 0.9 s (two cores, two other jobs).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class GaussianProcessProposer:
     """Proposes the plan with the largest log expected improvement over the best of all plans known or in flight.
 
-    Args:
-        space: The feasible plans.
-        seed: Seeds the candidates.
-        priors: Sensitivities by method; none for a blind search.
-        pareto: Whether to improve the front of score against bytes instead of the best score. The expected
-            improvement is then the mean over the byte sizes from the smallest plan to the budget.
+    With `pareto` it improves the front of score against bytes: the expected improvement is then the mean over the byte
+    sizes from the smallest plan to the budget.
     """
 
     name = "gp"
@@ -60,25 +71,22 @@ class GaussianProcessProposer:
         self._model, self._plans = PlanModel(space, priors), Plans(space)
         self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
 
+    @_one_thread()
     def propose(self, index: int, history: History) -> Proposal:
         """Return a feasible plan that `history` does not hold; the smallest plan when there is none."""
-        with _one_thread():
-            return self._propose(index, history)
-
-    def _propose(self, index: int, history: History) -> Proposal:
         generator = np.random.default_rng([self._seed, index])
         pending = self._plans.tensor(history.pending)
         known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
         seen = {row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()}
         if not len(known):
-            return Proposal(self._plans.plan(self._plans.random(1, generator)[0]))
+            return Proposal(self._plans.space.plan_of(self._plans.random(1, generator)[0]))
         posterior = self._posterior(history, pending)
-        goal = _front(posterior, self._plans, known) if self._pareto else _best(posterior, self._plans, known)
+        goal = _goal(posterior, self._plans, known, self._pareto)
         candidates, values = self._candidates(posterior, goal, seen, generator)
         if not len(candidates):
-            return Proposal(self._plans.plan(self._plans.smallest))
+            return Proposal(self._plans.space.plan_of(self._plans.smallest))
         best = int(values.argmax())
-        plan = self._plans.plan(candidates[best])
+        plan = self._plans.space.plan_of(candidates[best])
         if len(history.observations) < 2:
             # The scale of the scores is unknown yet, and with it an improvement and a noise.
             return Proposal(plan)
@@ -131,36 +139,14 @@ class GaussianProcessProposer:
         return torch.cat(plans)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread, as the matrices are small.
-
-    Where trials share the driver's cores, threads that wait for one another took 12 s for a proposal from 24
-    observations of 64 groups, one thread 0.9 s (two cores, two other jobs).
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Goal:
-    """The reference plans that a new plan is to beat, each over a range of bytes.
-
-    Attributes:
-        plans: The arithmetic of plans.
-        references: ``(r, groups)``: the plan to beat in each range.
-        edges: ``(r + 1,)`` bytes: where the ranges start, and the end of the last; None if bytes do not count.
-        centers: ``(c, groups)``: plans around which improvements are to be looked for.
-    """
+    """The reference plans that a new plan is to beat, each over a range of bytes."""
 
     plans: Plans
-    references: Tensor
-    edges: Tensor | None
-    centers: Tensor
+    references: Tensor  # (r, groups): the plan to beat in each range
+    edges: Tensor | None  # (r + 1,) bytes: where the ranges start, and the end of the last; None if bytes do not count
+    centers: Tensor  # (c, groups): plans around which improvements are to be looked for
 
     def rivals(self, capacities: Tensor) -> Tensor:
         """Return the reference ``(n, groups)`` that a plan of each size ``(n,)`` has to beat."""
@@ -200,18 +186,17 @@ class _Marginals(Model):  # type: ignore[misc]
         return GPyTorchPosterior(MultivariateNormal(X[..., 0], DiagLinearOperator(X[..., 1])))
 
 
-def _best(posterior: Posterior, plans: Plans, known: Tensor) -> Goal:
-    """Set the goal to beat the best plan inside the budget."""
-    inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
-    order = posterior.mean(inside).argsort()
-    return Goal(plans, inside[order[:1]], None, inside[order[:NUM_CENTERS]])
+def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = False) -> Goal:
+    """Set the goal to beat the best plan inside the budget.
 
-
-def _front(posterior: Posterior, plans: Plans, known: Tensor) -> Goal:
-    """Set the goal to dominate more of the area between the smallest plan, the budget and the worst score."""
+    For a front it is to dominate more of the area between the smallest plan, the budget and the worst score.
+    """
     inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
-    means, sizes = posterior.mean(inside), plans.sizes(inside)
-    order = torch.tensor(np.lexsort((means.numpy(), sizes.numpy())))
+    means = posterior.mean(inside)
+    if not pareto:
+        order = means.argsort()
+        return Goal(plans, inside[order[:1]], None, inside[order[:NUM_CENTERS]])
+    order = torch.tensor(np.lexsort((means.numpy(), plans.sizes(inside).numpy())))
     lowest = means[order].cummin(0).values
     leads = torch.cat([torch.ones(1, dtype=torch.bool), lowest[1:] < lowest[:-1]])
     front = inside[order[leads]]
@@ -246,10 +231,6 @@ class Plans:
         rows = [self.space.indices_of(plan) for plan in plans]
         return torch.tensor(rows, dtype=torch.long).reshape(-1, len(self.space.groups))
 
-    def plan(self, row: Tensor) -> PrecisionPlan:
-        """Convert a row to a plan."""
-        return self.space.plan_of(row.tolist())
-
     def sizes(self, plans: Tensor) -> Tensor:
         """Return the bytes ``(n,)`` of all groups together."""
         return self.bytes[self._rows, plans].sum(1)
@@ -274,9 +255,7 @@ class Plans:
     def knapsacks(self, costs: Tensor, capacities: Tensor) -> Tensor:
         """Plans ``(s, groups)`` of nearly least cost: Lagrange's bound on the bytes, then raises into what is left.
 
-        Args:
-            costs: ``(s, groups, levels)``.
-            capacities: ``(s,)`` bytes.
+        `costs` are ``(s, groups, levels)``, `capacities` ``(s,)`` bytes.
         """
         bytes_ = self.bytes.to(torch.float64)
         steps = bytes_.sort(1).values.diff(dim=1)
@@ -302,9 +281,7 @@ class Plans:
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
         """Return every move of one group, and the `NUM_SWAPS` most promising raises of one group paid by another.
 
-        Args:
-            plan: ``(groups,)``.
-            effects: ``(groups, levels)`` of the score.
+        `plan` is ``(groups,)``; `effects` of the score are ``(groups, levels)``.
         """
         growth = self.bytes - self.bytes[self._rows, plan][:, None]
         rise = effects - effects[self._rows, plan][:, None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,35 +24,28 @@ NUM_RUNG_PAIRS = 24
 """Trials whose lower rungs are kept once they have a higher one: enough to learn how rungs relate."""
 
 
-@dataclass(frozen=True)
-class Hyperprior:
-    """A log-normal prior: the median of a positive quantity, and the standard deviation of its logarithm."""
-
-    median: float
-    spread: float
-
-
 SHARES = {
-    "sublayer": Hyperprior(0.1, 1.0),
-    "size": Hyperprior(0.05, 1.0),
-    "depth": Hyperprior(0.1, 1.0),
-    "group": Hyperprior(0.2, 1.0),
-    "level": Hyperprior(0.001, 1.5),
-    "methods": Hyperprior(0.1, 1.0),
-    "sensitive": Hyperprior(0.1, 1.0),
+    "sublayer": (0.1, 1.0),
+    "size": (0.05, 1.0),
+    "depth": (0.1, 1.0),
+    "group": (0.2, 1.0),
+    "level": (0.001, 1.5),
+    "methods": (0.1, 1.0),
+    "sensitive": (0.1, 1.0),
 }
-"""Variance of the additive terms, as shares of the scores' variance over random plans; see `PlanModel`."""
+"""Variance of the additive terms, as shares of the scores' variance over random plans, see `PlanModel`. A prior, here
+and below, is log-normal: the median, and the standard deviation of the logarithm."""
 OTHERS = {
-    "pairwise": Hyperprior(0.01, 1.5),
-    "local": Hyperprior(0.01, 1.5),
-    "reach": Hyperprior(0.2, 0.5),
-    "noise": Hyperprior(0.003, 2.0),
-    "decorrelation": Hyperprior(0.02, 1.0),
-    "mean": Hyperprior(0.7, 0.7),
+    "pairwise": (0.01, 1.5),
+    "local": (0.01, 1.5),
+    "reach": (0.2, 0.5),
+    "noise": (0.003, 2.0),
+    "decorrelation": (0.02, 1.0),
+    "mean": (0.7, 0.7),
 }
 """The other hyperparameters: variance of the interactions, and the share of groups over which they reach; variance of a
 repeat; decay of the rungs' correlation, for each rung apart; scale of the prior mean."""
-AMPLITUDE = Hyperprior(1.2, 0.4)
+AMPLITUDE = (1.2, 0.4)
 """Of the effects at a lower rung against the last."""
 
 
@@ -87,9 +79,12 @@ class PlanModel:
         top = space.levels[-1]
         error = torch.tensor([4.0**-bits - 4.0**-top for bits in space.levels[:-1]], dtype=torch.float64)
         self._damage = error / error[0]
+        share, levels = 1.0 / num_levels, torch.eye(num_levels - 1, dtype=torch.float64)
+        # Of plans drawn uniformly.
+        self._feature_covariance = torch.kron(torch.eye(num_groups, dtype=torch.float64), levels * share - share**2)
         bytes_ = torch.tensor(space.group_bytes, dtype=torch.float64)
         sizes = bytes_[:, -1] - bytes_[:, 0]
-        self._size_effects = self._unit(self._spread(sizes / sizes.mean()))
+        self._size_effects = self._unit(((sizes / sizes.mean())[:, None] * self._damage).reshape(-1))
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
         self.mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
@@ -129,10 +124,9 @@ class PlanModel:
         if self._methods:
             effects = torch.stack(self._methods)
             parts["methods"] = effects.T @ effects / len(effects)
-            magnitude = effects.abs().mean(0).reshape(self.num_groups, -1)
-            parts["sensitive"] = (eye[:, None, :, None] * magnitude[:, :, None, None] * magnitude).reshape(
-                self.num_effects, -1
-            )
+            magnitude = effects.abs().mean(0)
+            alike = torch.kron(eye, torch.ones(self.num_levels - 1, self.num_levels - 1, dtype=torch.float64))
+            parts["sensitive"] = alike * torch.outer(magnitude, magnitude)
         parts = {name: self._unit_covariance(part) for name, part in parts.items()}
         alone = self._unit_covariance(torch.kron(eye * scale, pattern))
         for kind in dict.fromkeys(kinds):
@@ -140,20 +134,10 @@ class PlanModel:
             parts[f"group {kind}"] = alone * of_kind
         return parts
 
-    def _spread(self, by_group: Tensor) -> Tensor:
-        return (by_group[:, None] * self._damage).reshape(-1)
-
     def _method_effects(self, prior: Prior) -> Tensor:
         top = np.asarray(prior.get(self.space.levels[-1], np.zeros(self.num_groups)), dtype=float)
         rises = [np.asarray(prior[bits], dtype=float) - top for bits in self.space.levels[:-1]]
         return torch.tensor(np.stack(rises, axis=1)).reshape(-1)
-
-    @cached_property
-    def _feature_covariance(self) -> Tensor:
-        """Compute the covariance of the features of plans drawn uniformly."""
-        num, share = self.num_levels - 1, 1.0 / self.num_levels
-        block = torch.eye(num, dtype=torch.float64) * share - share**2
-        return torch.kron(torch.eye(self.num_groups, dtype=torch.float64), block)
 
     def _unit(self, effects: Tensor) -> Tensor:
         """Scale effects so that a random plan's sum of effects has variance one."""
@@ -177,10 +161,9 @@ class Data:
     def of(cls, space: PlanSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
         """Convert observations to tensors, where `steps` are those of every rung."""
         steps = sorted(steps, reverse=True)
+        plans = [space.indices_of(item.plan) for item in observations]
         return cls(
-            torch.tensor([space.indices_of(item.plan) for item in observations], dtype=torch.long).reshape(
-                -1, len(space.groups)
-            ),
+            torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups)),
             torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
             torch.tensor([item.score for item in observations], dtype=torch.float64),
             len(steps),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, OTHERS, SHARES, Data, PlanModel
 
@@ -43,6 +44,7 @@ class Posterior:
     hyper: Tensor
     _center: Tensor
     _parts: Tensor
+    _medians: Tensor
 
     def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
         self._model, self._data, num = model, data, len(data.scores)
@@ -54,9 +56,8 @@ class Posterior:
             self.hyper, self._parts = fitted.hyper, fitted._parts
         self._covariance = self._effect_covariance(self.hyper)
         self._plans = torch.cat([data.plans, pending])
-        self._features = model.features(self._plans)
-        self._ranks = torch.cat([data.ranks, torch.zeros(len(pending), dtype=torch.long)])
-        gram = self._between(self._plans, self._features, self._ranks, self._plans, self._features, self._ranks)
+        self._ranks = torch.cat([data.ranks, data.ranks.new_zeros(len(pending))])
+        gram = self._between(self._plans, self._ranks, self._plans, self._ranks)
         noise = (self._value("noise") + JITTER) * torch.eye(len(gram), dtype=torch.float64)
         self._factor = torch.linalg.cholesky(gram + noise)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
@@ -69,8 +70,8 @@ class Posterior:
         data, num = self._data, len(self._data.scores)
         beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
         beliefs += [AMPLITUDE] * max(0, data.num_rungs - 1)
-        self._medians = torch.tensor([belief.median for belief in beliefs], dtype=torch.float64).log()
-        self._spreads = torch.tensor([belief.spread for belief in beliefs], dtype=torch.float64)
+        medians, self._spreads = torch.tensor(beliefs, dtype=torch.float64).T
+        self._medians = medians.log()
         # The rung with the most scores says where they are and how far they spread.
         widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
         self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
@@ -86,24 +87,19 @@ class Posterior:
 
     def mean(self, plans: Tensor) -> Tensor:
         """Return the expected scores of ``(n, groups)`` plans."""
-        features = self._model.features(plans)
-        return self._expected(features, self._cross(plans, features))
+        return self._expected(plans, self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans))))
+
+    def _expected(self, plans: Tensor, cross: Tensor) -> Tensor:
+        prior = self._model.features(plans) @ self._effect_mean(self.hyper)
+        return self._center + self.unit * (prior + self._weights @ cross)
 
     def marginals(self, plans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean ``(n,)``, whitened covariance with the known plans ``(known, n)`` and variance ``(n,)``."""
         features = self._model.features(plans)
-        cross = self._cross(plans, features)
+        cross = self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans)))
         additive = (features @ self._covariance * features).sum(1)
         prior = self._shape(self.hyper, additive, torch.zeros_like(additive)) + CONSTANT_VARIANCE
-        white = torch.linalg.solve_triangular(self._factor, cross, upper=False)
-        return self._expected(features, cross), white, prior
-
-    def _cross(self, plans: Tensor, features: Tensor) -> Tensor:
-        ranks = torch.zeros(len(plans), dtype=torch.long)
-        return self._between(self._plans, self._features, self._ranks, plans, features, ranks)
-
-    def _expected(self, features: Tensor, cross: Tensor) -> Tensor:
-        return self._center + self.unit * (features @ self._effect_mean(self.hyper) + self._weights @ cross)
+        return self._expected(plans, cross), solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance ``(references, n)`` of how much plans score above each reference plan.
@@ -112,11 +108,8 @@ class Posterior:
         """
         mean, white, prior = self.marginals(plans)
         mean_at, white_at, prior_at = self.marginals(reference)
-        zero = torch.zeros(1, dtype=torch.long)
-        shared = self._between(
-            reference, self._model.features(reference), zero.expand(len(reference)),
-            plans, self._model.features(plans), zero.expand(len(plans)),
-        )  # fmt: skip
+        zeros = self._ranks.new_zeros
+        shared = self._between(reference, zeros(len(reference)), plans, zeros(len(plans)))
         explained = (white**2).sum(0) + (white_at**2).sum(0)[:, None] - 2 * white_at.T @ white
         variance = prior + prior_at[:, None] - 2 * shared - explained
         return mean - mean_at[:, None], variance.clamp_min(MIN_VARIANCE) * self.unit**2
@@ -124,8 +117,9 @@ class Posterior:
     @cached_property
     def _effects(self) -> tuple[Tensor, Tensor]:
         """Compute mean ``(effects,)`` and covariance of the additive part's effects, in units of the scores."""
-        cross = self._covariance @ self._features.T * self._to_target()
-        white = torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
+        to_target = self._rung_factor(self.hyper, self._ranks.new_zeros(1), self._ranks)[0]
+        cross = self._covariance @ self._model.features(self._plans).T * to_target
+        white = solve_triangular(self._factor, cross.T, upper=False)
         return self._effect_mean(self.hyper) + cross @ self._weights, self._covariance - white.T @ white
 
     def effects(self, noise: Tensor) -> Tensor:
@@ -138,13 +132,9 @@ class Posterior:
     def slopes(self, plans: Tensor, references: Tensor) -> Tensor:
         """Return the first-order loss of expected improvement ``(n, groups, levels)`` by each level of `plans`.
 
-        For ``u`` the expected gain over the reference by its standard deviation ``s``, ``EI = s (u Phi(u) + phi(u))``
-        changes by ``-Phi(u)`` with the mean and by ``phi(u)`` with ``s``. As ``s`` is convex in the features, the plan
-        of least summed slope is no worse at the same ratio of the two. Additive part only.
-
-        Args:
-            plans: ``(n, groups)``.
-            references: ``(n, groups)`` that they are to improve on.
+        For ``u`` the expected gain over the plan's reference by its standard deviation ``s``, ``EI = s (u Phi(u) +
+        phi(u))`` changes by ``-Phi(u)`` with the mean and by ``phi(u)`` with ``s``. As ``s`` is convex in the features,
+        the plan of least summed slope is no worse at the same ratio of the two. Additive part only.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)
@@ -159,8 +149,8 @@ class Posterior:
         shaped = effects.reshape(-1, self._model.num_groups, self._model.num_levels - 1)
         return torch.nn.functional.pad(shaped, (0, 1)) * self.unit
 
-    def _value(self, name: str) -> Tensor:
-        return self.hyper[self._names.index(name)].exp()
+    def _value(self, name: str, hyper: Tensor | None = None) -> Tensor:
+        return (self.hyper if hyper is None else hyper)[self._names.index(name)].exp()
 
     def _score_unit(self, data: Data) -> Tensor:
         """Return the factor between the scores' sample variance and the prior's; 1 where there is none."""
@@ -189,27 +179,25 @@ class Posterior:
         same_rung = _levels(data.ranks, data.ranks)
         diagonal = torch.eye(len(data.scores), dtype=torch.float64)
         scores = (data.scores - self._center) / self.unit
-        shares = len(self._model.parts)
 
         def negative_log_density(vector: np.ndarray) -> tuple[float, np.ndarray]:
             hyper = torch.tensor(vector, requires_grad=True)
-            additive = torch.einsum("c,cnm->nm", hyper[:shares].exp(), grams)
+            additive = torch.einsum("c,cnm->nm", hyper[: len(grams)].exp(), grams)
             kernel = self._shape(hyper, additive, distance) * self._rung_factor(hyper, data.ranks, data.ranks)
-            noise = hyper[self._names.index("noise")].exp()
-            factor = torch.linalg.cholesky(kernel + same_rung + (noise + JITTER) * diagonal)
+            noise = self._value("noise", hyper) + JITTER
+            factor = torch.linalg.cholesky(kernel + same_rung + noise * diagonal)
             residual = scores - self._prior_mean(hyper, data)
-            white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)
+            white = solve_triangular(factor, residual[:, None], upper=False)
             belief = ((hyper - self._medians) / self._spreads) ** 2
             total = 0.5 * (white**2).sum() + factor.diagonal().log().sum() + 0.5 * belief.sum()
             total.backward()
             assert hyper.grad is not None
             return float(total.detach()), hyper.grad.numpy()
 
-        start = self._medians.numpy()
-        bounds = list(zip(start - 4 * self._spreads.numpy(), start + 4 * self._spreads.numpy(), strict=True))
-        found = minimize(
-            negative_log_density, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": 25}
-        )
+        start, reach = self._medians.numpy(), 4 * self._spreads.numpy()
+        bounds = list(zip(start - reach, start + reach, strict=True))
+        options = {"maxfun": 25}
+        found = minimize(negative_log_density, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
         return torch.tensor(found.x)
 
     def _stretched(self) -> Tensor:
@@ -227,15 +215,15 @@ class Posterior:
         mine, rest = (torch.einsum("c,cde->de", weights[which], self._parts[which]) for which in (own, ~own))
         noise = (self._value("noise") + JITTER) * torch.eye(len(data.scores), dtype=torch.float64)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
-        seen = features * self._rung_factor(self.hyper, data.ranks, torch.zeros(1, dtype=torch.long))
+        seen = features * self._rung_factor(self.hyper, data.ranks, data.ranks.new_zeros(1))
         distance = self._model.mismatches(data.plans, data.plans)
         rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _levels(data.ranks, data.ranks) + noise
         stretch = torch.ones_like(mine)
         for _ in range(NUM_STEPS):
             additive = features @ (rest + mine * stretch) @ features.T
             factor = torch.linalg.cholesky(self._shape(self.hyper, additive, distance) * rungs + apart)
-            white = torch.linalg.solve_triangular(factor, seen @ (mine * stretch), upper=False)
-            mean = white.T @ torch.linalg.solve_triangular(factor, residual[:, None], upper=False)[:, 0]
+            white = solve_triangular(factor, seen @ (mine * stretch), upper=False)
+            mean = white.T @ solve_triangular(factor, residual[:, None], upper=False)[:, 0]
             square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
             ratio = (square / mine.diagonal().clamp_min(1e-300)).reshape(-1, levels).mean(1)
             scales = ((FREEDOM + ratio) / (FREEDOM + 1)).sqrt().repeat_interleave(levels)
@@ -246,25 +234,19 @@ class Posterior:
         return torch.einsum("c,cde->de", hyper[: len(self._parts)].exp(), self._parts)
 
     def _effect_mean(self, hyper: Tensor) -> Tensor:
-        return hyper[self._names.index("mean")].exp() * self._model.mean
+        return self._value("mean", hyper) * self._model.mean
+
+    def _amplitudes(self, hyper: Tensor) -> Tensor:
+        return torch.cat([torch.ones(1, dtype=torch.float64), hyper[len(self._names) :].exp()])
 
     def _prior_mean(self, hyper: Tensor, data: Data) -> Tensor:
-        return self._model.features(data.plans) @ self._effect_mean(hyper) * self._amplitude(hyper, data.ranks)
-
-    def _amplitude(self, hyper: Tensor, ranks: Tensor) -> Tensor:
-        return torch.cat([torch.ones(1, dtype=torch.float64), hyper[len(self._names) :].exp()])[ranks]
+        return self._model.features(data.plans) @ self._effect_mean(hyper) * self._amplitudes(hyper)[data.ranks]
 
     def _rung_factor(self, hyper: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ranks = torch.arange(len(hyper) - len(self._names) + 1)
-        amplitudes = self._amplitude(hyper, ranks)
-        apart = (ranks[:, None] - ranks).abs()
-        table = torch.outer(amplitudes, amplitudes) * torch.exp(
-            -apart * hyper[self._names.index("decorrelation")].exp()
-        )
-        return table[left][:, right]
-
-    def _to_target(self) -> Tensor:
-        return self._rung_factor(self.hyper, torch.zeros(1, dtype=torch.long), self._ranks)[0]
+        amplitudes = self._amplitudes(hyper)
+        ranks = torch.arange(len(amplitudes))
+        decay = -(ranks[:, None] - ranks).abs() * self._value("decorrelation", hyper)
+        return (torch.outer(amplitudes, amplitudes) * torch.exp(decay))[left][:, right]
 
     def _shape(self, hyper: Tensor, additive: Tensor, distance: Tensor) -> Tensor:
         """Return the kernel of one rung, from its additive part and the share of groups that differ.
@@ -272,20 +254,12 @@ class Posterior:
         `pairwise`: products of the additive terms, so that groups which matter interact; `local`: anything else, as
         alike as the plans are.
         """
-        pairwise, local, reach = (hyper[self._names.index(name)].exp() for name in ("pairwise", "local", "reach"))
+        pairwise, local, reach = (self._value(name, hyper) for name in ("pairwise", "local", "reach"))
         total = hyper[: len(self._model.parts)].exp().sum()
         return additive + pairwise * additive**2 / total + local * torch.exp(-distance / reach)
 
-    def _between(
-        self,
-        plans: Tensor,
-        features: Tensor,
-        ranks: Tensor,
-        others: Tensor,
-        their_features: Tensor,
-        their_ranks: Tensor,
-    ) -> Tensor:
-        additive = features @ self._covariance @ their_features.T
+    def _between(self, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor) -> Tensor:
+        additive = self._model.features(plans) @ self._covariance @ self._model.features(others).T
         kernel = self._shape(self.hyper, additive, self._model.mismatches(plans, others))
         return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + _levels(ranks, their_ranks)
 

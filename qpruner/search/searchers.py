@@ -51,17 +51,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known when a plan is proposed.
+    """All that is known when a plan is proposed; all by index."""
 
-    Attributes:
-        observations: Every rung of every trial, also of those still running; by index, then step.
-        pending: Plans in flight, by index.
-        failed: Plans that left no score, by index. Those that cannot be trained are in `observations`, see `Ledger`.
-    """
-
-    observations: tuple[Observation, ...] = ()
-    pending: tuple[PrecisionPlan, ...] = ()
-    failed: tuple[PrecisionPlan, ...] = ()
+    observations: tuple[Observation, ...] = ()  # every rung of every trial, also of those still running
+    pending: tuple[PrecisionPlan, ...] = ()  # in flight
+    failed: tuple[PrecisionPlan, ...] = ()  # left no score; those that cannot be trained are observations, see `Ledger`
 
     def last(self) -> list[Observation]:
         """Return the latest rung of each trial that is over."""
@@ -72,17 +66,11 @@ class History:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A proposed plan, feasible or not.
-
-    Attributes:
-        plan: The plan.
-        expected_improvement: Over the best plan so far, in the score's unit; None where the searcher has no model.
-        noise: Standard deviation of a score, as the searcher's model has it.
-    """
+    """A proposed plan, feasible or not."""
 
     plan: PrecisionPlan
-    expected_improvement: float | None = None
-    noise: float | None = None
+    expected_improvement: float | None = None  # over the best so far, in the score's unit; None without a model
+    noise: float | None = None  # standard deviation of a score, as the searcher's model has it
 
 
 class Proposer(Protocol):
@@ -108,13 +96,13 @@ def check_searcher(name: str) -> None:
         return
     try:
         found = importlib.metadata.version("bayesian-optimization")
+        problem = f"is installed as {found}, which Ray cannot use"
+        is_usable = int(found.split(".")[0]) < 2  # Ray 2.60 uses `UtilityFunction`, which 2.0 dropped
     except importlib.metadata.PackageNotFoundError:
-        found = None
-    # Ray 2.60 uses `UtilityFunction`, which 2.0 dropped.
-    if found is None or int(found.split(".")[0]) >= 2:
-        has = "is not installed" if found is None else f"is installed as {found}, which Ray cannot use"
+        problem, is_usable = "is not installed", False
+    if not is_usable:
         raise UserError(
-            f'`search.searcher` is bayesopt and bayesian-optimization {has}: run `pip install "qpruner[bayesopt]"`'
+            f'`search.searcher` is bayesopt and bayesian-optimization {problem}: run `pip install "qpruner[bayesopt]"`'
         )
 
 
@@ -151,31 +139,16 @@ class ScalarizedProposer:
 
     def propose(self, index: int, history: History) -> Proposal:
         """Propose a plan for the weight of this suggestion."""
-        weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
-        scores = np.array([item.score for item in history.observations])
-        sizes = np.array([float(self.space.plan_bytes(item.plan)) for item in history.observations])
-        distances = [
-            replace(item, score=float(score))
-            for item, score in zip(history.observations, _chebyshev(scores, sizes, weight), strict=True)
-        ]
-        return replace(
-            self.inner.propose(index, replace(history, observations=tuple(distances))), expected_improvement=None
-        )
-
-
-def _chebyshev(scores: np.ndarray, sizes: np.ndarray, weight: float) -> np.ndarray:
-    if len(scores) == 0:
-        return scores
-    unit = np.stack([_to_unit(scores), _to_unit(sizes)])
-    weighted = unit * np.array([[weight], [1 - weight]])
-    distances: np.ndarray = weighted.max(axis=0) + 0.05 * weighted.sum(axis=0)
-    return distances
-
-
-def _to_unit(values: np.ndarray) -> np.ndarray:
-    width = values.max() - values.min()
-    scaled: np.ndarray = (values - values.min()) / (width if width > 0 else 1.0)
-    return scaled
+        seen = history.observations
+        if seen:
+            weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
+            both = np.array([[item.score, self.space.plan_bytes(item.plan)] for item in seen])
+            width = np.ptp(both, axis=0)
+            weighted = (both - both.min(axis=0)) / np.where(width > 0, width, 1.0) * np.array([weight, 1 - weight])
+            distances = weighted.max(axis=1) + 0.05 * (weighted[:, 0] + weighted[:, 1])
+            seen = tuple(replace(item, score=float(at)) for item, at in zip(seen, distances, strict=True))
+        proposal = self.inner.propose(index, replace(history, observations=seen))
+        return replace(proposal, expected_improvement=None)
 
 
 @dataclass
@@ -184,24 +157,15 @@ class Ledger:
 
     A plan that diverges or does not fit in memory counts as bad, not as unknown: at the last step that any plan has
     reached, with the worst score there plus that score's distance from the best (1 % of it where there is only one).
-
-    Attributes:
-        space: The feasible plans.
-        proposer: The searcher behind it.
-        controls: (origin, plan) pairs that come first; all inside the budget.
-        max_trials: Suggestions in all; those that another budget's search made do not count.
-        patience: Proposals in a row whose expected improvement is below the noise before the search ends; None never.
-        proposes: Whether the searcher is asked for more plans than the controls.
-        ended: Why there are no more suggestions, once there are none.
     """
 
     space: PlanSpace
     proposer: Proposer
-    controls: Sequence[tuple[str, PrecisionPlan]]
-    max_trials: int
-    patience: int | None = None
-    proposes: bool = True
-    ended: str | None = None
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan) that come first; all inside the budget
+    max_trials: int  # suggestions in all; those that another budget's search made do not count
+    patience: int | None = None  # proposals in a row below the noise before the search ends; None never
+    proposes: bool = True  # whether the searcher is asked for more plans than the controls
+    ended: str | None = None  # why there are no more suggestions, once there are none
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
     _counted: set[int] = field(default_factory=set)
     _live: dict[int, PrecisionPlan] = field(default_factory=dict)
@@ -214,21 +178,18 @@ class Ledger:
         self, suggestion: Suggestion, rungs: Sequence[Observation], ending: Ending = "scored", counts: bool = True
     ) -> None:
         """Enter a recorded trial that is over; `counts` is False for another search's."""
-        self._enter(suggestion, counts)
-        for rung in rungs:
-            self.observe(rung)
+        self._enter(suggestion, rungs, counts)
         self.close(suggestion, ending)
 
     def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
         """Enter a recorded trial that was running; it is handed out before new ones and reports its last rung again."""
-        self._enter(suggestion, counts=True)
-        for rung in rungs[:-1]:
-            self.observe(rung)
-        self._observations |= {(rung.index, rung.step): rung for rung in rungs[-1:]}
+        self._enter(suggestion, rungs, counts=True)
         self._unfinished.append(suggestion)
 
-    def _enter(self, suggestion: Suggestion, counts: bool) -> None:
+    def _enter(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool) -> None:
         self._known[suggestion.plan] = suggestion.index
+        for rung in rungs:
+            self.observe(rung)
         if counts:
             self._counted.add(suggestion.index)
             self._count_unpromising(suggestion)
@@ -299,18 +260,12 @@ class Ledger:
             return None
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
-        suggestion = self._control(index) or self._proposal(index)
-        if suggestion is None:
-            return None
-        self._known[suggestion.plan] = index
-        self._counted.add(index)
+        control = next((control for control in self.controls if control[1] not in self._known), None)
+        suggestion = Suggestion(index, *control) if control else self._proposal(index)
+        if suggestion:
+            self._known[suggestion.plan] = index
+            self._counted.add(index)
         return suggestion
-
-    def _control(self, index: int) -> Suggestion | None:
-        for origin, plan in self.controls:
-            if plan not in self._known:
-                return Suggestion(index, origin, plan)
-        return None
 
     def _proposal(self, index: int) -> Suggestion | None:
         if not self.proposes:

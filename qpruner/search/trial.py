@@ -15,9 +15,8 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import plan_assembler
 from qpruner.runs.records import RungResult
-from qpruner.runs.scratch import working_folder
-from qpruner.runs.storage import fetch
-from qpruner.search.trial_job import Progress, Report, TrialJob
+from qpruner.runs.storage import fetch, working_folder
+from qpruner.search.trial_records import Progress, Report, TrialJob
 from qpruner.training.evaluate import mean_accuracy, score_tasks
 from qpruner.training.finetune import Listener, Schedule, finetune
 

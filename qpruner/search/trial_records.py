@@ -1,4 +1,4 @@
-"""Reads and writes the records of a search's trials; knows nothing of Ray.
+"""The interface of a trial, and the records of a search's trials; knows nothing of Ray nor of what runs a trial.
 
 Searches with different budgets, searchers or sensitivities share a folder of trials as long as a trial would give the
 same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a trial is.
@@ -7,7 +7,8 @@ same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a tr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -36,7 +37,7 @@ SETTING_REMEDIES = {
     "hung": "raise `search.trial_timeout_seconds`",
 }
 """Remedies of failures that a setting can prevent."""
-OTHER_REMEDIES = {
+REMEDIES = SETTING_REMEDIES | {
     "lost": "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`",
     "storage": "make room or bring the storage back, then repeat the command: the trial resumes from its last rung",
     "damaged": "repeat the command: it builds damaged files again",
@@ -45,15 +46,36 @@ OTHER_REMEDIES = {
     "error": "the search continues without this plan; to retry it, fix the cause, delete the trial's folder and the "
     "run's `records/search.json`, then repeat the command",
 }
-"""Remedies of the others."""
-
+"""What to do about each kind of failure."""
 SUGGESTED = "suggested.json"
 """A copy of a trial's first record."""
 
+Report = Callable[[RungResult, Path], None]
+"""Takes a rung's result and its checkpoint folder; may raise to stop."""
+Progress = Callable[[int], None]
+"""Takes the last optimizer step, before every forward pass and when something is loaded."""
 
-def remedy_of(failure: str) -> str:
-    """Return what to do about a kind of failure."""
-    return (SETTING_REMEDIES | OTHER_REMEDIES)[failure]
+
+@dataclass(frozen=True)
+class Materials:
+    """Folders of the run that a trial reads, by paths that are the same on every node."""
+
+    checkpoint: Path  # of the pruned model and its tokenizer
+    bank: Path
+    data: Path  # the encoded rows
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """A plan on the run's materials."""
+
+    config: RunConfig
+    materials: Materials
+    plan: Mapping[str, int]
+
+
+Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
+"""`run_trial`, or a stand-in in tests and benchmarks; the path is that of the trial's own last checkpoint, if any."""
 
 
 def read_trials(folder: Path) -> list[TrialRecord]:
@@ -68,14 +90,10 @@ def readable_trials(folder: Path) -> list[TrialRecord]:
 
 
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
-    """Move damaged records, and damaged checkpoints to resume from, into `damaged/`.
+    """Move damaged records of trials, and damaged checkpoints to resume from, into `damaged/`.
 
-    Those trials are run again from their start, with their own plans. A damaged clock is rebuilt from the trials.
-
-    Args:
-        folder: Of the trials.
-        search: The one that begins.
-        notify: Gets one line about each.
+    Those trials are run again from their start, with their own plans. `search` is the one that begins; if its clock is
+    damaged, its hours count from zero again. `notify` gets one line about each.
     """
     paths = _paths(folder)
     for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
@@ -87,8 +105,7 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
         _read_clock(folder, search)
     except CorruptFile as error:
         where = quarantine(_clock_path(folder, search), folder)
-        notify(f"{error}; set aside in {where}, and the search's time is taken from its trials")
-        write_seconds(folder, search, _seconds_at_work(folder, search))
+        notify(f"{error}; set aside in {where}, and the search's hours count from zero")
 
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:
@@ -100,7 +117,8 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     checkpoint = checkpoint_of(folder, record)
     if checkpoint is None:
         return False
-    found = _digests_found(checkpoint, folder, record)
+    read_trial(folder, record.index)  # waits for a storage that is away, on which all files are missing
+    found = folder_digests(checkpoint)
     if found == record.checkpoint:
         return False
     where = f"set aside in {quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
@@ -108,16 +126,6 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
-
-
-def _digests_found(checkpoint: Path, folder: Path, record: TrialRecord) -> dict[str, str]:
-    """Hash a checkpoint's files; if some are missing, again once the trial's record shows that the storage is there."""
-    with contextlib.suppress(FileNotFoundError):
-        found = folder_digests(checkpoint)
-        if found.keys() >= record.checkpoint.keys():
-            return found
-    read_trial(folder, record.index)
-    return folder_digests(checkpoint)
 
 
 def _rebuild(folder: Path, path: Path, search: str) -> str:
@@ -155,18 +163,25 @@ def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | Non
 
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
-    """Read a trial's last pulse; None before the first, and while the storage is away."""
+    """Read a trial's last pulse; None before the first, while the storage is away, and after a crash damaged it."""
     return read_pulses(folder, [index])[0]
 
 
 def read_pulses(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
     """Read the last pulses of several trials."""
-    return [_pulse_in(text) for text in for_each(read_progress, [_pulse_path(folder, index) for index in indices])]
+
+    def read(path: Path) -> TrialPulse | None:
+        text = read_progress(path)
+        with contextlib.suppress(ValidationError):
+            return TrialPulse.model_validate_json(text) if text else None
+        return None
+
+    return for_each(read, [trial_folder(folder, index) / "pulse.json" for index in indices])
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
-    """Write a sign of progress."""
-    write_progress(_pulse_path(folder, index), pulse.model_dump_json())
+    """Write a sign of progress; it is not made durable."""
+    write_progress(trial_folder(folder, index) / "pulse.json", pulse.model_dump_json())
 
 
 def can_write_pulses(folder: Path) -> bool:
@@ -184,11 +199,14 @@ def trial_folder(trials: Path, index: int) -> Path:
     return trials / f"{index:04d}"
 
 
+def fresh_path(trials: Path, index: int) -> Path:
+    """Return the path of a finalist's score on fresh rows, which does not depend on the search."""
+    return trial_folder(trials, index) / "fresh.json"
+
+
 def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
     """Return the path of the checkpoint of a trial's last rung."""
-    if not record.rungs:
-        return None
-    return trial_folder(trials, record.index) / f"checkpoint-{record.rungs[-1].step}"
+    return trial_folder(trials, record.index) / f"checkpoint-{record.rungs[-1].step}" if record.rungs else None
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
@@ -197,19 +215,11 @@ def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None
 
     def clean(folder: Path) -> None:
         for name in children(folder):
-            if (
-                name.lstrip(".").startswith("checkpoint-")
-                and not name.endswith(FILES)
-                and folder / name != last[folder]
-            ):
+            is_checkpoint = name.lstrip(".").startswith("checkpoint-") and not name.endswith(FILES)
+            if is_checkpoint and folder / name != last[folder]:
                 remove(folder / name)
 
     for_each(clean, list(last))
-
-
-def fresh_path(trials: Path, index: int) -> Path:
-    """Return the path of a finalist's score on fresh rows, which does not depend on the search."""
-    return trial_folder(trials, index) / "fresh.json"
 
 
 def read_seconds(trials: Path, search: str) -> float:
@@ -246,36 +256,14 @@ def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
     return 1.0 - result.accuracy
 
 
-def _pulse_in(text: str | None) -> TrialPulse | None:
-    """Parse a pulse; it is not written durably, so it may be damaged after a crash."""
-    with contextlib.suppress(ValidationError):
-        return TrialPulse.model_validate_json(text) if text else None
-    return None
-
-
-def _seconds_at_work(folder: Path, search: str) -> float:
-    """Add up the seconds in which a trial of a search was running, from the trials' own times."""
-    own = [record.times for record in read_trials(folder) if record.search == search and record.times]
-    spans = sorted((times[0], times[-1]) for times in own)
-    seconds, until = 0.0, 0.0
-    for begin, end in spans:
-        seconds += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return seconds
-
-
 def _read_clock(trials: Path, search: str) -> SearchClock:
     return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
+
+
+def _clock_path(trials: Path, search: str) -> Path:
+    return trials / f"search-{search}.json"
 
 
 def _paths(trials: Path) -> list[Path]:
     """Return the paths of all trials' records, in order."""
     return [trials / name / "trial.json" for name in children(trials) if name.isdigit()]
-
-
-def _pulse_path(trials: Path, index: int) -> Path:
-    return trial_folder(trials, index) / "pulse.json"
-
-
-def _clock_path(trials: Path, search: str) -> Path:
-    return trials / f"search-{search}.json"

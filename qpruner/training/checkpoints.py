@@ -17,14 +17,13 @@ from qpruner.runs.storage import (
     file_digest,
     folder_digests,
     list_path,
-    publish_folder,
     published_folders,
-    put_folder,
     read_existing,
     remove,
     retry_storage,
     share_files,
     staging_path,
+    storage_at,
     verify_folder,
     write_json,
     write_text,
@@ -108,7 +107,7 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
         distributed.barrier()  # each has saved its random state
     if share.rank > 0:
         return
-    put_folder(checkpoint, folder / checkpoint.name)
+    storage_at(folder / checkpoint.name).put_folder(checkpoint)
     ownership.check()  # uploading took its time
     for old in published_folders(folder):
         if old.name != checkpoint.name:
@@ -127,7 +126,7 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
         retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)
     ownership.check()
-    publish_folder(aside, adapter)
+    storage_at(adapter).publish(aside)
     return digest
 
 

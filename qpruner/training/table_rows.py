@@ -6,6 +6,7 @@ A worker process runs one of these functions for one row, alone or, a fine-tune,
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qpruner.config.schema import RunConfig
 from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
-from qpruner.runs.storage import fetch, progress_seconds, staging_path, storage_at, write_progress
+from qpruner.runs.storage import fetch, progress_seconds, staging_path, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
 from qpruner.wording import counted
@@ -139,7 +140,8 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, judging, pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
-    storage_at(candidate.checkpoints).forget_staging()
+    if (staging := staging_path(candidate.checkpoints)) != candidate.checkpoints:
+        shutil.rmtree(staging, ignore_errors=True)
     return FinetuneOutcome(
         seconds=time.monotonic() - started,
         steps=result.steps,

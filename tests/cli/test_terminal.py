@@ -13,8 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from made_run import TRIALS, MadeRun
-from recorded_runs import planned, trials
+from made_run import TRIALS, MadeRun, planned, trials
 from rich.console import Console
 
 from qpruner.api import read_run
@@ -30,7 +29,7 @@ from qpruner.wording import duration
 TELL = """
 import sys, time
 sys.path[:0] = sys.argv[1:3]
-from recorded_runs import planned, trials
+from made_run import planned, trials
 from qpruner.runs import events
 from qpruner.cli.terminal import Terminal
 with Terminal(quiet="quiet" in sys.argv) as terminal:

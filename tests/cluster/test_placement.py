@@ -29,8 +29,17 @@ from qpruner.errors import StageError
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event, Message, SlotsFound, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.runs.records import RungResult
-from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
-from qpruner.search.trial_records import read_pulse, read_trial, read_trials, write_trial
+from qpruner.search.trial_records import (
+    Materials,
+    Progress,
+    Report,
+    Trial,
+    TrialJob,
+    read_pulse,
+    read_trial,
+    read_trials,
+    write_trial,
+)
 
 GPUS = (2, 1)
 """Of two nodes; the head, the third, has none and no core."""

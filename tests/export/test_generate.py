@@ -35,7 +35,7 @@ from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import bucket as objects
-from qpruner.runs.storage import put_folder
+from qpruner.runs.storage import storage_at
 
 PROMPT = "Question: which of these"
 GREEDY = Sampling(max_tokens=12, temperature=0.0, seed=0)
@@ -275,7 +275,7 @@ def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
         monkeypatch.setenv(objects.CACHE, str(tmp_path / "cache"))
         there = RunDir(f"{store.uri('run')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}")
         for name in ("final", "prepare/data/confirmation"):
-            put_folder(run / name, there.root / name)
+            storage_at(there.root / name).put_folder(run / name)
         bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", where_next(there.root))
         for line in (bring, generate):
             words = {"FOLDER": tmp_path / "brought", "TEXT": PROMPT}

@@ -394,7 +394,7 @@ def test_a_diverging_trial_names_step_and_learning_rate(
     first_rung: int, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     from qpruner.search.trial import run_trial
-    from qpruner.search.trial_job import Materials, TrialJob
+    from qpruner.search.trial_records import Materials, TrialJob
 
     root = copy_of(banked, tiny_raw)
     raw = with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.first_rung", first_rung)
@@ -413,7 +413,7 @@ def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[st
     """It may take longer than a trial may stand still: every file of the model, every group of the bank. The rows come
     last, and are not there."""
     from qpruner.search.trial import run_trial
-    from qpruner.search.trial_job import Materials, TrialJob
+    from qpruner.search.trial_records import Materials, TrialJob
 
     root = copy_of(banked, tiny_raw)
     bank = RunDir(root).read_record("bank", BankRecord)

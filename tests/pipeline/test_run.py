@@ -28,7 +28,7 @@ from qpruner.pipeline.run import check, run
 from qpruner.runs.events import Event, Message, StageSkipped
 from qpruner.runs.records import RungResult
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.search.trial_records import Materials, TrialJob
 
 MINUTES = 60.0
 NOT_COMPARED = {
@@ -217,11 +217,10 @@ def test_tensorboard_finds_every_trial_once(undisturbed: Path) -> None:
 
     folders = {path.parent for path in undisturbed.rglob("*tfevents*")}
     ours = undisturbed / "tensorboard"
-    assert {folder.parent for folder in folders} == {ours, undisturbed / "prune"}
+    assert {folder.parent for folder in folders} == {ours}
     losses = [EventAccumulator(str(folder)).Reload().Scalars("validation/loss") for folder in ours.glob("trial-*")]
     assert sorted(map(len, losses)) == sorted(len(trial["rungs"]) for trial in trials_of(undisturbed))
-    texts = [EventAccumulator(str(ours / name)).Reload().Tags()["tensors"] for name in ("winner", "result")]
-    assert texts == [["winner/text_summary"], ["final table/text_summary"]]
+    assert EventAccumulator(str(ours / "result")).Reload().Tags()["tensors"] == ["final table/text_summary"]
 
 
 def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:

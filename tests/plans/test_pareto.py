@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from botorch.utils.multi_objective.hypervolume import Hypervolume
 
-from qpruner.plans.pareto import Point, hypervolume, hypervolumes, non_dominated
+from qpruner.plans.pareto import Point, hypervolume, non_dominated
 
 
 def sloping(seed: int) -> list[Point]:
@@ -52,12 +50,3 @@ def test_the_hypervolume_is_the_mean_gain_inside_a_budget() -> None:
     mean = np.mean([3.0 - score for score in best])
     assert hypervolume(points, points[0], 50.0) == pytest.approx(float(mean), abs=0.001)
     assert hypervolume(points[:1], points[0], 10.0) == 0.0, "nothing between the only plan and its bytes"
-
-
-def test_the_hypervolume_so_far_is_that_of_every_beginning() -> None:
-    points = sloping(0)
-    told: list[Point | None] = list(itertools.chain.from_iterable((point, None) for point in points))
-    smallest = min(points)
-    expected = [hypervolume(points[: count // 2 + 1], smallest, 6.0) for count in range(len(told))]
-    assert list(hypervolumes(told, smallest, 6.0)) == pytest.approx(expected)
-    assert expected == sorted(expected) and expected[-1] > 0

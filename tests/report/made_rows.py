@@ -8,9 +8,9 @@ from typing import Any
 
 from made_records import made_confirmation, made_layer, made_prune, made_search
 
+from qpruner.report.liveness import Liveness
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.statistics import MarginalEffects
 from qpruner.runs.records import (
     CandidateRecord,
     EvalRecord,
@@ -25,25 +25,13 @@ from qpruner.runs.records import (
     SensitivityRecord,
     TaskScore,
 )
+from qpruner.runs.run_dir import RunDir
 
 PLAN = {"layers.0": 8, "layers.1": 4}
-
-
 SEED_PLAN = {"layers.0": 4, "layers.1": 8}
-
-
 STAGE = {"digest": "0" * 16, "seconds": 1.5}
-
-
 UNTUNED = ("base", "pruned", "searched")
-
-
 ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
-
-
-NO_EFFECTS = "32 effects and a constant need 50 finished trials, 1.5 for each, got 7"
-
-
 STATE = RunState(
     config={
         "model": {"source": "me/base"},
@@ -157,9 +145,9 @@ def results_of(
     )
 
 
-def snapshot(results: Results, effects: MarginalEffects | str = NO_EFFECTS, **state: Any) -> Snapshot:
+def snapshot(results: Results, **state: Any) -> Snapshot:
     """A run with these records and no trials; `state` changes what its latest command did."""
-    return Snapshot("demo", STATE.model_copy(update=state), results, (), effects)
+    return Snapshot(RunDir("demo", create=False), Liveness(STATE.model_copy(update=state), None), results, ())
 
 
 def row_of(

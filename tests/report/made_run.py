@@ -1,21 +1,28 @@
-"""A run folder as a long search leaves it, made through the real record classes: 30 blocks, 200 trials, two tasks."""
+"""Run folders as searches leave them, made through the real record classes; no model is trained.
+
+`MadeRun` is a long search's, by default of 30 blocks, 200 trials and two tasks, random but for its best plan.
+`recorded_run` is one of six trials whose figures are written out here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import os
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import raw_config
+from conftest import raw_config, with_key
 from made_records import made_confirmation, made_layer, made_prune, made_search
+from made_rows import candidate, score
 
 from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.pipeline.progress import _environment
-from qpruner.report.files import write_report
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
+from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     BankRecord,
     CandidateRecord,
@@ -34,7 +41,6 @@ from qpruner.runs.records import (
     SearchState,
     SensitivityRecord,
     StageState,
-    TaskScore,
     TrialRecord,
 )
 from qpruner.runs.run_dir import RunDir
@@ -42,7 +48,6 @@ from qpruner.search.trial_records import write_trial
 
 TRIALS, SEARCH = "1" * 16, "2" * 16
 STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
-PARTS = ("attention", "mlp")
 NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
 """Sensitivity method -> how far it is from what trials find."""
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison")
@@ -50,14 +55,20 @@ STARTED = 1_790_000_000.0
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
 """A name that would be markup if a report let it."""
 BUDGET = 93_000_000
+CONTROLS = {"uniform-4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
+"""The first trials' origins, and the share of groups with 8 bits."""
+LEVELS = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
+SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
 SETTING = InferenceSetting(
     device="2 CPU cores", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
 )
 
 
 class MadeRun:
-    """Writes the folder of a run on `model`, up to and with the stage `until`; `outcome` is how its command ended; each
-    of its jobs held `gpus`; a block has a group for each of `parts`."""
+    """Writes the folder of a run on `model`, up to and with the stage `until`.
+
+    `outcome` is how its command ended, each of its jobs held `gpus`.
+    """
 
     def __init__(
         self,
@@ -72,28 +83,30 @@ class MadeRun:
         task: str = "arc_easy",
         questions: int = 400,
         gpus: float = 0.0,
-        parts: Sequence[str] = PARTS,
         noises: Mapping[str, float] = NOISES,
     ) -> None:
-        self._noises = noises
-        self._gpus = gpus
-        self._stage = STAGE | {"gpu_seconds": STAGE["seconds"] * gpus}
+        self._gpus, self._stage = gpus, STAGE | {"gpu_seconds": STAGE["seconds"] * gpus}
         self._random = np.random.default_rng(0)
         self._tasks = {task: questions, "piqa": min(questions, 200)}
         self.run = RunDir(root)
-        self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in parts]
+        self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in ("attention", "mlp")]
         self._gains = self._random.gamma(1.2, 0.01, len(self.groups))
         self._weights = np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 69_000_000 / len(self.groups)
         done = STAGES[: STAGES.index(until) + 1]
-        self.trials = self._trials(num_trials) if "search" in {*done, *(stages or {})} else []
+        self.trials: list[TrialRecord] = []
+        if "search" in {*done, *(stages or {})}:
+            self._add_trials(num_trials)
         for trial in self.trials:
-            write_trial(self.run.trials / TRIALS, trial)
-        records = self._records(num_blocks)
+            self.write(trial)
+        self._records = self._make_records(num_blocks, noises) if self.trials else self._begin(num_blocks, noises)
         for name in done:
-            self.run.write_record(name, records[name]())
+            self.run.write_record(name, self._records[name])
         raw = raw_config(Path(model), root)
         config = validate_config(raw).model_dump(mode="json") | {"model": {"source": model}}
         made = {name: StageState(state="done", started=STARTED, seconds=61.5) for name in done}
+        search = SearchState(
+            trials_digest=TRIALS, search=SEARCH, metric="loss", budget_bytes=BUDGET, max_trials=num_trials, steps=16
+        )
         self.state = RunState(
             config=config,
             until="report",
@@ -107,39 +120,51 @@ class MadeRun:
             outcome=outcome,  # type: ignore[arg-type]
             error=error,
             stages=made | (stages or {}),
-            search=SearchState(
-                trials_digest=TRIALS, search=SEARCH, metric="loss", budget_bytes=BUDGET, max_trials=num_trials, steps=16
-            )
-            if self.trials
-            else None,
+            search=search if self.trials else None,
         )
         self.run.write_state(self.state)
 
-    def _loss(self, high: np.ndarray[Any, Any]) -> float:
-        return 4.2 - float(self._gains[high].sum()) + self._random.normal(0, 0.004)
+    def write(self, trial: TrialRecord, **changes: Any) -> None:
+        """Write a trial's record, changed."""
+        write_trial(self.run.trials / TRIALS, trial.model_copy(update=changes))
 
-    def _trials(self, count: int) -> list[TrialRecord]:
-        trials = []
+    def change(self, stage: str, **changes: Any) -> None:
+        """Change what a stage recorded."""
+        self._records[stage] = self._records[stage].model_copy(update=changes)
+        self.run.write_record(stage, self._records[stage])
+
+    def win(self, best: TrialRecord, **changes: Any) -> None:
+        """Make a trial the winner, scored on fresh rows alone."""
+        fresh = (made_confirmation(best.index, best.origin, 3.0),)
+        chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
+        self.change("search", **chosen, confirmations=fresh, **changes)
+
+    def change_search(self, **changes: Any) -> None:
+        """Change what the state tells of the search."""
+        assert self.state.search
+        search = self.state.search.model_copy(update=changes)
+        self.run.write_state(self.state.model_copy(update={"search": search}))
+
+    def record(self, stage: str) -> Any:
+        """What a stage recorded."""
+        return self._records[stage]
+
+    def _add_trials(self, count: int) -> None:
         ends = [STARTED] * 8
-        controls = {"uniform-4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
         for index in range(count):
-            origin = (list(controls) + ["gp"] * count)[index]
-            share = controls.get(origin, self._random.uniform(0.2, 0.5))
+            origin = ([*CONTROLS] + ["gp"] * count)[index]
+            share = CONTROLS.get(origin, self._random.uniform(0.2, 0.5))
             keys = self._gains * self._random.lognormal(0, 2.0 / (1 + index % 40 / 20), len(self.groups))
             high = np.zeros(len(self.groups), dtype=bool)
             high[np.argsort(-keys)[: int(share * len(self.groups))]] = True
-            bits = np.where(high, 8, 4)
-            last = self._loss(high)
-            status = "finished"
-            if index == 7:
-                status = "failed"
-            elif index > 12 and last > np.median([trial.rungs[-1].loss for trial in trials if trial.rungs]):
-                status = "stopped"
+            bits, last = np.where(high, 8, 4), 4.2 - float(self._gains[high].sum()) + self._random.normal(0, 0.004)
+            losses = [trial.rungs[-1].loss for trial in self.trials if trial.rungs]
+            status = "failed" if index == 7 else "stopped" if index > 12 and last > np.median(losses) else "finished"
             steps = {"finished": (4, 8, 16), "stopped": (4, 8)[: 1 + index % 2], "failed": ()}[status]
-            slot, gpus = int(np.argmin(ends)), self._gpus
-            seconds = 20.0 + 12.0 * sum(steps) / 4
+            slot, seconds = int(np.argmin(ends)), 20.0 + 12.0 * sum(steps) / 4
             ends[slot] += seconds
-            trials.append(
+            rungs = [RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps]
+            self.trials.append(
                 TrialRecord(
                     index=index,
                     digest=TRIALS,
@@ -149,32 +174,17 @@ class MadeRun:
                     plan_bytes=int(40_000_000 + (self._weights * bits / 8).sum()),
                     mean_bits=float((self._weights * bits).sum() / self._weights.sum()),
                     status=status,  # type: ignore[arg-type]
-                    rungs=tuple(
-                        RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps
-                    ),
+                    rungs=tuple(rungs),
                     reason={"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status),
                     seconds=seconds,
-                    gpu_seconds=seconds * gpus,
+                    gpu_seconds=seconds * self._gpus,
                     times=(ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot]),
                 )
             )
-        return trials
 
-    def _records(self, num_blocks: int) -> dict[str, Any]:
+    def _begin(self, num_blocks: int, noises: Mapping[str, float]) -> dict[str, Record]:
+        """Records of the stages before the search."""
         prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
-        return {
-            "prepare": lambda: PrepareRecord(**self._stage, **prepared),
-            "prune": lambda: self._prune(num_blocks),
-            "bank": lambda: BankRecord(**self._stage, files={}, bytes=1, residual_ratio={}),
-            "sensitivity": self._sensitivity,
-            "search": self._search,
-            "finetune": self._finetune,
-            "evaluate": self._evaluate,
-            "comparison": self._comparison,
-        }
-
-    def _prune(self, num_blocks: int) -> Record:
-        kept = self._random.integers(600, 1500, num_blocks)
         layers = [
             made_layer(block, 3, channels).model_copy(
                 update={
@@ -183,26 +193,26 @@ class MadeRun:
                     "kept_parameters": int(884_000 * 2 / 3 + 2_655_000 * channels / 1536),
                 }
             )
-            for block, channels in enumerate(kept.tolist())
+            for block, channels in enumerate(self._random.integers(600, 1500, num_blocks).tolist())
         ]
-        sizes = {"bytes_before": 278_800_000, "bytes_after": 223_400_000}
-        return made_prune(*layers, **self._stage, **sizes, parameters_before=134_515_008, parameters_after=107_545_344)
-
-    def _sensitivity(self) -> Record:
-        def method(noise: float) -> MethodScores:
+        sizes = {"bytes_before": SIZES[BASE], "bytes_after": SIZES[PRUNED]}
+        methods = {}
+        for name, noise in noises.items():
             values = self._gains * self._random.lognormal(0, noise, len(self.groups))
             rises = {4: tuple(values.tolist()), 8: tuple((values / 50).tolist())}
-            return MethodScores(unit="nats", source="one group at a time", values=rises, seconds=12.5, details={})
+            methods[name] = MethodScores(unit="nats", source="measured", values=rises, seconds=12.5, details={})
+        return {
+            "prepare": PrepareRecord(**self._stage, **prepared),
+            "prune": made_prune(*layers, **self._stage, **sizes),
+            "bank": BankRecord(**self._stage, files={}, bytes=1, residual_ratio={}),
+            "sensitivity": SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods),
+        }
 
-        methods = {name: method(noise) for name, noise in self._noises.items()}
-        return SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods)
-
-    def _search(self) -> SearchRecord:
+    def _make_records(self, num_blocks: int, noises: Mapping[str, float]) -> dict[str, Record]:
         statuses = [trial.status for trial in self.trials]
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
-        finalists = [*self.trials[:3], best]
-        return made_search(
+        search = made_search(
             best.plan,
             **self._stage,
             trials_digest=TRIALS,
@@ -214,7 +224,8 @@ class MadeRun:
             ended=f"all {len(self.trials)} trials were spent (`search.max_trials`)",
             search_seconds=1800.0,
             confirmations=tuple(
-                made_confirmation(each.index, each.origin, each.rungs[-1].loss - 0.1) for each in finalists
+                made_confirmation(each.index, each.origin, each.rungs[-1].loss - 0.1)
+                for each in (*self.trials[:3], best)
             ),
             best_index=best.index,
             best_origin=best.origin,
@@ -222,98 +233,158 @@ class MadeRun:
             resumed=3,
             sessions=2,
         )
+        tuned = self._candidates(best.plan)
+        scored = self._scores([(row.name, row.seed) for row in tuned])
+        is_first = [(row.name, row.seed) == (SEARCHED, 0) for row in tuned]
+        untuned = self._scores([(BASE, None), (PRUNED, None), (SEARCHED, None)])
+        return self._begin(num_blocks, noises) | {
+            "search": search,
+            "finetune": FinetuneRecord(**self._stage, winner=SEARCHED, candidates=(tuned[is_first.index(True)],)),
+            "evaluate": EvalRecord(
+                **self._stage,
+                rows=(*untuned, scored[is_first.index(True)]),
+                text="`evaluate.text` in 12 windows of 128 tokens",
+                inference=SETTING,
+            ),
+            "comparison": ComparisonRecord(**self._stage, candidates=tuned, rows=scored, inference=SETTING),
+        }
 
-    def _candidates(self) -> tuple[CandidateRecord, ...]:
-        best = self._search().best_plan
-        levels = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
-        rows = []
-        for name in (*levels, BEST_SEED, RANDOM, SEARCHED):
-            plan = dict.fromkeys(self.groups, levels[name]) if name in levels else best
+    def _candidates(self, best: dict[str, int]) -> tuple[CandidateRecord, ...]:
+        rows: list[CandidateRecord] = []
+        for name in (*LEVELS, BEST_SEED, RANDOM, SEARCHED):
+            plan = dict.fromkeys(self.groups, LEVELS[name]) if name in LEVELS else best
             if name in (BEST_SEED, RANDOM):
                 plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
-            for seed in range(1 if name in levels else 3):
-                loss = 3.9 + self._random.normal(0, 0.02) + {4: 0.3, 8: 0.1}.get(levels.get(name, 0), 0.0)
-                rows.append(
-                    CandidateRecord(
-                        digest=f"{len(rows):016d}",
-                        seconds=40.0,
-                        name=name,
-                        origin={SEARCHED: "gp, trial 57", BEST_SEED: "seed-kl at the winner's bytes"}.get(
-                            name, "uniform"
-                        ),
-                        seed=seed,
-                        plan=plan,
-                        plan_bytes=92_000_000,
-                        measured_bytes={BASE: 278_800_000, PRUNED: 223_400_000}.get(name, 92_000_000),
-                        mean_bits=float(np.mean(list(plan.values()))),
-                        num_parameters=134_515_008 if name == BASE else 107_545_344,
-                        steps=40,
-                        train_loss=loss - 0.2,
-                        validation_loss=loss,
-                        confirmation_loss=loss - 0.05,
-                        peak_memory_bytes=1_070_000_000,
-                        memory_counter="rise of resident memory",
-                    )
-                )
+            for seed in range(1 if name in LEVELS else 3):
+                loss = 3.9 + self._random.normal(0, 0.02) + {4: 0.3, 8: 0.1}.get(LEVELS.get(name, 0), 0.0)
+                row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss, loss - 0.05)
+                rows.append(row.model_copy(update={"digest": f"{len(rows):016d}", "seconds": 40.0}))
         return tuple(rows)
 
-    @cached_property
-    def _every_row(self) -> tuple[tuple[CandidateRecord, ...], tuple[RowScores, ...]]:
-        """Every fine-tune, the winner's first training seed among them, and its scores."""
-        candidates = self._candidates()
-        return candidates, self._scores([(row.name, row.seed) for row in candidates])
-
-    def _finetune(self) -> Record:
-        [winner] = [row for row in self._every_row[0] if (row.name, row.seed) == (SEARCHED, 0)]
-        return FinetuneRecord(**self._stage, winner=SEARCHED, candidates=(winner,))
-
-    def _evaluate(self) -> Record:
-        untuned = self._scores([(BASE, None), (PRUNED, None), (SEARCHED, None)])
-        winner = [row for row in self._every_row[1] if (row.name, row.seed) == (SEARCHED, 0)]
-        text = "`evaluate.text` in 12 windows of 128 tokens"
-        return EvalRecord(**self._stage, rows=(*untuned, *winner), text=text, inference=SETTING)
-
-    def _comparison(self) -> Record:
-        candidates, rows = self._every_row
-        return ComparisonRecord(**self._stage, candidates=candidates, rows=rows, inference=SETTING)
-
-    def _scores(self, wanted: Sequence[tuple[str, int | None]]) -> tuple[RowScores, ...]:
+    def _scores(self, wanted: list[tuple[str, int | None]]) -> tuple[RowScores, ...]:
         shares = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}
-        return tuple(
-            RowScores(
-                digest="0",
-                name=name,
-                seed=seed,
-                scores=tuple(self._score(task, count, shares.get(name, 0.69)) for task, count in self._tasks.items()),
-                text_loss=3.3 + self._random.normal(0, 0.01),
-                inference=None if seed is None else self._taken(name),
+        found = []
+        for name, seed in wanted:
+            scores = []
+            for task, count in self._tasks.items():
+                correct = (self._random.random(count) < shares.get(name, 0.69)).astype(float).tolist()
+                scores.append(score(correct, self._random.gamma(2.0, 1.0, count).tolist(), task))
+            text_loss, taken = 3.3 + self._random.normal(0, 0.01), None
+            if seed is not None:
+                fast = {BASE: 1.0, PRUNED: 1.2}.get(name, 0.7)
+                taken = Inference(
+                    memory_bytes={BASE: 331_000_000, PRUNED: 270_000_000}.get(name, 140_000_000),
+                    prefill_tokens_per_second=tuple(self._random.uniform(500 * fast, 600 * fast, 3).tolist()),
+                    decode_tokens_per_second=tuple(self._random.uniform(20 * fast, 24 * fast, 3).tolist()),
+                )
+            found.append(
+                RowScores(digest="0", name=name, seed=seed, scores=tuple(scores), text_loss=text_loss, inference=taken)
             )
-            for name, seed in wanted
-        )
-
-    def _taken(self, name: str) -> Inference:
-        low, high = {BASE: (0.9, 1.0), PRUNED: (1.1, 1.2)}.get(name, (0.5, 0.7))
-        return Inference(
-            memory_bytes={BASE: 331_000_000, PRUNED: 270_000_000}.get(name, 140_000_000),
-            prefill_tokens_per_second=tuple(self._random.uniform(600 * low, 600 * high, 3).tolist()),
-            decode_tokens_per_second=tuple(self._random.uniform(24 * low, 24 * high, 3).tolist()),
-        )
-
-    def _score(self, task: str, count: int, share: float) -> TaskScore:
-        correct = self._random.random(count) < share
-        value = float(correct.mean())
-        return TaskScore(
-            task=task,
-            metric="acc",
-            value=value,
-            stderr=math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan,
-            num_questions=count,
-            correct=tuple(correct.astype(float).tolist()),
-            answer_loss=tuple(self._random.gamma(2.0, 1.0, count).tolist()),
-        )
+        return tuple(found)
 
 
-def reported_run(root: Path) -> Path:
-    """The folder of a finished run of 200 trials, its report written."""
-    write_report(MadeRun(root).run)
+# ---- a search of six trials
+
+GROUPS = tuple(f"layers.{index}" for index in range(6))
+RUNGS = (2, 4, 8)
+DIGEST, MINE = "d" * 16, "a" * 16
+MEGABYTE = 10**6
+
+
+def config_of(folder: Path, **settings: Any) -> RunConfig:
+    """A configuration whose rungs are `RUNGS`; `section__key=value` sets others."""
+    raw = raw_config(Path("a-model"), folder)
+    for key, value in {"search__steps": 8, "search__first_rung": 2, **settings}.items():
+        raw = with_key(raw, key.replace("__", "."), value)
+    return validate_config(raw)
+
+
+def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRecord:
+    """A trial that took a minute a rung, and started a minute after the one before; finished if it has all rungs."""
+    started = STARTED + 60 * index
+    times = [started + 60 * count for count in range(1 + len(losses))]
+    rungs = tuple(
+        RungResult(step=step, loss=loss, train_loss=loss + 1, train_losses=(loss + 1.5,) * (step - before))
+        for before, step, loss in zip((0, *RUNGS), RUNGS, losses, strict=False)
+    )
+    given = {"status": "finished" if len(losses) == len(RUNGS) else "stopped", "origin": "gp", **fields}
+    over = [] if given["status"] == "running" else [times[-1] + 1]
+    bits = {group: int(character) for group, character in zip(GROUPS, plan, strict=True)}
+    made = {
+        "index": index,
+        "digest": DIGEST,
+        "search": MINE,
+        "plan": bits,
+        "plan_bytes": MEGABYTE * sum(bits.values()),
+        "mean_bits": sum(bits.values()) / len(bits),
+        "rungs": rungs,
+        "seconds": 60.0 * len(losses),
+        "times": (*times, *over),
+    }
+    return TrialRecord(**made | given)
+
+
+def trials() -> list[TrialRecord]:
+    """Two controls, a plan that beats them, one that was stopped, one that failed and one that runs."""
+    return [
+        trial(0, "444444", [3.4, 3.3, 3.2], origin="uniform-4"),
+        trial(1, "884444", [3.3, 3.2, 3.0], origin="seed-kl"),
+        trial(2, "848444", [3.2, 3.1, 2.9]),
+        trial(3, "448844", [3.5]),
+        trial(4, "444488", [], status="failed", failure="diverged", reason="TrainingDiverged: the loss is nan"),
+        trial(5, "844484", [3.1], status="running"),
+    ]
+
+
+def search_state(**fields: Any) -> SearchState:
+    given = {"metric": "loss", "budget_bytes": 32 * MEGABYTE, "max_trials": 20, "steps": 8, "slots": 2}
+    return SearchState(**{"trials_digest": DIGEST, "search": MINE, **given, **fields})
+
+
+def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
+    values = {4: tuple(0.1 * index for index in range(len(GROUPS))), 8: (0.0,) * len(GROUPS)}
+    scores = MethodScores(unit="nats", source="measured", values=values, seconds=1.0, details={})
+    measured = SensitivityRecord(digest="e" * 16, seconds=2.0, groups=GROUPS, methods={"kl": scores})
+    return SearchPlanned(search_state(**fields), tuple(records), measured)
+
+
+def search_record(best: TrialRecord) -> SearchRecord:
+    return made_search(
+        best.plan,
+        trials_digest=DIGEST,
+        budget_bytes=32 * MEGABYTE,
+        num_trials=6,
+        num_finished=3,
+        num_stopped=1,
+        confirmations=(made_confirmation(best.index, best.origin, best.rungs[-1].loss + 0.05),),
+        best_index=best.index,
+        best_origin=best.origin,
+        best_control=1,
+    )
+
+
+def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, **settings: Any) -> Path:
+    """A run in its search, or with the search behind it, as this process would have left it."""
+    run, records = RunDir(root), trials()
+    for record in records:
+        write_trial(run.trials / DIGEST, record)
+    stage = StageState(state="running", started=STARTED, done=5, total=8, text="8 trials")
+    if is_over:
+        run.write_record("search", search_record(records[2]))
+        stage = StageState(state="done", started=STARTED, seconds=600.0, text="3 finished")
+    state = RunState(
+        config=config_of(root, **settings).model_dump(mode="json"),
+        until="report",
+        command="qpruner run config.yaml",
+        folder="/somewhere",
+        environment={},
+        host=socket.gethostname(),
+        pid=os.getpid() if pid is None else pid,
+        started=STARTED,
+        updated=STARTED + 400,
+        outcome="done" if is_over else "running",
+        stages={"prepare": StageState(state="recorded", started=STARTED, text="48 rows"), "search": stage},
+        search=search_state(),
+    )
+    run.write_state(state)
     return root

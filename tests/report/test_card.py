@@ -22,7 +22,7 @@ from qpruner.config.load import validate_config
 from qpruner.report.card import base_card, model_card, other_base_remark
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.records import GIVEN, PrepareRecord
+from qpruner.runs.records import GIVEN
 from qpruner.runs.run_dir import RunDir
 
 
@@ -33,11 +33,9 @@ def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stat
     train = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
     config = made.state.config | {"data": made.state.config["data"] | {"train": train}, "card": stated}
     made.run.write_state(made.state.model_copy(update={"config": config, "folder": f"{root.parent}"}))
-    prepared = made.run.read_record("prepare", PrepareRecord)
-    assert prepared
-    made.run.write_record("prepare", prepared.model_copy(update={"model_path": str(folder), "converted": converted}))
+    made.change("prepare", model_path=str(folder), converted=converted)
     run = read_snapshot(made.run)
-    return ModelCard(model_card(run, base_card(run, made.run))).data
+    return ModelCard(model_card(run, base_card(run))).data
 
 
 def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> None:
@@ -64,7 +62,7 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> No
 def test_the_card_says_where_the_plan_came_from(found: dict[str, Any], words: str) -> None:
     card = model_card(snapshot(results_of(searched_row([1.0]), **found)), None)
     assert f"`me/base`, pruned, quantized to 6.00 mean bits by {words} fine-tuned by qpruner" in card
-    assert "nothing is claimed" in card and "finetune.compare" not in card, "its readers have no such run"
+    assert "nothing is claimed" in card and "expanded from" not in card
 
 
 def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> None:

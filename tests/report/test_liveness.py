@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from click.testing import CliRunner
-from recorded_runs import recorded_run
+from made_run import recorded_run
 
 from qpruner.cli.main import main
 from qpruner.report.liveness import MOMENT_SECONDS

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from made_records import made_confirmation, made_search
 from made_rows import (
-    NO_EFFECTS,
     ORIGINS,
     PLAN,
     SEED_PLAN,
-    STAGE,
     UNTUNED,
     answers,
     results_of,
@@ -26,15 +23,13 @@ from made_rows import (
 )
 
 from qpruner.report import markdown, tables
-from qpruner.report.answer import tiles
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim
 from qpruner.report.legend import terms
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows, task_accuracies
 from qpruner.report.results_json import summary_of
 from qpruner.report.sections import sections
-from qpruner.report.statistics import MarginalEffects
-from qpruner.runs.records import GIVEN, BankRecord, FrontPoint, Results, TaskScore
+from qpruner.runs.records import GIVEN, FrontPoint, Results, TaskScore
 
 
 @pytest.fixture
@@ -42,23 +37,22 @@ def whole() -> Results:
     return whole_results()
 
 
-def report(results: Results, effects: MarginalEffects | str = NO_EFFECTS, config: str = "output: x\n") -> str:
-    """The Markdown report, plots left out."""
-    run = snapshot(results, effects)
-    return markdown.render(run, sections(run, [], config), "pictures")
+def report(results: Results, config: str = "output: x\n") -> str:
+    """The Markdown report."""
+    run = snapshot(results)
+    return markdown.render(run, sections(run, config), "pictures")
 
 
-def test_base_and_pruned_are_shown_as_they_are_without_comparison() -> None:
-    """An accuracy alone says nothing; what was measured has no fine-tune, and the run's owner can ask for more."""
+def test_the_winner_is_shown_beside_base_and_pruned() -> None:
+    """An accuracy alone says nothing; what was measured has no fine-tune."""
     untuned = [(name, (score(answers(40, right)),)) for name, right in zip(UNTUNED, (25, 24, 20), strict=True)]
-    run = snapshot(results_of(searched_row([1.0]), untuned))
-    by_heading = {tile.heading: tile.lines for tile in tiles(run)}
-    accuracy = by_heading["Test acc"]
-    assert accuracy[1:3] == ("base, not fine-tuned: 0.625", "pruned, not fine-tuned: 0.600")
-    assert "finetune.compare gives other plans the same fine-tune" in by_heading["How sure, on fresh rows"]
+    size, accuracy, plan = tables.winner(snapshot(results_of(searched_row([1.0]), untuned))).rows
+    assert size[:2] == ("size", "100.0 MB") and size[2].startswith("3.0 times smaller than the base model's 300.0 MB")
+    assert "budget 101.5 MB (quantize.budget: fraction 0.5), adapter included" in size[2]
+    assert accuracy[:2] == ("test acc", "0.400") and "; base, not fine-tuned: 0.625; pruned, not" in accuracy[2]
+    assert plan == ("plan", "6.00 mean bits", "2 groups: 1 at 4 bits, 1 at 8 bits; from gp, trial 11")
     tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *searched_row([1.0])]
-    compared = snapshot(results_of(tuned, untuned))
-    assert not any("not fine-tuned" in line for tile in tiles(compared) for line in tile.lines)
+    assert "not fine-tuned" not in tables.winner(snapshot(results_of(tuned, untuned))).rows[1][2]
 
 
 def test_finalists_stand_beside_the_winner_row_by_row() -> None:
@@ -75,24 +69,6 @@ def test_finalists_stand_beside_the_winner_row_by_row() -> None:
     older = tuple(each.model_copy(update={"losses": ()}) for each in scored)
     table = tables.finalists(made_search(PLAN, confirmations=older))
     assert table.headings == ("trial", "from", "selection loss")
-
-
-def test_the_size_tells_what_the_plan_decides_on() -> None:
-    results = results_of(searched_row([1.0]))
-    assert results.prepare and results.search
-    (size, *_) = tiles(snapshot(results))
-    assert not any("in the plan's groups" in line or "expanded" in line for line in size.lines), "older records"
-    group_bytes = {f"{bits}": dict.fromkeys(results.search.best_plan, bits * 1_000_000) for bits in (4, 8)}
-    told = {
-        "bank": BankRecord(**STAGE, files={}, bytes=1, residual_ratio={}, group_bytes=group_bytes),
-        "prepare": results.prepare.model_copy(update={"source_bytes": 98_400_000}),
-    }
-    run = snapshot(results.model_copy(update=told))
-    config = run.state.config | {"model": {"source": "package:some_weights/small.Q4_1.gguf"}}
-    (size, *_) = tiles(replace(run, state=run.state.model_copy(update={"config": config})))
-    others = "88.0 MB besides (embeddings, norms, head, adapter), whatever the plan"
-    assert f"12.0 MB in the plan's groups; {others}" in size.lines
-    assert "the base was expanded from a file of 98.4 MB, small.Q4_1.gguf" in size.lines
 
 
 def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
@@ -153,8 +129,7 @@ def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str],
     assert f"its test {in_full} is 0.400 (base 0.400, pruned 0.400)" in claim(results)
     assert f"\n- Against the best seed ({ORIGINS[BEST_SEED]}, +0.00% bytes)" in claim(results)
     assert f": {name} +0.0000 (100 questions, " in claim(results)
-    tile = tiles(snapshot(results))[1]
-    assert tile.heading == f"Test {name}" and (in_full in tile.lines) == (name == "accuracy")
+    assert tables.winner(snapshot(results)).rows[1][0] == f"test {name}"
     legend = dict(terms(results))[f"test {in_full}"]
     assert all(f"({metric})" in legend for metric in metrics) and "has the highest log-likelihood" in legend
     assert tables.by_task(results).headings[1:] == tuple(
@@ -322,22 +297,8 @@ def test_the_report_shows_a_front() -> None:
     assert "| 7 | gp | 9.9 MB | 84 | 2.2500 (se 0.2500) | 0.500 (se 0.100) |" in text
 
 
-def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) -> None:
+def test_the_report_shows_sensitivities_beside_the_plan(whole: Results) -> None:
     text = report(whole)
-    assert "| method | what | unit | seconds |\n" in text, "no column of dashes"
+    assert "| method | what | unit | seconds |\n" in text
     assert "| kl | one group at a time | nats | 12.5 |\n" in text
-    assert f"Rank correlations with what trials show were not computed: {NO_EFFECTS}." in text, "which is none of zero"
     assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text
-    effects = MarginalEffects({4: (0.01, 0.02)}, num_trials=9, residual=0.005)
-    text = report(whole, effects)
-    assert "| seconds | rank correlation |\n" in text and "| kl | one group at a time | nats | 12.5 | -1.00 |" in text
-    assert "main effects of 9 finished trials (residual 0.0050 nats)" in text
-    assert "| layers.0 | 8 | 0.5 | 0.01 |" in text
-
-
-def test_no_cell_of_the_table_breaks_it(whole: Results) -> None:
-    lines = report(whole).splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("| row |"))
-    table = lines[start : start + 10]
-    assert len({line.count("|") for line in table}) == 1
-    assert lines[start + 10] == ""

@@ -29,11 +29,10 @@ from qpruner.quantization.bank import read_plan
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import BankRecord, RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import FILES, children, fetch, files_in, published_folders, put_folder, write_text
+from qpruner.runs.storage import FILES, children, fetch, files_in, published_folders, storage_at, write_text
 from qpruner.runs.storage import bucket as objects
-from qpruner.runs.storage.objects import objects_at
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
 from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 
@@ -139,7 +138,7 @@ def adapter_at(store: Store, run: RunDir, folder: Path) -> Path:
     """A row's adapter, with an object that is not as it was put."""
     adapter = run.candidates / "0123abcd" / "adapter"
     (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
-    put_folder(folder, adapter)
+    storage_at(adapter).put_folder(folder)
     write_text(adapter.with_name("record.json"), "{}")
     store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
     return adapter
@@ -174,7 +173,7 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
     (folder := tmp_path / "final").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
-    put_folder(folder, final)
+    storage_at(final).put_folder(folder)
     assert Finetune(context)._has_final() and not events
     config_file[0].delete("run/final/model.safetensors")
     assert not Finetune(context)._has_final()
@@ -217,8 +216,8 @@ def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
 
 def written_in(folder: Path) -> dict[str, float]:
     """When each file of a row was written; of its progress a process may give a sign before it knows."""
-    there, names = objects_at(folder), set(files_in(folder)) - {"progress"}
-    return {name: (there / name).modified() if there else (folder / name).stat().st_mtime for name in names}
+    names = set(files_in(folder)) - {"progress"}
+    return {name: found.modified for name in names if (found := storage_at(folder / name).stat())}
 
 
 def test_a_trial_runs_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:

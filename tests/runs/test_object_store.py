@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from qpruner.runs.lock import NAME, Holder, driver_of, hold_run, this_process
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import BankRecord, SearchClock
 from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import bucket as objects
 from qpruner.runs.storage import (
-    address_of,
     children,
     display_name,
     exclusive,
@@ -42,10 +43,9 @@ from qpruner.runs.storage import (
     files_in,
     folder_digests,
     list_path,
-    move,
-    publish_folder,
     published_folders,
     put_file,
+    quarantine,
     read_json,
     read_progress,
     remove,
@@ -56,20 +56,18 @@ from qpruner.runs.storage import (
     write_text,
     writing_folder,
 )
-from qpruner.runs.storage import bucket as objects
 from qpruner.runs.storage import files as file_parts
 from qpruner.runs.storage.bucket import mirror_of
-from qpruner.runs.storage.objects import objects_at
+from qpruner.runs.storage.objects import ObjectStorage, objects_at
 from qpruner.runs.storage.upload import Uploader
+
+Machine = Callable[[str], RunDir]
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
     with object_store() as found:
         yield found
-
-
-Machine = Callable[[str], RunDir]
 
 
 @pytest.fixture
@@ -90,18 +88,20 @@ def run(machine: Machine) -> RunDir:
     return machine("first")
 
 
-@pytest.fixture
-def unreachable(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """The same; nobody answers."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+def go_through(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process look for the store there."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
     objects.open_bucket.cache_clear()
-    return run
+
+
+def objects_of(path: Path) -> ObjectStorage:
+    there = objects_at(path)
+    assert there is not None
+    return there
 
 
 def key_of(path: Path) -> str:
-    there = objects_at(path)
-    assert there is not None
-    return there.key
+    return objects_of(path).key
 
 
 def folder_of(tmp_path: Path, **files: str) -> Path:
@@ -123,39 +123,24 @@ def folder_of(tmp_path: Path, **files: str) -> Path:
     [
         ("http://example.org/run", "must be a folder or begin with s3:// or gs://"),
         ("s3://bucket", "must read s3://BUCKET/PREFIX"),
-        ("s3:///run", "must read s3://BUCKET/PREFIX"),
         ("s3://bucket/a/../b", "must read s3://BUCKET/PREFIX"),
         ("s3://bucket/run?acl=public", "unknown options acl in the URI; there are endpoint_override, region, scheme"),
         ("s3://bucket/run?scheme=ftp", "must be http or https, got 'ftp'"),
-        ("s3://bucket/run?scheme=", "must be http or https, got ''"),
-        ("s3://[bucket/run", "must read s3://BUCKET/PREFIX"),
         ("s3://bucket/" + "r" * 300, "must be shorter"),
-    ],
-)
-def test_other_uris_are_refused(uri: str, message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        mirror_of(uri)
-
-
-@pytest.mark.parametrize(
-    ("uri", "message"),
-    [
         ("s3://AKIAKEY:HUSHWORD@bucket/run", "credentials come from the environment"),
         # A key may have a slash in it: what comes after is a path then, to who reads URIs.
         ("s3://AKIAKEY:HUSH/WORD@bucket/run", "credentials come from the environment"),
-        ("s3://HUSHWORD@bucket/run", "credentials come from the environment"),
         ("https://AKIAKEY:HUSHWORD@store.example/bucket/run", "credentials come from the environment"),
         ("s3://[AKIAKEY:HUSHWORD@bucket/run", "must read s3://BUCKET/PREFIX"),
         ("s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000", "credentials come from the"),
         ("s3://bucket/run?access_key=AKIAKEY&secret_key=HUSHWORD", "unknown options access_key, secret_key in the"),
-        ("https://bucket/run?secret_key=HUSHWORD", "unknown options secret_key in the URI"),
-        ("s3://bucket/run?HUSHWORD", "unknown options .which may be keys. in the URI; there are endpoint_override,"),
-        ("s3://bucket/run?acl&HUSHWORD=", "unknown options acl in the URI"),
+        ("s3://bucket/run?HUSHWORD", "unknown options (which may be keys) in the URI"),
     ],
 )
-def test_credentials_in_a_uri_are_not_repeated(uri: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+def test_other_uris_are_refused_and_keys_not_repeated(uri: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
         mirror_of(uri)
+    assert message in str(caught.value)
     assert not [word for word in ("HUSH", "WORD", "AKIAKEY") if word in str(caught.value)]
 
 
@@ -166,12 +151,11 @@ def test_a_path_finds_its_object_on_any_machine(monkeypatch: pytest.MonkeyPatch)
         path = mirror_of(uri) / "records" / "prune.json"
         assert str(path).startswith(cache)
         assert display_name(path) == "s3://bucket/team/run/records/prune.json"
-        assert address_of(mirror_of(uri)) == uri
         assert RunDir(mirror_of(uri)).address == uri
         # In quotes: a shell gives ? and & a meaning of their own.
         assert f"`qpruner plan '{uri}'`" in where_next(mirror_of(uri))
     assert "`qpruner plan s3://bucket/run`" in where_next(mirror_of("s3://bucket/run"))
-    assert display_name(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
+    assert display_name(Path("/shared/run")) == storage_at(Path("/shared/run")).address == "/shared/run"
     assert objects_at(Path("/home/anna/cache/runs/x")) is None
 
 
@@ -180,8 +164,8 @@ def test_a_path_finds_its_object_on_any_machine(monkeypatch: pytest.MonkeyPatch)
 
 def test_records_are_read_as_they_were_written(run: RunDir, store: Store) -> None:
     assert run.read_record("bank", BankRecord) is None
-    run.write_record("bank", bank_record("a"))
-    run.write_record("bank", bank_record("b"))
+    for digest in ("a", "b"):
+        run.write_record("bank", bank_record(digest))
     assert run.read_record("bank", BankRecord) == bank_record("b")
     assert exists(run.record_path("bank")) and children(run.root / "records") == ["bank.json"]
     store.write(key_of(run.record_path("bank")), b'{"digest": "a", "seco')
@@ -231,24 +215,16 @@ for path in sorted(fetch(RunDir(sys.argv[1]).stage("prune")).iterdir()):
 
 def fetched_by_another(run: RunDir) -> list[str]:
     """What another process of this machine says while it fetches a folder, and what it finds there then."""
-    return subprocess.run(
-        [sys.executable, "-c", FETCH, run.place], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    command = [sys.executable, "-c", FETCH, run.place]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        pytest.param(flip_a_byte, id="flipped"),
-        pytest.param(lambda path: os.truncate(path, 0), id="emptied"),  # as power that fails may leave it
-        pytest.param(Path.unlink, id="missing"),
-    ],
-)
+@pytest.mark.parametrize("harm", [flip_a_byte, Path.unlink])
 def test_a_damaged_copy_is_fetched_again(
     harm: Callable[[Path], object], run: RunDir, machine: Machine, tmp_path: Path
 ) -> None:
     """By the next process that uses it, and by no one else."""
-    publish_folder(folder_of(tmp_path, config="c", weights="w" * 1000), run.stage("prune"))
+    storage_at(run.stage("prune")).publish(folder_of(tmp_path, config="c", weights="w" * 1000))
     there = machine("second")
     weights = fetch(there.stage("prune")) / "weights"
     harm(weights)
@@ -260,7 +236,7 @@ def test_a_damaged_copy_is_fetched_again(
 
 def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_path: Path) -> None:
     """A large model takes half a minute to compare, and there may be a trial for each of eight GPUs."""
-    publish_folder(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""), run.stage("prune"))
+    storage_at(run.stage("prune")).publish(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""))
     target, heard = machine("second").stage("prune"), list[int]()
 
     def num_pieces() -> int:
@@ -290,7 +266,7 @@ def test_who_waits_for_a_folder_hears_of_every_piece(
         monkeypatch.setattr(file_parts, name, 2**16)
     pieces = {"one": 3, "other": 2}
     files = {name: "w" * (number * file_parts.PIECE_BYTES - 1) for name, number in pieces.items()}
-    publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
+    storage_at(run.stage("prune")).publish(folder_of(tmp_path, **files))
     target, heard = machine("second").stage("prune"), list[int]()
     begun, fetched = threading.Event(), threading.Event()
 
@@ -335,9 +311,9 @@ def test_what_is_written_is_sent_and_need_not_be_fetched(run: RunDir, store: Sto
 
 
 def test_a_folder_put_again_replaces_the_first(run: RunDir, machine: Machine, tmp_path: Path) -> None:
-    publish_folder(folder_of(tmp_path, old="1", same="2"), run.stage("prune"))
+    storage_at(run.stage("prune")).publish(folder_of(tmp_path, old="1", same="2"))
     fetch(run.stage("prune"))
-    publish_folder(folder_of(tmp_path, new="3", same="4"), machine("second").stage("prune"))
+    storage_at(machine("second").stage("prune")).publish(folder_of(tmp_path, new="3", same="4"))
     machine("first")
     folder = fetch(run.stage("prune"))
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"new": "3", "same": "4"}
@@ -348,8 +324,8 @@ SEND = """
 import sys
 from pathlib import Path
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import publish_folder
-publish_folder(Path(sys.argv[2]), RunDir(sys.argv[1]).stage("prune"))
+from qpruner.runs.storage import storage_at
+storage_at(RunDir(sys.argv[1]).stage("prune")).publish(Path(sys.argv[2]))
 """
 
 
@@ -365,12 +341,12 @@ def test_a_folder_whose_sender_is_killed_is_not_there(machine: Machine, store: S
     assert published_folders(there.root) == []
     with pytest.raises(CorruptFile, match="was not put whole"):
         fetch(there.stage("prune"))
-    publish_folder(folder_of(tmp_path, after="1"), there.stage("prune"))
+    storage_at(there.stage("prune")).publish(folder_of(tmp_path, after="1"))
     assert [path.name for path in fetch(there.stage("prune")).iterdir()] == ["after"]
 
 
 @pytest.mark.parametrize("harm", ["damaged", "missing"])
-def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, store: Store, tmp_path: Path) -> None:
+def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, store: Store) -> None:
     """By whoever fetches it, and by a check on a machine whose own copy is whole."""
     with writing_folder(run.stage("prune")) as folder:
         folder.mkdir(parents=True)
@@ -390,19 +366,19 @@ def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, sto
 
 def test_folders_are_listed_moved_and_removed(run: RunDir, tmp_path: Path) -> None:
     trial = run.trials / "d" / "0001"
-    publish_folder(folder_of(tmp_path, adapter="a", state="ss"), trial / "checkpoint-4")
+    storage_at(trial / "checkpoint-4").publish(folder_of(tmp_path, adapter="a", state="ss"))
     write_json(trial / "trial.json", SearchClock(seconds=1.0))
     assert children(run.trials / "d") == ["0001"] and children(run.trials / "none") == []
     assert published_folders(trial) == [trial / "checkpoint-4"]
     digests = folder_digests(trial / "checkpoint-4")
     assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
-    aside = run.trials / "d" / "damaged" / "checkpoint"
-    assert move(trial / "checkpoint-4", aside) == aside
+    place = run.trials / "d"
+    aside = place / "damaged" / Path(quarantine(trial / "checkpoint-4", place)).name
     assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
     assert (fetch(aside) / "state").read_text() == "ss"
-    remove(trial)
-    assert read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
-    remove(trial)
+    for _ in range(2):
+        remove(trial)
+        assert read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
     with pytest.raises(FileNotFoundError):
         file_digest(trial / "trial.json")
 
@@ -420,6 +396,19 @@ def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
 
 
 # ---- a store that is away, or refuses
+
+
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on loopback; yields its address."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class Google(BaseHTTPRequestHandler):
@@ -445,9 +434,6 @@ class Google(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *arguments: object) -> None:
-        """Nobody reads it."""
-
 
 @pytest.mark.parametrize(
     ("role", "bucket", "message"),
@@ -468,38 +454,29 @@ def test_what_googles_storage_refuses_is_told(
     (tmp_path / "key.json").write_text(json.dumps(account | nowhere))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
     monkeypatch.setattr(Google, "role", role)
-    server = HTTPServer(("127.0.0.1", 0), Google)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    uri = f"gs://{bucket}/mine?scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
-    try:
+    with answering(Google) as address:
+        uri = f"gs://{bucket}/mine?scheme=http&endpoint_override={address}"
         if message is None:
             assert read_json(RunDir(uri).root / "run.json", SearchClock) is None
         else:
             with pytest.raises(UserError, match=f"`output`: .*{message}"):
                 RunDir(uri)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.mark.parametrize("how", ["unused-port", "unknown-host", "no-bucket"])
 def test_an_unreachable_store_is_told_within_seconds(how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    uri = "s3://no-such-bucket/run" if how == "no-bucket" else f"{run.place}-other"
-    if how != "no-bucket":
-        place = f"127.0.0.1:{free_port()}" if how == "unused-port" else "nowhere.invalid:9000"
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{place}")
-    objects.open_bucket.cache_clear()
+    uri, expected = f"{run.place}-other", "check the network and the endpoint"
+    if how == "no-bucket":
+        uri, expected = "s3://no-such-bucket/run", "there is no bucket no-such-bucket"
+    else:
+        go_through(f"127.0.0.1:{free_port()}" if how == "unused-port" else "nowhere.invalid:9000", monkeypatch)
     started = time.monotonic()
-    with pytest.raises(UserError, match="`output`") as caught:
+    with pytest.raises(UserError, match=f"`output`.*{expected}"):
         RunDir(uri)
     assert time.monotonic() - started < 15
-    expected = "there is no bucket no-such-bucket" if how == "no-bucket" else "check the network and the endpoint"
-    assert expected in str(caught.value)
 
 
-class _Refusing(BaseHTTPRequestHandler):
+class Refusing(BaseHTTPRequestHandler):
     """What S3 answers to who may not list a bucket."""
 
     def do_GET(self) -> None:
@@ -512,25 +489,21 @@ class _Refusing(BaseHTTPRequestHandler):
 def test_missing_and_wrong_credentials_are_explained(
     keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "wrong") if keys else monkeypatch.delenv(name, raising=False)
-        objects.open_bucket.cache_clear()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "wrong") if keys else monkeypatch.delenv(name, raising=False)
+    with answering(Refusing) as address:
+        go_through(address, monkeypatch)
         with pytest.raises(UserError, match=r"`output`: .*access is refused .*credentials come from the environment"):
             RunDir("s3://runs/refused")
-        server.shutdown()
 
 
 def test_a_store_away_for_a_while_is_waited_for(run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens for longer than one request tries; both who writes and who reads wait for it."""
     path, gate = run.root / "clock.json", Gate(store.port)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.port}")
-    objects.open_bucket.cache_clear()
+    go_through(f"127.0.0.1:{gate.port}", monkeypatch)
     write_json(path, SearchClock(seconds=1.0))
     for action in (lambda: write_json(path, SearchClock(seconds=2.0)), lambda: read_json(path, SearchClock)):
         gate.shut()
@@ -542,8 +515,10 @@ def test_a_store_away_for_a_while_is_waited_for(run: RunDir, store: Store, monke
     gate.shut()
 
 
-def test_a_store_that_stays_away_is_told_with_its_remedy(unreachable: RunDir, caplog: pytest.LogCaptureFixture) -> None:
-    run = unreachable
+def test_a_store_that_stays_away_is_told_with_its_remedy(
+    run: RunDir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_through(f"127.0.0.1:{free_port()}", monkeypatch)
     expected = rf"{run.place}/clock.json cannot be reached \(NETWORK.*\n.*bring the storage back"
     with pytest.raises(StorageError, match=expected):
         write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
@@ -609,15 +584,15 @@ def test_a_live_driver_elsewhere_holds_a_run_at_a_uri(run: RunDir) -> None:
     assert said == [*["waiting up to 3 s for a sign of life of"] * 2, "taking over from"]
 
 
-@pytest.mark.parametrize(("handler", "code"), [("", -signal.SIGTERM), (EXIT_7, 7)])
-def test_who_lost_a_run_at_a_uri_ends(run: RunDir, handler: str, code: int) -> None:
-    with holding(run.place, 0.1, program=handler + HOLD) as process:
+def test_who_lost_a_run_at_a_uri_ends(run: RunDir) -> None:
+    with holding(run.place, 0.1, program=EXIT_7 + HOLD) as process:
         assert word(process) == "held"
         other = this_process().model_copy(update={"host": "gpu-7"})
         write_text(run.root / NAME, other.model_dump_json())
         assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
-        assert process.wait(timeout=20) == code
-    assert read_json(run.root / NAME, Holder) == other, "the lock of who took it over is left alone"
+        assert process.wait(timeout=20) == 7
+    left = Holder.model_validate_json(storage_at(run.root / NAME).read())
+    assert left == other, "the lock of who took it over is left alone"
 
 
 def test_a_log_goes_on_where_other_machines_ended(machine: Machine) -> None:
@@ -628,18 +603,17 @@ def test_a_log_goes_on_where_other_machines_ended(machine: Machine) -> None:
         logger.info("begun")
         with logging_to(here.root):
             logger.info("not sent yet: there is no object")
-        storage_at(log).send()
+        objects_of(log).put(log)
         logger.info("killed before this was sent")
     with logging_to(here.root):
         logger.info("again")
     text = log.read_text()
     assert [text.count(said) for said in ("begun", "not sent yet", "killed before", "again")] == [1, 2, 1, 1]
-    storage_at(log).send()
-    there = machine("second")
-    with logging_to(there.root):
+    objects_of(log).put(log)
+    there = machine("second").root / LOG
+    with logging_to(there.parent):
         logger.info("elsewhere")
-    assert (there.root / LOG).read_text().startswith(text)
-    storage_at(there.root / LOG).send()
-    back = machine("first")
-    with logging_to(back.root):
-        assert "elsewhere" in (back.root / LOG).read_text()
+    assert there.read_text().startswith(text)
+    objects_of(there).put(there)
+    with logging_to(machine("first").root):
+        assert "elsewhere" in log.read_text()

@@ -5,6 +5,7 @@ The writers here are processes of their own that are killed with SIGKILL in the 
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -21,10 +22,29 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qpruner.data.losses import LossResult
 from qpruner.errors import CorruptFile, UserError
-from qpruner.runs.records import BankRecord, PrepareRecord
+from qpruner.runs.records import (
+    BankRecord,
+    EvalRecord,
+    KeptScore,
+    MethodScores,
+    MetricScore,
+    PrepareRecord,
+    Recorded,
+    RowScores,
+    TaskScore,
+)
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import file_digest, publish_folder, read_json, write_json, writing_folder
+from qpruner.runs.storage import (
+    OWN_DIGEST,
+    file_digest,
+    read_json,
+    storage_at,
+    working_folder,
+    write_json,
+    writing_folder,
+)
 
 WRITE_FOR_EVER = """
 import sys
@@ -127,11 +147,10 @@ def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -
         b"\x00" * 200,
         b"\xff\xfe\x80\x81 not utf-8",
         b"[]",
-        b"null",
         b'{"digest": "a"}',
-        b'{"digest": "a", "seconds": 1.0, "model_path": "m", "converted": false, "num_rows": {}, "extra": 1}',
+        b'{"digest": "a", "seconds": 1.0, "model_path": "m", "converted": false, "num_rows": {}}',
     ],
-    ids=["empty", "cut", "zeros", "binary", "list", "null", "fields-missing", "field-unknown"],
+    ids=["empty", "cut", "zeros", "binary", "list", "fields-missing", "own-digest-missing"],
 )
 def test_a_corrupt_record_is_named(tmp_path: Path, content: bytes) -> None:
     """A disk that was full or lost power; the stage is then run again instead of ending in a traceback."""
@@ -141,6 +160,32 @@ def test_a_corrupt_record_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CorruptFile, match=str(path)):
         run.read_record("prepare", PrepareRecord)
+
+
+NAN = MetricScore(value=1.0, stderr=math.nan)
+ROW_LOSS = LossResult(mean=2.5, by_row=(2.5,))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        TaskScore(
+            task="arc", metric="acc", value=1.0, stderr=math.nan, num_questions=1, correct=(1.0,), metrics={"acc": NAN}
+        ),
+        KeptScore(digest="0", gpu_seconds=0.0, loss=ROW_LOSS.mean, stderr=ROW_LOSS.stderr, losses=ROW_LOSS.by_row),
+        MethodScores(unit="nats", source="", values={4: (0.5,)}, seconds=1.0, details={"stderr": {"4": [math.nan]}}),
+    ],
+    ids=["question", "row", "sample"],
+)
+def test_a_score_of_one_has_no_error_and_can_be_read(record: Recorded, tmp_path: Path) -> None:
+    """Its standard error is no number; a record that nobody can read makes its stage run again each time."""
+    if isinstance(record, TaskScore):
+        row = RowScores(digest="0" * 16, name="base", seed=0, scores=(record,))
+        record = EvalRecord(digest="0" * 16, seconds=1.0, rows=(row,))
+    write_json(tmp_path / "record.json", record)
+    assert "NaN" in (tmp_path / "record.json").read_text() and OWN_DIGEST in (tmp_path / "record.json").read_text()
+    again = read_json(tmp_path / "record.json", type(record))
+    assert again is not None and again.model_dump_json() == record.model_dump_json()
 
 
 def test_a_second_commit_replaces_the_first(tmp_path: Path) -> None:
@@ -154,15 +199,9 @@ def test_a_second_commit_replaces_the_first(tmp_path: Path) -> None:
         assert not scratch.exists()
     assert [path.name for path in run.stage("bank").iterdir()] == ["new"]
     assert run.read_record("bank", BankRecord) == bank_record("new")
-
-
-def test_the_old_record_goes_before_the_old_folder(tmp_path: Path) -> None:
-    """A commit that fails half way must not leave a record that vouches for files which are gone."""
-    run = RunDir(tmp_path / "run")
-    run.commit("bank", run.begin("bank"), bank_record("old"))
     with pytest.raises(FileNotFoundError):
-        run.commit("bank", run.root / "never-made", bank_record("new"))
-    assert run.read_record("bank", BankRecord) is None
+        run.commit("bank", run.root / "never-made", bank_record("newer"))
+    assert run.read_record("bank", BankRecord) is None, "no record vouches for files which are gone"
 
 
 @contextmanager
@@ -196,7 +235,7 @@ def test_what_gets_its_name_is_on_the_disk_before(tmp_path: Path) -> None:
         (folder / "4bit").mkdir(parents=True)
         (folder / "4bit" / "layers.0").write_text("codes")
     with watched(tmp_path) as calls:
-        publish_folder(tmp_path / "scratch", tmp_path / "bank")
+        storage_at(tmp_path / "bank").publish(tmp_path / "scratch")
     assert calls[:3] == ["fsync scratch", "fsync scratch/4bit", "fsync scratch/4bit/layers.0"]
     assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
 
@@ -212,22 +251,48 @@ def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir(mode=0o755)
     save_file({"weight": torch.ones(2)}, scratch / "model.safetensors")
-    publish_folder(scratch, tmp_path / "final")
+    storage_at(tmp_path / "final").publish(scratch)
     assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_only_the_storage_knows_where_a_run_is_kept() -> None:
     """Everything else asks `storage_at` for what it needs."""
     package = Path(__file__).parents[2] / "qpruner"
-    words = (
-        "is_at_uri",
-        "is_mirror",
-        "mirror_of",
-        "objects_at",
-        "ObjectStorage",
-        "FolderStorage",
-        "isinstance(storage",
-    )
+    words = ("is_mirror", "mirror_of", "objects_at", "ObjectStorage", "FolderStorage", "isinstance(storage")
     files = [path for path in package.rglob("*.py") if "storage" not in path.relative_to(package).parts]
     assert len(files) > 100
     assert [(path.name, word) for path in files for word in words if word in path.read_text()] == []
+
+
+PREFIX = "qpruner-test-"
+HOLD = f"""
+import sys
+from qpruner.runs.storage import working_folder
+with working_folder({PREFIX!r}) as folder:
+    (folder / "rung").mkdir()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes with the next one's; folders that others work in stay."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    foreign = tmp_path / f"{PREFIX}foreign"
+    foreign.mkdir()
+    foreign.with_suffix(".lock").touch()
+    os.chown(foreign.with_suffix(".lock"), 12345, -1)
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+        assert process.stdout
+        theirs = Path(process.stdout.readline().decode().strip())
+        with working_folder(PREFIX) as first, working_folder(PREFIX) as second:
+            assert (theirs / "rung").is_dir() and first.is_dir() and second.is_dir()
+            assert first.stat().st_mode & 0o777 == 0o700
+        assert not first.exists() and not second.exists()
+        process.kill()
+        process.wait()
+    assert (theirs / "rung").is_dir()
+    with working_folder(PREFIX) as ours:
+        assert {path for path in tmp_path.iterdir() if path.is_dir()} == {ours, foreign}
+    assert set(tmp_path.iterdir()) == {foreign, foreign.with_suffix(".lock")}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _best
+from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _goal
 from qpruner.search.plan_model import Data, PlanModel, settled
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Ledger, Observation
@@ -125,8 +125,8 @@ def test_slopes_lead_up_the_expected_improvement() -> None:
     space, effects = space_of(blocks(40)), effects_of(40)
     plans, generator = Plans(space), np.random.default_rng(3)
     known = plans.random(20, generator)
-    posterior = posterior_of(space, told([plans.plan(row) for row in known], effects))
-    goal = _best(posterior, plans, known)
+    posterior = posterior_of(space, told([space.plan_of(row) for row in known], effects))
+    goal = _goal(posterior, plans, known)
     capacities = torch.full((30,), float(plans.capacity), dtype=torch.float64)
     start = plans.random(30, generator)
     climbed = start

@@ -36,8 +36,7 @@ from qpruner.runs.events import Emit, Event, Message, TableMade
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import retry as patience
-from qpruner.search.trial_job import Progress, Report, TrialJob
-from qpruner.search.trial_records import read_trials
+from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
 CLONE_NEWNS = 0x20000

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.random_plans import random_plans
+from qpruner.search.choice import random_plans
 
 
 def space_of(num_groups: int, levels: tuple[int, ...], fixed_bytes: int) -> PlanSpace:

@@ -27,8 +27,7 @@ from qpruner.errors import StageError, StorageError
 from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.runs.records import RungResult
 from qpruner.runs.storage import retry as patience
-from qpruner.search.trial_job import Progress, Report, TrialJob
-from qpruner.search.trial_records import read_trials, write_trial
+from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials, write_trial
 
 pytestmark = pytest.mark.slow
 HELD = {"cpu": 1.0, "gpu": 1.0}

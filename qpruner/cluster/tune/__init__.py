@@ -46,7 +46,7 @@ from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.storage import retry_storage, storage_error
 from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
-from qpruner.search.trial_records import begin_session, read_seconds, read_trials, remedy_of, wait_for_storage
+from qpruner.search.trial_records import REMEDIES, begin_session, read_seconds, read_trials, wait_for_storage
 from qpruner.training.trackers import Trackers
 
 # Tune would hand the driver's keys to its actors in their runtime environment, which Ray's agents write to their logs
@@ -162,7 +162,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
     first = next((trial for trial in trials if trial.infrastructure_failed), None)
     if first:
-        raise StageError("search", f"trial {first.index}: {first.reason}", remedy_of(first.failure or ""))
+        raise StageError("search", f"trial {first.index}: {first.reason}", REMEDIES[first.failure or ""])
     return SearchOutcome(
         trials=trials,
         reused=[trial for trial in recorded if not job.owns(trial)],

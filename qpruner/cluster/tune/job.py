@@ -11,8 +11,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ending, Observation, Prior
-from qpruner.search.trial_job import Materials, Trial
-from qpruner.search.trial_records import objective
+from qpruner.search.trial_records import Materials, Trial, objective
 
 METRIC = "score"
 """What Tune minimizes: the validation loss, or one minus the accuracy."""

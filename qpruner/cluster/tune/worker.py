@@ -28,15 +28,14 @@ from qpruner.runs.storage import (
     fetch,
     folder_digests,
     progress_seconds,
-    publish_folder,
     remove,
     retry_storage,
     staging_path,
     storage_at,
     storage_error,
 )
-from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
+    TrialJob,
     checkpoint_of,
     objective,
     read_pulse,
@@ -156,7 +155,7 @@ class _RecordedTrial:
         # Asked again where it counts: copying took its time, and so does publishing.
         self._check_ownership()
         _drop_others(aside)
-        publish_folder(aside, target)
+        storage_at(target).publish(aside)
         old = checkpoint_of(self._job.trials, self._record)
         ended = result.step >= self._job.config.search.steps
         self._check_ownership()

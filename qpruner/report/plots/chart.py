@@ -17,8 +17,6 @@ Spec = dict[str, Any]
 Values = list[dict[str, Any]]
 
 PNG_WIDTH, PNG_SCALE = 640, 1.5
-CHARACTER_WIDTH = 8
-"""Pixels that a bold character of a plot's text takes at most, in the mean."""
 TEXT = {
     "labelColor": "var(--text)",
     "titleColor": "var(--text)",
@@ -41,10 +39,9 @@ HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", 
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot of a section, as Vega-Lite without what all plots share; `on_page` tells what a pointer does there."""
+    """One plot, as Vega-Lite without what all plots share; `on_page` tells what a pointer does there."""
 
     name: str
-    section: str
     title: str
     caption: str
     spec: Spec
@@ -95,18 +92,6 @@ def by_bits(levels: list[int], prefix: str) -> Spec:
     """Encode bit-widths by the colours `--PREFIX-4`, `--PREFIX-8` and so on."""
     scale = {"domain": levels, "range": [f"var(--{prefix}-{bits})" for bits in levels]}
     return {"field": "bits", "type": "ordinal", "scale": scale, "legend": None}
-
-
-def beside_point(field: str, distance: int, num_characters: int) -> Spec:
-    """Place a text right of a point or, where the plot's edge would cut the text, left.
-
-    Args:
-        field: Of the point's place on the x axis.
-        distance: In pixels.
-        num_characters: Of the longest text.
-    """
-    cut = f"scale('x', datum.{field}) + {distance + CHARACTER_WIDTH * num_characters} > width"
-    return {"align": {"expr": f"{cut} ? 'right' : 'left'"}, "dx": {"expr": f"{cut} ? {-distance} : {distance}"}}
 
 
 def tooltip(**fields: str) -> list[Spec]:

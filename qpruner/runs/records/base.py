@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
@@ -33,8 +33,13 @@ class Recorded(BaseModel):
     def _repr_html_(self) -> str:
         return str(self.to_dataframe()._repr_html_())
 
+    listed: ClassVar[str] = ""
+    """Name of the field with what is listed in a table."""
+
     def table_rows(self) -> list[dict[str, Any]]:
         """Return the rows of `to_dataframe`, with a column a field, `FIELD.KEY` of mappings, and `bits of GROUP`."""
+        if self.listed:
+            return [row for each in getattr(self, self.listed) for row in each.table_rows()]
         fields = self.model_dump()
         plan = fields.pop("plan", {})
         return [flat(fields) | {f"bits of {group}": bits for group, bits in plan.items()}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import Record, Recorded, StandardError
 
@@ -16,7 +16,6 @@ class RungResult(Recorded):
     accuracy_stderr: float | None = None
     train_loss: float | None = None
     train_losses: tuple[float, ...] = ()
-    """Of every step since the rung before."""
 
 
 GIVEN = "given"
@@ -29,9 +28,8 @@ class Begun(Recorded):
     search: str
     """Digest of the search that it was for."""
     session: int
-    """Which of that search's sessions, from 1."""
+    """From 1."""
     time: float
-    """Unix seconds."""
     seconds: float
     """What the trial had taken before."""
 
@@ -57,36 +55,32 @@ class TrialRecord(Recorded):
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
     failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
-    """Of a failed trial: out of memory, a loss out of bounds, no progress, worker processes that died, storage that
-    was full or away, a file that could not be read, a machine on which one trial after the other failed, anything
-    else. Storage, damage and machine are tried again."""
+    """`lost`: its worker processes died. `storage`, `damaged` and `machine` (trial after trial failed there) are tried
+    again."""
     seconds: float = 0.0
     """Of all sessions, up to the last rung."""
     gpu_seconds: float = 0.0
-    """The same times the GPUs it held."""
     earlier_gpu_seconds: dict[str, float] = {}
-    """Of these, what searches held that had the trial before another took it over, by their digests."""
+    """Of these, what other searches held that had the trial before, by their digests."""
     peak_memory_bytes: int | None = None
     """Above what its worker process held when it started."""
     memory_counter: str | None = None
     checkpoint: dict[str, str] = {}
     """Of the last rung: file name -> sha256."""
     worker: str | None = None
-    """Of all processes that worked on it the latest: one that was taken for dead and is not must write nothing more."""
+    """The latest process that worked on it: one that was taken for dead and is not must write nothing more."""
     node: str | None = None
-    """The machine that process is on, by its name for people."""
+    """Name of the machine that process is on."""
     micro_batch_size: int | None = None
-    """Rows a forward pass saw, where want of memory forced it below `training.micro_batch_size`."""
+    """Where want of memory forced it below `training.micro_batch_size`."""
     kills: int = 0
     """Times since its last rung that its worker process died, except for want of memory."""
     memory_kills: int = 0
-    """Times since its last rung that it was killed for want of memory, except where fewer rows at once were the
-    answer."""
+    """Times since its last rung that it was killed for want of memory, and fewer rows at once were no answer."""
     times: tuple[float, ...] = ()
-    """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
-    is over, when it ended."""
+    """Unix seconds of its begin, of each rung, and of its end."""
     begun: tuple[Begun, ...] = ()
-    """Every start of a worker on it, in order: it may be interrupted and lose workers."""
+    """Every start of a worker on it."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row, with `loss at STEP` (and accuracy) for each rung."""
@@ -152,12 +146,10 @@ class TrialPulse(Recorded):
     """Ray's id of the machine."""
     pid: int
     step: int
-    """The last optimizer step."""
     beats: int
     """Forward passes so far."""
     peak_memory_bytes: int
     seconds: float = 0.0
-    """Of the trial, all sessions together: what it has taken by now, its last rung or not."""
     gpu_seconds: float = 0.0
     kernel_kills: int | None = None
     """Processes that the machine's kernel had killed for want of memory by then."""
@@ -171,18 +163,17 @@ class SearchClock(Recorded):
 
 
 class FreshScore(Recorded):
-    """A finished trial on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
+    """A finished trial on rows and questions that no trial was scored on."""
 
     loss: float
     """The selection loss: on the half of the confirmation rows that chooses, in nats per token."""
     stderr: StandardError
-    """Of the loss, over these rows."""
     accuracy: float | None = None
     accuracy_stderr: float | None = None
 
 
 class FinalistScore(FreshScore):
-    """The same with what its rows say, so that two finalists can be paired by row."""
+    """The same with values by row, so that two finalists can be paired."""
 
     losses: tuple[float, ...] = ()
     """As `CandidateRecord.confirmation_losses`, of the half that chooses."""
@@ -194,7 +185,6 @@ class KeptScore(FinalistScore):
     digest: str
     """Of the weights and of what they were scored by."""
     gpu_seconds: float
-    """Seconds that the scoring held GPUs, times how many."""
 
 
 class Confirmation(FinalistScore):
@@ -204,9 +194,8 @@ class Confirmation(FinalistScore):
     origin: str
     """A control's name, else the searcher that proposed it; with `of another search` where that was another."""
     control: bool
-    """Whether the plan is a control of this search."""
     reused: bool
-    """Whether a search with another budget, searcher or plan ran it."""
+    """Whether another search ran it."""
 
 
 class FrontPoint(FreshScore):
@@ -224,44 +213,43 @@ class SearchRecord(Record):
     trials_digest: str
     searcher: str
     metric: Literal["loss", "accuracy"]
-    """What was searched, and what chose among the confirmations."""
     metrics: dict[str, str] = {}
     """Task -> lm-eval's metric that `accuracy` is a mean of."""
     budget_bytes: int
     num_trials: int
-    """Of this search; those reused from another are not among them."""
+    """Without those reused from another search."""
     num_finished: int
     num_stopped: int
     num_failed: int
     failures: dict[str, int] = {}
     """Failed trials by kind, as in `TrialRecord.failure`."""
     num_reused: int
-    """Trials that searches with another budget, searcher or plan had left and this one started from."""
+    """Trials of other searches that this one started from."""
     ended: str
     """Why there were no more trials."""
     search_seconds: float
     """Wall-clock seconds of the trials' part, all sessions together."""
     gpu_seconds: float
-    """Seconds that trials held GPUs, times how many."""
+    """Of trials."""
     confirmation_gpu_seconds: float = 0.0
-    """The same of the finalists' scores on fresh rows, whichever command made them."""
+    """Of the finalists' scores on fresh rows, whichever command made them."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
     best_plan: dict[str, int]
     best_control: int | None
-    """The control that was best on fresh rows; None where none finished."""
+    """On fresh rows; None where none finished."""
     control_won: bool
     """No searched plan beat the best control on fresh rows, so that control is returned."""
     front: tuple[FrontPoint, ...]
-    """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows; else empty."""
+    """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows."""
     hypervolume: float | None = None
-    """With `search.pareto`: how much better than the smallest plan of the front its best inside a budget is on fresh
-    rows, in the unit of the metric, in the mean over all budgets from that plan's bytes to `budget_bytes`."""
+    """With `search.pareto`: how much better the front's best plan inside a budget is than its smallest plan, on fresh
+    rows, in the mean over all budgets from that plan's bytes to `budget_bytes`."""
     resumed: int
-    """Trials that an earlier, interrupted run had already recorded."""
+    """Trials that an earlier, interrupted run had recorded."""
     sessions: int = 1
-    """Times that the command was started until the search was over."""
+    """Starts of the command until the search was over."""
 
     @property
     def total_seconds(self) -> float:
@@ -273,6 +261,4 @@ class SearchRecord(Record):
         """What it held GPUs for: its trials, and the finalists on fresh rows."""
         return self.gpu_seconds + self.confirmation_gpu_seconds
 
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a finalist."""
-        return [row for each in self.confirmations for row in each.table_rows()]
+    listed: ClassVar[str] = "confirmations"

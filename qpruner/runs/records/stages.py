@@ -1,10 +1,10 @@
-"""Records of the stages before the search: base model, pruned model, sensitivities, bank."""
+"""Records of the stages besides the search: base and pruned model, bank, sensitivities, fine-tunes, scores on tasks."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from qpruner.runs.records.base import Record, Recorded
+from qpruner.runs.records.base import Record, Recorded, StandardError
 
 
 class PrepareRecord(Record):
@@ -13,7 +13,7 @@ class PrepareRecord(Record):
     model_path: str
     converted: bool
     source_bytes: int | None = None
-    """Of the .gguf file that the base's weights were expanded from; None where they are as they were given."""
+    """Of the .gguf file that the base's weights were expanded from."""
     num_rows: dict[str, int]
 
 
@@ -37,7 +37,6 @@ class PruneRecord(Record):
     """The pruned checkpoint."""
 
     importance: str
-    """Criterion of the units that went: for units of blocks, and for whole blocks where those alone might go."""
     selection: str
     compensation: str
     target: str
@@ -54,16 +53,14 @@ class PruneRecord(Record):
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
     weights: str = ""
-    """Digest of its weight files, which from the same inputs another kind of machine may make otherwise."""
+    """Digest of its weight files: from the same inputs another kind of machine may make others."""
 
     @property
     def achieved(self) -> str:
         """The achieved rate in words."""
         return f"achieved {self.achieved_rate:.2%}"
 
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a block of the base model."""
-        return [row for layer in self.layers for row in layer.table_rows()]
+    listed: ClassVar[str] = "layers"
 
 
 class MethodScores(Recorded):
@@ -75,9 +72,8 @@ class MethodScores(Recorded):
     values: dict[int, tuple[float, ...]]
     """Bits -> predicted rise over the unquantized pruned model, a group; 0 at 16 bits."""
     seconds: float
-    """Of the passes; those that several methods share are counted by each of them."""
     details: dict[str, Any]
-    """Figures of the method's own: samples and positions, standard errors, what was subtracted."""
+    """Figures of the method's own."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return a row a group, in the order of `SensitivityRecord.groups`."""
@@ -124,3 +120,145 @@ class BankRecord(Record):
 def plan_group_bytes(group_bytes: dict[str, dict[str, int]], plan: dict[str, int]) -> int:
     """Sum the bytes of a plan's groups, by `BankRecord.group_bytes`; what is in no group is left out."""
     return sum(group_bytes[f"{bits}"][group] for group, bits in plan.items())
+
+
+class CandidateRecord(Record):
+    """One row of the final table under one training seed, fine-tuned."""
+
+    name: str
+    origin: str
+    """Where the plan came from: a searcher and its trial, a sensitivity, ..."""
+    seed: int
+    plan: dict[str, int]
+    plan_bytes: int
+    """By the formula."""
+    measured_bytes: int
+    """Of the packed tensors."""
+    mean_bits: float
+    num_parameters: int
+    steps: int
+    train_loss: float
+    validation_loss: float
+    confirmation_loss: float
+    """On the half of the confirmation rows that chose nothing, in nats per token."""
+    confirmation_losses: tuple[float, ...] = ()
+    """A value for each of these rows, to pair two models by row: their mean is the loss, their spread its standard
+    error, although rows differ in tokens; they may lie below zero."""
+    peak_memory_bytes: int
+    memory_counter: str
+    adapter_sha256: str = ""
+
+
+class FinetuneRecord(Record):
+    """The winner's fine-tune, whose adapter the final model has."""
+
+    winner: str
+    candidates: tuple[CandidateRecord, ...]
+
+    listed: ClassVar[str] = "candidates"
+
+
+class MetricScore(Recorded):
+    """A metric of an lm-eval task."""
+
+    value: float
+    stderr: StandardError
+    """Of the mean over questions; null where the metric is no such mean."""
+
+
+class TaskScore(Recorded):
+    """An lm-eval accuracy. Per-question values are kept, in the task's order, so that rows can be paired."""
+
+    task: str
+    metric: str
+    """What tables and claims use: `acc_norm` where the task reports it, then `acc`, then `exact_match`."""
+    value: float
+    stderr: StandardError
+    num_questions: int
+    correct: tuple[float, ...]
+    """1 or 0 a question, by `metric`."""
+    metrics: dict[str, MetricScore] = {}
+    """Every metric that the task reports, by lm-eval's names (`METRIC,FILTER` where the task filters answers)."""
+    answer_loss: tuple[float, ...] = ()
+    """Negative log-likelihood of the right choice in nats, a question; empty where the task has no choices."""
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return a row a question."""
+        columns = {"correct": self.correct} | ({"answer_loss": self.answer_loss} if self.answer_loss else {})
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+class Inference(Recorded):
+    """What a row's model takes to use, its adapter on, in a generation of one sequence."""
+
+    memory_bytes: int
+    prefill_tokens_per_second: tuple[float, ...]
+    """In each turn; the rows took turns."""
+    decode_tokens_per_second: tuple[float, ...]
+
+
+class InferenceSetting(Recorded):
+    """How `Inference` was measured."""
+
+    device: str
+    prompt_tokens: int
+    new_tokens: int
+    memory_counter: str
+
+
+class RowScores(Recorded):
+    """One row's scores on the held-out tasks, under one training seed.
+
+    Without a seed: before any fine-tune, with quantized layers and their adapter start.
+    """
+
+    digest: str
+    name: str
+    seed: int | None
+    scores: tuple[TaskScore, ...]
+    text_loss: float | None = None
+    """On the held-out text, in nats per token; None without such a text."""
+    inference: Inference | None = None
+    gpu_seconds: float = 0.0
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row, with every metric of each task and its standard error."""
+        [row] = super().table_rows()
+        del row["scores"]
+        for score in self.scores:
+            used = {score.metric: MetricScore(value=score.value, stderr=score.stderr)}
+            for name, each in (used | score.metrics).items():
+                row |= {f"{score.task} {name}": each.value, f"{score.task} {name}_stderr": each.stderr}
+        return [row]
+
+
+class EvalRecord(Record):
+    """Scores on the held-out tasks: base, pruned and quantized before any fine-tune, and the fine-tuned winner."""
+
+    rows: tuple[RowScores, ...]
+    text: str | None = None
+    """Which held-out text `RowScores.text_loss` is on."""
+    inference: InferenceSetting | None = None
+    tested: str = ""
+    """Digest of the questions and of how they are asked."""
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task -> the metric that tables and claims use."""
+        return {score.task: score.metric for score in self.rows[-1].scores}
+
+    listed: ClassVar[str] = "rows"
+
+
+class ComparisonRecord(Record):
+    """Every row of the final table after the same fine-tune, the winner's own too, by row and then by training seed."""
+
+    candidates: tuple[CandidateRecord, ...]
+    rows: tuple[RowScores, ...]
+    """In the same order."""
+    inference: InferenceSetting
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return a row a fine-tune, with its scores."""
+        pairs = zip(self.candidates, self.rows, strict=True)
+        return [scores.table_rows()[0] | tuned.table_rows()[0] for tuned, scores in pairs]

@@ -1,8 +1,8 @@
 """A run's files, wherever they are kept: in a folder, or in an object store.
 
 Every file of a run has a path on this machine. `storage_at` finds what is behind it: the file itself, or the object of
-which the path holds this machine's copy. No other package asks which. The functions here repeat what fails while the
-storage is full or away, as `retry_storage` does.
+which the path holds this machine's copy. The functions here repeat what fails while the storage is full or away, as
+`retry_storage` does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import contextlib
 import errno
 import functools
 import json
+import shlex
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,11 +32,12 @@ from qpruner.runs.storage.files import FileList as FileList
 from qpruner.runs.storage.files import OnPiece as OnPiece
 from qpruner.runs.storage.files import empty_folder as empty_folder
 from qpruner.runs.storage.files import exclusive as exclusive
-from qpruner.runs.storage.files import in_parallel
+from qpruner.runs.storage.files import for_each as for_each
+from qpruner.runs.storage.files import keep_copy
 from qpruner.runs.storage.files import list_path as list_path
 from qpruner.runs.storage.files import read_list as read_list
 from qpruner.runs.storage.files import share_files as share_files
-from qpruner.runs.storage.folder import FolderStorage
+from qpruner.runs.storage.files import working_folder as working_folder
 from qpruner.runs.storage.objects import objects_at
 from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
@@ -43,20 +46,17 @@ OWN_DIGEST = "record_digest"
 """Key of a record's file: the digest of all other keys, since JSON with a flipped bit may still be JSON."""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
-Result = TypeVar("Result")
 
 
 def storage_at(path: Path) -> Storage:
     """Find what is behind a path of a run."""
-    return objects_at(path) or FolderStorage(path)
+    return objects_at(path) or Storage(path)
 
 
 def run_path(output: str | Path, is_sought: bool = False) -> Path:
     """Turn a run's folder or URI into its path on this machine; the storage is not asked.
 
-    Args:
-        output: The folder or URI.
-        is_sought: Whether a person looks for it, so that it is not the `output` of a configuration.
+    With `is_sought` a person looks for it, so that it is not the `output` of a configuration.
 
     Raises:
         UserError: If the folder, or what should hold it, is a file; or if there is no such URI.
@@ -65,12 +65,9 @@ def run_path(output: str | Path, is_sought: bool = False) -> Path:
         return mirror_of(output)
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
-    if not existing.is_dir() and is_sought:
-        raise UserError(
-            f"{existing} is a file, and a run is a folder: of a configuration give the folder that its `output` names"
-        )
     if not existing.is_dir():
-        raise UserError(f"`output`: {existing} is a file; name a folder")
+        sought = f"{existing} is a file, and a run is a folder: of a configuration give the folder its `output` names"
+        raise UserError(sought if is_sought else f"`output`: {existing} is a file; name a folder")
     return root
 
 
@@ -84,7 +81,8 @@ def run_root(output: str | Path, is_sought: bool = False) -> Path:
 
 @functools.cache
 def _check_reachable(root: Path) -> None:
-    storage_at(root).check_reachable()
+    if there := objects_at(root):
+        there.check_reachable()
 
 
 def display_name(path: Path) -> str:
@@ -92,9 +90,10 @@ def display_name(path: Path) -> str:
     return storage_at(path).name
 
 
-def address_of(path: Path) -> str:
-    """Name a path as a command takes it, a URI with the options that reach its store."""
-    return storage_at(path).address
+def export_command(root: Path) -> str:
+    """Name the command that brings a run's final model to a folder; empty where it lies in one."""
+    storage = storage_at(root)
+    return "" if storage.fills_this_disk else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
 
 
 # ---- one file
@@ -109,8 +108,7 @@ def write_json(path: Path, data: BaseModel, patience_seconds: float | None = Non
 
 def write_text(path: Path, text: str, patience_seconds: float | None = None) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
-    storage = storage_at(path)
-    retry_storage(lambda: storage.write(text.encode()), path, patience_seconds)
+    retry_storage(lambda: storage_at(path).write(text.encode()), path, patience_seconds)
 
 
 def read_text(path: Path) -> str | None:
@@ -141,35 +139,23 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
     """
     try:
         text = read_text(path)
-        return None if text is None else kind.model_validate(_without_digest(text))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "the whole"
-        raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {place}: {problem['msg']}", path) from error
-    except ValueError as error:  # not JSON, or not even text
-        raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {error}", path) from error
-
-
-def _without_digest(text: str) -> Any:
-    """Parse a record's file, and compare it with its own digest, which a list of files has none of."""
-    found = json.loads(text)
-    if isinstance(found, dict) and OWN_DIGEST in found:
-        digest = found.pop(OWN_DIGEST)
-        if digest != digest_of(found):
+        if text is None:
+            return None
+        found = json.loads(text)
+        if isinstance(found, dict) and found.pop(OWN_DIGEST, None) != digest_of(found):
             raise ValueError(f"it is not as it was written, by its `{OWN_DIGEST}`")
-    return found
-
-
-def for_each(action: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:
-    """Apply a function to each of a run's paths; requests to an object store overlap."""
-    if paths and storage_at(paths[0]).requests_at_once > 1:
-        return in_parallel(action, paths)
-    return [action(path) for path in paths]
+        return kind.model_validate(found)
+    except ValueError as error:  # also one of pydantic; not JSON, or not even text
+        why = f"{error}"
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            why = f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {problem['msg']}"
+        raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {why}", path) from error
 
 
 def progress_seconds(path: Path) -> float:
-    """Return the pause between two writes of progress to a file."""
-    return storage_at(path).progress_seconds
+    """Return the pause between two writes of progress to a file: an object store charges for each."""
+    return 1.0 if storage_at(path).fills_this_disk else 5.0
 
 
 def write_progress(path: Path, text: str) -> bool:
@@ -178,7 +164,7 @@ def write_progress(path: Path, text: str) -> bool:
     It is not durable, since it says nothing after a crash, and waits for no room: results wait for that.
     """
     with contextlib.suppress(OSError, StorageError):
-        storage_at(path).write_progress(text.encode())
+        storage_at(path).write(text.encode(), durable=False)
         return True
     return False
 
@@ -192,7 +178,7 @@ def read_progress(path: Path) -> str | None:
 
 def exists(path: Path) -> bool:
     """Whether there is a file of that name."""
-    return retry_storage(storage_at(path).is_file, path)
+    return retry_storage(storage_at(path).stat, path) is not None
 
 
 def file_digest(path: Path) -> str:
@@ -201,13 +187,7 @@ def file_digest(path: Path) -> str:
 
 
 def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
-    """Copy a file of a run to this machine; return the sha256. No half is left.
-
-    Args:
-        path: The file.
-        to: Where the copy goes.
-        on_piece: Called after each piece.
-    """
+    """Copy a file of a run to this machine; return the sha256. No half is left."""
     try:
         return retry_storage(lambda: storage_at(path).download(to, on_piece), path)
     except Exception:
@@ -217,7 +197,12 @@ def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
 
 def put_file(file: Path, target: Path) -> str:
     """Move a file from the `staging_path` of a target there; return its sha256."""
-    return retry_storage(lambda: storage_at(target).upload(file), target)
+    there = objects_at(target)
+    if there is None:
+        return file_digest(target)
+    sha256 = retry_storage(lambda: there.put(file), target)
+    file.unlink()
+    return sha256
 
 
 # ---- folders
@@ -240,8 +225,11 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def published_folders(parent: Path) -> list[Path]:
-    """List the folders in one that are complete."""
-    return retry_storage(storage_at(parent).published_folders, parent)
+    """List the folders in one that are complete; in an object store those with a list."""
+    names = children(parent)
+    if storage_at(parent).fills_this_disk:
+        return [parent / name for name in names if (parent / name).is_dir()]
+    return [parent / name.removesuffix(FILES) for name in names if name.endswith(FILES)]
 
 
 def remove(path: Path) -> None:
@@ -249,16 +237,11 @@ def remove(path: Path) -> None:
     retry_storage(storage_at(path).delete, path)
 
 
-def move(path: Path, target: Path) -> Path:
-    """Move a file or folder of the run; return where it is now."""
-    retry_storage(lambda: storage_at(path).move(target), path)
-    return target
-
-
 def quarantine(path: Path, place: Path) -> str:
     """Move a damaged file or folder somewhere in `place` to its `damaged/`; return the new name."""
-    name = "-".join(path.relative_to(place).parts)
-    return display_name(move(path, place / "damaged" / f"{name}-{time.time_ns()}"))
+    target = place / "damaged" / f"{'-'.join(path.relative_to(place).parts)}-{time.time_ns()}"
+    retry_storage(lambda: storage_at(path).move(target), path)
+    return display_name(target)
 
 
 def staging_path(folder: Path) -> Path:
@@ -266,29 +249,28 @@ def staging_path(folder: Path) -> Path:
     return storage_at(folder).staging
 
 
-def writing_folder(target: Path) -> AbstractContextManager[Path]:
+@contextmanager
+def writing_folder(target: Path) -> Iterator[Path]:
     """Yield the folder on this machine to write; its files are listed, and sent, when it is done."""
-    return storage_at(target).writing()
-
-
-def publish_folder(folder: Path, target: Path) -> None:
-    """Make a finished folder durable and move it to its name, which is free or holds an unfinished attempt."""
-    storage_at(target).publish(folder)
-
-
-def put_folder(folder: Path, target: Path) -> FileList:
-    """Copy a folder of this machine to a target, its list last; without a list nobody takes it for complete."""
-    return storage_at(target).put_folder(folder)
+    storage = storage_at(target)
+    here = storage.staging
+    if here == target:
+        list_path(target).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(here, ignore_errors=True)
+        here.parent.mkdir(parents=True, exist_ok=True)
+    yield here
+    if here.is_dir():
+        listed = storage.put_folder(here)
+        if here != target:
+            with exclusive(target):
+                keep_copy(here, target, listed)
 
 
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
     """Have a folder of a run complete on this machine; return its path, which stays what it was.
 
     Each process compares the folder with its list once. A copy that is damaged is fetched again.
-
-    Args:
-        folder: Where it lies, or is to lie.
-        on_piece: Called after each piece.
 
     Raises:
         CorruptFile: Naming the file or object that is missing or not as it was written.
@@ -308,4 +290,12 @@ def verify_folder(folder: Path, on_piece: OnPiece = lambda: None) -> None:
 
 def require_arrived(folder: Path) -> None:
     """Raise `StorageError` if a folder that another machine wrote is not here: it may be on that machine's own disk."""
-    storage_at(folder).require_arrived()
+    if storage_at(folder).fills_this_disk:
+        listed = list_path(folder)
+        try:
+            retry_storage(listed.stat, listed, was_there=True)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{folder} was written on another machine and is not here",
+                "mount the folder of `output` there again, or take it out of the cluster, then repeat the command",
+            ) from error

@@ -1,204 +1,186 @@
-"""The interface of a run's storage: one object for each file or folder of a run, bound to its path."""
+"""The interface of a run's storage, as it is in a folder; `objects.py` has it for an object store."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import contextlib
+import os
+import shutil
+import stat
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from qpruner.runs.storage.files import FileList, OnPiece
+from qpruner.runs.storage.files import (
+    HASHED_BYTES,
+    PIECE_BYTES,
+    FileList,
+    OnPiece,
+    copy_pieces,
+    list_path,
+    read_list,
+    rename,
+    share_files,
+    sync,
+    sync_tree,
+    verified,
+    verify_files,
+    write_list,
+    writer_of,
+)
+from qpruner.runs.storage.retry import retry_storage
 
 
-class Storage(ABC):
-    """A file or folder of a run, wherever it is kept.
+class Stat(NamedTuple):
+    """A file's time of change, in seconds on the storage's clock, and its bytes."""
 
-    Reads and writes raise `FileNotFoundError` for what is not there, and an `OSError` with a number where the storage
-    is full or away; `retry_storage` repeats those.
+    modified: float
+    size: int
 
-    Args:
-        path: Its path on this machine; of an object that of this machine's copy.
+
+class Storage:
+    """A file or folder of a run, bound to its path on this machine; here on a disk that may be shared with others.
+
+    What concerns one file raises `FileNotFoundError` where it is not there, and an `OSError` with a number where the
+    storage is full or away; the functions of `qpruner.runs.storage` repeat those. `put_folder`, `publish`, `fetch` and
+    `verify` do so themselves.
     """
 
-    fills_this_disk: bool
-    """Whether what is written here takes room on a disk of this machine."""
-    is_read_anywhere: bool
-    """Whether a machine that shares no folder with this one can resume the run."""
-    progress_seconds: float
-    """Pause between two writes of a worker's progress: an object store charges for each."""
-    requests_at_once: int
-    access_remedy: str
-    """What to do about a node that cannot use the storage."""
+    fills_this_disk = True
+    """Whether what is written takes room on a disk of this machine; otherwise any machine can resume the run."""
+    access_remedy = "`output` must lie in a folder that every node reads and writes"
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    # ---- names
-
     @property
-    @abstractmethod
     def name(self) -> str:
         """The path or URI as a person knows it."""
+        return str(self.path)
 
     @property
-    @abstractmethod
     def address(self) -> str:
         """What a command on another machine takes: a URI with its options."""
+        return self.name
 
     @property
-    @abstractmethod
-    def export_command(self) -> str:
-        """The command that brings a run's final model to a folder; empty where it lies in one."""
-
-    @property
-    @abstractmethod
     def staging(self) -> Path:
-        """Where a process of this machine writes what belongs here."""
-
-    @property
-    @abstractmethod
-    def scratch(self) -> Path:
-        """A folder of this machine for an unfinished attempt at this folder."""
-
-    @abstractmethod
-    def copies(self) -> dict[str, list[str]]:
-        """Map the environment variable of a cache to patterns of the files there that are copies of this run."""
-
-    @property
-    @abstractmethod
-    def bank_copies(self) -> Path | None:
-        """Where this machine keeps copies of a bank's files; None where they are read in place."""
+        """Where a process of this machine writes what belongs here: the path itself, or a folder to send from."""
+        return self.path
 
     # ---- one file
 
-    @abstractmethod
+    def open(self) -> AbstractContextManager[Any]:
+        """Open the file to read piece by piece."""
+        return self.path.open("rb")
+
     def read(self) -> bytes:
         """Read the file as one writer wrote it."""
+        return self.path.read_bytes()
 
-    @abstractmethod
-    def write(self, data: bytes) -> None:
-        """Write the file durably; a reader sees the old contents or the new."""
-
-    @abstractmethod
-    def write_progress(self, data: bytes) -> None:
-        """Write the file for whoever reads it while this process lives."""
-
-    @abstractmethod
-    def renew(self, data: bytes) -> None:
-        """Set the file's time of change to now, where its contents are these."""
-
-    @abstractmethod
-    def is_file(self) -> bool:
-        """Whether there is a file of this very name."""
-
-    @abstractmethod
-    def modified(self) -> float:
-        """Return the time of change, in seconds on the storage's clock."""
-
-    @abstractmethod
     def digest(self) -> str:
         """Digest the file as the storage has it."""
+        with self.open() as stream:
+            return copy_pieces(stream.read, piece_bytes=HASHED_BYTES if self.fills_this_disk else PIECE_BYTES)
 
-    @abstractmethod
     def download(self, target: Path, on_piece: OnPiece) -> str:
         """Copy the file to one of this machine; return its sha256."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.open() as stream, writer_of(target) as write:
+            return copy_pieces(stream.read, write, on_piece)
 
-    @abstractmethod
-    def upload(self, file: Path) -> str:
-        """Move a file of this machine from `staging` here; return its sha256."""
+    def write(self, data: bytes, durable: bool = True) -> None:
+        """Write the file; a reader sees the old contents or the new, also after a crash if it is durable."""
+        if not durable:
+            new = self.path.with_suffix(".new")
+            new.write_bytes(data)
+            new.replace(self.path)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        new.write_bytes(data)
+        sync(new)
+        rename(new, self.path)
+        sync(self.path.parent)
 
-    @abstractmethod
-    def send(self) -> None:
-        """Put what this machine's copy holds, such as a growing log, in the storage."""
+    def renew(self, data: bytes) -> None:
+        """Set the file's time of change to now, where its contents are these."""
+        os.utime(self.path)
 
-    @abstractmethod
-    def resume_local(self) -> None:
-        """Bring this machine's copy of a growing file up to what other machines wrote."""
+    def stat(self) -> Stat | None:
+        """Look at the file; None where there is no file of this very name."""
+        # `Path.is_file` is False for a storage that is away, from Python 3.14 on.
+        try:
+            found = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Stat(found.st_mtime, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
     # ---- folders
 
-    @abstractmethod
     def names(self) -> list[str]:
         """Name what lies directly in the folder, sorted; nothing where there is no folder."""
+        return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
 
-    @abstractmethod
     def files(self) -> dict[str, int]:
         """Map every file in the folder and below to its bytes."""
+        paths = [path for path in self.path.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.path)): path.stat().st_size for path in paths}
 
-    @abstractmethod
-    def published_folders(self) -> list[Path]:
-        """List the complete folders in this one."""
-
-    @abstractmethod
-    def is_published(self) -> bool:
-        """Whether the folder is there and complete."""
-
-    @abstractmethod
-    def has_lost_folder(self) -> bool:
-        """Whether the folder of a recorded stage is gone; an object store keeps no empty folders to tell."""
-
-    @abstractmethod
     def delete(self) -> None:
         """Delete the file or folder; half a folder is never taken for a complete one."""
+        if not self.path.is_dir():
+            self.path.unlink(missing_ok=True)
+            return
+        list_path(self.path).unlink(missing_ok=True)
+        doomed = self.path.with_name(f".{self.path.name}.doomed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
-    @abstractmethod
     def move(self, target: Path) -> None:
         """Move the file or folder, with its list, to another path of the run."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        rename(self.path, target)  # first: a folder without its list is read as it is
+        with contextlib.suppress(FileNotFoundError):
+            list_path(self.path).rename(list_path(target))
 
-    @abstractmethod
-    def publish(self, folder: Path) -> None:
-        """Move a finished folder of this machine here, durably, with its list."""
-
-    @abstractmethod
     def put_folder(self, folder: Path) -> FileList:
-        """Copy a folder of this machine here, its list last."""
+        """Copy a folder of this machine here, its list last; it may lie here already."""
+        if folder != self.path:
+            shutil.copytree(folder, self.path, dirs_exist_ok=True)
+        share_files(self.path)
+        return retry_storage(lambda: write_list(self.path), self.path)
 
-    @abstractmethod
-    def writing(self) -> AbstractContextManager[Path]:
-        """Yield the folder of this machine to write; list its files, and send them, at the end."""
+    def publish(self, folder: Path) -> None:
+        """Move a finished folder of this machine here, durably, over what an unfinished attempt left."""
+        target = self.path
 
-    @abstractmethod
+        def make_durable() -> None:
+            share_files(folder)
+            sync_tree(folder)
+            if list_path(folder).exists():
+                sync(list_path(folder))
+
+        def replace() -> None:
+            if folder.exists():  # else an earlier attempt has renamed it
+                list_path(target).unlink(missing_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+            rename(folder, target)
+
+        def move_list() -> None:
+            if listed := read_list(folder):
+                rename(list_path(folder), list_path(target))
+                verified[target] = listed
+
+        for step in (make_durable, replace, move_list, lambda: sync(target.parent)):
+            retry_storage(step, target)
+
     def fetch(self, on_piece: OnPiece) -> None:
         """Have the folder complete on this machine, compared with its list."""
+        if read_list(self.path) != verified.get(self.path):
+            self.verify(on_piece)
 
-    @abstractmethod
     def verify(self, on_piece: OnPiece) -> None:
         """Compare the folder with its list, if it has one."""
-
-    @abstractmethod
-    def require_arrived(self) -> None:
-        """Raise `StorageError` if a folder that another machine wrote is not here."""
-
-    @abstractmethod
-    def bytes_to_copy(self) -> int:
-        """Count the folder's bytes that this machine still has to copy before it can use them."""
-
-    # ---- a stage's folder and the run's lock
-
-    @abstractmethod
-    def begin_stage(self, record: Path, resume: bool) -> Path:
-        """Make the folder that a stage writes into.
-
-        Args:
-            record: The stage's record.
-            resume: Whether to keep what a killed attempt left.
-        """
-
-    @abstractmethod
-    def commit_stage(self, written: Path, record: Path) -> None:
-        """Delete the stage's old record, and publish what it wrote."""
-
-    @abstractmethod
-    def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other processes from judging or changing the lock meanwhile."""
-
-    @abstractmethod
-    def check_reachable(self) -> None:
-        """Raise `UserError` if the storage does not answer, or refuses access."""
-
-    @abstractmethod
-    def forget_staging(self) -> None:
-        """Delete what this machine still holds in a staging folder of its own."""
-
-    @abstractmethod
-    def forget_local(self) -> None:
-        """Delete this machine's copy of the folder."""
+        if listed := read_list(self.path):
+            verify_files(listed, self.path, on_piece)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,7 +45,7 @@ verified: dict[Path, FileList] = {}
 """Folders of this machine that this process wrote or compared, with their lists then."""
 
 
-def in_parallel(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def for_each(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Apply a function to several items at once; return the results in order."""
     with ThreadPoolExecutor(CONCURRENT) as pool:
         return list(pool.map(action, items))
@@ -81,15 +83,9 @@ def writer_of(file: Path) -> Iterator[Callable[[bytes], object]]:
 
 
 def sha256_of(file: Path, on_piece: OnPiece = lambda: None) -> str:
-    """Digest a file."""
+    """Digest a file of this machine."""
     with file.open("rb") as stream:
         return copy_pieces(stream.read, on_piece=on_piece, piece_bytes=HASHED_BYTES)
-
-
-def copy_file(file: Path, target: Path, on_piece: OnPiece = lambda: None) -> str:
-    """Copy a file; return its sha256."""
-    with file.open("rb") as source, writer_of(target) as write:
-        return copy_pieces(source.read, write, on_piece)
 
 
 def sync(path: Path) -> None:
@@ -143,10 +139,9 @@ def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    while True:
+    while not lock.is_locked:
         try:
             lock.acquire(timeout=WAITING_SECONDS, poll_interval=WAITING_SECONDS / 2)
-            break
         except Timeout:
             on_piece()
     try:
@@ -159,6 +154,31 @@ def release(lock: FileLock) -> None:
     """Delete a lock's file, then release it: filelock sees that the file it waited for is gone, and makes another."""
     Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
+
+
+@contextmanager
+def working_folder(prefix: str) -> Iterator[Path]:
+    """Yield a folder for as long as this process needs it, and remove what killed processes left of the same prefix.
+
+    The kernel releases the lock of a folder whatever ends its process, also between containers that share the folder of
+    temporary files.
+    """
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{prefix}*.lock"):
+        with suppress(OSError):  # in use, or gone just now
+            if left.lstat().st_uid == os.getuid():
+                (lock := FileLock(left)).acquire(timeout=0)
+                shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+                release(lock)
+    folder = place / f"{prefix}{uuid.uuid4().hex}"
+    lock = FileLock(folder.with_suffix(".lock"))
+    lock.acquire()
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        release(lock)
 
 
 # ---- lists
@@ -189,27 +209,44 @@ def read_list(folder: Path) -> FileList | None:
         raise CorruptFile(f"{file} is damaged", file) from error
 
 
-def write_list(folder: Path, listed: FileList | None = None) -> None:
+def write_list(folder: Path, listed: FileList | None = None) -> FileList:
     """Write the list of a folder of this machine that was just written, from its files unless it is given."""
     if listed is None:
         names = names_of_files(folder)
-        digests = in_parallel(lambda name: sha256_of(folder / name), names)
+        digests = for_each(lambda name: sha256_of(folder / name), names)
         listed = FileList(sha256=dict(zip(names, digests, strict=True)))
     list_path(folder).write_text(listed.model_dump_json(), encoding="utf-8")
     verified[folder] = listed
+    return listed
+
+
+def keep_copy(here: Path, path: Path, listed: FileList) -> None:
+    """Make a folder this machine's copy; its list is removed first, and written when the files are durable."""
+    list_path(path).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sync_tree(here)
+    here.rename(path)
+    sync(path.parent)
+    write_list(path, listed)
 
 
 def verify_files(listed: FileList, folder: Path, on_piece: OnPiece = lambda: None) -> None:
     """Compare the files of a folder of this machine with a list."""
 
     def digest(name: str) -> str | None:
-        try:
-            return retry_storage(lambda: sha256_of(folder / name, on_piece), folder / name)
-        except FileNotFoundError:
-            return None
+        return none_if_missing(lambda: sha256_of(folder / name, on_piece), folder / name)
 
-    compare(listed, in_parallel(digest, list(listed.sha256)), folder, str(folder))
+    compare(listed, for_each(digest, list(listed.sha256)), folder, str(folder))
     verified[folder] = listed
+
+
+def none_if_missing(read: Callable[[], Result], path: Path) -> Result | None:
+    """Read what may be missing, once the storage answers."""
+    try:
+        return retry_storage(read, path)
+    except FileNotFoundError:
+        return None
 
 
 def compare(listed: FileList, found: Sequence[str | None], folder: Path, name_of_folder: str) -> None:

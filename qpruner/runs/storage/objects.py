@@ -10,25 +10,20 @@ and what is fetched is compared with it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
-import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
-from typing_extensions import override
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs.storage.base import Storage
-from qpruner.runs.storage.bucket import CACHE, CREDENTIALS, cache_root, open_bucket, translated
+from qpruner.runs.storage.base import Stat, Storage
+from qpruner.runs.storage.bucket import CREDENTIALS, cache_root, open_bucket, translated
 from qpruner.runs.storage.files import (
-    CONCURRENT,
     FILES,
     FileList,
     OnPiece,
@@ -36,16 +31,14 @@ from qpruner.runs.storage.files import (
     copy_pieces,
     empty_folder,
     exclusive,
-    in_parallel,
+    for_each,
+    keep_copy,
     list_path,
     names_of_files,
+    none_if_missing,
     read_list,
-    sync,
-    sync_tree,
     verified,
     verify_files,
-    write_list,
-    writer_of,
 )
 from qpruner.runs.storage.retry import retry_storage
 
@@ -63,173 +56,81 @@ def objects_at(path: Path) -> ObjectStorage | None:
 
 
 class ObjectStorage(Storage):
-    """An object, or all whose keys begin with this one's and a slash.
-
-    Args:
-        path: In the run's mirror on this machine.
-        scheme: `s3` or `gs`.
-        bucket: Its name.
-        query: Options of the URI.
-        key: Of the object.
-    """
+    """An object, or all whose keys begin with this one's and a slash."""
 
     fills_this_disk = False
-    is_read_anywhere = True
-    progress_seconds = 5.0
-    requests_at_once = CONCURRENT
     access_remedy = f"every node must reach `output`: {CREDENTIALS}"
 
     def __init__(self, path: Path, scheme: str, bucket: str, query: str, key: str) -> None:
         super().__init__(path)
         self.scheme, self.bucket, self.query, self.key = scheme, bucket, query, key
 
-    def at(self, path: Path, ending: str) -> ObjectStorage:
-        """Return the object whose key has one more ending."""
-        return ObjectStorage(path, self.scheme, self.bucket, self.query, self.key + ending)
-
     def __truediv__(self, name: str) -> ObjectStorage:
-        return self.at(self.path / name, f"/{name}")
+        return self._at(self.path / name, f"/{name}")
+
+    def _at(self, path: Path, ending: str) -> ObjectStorage:
+        return ObjectStorage(path, self.scheme, self.bucket, self.query, self.key + ending)
 
     @property
     def file_list(self) -> ObjectStorage:
         """The list of the folder's files, which vouches for it."""
-        return self.at(list_path(self.path), FILES)
+        return self._at(list_path(self.path), FILES)
 
     @property
-    def _path(self) -> str:
-        return f"{self.bucket}/{self.key}"
-
-    @property
-    def _system(self) -> Any:
-        return open_bucket(self.scheme, self.bucket, self.query)
-
-    # ---- names
-
-    @property
-    @override
     def name(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}"
 
     @property
-    @override
     def address(self) -> str:
         return f"{self.name}?{self.query}" if self.query else self.name
 
     @property
-    @override
-    def export_command(self) -> str:
-        return f"qpruner export {shlex.quote(self.address)} --to peft --out FOLDER"
-
-    @property
-    @override
     def staging(self) -> Path:
         return cache_root() / "scratch" / self.path.relative_to(cache_root() / "runs")
 
-    scratch = staging
-
-    @override
-    def copies(self) -> dict[str, list[str]]:
-        return {CACHE: [f"{self.path.relative_to(cache_root())}/**/*"]}
-
-    @property
-    @override
-    def bank_copies(self) -> Path | None:
-        return cache_root() / "bank"
-
     # ---- one object
 
-    @override
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Any]:
+        with self._translated(), self._system.open_input_stream(self._path) as stream:
+            yield stream
+
     def read(self) -> bytes:
         # pyarrow (26) asks what is there first, and then for no more bytes than that has: of a longer object that was
         # put in between it gives the beginning.
-        with self._translated():
-            while True:
-                with self._system.open_input_stream(self._path) as stream:
-                    data, before = bytes(stream.read()), stream.metadata()
-                with self._system.open_input_stream(self._path) as stream:
-                    if stream.metadata() == before:
-                        return data
+        while True:
+            with self.open() as stream:
+                data, before = bytes(stream.read()), stream.metadata()
+            with self.open() as stream:
+                if stream.metadata() == before:
+                    return data
 
-    @override
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, durable: bool = True) -> None:
         with self._translated(), self._system.open_output_stream(self._path) as stream:
             stream.write(data)
 
-    write_progress = renew = write
+    renew = write
 
-    @override
-    def is_file(self) -> bool:
+    def stat(self) -> Stat | None:
         from pyarrow.fs import FileType
 
         with self._translated():
-            return bool(self._system.get_file_info(self._path).type == FileType.File)
+            found = self._system.get_file_info(self._path)
+        return Stat(float(found.mtime.timestamp()), int(found.size)) if found.type == FileType.File else None
 
-    @override
-    def modified(self) -> float:
-        return float(self._info().mtime.timestamp())
-
-    @override
-    def digest(self) -> str:
-        with self._translated(), self._system.open_input_stream(self._path) as stream:
-            return copy_pieces(stream.read)
-
-    @override
-    def download(self, target: Path, on_piece: OnPiece) -> str:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self._translated(), self._system.open_input_stream(self._path) as stream, writer_of(target) as write:
-            return copy_pieces(stream.read, write, on_piece)
-
-    def _put(self, file: Path) -> str:
+    def put(self, file: Path) -> str:
+        """Send a file of this machine; return its sha256."""
         with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
             return copy_pieces(source.read, stream.write)
 
-    @override
-    def upload(self, file: Path) -> str:
-        sha256 = self._put(file)
-        file.unlink()
-        return sha256
-
-    @override
-    def send(self) -> None:
-        self._put(self.path)
-
-    @override
-    def resume_local(self) -> None:
-        # A driver at work here, or one that was killed, has written more than it sent: that stays.
-        with contextlib.suppress(FileNotFoundError):
-            if not self.path.is_file() or self.path.stat().st_size < int(self._info().size):
-                self.download(self.path, lambda: None)
-
     # ---- folders
 
-    @override
     def names(self) -> list[str]:
         return sorted(found.base_name for found in self._listed(is_deep=False))
 
-    @override
     def files(self) -> dict[str, int]:
         return {found.path[len(self._path) + 1 :]: found.size for found in self._listed() if found.is_file}
 
-    @override
-    def published_folders(self) -> list[Path]:
-        return [self.path / name.removesuffix(FILES) for name in self.names() if name.endswith(FILES)]
-
-    @override
-    def is_published(self) -> bool:
-        return self.file_list.is_file()
-
-    @override
-    def has_lost_folder(self) -> bool:
-        return False
-
-    def _delete(self) -> None:
-        with self._translated():
-            if self.is_file():
-                self._system.delete_file(self._path)
-            else:
-                self._system.delete_dir_contents(self._path, missing_dir_ok=True)
-
-    @override
     def delete(self) -> None:
         lists = [self / name for name in self.files() if name.endswith(FILES)]
         for doomed in (*lists, self.file_list, self):
@@ -240,7 +141,6 @@ class ObjectStorage(Storage):
             self.path.unlink(missing_ok=True)
         list_path(self.path).unlink(missing_ok=True)
 
-    @override
     def move(self, target: Path) -> None:
         there = objects_at(target)
         assert there is not None
@@ -248,134 +148,74 @@ class ObjectStorage(Storage):
             for name in self.files():
                 self._system.move(f"{self._path}/{name}", f"{there._path}/{name}")
             for each, to in ((self, there), (self.file_list, there.file_list)):
-                if each.is_file():
+                if each.stat():
                     self._system.move(each._path, to._path)
 
-    @override
-    def publish(self, folder: Path) -> None:
-        self.put_folder(folder)
-        shutil.rmtree(folder)
-        list_path(folder).unlink(missing_ok=True)
-
-    @override
     def put_folder(self, folder: Path) -> FileList:
         retry_storage(self.file_list._delete, self.path)
         names = names_of_files(folder)
 
         def put(name: str) -> str:
-            return retry_storage(lambda: (self / name)._put(folder / name), self.path / name)
+            return retry_storage(lambda: (self / name).put(folder / name), self.path / name)
 
-        listed = FileList(sha256=dict(zip(names, in_parallel(put, names), strict=True)))
+        listed = FileList(sha256=dict(zip(names, for_each(put, names), strict=True)))
         retry_storage(lambda: self.file_list.write(listed.model_dump_json().encode()), self.path)
         stale = sorted(set(retry_storage(self.files, self.path)) - set(names))
-        in_parallel(lambda name: retry_storage((self / name)._delete, self.path / name), stale)
+        for_each(lambda name: retry_storage((self / name)._delete, self.path / name), stale)
         return listed
 
-    @contextmanager
-    @override
-    def writing(self) -> Iterator[Path]:
-        here = self.staging
-        shutil.rmtree(here, ignore_errors=True)
-        here.parent.mkdir(parents=True, exist_ok=True)
-        yield here
-        if here.is_dir():
-            listed = self.put_folder(here)
-            with exclusive(self.path):
-                self._keep(here, listed)
+    def publish(self, folder: Path) -> None:
+        self.put_folder(folder)
+        shutil.rmtree(folder)
+        list_path(folder).unlink(missing_ok=True)
 
-    @override
     def fetch(self, on_piece: OnPiece) -> None:
         # A machine has one copy for all its processes as long as the list is the same; each compares it once.
         listed = self._read_list()
         if self._has_copy(listed, on_piece):
             return
         with exclusive(self.path, on_piece):
-            if not self._has_copy(listed, on_piece):  # another process may have fetched it by now
-                self._fetch_anew(listed, on_piece)
+            if self._has_copy(listed, on_piece):  # another process has fetched it by now
+                return
+            here = empty_folder(self.staging)
+
+            def download(name: str) -> str | None:
+                return none_if_missing(lambda: (self / name).download(here / name, on_piece), self.path / name)
+
+            compare(listed, for_each(download, list(listed.sha256)), self.path, self.name)
+            keep_copy(here, self.path, listed)
 
     def _has_copy(self, listed: FileList, on_piece: OnPiece) -> bool:
         try:
             if not self.path.is_dir() or read_list(self.path) != listed:
                 return False
-        except CorruptFile:
-            return False
-        if verified.get(self.path) != listed:
-            try:
+            if verified.get(self.path) != listed:
                 verify_files(listed, self.path, on_piece)
-            except CorruptFile as error:
-                logger.warning("%s is damaged on this machine: all of %s is fetched again", error.path, self.name)
-                list_path(self.path).unlink(missing_ok=True)
-                return False
+        except CorruptFile as error:
+            logger.warning("%s is damaged on this machine: all of %s is fetched again", error.path, self.name)
+            list_path(self.path).unlink(missing_ok=True)
+            return False
         return True
 
-    def _fetch_anew(self, listed: FileList, on_piece: OnPiece) -> None:
-        here = empty_folder(self.staging)
-
-        def download(name: str) -> str | None:
-            try:
-                return retry_storage(lambda: (self / name).download(here / name, on_piece), self.path / name)
-            except FileNotFoundError:
-                return None
-
-        compare(listed, in_parallel(download, list(listed.sha256)), self.path, self.name)
-        self._keep(here, listed)
-
-    def _keep(self, here: Path, listed: FileList) -> None:
-        """Make a folder this machine's copy; its list is removed first, and written when the files are durable."""
-        list_path(self.path).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        sync_tree(here)
-        here.rename(self.path)
-        sync(self.path.parent)
-        write_list(self.path, listed)
-
-    @override
     def verify(self, on_piece: OnPiece) -> None:
         # Only objects that were put after their list can differ from it: the others are not read.
-        if not retry_storage(self.is_published, self.path):
+        since = retry_storage(self.file_list.stat, self.path)
+        if since is None:
             return
-        listed, since = self._read_list(), retry_storage(self.file_list.modified, self.path)
+        listed = self._read_list()
         found = [each for each in retry_storage(self._listed, self.path) if each.is_file]
         put = {each.path[len(self._path) + 1 :]: float(each.mtime.timestamp()) for each in found}
-        doubtful = {name: sha256 for name, sha256 in listed.sha256.items() if put.get(name, since) >= since}
+        doubtful = {
+            name: sha256 for name, sha256 in listed.sha256.items() if put.get(name, since.modified) >= since.modified
+        }
 
         def digest(name: str) -> str | None:
-            return retry_storage((self / name).digest, self.path / name) if name in put else None
+            return none_if_missing((self / name).digest, self.path / name)
 
-        compare(FileList(sha256=doubtful), in_parallel(digest, list(doubtful)), self.path, self.name)
+        compare(FileList(sha256=doubtful), for_each(digest, list(doubtful)), self.path, self.name)
 
-    @override
-    def require_arrived(self) -> None:
-        pass
-
-    @override
-    def bytes_to_copy(self) -> int:
-        held = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-        return max(0, sum(self.files().values()) - held)
-
-    # ---- a stage's folder and the run's lock
-
-    @override
-    def begin_stage(self, record: Path, resume: bool) -> Path:
-        there = objects_at(record)
-        assert there is not None
-        retry_storage(there._delete, record)
-        return self.path
-
-    @override
-    def commit_stage(self, written: Path, record: Path) -> None:
-        pass
-
-    @contextmanager
-    @override
-    def exclusive(self) -> Iterator[None]:
-        # pyarrow (26) has no conditional put. Of two drivers that start in the same instant both may believe that they
-        # hold the run; the first heartbeat ends one.
-        yield
-
-    @override
     def check_reachable(self) -> None:
+        """Raise `UserError` if the store does not answer, or refuses access."""
         # What lies there is asked, since who may use a bucket's objects need not see the bucket itself.
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -388,15 +228,25 @@ class ObjectStorage(Storage):
                 "(AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
             ) from error
 
-    @override
-    def forget_staging(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-
-    @override
-    def forget_local(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
     # ---- pyarrow
+
+    @property
+    def _path(self) -> str:
+        return f"{self.bucket}/{self.key}"
+
+    @property
+    def _system(self) -> Any:
+        return open_bucket(self.scheme, self.bucket, self.query)
+
+    def _translated(self) -> AbstractContextManager[None]:
+        return translated(self.name, self.bucket)
+
+    def _delete(self) -> None:
+        with self._translated():
+            if self.stat():
+                self._system.delete_file(self._path)
+            else:
+                self._system.delete_dir_contents(self._path, missing_dir_ok=True)
 
     def _read_list(self) -> FileList:
         try:
@@ -407,13 +257,6 @@ class ObjectStorage(Storage):
         except ValidationError as error:
             raise CorruptFile(f"{self.file_list.name} is damaged", self.path) from error
 
-    def _info(self) -> Any:
-        with self._translated():
-            found = self._system.get_file_info(self._path)
-        if not found.type.value:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
-        return found
-
     def _listed(self, is_deep: bool = True, must_exist: bool = False) -> list[Any]:
         from pyarrow.fs import FileSelector
 
@@ -422,6 +265,3 @@ class ObjectStorage(Storage):
                 FileSelector(self._path, allow_not_found=not must_exist, recursive=is_deep)
             )
         return found
-
-    def _translated(self) -> AbstractContextManager[None]:
-        return translated(self.name, self.bucket)

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
+
 from qpruner.errors import StorageError
 
 Result = TypeVar("Result")
 
 PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120"))
 """How long a write waits for room or for the storage to come back."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
-LONG_ATTEMPTS = 2
-"""Attempts that may take longer than the patience themselves, after each of which its pauses are counted anew."""
+PAUSES = wait_exponential(multiplier=0.5, max=20.0)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AWAY = (
@@ -54,37 +54,51 @@ def retry_storage(
     Args:
         operation: What may be repeated after it failed half way.
         path: What to name where an error names no file.
-        seconds: Pauses in all, `PATIENCE_SECONDS` by default. They are counted anew after an attempt that took longer
-            than this, `LONG_ATTEMPTS` times.
+        seconds: Pauses in all, `PATIENCE_SECONDS` by default.
         was_there: Whether what it reads is known to exist, so that a missing file means a storage that is away.
-        resumable: Whether an attempt continues where the last one ended: any number of long attempts is allowed.
+        resumable: Whether an attempt continues where the last one ended: the pauses are counted anew after an attempt
+            that took longer than these.
 
     Raises:
         StorageError: When the storage is still full or away after that.
         FileNotFoundError: When what was there is still missing after that.
     """
-    limit = PATIENCE_SECONDS if seconds is None else seconds
-    waited, pause, long_attempts = 0.0, FIRST_PAUSE, 0
-    while True:
-        started = time.monotonic()
-        try:
-            return operation()
-        except Exception as error:
-            trouble = storage_error(error, path)
-            if trouble is None and not (was_there and isinstance(error, FileNotFoundError)):
-                raise
-            if time.monotonic() - started > limit and (resumable or long_attempts < LONG_ATTEMPTS):
-                waited, pause, long_attempts = 0.0, FIRST_PAUSE, long_attempts + 1
-            if waited >= limit:
-                if trouble is None:
-                    raise
-                raise trouble from error
-            logger.warning("%s; trying again in %.1f s", trouble.cause if trouble else error, pause)
-        time.sleep(pause)
-        waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
+    limit, began = PATIENCE_SECONDS if seconds is None else seconds, 0.0
+
+    def note_begin(state: RetryCallState) -> None:
+        nonlocal began
+        began = time.monotonic()
+
+    def is_over(state: RetryCallState) -> bool:
+        if resumable and time.monotonic() - began > limit:
+            state.idle_for = 0.0
+        return state.idle_for >= limit
+
+    def is_repeated(error: BaseException) -> bool:
+        return storage_error(error, path) is not None or (was_there and isinstance(error, FileNotFoundError))
+
+    def log(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        trouble = storage_error(error, path) if error else None
+        logger.warning("%s; trying again in %.1f s", trouble.cause if trouble else error, state.upcoming_sleep)
+
+    retrying = Retrying(
+        retry=retry_if_exception(is_repeated),
+        stop=is_over,
+        wait=PAUSES,
+        before=note_begin,
+        before_sleep=log,
+        reraise=True,
+    )
+    try:
+        return retrying(operation)
+    except Exception as error:
+        if trouble := storage_error(error, path):
+            raise trouble from error
+        raise
 
 
-def storage_error(error: Exception, path: Path | None = None) -> StorageError | None:
+def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
     """Explain an error of a storage that is full or away; None for any other.
 
     Args:
@@ -101,7 +115,7 @@ def storage_error(error: Exception, path: Path | None = None) -> StorageError | 
     return None
 
 
-def _number_of(error: Exception) -> int:
+def _number_of(error: BaseException) -> int:
     """Find the system's number of an error; 0 where it has none that speaks of storage."""
     text = str(error)
     if isinstance(error, OSError):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from qpruner.errors import StorageError
 from qpruner.runs.events import Event, StageFinished
-from qpruner.runs.storage import files_in, remove, storage_at
+from qpruner.runs.storage import files_in, remove
+from qpruner.runs.storage.objects import objects_at
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN = 30.0
@@ -26,11 +26,11 @@ class Uploader:
     """
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
-        self._root, self._folder, self._file = root, root / folder, root / file
+        self._folder, self._file = root / folder, root / file
         self._sent = dict[Path, tuple[int, int]]()
-        self._is_needed = not storage_at(root).fills_this_disk
-        # What this machine has of the folder may be older than what another one sent.
-        storage_at(self._folder).forget_local()
+        self._is_needed = objects_at(root) is not None
+        if self._is_needed:  # what this machine has of the folder may be older than what another one sent
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._due = time.monotonic() + SECONDS_BETWEEN
 
     def listen(self, event: Event) -> None:
@@ -45,9 +45,11 @@ class Uploader:
 
     def _send(self, is_last: bool) -> None:
         try:
-            for path, state in self._changes().items():
-                storage_at(path).send()
-                self._sent[path] = state
+            for path in (*self._folder.rglob("*"), self._file):
+                state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+                if state and state != self._sent.get(path) and (there := objects_at(path)):
+                    there.put(path)
+                    self._sent[path] = state
             if is_last and self._folder.is_dir():
                 for path in (self._folder / name for name in files_in(self._folder)):
                     if path not in self._sent:
@@ -60,9 +62,3 @@ class Uploader:
                 "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s",
             )
         self._due = time.monotonic() + SECONDS_BETWEEN
-
-    def _changes(self) -> dict[Path, tuple[int, int]]:
-        paths: Sequence[Path] = [path for path in (*self._folder.rglob("*"), self._file) if path.is_file()]
-        found = {path: os.stat(path) for path in paths}
-        states = {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
-        return {path: state for path, state in states.items() if self._sent.get(path) != state}
