@@ -38,8 +38,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
         raise UserError(f"`until` must be one of {', '.join(names)}, got {until!r}")
     if not isinstance(config, str | Path):
         raise UserError(
-            f"`config` must be the path of a YAML file, got {type(config).__name__}; keys can be given beside it: "
-            "run('my.yaml', 'search.max_trials=8')"
+            f"`config` must be the path of a YAML file, got {type(config).__name__}; keys are given beside it"
         )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()

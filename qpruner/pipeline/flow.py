@@ -7,14 +7,16 @@ Each stage leaves a record. A stage whose record has the digest of its present i
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
+from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
-from qpruner.pipeline.failures import explained
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.prune import Prune
@@ -24,7 +26,8 @@ from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.pipeline.stage import RecordType, Stage
 from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import Results
-from qpruner.runs.storage import exists
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, exists, storage_error
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
@@ -33,7 +36,6 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     *(Prepare, Prune, Bank, Sensitivity, Search),
     *(Finetune, Evaluate, Comparison, Report),
 )
-REPAIRED = frozenset(stage.name for stage in STAGES if stage.repairs_files)
 
 
 def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
@@ -67,7 +69,7 @@ def run_stage(stage: Stage[Any]) -> None:
         return
     context.emit(StageStarted(stage.name, stage.detail()))
     started, held = time.monotonic(), context.gpu_time.seconds
-    with explained(type(stage), run.root, REPAIRED):
+    with explained(type(stage), run.root):
         if stage.record is None:
             stage.run(run.root)
         else:
@@ -112,3 +114,57 @@ def recorded(context: Context) -> dict[str, float]:
         context.add_record(kind.name, record)
         shares[kind.name] = 1.0
     return shares
+
+
+@contextmanager
+def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
+    """Turn what a stage may meet into a `StageError` with stage, cause and remedy; `root` is the run folder."""
+    try:
+        yield
+    except StageError:
+        raise
+    except TrainingDiverged as error:
+        remedy = "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
+        if stage.trains:
+            remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
+        raise StageError(stage.name, str(error), remedy) from error
+    except CorruptFile as error:
+        raise StageError(stage.name, str(error), _damage_remedy(error.path, root)) from error
+    except StorageError as error:
+        raise StageError(stage.name, error.cause, error.remedy) from error
+    except QprunerError:
+        raise
+    except Exception as error:
+        trouble = storage_error(error, root)
+        cause = (trouble.cause, trouble.remedy) if trouble else _known_cause(stage, error)
+        if cause is None:
+            raise
+        raise StageError(stage.name, *cause) from error
+
+
+def _damage_remedy(path: Path | None, root: Path | None) -> str:
+    if path is None or root is None or not path.is_relative_to(root):
+        return "fetch or write that file again, then repeat the command"
+    parts = path.relative_to(root).parts
+    if parts[0] == "trials":
+        return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
+    if any(stage.name == parts[0] and stage.repairs_files for stage in STAGES):
+        return "repeat the command: what is damaged is set aside, and that alone is made again"
+    if parts[0] == "candidates":  # a row is a folder of its own
+        doomed = root.joinpath(*parts[:2])
+    elif parts[0] in Results.model_fields:  # a stage is there when its record is
+        doomed = RunDir(root, create=False).record_path(parts[0])
+    else:
+        doomed = root / parts[0]
+    return f"delete {display_name(doomed)}, then repeat the command: what it held is made again"
+
+
+def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:
+    """Cause and remedy of errors that libraries raise under types of their own."""
+    if is_out_of_memory(error):
+        return shortage_text(error), f"lower {stage.memory_keys}"
+    if type(error).__name__ == "SafetensorError":
+        # Of the run's own, and of this machine's copies, a command that begins finds what is damaged by itself.
+        remedy = "repeat the command, which makes or fetches anew what is the run's; a model of yours has to be mended"
+        return f"a safetensors file is damaged ({error})", remedy
+    return None

@@ -15,8 +15,7 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.disk import check_room
-from qpruner.pipeline.failures import explained
-from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
+from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import Prune

@@ -9,49 +9,55 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qpruner.errors import CorruptFile, UserError
-from qpruner.pipeline.finalists import (
-    best_of,
-    choose_finalists,
-    confirm,
-    finalists_beside,
-    front_of,
-    hypervolume_of,
-    may_win,
-    plan_of,
-)
+from qpruner.data.measures import accuracy_name
+from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.stage import Stage
+from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import SearchPlanned
+from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
+    Confirmation,
+    FreshScore,
+    FrontPoint,
+    KeptScore,
     SearchRecord,
     SearchState,
     SensitivityRecord,
     TrialRecord,
     digest_of,
 )
-from qpruner.runs.storage import write_json
-from qpruner.search.choice import controls_of
+from qpruner.runs.storage import for_each, write_json
+from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_records import (
+    SETTING_REMEDIES,
     Materials,
+    checkpoint_of,
+    fresh_path,
+    objective,
     read_trials,
     readable_trials,
     restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.wording import counted
+from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
+from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
+    from qpruner.pipeline.context import Context
+
+FINALISTS = "scoring finalists on fresh rows"
+REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
+"""What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
 class Search(Stage[SearchRecord]):
@@ -183,7 +189,23 @@ class Search(Stage[SearchRecord]):
         assert best is not None, "there are finalists"
         write_json(scratch / "best.json", by_index[best.index])
         front = front_of(confirmations, by_index, job) if self.config.search.pareto else ()
-        return self._trial_fields(outcome) | {
+        statuses = [trial.status for trial in outcome.trials]
+        return {
+            "trials_digest": self.trials_digest,
+            "searcher": self.config.search.searcher if self.config.is_searched else "none",
+            "metric": self._metric,
+            "metrics": self.context.inspection.metrics["search"],
+            "budget_bytes": self.context.space.budget_bytes,
+            "num_trials": len(outcome.trials),
+            "num_finished": statuses.count("finished"),
+            "num_stopped": statuses.count("stopped"),
+            "num_failed": statuses.count("failed"),
+            "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
+            "num_reused": sum(1 for trial in outcome.reused if trial.rungs),
+            "ended": outcome.ended,
+            "search_seconds": outcome.seconds,
+            "gpu_seconds": outcome.gpu_seconds,
+            "sessions": outcome.sessions,
             "confirmation_gpu_seconds": gpu_seconds,
             "confirmations": confirmations,
             "best_index": best.index,
@@ -248,27 +270,6 @@ class Search(Stage[SearchRecord]):
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
 
-    def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
-        """Return the fields of the record that describe the trials."""
-        statuses = [trial.status for trial in outcome.trials]
-        return {
-            "trials_digest": self.trials_digest,
-            "searcher": self.config.search.searcher if self.config.is_searched else "none",
-            "metric": self._metric,
-            "metrics": self.context.inspection.metrics["search"],
-            "budget_bytes": self.context.space.budget_bytes,
-            "num_trials": len(outcome.trials),
-            "num_finished": statuses.count("finished"),
-            "num_stopped": statuses.count("stopped"),
-            "num_failed": statuses.count("failed"),
-            "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_reused": sum(1 for trial in outcome.reused if trial.rungs),
-            "ended": outcome.ended,
-            "search_seconds": outcome.seconds,
-            "gpu_seconds": outcome.gpu_seconds,
-            "sessions": outcome.sessions,
-        }
-
     def summary(self, record: SearchRecord) -> str:
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
@@ -283,3 +284,129 @@ class Search(Stage[SearchRecord]):
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
+
+
+def plan_of(trial: TrialRecord) -> PrecisionPlan:
+    """Return the plan of a trial."""
+    return PrecisionPlan.from_dict(trial.plan)
+
+
+def may_win(trial: TrialRecord, job: SearchJob) -> bool:
+    """Whether a trial may win: a plan that was given in place of an earlier search may not."""
+    return not trial.is_given or job.control_of(plan_of(trial)) is not None
+
+
+def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
+    """Choose the best finished trials and every finished control; for a front, all trials that could be on it.
+
+    Raises:
+        StageError: If no trial finished, with the first reason.
+    """
+    if not trials:
+        cause = "its hours were over before any machine took a trial"
+        raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")
+    finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
+    if not finished:
+        reasons = [trial.reason for trial in trials if trial.reason]
+        kinds = {trial.failure for trial in trials}
+        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        raise StageError(
+            "search",
+            f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
+            f"{mend} and repeat the command",
+        )
+    scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
+    chosen = finalist_positions(scores, are_controls, job.config.search.confirm)
+    if job.config.search.pareto:
+        chosen += non_dominated([(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)])
+    return [finished[position] for position in sorted(set(chosen))]
+
+
+def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
+    """Choose the trial of the given plan, and every control that a search has finished to compare it with."""
+    tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
+    controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
+    return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
+
+
+def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
+    """Score the finalists on fresh rows and report them; return them and the GPU seconds."""
+    confirmations, scores = [], _fresh_scores(stage, finalists, job)
+    for trial, score in zip(finalists, scores, strict=True):
+        control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
+        each = Confirmation(
+            index=trial.index,
+            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
+            control=control not in (None, GIVEN),
+            reused=reused,
+            **score.model_dump(exclude={"digest", "gpu_seconds"}),
+        )
+        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
+        text += error_text(each.stderr, 4)
+        if each.accuracy is not None:
+            name = accuracy_name(stage.context.inspection.metrics["search"])
+            text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
+        stage.tell(text)
+        confirmations.append(each)
+    return confirmations, sum(score.gpu_seconds for score in scores)
+
+
+def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
+    """Score each finalist on fresh rows; scores of an earlier command are reused."""
+    context, paths = stage.context, [fresh_path(job.trials, trial.index) for trial in finalists]
+    # Which rows there are is told by the folder of trials, as all that they were trained on.
+    asked = (context.config.search.metric, context.inspection.questions["fresh"])
+    digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
+    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "that finalist is scored again"), paths)
+    found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
+    context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
+    left = [position for position in range(len(finalists)) if position not in found]
+    if left:
+        resources, concurrent = context.task_resources(len(left))
+        jobs = [_confirmation_job(context, finalists[at], job, int(resources.get("cpu", 1))) for at in left]
+        held: list[float] = []
+        for number, score in context.run_tasks(confirm_trial, jobs, resources, concurrent, on_held=held.append):
+            position = left[number]
+            found[position] = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
+            write_json(paths[position], found[position])
+            context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
+    return [found[position] for position in range(len(finalists))]
+
+
+def _confirmation_job(context: Context, trial: TrialRecord, job: SearchJob, threads: int) -> ConfirmationJob:
+    checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
+    assert checkpoint is not None, "a finished trial has a checkpoint"
+    seed = context.config.seed
+    candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
+    return ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads)
+
+
+def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
+    """Return the best on fresh rows; a control wins a tie."""
+    scores = [objective(each, job.config) for each in confirmations]
+    position = winner_position(scores, [each.control for each in confirmations])
+    return None if position is None else confirmations[position]
+
+
+def front_of(
+    confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
+) -> tuple[FrontPoint, ...]:
+    """List the confirmed plans that no plan of fewer or equal bytes beats, by bytes."""
+    weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
+    return tuple(
+        FrontPoint(
+            index=each.index,
+            origin=each.origin,
+            plan=trials[each.index].plan,
+            plan_bytes=trials[each.index].plan_bytes,
+            **each.model_dump(include=set(FreshScore.model_fields)),
+        )
+        for each in (confirmations[position] for position in non_dominated(weighed))
+    )
+
+
+def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
+    """Compute the hypervolume of a front, from its smallest plan to the budget."""
+    points = [(point.plan_bytes, objective(point, job.config)) for point in front]
+    return hypervolume(points, points[0], job.space.budget_bytes)

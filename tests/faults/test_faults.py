@@ -22,8 +22,7 @@ from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.evaluate import Evaluate
-from qpruner.pipeline.failures import explained
-from qpruner.pipeline.flow import REPAIRED, STAGES
+from qpruner.pipeline.flow import REPAIRED, STAGES, explained
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted

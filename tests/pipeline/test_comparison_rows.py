@@ -29,11 +29,7 @@ from qpruner.pipeline.comparison_rows import (
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event
-from qpruner.runs.records import (
-    GIVEN,
-    PrepareRecord,
-    SensitivityRecord,
-)
+from qpruner.runs.records import GIVEN, PrepareRecord, SensitivityRecord
 from qpruner.sensitivity.seeds import seed_plan
 
 MI_ROW = "mutual-information seed"
@@ -106,9 +102,7 @@ def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: 
     assert rows_of(replace(context), winner)["random"].plans == plans
 
 
-def test_only_rows_of_the_claim_have_several_seeds(
-    changed: Callable[[str, Any], Context],
-) -> None:
+def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any], Context]) -> None:
     context = changed("finetune.seeds", 2)
     found = rows_of(context, a_winner(context))
     assert sum(len(row.plans) for row in found.values()) == 1 + num_compared(context.config), "as `check` counts"

@@ -14,20 +14,13 @@ from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import (
-    gpus_held,
-    untuned_candidates,
-)
+from qpruner.pipeline.comparison_rows import gpus_held, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
-from qpruner.runs.records import (
-    Inference,
-    InferenceSetting,
-    TaskScore,
-)
+from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 

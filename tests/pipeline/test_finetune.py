@@ -16,22 +16,13 @@ from searched_runs import a_winner, folders, progress_of, rows_of, told, with_wi
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import (
-    candidates_for,
-    untuned_candidates,
-)
+from qpruner.pipeline.comparison_rows import candidates_for, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
 from qpruner.pipeline.finetune import Finetune, finetune_jobs, row_set_aside_if_damaged
 from qpruner.pipeline.flow import run_stage
 from qpruner.runs.events import Event, StageSkipped
-from qpruner.runs.records import (
-    CandidateRecord,
-    EvalRecord,
-    FinetuneRecord,
-    RowScores,
-    TaskScore,
-)
+from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, RowScores, TaskScore
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest, write_json
 
