@@ -265,7 +265,9 @@ class Search(Stage[SearchRecord]):
             if self.given:
                 finalists = finalists_beside(usable, self.given, known)
             else:
-                finalists = choose_finalists([trial for trial in usable if may_win(trial, job)], job)
+                # A plan that was given in place of an earlier search may not win.
+                mine = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
+                finalists = choose_finalists(mine, job)
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
@@ -289,11 +291,6 @@ class Search(Stage[SearchRecord]):
 def plan_of(trial: TrialRecord) -> PrecisionPlan:
     """Return the plan of a trial."""
     return PrecisionPlan.from_dict(trial.plan)
-
-
-def may_win(trial: TrialRecord, job: SearchJob) -> bool:
-    """Whether a trial may win: a plan that was given in place of an earlier search may not."""
-    return not trial.is_given or job.control_of(plan_of(trial)) is not None
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
