@@ -158,14 +158,11 @@ def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> 
     kept = _fitting(scratch, inputs, levels)
     for name in set(files_in(scratch)) - {*kept, store.INDEX}:
         remove(scratch / name)
-    if scratch == bank:  # as at a URI
-        return kept
-    for name, entry in _fitting(bank, inputs, levels).items():
-        if name not in kept:
-            kept[name] = entry
-            (scratch / name).parent.mkdir(exist_ok=True)
-            (scratch / name).hardlink_to(bank / name)
-    return kept
+    earlier = {} if scratch == bank else _fitting(bank, inputs, levels)  # the same folder at a URI
+    for name in earlier.keys() - kept.keys():
+        (scratch / name).parent.mkdir(exist_ok=True)
+        (scratch / name).hardlink_to(bank / name)
+    return earlier | kept
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.pipeline.comparison_rows import JobProgress, candidates_for, gpus_held, untuned_candidates, worker_jobs
+from qpruner.pipeline.comparison_rows import candidates_for, gpus_held, job_progress, untuned_candidates, worker_jobs
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
 from qpruner.report.results import BASE, SEARCHED
@@ -117,10 +117,8 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
         tasks, resources, concurrent = worker_jobs(context, left, text=text)
         signs = [job.scoring_progress for job in left]
         for_each(remove, signs)  # of a session that was interrupted
-        progress = JobProgress(stage, signs, len(jobs), "answers")
-        for position, scored in context.run_tasks(
-            evaluate_candidate, tasks, resources, concurrent, on_tick=progress.tell
-        ):
+        on_tick = job_progress(stage, signs, len(jobs), "answers")
+        for position, scored in context.run_tasks(evaluate_candidate, tasks, resources, concurrent, on_tick=on_tick):
             job = left[position]
             record = RowScores(
                 digest=digest,
@@ -153,9 +151,9 @@ def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[Infe
     signs = context.run_dir.candidates / "turns"
     task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
     remove(signs)  # of an earlier command
-    told = {"on_tick": JobProgress(stage, [signs], 1, "memory and tokens a second").tell}
+    on_tick = job_progress(stage, [signs], 1, "memory and tokens a second")
     [(_, (setting, found))] = context.run_tasks(
-        measure_inference, [task], resources, 1, fresh=True, on_held=context.gpu_time.add, **told
+        measure_inference, [task], resources, 1, fresh=True, on_tick=on_tick, on_held=context.gpu_time.add
     )
     folders = zip(models.values(), found, strict=True)
     return setting, {job.folder: taken for same, taken in folders for job in same}

@@ -13,11 +13,11 @@ from qpruner.cluster.slots import worker_resources
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.comparison_rows import (
-    JobProgress,
     RowJob,
     distinct,
     gpus_held,
     job_keys,
+    job_progress,
     jobs_of,
     winner_row,
     worker_jobs,
@@ -66,11 +66,6 @@ class Finetune(Stage[FinetuneRecord]):
         """The winner under the first training seed."""
         return jobs_of(self.context, [winner_row(self.context)])
 
-    @property
-    def _final(self) -> Path:
-        """Where people look for the model; the stage's own folder keeps nothing."""
-        return self.context.run_dir.root / "final"
-
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(SearchRecord).digest, job_keys(self.jobs))
 
@@ -87,7 +82,7 @@ class Finetune(Stage[FinetuneRecord]):
             )
 
     def begin(self) -> None:
-        final = self._final
+        final = self.context.run_dir.root / "final"
         if not (have_rows(self.jobs) and final in published_folders(final.parent) and self.is_whole(final)):
             self.context.forget(self.name)
 
@@ -103,8 +98,10 @@ class Finetune(Stage[FinetuneRecord]):
         [(_, winner)] = self.jobs
         context.forget(self.name)  # the folder that it vouches for is about to be written over
         before = context.gpu_time.seconds
+        # Where people look for the model; the stage's own folder keeps nothing.
+        write = partial(write_final, self.config, winner, context.run_dir.root / "final")
         with row_set_aside_if_damaged(context.run_dir, self.name):
-            context.executor.run(partial(write_final, self.config, winner, self._final), context.emit)
+            context.executor.run(write, context.emit)
         context.executor.close()
         # The fine-tune may be one of an earlier session.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
@@ -142,8 +139,8 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
             stage.tell(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it")
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
-        progress = JobProgress(stage, [job.progress for job in left], len(models), "steps")
-        for position, outcome in _finetuned(context, left, progress.tell):
+        on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
+        for position, outcome in _finetuned(context, left, on_tick):
             job = left[position]
             record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
             write_json(job.folder / "record.json", record)

@@ -17,10 +17,10 @@ from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import (
-    JobProgress,
     Row,
     candidates_for,
     distinct,
+    job_progress,
     jobs_of,
     table_rows,
     untuned_candidates,
@@ -233,10 +233,10 @@ def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Pat
     """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
     events: list[Event] = []
     signs = [tmp_path / "a", tmp_path / "b"]
-    progress = JobProgress(Comparison(replace(context, emit=events.append)), signs, 3, "answers")
+    emit = job_progress(Comparison(replace(context, emit=events.append)), signs, 3, "answers")
     for a, b in ((None, None), ("2 8", None), ("2 8", None), ("8 8", "3"), ("8 8", "8 8")):
         for sign, text in zip(signs, (a, b), strict=True):
             if text:
                 sign.write_text(text)
-        progress.tell()
+        emit()
     assert progress_of(events, "comparison") == {"answers": [(10, 24), (16, 24), (24, 24)]}
