@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.pipeline.comparison_rows import worker_jobs
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
@@ -48,7 +49,7 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
+from qpruner.training.table_rows import Candidate, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
@@ -360,8 +361,8 @@ def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: Sear
     context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
     if left:
-        resources, concurrent = context.task_resources(len(left))
-        jobs = [_confirmation_job(context, finalists[at], job, int(resources.get("cpu", 1))) for at in left]
+        candidates = [_candidate(context, finalists[position], job) for position in left]
+        jobs, resources, concurrent = worker_jobs(context, candidates)
         held: list[float] = []
         for number, score in context.run_tasks(confirm_trial, jobs, resources, concurrent, on_held=held.append):
             position = left[number]
@@ -371,12 +372,11 @@ def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: Sear
     return [found[position] for position in range(len(finalists))]
 
 
-def _confirmation_job(context: Context, trial: TrialRecord, job: SearchJob, threads: int) -> ConfirmationJob:
+def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidate:
     checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
     assert checkpoint is not None, "a finished trial has a checkpoint"
     seed = context.config.seed
-    candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
-    return ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads)
+    return Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:

@@ -16,15 +16,10 @@ from qpruner.plans.plan import PrecisionPlan
 
 
 def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> PrecisionPlan:
-    """Read a plan.
-
-    Args:
-        path: YAML or JSON: bits by group, or an object with such a mapping under `plan`.
-        groups: The model's groups; the file must name each of them.
-        levels: The bit-widths a group may take.
+    """Read a plan: YAML or JSON with bits by group, or an object with such a mapping under `plan`.
 
     Raises:
-        PlanRefused: With every problem found.
+        PlanRefused: With every problem found: each of the model's `groups` must have one of `levels`, and no other.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
@@ -32,13 +27,10 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
         raise PlanRefused(f"{path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlanRefused(f"{path} cannot be read as YAML or JSON: {error}; `qpruner plan RUN` prints one") from error
-    if raw is None:
-        raise PlanRefused(f"{path} is empty; `qpruner plan RUN > {path.name}` makes one")
     bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(bits, dict):
-        raise PlanRefused(
-            f"{path} must map every group to its bits, got {type(bits).__name__}; `qpruner plan RUN` prints one"
-        )
+        got = "an empty file" if raw is None else type(bits).__name__
+        raise PlanRefused(f"{path} must map every group to its bits, got {got}; `qpruner plan RUN` prints one")
     problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
     if problems:
         raise PlanRefused(f"{path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -46,11 +38,7 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
 
 
 def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
-    """Refuse a file's plan over the budget.
-
-    Raises:
-        PlanRefused: With both sizes.
-    """
+    """Refuse a file's plan over the budget."""
     if plan_bytes > budget_bytes:
         size, budget = plan_bytes / 1e6, budget_bytes / 1e6
         decimals = 2 if plan_bytes - budget_bytes > 1e6 else 4

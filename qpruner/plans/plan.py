@@ -71,11 +71,7 @@ class LinearShape:
 def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quant: bool) -> int:
     """Count the bytes of one linear layer's packed weight, its scales and code tables included (bias excluded).
 
-    Args:
-        linear: The layer.
-        bits: 4 (NF4), 8 (LLM.int8) or 16 (unquantized).
-        element_bytes: Bytes of one unquantized weight.
-        double_quant: Whether the 4-bit scales are quantized themselves.
+    At 4 bits (NF4), 8 (LLM.int8) or 16 (unquantized); `element_bytes` is the size of an unquantized weight.
     """
     if bits == FULL_BITS:
         return linear.num_weights * element_bytes
@@ -99,13 +95,10 @@ WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly where
 
 
 def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
-    """Check that no 4-bit layer has a width that bitsandbytes' CPU kernel decodes wrongly.
+    """Refuse a 4-bit layer of a width that bitsandbytes' CPU kernel decodes wrongly.
 
     Measured with bitsandbytes 0.50.2 on AVX512: where the number of columns is a multiple of 16 but not of 64, the
     kernel takes scales of the wrong blocks, and the relative error of a random weight is 0.25 instead of 0.09.
-
-    Raises:
-        UserError: Naming the layer, its width and the remedy.
     """
     for linear in linears:
         if decodes_wrongly(linear.columns):
@@ -204,12 +197,6 @@ class Layout:
         total = sum(group.num_weights for group in self.groups)
         return sum(group.num_weights * bits for group, bits in zip(self.groups, plan.bits, strict=True)) / total
 
-    def bits_by_linear(self, plan: PrecisionPlan) -> dict[str, int]:
-        """Return the bit-width of each linear layer, by its full module path."""
-        return {
-            linear.name: bits for group, bits in zip(self.groups, plan.bits, strict=True) for linear in group.linears
-        }
-
 
 @dataclass(frozen=True)
 class PlanSpace:
@@ -257,12 +244,8 @@ class PlanSpace:
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
         """Return the feasible plan with the largest summed gain: a multiple-choice knapsack, solved exactly.
 
-        Args:
-            gains: ``(groups, levels)``: what giving a group that level is worth.
-
-        Raises:
-            ValueError: If even the lowest levels are over the budget.
-            SolverFailed: If the solver ended without an answer.
+        `gains` ``(groups, levels)`` are what giving a group that level is worth. `ValueError` if even the lowest levels
+        are over the budget, `SolverFailed` if the solver ended without an answer.
         """
         plan = self._solve(gains, avoid=())
         if plan is None:
@@ -273,9 +256,6 @@ class PlanSpace:
         """Return the feasible plan not in ``avoid`` that agrees with ``plan`` in the most groups.
 
         Ties go to the plan that keeps more bytes. Returns None when every feasible plan is to be avoided.
-
-        Raises:
-            SolverFailed: If the solver ended without an answer.
         """
         known = set(avoid)
         if self.is_feasible(plan) and plan not in known:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.data.losses import Rows, mean_loss
+from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import plan_assembler
 from qpruner.runs.records import RungResult
 from qpruner.runs.storage import fetch, working_folder
 from qpruner.search.trial_records import Progress, Report, TrialJob
-from qpruner.training.evaluate import mean_accuracy, score_tasks
+from qpruner.training.evaluate import score_tasks
 from qpruner.training.finetune import Listener, Schedule, finetune
 
 
@@ -36,14 +38,8 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 
     checkpoint = fetch(materials.checkpoint, moved)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    assembler = plan_assembler(
-        checkpoint,
-        materials.bank,
-        config.quantize.group,
-        config.model.dtype,
-        config.quantize.double_quant,
-        config.lora,
-    )
+    quantize, dtype = config.quantize, config.model.dtype
+    assembler = plan_assembler(checkpoint, materials.bank, quantize.group, dtype, quantize.double_quant, config.lora)
     peft_model = assembler.model(job.plan, config.seed, moved)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))
@@ -69,36 +65,22 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
     passes = peft_model.register_forward_pre_hook(lambda *_: progress(done))
     with working_folder("qpruner-trial-") as work, contextlib.ExitStack() as hooks:
         hooks.callback(passes.remove)
-        finetune(
-            peft_model,
-            load_encoded(materials.data / "train"),
-            config.training,
-            Schedule(steps=config.search.steps, rungs=config.search.rungs),
-            work,
-            config.seed,
-            pad_id,
-            start=start,
-            listener=Listener(on_rung=on_rung, on_step=on_step),
-        )
+        schedule, listener = Schedule(config.search.steps, rungs=config.search.rungs), Listener(on_rung, on_step)
+        train = load_encoded(materials.data / "train")
+        finetune(peft_model, train, config.training, schedule, work, config.seed, pad_id, start, listener)
 
 
 def score(
-    model: torch.nn.Module, tokenizer: object, validation: Rows, config: RunConfig, step: int, train_loss: float
+    model: torch.nn.Module, tokenizer: Any, validation: Rows, config: RunConfig, step: int, train_loss: float
 ) -> RungResult:
     """Score a rung: the validation loss and, if the search has tasks, their mean accuracy."""
+    search, settings = config.search, config.evaluate
     # Scoring must not change the random state of dropout and data order.
     with torch.random.fork_rng():
-        loss = mean_loss(model, validation, int(tokenizer.pad_token_id), config.evaluate.batch_size).mean  # type: ignore[attr-defined]
-        if not config.search.tasks:
-            return RungResult(step=step, loss=loss, train_loss=train_loss)
-        scores = score_tasks(
-            model,  # type: ignore[arg-type]
-            tokenizer,  # type: ignore[arg-type]
-            config.search.tasks,
-            config.evaluate.include_path,
-            config.search.limit,
-            config.evaluate.batch_size,
-            metric=config.search.named_metric,
-        )
-    accuracy, stderr = mean_accuracy(scores)
-    return RungResult(step=step, loss=loss, accuracy=accuracy, accuracy_stderr=stderr, train_loss=train_loss)
+        loss = mean_loss(model, validation, int(tokenizer.pad_token_id), settings.batch_size).mean
+        result = RungResult(step=step, loss=loss, train_loss=train_loss)
+        if not search.tasks:
+            return result
+        scores = score_tasks(model, tokenizer, search.tasks, settings, search.limit, metric=search.named_metric)
+    accuracy, stderr = over_tasks([each.correct for each in scores])
+    return result.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})

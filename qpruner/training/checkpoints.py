@@ -76,12 +76,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Whether a checkpoint is not as it was saved; one whose process was killed before it listed the files is not."""
+    """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
     try:
         verify_folder(checkpoint)
+        return False
     except CorruptFile:
         return True
-    return False
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
@@ -101,7 +101,10 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
             for old in set(folder.glob(f"*{FILES}")) - {list_path(checkpoint)}:
                 old.unlink()
             share_files(checkpoint)
-            write_text(list_path(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
+            # Each worker has its own random state, and may save it later.
+            digests = folder_digests(checkpoint).items()
+            found = {name: digest for name, digest in digests if not name.startswith("rng_state")}
+            write_text(list_path(checkpoint), FileList(sha256=found).model_dump_json())
         return
     if share.processes > 1:
         distributed.barrier()  # each has saved its random state
@@ -112,11 +115,6 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    """Digest what a fine-tune resumes from; each worker has its own random state, and may save it later."""
-    return {name: digest for name, digest in folder_digests(checkpoint).items() if not name.startswith("rng_state")}
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
@@ -131,11 +129,7 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved adapter weights into a model that has adapters.
-
-    Raises:
-        CorruptFile: If the file is missing or cut short.
-    """
+    """Load saved adapter weights into a model that has adapters; `CorruptFile` if they are missing or cut short."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

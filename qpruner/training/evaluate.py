@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import logging
@@ -10,17 +11,14 @@ import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-from qpruner.config.schema import AccuracyMetric
+from qpruner.config.schema import AccuracyMetric, EvaluateConfig
 from qpruner.data import measures
 from qpruner.data.calibration import OnProgress
 from qpruner.data.sources import cause_of
 from qpruner.errors import UserError
 from qpruner.runs.records import MetricScore, TaskScore
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS: tuple[str, ...] = get_args(AccuracyMetric)
 """In order of preference."""
@@ -35,55 +33,44 @@ class TaskQuestions:
 
 
 def score_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     tasks: Sequence[str],
-    include_path: str | None,
+    settings: EvaluateConfig,
     limit: int | None,
-    batch_size: int,
     num_fewshot: int = 0,
     skip: int = 0,
     metric: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
-    """Run lm-eval on a model in memory.
+    """Run lm-eval on a model in memory, with or without adapters.
 
-    Args:
-        model: The model, with or without adapters.
-        tokenizer: Its tokenizer.
-        tasks: Task or group names.
-        include_path: Folder of further task files.
-        limit: Questions of each task, all if None.
-        batch_size: Requests per forward pass.
-        num_fewshot: Worked examples before each question.
-        skip: Questions of each task before those; every task must have more.
-        metric: The metric of every `TaskScore`; None takes the first of `METRICS` that the task reports.
-        on_progress: Called with answered and all requests (a question's choices, or a generation).
-
-    Returns:
-        One score a task (the subtasks of a group one by one), with every metric that it reports.
+    `skip` and `limit` choose questions of each task, all after the first `skip` (every task must have more) if `limit`
+    is None. `metric` None takes the first of `METRICS` that a task reports. `on_progress` gets answered and all
+    requests (a question's choices, or a generation). Returns one score a task (the subtasks of a group one by one).
     """
     from lm_eval import simple_evaluate
 
+    manager, samples = _task_manager(settings.include_path, tuple(tasks)), None
+    if skip:
+        stop, loaded = None if limit is None else skip + limit, manager.load(list(tasks))["tasks"]
+        samples = {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
+    # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
+    options = {"pretrained": model, "batch_size": settings.batch_size, "softmax_dtype": "float32"}
     was_training = model.training
     model.eval()
     results: Any = simple_evaluate(
-        # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
-        model=_counting_model(on_progress)(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
-        ),
+        model=_counting_model(on_progress)(tokenizer=tokenizer, **options),
         tasks=list(tasks),
-        task_manager=_task_manager(include_path, tuple(tasks)),
+        task_manager=manager,
         num_fewshot=num_fewshot,
         limit=None if skip else limit,
-        samples=_positions(tasks, include_path, skip, limit) if skip else None,
+        samples=samples,
         bootstrap_iters=0,
         log_samples=True,
     )
     model.train(was_training)
-    return tuple(
-        _score(task, samples, results["results"][task], metric) for task, samples in results["samples"].items()
-    )
+    return tuple(_score(task, logged, results["results"][task], metric) for task, logged in results["samples"].items())
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
@@ -139,22 +126,10 @@ def _counting_model(on_progress: OnProgress) -> Any:
     return CountingModel
 
 
-def mean_accuracy(scores: Sequence[TaskScore]) -> measures.Estimate:
-    """Average the tasks' scores, unweighted, with the standard error."""
-    return measures.over_tasks([score.correct for score in scores])
-
-
 def task_questions(
     tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
 ) -> dict[str, TaskQuestions]:
-    """Load the first `limit` questions of each task.
-
-    Args:
-        tasks: Task or group names.
-        include_path: Folder of further task files.
-        key: Configuration key of the tasks, for errors.
-        limit: All if None.
-        metric: That of `search.metric`; None takes the first of `METRICS` that each task reports.
+    """Load the first `limit` questions of each task; `key` of the configuration names the tasks.
 
     Raises:
         UserError: For an unknown task, one whose rows cannot be loaded, or one that does not report the metric.
@@ -168,13 +143,11 @@ def task_questions(
             "mend the task's file or data, mind the network where they are on the hub, or name another task"
         ) from error
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
-    questions: dict[str, TaskQuestions] = {}
+    questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
     for name, task in loaded.items():
-        texts = []
         for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
             _check_answer(task, doc, f"`{key}`: question {number} of task `{name}`")
-            texts.append(_question(task, doc))
-        questions[name] = TaskQuestions(texts, used[name])
+            questions[name].texts.append(_question(task, doc))
     return questions
 
 
@@ -212,16 +185,7 @@ def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
             )
 
 
-def _positions(tasks: Sequence[str], include_path: str | None, skip: int, limit: int | None) -> dict[str, list[int]]:
-    """List at most `limit` positions of each task's questions after the first `skip`."""
-    loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
-    stop = None if limit is None else skip + limit
-    return {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
-
-
 def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:
-    import difflib
-
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
     listed = f"`lm_eval ls tasks{folder}` lists the known ones"
@@ -266,9 +230,7 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
         by_filter.setdefault(sample["filter"], []).append(sample)
     keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
     metrics = {
-        _full_name(metric, name): _metric_score(
-            aggregated[f"{metric},{name}"], [sample[metric] for sample in by_filter[name]]
-        )
+        _full_name(metric, name): _metric_score(aggregated[f"{metric},{name}"], metric, by_filter[name])
         for metric, name in keys
     }
     metric = _used_metric(task, dict(keys), wanted, "tasks")
@@ -292,8 +254,9 @@ def _full_name(metric: str, name: str) -> str:
     return metric if name == "none" else f"{metric},{name}"
 
 
-def _metric_score(value: float, values: Sequence[Any]) -> MetricScore:
+def _metric_score(value: float, metric: str, samples: list[dict[str, Any]]) -> MetricScore:
     """Add a standard error to lm-eval's value if it is the mean of numbers, one a question."""
+    values = [sample[metric] for sample in samples]
     if all(isinstance(each, int | float) for each in values):
         mean, stderr = measures.over_questions(values)
         if math.isclose(mean, value):

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,8 +81,7 @@ class Share:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
 
-@dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(NamedTuple):
     """Steps taken and the loss of the last one, in nats per token."""
 
     steps: int
@@ -101,19 +100,11 @@ def finetune(
     listener: Listener | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train the adapters in place.
+    """Train the adapters that `attach_adapters` made in place.
 
-    Args:
-        model: What `attach_adapters` made.
-        rows: Encoded training rows, the same in every process.
-        settings: Optimizer settings; `batch_size` is that of all processes together.
-        schedule: Length, rungs and checkpoints.
-        output: Folder for checkpoints.
-        seed: Seeds data order and dropout.
-        pad_id: Padding token.
-        start: A checkpoint of this very training to resume from; of several processes the first one's counts.
-        listener: Callbacks for steps, checkpoints and rungs.
-        callbacks: Further callbacks of transformers.
+    `rows` are the same in every process, `settings.batch_size` is that of all processes together, and `seed` that of
+    data order and dropout. `start` is a checkpoint of this very training to resume from; of several processes the first
+    one's counts. Checkpoints go to `output`.
 
     Raises:
         TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
@@ -122,7 +113,8 @@ def finetune(
     share = Share.own()
     batches = _Batches(row_lengths(rows), settings, seed, share)
     listener = listener or Listener()
-    callback = _Callback(schedule.rungs, listener, math.log(_vocabulary(model)), batches)
+    vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
+    callback = _Callback(schedule.rungs, listener, math.log(vocabulary), batches)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = _Trainer(
@@ -232,21 +224,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         )
 
 
-def _vocabulary(model: PeftModel) -> int:
-    return int(model.get_base_model().get_input_embeddings().weight.shape[0])
-
-
 def _arguments(
     settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
 ) -> TrainingArguments:
-    length: dict[str, Any] = (
-        {"max_steps": schedule.steps} if schedule.steps is not None else {"num_train_epochs": schedule.epochs}
-    )
-    saving: dict[str, Any] = (
-        {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
-        if schedule.save_steps
-        else {"save_strategy": "no"}
-    )
+    # Of the length, the other stays transformers' default.
+    length = {"max_steps": schedule.steps, "num_train_epochs": schedule.epochs}
+    saving = {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
+    chosen: dict[str, Any] = saving if schedule.save_steps else {"save_strategy": "no"}
+    chosen |= {name: value for name, value in length.items() if value is not None}
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.micro_batch_size,
@@ -272,8 +257,7 @@ def _arguments(
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
-        **length,
-        **saving,
+        **chosen,
     )
 
 
@@ -284,10 +268,8 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float, batches: _Batches) -> None:
-        self.rungs = frozenset(rungs)
-        self.listener = listener
-        self.blind_loss = blind_loss
-        self.batches = batches
+        self.rungs, self.listener = frozenset(rungs), listener
+        self.blind_loss, self.batches = blind_loss, batches
         self.train_loss = math.nan
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -300,11 +282,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Report a step, or stop the run.
-
-        Raises:
-            TrainingDiverged: See `finetune`.
-        """
+        """Report a step, or stop the run by `TrainingDiverged`, see `finetune`."""
         if not logs or "loss" not in logs:
             return
         self.train_loss = float(logs["loss"])

@@ -23,18 +23,11 @@ WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Tokens a second, of all sequences of the batch together."""
+class Turn:
+    """One generation of one sequence: tokens a second, peak memory with the model's own, and what that counts."""
 
     prefill: float
     decode: float
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One generation of one sequence: its speed, its peak memory with the model's own, and what that counts."""
-
-    speed: Speed
     memory_bytes: int
     memory_counter: str
 
@@ -46,15 +39,14 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         self.seconds: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Record a token's time."""
         self.seconds.append(time.perf_counter())  # the tokens are on the CPU, so the GPU has done its part
 
     def end(self) -> None:
-        """Do nothing."""
+        pass
 
 
-def generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> Speed:
-    """Generate `num_tokens` (2 at least) greedily after prompts ``(batch, seq)``; the first one belongs to prefill."""
+def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> tuple[float, float]:
+    """Generate 2 or more tokens greedily; return tokens a second of prefill, with the first one, and of decode."""
     clock = _Clock()
     model.generate(
         input_ids=prompt,
@@ -65,7 +57,7 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> S
         streamer=clock,
     )
     started, read, *_, written = clock.seconds
-    return Speed(prompt.numel() / (read - started), len(prompt) * (num_tokens - 1) / (written - read))
+    return prompt.numel() / (read - started), (num_tokens - 1) / (written - read)
 
 
 def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Turn:
@@ -79,7 +71,7 @@ def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Tur
     read_weights(model)
     memory = PeakMemory()
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_bytes(model)
-    generate(model, ids[:, :WARM_UP_TOKENS], 2)
-    speed = generate(model, ids, num_tokens)
+    _generate(model, ids[:, :WARM_UP_TOKENS], 2)
+    prefill, decode = _generate(model, ids, num_tokens)
     counter = "tensors of the model, and " + memory.counter
-    return Turn(speed, held + memory.bytes(), memory.counter if torch.cuda.is_available() else counter)
+    return Turn(prefill, decode, held + memory.bytes(), memory.counter if torch.cuda.is_available() else counter)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
@@ -79,7 +79,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A row and what a worker needs for it; `text` is held-out text in windows, for `evaluate_candidate`."""
+    """A row and what a worker needs for it; `text` is held-out text in windows, for `evaluate_candidate`.
+
+    For `confirm_trial` the row is a finished trial, and its folder that of the trial's last checkpoint.
+    """
 
     config: RunConfig
     candidate: Candidate
@@ -109,10 +112,8 @@ class FinetuneOutcome:
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     """Fine-tune a row from its LoftQ start on all training rows and save the adapter; resumes from a checkpoint.
 
-    Checkpoints stay until the driver has recorded the outcome.
-
-    Raises:
-        TakenOver: If another process has started the same fine-tune, before anything more is written.
+    Checkpoints stay until the driver has recorded the outcome. `TakenOver` is raised before anything more is written if
+    another process has started the same fine-tune.
     """
     # Imported before memory is measured: the rise should be the model's, not the libraries'.
     import peft  # noqa: F401
@@ -128,7 +129,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     config, candidate = job.config, job.candidate
     train, validation = (load_encoded(job.data / name) for name in ("train", "validation"))
     judging = load_confirmation(job.data, "judge")
-    pad_id = _pad_id(candidate)
+    pad_id = int(_tokenizer(candidate).pad_token_id)
     ownership = Ownership(candidate.owner)
     is_first = Share.own().rank == 0
     if is_first:
@@ -163,28 +164,21 @@ def _train(
     from qpruner.training.finetune import Listener, Schedule, Share, finetune
     from qpruner.training.tracked_finetune import tracked
 
-    candidate, settings = job.candidate, job.config.finetune
+    candidate, config, settings = job.candidate, job.config, job.config.finetune
     assert candidate.seed is not None
     checkpoints, progress = candidate.checkpoints, ProgressFile(candidate.progress)
-    trackers = job.trackers if Share.own().rank == 0 else None
+    schedule = Schedule(settings.steps, settings.epochs, save_steps=settings.save_steps)
+    listener = Listener(
+        on_step=lambda step, total, loss: progress.write(step, total),
+        before_save=ownership.check,
+        on_save=lambda checkpoint: keep_checkpoint(checkpoint, checkpoints, ownership),
+    )
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
-    with tracked(trackers, candidate.label, about) as logged:
+    work, start = staging_path(checkpoints), latest_checkpoint(checkpoints)
+    with tracked(job.trackers if Share.own().rank == 0 else None, candidate.label, about) as logged:
         result = finetune(
-            model,
-            rows,
-            job.config.training,
-            Schedule(settings.steps, settings.epochs, save_steps=settings.save_steps),
-            staging_path(checkpoints),
-            candidate.seed,
-            pad_id,
-            start=latest_checkpoint(checkpoints),
-            listener=Listener(
-                on_step=lambda step, total, loss: progress.write(step, total),
-                before_save=ownership.check,
-                on_save=lambda checkpoint: keep_checkpoint(checkpoint, checkpoints, ownership),
-            ),
-            callbacks=[logged],
+            model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
         )
     return result, tuple(logged.errors)
 
@@ -199,14 +193,9 @@ class Evaluation:
 
 
 def evaluate_candidate(job: CandidateJob) -> Evaluation:
-    """Score a row on held-out tasks and text.
-
-    Raises:
-        CorruptFile: If the row was fine-tuned and its adapter cannot be read.
-    """
+    """Score a row on held-out tasks and text; `CorruptFile` if it was fine-tuned and its adapter cannot be read."""
     from qpruner.data.encoding import load_encoded
     from qpruner.data.losses import mean_loss
-    from qpruner.models.loading import load_tokenizer
     from qpruner.training.evaluate import score_tasks
 
     started = time.monotonic()
@@ -215,27 +204,20 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     model = build(job.config, candidate)
     if candidate.seed is not None:
         load_adapter(model, candidate.adapter)
-    loss = None
+    tokenizer, loss = _tokenizer(candidate), None
     if job.text:
-        loss = mean_loss(model, load_encoded(job.text), _pad_id(candidate), settings.batch_size).mean
-    scores = score_tasks(
-        model,  # type: ignore[arg-type]
-        load_tokenizer(str(fetch(candidate.checkpoint))),
-        settings.tasks,
-        settings.include_path,
-        settings.limit,
-        settings.batch_size,
-        settings.num_fewshot,
-        on_progress=ProgressFile(candidate.scoring_progress).write,
-    )
+        loss = mean_loss(model, load_encoded(job.text), int(tokenizer.pad_token_id), settings.batch_size).mean
+    report = ProgressFile(candidate.scoring_progress).write
+    few, limit = settings.num_fewshot, settings.limit
+    scores = score_tasks(model, tokenizer, settings.tasks, settings, limit, few, on_progress=report)
     return Evaluation(scores, loss, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """Fine-tuned rows of different models that take turns in one process.
+    """Fine-tuned rows of different models that take turns in one process; `progress` is a file for `done total`.
 
-    The prompt is the beginning of the confirmation rows in `data`; `progress` is a file for `done total` of the turns.
+    The prompt is the beginning of the confirmation rows in `data`.
     """
 
     config: RunConfig
@@ -246,10 +228,7 @@ class InferenceJob:
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of each row's model.
-
-    Rows of one checkpoint should follow one another: only their groups are exchanged.
-    """
+    """Measure memory and speed of each row's model; of rows of one checkpoint in a row, only groups are exchanged."""
     import torch
 
     from qpruner.data.encoding import load_encoded
@@ -268,34 +247,21 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
         turns[position].append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
         progress.write(turn + 1, num_turns)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core")
+    counter = turns[0][0].memory_counter
     setting = InferenceSetting(
-        device=device,
-        prompt_tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-        memory_counter=turns[0][0].memory_counter,
+        device=device, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, memory_counter=counter
     )
     return setting, [
         Inference(
             memory_bytes=max(turn.memory_bytes for turn in taken),
-            prefill_tokens_per_second=tuple(turn.speed.prefill for turn in taken),
-            decode_tokens_per_second=tuple(turn.speed.decode for turn in taken),
+            prefill_tokens_per_second=tuple(turn.prefill for turn in taken),
+            decode_tokens_per_second=tuple(turn.decode for turn in taken),
         )
         for taken in turns
     ]
 
 
-@dataclass(frozen=True)
-class ConfirmationJob:
-    """A finished trial to be scored on the confirmation rows that choose."""
-
-    config: RunConfig
-    candidate: Candidate
-    checkpoint: Path
-    data: Path
-    threads: int
-
-
-def confirm_trial(job: ConfirmationJob) -> FinalistScore:
+def confirm_trial(job: CandidateJob) -> FinalistScore:
     """Score a trial's last rung on what no trial was scored on.
 
     These are the confirmation rows that choose and, where accuracy is searched, as many questions again of every task,
@@ -303,30 +269,22 @@ def confirm_trial(job: ConfirmationJob) -> FinalistScore:
     """
     from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
-    from qpruner.models.loading import load_tokenizer
-    from qpruner.training.evaluate import mean_accuracy, score_tasks
+    from qpruner.data.measures import over_tasks
+    from qpruner.training.evaluate import score_tasks
 
     _start(job.threads)
     model = build(job.config, job.candidate)
-    load_adapter(model, job.checkpoint)
-    search, settings = job.config.search, job.config.evaluate
+    load_adapter(model, job.candidate.folder)
+    search, settings, tokenizer = job.config.search, job.config.evaluate, _tokenizer(job.candidate)
     rows = load_confirmation(job.data, "choose")
-    loss = mean_loss(model, rows, _pad_id(job.candidate), settings.batch_size)
+    loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
     score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
     if search.metric == "loss":
         return score
-    assert search.limit is not None
-    scores = score_tasks(
-        model,  # type: ignore[arg-type]
-        load_tokenizer(str(fetch(job.candidate.checkpoint))),
-        search.tasks,
-        settings.include_path,
-        search.limit,
-        settings.batch_size,
-        skip=search.limit,
-        metric=search.named_metric,
-    )
-    accuracy, stderr = mean_accuracy(scores)
+    limit, metric = search.limit, search.named_metric
+    assert limit is not None
+    scores = score_tasks(model, tokenizer, search.tasks, settings, limit, skip=limit, metric=metric)
+    accuracy, stderr = over_tasks([each.correct for each in scores])
     return score.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})
 
 
@@ -355,10 +313,10 @@ class ProgressFile:
             write_progress(self._path, f"{done} {total}")
 
 
-def _pad_id(candidate: Candidate) -> int:
+def _tokenizer(candidate: Candidate) -> Any:
     from qpruner.models.loading import load_tokenizer
 
-    return int(load_tokenizer(str(fetch(candidate.checkpoint))).pad_token_id)
+    return load_tokenizer(str(fetch(candidate.checkpoint)))
 
 
 def _rounded(loss: LossResult) -> tuple[float, ...]:

@@ -13,48 +13,39 @@ from transformers.integrations import MLflowCallback, WandbCallback
 
 from qpruner.training.trackers import Guard, Trackers
 
+Row = tuple[TrainerCallback, Callable[[], object]]
+"""A tracker's callback, and what closes its row."""
+
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
     """Passes a training loop's logs to the trackers; models and checkpoints are not uploaded.
 
-    Attributes:
-        errors: Why a tracker did not get all logs, one line each.
+    `errors` has a line for every tracker that did not get all logs.
     """
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self._rows: list[tuple[Guard, TrainerCallback, Callable[[], object]]] = []
+        self.rows: list[tuple[Guard, TrainerCallback, Callable[[], object]]] = []
 
     def open(self, tracker: str, trackers: Trackers, label: str, about: Mapping[str, Any]) -> None:
         """Open a row of one tracker."""
         guard = Guard(tracker, self.errors.append)
-        guard.run(lambda: self._rows.append((guard, *ROWS[tracker](trackers, label, about))))
+        guard.run(lambda: self.rows.append((guard, *ROWS[tracker](trackers, label, about))))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass the event on."""
-        for guard, row, _ in self._rows:
+        for guard, row, _ in self.rows:
             guard.run(partial(row.on_train_begin, args, state, control, **kwargs))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass the event on."""
-        for guard, row, _ in self._rows:
+        for guard, row, _ in self.rows:
             guard.run(partial(row.on_log, args, state, control, **kwargs))
-
-    def close(self) -> None:
-        """Close the rows."""
-        for guard, _, close in self._rows:
-            guard.run(close)
 
 
 @contextmanager
 def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Log the fine-tune inside to the trackers, if there are any.
-
-    Args:
-        trackers: Those of the run.
-        label: Name of the row.
-        about: Parameters of the row.
-    """
+    """Log the fine-tune inside to the run's trackers, in rows of this label with these parameters."""
     callback = Tracked()
     if trackers:
         os.environ.update(trackers.environment)
@@ -63,21 +54,18 @@ def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> 
     try:
         yield callback
     finally:
-        callback.close()
+        for guard, _, close in callback.rows:
+            guard.run(close)
 
 
-def _wandb_row(
-    trackers: Trackers, label: str, about: Mapping[str, Any]
-) -> tuple[TrainerCallback, Callable[[], object]]:
+def _wandb_row(trackers: Trackers, label: str, about: Mapping[str, Any]) -> Row:
     import wandb
 
     wandb.init(name=label, config=dict(about), **trackers.wandb_settings("fine-tune"))
     return WandbCallback(), wandb.finish
 
 
-def _mlflow_row(
-    trackers: Trackers, label: str, about: Mapping[str, Any]
-) -> tuple[TrainerCallback, Callable[[], object]]:
+def _mlflow_row(trackers: Trackers, label: str, about: Mapping[str, Any]) -> Row:
     import mlflow
 
     mlflow.set_tracking_uri(trackers.tracking_uri)

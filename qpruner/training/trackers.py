@@ -15,13 +15,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qpruner.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["trial", "fine-tune"]
 
 PREFIXES = ("WANDB_", "MLFLOW_", "DATABRICKS_")
 DEFAULTS = {
@@ -37,19 +35,12 @@ half a minute, not several, for a server that is away."""
 
 @dataclass(frozen=True)
 class Trackers:
-    """The trackers of one run.
+    """The trackers of one run."""
 
-    Attributes:
-        names: `wandb`, `mlflow`.
-        run: The run folder's name.
-        folder: Where `wandb` keeps its files, unless WANDB_DIR says so.
-        environment: The trackers' variables, keys among them: never shown.
-    """
-
-    names: tuple[str, ...]
-    run: str
-    folder: Path
-    environment: Mapping[str, str] = field(repr=False)
+    names: tuple[str, ...]  # `wandb`, `mlflow`
+    run: str  # the run folder's name
+    folder: Path  # where `wandb` keeps its files, unless WANDB_DIR says so
+    environment: Mapping[str, str] = field(repr=False)  # the trackers' variables, keys among them: never shown
 
     @property
     def tracking_uri(self) -> str:
@@ -61,7 +52,7 @@ class Trackers:
         """Return the name of MLflow's experiment."""
         return self.environment.get("MLFLOW_EXPERIMENT_NAME", self.run)
 
-    def wandb_settings(self, kind: Kind) -> dict[str, Any]:
+    def wandb_settings(self, kind: str) -> dict[str, Any]:
         """Return the arguments of `wandb.init` that all rows of a kind share."""
         return {
             "project": self.environment.get("WANDB_PROJECT", "qpruner"),
@@ -84,11 +75,13 @@ def check_trackers(names: tuple[str, ...]) -> dict[str, str]:
             )
         for variable, value in DEFAULTS.items():
             os.environ.setdefault(variable, value)
-    keys = {name: key for each in names for name, key in CHECKS[each]().items()}
+    if "mlflow" in names:
+        _check_mlflow()
+    keys = _wandb_key() if "wandb" in names else {}
     return {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)} | keys
 
 
-def _check_wandb() -> dict[str, str]:
+def _wandb_key() -> dict[str, str]:
     """Return the key of whoever has logged in here, for workers elsewhere."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return {}
@@ -103,7 +96,7 @@ def _check_wandb() -> dict[str, str]:
     return {"WANDB_API_KEY": key}
 
 
-def _check_mlflow() -> dict[str, str]:
+def _check_mlflow() -> None:
     from mlflow import MlflowClient
 
     place = os.environ.get("MLFLOW_TRACKING_URI")
@@ -116,31 +109,22 @@ def _check_mlflow() -> dict[str, str]:
         MlflowClient(tracking_uri=place).search_experiments(max_results=1)
     except Exception as error:  # of sqlalchemy, of requests, of its own
         raise UserError(
-            f"`trackers` names mlflow, and MLFLOW_TRACKING_URI, {without_key(place)}, does not work: {_line(error)}; "
+            f"`trackers` names mlflow, and MLFLOW_TRACKING_URI, {_without_key(place)}, does not work: {_line(error)}; "
             "see that it is right and the server is up, or leave mlflow out"
         ) from error
-    return {}
-
-
-CHECKS: dict[str, Callable[[], dict[str, str]]] = {"wandb": _check_wandb, "mlflow": _check_mlflow}
-
-
-def without_key(text: str) -> str:
-    """Remove user names and passwords from the URIs in a text."""
-    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def _line(error: Exception) -> str:
-    return without_key((str(error).strip().splitlines() or [type(error).__name__])[0])
+    """Return the first line of an error, without user names and passwords in URIs."""
+    return _without_key((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _without_key(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 class Guard:
-    """Stops logging to a tracker after its first error.
-
-    Args:
-        tracker: Its name.
-        on_error: Gets one line about the error.
-    """
+    """Stops logging to a tracker after its first error, of which `on_error` gets a line."""
 
     def __init__(self, tracker: str, on_error: Callable[[str], None]) -> None:
         self._tracker, self._on_error, self._has_failed = tracker, on_error, False

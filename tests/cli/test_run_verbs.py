@@ -466,7 +466,7 @@ def test_looking_at_a_run_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
         ({**dict.fromkeys(GROUPS, 4), "layers.5": 6}, "`layers.5` must have one of 4, 8 bits (`quantize.bits`), got 6"),
         ({**dict.fromkeys(GROUPS, 4), "layer.5": 4}, "`layer.5` is no group of this model; did you mean `layers.5`?"),
         (dict.fromkeys(GROUPS[1:], 4), "1 of 6 groups are missing: layers.0"),
-        (None, "is empty; `qpruner plan RUN > plan.yaml` makes one"),
+        (None, "must map every group to its bits, got an empty file; `qpruner plan RUN` prints one"),
         ([4, 4, 4, 4, 4, 4], "must map every group to its bits, got list; `qpruner plan RUN` prints one"),
     ],
 )

@@ -42,11 +42,3 @@ def test_the_hypervolume_is_botorchs(seed: int, budget: float) -> None:
     area = Hypervolume(corner).compute(-torch.tensor(points, dtype=torch.float64))
     assert area > 0.1
     assert hypervolume(points, smallest, budget) == pytest.approx(area / (budget - smallest[0]))
-
-
-def test_the_hypervolume_is_the_mean_gain_inside_a_budget() -> None:
-    points = [(10.0, 3.0), (20.0, 2.5), (30.0, 2.9), (40.0, 1.0)]
-    best = [min(score for size, score in points if size <= budget) for budget in np.linspace(10, 50, 4001)]
-    mean = np.mean([3.0 - score for score in best])
-    assert hypervolume(points, points[0], 50.0) == pytest.approx(float(mean), abs=0.001)
-    assert hypervolume(points[:1], points[0], 10.0) == 0.0, "nothing between the only plan and its bytes"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -37,10 +36,8 @@ def random_layout(generator: np.random.Generator, num_groups: int) -> Layout:
     return layout_of([(int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))])
 
 
-def all_plans(space: PlanSpace) -> Iterator[PrecisionPlan]:
-    names = space.groups
-    for bits in itertools.product(space.levels, repeat=len(names)):
-        yield PrecisionPlan(names, bits)
+def all_plans(space: PlanSpace) -> list[PrecisionPlan]:
+    return [PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=len(space.groups))]
 
 
 def feasible_plans(space: PlanSpace) -> list[PrecisionPlan]:
@@ -73,7 +70,6 @@ def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
     assert layout.plan_bytes(plan) == first + second + 12345 + 6172
     weights = 77 * 64 + 96 * 77
     assert layout.mean_bits(plan) == pytest.approx((77 * 64 * 4 + 96 * 77 * 8) / weights)
-    assert layout.bits_by_linear(plan) == {"model.layers.0": 4, "model.layers.1": 8}
 
 
 @pytest.mark.parametrize("levels", [(4, 8), (4, 16), (4, 8, 16)], ids=str)
@@ -92,33 +88,9 @@ def test_the_seed_plan_is_the_best_plan_there_is(levels: tuple[int, ...], seed: 
     assert total(found) == pytest.approx(max(total(plan) for plan in feasible_plans(space)), abs=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_the_seed_plan_is_exact_for_a_whole_model_too(seed: int) -> None:
-    """30 blocks of one size, room for 8 bits in half of them: in the half with the larger gains, however close."""
-    generator = np.random.default_rng(seed)
-    layout = layout_of([(64, 64)] * 30)
-    step = layout.group_bytes(8)[0] - layout.group_bytes(4)[0]
-    space = PlanSpace.of(layout, (4, 8), layout.plan_bytes(layout.uniform(4)) + 15 * step)
-    gains = 1.0 + 1e-6 * generator.permutation(30)
-    found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
-    chosen = {group for group, bits in enumerate(found.bits) if bits == 8}
-    assert chosen == set(np.argsort(-gains)[:15].tolist())
-
-
-def knapsack_optimum(layout: Layout, room: int, gains: np.ndarray) -> float:
-    """The best summed gain of raising groups from 4 to 8 bits within `room` bytes, by dynamic programming."""
-    best = {0: 0.0}
-    for low, high, gain in zip(layout.group_bytes(4), layout.group_bytes(8), gains, strict=True):
-        for used, value in sorted(best.items(), reverse=True):
-            weight = used + high - low
-            if weight <= room and value + gain > best.get(weight, -np.inf):
-                best[weight] = value + float(gain)
-    return max(best.values())
-
-
-@pytest.mark.parametrize("seed", [0, 1, 51])
+@pytest.mark.parametrize("seed", [0, 51])
 def test_the_seed_plan_is_exact_for_blocks_of_different_widths(seed: int) -> None:
-    """What a global cut leaves: 56 groups of many sizes, gains within a few percent of one another.
+    """Against dynamic programming, for what a global cut leaves: 56 groups of many sizes, of nearly the same gains.
 
     With seed 51 a solver that stops at a relative gap of 1e-4 (the default of HiGHS) returns a lesser plan.
     """
@@ -127,10 +99,15 @@ def test_the_seed_plan_is_exact_for_blocks_of_different_widths(seed: int) -> Non
     budget = budget_between(layout, (4, 8), 0.47)
     gains = generator.uniform(0.95, 1.05, 56)
     found = PlanSpace.of(layout, (4, 8), budget).best_by_gain([[0.0, float(gain)] for gain in gains])
-    total = sum(gain for gain, bits in zip(gains, found.bits, strict=True) if bits == 8)
-    room = budget - layout.plan_bytes(layout.uniform(4))
+    room, best = budget - layout.plan_bytes(layout.uniform(4)), {0: 0.0}
+    for low, high, gain in zip(layout.group_bytes(4), layout.group_bytes(8), gains, strict=True):
+        for used, value in sorted(best.items(), reverse=True):
+            weight = used + high - low
+            if weight <= room and value + gain > best.get(weight, -np.inf):
+                best[weight] = value + float(gain)
     assert layout.plan_bytes(found) <= budget
-    assert total == pytest.approx(knapsack_optimum(layout, room, gains), abs=1e-9)
+    total = sum(gain for gain, bits in zip(gains, found.bits, strict=True) if bits == 8)
+    assert total == pytest.approx(max(best.values()), abs=1e-9)
 
 
 def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
@@ -154,14 +131,6 @@ def test_a_plan_that_fills_the_budget_exactly_is_found() -> None:
     assert space.best_by_gain([[0.0, 1.0]] * 3) == space.uniform(4)
     assert space.nearest_feasible(space.uniform(8)) == space.uniform(4)
     assert space.nearest_feasible(space.uniform(8), avoid=[space.uniform(4)]) is None
-
-
-def test_a_solver_with_only_plans_over_budget_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "MAX_EXCLUDED", 1)
-    sizes = ((500_000_000, 500_000_001),) * 3
-    space = PlanSpace(tuple("abc"), (4, 8), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
-    with pytest.raises(SolverFailed, match=r"1 plans over \d+ bytes .*: raise `quantize.budget` .*`quantize.group`"):
-        space.best_by_gain([[0.0, 1.0]] * 3)
 
 
 def test_a_solver_that_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +159,7 @@ def test_a_repaired_proposal_keeps_what_the_budget_allows(levels: tuple[int, ...
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 5)
     space = PlanSpace.of(layout, levels, budget_between(layout, levels, float(generator.uniform(0.2, 0.8))))
-    plans, feasible = list(all_plans(space)), feasible_plans(space)
+    plans, feasible = all_plans(space), feasible_plans(space)
     for _ in range(5):
         wanted = plans[generator.integers(len(plans))]
         known = {feasible[index] for index in generator.integers(len(feasible), size=len(feasible) // 2)}
@@ -201,17 +170,6 @@ def test_a_repaired_proposal_keeps_what_the_budget_allows(levels: tuple[int, ...
         assert agreement(found, wanted) == best
         heaviest = max(layout.plan_bytes(plan) for plan in candidates if agreement(plan, wanted) == best)
         assert layout.plan_bytes(found) == heaviest
-
-
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-def test_every_feasible_plan_is_handed_out_once_and_then_none(levels: tuple[int, ...]) -> None:
-    layout = random_layout(np.random.default_rng(3), 3)
-    space = PlanSpace.of(layout, levels, budget_between(layout, levels, 0.5))
-    known: list[PrecisionPlan] = []
-    while (plan := space.nearest_feasible(layout.uniform(levels[-1]), avoid=known)) is not None:
-        assert plan not in known
-        known.append(plan)
-    assert set(known) == set(feasible_plans(space))
 
 
 @pytest.mark.parametrize("bits", [(4, 8, 16), (8,), (4,) * 40], ids=str)

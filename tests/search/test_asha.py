@@ -6,7 +6,7 @@ Ray's own ASHA code runs here. Of a trial it looks at nothing but the id, and we
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,9 @@ def plan_of(index: int) -> PrecisionPlan:
 
 def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: bool = False) -> RunConfig:
     raw = raw_config(Path("model"), Path("run"))
-    for key, value in (
-        ("search.steps", steps),
-        ("search.reduction_factor", factor),
-        ("search.tasks", ["piqa"]),
-        ("search.limit", 10),
-        ("search.metric", metric),
-        ("search.pareto", pareto),
-    ):
-        raw = with_key(raw, key, value)
+    values = {"steps": steps, "reduction_factor": factor, "metric": metric, "pareto": pareto}
+    for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items():
+        raw = with_key(raw, f"search.{key}", value)
     return validate_config(raw)
 
 
@@ -164,41 +158,6 @@ def test_recorded_rungs_set_the_cutoff() -> None:
     assert [session.report(14, rung(step, 0.1)) for step in (1, 2, 4, 8)] == [CONTINUE] * 3 + [STOP]
 
 
-def test_a_recorded_plan_over_the_budget_stops_nobody() -> None:
-    """A search with a larger budget was here before: its plans score better because they are larger."""
-    large, small = 0b11111111, 0b00000111
-    recorded = [record(large, "finished", [rung(step, 0.1) for step in (1, 2, 4, 8)])]
-    assert Session(config_of(), recorded).report(small, rung(1, 0.5)) == STOP
-    space = replace(SPACE, budget_bytes=SPACE.plan_bytes(plan_of(small)))
-    assert Session(config_of(), recorded, space).report(small, rung(1, 0.5)) == CONTINUE
-
-
-def test_a_stopped_trials_score_does_not_sink_to_lower_rungs() -> None:
-    """Ray enters a trial's last score again when it ends; under its new id, a resumed trial is new to lower rungs."""
-    recorded = [
-        record(10, "finished", [rung(step, 1.0) for step in (1, 2, 4, 8)]),
-        record(11, "running", [rung(1, 0.5), rung(2, 9.0)]),
-    ]
-    session = Session(config_of(), recorded)
-    assert session.report(11, rung(2, 9.0)) == STOP
-    # Rung 1 has seen 1.0 and 0.5. With 9.0 among them, 0.9 would be among the better half.
-    assert session.report(12, rung(1, 0.9)) == STOP
-
-
-def test_a_resumed_trial_is_entered_once() -> None:
-    """Its worker died after the rung was decided on; its last rung is reported again."""
-    session = Session(config_of())
-    assert [session.report(10 + index, rung(1, value)) for index, value in enumerate((1.0, 0.9))] == [
-        CONTINUE,
-        CONTINUE,
-    ]
-    session.trials[11] = RayTrial("ray-of-another-worker", session.trials[11].config)
-    session.scheduler.on_trial_add(None, session.trials[11])
-    assert session.report(11, rung(1, 0.9)) == CONTINUE
-    # With 0.9 in there twice, the median of rung 1 would be 0.9 and not 0.95.
-    assert session.report(12, rung(1, 0.94)) == CONTINUE
-
-
 @dataclass
 class Search:
     """Trials one after the other, each recorded before it is reported, as the trainable and the searcher do it."""
@@ -241,9 +200,8 @@ def values_of(seed: int) -> np.ndarray:
     return plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
 
 
-@pytest.mark.parametrize(("steps", "metric"), [(8, "loss"), (6, "accuracy")])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, metric: str) -> None:
+@pytest.mark.parametrize(("steps", "metric", "seed"), [(8, "loss", 0), (6, "accuracy", 1)])
+def test_an_interruption_anywhere_changes_no_decision(steps: int, metric: str, seed: int) -> None:
     config = config_of(steps=steps, metric=metric)
     undisturbed = Search(config, values_of(seed))
     undisturbed.run()
@@ -254,7 +212,3 @@ def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, met
         interrupted.run([place])
         assert interrupted.decisions == undisturbed.decisions, f"interrupted after {place}"
         assert interrupted.records == undisturbed.records
-    # And a search that is interrupted at every turn.
-    interrupted = Search(config, values_of(seed))
-    interrupted.run(undisturbed.decisions)
-    assert interrupted.decisions == undisturbed.decisions

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _goal
+from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
 from qpruner.search.plan_model import Data, PlanModel, settled
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Ledger, Observation
@@ -108,35 +108,6 @@ def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
     assert np.mean(together) == pytest.approx(np.mean(actual), abs=0.2 * np.std(actual) + 0.01)
 
 
-def test_noise_is_learned_and_not_taken_for_effects() -> None:
-    space = space_of(blocks(8))
-    plans = random_plans(space, 60)
-    scores = np.random.default_rng(5).normal(0.4, 0.02, 60)
-    observations = [
-        Observation(index, plan, 8, float(score)) for index, (plan, score) in enumerate(zip(plans, scores, strict=True))
-    ]
-    posterior = posterior_of(space, observations)
-    expected = posterior.mean(Plans(space).tensor(plans)).numpy()
-    assert np.std(expected) < 0.6 * np.std(scores)
-    assert 0.015 < posterior.noise < 0.04
-
-
-def test_slopes_lead_up_the_expected_improvement() -> None:
-    space, effects = space_of(blocks(40)), effects_of(40)
-    plans, generator = Plans(space), np.random.default_rng(3)
-    known = plans.random(20, generator)
-    posterior = posterior_of(space, told([space.plan_of(row) for row in known], effects))
-    goal = _goal(posterior, plans, known)
-    capacities = torch.full((30,), float(plans.capacity), dtype=torch.float64)
-    start = plans.random(30, generator)
-    climbed = start
-    for _ in range(4):
-        climbed = plans.knapsacks(posterior.slopes(climbed, goal.rivals(capacities)), capacities)
-    gained = goal.log_improvement(posterior, climbed) - goal.log_improvement(posterior, start)
-    assert float((gained > 0).double().mean()) > 0.9
-    assert float(gained.median()) > 1
-
-
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
 def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[int, ...]) -> None:
     space = space_of(blocks(40), levels, share=0.37)
@@ -180,28 +151,6 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget(pareto: bool) -> 
     losses = [loss_of(plan, effects) for plan in ran]
     if not pareto:
         assert min(losses[7:]) < min(losses[:7])
-
-
-def test_a_front_is_better_filled_than_by_chance() -> None:
-    space, effects = space_of(blocks(10), share=1.0), effects_of(10)
-
-    def volume(plans: Sequence[PrecisionPlan]) -> float:
-        """Mean, over budgets, of the best loss inside them."""
-        sizes, losses = [space.plan_bytes(plan) for plan in plans], [loss_of(plan, effects) for plan in plans]
-        worst = loss_of(space.uniform(4), effects)
-        budgets = np.linspace(space.plan_bytes(space.uniform(4)), space.budget_bytes, 50)
-        return float(
-            np.mean(
-                [
-                    min([loss for loss, size in zip(losses, sizes, strict=True) if size <= budget], default=worst)
-                    for budget in budgets
-                ]
-            )
-        )
-
-    every = [space.plan_of(row) for row in itertools.product(range(2), repeat=10)]
-    best, ours, chance = volume(every), volume(search(space, effects, 30, pareto=True)), volume(random_plans(space, 30))
-    assert ours - best < 0.4 * (chance - best)
 
 
 def test_no_expected_improvement_without_scores() -> None:
@@ -256,23 +205,18 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
         assert asked.propose(over, history) == GaussianProcessProposer(space, 0, {}).propose(over, history)
 
 
-@pytest.mark.parametrize("realistic", [True], ids=["rungs-seeds-and-15-in-flight"])
-@pytest.mark.parametrize(("number", "limit"), [(500, 1.0)])
-def test_a_proposal_costs_little(number: int, limit: float, realistic: bool) -> None:
-    """64 groups, one core. The goals are 0.1 and 1 s: on cores that ten jobs share, 0.16 to 0.21 and 0.43 s of
-    processor time were the least of five, where `docs/search.md` has 0.08 and 0.22 s beside one. Known at a rung, told
-    by sensitivities and in flight, as in a run, is the dearer case."""
+def test_a_proposal_costs_little() -> None:
+    """64 groups, 500 trials at several rungs, sensitivities and 15 in flight, on one core; 0.22 s where no job shares
+    it, 0.43 s on cores that ten jobs share."""
     names = [f"layers.{index:02d}.{kind}" for index in range(16) for kind in ("qkv", "o", "gate_up", "down")]
     space, effects = space_of(names), effects_of(64)
-    plans, generator = random_plans(space, number + 15), np.random.default_rng(3)
-    history, priors = History(tuple(told(plans[:number], effects))), {}
-    if realistic:
-        history = History(rungs_of(plans[:number], effects), tuple(plans[number:]))
-        priors = {name: {4: effects * generator.lognormal(0, 1, 64), 8: np.zeros(64)} for name in "abcdef"}
+    plans, generator = random_plans(space, 515), np.random.default_rng(3)
+    history = History(rungs_of(plans[:500], effects), tuple(plans[500:]))
+    priors = {name: {4: effects * generator.lognormal(0, 1, 64), 8: np.zeros(64)} for name in "abcdef"}
     seconds: list[float] = []
-    while not seconds or (min(seconds) >= limit and len(seconds) < 20):  # other jobs come and go
-        proposer = GaussianProcessProposer(space, 0, priors)  # each has its model to fit
+    while not seconds or (min(seconds) >= 1.0 and len(seconds) < 20):  # other jobs come and go
+        proposer = GaussianProcessProposer(space, 0, priors)  # type: ignore[arg-type]
         started = time.process_time()
         proposer.propose(600 + len(seconds), history)
         seconds.append(time.process_time() - started)
-    assert min(seconds) < limit
+    assert min(seconds) < 1.0

@@ -14,32 +14,10 @@ from click.testing import CliRunner
 from conftest import raw_config, with_key
 
 from qpruner.cli.main import main
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.searchers import Ledger, RandomProposer, Suggestion
 
-SPACE = PlanSpace(("a", "b", "c"), (4, 8), ((4, 8),) * 3, fixed_bytes=0, budget_bytes=24)
-PLAN = PrecisionPlan(("a", "b", "c"), (4, 8, 4))
 ENDED = "only one plan was to be tried (`search.plan`, or a single `quantize.bits`)"
 SEED, UNIFORM = 0, 1
 """The search's trials, in their order."""
-
-
-def ledger_of_given() -> Ledger:
-    return Ledger(SPACE, RandomProposer(SPACE, 0), [("given", PLAN)], max_trials=12, proposes=False)
-
-
-def test_beside_a_given_plan_nothing_is_proposed() -> None:
-    ledger = ledger_of_given()
-    first = ledger.next()
-    assert first is not None and (first.origin, first.plan) == ("given", PLAN)
-    assert ledger.next() is None
-    assert ledger.ended == ENDED
-
-
-def test_a_given_plan_tried_elsewhere_is_not_repeated() -> None:
-    ledger = ledger_of_given()
-    ledger.recall(Suggestion(0, "gp", PLAN), [], counts=False)
-    assert ledger.next() is None
 
 
 def qpruner(*arguments: object) -> subprocess.CompletedProcess[str]:

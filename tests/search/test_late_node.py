@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from conftest import raw_config, with_key
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 
@@ -27,15 +26,10 @@ from qpruner.cluster.executor import ClusterExecutor, GpuTime, ModelCache
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus
 from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
-from qpruner.config.load import validate_config
-from qpruner.config.schema import RunConfig
-from qpruner.errors import NodeDiffers, StageError
-from qpruner.pipeline.run import preview, run
-from qpruner.runs import events
-from qpruner.runs.events import Emit, Event, Message, TableMade
+from qpruner.errors import NodeDiffers
+from qpruner.runs.events import Emit, Event, Message
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
@@ -51,14 +45,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
         connect(found.address)
         yield found
         disconnect()
-
-
-def with_another_peft(cluster: Raylets, folder: Path) -> Any:
-    """Add a node on which peft is an older one."""
-    old = folder / "old" / "peft-0.1.0.dist-info"
-    old.mkdir(parents=True)
-    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
-    return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(old.parent), *sys.path])})
 
 
 def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
@@ -191,75 +177,9 @@ def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
     assert "repeat the command" in str(caught.value)
 
 
-def previewed(config: RunConfig, emit: Emit, address: str) -> None:
-    preview(config, emit, address)
-
-
-def prepared(config: RunConfig, emit: Emit, address: str) -> None:
-    run(config, emit, address, until="prepare")
-
-
-@pytest.mark.parametrize(
-    ("command", "join", "what"),
-    [
-        (previewed, with_another_qpruner, "qpruner's code is"),
-        (prepared, with_a_folder_of_its_own, "is not shared with it"),
-    ],
-)
-def test_a_node_that_joined_after_the_probe_is_refused(
-    command: Callable[[RunConfig, Emit, str], None],
-    join: Callable[[Raylets, Path], Any],
-    what: str,
-    cluster: Raylets,
-    tiny_model: Path,
-    tmp_path: Path,
-) -> None:
-    """As when the autoscaler starts the first worker."""
-    config = validate_config(raw_config(tiny_model, tmp_path / "run"))
-    late: list[Any] = []
-
-    def tell(event: Event) -> None:
-        if isinstance(event, TableMade):
-            late.append(join(cluster, tmp_path))
-            cluster.kill_machine(cluster.nodes[0])
-
-    with pytest.raises(NodeDiffers, match=what) as caught:
-        command(config, tell, cluster.address)
-    assert f"{late[0].node_id[:8]})" in caught.value.cause
-    assert not (tmp_path / "run" / "records").exists()
-    assert command is not previewed or not (tmp_path / "run").exists(), "a preview leaves nothing"
-
-
-def test_a_folder_that_is_not_shared_is_refused(
-    cluster: Raylets, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The shared folder is gone from the node while it works, and whatever is written there goes to its own disk."""
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 1.0)
-    raw = raw_config(tiny_model, tmp_path / "run")
-    # Many passes, so that the fault comes between the first and the last.
-    for key, value in {"num_samples": 64, "max_length": 16, "batch_size": 1}.items():
-        raw = with_key(raw, f"calibration.{key}", value)
-    config = validate_config(raw)
-    node = with_mounts(cluster, ":")
-    cluster.kill_machine(cluster.nodes[0])
-    gone = []
-
-    def unmount_once(event: Event) -> None:
-        if isinstance(event, events.Progress) and event.detail == "importance" and not gone:
-            raylet = str(node.all_processes["raylet"][0].process.pid)
-            mount = ["mount", "-t", "tmpfs", "apart", config.output]
-            gone.append(subprocess.run(["nsenter", "-t", raylet, "-m", *mount], check=True))
-
-    with pytest.raises(StageError, match="was written on another machine and is not here") as caught:
-        run(config, unmount_once, cluster.address, until="prune")
-    assert gone and caught.value.stage == "prune" and "mount the folder" in caught.value.remedy
-    assert not (tmp_path / "run" / "records" / "prune.json").exists()
-
-
 @pytest.mark.parametrize(
     ("join", "what"),
     [
-        (with_another_peft, "peft is 0.1.0 there and "),
         (with_a_folder_of_its_own, "`output`: {run} is not shared with it"),
         (with_a_gpu_that_torch_does_not_see, "a GPU is reserved for work there, but torch "),
     ],

@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import search_regret  # noqa: E402
 import search_replay  # noqa: E402
 from search_replay import EndedTrial, Replay, Table, Task, replay  # noqa: E402
-from search_results import NEVER, ablation, asha_against_full, goals_of, patience_of, summarize  # noqa: E402
+from search_results import NEVER, asha_against_full, summarize  # noqa: E402
 
-from qpruner.search.choice import controls_of  # noqa: E402
 from qpruner.search.searchers import History, Proposal, RandomProposer  # noqa: E402
 
 MAIN = [0.03, 0.005, 0.08, 0.06, 0.02]
@@ -55,17 +53,6 @@ def table(tmp_path: Path) -> Path:
     return write(tmp_path / "table.json", plans=plans, loss=losses, rungs={"0": losses[::-1], "4": early, "8": losses})
 
 
-@pytest.fixture
-def surrogate(tmp_path: Path) -> Path:
-    """Groups 0 and 2 at 8 bits together are worth less than each alone."""
-    return write(
-        tmp_path / "surrogate.json",
-        intercept=3.0,
-        main={"4": MAIN, "8": [0.0] * 5},
-        pairs=[[0, 8, 2, 8, 0.05], [1, 4, 4, 4, 0.004]],
-    )
-
-
 def task(path: Path, searcher: str = "random", **changes: Any) -> Task:
     return Task(
         **{"path": path, "fraction": 0.5, "searcher": searcher, "seeded": False, "in_flight": 1, "seed": 0} | changes
@@ -81,15 +68,6 @@ def replayed(of: Task, losses: Sequence[float], **changes: Any) -> Replay:
 
 def losses_of(done: Replay) -> list[float]:
     return [trial.loss for trial in done.trials]
-
-
-def test_a_surrogates_best_and_worst_are_those_of_all_its_plans(surrogate: Path) -> None:
-    found = Table.read(surrogate)
-    for fraction in (0.3, 0.5, 0.8):
-        space = found.space(fraction)
-        plans = (space.plan_of(row) for row in itertools.product(range(2), repeat=5))
-        losses = [found.score(plan.bits, 0) for plan in plans if space.is_feasible(plan)]
-        assert found.limits(space) == pytest.approx((min(losses), max(losses)))
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
@@ -126,19 +104,6 @@ def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: s
         assert done.wasted > 0
 
 
-def test_seed_plans_run_first(table: Path) -> None:
-    found = Table.read(table)
-    controls = controls_of(found.space(0.5), found.sensitivities)
-    # As a run hands them out: the seeds in the order of `sensitivity.methods`, then uniform plans.
-    assert [origin for origin, _ in controls] == ["seed-fisher", "seed-loss", "uniform-4"]
-    done = replay(task(table, "random", seeded=True))
-    losses = [found.score(plan.bits, 8) for _, plan in controls]
-    assert losses_of(done)[:3] == losses
-    assert [trial.control for trial in done.trials[:4]] == [True, True, True, False]
-    assert done.best_seed == min(losses)
-    assert replay(task(table, "random")).best_seed is None
-
-
 def test_regret_is_a_share_of_the_range(table: Path) -> None:
     found = Table.read(table)
     best, worst = found.limits(found.space(0.5))
@@ -156,55 +121,6 @@ def test_regret_is_a_share_of_the_range(table: Path) -> None:
     assert row.area[1] == pytest.approx((0.5 + 0.3 + 62 * 0.02) / 64)
 
 
-def test_goals_are_missed_by_a_searcher_that_is_no_better(table: Path) -> None:
-    replays = []
-    for name, at_once, seeded in itertools.product(("gp", "hyperopt"), (1, 16), (False, True)):
-        losses = Table.read(table).losses[8].values()
-        slow = sorted(losses, reverse=True) if name == "hyperopt" else sorted(losses)
-        of = task(table, name, in_flight=at_once, seeded=seeded)
-        replays.append(replayed(of, slow, best_seed=min(losses), wasted=0))
-    goals = goals_of(summarize(replays))
-    assert all(goal["met"] for goal in goals)
-    swapped = {"gp": "hyperopt", "hyperopt": "gp"}
-    replays = [
-        replace(item, task=replace(item.task, searcher=swapped[item.task.searcher]), wasted=1) for item in replays
-    ]
-    missed = {goal["goal"] for goal in goals_of(summarize(replays)) if not goal["met"]}
-    assert missed >= {
-        "blind, trials to 5 % at most 1/2 of hyperopt",
-        "seeded, area at most 1/2 of hyperopt",
-        "wasted proposals",
-    }
-
-
-def test_the_ablation_tells_a_true_sensitivity_from_a_false_one(table: Path, surrogate: Path) -> None:
-    for path in (table, surrogate):
-        found = {row["sensitivity"]: row for row in ablation(path)}
-        step = Table.read(path).steps[-1]
-        assert found["loss"]["spearman"][step] == pytest.approx(1.0)
-        assert found["fisher"]["spearman"][step] < 0.9
-        assert found["loss"]["seed_regret"] < found["fisher"]["seed_regret"]
-        assert found["loss"]["seconds"] == 12.0
-    found = {row["sensitivity"]: row for row in ablation(table)}
-    assert (found["loss"]["seed_rank"], found["loss"]["spearman"][0]) == (1, pytest.approx(-1.0))
-
-
-def test_the_returned_plan_is_best_on_fresh_rows(table: Path) -> None:
-    # (loss, score, fresh): the third trial was lucky when it was scored, the fourth when it was scored again, and the
-    # best plan of all was unlucky.
-    told = [(3.0, 3.3, 3.0), (3.2, 3.2, 3.2), (3.4, 3.0, 3.4), (3.3, 3.1, 2.9), (3.5, 3.4, 3.5)]
-    trials = [EndedTrial(at, *each, False, True, 0) for at, each in enumerate(told)]
-    done = replace(replayed(task(table), [3.0]), trials=trials)
-    # Of up to three trials the best on fresh rows is returned; of five, the best of three, the first not among them.
-    assert done.returned() == [3.0, 3.0, 3.0, 3.3, 3.3]
-    # A control is scored again whatever its score.
-    control = replace(done, trials=[replace(trials[0], control=True, fresh=2.8), *trials[1:]])
-    assert control.returned() == [3.0] * 5
-    # What ASHA stopped is not returned.
-    stopped = replace(done, trials=[*trials[:3], replace(trials[3], finished=False), trials[4]])
-    assert stopped.returned() == [3.0] * 5
-
-
 def test_asha_stops_poor_trials_and_no_control(table: Path) -> None:
     full, early = (replay(task(table, "random", seeded=True, asha=asha)) for asha in (False, True))
     stopped = [trial for trial in early.trials if not trial.finished]
@@ -218,20 +134,6 @@ def test_asha_stops_poor_trials_and_no_control(table: Path) -> None:
     assert found[True]["spent"][1] == pytest.approx(len(early.trials) - len(stopped) / 2)
     assert found[True]["stopped"] == pytest.approx(len(stopped) / len(early.trials))
     assert asha_against_full([full]) == []
-
-
-@pytest.mark.parametrize("in_flight", [1, 4])
-def test_patience_ends_a_replay_where_the_ledger_ends(table: Path, in_flight: int) -> None:
-    searched = task(table, "gp", seeded=True, in_flight=in_flight)
-    whole = replay(searched)
-    for patience in (1, 3):
-        ended = replay(searched, patience)
-        assert len(ended.trials) < len(whole.trials)
-        # Steps of trials that were in flight beside those that count are in one and not in the other.
-        same = [[replace(trial, spent=0) for trial in each.trials] for each in (whole.with_patience(patience), ended)]
-        assert same[0] == same[1]
-    found = {row["patience"]: row for row in patience_of([whole])}
-    assert found[3]["trials"][1] == len(whole.with_patience(3).trials)
 
 
 @pytest.mark.slow

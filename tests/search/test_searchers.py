@@ -91,12 +91,6 @@ def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
     ledger.observe(Observation(bad.index, bad.plan, 8, 3.4))
     assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in ledger.history().observations
     assert ledger.history().failed == ()
-    # And the same for a search that is taken up.
-    again = ledger_of(space_of(4), maker("random"))
-    again.recall(ruined, [], "untrainable")
-    again.recall(good, [Observation(good.index, good.plan, 8, 2.9)])
-    again.recall(bad, [Observation(bad.index, bad.plan, 8, 3.4)])
-    assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in again.history().observations
 
 
 def finish(ledger: Ledger, suggestion: Suggestion) -> None:
@@ -146,30 +140,7 @@ def test_a_small_space_is_tried_out_and_then_it_is_over(make: MakeProposer) -> N
     assert ledger.next() is None
 
 
-def test_a_control_that_equals_another_runs_once() -> None:
-    space = space_of(5)
-    plan = space.uniform(4)
-    ledger = Ledger(space, RandomProposer(space, 0), [("uniform-4", plan), ("seed-mutual-information", plan)], 4)
-    origins = [item.origin for item in run(ledger)]
-    assert origins == ["uniform-4", "random", "random", "random"]
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A searcher that goes on from the last result it is told: the least it takes for the order to matter."""
-
-    space: PlanSpace
-    seed: int
-    name: str = "neighbour"
-
-    def propose(self, index: int, history: History) -> Proposal:
-        told = history.observations
-        bits = list(told[-1].plan.bits if told else self.space.uniform(8).bits)
-        bits[index % len(bits)] = 12 - bits[index % len(bits)]
-        return Proposal(PrecisionPlan(self.space.groups, tuple(bits)))
-
-
-@pytest.mark.parametrize("make", [*map(maker, NAMES), Neighbour], ids=[*NAMES, "neighbour"])
+@PROPOSERS
 def test_the_order_in_which_results_arrive_does_not_matter(make: MakeProposer) -> None:
     """On a cluster the same trials end in another order every time."""
     space = space_of(10)
@@ -292,32 +263,6 @@ def test_what_was_running_goes_on_first(make: MakeProposer) -> None:
     assert fresh.plan not in {item.plan for item in before}
 
 
-def test_a_deleted_trial_frees_its_number() -> None:
-    """To have a failed trial run again people delete its folder; no other trial may get a number that is taken."""
-    space = space_of(9)
-    whole = run(ledger_of(space, RandomProposer))[:8]
-    ledger = ledger_of(space, RandomProposer)
-    for suggestion in whole:
-        if suggestion.index != 4:
-            ledger.recall(suggestion, rungs_of(suggestion))
-    following = run(ledger)
-    numbers = [item.index for item in following]
-    assert len(following) == 5
-    assert len(set(numbers)) == 5
-    assert not set(numbers) & {item.index for item in whole if item.index != 4}
-
-
-def test_trials_of_another_budget_are_known_but_do_not_count() -> None:
-    space = space_of(9)
-    others = run(ledger_of(space, RandomProposer))
-    ledger = ledger_of(space, RandomProposer, max_trials=4)
-    for suggestion in others:
-        ledger.recall(suggestion, rungs_of(suggestion), counts=False)
-    following = run(ledger)
-    assert len(following) == 4
-    assert not {item.plan for item in following} & {item.plan for item in others}
-
-
 @dataclass(frozen=True)
 class Hopeless:
     """A searcher that sees nothing to win from its third proposal on."""
@@ -338,18 +283,6 @@ def test_patience_ends_a_search_and_says_so() -> None:
     assert "0.001" in ledger.ended
     assert "search.patience" in ledger.ended
     assert len(run(Ledger(space, Hopeless(space), [], max_trials=20))) == 20
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_front_is_searched_at_large_and_at_small_sizes(name: str) -> None:
-    space = space_of(10, 1.0)
-    ledger = Ledger(space, make_proposer(name, space, 0, {}, pareto=True), [], 24)
-    sizes = [space.plan_bytes(item.plan) for item in run(ledger)]
-    lowest, highest = (space.plan_bytes(space.uniform(bits)) for bits in (4, 8))
-    shares = [(size - lowest) / (highest - lowest) for size in sizes[8:]]
-    assert len(set(sizes)) > 8
-    assert min(shares) < 0.4
-    assert max(shares) > 0.6
 
 
 def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
@@ -387,14 +320,3 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
         check_searcher(name)
     with pytest.raises(UserError, match=r'pip install "qpruner\[bayesopt\]"'):
         make_proposer("bayesopt", space_of(4), 0, {})
-
-
-def test_bayesopt_proposes_what_seed_position_and_results_say() -> None:
-    space = space_of(6, 0.5, (4, 8, 16))
-    whole = run(ledger_of(space, maker("bayesopt"), max_trials=9))
-    assert len({item.plan for item in whole}) == 9
-    assert {item.origin for item in whole[2:]} == {"bayesopt"}
-    again = ledger_of(space, maker("bayesopt"), max_trials=9)
-    for suggestion in whole[:7]:
-        again.recall(suggestion, rungs_of(suggestion))
-    assert run(again) == whole[7:]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import disk_of, full_until_noticed
-from ray.train.constants import _get_ray_train_session_dir
+from conftest import disk_of
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 from test_search_stage import trial as finished
@@ -26,7 +23,6 @@ from qpruner.cluster.tune import SearchJob, search
 from qpruner.errors import StageError, StorageError
 from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.runs.records import RungResult
-from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials, write_trial
 
 pytestmark = pytest.mark.slow
@@ -165,46 +161,6 @@ def test_a_search_that_lost_its_lock_leaves_others_trials(joined: tuple[Raylets,
     assert (first.status, second) == ("finished", theirs)
 
 
-def test_a_worker_without_storage_does_not_count_as_killed(
-    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
-) -> None:
-    """There is room again when the driver notices that it has none either."""
-    with ExitStack() as stack:
-
-        def room() -> int:
-            if (tmp_path / "begun").exists() and not (tmp_path / "full").exists():
-                stack.enter_context(full_until_noticed(disk))
-                (tmp_path / "full").touch()
-            return 1
-
-        job = one_trial_on(disk, tmp_path, once="full")
-        with pytest.raises(StageError, match=r"trial 0: no space left .* \(on 127\.0\.0\.1 "):
-            search(job, within(room), lambda event: None)
-    (trial,) = read_trials(job.trials)
-    assert (trial.status, trial.failure, trial.kills) == ("failed", "storage", 0)
-    outcome = search(job, within(lambda: 1), lambda event: None)
-    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
-
-
-def test_an_error_after_the_last_rung_changes_nothing(
-    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
-) -> None:
-    """The checkpoint before its last cannot be removed: a file system lies on it."""
-
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        for step in (1, 4):
-            (checkpoint := tmp_path / f"made-{step}").mkdir()
-            (checkpoint / "weights").write_bytes(b"w")
-            report(RungResult(step=step, loss=3.0), checkpoint)
-            if step == 1:
-                subprocess.run(["mount", "--bind", tmp_path, disk / "trials" / "0000" / "checkpoint-1"], check=True)
-
-    job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
-    outcome = search(job, within(lambda: 1), lambda event: None)
-    assert [(trial.status, trial.reason, len(trial.rungs)) for trial in outcome.trials] == [("finished", None, 2)]
-    assert (disk / "trials" / "0000" / "checkpoint-1").exists()
-
-
 def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:
     """transformers tells of a missing file without the system's number, as of any other mistake."""
     (disk / "config.json").write_text('{"model_type": "llama"}')
@@ -221,36 +177,6 @@ def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster
     job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [("finished", None, 0)]
-
-
-def test_a_driver_whose_own_disk_is_full_is_told_so(
-    joined: tuple[Raylets, Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where Tune keeps the errors of trials there is no room for the first one, that of a worker that was killed."""
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.0)
-    kept = Path(_get_ray_train_session_dir())
-    kept.mkdir(exist_ok=True)
-
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
-        report(RungResult(step=1, loss=3.0), checkpoint)
-        if not start:
-            for folder in kept.rglob("driver_artifacts/trial-0000"):
-                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "qpruner-full", folder], check=True)
-                (folder / "filler").write_bytes(b"\0" * shutil.disk_usage(folder).free)
-            os.kill(os.getpid(), signal.SIGKILL)
-        report(LAST, checkpoint)
-
-    job = replace(job_of(tmp_path, max_trials=1), trial=trial, resources=HELD)
-    try:
-        with pytest.raises(StorageError, match=f"no space left for {kept}") as caught:
-            search(job, within(lambda: 1), lambda event: None)
-    finally:
-        for folder in kept.rglob("driver_artifacts/trial-0000"):
-            subprocess.run(["umount", "-l", folder], check=True)
-    assert "make room" in caught.value.remedy
-    outcome = search(job, within(lambda: 1), lambda event: None)
-    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
 
 
 def slow_to_end(folder: Path, seconds: float, **settings: object) -> SearchJob:
@@ -270,12 +196,6 @@ def slow_to_end(folder: Path, seconds: float, **settings: object) -> SearchJob:
 def processes(folder: Path) -> set[str]:
     """Those that trials of `slow_to_end` ran in."""
     return {path.name.split("-")[1] for path in folder.glob("made-*")}
-
-
-def test_a_trial_waits_for_a_slow_worker(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    outcome = search(slow_to_end(tmp_path, seconds=5.0), within(lambda: 1), lambda event: None)
-    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)] * 2
-    assert len(processes(tmp_path)) == 1
 
 
 def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:

@@ -250,7 +250,3 @@ def test_mlflow_without_address_is_refused_without_password(place: str | None, m
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as caught:
         check_trackers(("mlflow",))
     assert SECRET not in str(caught.value)
-
-
-def test_what_is_shown_of_trackers_holds_no_key(tmp_path: Path) -> None:
-    assert SECRET not in repr(trackers_in(tmp_path, "wandb"))

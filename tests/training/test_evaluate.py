@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qpruner.config.schema import EvaluateConfig
 from qpruner.errors import UserError
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.runs.records import TaskScore
-from qpruner.training.evaluate import mean_accuracy, score_tasks, task_questions
+from qpruner.training.evaluate import score_tasks, task_questions
 
 NUM_QUESTIONS = 24
 ROWS = f'''
@@ -71,7 +72,8 @@ def model(tiny_model: Path) -> tuple[Any, Any]:
 
 
 def scores_of(model: tuple[Any, Any], folder: str, *tasks: str, **options: Any) -> dict[str, TaskScore]:
-    found = score_tasks(*model, tasks, folder, options.pop("limit", None), 8, **options)
+    settings = EvaluateConfig(tasks=tasks, include_path=folder, batch_size=8)
+    found = score_tasks(*model, tasks, settings, options.pop("limit", None), **options)
     return {each.task: each for each in found}
 
 
@@ -114,13 +116,6 @@ def test_a_task_with_acc_norm_alone_is_scored_by_it(folder: str, scores: dict[st
     assert scores["toy_norm"].metric == "acc_norm" and list(scores["toy_norm"].metrics) == ["acc_norm"]
     assert scores["toy_norm"].correct == scores["toy_both"].correct
     assert task_questions(["toy_norm"], folder, "evaluate.tasks", None)["toy_norm"].metric == "acc_norm"
-
-
-def test_the_mean_accuracy_is_over_tasks(scores: dict[str, TaskScore]) -> None:
-    two = [scores["toy_acc"], scores["toy_both"]]
-    mean, stderr = mean_accuracy(two)
-    assert mean == pytest.approx((two[0].value + two[1].value) / 2)
-    assert stderr == pytest.approx(math.hypot(two[0].stderr, two[1].stderr) / 2)
 
 
 def test_answers_that_a_task_filters_count_once(scores: dict[str, TaskScore]) -> None:

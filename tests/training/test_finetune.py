@@ -23,11 +23,13 @@ from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune
 
+Rows = list[dict[str, list[int]]]
+Fresh = Callable[[], PeftModel]
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2)
 
 
 @pytest.fixture
-def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
+def rows(tiny_model: Path) -> Rows:
     examples = [
         Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
         for row in demo_rows("questions_train.jsonl")[:24]
@@ -36,7 +38,7 @@ def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
 
 
 @pytest.fixture
-def fresh(tiny_model: Path) -> Callable[[], PeftModel]:
+def fresh(tiny_model: Path) -> Fresh:
     """Builds the same model with plain adapters each time."""
 
     def build() -> PeftModel:
@@ -46,24 +48,16 @@ def fresh(tiny_model: Path) -> Callable[[], PeftModel]:
     return build
 
 
-def losses(
-    model: PeftModel,
-    rows: list[dict[str, list[int]]],
-    output: Path,
-    start: Path | None,
-    settings: TrainingConfig = SETTINGS,
-) -> list[float]:
+def losses(model: PeftModel, rows: Rows, output: Path, start: Path | None = None, **changes: Any) -> list[float]:
     seen: list[float] = []
-    schedule = Schedule(steps=6, rungs=(3, 6))
+    schedule, settings = Schedule(steps=6, rungs=(3, 6)), SETTINGS.model_copy(update=changes)
     listener = Listener(on_step=lambda step, total, loss: seen.append(loss))
     finetune(model, rows, settings, schedule, output, seed=5, pad_id=1, start=start, listener=listener)
     return seen
 
 
-def test_going_on_from_a_rung_repeats_the_uninterrupted_run(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
-    whole = losses(fresh(), rows, tmp_path / "whole", None)
+def test_going_on_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+    whole = losses(fresh(), rows, tmp_path / "whole")
     assert len(whole) == 6
     resumed = losses(fresh(), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
     assert resumed == whole[3:]
@@ -75,9 +69,7 @@ def test_going_on_from_a_rung_repeats_the_uninterrupted_run(
     )
 
 
-def test_rungs_are_called_in_order_with_whole_checkpoints(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
+def test_rungs_are_called_in_order_with_whole_checkpoints(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     called: list[tuple[int, bool]] = []
 
     def on_rung(step: int, checkpoint: Path, loss: float) -> None:
@@ -88,37 +80,22 @@ def test_rungs_are_called_in_order_with_whole_checkpoints(
     assert called == [(1, True), (2, True), (4, True)]
 
 
-def test_gradient_checkpointing_changes_no_loss(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
-    plain = SETTINGS
-    recomputed = SETTINGS.model_copy(update={"gradient_checkpointing": True})
-    one = losses(fresh(), rows, tmp_path / "plain", None, plain)
-    other = losses(fresh(), rows, tmp_path / "recomputed", None, recomputed)
-    assert other == pytest.approx(one, rel=1e-3)
+def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+    plain = losses(fresh(), rows, tmp_path / "plain")
+    found = losses(fresh(), rows, tmp_path / "recomputed", gradient_checkpointing=True)
+    assert found == pytest.approx(plain, rel=1e-3)
 
 
-def test_accumulation_is_the_same_batch(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
-    small = losses(fresh(), rows, tmp_path / "small", None, SETTINGS.model_copy(update={"micro_batch_size": 1}))
-    large = losses(fresh(), rows, tmp_path / "large", None, SETTINGS.model_copy(update={"micro_batch_size": 4}))
-    assert small[0] == pytest.approx(large[0], rel=1e-2)
-
-
-def test_a_halved_micro_batch_is_the_same_training(
-    tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
+def test_a_halved_micro_batch_is_the_same_training(tiny_model: Path, rows: Rows, tmp_path: Path) -> None:
     """What a trial that ran out of memory goes on with."""
 
     def build() -> PeftModel:
         model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
         return attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
 
-    whole, half = (SETTINGS.model_copy(update={"micro_batch_size": size}) for size in (4, 2))
-    expected = losses(build(), rows, tmp_path / "whole", None, whole)
+    expected = losses(build(), rows, tmp_path / "whole", micro_batch_size=4)
     assert len({round(loss, 3) for loss in expected}) == 6
-    found = losses(build(), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", half)
+    found = losses(build(), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", micro_batch_size=2)
     assert found == pytest.approx(expected[3:], rel=1e-4)
 
 
@@ -127,33 +104,23 @@ def some_lengths(num_rows: int) -> list[int]:
     return np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 24, 30])
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> None:
-    """A batch of twelve: what the processes take for a step is what one process takes, each row once."""
-    size, batch, blank = 2, 12, num_rows
-    settings = TrainingConfig(batch_size=batch, micro_batch_size=size)
-    lengths = some_lengths(num_rows)
+@pytest.mark.parametrize("num_rows", [1, 24, 30])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_share_the_batches_of_a_random_order(num_rows: int, processes: int) -> None:
+    """A batch of twelve: what the processes take for a step are the next rows of the epoch's order, each once."""
+    size, batch = 2, 12
+    settings, lengths = TrainingConfig(batch_size=batch, micro_batch_size=size), some_lengths(num_rows)
+    every = [_Batches(lengths, settings, 5, Share(rank, processes)) for rank in range(processes)]
     for epoch in (0, 1):
-        every = [_Batches(lengths, settings, 5, Share(rank, processes)) for rank in range(processes)]
-        alone = _Batches(lengths, settings, 5, Share(0, 1))
-        for batches in (alone, *every):
+        for batches in every:
             batches.epoch = epoch
         turns = [list(batches) for batches in every]
-        assert (
-            {len(each) for each in turns} == {len(batches) for batches in every} == {-(-num_rows // size // processes)}
-        )
-        order = [row for turn in alone for row in turn]
-        assert sorted(order) == list(range(num_rows))
-        accumulated = batch // size // processes
+        assert {len(each) for each in [*turns, *every]} == {-(-num_rows // size // processes)}
+        order = np.random.default_rng([5, epoch]).permutation(num_rows).tolist()
+        each_step = batch // size // processes
         for step, begin in enumerate(range(0, num_rows, batch)):
-            taken = [
-                row
-                for each in turns
-                for turn in each[step * accumulated : (step + 1) * accumulated]
-                for row in turn
-                if row != blank
-            ]
+            own = [row for each in turns for turn in each[step * each_step : (step + 1) * each_step] for row in turn]
+            taken = [row for row in own if row != num_rows]  # but for the blank row
             assert sorted(taken) == sorted(order[begin : begin + batch])
 
 
@@ -168,16 +135,6 @@ def test_rows_of_one_turn_are_of_like_length(processes: int) -> None:
         batch = turns[first : first + in_batch]
         for longer, shorter in itertools.pairwise(batch):
             assert min(longer) >= max(shorter)
-
-
-def test_the_rows_of_a_batch_are_those_of_the_random_order() -> None:
-    """Sorting within a batch takes no row from another one: short rows would else be learned before long ones."""
-    settings, lengths = TrainingConfig(batch_size=16, micro_batch_size=2), some_lengths(64)
-    order = np.random.default_rng([5, 0]).permutation(64).tolist()
-    found = [row for turn in _Batches(lengths, settings, 5, Share(0, 1)) for row in turn]
-    for begin in range(0, 64, 16):
-        assert sorted(found[begin : begin + 16]) == sorted(order[begin : begin + 16])
-    assert found != order
 
 
 class Gradients(TrainerCallback):
@@ -213,7 +170,7 @@ def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, tiny_mod
 
 
 def test_only_the_rows_of_a_step_are_read(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Fresh, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_encoded(rows, tmp_path / "rows")
     mapped, read, get = load_encoded(tmp_path / "rows"), [], EncodedRows.__getitem__
@@ -222,9 +179,7 @@ def test_only_the_rows_of_a_step_are_read(
     assert len(read) == len(set(read)) == 2 * SETTINGS.batch_size < len(rows)
 
 
-def test_every_epoch_has_an_order_of_its_own(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
+def test_every_epoch_has_an_order_of_its_own(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     model, seen = fresh(), []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
     one_each = SETTINGS.model_copy(update={"micro_batch_size": 1})
@@ -244,38 +199,34 @@ def test_no_two_epochs_of_any_seeds_share_an_order() -> None:
     assert len(orders) == 16
 
 
-def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
+def test_only_adapters_change(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses(model, rows, tmp_path, None)
+    losses(model, rows, tmp_path)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
 
 
-def test_a_loss_far_above_the_first_stops_the_run(
-    tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
+def test_a_loss_far_above_the_first_stops_the_run(tiny_model: Path, rows: Rows, tmp_path: Path) -> None:
     """A model that has learnt its four rows meets a learning rate far too high; its logits are ten times as large as
     those of a fresh one, so that a wrong guess costs something."""
     model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
     with torch.no_grad():
         model.get_submodule("model.norm").weight.fill_(10.0)
     peft_model = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
-    seen = losses(peft_model, rows[:4], tmp_path / "well", None, SETTINGS.model_copy(update={"learning_rate": 0.02}))
+    seen = losses(peft_model, rows[:4], tmp_path / "well", learning_rate=0.02)
     assert seen[-1] < 6.0
     with pytest.raises(
         TrainingDiverged, match=r"the training loss is .* at step [2-6], far above 6\.238, the larger of"
     ):
-        losses(peft_model, rows[:4], tmp_path / "ill", None, SETTINGS.model_copy(update={"learning_rate": 10.0}))
+        losses(peft_model, rows[:4], tmp_path / "ill", learning_rate=10.0)
 
 
-def test_a_diverging_run_stops_and_names_the_step(
-    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
+def test_a_diverging_run_stops_and_names_the_step(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     model = fresh()
     with torch.no_grad():
         model.get_submodule("base_model.model.model.norm").weight.fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match="at step 1"):
-        losses(model, rows, tmp_path, None)
+        losses(model, rows, tmp_path)
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -12,13 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import disk_of
 from mixed_models import finished_run
 
 import qpruner.hf  # noqa: F401
-from qpruner.errors import StorageError
-from qpruner.export.forms import export
-from qpruner.runs.run_dir import RunDir
 
 WIDTH = 400_000
 """Channels of a block whose weights take 154 MB."""
@@ -92,14 +88,6 @@ def test_memory_that_runs_out_is_told_with_what_helps(wide: Path, tiny_model: Pa
     remedies = [line for line in done.stderr.splitlines() if line.startswith("  remedy: ")]
     assert ["`--which`" in line for line in remedies] == [True, False, True]
     assert all("`CUDA_VISIBLE_DEVICES=`" in line for line in remedies)
-
-
-def test_a_disk_without_room_for_an_export_is_told(tiny_model: Path, tmp_path: Path) -> None:
-    run = finished_run(tiny_model, tmp_path / "run")
-    with disk_of("128k", tmp_path / "disk") as disk:
-        with pytest.raises(StorageError, match=r"no space left for \S+\n  remedy: make room"):
-            export(RunDir(run), "peft", disk / "mine")
-        assert not list(disk.iterdir())
 
 
 MULTIPLIES = """
