@@ -65,6 +65,11 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
     return found
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class PlanRefused(UserError):
     """A plan in a file cannot be used."""
 

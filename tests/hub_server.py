@@ -27,13 +27,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds.
-
-    Attributes:
-        endpoint: Its address, for HF_ENDPOINT.
-        repositories: By OWNER/NAME.
-        objects: Large files by their sha256.
-    """
+    """What the server holds: repositories by OWNER/NAME, large files by their sha256."""
 
     endpoint: str
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -107,12 +101,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 status, told = hub.create(json.loads(body))
                 return self._tell(told, status)
             if re.fullmatch(r"/api/models/(.+)/preupload/main", path):
-                large = [each["path"].endswith(".safetensors") for each in json.loads(body)["files"]]
-                files = [
-                    {"path": each["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
-                    for each, is_large in zip(json.loads(body)["files"], large, strict=True)
-                ]
-                return self._tell({"files": files})
+                modes = {True: "lfs", False: "regular"}
+                paths = [each["path"] for each in json.loads(body)["files"]]
+                told = [{"path": path, "uploadMode": modes[path.endswith(".safetensors")]} for path in paths]
+                return self._tell({"files": [{**each, "shouldIgnore": False} for each in told]})
             if path.endswith(".git/info/lfs/objects/batch"):
                 return self._tell(hub.batch(json.loads(body)))
             if found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
@@ -128,25 +120,21 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path)
-            if found and found[1] in hub.repositories:
-                repository = hub.repositories[found[1]]
-                siblings = [{"rfilename": name} for name in repository.files]
-                return self._tell(
-                    {"id": found[1], "private": repository.private, "sha": COMMIT, "siblings": siblings, "tags": []}
-                )
-            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.+", path)
-            if found and found[1] in hub.repositories:
-                files = hub.repositories[found[1]].files
-                return self._tell(
-                    [
-                        {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                        for name, content in files.items()
-                    ]
-                )
+            asked = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+|/tree/.+)?", path)
+            if asked and (repository := hub.repositories.get(asked[1])):
+                if (asked[2] or "").startswith("/tree"):
+                    sizes = {name: (len(content), hashlib.sha1(content)) for name, content in repository.files.items()}
+                    return self._tell(
+                        [
+                            {"type": "file", "path": name, "size": size, "oid": digest.hexdigest()}
+                            for name, (size, digest) in sizes.items()
+                        ]
+                    )
+                told = {"id": asked[1], "private": repository.private, "sha": COMMIT, "tags": []}
+                return self._tell({**told, "siblings": [{"rfilename": name} for name in repository.files]})
             found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-            content = hub.repositories[found[1]].files.get(found[2]) if found and found[1] in hub.repositories else None
-            if content is None:
+            content = found and found[1] in hub.repositories and hub.repositories[found[1]].files.get(found[2])
+            if not isinstance(content, bytes):
                 missing = "EntryNotFound" if found else "RepoNotFound"
                 return self._say(404, X_Error_Code=missing, X_Repo_Commit=COMMIT)
             return self._say(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)

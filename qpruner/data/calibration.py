@@ -6,7 +6,7 @@ are collected, and the head runs, only where a labelled token is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[int, int], None]
 """Called with how many of how many are done."""
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A batch's loss of each token's ``(samples, seq)`` and the number of labelled tokens of each sample."""
+
+
+def ignore_counts(done: int, total: int) -> None:
+    """Do nothing with the progress."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Samples:
     rows: Rows
     pad_id: int
     batch_size: int
-    on_progress: OnProgress = lambda done, total: None
+    on_progress: OnProgress = ignore_counts
 
     @property
     def one_by_one(self) -> Samples:
@@ -67,16 +73,7 @@ def visit_gradients(
     """Run the loss backward batch by batch and visit each parameter's gradient before it is dropped.
 
     A batch's loss is the mean over its tokens. The peak above the weights is one parameter's gradient plus the
-    activations of one batch.
-
-    Args:
-        model: A dense model.
-        parameters: The parameters to visit, by name.
-        samples: The samples.
-        visit: Called with name, parameter and gradient ``(rows, columns)`` once per batch.
-
-    Raises:
-        TrainingDiverged: Naming the parameter whose gradient is NaN or infinite.
+    activations of one batch. `visit` is called with name, parameter and gradient ``(rows, columns)`` once per batch.
     """
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
@@ -91,12 +88,14 @@ def visit_gradients(
 
         return hook
 
-    handles: list[Any] = []
-    with _gradients_of(model, parameters.values(), handles):
-        for name, parameter in parameters.items():
-            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))  # type: ignore[no-untyped-call]
-        for batch in samples.batches(model.device):
-            _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
+    with _gradients_of(model, parameters.values()):
+        hooks = (
+            parameter.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items()
+        )
+        with hooked(hooks):
+            for batch in samples.batches(model.device):
+                _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
 
 
 def visit_mask_gradients(
@@ -105,45 +104,24 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Visit ``sum_j w_ij dL/dw_ij`` for every row, or ``sum_i`` for every column, of linear layers, by sample.
+    """Visit ``sum_j w_ij dL/dw_ij`` for every row (0), or ``sum_i`` for every column (1), of linear layers, by sample.
 
     It is the gradient of a sample's mean loss L with respect to a factor (a mask) on the row or column, and needs no
     gradient of any weight: with ``y = W x + b`` token t adds ``(y_ti - b_i) dL/dy_ti`` to a row's and ``x_tj dL/dx_tj``
-    to a column's. So a batch gives every sample's own in one backward pass.
-
-    Args:
-        model: A dense model.
-        linears: Name -> the layer, and 0 for its rows or 1 for its columns.
-        samples: The samples.
-        visit: Called per batch with name and values ``(samples, rows or columns)`` float32.
-
-    Raises:
-        TrainingDiverged: Naming the layer whose gradient is NaN or infinite.
+    to a column's. So a batch gives every sample's own in one backward pass. `visit` is called per batch with name and
+    values ``(samples, rows or columns)`` float32.
     """
-    num_rows = 0
 
-    def hook_for(name: str, dim: int) -> Callable[..., None]:
-        def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            features = inputs[0] if dim == 1 else output
-            # A hook that refers to its own tensor would keep it, and all behind it, until the cycle collector comes.
-            values, bias = features.detach(), module.bias if dim == 0 else None
+    def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
+        linear, dim = linears[name]
+        masked = values.float() if dim == 1 or linear.bias is None else values.float() - linear.bias.float()
+        by_sample = (masked * gradients.float()).sum(dim=1)
+        if not torch.isfinite(by_sample).all():
+            raise TrainingDiverged(f"the gradient at {name} is NaN or infinite on the calibration samples")
+        visit(name, by_sample)
 
-            def on_gradient(gradient: torch.Tensor) -> None:
-                masked = values.float() if bias is None else values.float() - bias.float()
-                by_sample = (masked * gradient.float()).reshape(num_rows, -1, gradient.shape[-1]).sum(dim=1)
-                if not torch.isfinite(by_sample).all():
-                    raise TrainingDiverged(f"the gradient at {name} is NaN or infinite on the calibration samples")
-                visit(name, by_sample)
-
-            features.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-        return listen
-
-    hooks = [(linear, hook_for(name, dim)) for name, (linear, dim) in linears.items()]
-    with _activation_gradients(model, hooks):
-        for batch in samples.batches(model.device):
-            num_rows = len(batch["input_ids"])
-            _backward(model, batch, lambda losses, counts: (losses.sum(dim=1) / counts).sum())
+    places = {name: (linear, dim == 1, dim == 1) for name, (linear, dim) in linears.items()}
+    _visit_activations(model, places, samples, lambda losses, counts: (losses.sum(dim=1) / counts).sum(), visit_both)
 
 
 def visit_linear_gradients(
@@ -155,51 +133,57 @@ def visit_linear_gradients(
     """Visit linear layers' inputs and the gradients at their outputs, batch by batch.
 
     The weight's gradient of sample s is ``gradients[s].T @ inputs[s]``: every sample's own, from one backward pass.
-    The loss of a sample is the sum over its labelled tokens; at padding the gradient is zero.
+    The loss of a sample is the sum over its labelled tokens; at padding the gradient is zero. `visit` is called per
+    batch with name, inputs ``(samples, seq, columns)`` and gradients ``(samples, seq, rows)``.
+    """
+    places = {name: (linear, True, False) for name, linear in linears.items()}
+    _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
 
-    Args:
-        model: A dense model.
-        linears: The layers, by name.
-        samples: The samples.
-        visit: Called per batch with name, inputs ``(samples, seq, columns)`` and gradients ``(samples, seq, rows)``.
+
+def _visit_activations(
+    model: PreTrainedModel,
+    places: Mapping[str, tuple[torch.nn.Linear, bool, bool]],
+    samples: Samples,
+    loss: Loss,
+    visit: Callable[[str, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Visit values and gradients ``(samples, seq, features)`` at linear layers, batch by batch.
+
+    For each layer: whether the values are its inputs, not its outputs, and whether the gradients are those at them.
+    Gradients reach activations, from the embeddings on, but no weight.
     """
     num_rows = 0
 
-    def hook_for(name: str) -> Callable[..., None]:
+    def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
         def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            features = inputs[0].detach()
+            # A hook that refers to its own tensor would keep it, and all behind it, until the cycle collector comes.
+            values = (inputs[0] if of_inputs else output).detach()
 
             def on_gradient(gradient: torch.Tensor) -> None:
-                by_sample = [values.reshape(num_rows, -1, values.shape[-1]) for values in (features, gradient)]
-                visit(name, *by_sample)
+                visit(name, *(each.reshape(num_rows, -1, each.shape[-1]) for each in (values, gradient)))
 
-            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            (inputs[0] if at_inputs else output).register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return listen
 
-    with _activation_gradients(model, [(linear, hook_for(name)) for name, linear in linears.items()]):
+    reach = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
+    hooks = [linear.register_forward_hook(hook_for(name, *which)) for name, (linear, *which) in places.items()]
+    with hooked([reach, *hooks]), _gradients_of(model, ()):
         for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
-            _backward(model, batch, lambda losses, counts: losses.sum())
+            _backward(model, batch, loss)
 
 
-def _backward(
-    model: PreTrainedModel,
-    batch: dict[str, torch.Tensor],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> None:
-    """Run one pass forward and backward; nothing of it is left before the next begins.
-
-    `loss` takes each token's loss ``(samples, seq)`` and the number of labelled tokens of each sample.
-    """
+def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss) -> None:
+    """Run one pass forward and backward; nothing of it is left before the next begins."""
     losses = token_losses(model, batch)
     counts = predicting(batch["labels"]).sum(dim=1).to(losses.device)
     loss(losses, counts).backward()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _gradients_of(model: PreTrainedModel, parameters: Any, handles: list[Any]) -> Iterator[None]:
-    """Let these parameters alone have gradients; flags are restored and hooks removed at the end."""
+def _gradients_of(model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Let these parameters alone have gradients for a while."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wanted = {id(parameter) for parameter in parameters}
     try:
@@ -207,22 +191,19 @@ def _gradients_of(model: PreTrainedModel, parameters: Any, handles: list[Any]) -
             parameter.requires_grad_(id(parameter) in wanted)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
 
 
 @contextmanager
-def _activation_gradients(
-    model: PreTrainedModel, hooks: Sequence[tuple[torch.nn.Module, Callable[..., None]]]
-) -> Iterator[None]:
-    """Let gradients reach activations, from the embeddings on, but no weight; forward hooks are set meanwhile."""
-    embeddings = model.get_input_embeddings()
-    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
-    handles += [module.register_forward_hook(hook) for module, hook in hooks]
-    with _gradients_of(model, (), handles):
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks at the end, by the handles that torch returned for them."""
+    kept = list(handles)
+    try:
         yield
+    finally:
+        for handle in kept:
+            handle.remove()
 
 
 class InputMoments:
@@ -264,20 +245,13 @@ def visit_inputs(
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            visit(name, at_tokens(inputs[0], tokens))
+        return lambda module, inputs: visit(name, at_tokens(inputs[0], tokens))
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             # Without the head: nobody reads the logits.
             model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -295,21 +269,13 @@ def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def visit_outputs(
     model: PreTrainedModel,
     modules: Mapping[str, torch.nn.Module],
-    rows: Rows,
-    pad_id: int,
+    samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
-    batch_size: int,
 ) -> None:
     """Run the samples forward and visit each module's output where the model predicts a labelled token.
 
-    Args:
-        model: The model.
-        modules: The modules to listen to, by name.
-        rows: Encoded samples.
-        pad_id: Padding token.
-        visit: Called per batch with name -> outputs ``(positions, features)`` float32 and the model's predicted token
-            ids ``(positions,)``.
-        batch_size: Samples per forward pass.
+    `visit` is called per batch with name -> outputs ``(positions, features)`` float32 and the model's predicted token
+    ids ``(positions,)``.
     """
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)
@@ -321,9 +287,8 @@ def visit_outputs(
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
-    try:
-        for batch in batches(rows, batch_size, pad_id, model.device):
+    with hooked(module.register_forward_hook(hook_for(name)) for name, module in modules.items()):
+        for batch in samples.batches(model.device):
             positions = predicting(batch["labels"])
             logits = predicted_logits(model, batch)
             for name, output in (outputs | {"model.lm_head": logits}).items():
@@ -331,6 +296,3 @@ def visit_outputs(
                     raise TrainingDiverged(f"the output of {name} is NaN or infinite on the calibration samples")
             visit(outputs, logits.argmax(dim=-1).cpu())
             outputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()

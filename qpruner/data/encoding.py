@@ -46,11 +46,9 @@ def encode(
     """Tokenize rows, cut at `max_length` tokens; rows without a token to predict are dropped.
 
     With `response_only`, the prompt's labels are -100.
-
-    Raises:
-        UserError: If no row has a token to predict within `max_length`.
     """
-    encoded = list(_encoded(examples, tokenizer, max_length, template, response_only))
+    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
+    encoded = list(_cut(rows, max_length))
     if not encoded:
         raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
     return encoded
@@ -63,57 +61,43 @@ def shuffled(examples: Iterable[Example], seed: int) -> list[Example]:
     return rows
 
 
-def row_samples(
+def calibration_samples(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     length: int,
     template: str,
     response_only: bool,
+    packing: bool = False,
     keys: tuple[str, str] = IMPORTANCE_KEYS,
 ) -> list[Row]:
-    """Take the first `count` rows that have a token to predict, cut at `length` tokens.
+    """Take the first `count` samples that have a token to predict.
+
+    They are rows cut at `length` tokens; with `packing` exactly `length` tokens from the rows joined together.
 
     Raises:
-        UserError: If there are fewer; names `keys`, the configuration keys of `count` and `length`.
+        UserError: If the rows make fewer; names `keys`, the configuration keys of `count` and `length`.
     """
-    samples = list(itertools.islice(_encoded(examples, tokenizer, length, template, response_only), count))
-    if len(samples) < count:
-        asked, limit = keys
+    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
+    samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
+    if len(samples) == count:
+        return samples
+    asked, limit = keys
+    if not packing:
         raise UserError(
             f"`{asked}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a token "
             f"to predict within {length} tokens (`{limit}`): ask for fewer, give more rows or make it longer"
         )
-    return samples
+    fewer = f"ask for at most {len(samples)}, " if samples else ""
+    raise UserError(
+        f"`{asked}` asks for {counted(count, 'sample')} of {length} tokens (`{limit}`), but the calibration rows make "
+        f"{len(samples)} with a token to predict, since `calibration.packing` cuts samples from the rows joined "
+        f"together: {fewer}make `{limit}` shorter, give more rows, or set `calibration.packing: false`, which takes a "
+        "row for a sample"
+    )
 
 
-def packed_samples(
-    examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    length: int,
-    template: str,
-    response_only: bool,
-) -> list[Row]:
-    """Cut `count` samples of exactly `length` tokens from the rows joined together; all have a token to predict.
-
-    Raises:
-        UserError: If the rows make fewer.
-    """
-    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
-    samples = list(itertools.islice(_joined_samples(rows, length), count))
-    if len(samples) < count:
-        fewer = f"ask for at most {len(samples)}, " if samples else ""
-        raise UserError(
-            f"`calibration.num_samples` asks for {counted(count, 'sample')} of {length} tokens "
-            f"(`calibration.max_length`), but the calibration rows make {len(samples)} with a token to predict, since "
-            f"`calibration.packing` cuts samples from the rows joined together: {fewer}make `calibration.max_length` "
-            "shorter, give more rows, or set `calibration.packing: false`, which takes a row for a sample"
-        )
-    return samples
-
-
-def _joined_samples(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
+def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
     """Join rows and cut them; rows without a token to predict, such as blank lines, are left out."""
     ids: list[int] = []
     labels: list[int] = []
@@ -128,17 +112,10 @@ def _joined_samples(rows: Iterable[tuple[list[int], list[int]]], length: int) ->
             ids, labels = ids[length:], labels[length:]
 
 
-def _encoded(
-    examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    template: str,
-    response_only: bool,
-) -> Iterator[Row]:
-    for example in examples:
-        ids, labels = _labelled(example, tokenizer, template, response_only)
-        if _has_label(labels[:max_length]):
-            yield {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+def _cut(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
+    for ids, labels in rows:
+        if _has_label(labels[:length]):
+            yield {"input_ids": ids[:length], "labels": labels[:length]}
 
 
 def _labelled(
@@ -185,11 +162,8 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
     ids = [token for row in rows for token in row["input_ids"]]
     # The first label of a row would be predicted from the row before it.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
-    chunks = [
-        {"input_ids": ids[start : start + length], "labels": labels[start : start + length]}
-        for start in range(0, len(ids), length)
-    ]
-    return [chunk for chunk in chunks if _has_label(chunk["labels"])]
+    chunks = ((ids[start : start + length], labels[start : start + length]) for start in range(0, len(ids), length))
+    return list(_cut(chunks, length))
 
 
 def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Row]:
@@ -200,11 +174,7 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
 
 
 def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
-    """Read samples given as token ids: a JSON file with a list of lists.
-
-    Raises:
-        UserError: If the file is none, or an id is outside the vocabulary.
-    """
+    """Read samples given as token ids: a JSON file with a list of lists."""
     key = "`calibration.token_ids`"
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
@@ -213,17 +183,13 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
     if not (isinstance(samples, list) and samples and all(isinstance(sample, list) for sample in samples)):
         raise UserError(f"{key}: {path} must hold a list of lists of token ids, such as [[1, 306, 4658], [1, 910]]")
     for position, sample in enumerate(samples):
-        wrong = [token for token in sample if type(token) is not int or not 0 <= token < vocabulary_size]
-        if wrong:
-            raise UserError(
-                f"{key}: sample {position} of {path} has {wrong[0]!r}, but a token id is a whole number from 0 to "
-                f"{vocabulary_size - 1} for this model"
-            )
+        where = f"{key}: sample {position} of {path} has"
+        for token in sample:
+            if type(token) is not int or not 0 <= token < vocabulary_size:
+                rule = f"a token id is a whole number from 0 to {vocabulary_size - 1} for this model"
+                raise UserError(f"{where} {token!r}, but {rule}")
         if len(sample) < 2:
-            raise UserError(
-                f"{key}: sample {position} of {path} has {counted(len(sample), 'token')}; two at least are needed: "
-                "leave it out"
-            )
+            raise UserError(f"{where} {counted(len(sample), 'token')}; two at least are needed: leave it out")
     return [{"input_ids": sample, "labels": sample} for sample in samples]
 
 
@@ -238,14 +204,13 @@ def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, A
 
     longest = max(len(row["input_ids"]) for row in rows)
 
-    def padded(name: str, fill: int) -> Any:
-        return torch.tensor([list(row[name]) + [fill] * (longest - len(row[name])) for row in rows])
+    def padded(parts: Iterable[Sequence[int]], fill: int) -> Any:
+        return torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
 
-    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
     return {
-        "input_ids": padded("input_ids", pad_id),
-        "attention_mask": torch.tensor(mask),
-        "labels": padded("labels", IGNORED_LABEL),
+        "input_ids": padded((row["input_ids"] for row in rows), pad_id),
+        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+        "labels": padded((row["labels"] for row in rows), IGNORED_LABEL),
     }
 
 
@@ -260,11 +225,7 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
 
 
 def load_encoded(folder: Path) -> EncodedRows:
-    """Map what `save_encoded` wrote into memory.
-
-    Raises:
-        CorruptFile: If the folder is damaged; reading a row later raises nothing.
-    """
+    """Map what `save_encoded` wrote into memory; damage is found here, reading a row later raises nothing."""
     import datasets
 
     try:

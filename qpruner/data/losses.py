@@ -35,19 +35,14 @@ class LossResult:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
-    """Compute the cross entropy on the labelled tokens, in nats.
-
-    Raises:
-        TrainingDiverged: If it is NaN or infinite.
-    """
+    """Compute the cross entropy on the labelled tokens, in nats; raises `TrainingDiverged` where it is no number."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     # Rows of like length together, so that little is spent on padding.
     lengths = row_lengths(rows)
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    sums: list[float] = []
-    counts: list[int] = []
+    sums, counts = list[float](), list[int]()
     for batch in batches([rows[index] for index in order], batch_size, pad_id, device):
         sums.extend(token_losses(model, batch).sum(dim=1).tolist())
         counts.extend(predicting(batch["labels"]).sum(dim=1).tolist())
@@ -110,8 +105,3 @@ def predicting(labels: torch.Tensor) -> torch.Tensor:
 def predicted_labels(labels: torch.Tensor) -> torch.Tensor:
     """Select the labels predicted at these positions: ``(positions,)``, in the order of `predicted_logits`."""
     return labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
-
-
-def count_labels(labels: torch.Tensor) -> int:
-    """Count the tokens that are predicted in a batch of labels ``(batch, seq)``."""
-    return int(predicting(labels).sum())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import DataSource
-from qpruner.errors import UserError, together
+from qpruner.errors import UserError, first_line, together
 from qpruner.wording import counted
 
 COLUMNS = {
@@ -58,15 +58,7 @@ def normalized(text: str) -> str:
 
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
-    """Read the rows of all sources and map their columns.
-
-    Args:
-        sources: Where the rows are.
-        key: The configuration key of `sources`, for errors.
-
-    Raises:
-        UserError: For missing files and columns of every source, or no rows at all.
-    """
+    """Read the rows of all sources, whose configuration key is `key`, and map their columns."""
     read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
     examples = [example for rows in read for example in rows]
     if not examples:
@@ -74,16 +66,8 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     return examples
 
 
-def _examples_of(source: DataSource, key: str) -> list[Example]:
-    return [_to_example(row, source, key) for row in _read_rows(source, key)]
-
-
 def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
-    """Refuse a row that is in two splits.
-
-    Args:
-        splits: Split -> identities of its rows (`Example.identity` or `normalized` text).
-    """
+    """Refuse a row that is in two splits (split -> `Example.identity` or `normalized` text of its rows)."""
     seen: list[tuple[str, set[str]]] = []
     for name, identities in splits.items():
         rows = {identity for identity in identities if identity}
@@ -96,7 +80,7 @@ def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
         seen.append((name, rows))
 
 
-def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
+def _examples_of(source: DataSource, key: str) -> list[Example]:
     import datasets
 
     from qpruner.models.loading import resolve_source
@@ -109,16 +93,14 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
         if suffix in BUILDERS:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
-            *others, last = BUILDERS
-            raise UserError(
-                f"`{key}.source`: {path} is no data file; give a {', '.join(others)} or {last} file, or a hub id"
-            )
+            kinds = " or ".join(BUILDERS)
+            raise UserError(f"`{key}.source`: {path} is no data file; give a {kinds} file, or a hub id")
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
-        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or cause_of(error)
+        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(error.__cause__ or error)
         if "corresponds to no data" in reason or reason.startswith("Unknown split"):
             raise UserError(
                 f"`{key}.split`: {source.split} takes no rows of {source.source!r} ({reason}): name another part of it"
@@ -128,7 +110,7 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
         ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
-    return [dict(row) for row in rows.select(range(count))]
+    return [_to_example(dict(row), source, key) for row in rows.select(range(count))]
 
 
 def _read_file(path: Path, split: str, key: str) -> Any:
@@ -175,7 +157,7 @@ def _check_table(path: Path, separator: str) -> list[str]:
                 "in it are doubled"
             ) from None
         except UnicodeDecodeError:
-            raise ValueError(_line_without_utf8(path)) from None
+            raise ValueError("it is no UTF-8: save the file as UTF-8") from None
     if separator == "," and len(header) == 1 and ";" in header[0]:
         raise ValueError("its header is one cell with semicolons: in a .csv file commas separate the cells")
     if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
@@ -183,21 +165,6 @@ def _check_table(path: Path, separator: str) -> list[str]:
     if not num_rows:
         raise ValueError("it has no row under its header")
     return header
-
-
-def cause_of(error: Exception) -> str:
-    """Return the first line of an error's cause; datasets itself only says that generating the data set failed."""
-    cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-
-
-def _line_without_utf8(path: Path) -> str:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            return f"line {number} is no UTF-8: save the file as UTF-8"
-    return "it is no UTF-8: save it as UTF-8"
 
 
 def _line_without_row(path: Path) -> str | None:
@@ -234,9 +201,8 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
             is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
             header = ", which the first line of the file says: it is the header" if is_table else ""
             raise UserError(
-                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; "
-                f"they have {', '.join(available)}{header}; name yours with, for example, "
-                f"`columns: {{{column}: {available[0]}}}`"
+                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; they have "
+                f"{', '.join(available)}{header}; name yours with, for example, `columns: {{{column}: {available[0]}}}`"
             )
 
 

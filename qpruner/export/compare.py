@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qpruner.errors import StageError
-from qpruner.export.merged import PEFT_PREFIX
 from qpruner.hf import load
 from qpruner.models.loading import OnLoading, device, ignore_progress
 
-if TYPE_CHECKING:
-    import torch
-
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the name of a layer."""
 NUM_PROBES = 64
 MOST_ERROR = 0.05
 """Largest relative error of a layer's outputs. Rounding takes 0.003 at 4 bits and, as inputs are rounded to 8 bits,
@@ -50,18 +50,20 @@ def compare(
 ) -> Likeness:
     """Load the final model and then the export, and compare layers and predictions on token ids.
 
-    Raises:
-        StageError: If a layer has lost its adapter or its outputs differ, or the predictions do.
+    Raises `StageError` if a layer has lost its adapter or its outputs differ, or the predictions do.
     """
     from peft.tuners.lora import LoraLayer
 
     model = load(final, on_progress).eval()
     dtype = model.dtype
-    adapted = {path: layer for path, layer in _layers(model).items() if isinstance(layer, LoraLayer)}
-    added = {path: _adapter_outputs(layer) for path, layer in adapted.items()}
-    outputs = {path: _outputs(layer.base_layer, dtype) + added[path] for path, layer in adapted.items()}
+    added, outputs = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for path, layer in _layers(model).items():
+        if isinstance(layer, LoraLayer):
+            (adapter,) = layer.active_adapters
+            added[path] = _probes(layer) @ layer.get_delta_weight(adapter).detach().float().cpu().T
+            outputs[path] = _outputs(layer.base_layer, dtype) + added[path]
     expected = _log_probabilities(model, samples, on_progress)
-    del model, adapted
+    del model, layer
     model = load(exported, on_progress).eval()
     layers = _layers(model)
     for path, output in outputs.items():
@@ -86,25 +88,14 @@ def _layers(model: Any) -> dict[str, Any]:
 
 def _probes(layer: Any) -> torch.Tensor:
     """Draw inputs ``(NUM_PROBES, in)``, the same for each layer of that size."""
-    import torch
-
     return torch.randn(NUM_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
 
 
+@torch.no_grad()
 def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """Compute a layer's outputs ``(NUM_PROBES, out)``."""
-    import torch
-
-    with torch.no_grad():
-        output: torch.Tensor = layer(_probes(layer).to(device(), dtype))
+    output: torch.Tensor = layer(_probes(layer).to(device(), dtype))
     return output.float().cpu()
-
-
-def _adapter_outputs(layer: Any) -> torch.Tensor:
-    """Compute the adapter's part of the outputs, exactly."""
-    (adapter,) = layer.active_adapters
-    weight: torch.Tensor = layer.get_delta_weight(adapter)
-    return _probes(layer) @ weight.detach().float().cpu().T
 
 
 def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) -> str | None:
@@ -123,14 +114,12 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
     return None
 
 
+@torch.no_grad()
 def _log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnLoading) -> torch.Tensor:
     """Compute log-probabilities ``(tokens, vocabulary)`` of all samples."""
-    import torch
-
     found = []
-    with torch.no_grad():
-        for sample in samples:
-            logits = model(torch.tensor([sample], device=device())).logits[0]
-            found.append(logits.float().log_softmax(-1).cpu())
-            on_progress("comparing predictions", len(found), len(samples))
+    for sample in samples:
+        logits = model(torch.tensor([sample], device=device())).logits[0]
+        found.append(logits.float().log_softmax(-1).cpu())
+        on_progress("comparing predictions", len(found), len(samples))
     return torch.cat(found)

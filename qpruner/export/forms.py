@@ -5,23 +5,25 @@ An export is written aside, loaded again and compared with the final model befor
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
-from qpruner.export.compare import Likeness, compare
-from qpruner.export.merged import write_merged
-from qpruner.export.peft import ADAPTER_FILES, write_peft
-from qpruner.models.loading import OnLoading, checkpoint_config, ignore_progress
+from qpruner.export.compare import PEFT_PREFIX, Likeness, compare
+from qpruner.hf import PEFT_BASE
+from qpruner.models.checkpoint import dense_tensors, save_checkpoint
+from qpruner.models.loading import OnLoading, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import exists, fetch, storage_at, write_json
+from qpruner.runs.storage import exists, fetch, retry_storage, storage_at, write_json
 
 Form = Literal["merged", "peft"]
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 AGAINST_SHORTAGE = (
     "end what else takes memory, or repeat the command on a machine that has more; where a GPU's memory ran out, set "
     "`CUDA_VISIBLE_DEVICES=` to use the machine's"
@@ -40,20 +42,10 @@ class Exported(Likeness):
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
 def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignore_progress) -> Exported:
-    """Write the final model in another form.
+    """Write the final model of a run in another form, to a folder that does not exist yet.
 
-    Args:
-        run: A run with a final model.
-        form: `merged`: dense weights with the adapter added in; `peft`: the adapter, and the quantized model below it.
-        target: A folder that does not exist yet.
-        on_progress: Called with what is done, how far, and of how many.
-
-    Raises:
-        UserError: If there is no final model, or the target exists.
-        StageError: If the export does not predict what the final model does.
-        CorruptFile: If a weight file cannot be read.
-        StorageError: If the disk has no room for it.
-        OutOfMemory: If memory runs out.
+    With `merged` its weights are dense, with the adapter added in; `peft` has the adapter, and the quantized model
+    below it. Raises `StageError` if the export does not predict what the final model does.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -66,9 +58,9 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignor
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         if form == "merged":
-            write_merged(final, scratch, on_progress)
+            _write_merged(final, scratch, on_progress)
         else:
-            write_peft(final, scratch, target)
+            _write_peft(final, scratch, target)
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
         likeness = compare(final, scratch, [row["input_ids"] for row in rows], on_progress)
         write_json(scratch / MARK, record)
@@ -77,3 +69,51 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignor
         shutil.rmtree(scratch, ignore_errors=True)
     is_plain = form == "merged" and not checkpoint_config(target).is_heterogeneous
     return Exported(**vars(likeness), folder=target, is_plain=is_plain)
+
+
+def _write_merged(final: Path, folder: Path, on_progress: OnLoading) -> None:
+    """Unpack every layer, add its adapter, ``W + alpha / rank * B A`` in the model's dtype, and save the model."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from qpruner.quantization.mixed import layer_tensors, unpack
+
+    config = checkpoint_config(final)
+    dtype = config.dtype
+    quantized = config.__dict__.pop("quantization_config", {"bits": {}})
+    state = dense_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # the adapter lies beside the weights
+    for path in quantized["bits"]:
+        packed = layer_tensors(state, path)
+        packed.pop("bias", None)
+        for name in packed:
+            del state[f"{path}.{name}"]
+        state[f"{path}.weight"] = unpack(packed, torch.float32)
+    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    adapter = load_file(final / ADAPTER_FILES[1])
+    for done, (name, lora_a) in enumerate(adapter.items(), 1):
+        if name.endswith(".lora_A.weight"):
+            lora_b = adapter[name.replace(".lora_A.", ".lora_B.")]
+            weight = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
+            added = settings["lora_alpha"] / settings["r"] * (lora_b.float() @ lora_a.float())
+            state[weight] = (state[weight].float() + added).to(dtype)
+        on_progress("merging the adapter", done, len(adapter))
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    save_checkpoint(model, load_tokenizer(str(final)), folder, on_progress)
+
+
+def _write_peft(final: Path, folder: Path, target: Path) -> None:
+    """Write the adapter, and the quantized model in a folder below it, for a folder that becomes `target`."""
+    left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
+    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())
+    tokenizer = load_tokenizer(str(final))
+
+    def write() -> None:
+        shutil.copytree(final, folder / PEFT_BASE, ignore=left_out, dirs_exist_ok=True)
+        (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        shutil.copy2(final / ADAPTER_FILES[1], folder)
+        tokenizer.save_pretrained(folder)
+
+    retry_storage(write, target)

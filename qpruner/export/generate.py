@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from qpruner.config.schema import ModelConfig
 from qpruner.data.encoding import alpaca_prompt
-from qpruner.errors import UserError
+from qpruner.errors import UserError, first_line
 from qpruner.hf import load, weights_folder
 from qpruner.models.loading import OnLoading, check_folder, ignore_progress, load_dense, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
@@ -45,13 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of a model.
-
-    Attributes:
-        text: Without special tokens.
-        num_tokens: Special ones included.
-        ended: `end`: the model ended it; `length`: the most tokens were reached, or the context is full.
-    """
+    """A model's answer without special tokens, which `num_tokens` counts, and what ended it: the model or its room."""
 
     text: str
     num_tokens: int
@@ -66,18 +60,16 @@ class Generator:
 
     @raising_out_of_memory(AGAINST_SHORTAGE)
     def answer(self, prompt: str, sampling: Sampling) -> Answer:
-        """Answer a prompt.
-
-        Raises:
-            UserError: If the prompt leaves no room in the model's context.
-            OutOfMemory: If memory runs out.
-        """
+        """Answer a prompt."""
         ids = self._encoded(prompt, sampling.template).to(self._model.device)
         length = ids.shape[1]
         context = getattr(self._model.config, "max_position_embeddings", None) or length + sampling.max_tokens
         if length >= context:
             raise UserError(f"the prompt has {length} tokens, and the model's context {context}: shorten the prompt")
-        ends = self._end_tokens()
+        # What ends an answer: the tokenizer's end token, and those of the model's generation_config.json.
+        own = self._model.generation_config.eos_token_id
+        found = [*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id]
+        ends = sorted({token for token in found if token is not None})
         how: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
         torch.manual_seed(sampling.seed)
         written = self._model.generate(
@@ -102,31 +94,17 @@ class Generator:
         elif template == "none" or not self._tokenizer.chat_template:
             encoded = self._tokenizer(prompt, return_tensors="pt")
         else:
+            messages = [{"role": "user", "content": prompt}]
             encoded = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         ids: torch.Tensor = encoded["input_ids"]
         return ids
 
-    def _end_tokens(self) -> list[int]:
-        """Return what ends an answer: the tokenizer's end token, and those of the model's generation_config.json."""
-        own = self._model.generation_config.eos_token_id
-        found = [*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id]
-        return sorted({token for token in found if token is not None})
-
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
-
-    Attributes:
-        name: `base`, `pruned` or `final` of a run; the name of a folder.
-        folder: Its folder.
-        dense: The run's `model` section, for its dense models.
-    """
+    """Where a model is; `dense` is the `model` section of a run, for its dense models."""
 
     name: str
     folder: Path
@@ -139,15 +117,7 @@ class Source:
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
     def load(self, on_progress: OnLoading = ignore_progress) -> Generator:
-        """Load the model.
-
-        Args:
-            on_progress: Called with how many tensors are loaded.
-
-        Raises:
-            UserError: If transformers cannot load it.
-            OutOfMemory: If there is no room for it.
-        """
+        """Load the model."""
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):
                 if self.dense:
@@ -156,22 +126,12 @@ class Source:
                     model = load(self.folder, on_progress)
                 return Generator(model, load_tokenizer(str(self.folder), self.dense))
         except (OSError, ValueError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"{self.folder} cannot be loaded: {reason}; name a folder that transformers loads, with its tokenizer"
-            ) from error
+            remedy = "name a folder that transformers loads, with its tokenizer"
+            raise UserError(f"{self.folder} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run, or of a folder alone.
-
-    Args:
-        place: A run folder, or that of a model.
-        which: Those of a run that are wanted, in this order; all that are there when empty.
-
-    Raises:
-        UserError: If one is missing or damaged, or the run is at a URI.
-    """
+    """Find the wanted models of a run (all that are there if `which` is empty), or that of a folder alone."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
             f"models are loaded from a folder, and this is a URI: `{command}` "
@@ -181,16 +141,20 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)
     elif which:
-        raise UserError(
-            f"`--which` chooses among the models of a run, and {place} has no {STATE}: leave it out, or name a run "
-            "folder"
-        )
+        remedy = "leave it out, or name a run folder"
+        raise UserError(f"`--which` chooses among the models of a run, and {place} has no {STATE}: {remedy}")
     elif not place.is_dir():
         raise UserError(f"{place} is no folder: name a run folder, or a model's")
     else:
         found = [Source(place.name, place)]
     for source in found:
-        _check(source)
+        check_folder(weights_folder(source.folder), f"the {source.name} model")
+        has_adapter = (source.folder / "adapter_config.json").is_file()
+        if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
+            raise UserError(
+                f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside its "
+                "adapter_config.json (pickled adapters are not read; save it anew with peft's save_pretrained)"
+            )
     return found
 
 
@@ -210,14 +174,3 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     if not there:
         raise UserError(f"{run.root} has no model yet: repeat `qpruner run` until it has one")
     return [there[name] for name in which or there]
-
-
-def _check(source: Source) -> None:
-    """Refuse a folder that lacks files; no weights are read."""
-    check_folder(weights_folder(source.folder), f"the {source.name} model")
-    settings = source.folder / "adapter_config.json"
-    if settings.is_file() and not (source.folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside {settings.name} "
-            "(pickled adapters are not read; save it anew with peft's save_pretrained)"
-        )

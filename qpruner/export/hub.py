@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from qpruner.errors import StageError, UserError
+from qpruner.errors import StageError, UserError, first_line
 from qpruner.export.card import Form, missing_keys, with_loading_section
+from qpruner.models.loading import checkpoint_config
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import read_json
@@ -43,20 +44,10 @@ class Pushed:
 def push(
     run: RunDir, repo_id: str, what: What, is_public: bool, notify: Callable[[str], None] = lambda _: None
 ) -> Pushed:
-    """Upload the final model, packed, merged or as peft has it, as one commit.
+    """Upload the final model, or what `qpruner export RUN --to` wrote, as one commit to OWNER/NAME.
 
     Everything else in the repository is removed: transformers would attach an adapter that lies beside a merged model.
-
-    Args:
-        run: A complete run.
-        repo_id: OWNER/NAME; created if it does not exist.
-        what: `final`: packed layers and adapter; others: what `qpruner export RUN --to` wrote.
-        is_public: Whether everybody may see it.
-        notify: Called before the upload, which may take hours.
-
-    Raises:
-        UserError: If there is nothing to upload, no token, or the repository is public and should not be.
-        StageError: If the hub refuses, or cannot be reached.
+    `notify` is called before the upload, which may take hours.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -81,14 +72,14 @@ def push(
         message = f"{what} model of {run.root.name} (qpruner {VERSION})"
         commit = api.create_commit(repo, [*added, *removed], commit_message=message)
     except HFValidationError as error:
-        raise UserError(f"REPO_ID must be OWNER/NAME, got {repo_id!r}: {_first_line(error)}") from error
+        raise UserError(f"REPO_ID must be OWNER/NAME, got {repo_id!r}: {first_line(error)}") from error
     except OfflineModeIsEnabled as error:
         raise UserError("HF_HUB_OFFLINE forbids to ask the hub: unset it") from error
     except HfHubHTTPError as error:
         remedy = "see that the token may write there (`hf auth whoami`), then repeat the command"
-        raise StageError("push", _first_line(error), remedy) from error
+        raise StageError("push", first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
-        raise StageError("push", f"the hub cannot be reached: {_first_line(error)}", "repeat the command") from error
+        raise StageError("push", f"the hub cannot be reached: {first_line(error)}", "repeat the command") from error
     return Pushed(commit.commit_url, len(added), num_bytes, len(removed), is_private, missing_keys(_card(run)))
 
 
@@ -99,18 +90,17 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
         remedy = "repeat `qpruner run` until it has" if what == "final" else f"`qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
-    if what != "final":
-        record = read_json(folder / MARK, ExportRecord)
-        if not record or record.final != run.final_digests():
-            remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
-            raise UserError(
-                f"{folder} was not exported from the present final model, which the card is about: {remedy}"
-            )
+    record = None if what == "final" else read_json(folder / MARK, ExportRecord)
+    if what != "final" and (not record or record.final != run.final_digests()):
+        remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
+        raise UserError(f"{folder} was not exported from the present final model, which the card is about: {remedy}")
     yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
-            yield ADAPTER, _adapter_config(path, repo_id)
+            # transformers (5.24) takes the base's weights from there, and a path of this machine is nobody's business.
+            settings = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": repo_id}
+            yield ADAPTER, (json.dumps(settings, indent=2) + "\n").encode()
         elif path.is_file() and name not in (CARD, MARK):
             yield name, path
 
@@ -126,19 +116,4 @@ def _card(run: RunDir) -> str:
 def _form(folder: Path, what: What) -> Form:
     if what != "merged":
         return "packed" if what == "final" else "peft"
-    from qpruner.models.loading import checkpoint_config
-
     return "merged" if checkpoint_config(folder).is_heterogeneous else "merged and plain"
-
-
-def _adapter_config(path: Path, repo_id: str) -> bytes:
-    """Name the repository as the adapter's base: transformers (5.24) takes the weights from there.
-
-    A path of this machine is nobody's business.
-    """
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return (json.dumps(settings | {"base_model_name_or_path": repo_id}, indent=2) + "\n").encode()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from qpruner.config.schema import DataConfig, RunConfig
-from qpruner.data.encoding import SENSITIVITY_KEYS, encode, load_token_ids, packed_samples, row_samples, shuffled
+from qpruner.data.encoding import SENSITIVITY_KEYS, calibration_samples, encode, load_token_ids, shuffled
 from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
-from qpruner.errors import UserError, together
+from qpruner.errors import UserError, first_line, together
 from qpruner.models.loading import absolute_source, check_source, load_tokenizer, resolve_source
 from qpruner.training.evaluate import TaskQuestions, task_questions
 from qpruner.wording import counted
@@ -345,7 +345,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     try:
         tokenizer = load_tokenizer(source, config.model)
     except Exception as error:  # missing and broken tokenizer files raise many types
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the model's tokenizer files there"
         ) from error
@@ -359,12 +359,12 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
     written = (settings.template, settings.response_only)
     if not calibration.token_ids:
-        take = packed_samples if calibration.packing else row_samples
-        taken = shuffled(examples["calibration"], config.seed)
-        take(taken, tokenizer, calibration.num_samples, calibration.max_length, *written)
+        taken, packing = shuffled(examples["calibration"], config.seed), calibration.packing
+        calibration_samples(taken, tokenizer, calibration.num_samples, calibration.max_length, *written, packing)
     number = calibration.num_sensitivity_samples
     rows = shuffled(examples["train"], config.seed)
-    row_samples(rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS)
+    length, template = settings.max_length, settings.template
+    calibration_samples(rows, tokenizer, number, length, template, True, keys=SENSITIVITY_KEYS)
 
 
 def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -> bool:

@@ -81,7 +81,7 @@ def telling(emit: Emit, stage: str) -> OnLoading:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; return rows by split."""
-    from qpruner.data.encoding import SENSITIVITY_KEYS, encode, pack, row_samples, save_encoded, shuffled
+    from qpruner.data.encoding import SENSITIVITY_KEYS, calibration_samples, encode, pack, save_encoded, shuffled
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -96,8 +96,8 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
     task_rows, number = shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
-    splits["sensitivity"] = row_samples(
-        task_rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
+    splits["sensitivity"] = calibration_samples(
+        task_rows, tokenizer, number, settings.max_length, settings.template, True, keys=SENSITIVITY_KEYS
     )
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
@@ -108,14 +108,20 @@ def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
     """Make the calibration samples: given token ids, or packed samples or rows in the order of a shuffle."""
-    from qpruner.data.encoding import load_token_ids, packed_samples, row_samples, shuffled
+    from qpruner.data.encoding import calibration_samples, load_token_ids, shuffled
 
     settings, data = config.calibration, config.data
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
-    rows = shuffled(examples, config.seed)
-    take = packed_samples if settings.packing else row_samples
-    return take(rows, tokenizer, settings.num_samples, settings.max_length, data.template, data.response_only)
+    return calibration_samples(
+        shuffled(examples, config.seed),
+        tokenizer,
+        settings.num_samples,
+        settings.max_length,
+        data.template,
+        data.response_only,
+        settings.packing,
+    )
 
 
 def _source_digests(config: RunConfig) -> list[str]:

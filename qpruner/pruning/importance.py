@@ -15,7 +15,7 @@ import torch
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import InputMoments, Samples, visit_gradients, visit_inputs, visit_mask_gradients
-from qpruner.data.losses import count_labels
+from qpruner.data.losses import predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import UnitKind, UnitSlice, family_of
 
@@ -122,7 +122,7 @@ def _taylor_by_vector(
         for name, (_, owners) in matrices.items()
     }
     # The batch of all samples is the mean over tokens, so a sample counts as many times as it has tokens to predict.
-    counts = torch.tensor([count_labels(torch.tensor([row["labels"]])) for row in samples.rows])
+    counts = torch.tensor([int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows])
     shares = counts / counts.sum()
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}

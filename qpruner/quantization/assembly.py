@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
-from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
+from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, layer_tensors, packed_layer
 from qpruner.runs.storage import OnPiece, read_json
 
 if TYPE_CHECKING:
@@ -42,16 +41,7 @@ def assemble(
     double_quant: bool,
     on_piece: OnPiece = lambda: None,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of a plan.
-
-    Args:
-        checkpoint: Folder of the dense model.
-        bank: Folder of the bank; not read if every group is at 16 bits.
-        group: `block`, `sublayer` or `projection`.
-        bits_by_group: The plan.
-        dtype: Name of the torch dtype of unquantized tensors.
-        double_quant: Whether the bank's 4-bit scales are quantized.
-        on_piece: Called after every piece that is read.
+    """Build the model of a plan from a dense checkpoint and a bank; `on_piece` is called after every piece read.
 
     Returns:
         The model, and its adapter starts: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
@@ -63,9 +53,7 @@ def assemble(
     cpu.install()
     linears = group_linears(config, group)
     bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}
-    banked = read_plan(bank, bits_by_group, on_piece)
-    starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
-    packed = {name: tensor for name, tensor in banked.items() if name not in starts}
+    starts, packed = _split(read_plan(bank, bits_by_group, on_piece))
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
     state = dense_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed
     if quantized:
@@ -77,6 +65,12 @@ def assemble(
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return _placed(model), starts
+
+
+def _split(banked: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split a bank's tensors into adapter starts and packed weights."""
+    starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
+    return starts, {name: tensor for name, tensor in banked.items() if name not in starts}
 
 
 def attach_adapters(
@@ -155,8 +149,7 @@ class PlanAssembler:
             held = attach_adapters(model, self._starts, self._lora, self._group, seed)
         else:
             self._exchange(held, plan, seed, on_piece)
-        self._plan = dict(plan)
-        self._peft_model = held
+        self._plan, self._peft_model = dict(plan), held
         return held
 
     def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
@@ -166,36 +159,25 @@ class PlanAssembler:
         # As in MixedPrecisionQuantizer: a model that began unquantized does not say that it has such layers.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)
-        different = [name for name, bits in plan.items() if bits != self._plan[name]]
-        banked = _by_layer(read_plan(self._bank, {name: plan[name] for name in different}, on_piece))
-        unquantized = {f"{path}.weight" for name in different if plan[name] == FULL_BITS for path in paths[name]}
+        changed = {name: bits for name, bits in plan.items() if bits != self._plan[name]}
+        starts, packed = _split(read_plan(self._bank, changed, on_piece))
+        bits_of = {path: bits for name, bits in changed.items() for path in paths[name]}
+        unquantized = {f"{path}.weight" for path, bits in bits_of.items() if bits == FULL_BITS}
         dense = dense_tensors(self._checkpoint, unquantized.__contains__, on_piece) if unquantized else {}
+        same = {name: start for name, start in self._starts.items() if name.rpartition(".")[0] not in bits_of}
+        self._starts = same | starts
         dtype = getattr(torch, self._dtype)
         layers: dict[str, torch.nn.Module] = {}
-        for name in different:
-            for path in paths[name]:
-                old: Any = model.get_submodule(path)
-                tensors = banked.get(path, {})
-                for matrix in ("lora_A", "lora_B"):
-                    self._starts.pop(f"{path}.{matrix}", None)
-                    if matrix in tensors:
-                        self._starts[f"{path}.{matrix}"] = tensors.pop(matrix)
-                if plan[name] == FULL_BITS:
-                    layers[path] = dense_layer(old.get_base_layer(), dense[f"{path}.weight"].to(dtype))
-                else:
-                    layers[path] = packed_layer(old.get_base_layer(), plan[name], tensors, dtype, self._double_quant)
+        for path, bits in bits_of.items():
+            adapted: Any = model.get_submodule(path)
+            old = adapted.get_base_layer()
+            if bits == FULL_BITS:
+                layers[path] = dense_layer(old, dense[f"{path}.weight"].to(dtype))
+            else:
+                layers[path] = packed_layer(old, bits, layer_tensors(packed, path), dtype, self._double_quant)
         for path, layer in _with_adapters(layers, self._lora).items():
             model.set_submodule(path, layer)
         _set_adapters(held, self._starts, self._lora, [path for each in paths.values() for path in each], seed)
-
-
-def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Group a bank's tensors, `<layer>.<name>`, as layer -> name -> tensor."""
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        path, name = re.split(r"\.(?=weight|SCB|lora_)", key, maxsplit=1)
-        layers.setdefault(path, {})[name] = tensor
-    return layers
 
 
 def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> dict[str, torch.nn.Module]:
@@ -222,14 +204,12 @@ def plan_assembler(
 ) -> PlanAssembler:
     """Return this process's assembler for a model and a bank; it is kept, so that a worker loads a model once."""
     index = read_json(bank / INDEX, BankIndex)
-    return _kept_assembler(checkpoint, bank, group, dtype, double_quant, lora, index.digest if index else "")
+    return _kept_assembler(index and index.digest, checkpoint, bank, group, dtype, double_quant, lora)
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_assembler(
-    checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig, digest: str
-) -> PlanAssembler:
-    return PlanAssembler(checkpoint, bank, group, dtype, double_quant, lora)
+def _kept_assembler(digest: str | None, *settings: Any) -> PlanAssembler:
+    return PlanAssembler(*settings)
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
@@ -244,9 +224,8 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
 
     whole: Any = model._no_split_modules
     memory = get_balanced_memory(model, no_split_module_classes=whole)
-    placed: PreTrainedModel = dispatch_model(
-        model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
-    )
+    places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    placed: PreTrainedModel = dispatch_model(model, places)
     return placed
 
 
@@ -255,12 +234,9 @@ def measured_bytes(model: torch.nn.Module) -> int:
 
     bitsandbytes' small JSON blob beside each 4-bit layer and the format byte beside each 8-bit one are left out.
     """
-    seen: set[int] = set()
-    total = 0
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or ".quant_state." in name or name.endswith("weight_format"):
-            continue
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            total += tensor.nbytes
-    return total
+    sizes = {
+        tensor.data_ptr(): tensor.nbytes
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and ".quant_state." not in name and not name.endswith("weight_format")
+    }
+    return sum(sizes.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.quantization.loftq import loftq_start
-from qpruner.quantization.mixed import pack
+from qpruner.quantization.mixed import layer_tensors, pack, unpack
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import (
     OnPiece,
@@ -101,16 +101,7 @@ def build_entry(weights: Mapping[str, torch.Tensor], bits: int, settings: EntryS
         if settings.lora.init == "plain":
             packed = pack(weight, bits, settings.double_quant)
         else:
-            start = loftq_start(
-                weight,
-                bits,
-                rank=settings.lora.rank,
-                scaling=settings.lora.alpha / settings.lora.rank,
-                iterations=settings.lora.loftq_iterations,
-                svd=settings.lora.svd,
-                double_quant=settings.double_quant,
-                seed=settings.seed,
-            )
+            start = loftq_start(weight, bits, settings.lora, settings.double_quant, settings.seed)
             packed = start.packed
             tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
             plain += start.plain_error**2
@@ -126,7 +117,7 @@ def entry_file(bank: Path, group: str, bits: int) -> Path:
 
 
 def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
-    """Write an entry's file and return its path; waits for the storage."""
+    """Write an entry's file and return its path."""
     path = entry_file(bank, group, bits)
 
     def write() -> None:
@@ -139,10 +130,7 @@ def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
 
 @dataclass(frozen=True)
 class GroupJob:
-    """One group to be packed at some bit-widths below 16, here or on a worker.
-
-    `paths` are its layers, `dtype` names the model's torch dtype, and `threads` of None leaves torch's threads alone.
-    """
+    """One group (its layers are `paths`) to be packed at some bit-widths below 16, here or on a worker."""
 
     checkpoint: Path
     bank: Path
@@ -155,12 +143,7 @@ class GroupJob:
 
 
 def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
-    """Pack a group, write its files and return sha256 and residual ratio by file name.
-
-    Raises:
-        CorruptFile: If the checkpoint lacks a weight.
-        TrainingDiverged: Naming the weight that is NaN or infinite.
-    """
+    """Pack a group, write its files and return sha256 and residual ratio by file name."""
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
@@ -186,11 +169,7 @@ def write_index(bank: Path, index: BankIndex) -> None:
 
 
 def read_index(bank: Path) -> BankIndex:
-    """Read a bank's index.
-
-    Raises:
-        CorruptFile: If there is no index, or none that can be read.
-    """
+    """Read a bank's index; `CorruptFile` if there is none, or none that can be read."""
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
         raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}", bank)
@@ -216,8 +195,7 @@ def read_plan(
     """Read the tensors of all groups that a plan quantizes; `on_piece` is called as bytes arrive.
 
     Raises:
-        CorruptFile: Naming the file that is missing or is not what the index says, or the bank that another version
-            of bitsandbytes packed.
+        CorruptFile: For a missing or damaged file, and a bank that another version of bitsandbytes packed.
     """
     wanted = {group: bits for group, bits in bits_by_group.items() if bits != FULL_BITS}
     if not wanted:
@@ -233,21 +211,44 @@ def read_plan(
     for group, bits in wanted.items():
         path = entry_file(bank, group, bits)
         entry = index.files.get(str(path.relative_to(bank)))
+        remedy = "repeat the command to rebuild it"
         try:
-            source = None
-            if entry:
-                source = retry_storage(functools.partial(_verified, path, entry.sha256, on_piece), path, was_there=True)
+            read = functools.partial(_verified, path, entry.sha256 if entry else "", on_piece)
+            source = retry_storage(read, path, was_there=True)
             if source is None:
-                raise CorruptFile(
-                    f"bank file {display_name(path)} is not what {INDEX} says; repeat the command to rebuild it", path
-                )
+                raise CorruptFile(f"bank file {display_name(path)} is not what {INDEX} says; {remedy}", path)
             tensors |= retry_storage(functools.partial(load_file, source), path)
             on_piece()
         except (FileNotFoundError, SafetensorError) as error:
-            raise CorruptFile(
-                f"bank file {display_name(path)} cannot be read: {error}; repeat the command to rebuild it", path
-            ) from error
+            raise CorruptFile(f"bank file {display_name(path)} cannot be read: {error}; {remedy}", path) from error
     return tensors
+
+
+class Starts:
+    """Dequantized weights with their adapters added, for every (group, bits) below 16 in the bank.
+
+    Files of the bank are mapped, not copied, so on a CPU memory is one layer's float32 weight. `groups` maps each
+    group to the paths of its linear layers; `scaling` is the factor of the adapters' product (alpha / rank).
+    """
+
+    def __init__(self, bank: Path, groups: Mapping[str, Sequence[str]], levels: Sequence[int], scaling: float) -> None:
+        self.groups = groups
+        self.levels = tuple(bits for bits in levels if bits != FULL_BITS)
+        self._scaling = scaling
+        self._entries = {(group, bits): read_plan(bank, {group: bits}) for group in groups for bits in self.levels}
+
+    def weight(self, group: str, bits: int, path: str, device: torch.device) -> torch.Tensor:
+        """Compute the weight ``(rows, columns)`` float32 of the layer at `path` at the start of a trial.
+
+        8-bit layers round their inputs too (LLM.int8), which no weight can show.
+        """
+        stored = layer_tensors(self._entries[group, bits], path)
+        own = {name: tensor.to(device) for name, tensor in stored.items()}
+        lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
+        weight = unpack(own, torch.float32)
+        if lora_a is None or lora_b is None:  # `lora.init: plain`
+            return weight
+        return weight.addmm_(lora_b, lora_a, alpha=self._scaling)
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:

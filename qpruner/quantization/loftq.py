@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qpruner.config.schema import LoraConfig
 from qpruner.quantization.mixed import pack, unpack
 
 OVERSAMPLING = 8
@@ -31,45 +32,25 @@ class LoftqStart:
     error: float
 
 
-def loftq_start(
-    weight: torch.Tensor,
-    bits: int,
-    rank: int,
-    scaling: float,
-    iterations: int,
-    svd: str,
-    double_quant: bool,
-    seed: int,
-) -> LoftqStart:
-    """Compute the LoftQ start of one linear layer; a pure function of its arguments.
+def loftq_start(weight: torch.Tensor, bits: int, lora: LoraConfig, double_quant: bool, seed: int) -> LoftqStart:
+    """Compute the LoftQ start of one linear layer W, ``(rows, columns)``; a pure function of its arguments.
 
-    Args:
-        weight: W, ``(rows, columns)``.
-        bits: 4 or 8.
-        rank: r.
-        scaling: s, what peft multiplies ``B A`` with (alpha / rank).
-        iterations: T, at least 1.
-        svd: `exact` or `randomized`.
-        double_quant: Whether the 4-bit scales are quantized.
-        seed: Seeds the randomized SVD.
+    The scaling s is what peft multiplies ``B A`` with; `seed` seeds the randomized SVD.
     """
+    rank, scaling = lora.rank, lora.alpha / lora.rank
     weight = weight.detach()
     target = weight.float()
     packed = pack(weight, bits, double_quant)
     residual = target - unpack(packed, torch.float32)
     plain_error = float(residual.norm())
-    best = LoftqStart(
-        packed,
-        torch.zeros(rank, weight.shape[1], device=weight.device),
-        torch.zeros(weight.shape[0], rank, device=weight.device),
-        plain_error,
-        plain_error,
-    )
-    for iteration in range(iterations):
+    no_a = torch.zeros(rank, weight.shape[1], device=weight.device)
+    no_b = torch.zeros(weight.shape[0], rank, device=weight.device)
+    best = LoftqStart(packed, no_a, no_b, plain_error, plain_error)
+    for iteration in range(lora.loftq_iterations):
         if iteration > 0:
             packed = pack((target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), bits, double_quant)
             residual = target - unpack(packed, torch.float32)
-        lora_a, lora_b = _factorize(residual, rank, scaling, svd, seed + iteration)
+        lora_a, lora_b = _factorize(residual, rank, scaling, lora.svd, seed + iteration)
         error = float((residual - scaling * lora_b @ lora_a).norm())
         if error >= best.error:
             break

@@ -7,6 +7,7 @@ layer at its own width and leaves reading and writing of the packed tensors to t
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
@@ -25,26 +26,16 @@ from qpruner.plans.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu
 METHOD = "qpruner"
 
 
-class _CastFilter(logging.Filter):
-    """Drop bitsandbytes' warning that 8-bit layers cast to float16, which it repeats at every call."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
-
-
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(_CastFilter())
+# bitsandbytes repeats at every call that 8-bit layers cast to float16.
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+    lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
+)
 
 
 def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch.Tensor]:
-    """Quantize one weight into the tensors that bitsandbytes keeps on disk.
+    """Quantize a weight ``(rows, columns)`` into the tensors, by name, that bitsandbytes keeps on disk.
 
-    Args:
-        weight: ``(rows, columns)``, floating point.
-        bits: 4 (NF4, blocks of 64) or 8 (LLM.int8, one scale a row).
-        double_quant: Quantize the 4-bit scales too.
-
-    Returns:
-        Serialized name, as it follows the layer's path and a dot -> tensor.
+    4 bits are NF4 in blocks of 64, whose scales `double_quant` quantizes too; 8 are LLM.int8 with one scale a row.
     """
     if bits == 8:
         codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
@@ -65,6 +56,11 @@ def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor
     device = tensors["weight"].device
     decoded: torch.Tensor = dequantize_4bit(tensors["weight"], QuantState.from_dict(state, device=device))
     return decoded.to(dtype)
+
+
+def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Select the tensors of one layer from those of many, `<layer>.<name>`; returns them by name."""
+    return {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items() if name.startswith(f"{path}.")}
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -89,11 +85,7 @@ def replace_linears(
 ) -> None:
     """Replace each named `nn.Linear` of a meta-device model by an empty bitsandbytes layer of its width, in place."""
     for path, bits in bits_by_linear.items():
-        if bits == FULL_BITS:
-            continue
-        linear = model.get_submodule(path)
-        if type(linear) is not torch.nn.Linear:
-            raise ValueError(f"{path} is a {type(linear).__name__}, only nn.Linear can be quantized")
+        linear: Any = model.get_submodule(path)
         if bits == 4 and not torch.cuda.is_available():
             check_cpu_widths([LinearShape(path, linear.out_features, linear.in_features)])
         with torch.device("meta"):
@@ -155,12 +147,7 @@ def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_
 
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a mixed-precision checkpoint.
-
-    Args:
-        bits: Full module path -> 4 or 8; layers that are not named stay unquantized.
-        double_quant: Whether 4-bit scales are quantized.
-    """
+    """The `quantization_config` of a mixed-precision checkpoint; `bits` maps the paths of layers to 4 or 8."""
 
     def __init__(self, bits: dict[str, int], double_quant: bool = False, **_: Any) -> None:
         self.quant_method = METHOD
@@ -194,18 +181,8 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     """Build the mixed model for `from_pretrained` and let `save_pretrained` write it."""
 
     requires_calibration = True
-    serialized_names = {
-        "weight": [
-            "weight",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_map",
-            "weight.absmax",
-            "weight.quant_state.bitsandbytes__nf4",
-            "SCB",
-            "weight_format",
-        ]
-    }
+    _parts = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4")
+    serialized_names = {"weight": ["weight", *[f"weight.{part}" for part in _parts], "SCB", "weight_format"]}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is a packed layer's."""
@@ -218,8 +195,7 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # peft picks its 4- or 8-bit LoRA class per layer only where the model says that it may have such layers.
-        model.is_loaded_in_4bit = True
-        model.is_loaded_in_8bit = True
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         # The packed tensors are written as they are; transformers 5.24 would ask our reader for its inverse and fail.
         model._weight_conversions = [
             conversion

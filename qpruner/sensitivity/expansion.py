@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import OnProgress, Samples, visit_linear_gradients
+from qpruner.data.calibration import OnProgress, Samples, ignore_counts, visit_linear_gradients
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
-from qpruner.sensitivity.starts import Starts
+from qpruner.quantization.bank import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,17 +50,11 @@ class Expansion:
 
 
 def expand(
-    model: PreTrainedModel,
-    samples: Samples,
-    starts: Starts,
-    on_samples: OnProgress = lambda done, total: None,
+    model: PreTrainedModel, samples: Samples, starts: Starts, on_samples: OnProgress = ignore_counts
 ) -> Expansion:
     """Run the samples forward and backward once through the pruned, unquantized model.
 
     Memory above the weights: the activations of a batch, and `BYTES_A_WEIGHT` for each weight of one layer.
-
-    Raises:
-        TrainingDiverged: Naming the layer where a number is NaN or infinite.
     """
     samples = samples.by_length
     owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}

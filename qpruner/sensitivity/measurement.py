@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import OnProgress, Samples
+from qpruner.data.calibration import OnProgress, Samples, hooked, ignore_counts
 from qpruner.data.losses import batches, predicted_labels, predicted_logits, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
-from qpruner.sensitivity.starts import Starts
+from qpruner.quantization.bank import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,10 +65,7 @@ class Measurement:
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel,
-    samples: Samples,
-    starts: Starts,
-    on_pass: OnProgress = lambda done, total: None,
+    model: PreTrainedModel, samples: Samples, starts: Starts, on_pass: OnProgress = ignore_counts
 ) -> Measurement:
     """Measure every (group, bits).
 
@@ -83,9 +80,6 @@ def measure(
         samples: The samples.
         starts: Groups, bit-widths and the weights at the start of a trial.
         on_pass: Called after every pass.
-
-    Raises:
-        TrainingDiverged: Naming the group whose predictions are NaN or infinite.
     """
     samples = samples.by_length
     total = len(list(samples.split())) * len(starts.groups) * len(starts.levels)
@@ -94,13 +88,11 @@ def measure(
         run = _Rerun(model, batch)
         sums = torch.zeros(len(starts.levels), len(starts.groups), 2, len(run.counts), dtype=torch.float64)
         for index, (group, paths) in enumerate(starts.groups.items()):
+            own = {path: model.get_parameter(f"{path}.weight") for path in paths}
             for level, bits in enumerate(starts.levels):
-                weights = {}
-                for path in paths:
-                    own = model.get_parameter(f"{path}.weight")
-                    weights[path] = starts.weight(group, bits, path, own.device).to(own.dtype)
-                with _replaced(model, weights):
-                    sums[level, index] = run.rise(run.block_of(paths[0]), f"{group} at {bits} bits")
+                weights = [starts.weight(group, bits, path, each.device).to(each.dtype) for path, each in own.items()]
+                with _replaced(list(own.values()), weights):
+                    sums[level, index] = run.rise(paths[0], f"{group} at {bits} bits")
                 done += 1
                 on_pass(done, total)
         parts.append(
@@ -125,25 +117,16 @@ class _Rerun:
         self._sample = positions.nonzero()[:, 0].cpu()
         self.counts = positions.sum(dim=1).double().cpu()
         self._outputs: list[Any] = []
-        handles = [
-            block.register_forward_hook(lambda module, inputs, output: self._outputs.append(output))
-            for block in self._blocks
-        ]
-        try:
+        keep = lambda module, inputs, output: self._outputs.append(output)  # noqa: E731
+        with hooked(block.register_forward_hook(keep) for block in self._blocks):
             logits = predicted_logits(self._model, self._batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._expected = logits.float().log_softmax(dim=-1)
         self._losses = -self._at_labels(self._expected, self._labels)
         self.base_loss = self._by_sample(self._losses, "the unquantized model")
 
-    def block_of(self, path: str) -> int:
-        """Find the block of a layer."""
-        return next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
-
-    def rise(self, first: int, what: str) -> torch.Tensor:
-        """Run from block `first` on; sum divergence and change of the loss to ``(2, samples)`` float64."""
+    def rise(self, path: str, what: str) -> torch.Tensor:
+        """Run from the block of a layer on; sum divergence and change of the loss to ``(2, samples)`` float64."""
+        first = next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
         with returning_outputs(self._blocks[:first], self._outputs):
             logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []
@@ -182,14 +165,13 @@ def returning_outputs(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any])
 
 
 @contextmanager
-def _replaced(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Replace layers' weights for a while; their own tensors are restored, not copies."""
-    parameters = {path: model.get_parameter(f"{path}.weight") for path in weights}
-    own = {path: parameter.data for path, parameter in parameters.items()}
+def _replaced(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Replace parameters' values for a while; their own tensors are restored, not copies."""
+    own = [parameter.data for parameter in parameters]
     try:
-        for path, parameter in parameters.items():
-            parameter.data = weights[path]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
         yield
     finally:
-        for path, parameter in parameters.items():
-            parameter.data = own[path]
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value

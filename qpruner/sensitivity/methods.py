@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.data.calibration import OnProgress, Samples
+from qpruner.data.calibration import OnProgress, Samples, ignore_counts
 from qpruner.data.losses import Rows
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
+from qpruner.quantization.bank import Starts
 from qpruner.runs.records import MethodScores
 from qpruner.runs.storage import fetch
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import Measurement, measure
-from qpruner.sensitivity.starts import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NATS = "nats per predicted token"
-
+ByBits = dict[int, tuple[float, ...]]
 SOURCES = {
     "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
     "NAACL 2025), times the share of the way down from the highest bits",
@@ -44,8 +43,7 @@ SOURCES = {
 class Subject:
     """Calibration rows, groups and bank to score with.
 
-    `group` is `block`, `sublayer` or `projection`, `levels` are the plans' bit-widths in ascending order, and `scaling`
-    is the factor of the adapters' product (alpha / rank).
+    `levels` are the plans' bit-widths in ascending order, `scaling` is the factor of the adapters' product.
     """
 
     rows: Rows
@@ -70,7 +68,7 @@ def by_information(
     settings: SensitivityConfig,
     seed: int,
     on_progress: OnProgress,
-    on_samples: OnProgress = lambda done, total: None,
+    on_samples: OnProgress = ignore_counts,
 ) -> dict[str, MethodScores]:
     """Score by mutual information: a pass forward (`on_samples`), then nearest neighbours (`on_progress`)."""
     started = time.monotonic()
@@ -90,15 +88,7 @@ def by_information(
         "raw_nats": found.raw,
         "baseline_nats": found.baseline,
     }
-    return {
-        "mutual_information": MethodScores(
-            unit="nats of information",
-            source=SOURCES["mutual_information"],
-            values=values,
-            seconds=time.monotonic() - started,
-            details=details,
-        )
-    }
+    return _scores({"mutual_information": (values, details)}, time.monotonic() - started, "nats of information")
 
 
 def by_expansion(
@@ -109,8 +99,8 @@ def by_expansion(
     samples = subject.samples(batch_size)
     found = expand(model, samples, subject.starts(model), on_progress)
     details = {"num_samples": len(samples.rows), "num_positions": found.num_tokens}
-    by_method = {name: (getattr(found, name), details) for name in EXPANSION}
-    return _scores(by_method, subject.levels, time.monotonic() - started)
+    by_method = {name: (_by_bits(getattr(found, name), subject.levels), details) for name in EXPANSION}
+    return _scores(by_method, time.monotonic() - started)
 
 
 def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) -> dict[str, MethodScores]:
@@ -124,8 +114,8 @@ def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) 
             "base_loss": float(found.mean(found.base_loss)),
             "stderr": _by_bits(found.stderr(sums), levels),
         }
-        by_method[name] = (found.mean(sums), details)
-    return _scores(by_method, levels, seconds)
+        by_method[name] = (_by_bits(found.mean(sums), levels), details)
+    return _scores(by_method, seconds)
 
 
 @dataclass(frozen=True)
@@ -151,21 +141,18 @@ def measure_share(job: MeasurementJob) -> Measurement:
 
 
 def _scores(
-    by_method: Mapping[str, tuple[Any, dict[str, Any]]], levels: tuple[int, ...], seconds: float
+    by_method: Mapping[str, tuple[ByBits, dict[str, Any]]], seconds: float, unit: str = "nats per predicted token"
 ) -> dict[str, MethodScores]:
-    return {
-        name: MethodScores(
-            unit=NATS,
-            source=SOURCES[name],
-            values=_by_bits(values, levels),
-            seconds=seconds,
-            details=details | {"shared_with": [other for other in by_method if other != name]},
-        )
-        for name, (values, details) in by_method.items()
-    }
+    """Make the records of methods that share their passes from values and details."""
+    found = {}
+    for name, (values, details) in by_method.items():
+        if others := [other for other in by_method if other != name]:
+            details = details | {"shared_with": others}
+        found[name] = MethodScores(unit=unit, source=SOURCES[name], values=values, seconds=seconds, details=details)
+    return found
 
 
-def _by_bits(values: Any, levels: tuple[int, ...]) -> dict[int, tuple[float, ...]]:
+def _by_bits(values: Any, levels: tuple[int, ...]) -> ByBits:
     """Key ``(levels below 16, groups)`` by bits; 16 bits cost nothing."""
     found = {bits: tuple(row.tolist()) for bits, row in zip(levels, values, strict=False)}
     return found | ({FULL_BITS: (0.0,) * values.shape[1]} if FULL_BITS in levels else {})

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from qpruner.config.schema import SensitivityConfig
-from qpruner.data.calibration import OnProgress, visit_outputs
+from qpruner.data.calibration import OnProgress, Samples, ignore_counts, visit_outputs
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import Rows
 from qpruner.errors import UserError
@@ -58,23 +58,12 @@ def measure(
     settings: SensitivityConfig,
     pad_id: int,
     seed: int,
-    on_group: OnProgress = lambda done, total: None,
-    on_samples: OnProgress = lambda done, total: None,
+    on_group: OnProgress = ignore_counts,
+    on_samples: OnProgress = ignore_counts,
 ) -> MutualInformation:
-    """Estimate every group's mutual information with the prediction in one pass over the samples.
+    """Estimate every group's mutual information with the pruned model's prediction, in one pass over the samples.
 
-    Args:
-        model: The pruned model.
-        rows: Encoded calibration samples.
-        group: `block`, `sublayer` or `projection`.
-        settings: Positions, components, neighbours, baselines, samples per forward pass.
-        pad_id: Padding token.
-        seed: Seeds the draw of positions and the shuffles.
-        on_group: Called after every group, after the pass.
-        on_samples: Called after every batch of the pass.
-
-    Raises:
-        UserError: If the samples have too few predicted positions or the model predicts one token only.
+    `seed` seeds the draw of positions and the shuffles; `on_samples` is called in the pass, `on_group` after it.
     """
     rows = spread_positions(rows, settings.max_positions, seed)
     modules = output_modules(model.config, group)
@@ -88,7 +77,7 @@ def measure(
         on_samples(min(len(predictions) * settings.batch_size, len(rows)), len(rows))
 
     listened = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
-    visit_outputs(model, listened, rows, pad_id, visit, settings.batch_size)
+    visit_outputs(model, listened, Samples(rows, pad_id, settings.batch_size), visit)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     num_classes = len(np.unique(labels))
     if num_classes < 2:
@@ -132,10 +121,8 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
     """Compute Ross's estimator, ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``, in nats; may be negative.
 
-    Args:
-        components: ``(samples, components)``.
-        labels: ``(samples,)``; every label occurs more than once.
-        num_neighbors: k; a label with fewer other samples uses as many as it has.
+    Components are ``(samples, components)``. Every label occurs more than once; one with fewer than `num_neighbors`
+    other samples uses as many as it has.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors

@@ -22,14 +22,8 @@ def seed_origin(method: str) -> str:
 def seed_plan(values: Mapping[int, Sequence[float]], space: PlanSpace) -> PrecisionPlan:
     """Solve an exact knapsack for the feasible plan with the least predicted rise.
 
-    More bits are never worse: where a prediction says so (noise, a negative slope) they are worth nothing.
-
-    Args:
-        values: Bits -> predicted rise of every group, in any unit, for each of the space's levels.
-        space: The plans inside the budget.
-
-    Raises:
-        ValueError: If no plan is inside the budget.
+    `values` has bits -> predicted rise of every group, in any unit. More bits are never worse: where a prediction says
+    so (noise, a negative slope) they are worth nothing.
     """
     rises = np.array([values[bits] for bits in space.levels], dtype=float).T  # (groups, levels)
     gains = np.maximum.accumulate(rises[:, :1] - rises, axis=1)

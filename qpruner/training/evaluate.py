@@ -16,8 +16,7 @@ from typing import Any, get_args
 from qpruner.config.schema import AccuracyMetric, EvaluateConfig
 from qpruner.data import measures
 from qpruner.data.calibration import OnProgress
-from qpruner.data.sources import cause_of
-from qpruner.errors import UserError
+from qpruner.errors import UserError, first_line
 from qpruner.runs.records import MetricScore, TaskScore
 
 METRICS: tuple[str, ...] = get_args(AccuracyMetric)
@@ -139,7 +138,7 @@ def task_questions(
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
         raise UserError(
-            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {cause_of(error)}; "
+            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}; "
             "mend the task's file or data, mind the network where they are on the hub, or name another task"
         ) from error
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _check_mlflow() -> None:
 
 def _line(error: Exception) -> str:
     """Return the first line of an error, without user names and passwords in URIs."""
-    return _without_key((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return _without_key(first_line(error))
 
 
 def _without_key(text: str) -> str:

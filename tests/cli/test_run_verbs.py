@@ -249,7 +249,7 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
             ("status", "RUN/run.json"),
             "RUN/run.json is a file, and a run is a folder: of a configuration give the folder",
         ),
-        (("compare", "RUN", "RUN/run.json"), "that its `output` names"),
+        (("compare", "RUN", "RUN/run.json"), "the folder its `output` names"),
         (("statsu", "RUN"), "did you mean `qpruner status`?"),
     ],
 )

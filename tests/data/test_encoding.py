@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import struct
-import tracemalloc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from qpruner.data.encoding import (
+    calibration_samples,
     collate,
     encode,
     load_encoded,
     pack,
-    packed_samples,
     row_lengths,
-    row_samples,
     save_encoded,
 )
 from qpruner.data.sources import Example
@@ -104,17 +101,6 @@ def test_a_row_has_one_beginning_of_sequence(
     assert row["input_ids"].count(with_bos.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_a_response_begins_without_a_space(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Some tokenizers put a space before every text; prompt and response are one text, as in lm-eval."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokenizer._tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
-    assert tokenizer.decode(tokenizer("red")["input_ids"]) == " red", "the tokenizer must be one of those"
-    row = encode([COLOUR], tokenizer, 512, template)[0]
-    assert tokenizer.decode(predicted(row)) == "red</s>"
-
-
 def test_a_token_across_the_border_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
     """A prompt that ends in a space: the space belongs to the word after it wherever both are one text."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
@@ -126,15 +112,9 @@ def test_a_token_across_the_border_is_one(tokenizer: PreTrainedTokenizerBase) ->
     assert row["labels"] == [IGNORED] * num_prompt + row["input_ids"][num_prompt:]
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_no_end_of_sequence_is_invented(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    tokenizer.eos_token = None
-    row = encode([COLOUR], tokenizer, 512, template)[0]
-    assert tokenizer.decode(predicted(row)) == "red"
-
-
 def test_chat_without_a_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = None
+    tokenizer.chat_template = tokenizer.eos_token = None
+    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", "no end is invented"
     with pytest.raises(UserError, match="this one has none"):
         encode([SUM], tokenizer, 512, template="chat")
 
@@ -149,22 +129,6 @@ def test_long_rows_are_cut_or_dropped(tokenizer: PreTrainedTokenizerBase) -> Non
     assert len(predicted(cut)) == 2
     with pytest.raises(UserError, match=f"`data.max_length` of {num_prompt} tokens"):
         encode([short], tokenizer, num_prompt)
-
-
-def test_packing_predicts_no_token_across_rows() -> None:
-    rows = [
-        {
-            "input_ids": list(range(start, start + length)),
-            "labels": [IGNORED] * masked + list(range(start + masked, start + length)),
-        }
-        for start, length, masked in ((100, 7, 3), (200, 4, 0), (300, 9, 1))
-    ]
-    packed = pack(rows, 8)
-    assert [len(row["input_ids"]) for row in packed] == [len(row["labels"]) for row in packed] == [8, 8, 4]
-    ids = [token for row in packed for token in row["input_ids"]]
-    labels = [label for row in packed for label in row["labels"]]
-    assert ids == [token for row in rows for token in row["input_ids"]]
-    assert labels == [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
 
 
 def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
@@ -184,15 +148,15 @@ def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
     ]
     # Chunks of 5: that of 15 to 23 has its only label in the first place, where nothing comes before it.
     assert [chunk["input_ids"] for chunk in pack(rows, 5)] == [[33, 40, 41, 42, 43]]
-    for chunk in packed:
-        shifted = collate([chunk], pad_id=1)["labels"][:, 1:].flatten()
-        assert torch.isfinite(torch.nn.functional.cross_entropy(torch.zeros(3, 50), shifted, ignore_index=IGNORED))
+    # Nothing is predicted across rows.
+    plain = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    assert pack(plain, 8) == [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}]
 
 
-@pytest.mark.parametrize("take", [packed_samples, row_samples])
-def test_calibration_predicts_responses_only(take: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_calibration_predicts_responses_only(packing: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
-    samples = take(rows, tokenizer, 3, 160, "alpaca", True)
+    samples = calibration_samples(rows, tokenizer, 3, 160, "alpaca", True, packing)
     words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
     assert "purple" in words
     assert "Name the colour" not in words and "Instruction" not in words
@@ -202,18 +166,18 @@ def test_calibration_predicts_responses_only(take: Any, tokenizer: PreTrainedTok
 
 def test_packed_samples_without_a_response_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
-    samples = packed_samples(rows, tokenizer, 4, 16, "alpaca", True)
+    samples = calibration_samples(rows, tokenizer, 4, 16, "alpaca", True, packing=True)
     assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
     assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
     with pytest.raises(UserError, match="make 4 with a token to predict"):
-        packed_samples(rows, tokenizer, 5, 16, "alpaca", True)
+        calibration_samples(rows, tokenizer, 5, 16, "alpaca", True, packing=True)
 
 
-@pytest.mark.parametrize("take", [packed_samples, row_samples])
-def test_calibration_text_skips_blank_lines(take: Any, with_bos: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_calibration_text_skips_blank_lines(packing: bool, with_bos: PreTrainedTokenizerBase) -> None:
     """Half the rows of WikiText are blank: each would be a beginning of sequence and nothing else."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
-    samples = take(rows, with_bos, 2, 8, "alpaca", True)
+    samples = calibration_samples(rows, with_bos, 2, 8, "alpaca", True, packing)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one for each row with words"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"
@@ -234,21 +198,6 @@ def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
     assert list(found) == rows and len(found) == 2
     assert found[-1] == rows[1] and found[1:] == rows[1:] and found[::2] == rows[:1]
     assert found.lengths == row_lengths(rows) == [3, 1]
-
-
-def test_loading_reads_no_row(tmp_path: Path) -> None:
-    """Two lists of 200 numbers take 3.2 kB of Python's memory a row; a number for its length takes 40 bytes."""
-    num_rows = 2000
-    save_encoded([{"input_ids": [row] * 200, "labels": [row] * 200} for row in range(num_rows)], tmp_path / "train")
-    load_encoded(tmp_path / "train")  # imports what it needs
-    tracemalloc.start()
-    try:
-        rows = load_encoded(tmp_path / "train")
-        assert rows[num_rows - 1]["input_ids"] == [num_rows - 1] * 200
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 200 * num_rows
 
 
 def test_offsets_out_of_order_are_damage(tmp_path: Path) -> None:

@@ -112,12 +112,8 @@ def test_table_cells_stay_text(tmp_path: Path) -> None:
         table.writerows((f"Say {position}.", cell) for position, cell in enumerate(cells))
     found = examples_in(tmp_path / "rows.csv", columns={"instruction": "prompt", "output": "answer"})
     assert [example.response for example in found] == cells
-
-
-def test_a_table_may_have_columns_without_a_name(tmp_path: Path) -> None:
-    (tmp_path / "rows.CSV").write_text(",instruction,output,\n0,Say it.,it,\n\n1,Say no.,no,\n")
-    found = examples_in(tmp_path / "rows.CSV")
-    assert [(example.prompt, example.response) for example in found] == [("Say it.", "it"), ("Say no.", "no")]
+    (tmp_path / "nameless.CSV").write_text(",instruction,output\n0,Say it.,it\n\n1,Say no.,no\n")
+    assert [example.response for example in examples_in(tmp_path / "nameless.CSV")] == ["it", "no"]
 
 
 def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
@@ -125,19 +121,10 @@ def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
     assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
     assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
-
-
-def test_several_sources_are_joined_in_order(tmp_path: Path) -> None:
-    first = DataSource(source=rows_file(tmp_path, [{"text": "one"}], "a.jsonl"), format="text")
-    second = DataSource(source=rows_file(tmp_path, [ARC], "b.jsonl"), format="multiple_choice")
-    assert [each.response for each in load_examples([first, second], "data.train")] == ["one", "carbon dioxide"]
-
-
-@pytest.mark.parametrize("split", ["train[5:9]", "test"])
-def test_a_split_that_is_not_there_is_named(tmp_path: Path, split: str) -> None:
-    with pytest.raises(UserError, match=r"`data\.train\.0\.split`: .*rows\.jsonl.*name another part") as caught:
-        examples_of(tmp_path, [ARC], format="multiple_choice", split=split)
-    assert split in str(caught.value)
+    for split in ("train[10:12]", "test"):
+        with pytest.raises(UserError, match=r"`data\.train\.0\.split`: .*rows\.jsonl.*name another part") as caught:
+            examples_of(tmp_path, rows, split=split)
+        assert split in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +154,14 @@ def test_columns_that_are_not_there(tmp_path: Path, row: dict[str, Any], source:
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("rows.xlsx", "PK", "give a .jsonl, .json, .parquet, .csv, .tsv or .txt file"),
+        ("rows.xlsx", "PK", "give a .jsonl or .json or .parquet or .csv or .tsv or .txt file"),
         ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
         (
             "short.csv",
             "instruction,input,output\na,b\n",
             "line 2 has 2 cells, its header 3 (instruction, input, output): an empty cell has its ','",
         ),
-        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "line 3 is no UTF-8: save the file as UTF-8"),
+        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "it is no UTF-8: save the file as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
@@ -202,19 +189,16 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes 
     assert str(path) in str(caught.value) or name == "rows.csv"
 
 
-@pytest.mark.parametrize(
-    "same", ["which gas do plants take in", "Which gas do plants take in?!", "  Which  gas, do plants TAKE in ?"]
-)
-def test_punctuation_and_case_hide_no_shared_row(same: str) -> None:
-    splits = {"data.train": [normalized("Which gas do plants take in?")], "evaluate.tasks": [normalized(same)]}
+def test_a_row_in_two_splits_is_refused() -> None:
+    """Case, spacing and punctuation hide none."""
+    gas = normalized("Which gas do plants take in?")
+    splits = {
+        "a": ["one"],
+        "data.train": [gas, ""],
+        "evaluate.tasks": [normalized(" which  Gas, do plants TAKE in"), ""],
+    }
     with pytest.raises(UserError, match=r"data\.train and evaluate\.tasks share 1 row,.*which gas do plants take in"):
         check_disjoint(splits)
-
-
-def test_all_pairs_of_splits_are_compared() -> None:
-    with pytest.raises(UserError, match="b and c share 1"):
-        check_disjoint({"a": ["one", "two"], "b": ["three"], "c": ["four", "three"]})
-    check_disjoint({"a": ["one", "one"], "b": ["two"], "c": [""], "d": [""]})
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
-from qpruner import pipeline
 from qpruner.cli.main import main
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.export.compare import compare
 from qpruner.export.forms import export
+from qpruner.pipeline.run import run as run_pipeline
 from qpruner.quantization.mixed import unpack
 from qpruner.runs.run_dir import RunDir
 
@@ -66,7 +66,7 @@ def test_a_merged_model_predicts_the_same(finished: Path, monkeypatch: pytest.Mo
 def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
     """A model that was really cut, in a process where qpruner cannot be imported: the final model's predictions."""
     raw = with_key(raw_config(tiny_model, tmp_path / "cut"), "prune", {"rate": 0.2, "uniform": True})
-    pipeline.run(validate_config(raw), lambda event: None, until="prune")
+    run_pipeline(validate_config(raw), lambda event: None, until="prune")
     pruned = tmp_path / "cut" / "prune"
     run = finished_run(pruned, tmp_path / "run")
     done = export(RunDir(run), "merged", tmp_path / "merged")
@@ -84,7 +84,7 @@ def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Pat
 def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None:
     done = export(RunDir(finished), "peft", tmp_path / "mine")
     assert done.divergence < 1e-3 and done.agreement > 0.9
-    assert not (tmp_path / "mine" / "base" / "adapter_config.json").exists()
+    assert not (tmp_path / "mine" / "base" / ADAPTER).exists()
     settings = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "mine" / "base")
 
@@ -131,7 +131,7 @@ DAMAGES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], s
 
 @pytest.mark.parametrize(
     ("damage", "bits"),
-    [*(("adapter lost", bits) for bits in LAYERS), ("adapter twice", 4), ("another base", 8), ("not a number", 16)],
+    [("adapter lost", 4), ("adapter twice", 8), ("another base", 8), ("not a number", 16)],
 )
 def test_one_damaged_layer_is_noticed(damage: str, bits: int, faint: Path, merged: Path, tmp_path: Path) -> None:
     layer = f"model.layers.0.{LAYERS[bits]}"
@@ -150,13 +150,6 @@ def test_one_damaged_layer_is_noticed(damage: str, bits: int, faint: Path, merge
 
 def rows_of(run: Path) -> list[list[int]]:
     return [row["input_ids"] for row in load_encoded(run / "prepare" / "data" / "confirmation")]
-
-
-def test_a_lost_adapter_of_a_peft_export_is_noticed(faint: Path, tmp_path: Path) -> None:
-    folder = export(RunDir(faint), "peft", tmp_path / "mine").folder
-    scale_adapters(folder / ADAPTER, 0.0, f"layers.1.{LAYERS[16]}.lora_B")
-    with pytest.raises(StageError, match=r"`model\.layers\.1\.mlp\.up_proj` has -?\d?\d% of its adapter"):
-        compare(faint / "final", folder, rows_of(faint))
 
 
 def test_other_damage_shows_in_the_predictions(faint: Path, merged: Path, tmp_path: Path) -> None:

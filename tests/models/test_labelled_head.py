@@ -121,7 +121,7 @@ def test_the_head_runs_at_labelled_tokens_only(
             model, {path: (each, 0) for path, each in linears.items()}, samples, ignore
         ),
         "every sample's gradients": lambda: visit_linear_gradients(model, linears, samples, ignore),
-        "outputs": lambda: visit_outputs(model, {"last": last}, rows(), PAD, ignore, 3),
+        "outputs": lambda: visit_outputs(model, {"last": last}, samples, ignore),
         "training": train,
     }
     for title, run in passes.items():

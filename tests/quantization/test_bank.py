@@ -56,6 +56,8 @@ def test_a_plan_reads_what_was_written(tmp_path: Path, init: str) -> None:
     for bits, entry in entries.items():
         assert same(read_plan(tmp_path, {"layers.0.mlp": bits}), entry.tensors)
     assert read_plan(tmp_path, {"layers.0.mlp": 16}) == {}
+    if init == "plain":
+        assert entries[4].residual_ratio == 1.0 and not any("lora" in name for name in entries[4].tensors)
 
 
 def test_an_entry_is_a_pure_function_of_weights_and_bits() -> None:
@@ -69,7 +71,7 @@ def test_an_entry_is_a_pure_function_of_weights_and_bits() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("bits", "rank"), [(4, 2), (4, 64), (8, 8)])
+@pytest.mark.parametrize(("bits", "rank"), [(4, 2), (8, 8)])
 def test_the_residual_ratio_is_the_share_of_error_left(bits: int, rank: int) -> None:
     entry = build_entry(weights(), bits, settings(rank=rank, alpha=float(rank), svd="exact"))
     plain, left = 0.0, 0.0
@@ -82,12 +84,6 @@ def test_the_residual_ratio_is_the_share_of_error_left(bits: int, rank: int) -> 
         plain += float((weight.float() - unpack(pack(weight, bits, False), torch.float32)).norm()) ** 2
     assert entry.residual_ratio == pytest.approx((left / plain) ** 0.5, rel=1e-3, abs=1e-4)
     assert 0 <= entry.residual_ratio < 1
-
-
-def test_without_loftq_nothing_is_restored() -> None:
-    entry = build_entry(weights(), 4, settings(init="plain"))
-    assert entry.residual_ratio == 1.0
-    assert not any("lora" in name for name in entry.tensors)
 
 
 def truncate(path: Path) -> None:

@@ -14,15 +14,15 @@ import pytest
 import torch
 from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_model, mixed_plan, token_ids
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qpruner.errors import UserError
 from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.layout import group_linears, layout_of
+from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.plans.plan import LinearShape, PrecisionPlan, check_cpu_widths
-from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.quantization.mixed import pack, replace_linears, unpack
+from qpruner.plans.plan import LinearShape, check_cpu_widths
+from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
+from qpruner.quantization.mixed import pack, unpack
 
 MIXED = (4, 8, 16, 8, 4)
 LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
@@ -59,6 +59,15 @@ def test_a_saved_model_loads_bit_for_bit(
     folder, names = bank
     plan = mixed_plan(names, pattern)
     model = mixed_model(tiny_model, folder, plan, double_quant)
+    assert type(model.lm_head) is torch.nn.Linear
+    paths = group_linears(model.config, GROUP)
+    for path, bits in {path: plan[name] for name in names for path in paths[name]}.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, LAYERS[bits])
+        assert layer.weight.dtype == {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16}[bits]
+        if bits == 4:
+            assert layer.weight.quant_state.quant_type == "nf4"
+            assert layer.weight.quant_state.nested == double_quant
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(logits_of(loaded), logits_of(model))
@@ -67,32 +76,11 @@ def test_a_saved_model_loads_bit_for_bit(
     written, again = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert written.keys() == again.keys()
     assert all(torch.equal(written[name], again[name]) for name in written)
+    tensors = (part for name, part in written.items() if ".quant_state." not in name and "weight_format" not in name)
+    assert sum(tensor.nbytes for tensor in tensors) == measured_bytes(model), "what the budget counts"
     config = json.loads((tmp_path / "config.json").read_text()).get("quantization_config", {})
-    paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)
     assert (config["quant_method"], config["double_quant"]) == ("qpruner", double_quant)
     assert config["bits"] == {path: plan[name] for name in names for path in paths[name] if plan[name] != 16}
-
-
-def test_each_layer_has_the_width_of_its_plan(
-    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool
-) -> None:
-    folder, names = bank
-    plan = mixed_plan(names, MIXED)
-    model = mixed_model(tiny_model, folder, plan, double_quant)
-    for name, paths in group_linears(model.config, GROUP).items():
-        for path in paths:
-            layer = model.get_submodule(path)
-            assert isinstance(layer, LAYERS[plan[name]])
-            if plan[name] == 4:
-                assert layer.weight.dtype == torch.uint8
-                assert layer.weight.quant_state.quant_type == "nf4"
-                assert layer.weight.quant_state.nested == double_quant
-            elif plan[name] == 8:
-                assert layer.weight.dtype == torch.int8
-                assert not layer.state.has_fp16_weights
-            else:
-                assert layer.weight.dtype == torch.bfloat16
-    assert type(model.lm_head) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("pattern", [(8,), (4, 8, 16, 8, 4)], ids=str)
@@ -120,38 +108,6 @@ def test_the_model_computes_what_its_packed_weights_say(
         assert distance < 0.5 * (found - before).norm() / before.norm()
 
 
-@pytest.fixture(scope="module")
-def larger(double_quant: bool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A model large enough that file headers are small change, with its bank: `dense` and `bank` in one folder."""
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    root = tmp_path_factory.mktemp("larger")
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "dense")
-    return root, fill_bank(root / "dense", root / "bank", double_quant, LORA.model_copy(update={"init": "plain"}))
-
-
-@pytest.mark.parametrize("pattern", [(4,), (8,), MIXED], ids=str)
-def test_the_folder_is_as_large_as_the_plan_said(
-    larger: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...], tmp_path: Path
-) -> None:
-    """A budget that the files on disk do not keep would be no budget."""
-    root, names = larger
-    plan = mixed_plan(names, pattern)
-    mixed_model(root / "dense", root / "bank", plan, double_quant).save_pretrained(tmp_path)
-    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    layout = layout_of(AutoConfig.from_pretrained(root / "dense"), GROUP, 2, double_quant, LORA.rank)
-    promised = layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
-    assert on_disk == pytest.approx(promised, rel=0.01)
-
-
 def peft_of(checkpoint: Path, bank: Path, plan: dict[str, int], double_quant: bool) -> torch.nn.Module:
     model, starts = assemble(checkpoint, bank, GROUP, plan, DTYPE, double_quant)
     peft_model: torch.nn.Module = attach_adapters(model, starts, LORA, GROUP, seed=0)
@@ -164,56 +120,40 @@ def test_a_training_step_moves_the_adapters_alone(
     folder, names = bank
     model = peft_of(tiny_model, folder, mixed_plan(names, MIXED), double_quant).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1.0)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
         loss = model(input_ids=token_ids(), labels=token_ids()).loss
         loss.backward()
         losses.append(float(loss.detach()))
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         optimizer.step()
-    for name, gradient in gradients.items():
+    for name, parameter in model.named_parameters():
         if "lora_" in name:
-            assert gradient is not None
-            assert torch.isfinite(gradient).all()
-            assert gradient.abs().max() > 0
+            assert torch.isfinite(parameter.grad).all() and parameter.grad.any()
         else:
-            assert gradient is None
-            assert torch.equal(dict(model.named_parameters())[name], before[name])
+            assert parameter.grad is None and torch.equal(parameter, before[name])
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("shape", [(96, 77), (192, 576), (1, 64)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((96, 77), torch.float32), ((1, 64), torch.bfloat16)], ids=str)
 def test_packing_loses_little_at_8_bits_and_more_at_4(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[0, :32] = 0
 
     def error(bits: int, nested: bool) -> float:
         unpacked = unpack(pack(weight, bits, nested), torch.float32)
-        assert unpacked.shape == weight.shape
+        assert unpacked.shape == weight.shape and not unpacked[0, :32].any()
         return float((unpacked - weight.float()).norm() / weight.float().norm())
 
-    at_8, at_4, at_4_nested = error(8, False), error(4, False), error(4, True)
-    assert at_8 < 0.012
-    assert at_8 < at_4 < 0.15
-    assert at_4_nested < 0.15
-
-
-def test_a_row_of_zeros_stays_zero() -> None:
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    weight[3] = 0
-    for bits in (4, 8):
-        unpacked = unpack(pack(weight, bits, False), torch.float32)
-        assert torch.isfinite(unpacked).all()
-        assert (unpacked[3] == 0).all()
+    assert error(8, False) < 0.012
+    assert 0.012 < error(4, False) < 0.15 and error(4, True) < 0.15
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU kernel's limits")
 def test_every_width_is_decoded_rightly_or_refused() -> None:
     """Some widths come out of bitsandbytes' CPU kernel as noise; nobody may train on those unawares."""
-    for columns in (*range(1, 18), *range(24, 264, 8), 63, 65, 77, 130, 576, 1536):
+    for columns in (*range(1, 18), *range(24, 264, 24), 63, 64, 65, 77, 130, 576):
         weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
         try:
             check_cpu_widths([LinearShape("layer", 64, columns)])
@@ -224,12 +164,6 @@ def test_every_width_is_decoded_rightly_or_refused() -> None:
             assert error < 0.15, columns
     with pytest.raises(UserError, match="layer has 80 columns"):
         check_cpu_widths([LinearShape("layer", 64, 80)])
-
-
-def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
-    model = load_dense(str(tiny_model), DTYPE)
-    with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
-        replace_linears(model, {"model.embed_tokens": 8}, torch.bfloat16, double_quant=False)
 
 
 def test_a_final_folder_keeps_the_generation_config(

@@ -69,22 +69,6 @@ def test_codes_follow_their_model(model: Model, used: bool) -> None:
     assert torch.equal(logits_of(model), expected)
 
 
-def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """The one other device that every machine has; bitsandbytes' own parameters cannot be put there by `.to`."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def test_codes_and_scales_go_to_the_device_of_the_model(model: Model) -> None:
-    logits_of(model)
-    layers = int8_layers(model)
-    assert all(len(aliases(layer)) == len(scales(layer)) == 1 for layer in layers.values())
-    model._apply(on_meta)
-    for layer in layers.values():
-        assert layer.weight.is_meta
-        assert layer.state.CB.is_meta
-        assert layer.state.SCB.is_meta
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
 def test_a_model_may_leave_the_gpu_and_return(model: Model, used: bool) -> None:

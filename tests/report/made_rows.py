@@ -121,6 +121,7 @@ def results_of(
         "sessions": 2,
         "failures": {"diverged": 1},
     }
+    measured, values = {"unit": "nats", "seconds": 12.5, "details": {}}, {4: (0.5125, 0.25), 8: (0.0125, 0.0)}
     rows_scored = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
     rows_scored += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
     return Results(
@@ -129,15 +130,7 @@ def results_of(
         sensitivity=SensitivityRecord(
             **STAGE,
             groups=tuple(PLAN),
-            methods={
-                "kl": MethodScores(
-                    unit="nats",
-                    source="one group at a time",
-                    values={4: (0.5125, 0.25), 8: (0.0125, 0.0)},
-                    seconds=12.5,
-                    details={},
-                )
-            },
+            methods={"kl": MethodScores(source="one group at a time", values=values, **measured)},
         ),
         search=made_search(scored[-1][0].plan, **(search | changes)),
         finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
@@ -179,24 +172,21 @@ def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Score
     ]
 
 
-def with_figures(results: Results, **of_record: Any) -> Results:
+def with_figures(results: Results) -> Results:
     """The same run, with a text and timings: three turns a training seed, each seed's own."""
     assert results.evaluate
-    fields: dict[str, Any] = {"text_loss": math.log(8.0)}
     rows_scored = []
     for row in results.evaluate.rows:
-        taken = None
-        if row.seed is not None:
-            fast = 100.0 + row.seed
-            taken = Inference(
-                memory_bytes=300_000_000 + 10_000_000 * row.seed,
-                prefill_tokens_per_second=(fast, fast + 10, fast + 50),
-                decode_tokens_per_second=(20.0, 10.0, 12.0),
-            )
-        fields["text_loss"] = math.log(8.0 + 2 * (row.seed or 0))
-        rows_scored.append(row.model_copy(update={**fields, "inference": taken}))
+        seed = row.seed or 0
+        taken = Inference(
+            memory_bytes=300_000_000 + 10_000_000 * seed,
+            prefill_tokens_per_second=(100.0 + seed, 110.0 + seed, 150.0 + seed),
+            decode_tokens_per_second=(20.0, 10.0, 12.0),
+        )
+        figures = {"text_loss": math.log(8.0 + 2 * seed), "inference": None if row.seed is None else taken}
+        rows_scored.append(row.model_copy(update=figures))
     setting = InferenceSetting(device="NVIDIA X", prompt_tokens=128, new_tokens=16, memory_counter="cuda peak")
-    given = {"rows": tuple(rows_scored), "text": "the text", "inference": setting, **of_record}
+    given = {"rows": tuple(rows_scored), "text": "the text", "inference": setting}
     return results.model_copy(update={"evaluate": results.evaluate.model_copy(update=given)})
 
 

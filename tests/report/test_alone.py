@@ -16,7 +16,7 @@ from qpruner.cli.main import main
 from qpruner.report.claim import claim, margins
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import Snapshot, read_snapshot
-from qpruner.runs.records import GIVEN, RunState, StageState
+from qpruner.runs.records import GIVEN, StageState
 from qpruner.runs.run_dir import RunDir
 
 COMMAND = "qpruner run my.yaml --set search.max_trials=200 --set finetune.compare=true"
@@ -114,8 +114,3 @@ def test_a_compared_run_goes_by_its_comparison(tmp_path: Path) -> None:
     assert run.results.scores == (*run.results.evaluate.rows[:3], *run.results.comparison.rows)
     assert run.results.inference == run.results.comparison.inference
     assert run.how_to_compare is None and run.standing == "Finished."
-
-
-def test_the_state_of_an_older_run_asks_for_no_comparison() -> None:
-    fields = {"until": "report", "command": "", "folder": "", "environment": {}, "host": "", "pid": 1}
-    assert not RunState(config={}, **fields, started=0.0, updated=0.0, outcome="done").compares

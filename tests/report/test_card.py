@@ -91,14 +91,6 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     assert (found.base_model, found.license) == ("me/without", None)
 
 
-def test_a_licence_is_found_in_a_run_that_was_moved(tmp_path: Path) -> None:
-    base = tmp_path / "run" / "prepare" / "model"
-    base.mkdir(parents=True)
-    (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    moved = card_on("me/base", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True)
-    assert moved.license == "mit"
-
-
 def test_a_card_copied_from_another_model_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
     """What a folder holds is its user's to say."""
     raw = raw_config(tiny_model, tmp_path / "run") | {"card": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
@@ -109,41 +101,35 @@ def test_a_card_copied_from_another_model_is_remarked(tmp_path: Path, tiny_model
     )
 
 
-def test_a_local_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths are those of the folder that the command was given in, wherever the report is written."""
-    base = tmp_path / "models" / "base"
-    base.mkdir(parents=True)
-    monkeypatch.chdir(base)
-    card = card_on("models/base", base, tmp_path / "run")
-    assert (card.base_model, card.datasets) == (None, ["yahma/alpaca-cleaned"])
-
-
 @pytest.mark.parametrize(
     ("card", "license"),
     [
         (b"---\nlicense: apache-2.0\n---\n# Base\n", "apache-2.0"),
         (b"---\nlicense: [broken\n---\n", None),
         (b"---\n- license\n---\n", None),
-        (b"# no metadata", None),
         (b"\xff\xfe", None),
     ],
-    ids=["whole", "broken", "no-mapping", "none", "no-text"],
+    ids=["whole", "broken", "no-mapping", "no-text"],
 )
-def test_a_local_models_licence_is_read_where_it_can_be(card: bytes, license: str | None, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
+def test_a_local_models_licence_is_read_where_it_can_be(
+    card: bytes, license: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a run that was moved; a folder is no hub id, seen from where the command was given."""
+    base = tmp_path / "run" / "prepare" / "model"
+    base.mkdir(parents=True)
     (base / "README.md").write_bytes(card)
-    assert card_on(str(base), base, tmp_path / "run").license == license
+    monkeypatch.chdir(base)
+    found = card_on("run/prepare", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True)
+    assert (found.license, found.base_model, found.datasets) == (license, None, ["yahma/alpaca-cleaned"])
 
 
 def test_what_a_user_states_replaces_what_is_known(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: research\n---\n# Base\n")
-    found = card_on(str(base), base, tmp_path / "one", base_model="me/base", license="mit", datasets=None)
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: research\n---\n# Base\n")
+    found = card_on(
+        str(tmp_path), tmp_path, tmp_path / "one", base_model="me/base", license="mit", datasets=["me/rows"]
+    )
     assert (found.base_model, found.license, found.license_name) == ("me/base", "mit", None)
-    assert found.datasets == ["yahma/alpaca-cleaned"]
-    assert card_on(str(base), base, tmp_path / "two", datasets=["me/rows"]).datasets == ["me/rows"]
+    assert found.datasets == ["me/rows"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from made_rows import (
     row_of,
     score,
     searched_row,
-    whole_results,
 )
 from scipy import stats
 
@@ -54,17 +53,15 @@ def test_a_search_that_returns_the_seed_claims_nothing() -> None:
     assert "better" not in line and "loss" not in line
 
 
-@pytest.mark.parametrize(
-    ("other_bytes", "told"), [(101_100_000, "1.1% more"), (98_900_000, "1.1% fewer"), (150_000_000, "50.0% more")]
-)
+@pytest.mark.parametrize(("other_bytes", "told"), [(101_100_000, "1.1% more"), (98_900_000, "1.1% fewer")])
 @pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
 def test_other_bytes_are_no_comparison(other_bytes: int, told: str, other: str) -> None:
-    plans = (SEED_PLAN, {"layers.0": 4, "layers.1": 16})[: 2 if other == RANDOM else 1]
-    rivals = [each for plan in plans for each in row_of(other, [2.0, 2.1], plan=plan, measured_bytes=other_bytes)]
+    """Of several random plans one is enough."""
+    rivals = row_of(other, [2.0, 2.1], measured_bytes=other_bytes)
+    rivals += row_of(RANDOM, [2.0, 2.1], plan={"layers.0": 4, "layers.1": 16}) if other == RANDOM else []
     results = results_of([*rivals, *searched_row([1.0, 1.1])])
     line = line_about(results, other)
-    assert "no claim at equal bytes" in line
-    assert told in line
+    assert "no claim at equal bytes" in line and told in line
     assert "better" not in line and "loss" not in line
     (compared,) = [each for each in comparisons(results) if each.other == other]
     assert not compared.differences
@@ -75,12 +72,6 @@ def test_a_percent_either_way_counts_as_equal_bytes(other_bytes: int) -> None:
     results = results_of([*row_of(BEST_SEED, [2.0], measured_bytes=other_bytes), *searched_row([1.0])])
     assert f"({ORIGINS[BEST_SEED]}, {other_bytes / 1e8 - 1:+.2%} bytes)" in line_about(results, BEST_SEED)
     assert "no claim" not in line_about(results, BEST_SEED)
-
-
-def test_one_random_plan_of_other_bytes_spoils_the_comparison() -> None:
-    fine = row_of(RANDOM, [2.0, 2.1])
-    off = row_of(RANDOM, [2.0, 2.1], plan={"layers.0": 4, "layers.1": 16}, measured_bytes=97_000_000)
-    assert "no claim at equal bytes" in line_about(results_of([*fine, *off, *searched_row([1.0, 1.1])]), RANDOM)
 
 
 def test_rows_that_are_not_there_are_missed_aloud() -> None:
@@ -153,7 +144,7 @@ def test_a_margin_has_the_error_of_its_rows_where_known() -> None:
     assert "(standard errors 0.0625 and 0.0625, " in search_text(made_search(PLAN, confirmations=older))[1]
 
 
-@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("num_seeds", [2, 5])
 def test_the_interval_is_students_over_paired_differences(num_seeds: int) -> None:
     generator = np.random.default_rng(num_seeds)
     order = generator.normal(0, 0.1, num_seeds)  # what a data order does to every plan
@@ -234,11 +225,9 @@ def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
     base, ours = [score(answers(50, 20))] * 3, [score(answers(50, 21))] * 3
     results = results_of([*row_of(BEST_SEED, [2.0] * 3, base), *searched_row([1.9] * 3, ours)])
     found = difference(results, "acc")
-    assert found.spread == pytest.approx(0.0)
+    assert (found.spread, found.verdict) == (pytest.approx(0.0), SAME)
     assert found.half_width == pytest.approx(1.96 * np.std(answers(50, 1), ddof=1) / math.sqrt(50))
-    assert found.verdict == SAME
-    # Losses that agree to the last bit are no evidence of a spread of zero either.
-    assert difference(results, "confirmation loss").verdict == SAME
+    assert difference(results, "confirmation loss").verdict == SAME, "equal to the last bit is no spread of zero"
 
 
 def test_seeds_that_agree_on_a_few_rows_prove_nothing() -> None:
@@ -323,17 +312,6 @@ def test_one_training_seed_goes_by_its_questions() -> None:
     assert line.endswith("confirmation loss -1.0000 nats (no interval), not distinguishable.")
 
 
-@pytest.mark.parametrize(
-    ("their_correct", "our_correct", "verdict"),
-    # Of 100 questions 4 gained are 2.03 standard errors, 3 are 1.75.
-    [(50, 54, "better"), (54, 50, "worse"), (50, 53, SAME), (53, 50, SAME), (50, 50, SAME)],
-)
-def test_one_seed_is_distinguishable_beyond_1_96_errors(their_correct: int, our_correct: int, verdict: str) -> None:
-    theirs, ours = score(answers(100, their_correct)), score(answers(100, our_correct))
-    results = results_of([*row_of(BEST_SEED, [2.0], [theirs]), *searched_row([2.0], [ours])])
-    assert difference(results, "acc").verdict == verdict
-
-
 def test_one_question_distinguishes_nothing() -> None:
     """`evaluate.limit: 1` is what people try first; one answer has no spread to speak of."""
     scored = [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])]
@@ -350,13 +328,3 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
     assert "answer loss" not in claim(results)
     assert difference(results, "acc").num_pairs == 8
     assert rows(results)[0].answer_loss is None
-
-
-def test_the_searched_plan_without_a_fine_tune_is_no_rival() -> None:
-    """The claim and the table are those of equal fine-tunes, whatever the quantized model scored before."""
-    whole = whole_results()
-    assert whole.evaluate
-    without = [row for row in whole.evaluate.rows if (row.name, row.seed) != (SEARCHED, None)]
-    assert len(without) == len(whole.evaluate.rows) - 1
-    alone = whole.model_copy(update={"evaluate": whole.evaluate.model_copy(update={"rows": tuple(without)})})
-    assert (rows(whole), comparisons(whole), claim(whole)) == (rows(alone), comparisons(alone), claim(alone))

@@ -176,7 +176,7 @@ def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     assert "<script" not in prose and "<img" not in prose
 
 
-@pytest.mark.parametrize("until", ["prepare", "sensitivity", "finetune"])
+@pytest.mark.parametrize("until", ["sensitivity", "finetune"])
 def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: str) -> None:
     root = tmp_path / "run"
     stage = STAGES[STAGES.index(until) + 1]

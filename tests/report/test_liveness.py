@@ -36,6 +36,7 @@ GO_ON = "repeat the command to go on, in /somewhere: qpruner run config.yaml"
 @contextmanager
 def driver(root: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the run, as a search in it that began long ago."""
+    root.mkdir()
     with subprocess.Popen([sys.executable, "-c", HOLD, str(root)], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout and process.stdout.readline() == "held\n"
@@ -72,7 +73,6 @@ def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
 
 def test_a_stopped_driver_that_lives_is_running(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    root.mkdir()
     with driver(root) as process:
         process.send_signal(signal.SIGSTOP)
         os.utime(root / NAME, (0, 0))
@@ -84,19 +84,12 @@ def test_a_stopped_driver_that_lives_is_running(tmp_path: Path) -> None:
 
 def test_a_killed_driver_is_cut_off(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    root.mkdir()
     with driver(root) as process:
         process.kill()
         process.wait()
         lines = status(root)
         assert lines[0].endswith(f"cut off; {GO_ON}") and "cut off" in stage_line(lines)
         assert standing(root).endswith("its process is cut off; repeat the command to go on from here.")
-
-
-def test_another_process_of_the_same_number_is_not_it(tmp_path: Path) -> None:
-    root = recorded_run(tmp_path / "run")
-    (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
-    assert status(root)[0].endswith(f"cut off; {GO_ON}")
 
 
 def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
@@ -108,15 +101,6 @@ def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
     assert "no sign of life for 9 h" in lines[0] and lines[0].endswith(f": most likely gone; {GO_ON}")
     assert "most likely gone" in stage_line(lines)
     assert "most likely gone; repeat the command" in standing(root)
-
-
-def test_a_command_that_could_not_report_its_end_is_cut_off(tmp_path: Path) -> None:
-    """It gave its lock back, but its disk was full."""
-    assert status(recorded_run(tmp_path / "run"))[0].endswith(f"cut off; {GO_ON}")
-
-
-def test_a_run_that_is_over_needs_no_lock(tmp_path: Path) -> None:
-    assert status(recorded_run(tmp_path / "run", is_over=True))[0].endswith(": done")
 
 
 def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
@@ -156,9 +140,7 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
     recorded_run(tmp_path / "runs" / "mine")
     assert "runs is no run folder, but has the runs demo, mine: name one" in said(tmp_path / "runs")
     (tmp_path / "runs" / "notes" / "qpruner.log").touch()
-    assert "notes has no run.json yet, only qpruner.log" in said(tmp_path / "runs" / "notes"), (
-        "before it takes the lock"
-    )
+    assert "notes has no run.json yet, only qpruner.log" in said(tmp_path / "runs" / "notes")
 
 
 def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:
@@ -175,3 +157,12 @@ def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> No
     ended = threading.Timer(MOMENT_SECONDS / 3, run.write_state, [state.model_copy(update={"outcome": "interrupted"})])
     ended.start()
     assert standing(root).startswith("Interrupted")
+
+
+def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> None:
+    """It gave its lock back, but its disk was full; or another process has its number now."""
+    root = recorded_run(tmp_path / "run")
+    assert status(root)[0].endswith(f"cut off; {GO_ON}")
+    (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
+    assert status(root)[0].endswith(f"cut off; {GO_ON}")
+    assert status(recorded_run(tmp_path / "over", is_over=True))[0].endswith(": done")

@@ -31,7 +31,7 @@ from tensorboard_server import serving
 from qpruner.report.event_files import BEST, run_name, write_trial
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import Board, write_result
-from qpruner.runs.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
+from qpruner.runs.events import StageFinished, StageSkipped, StageStarted, TrialChanged
 from qpruner.runs.records import RungResult, TrialRecord
 
 OVER = StageFinished("search", 1.0, "")
@@ -119,18 +119,11 @@ def test_hparams_columns_begin_with_what_tells_trials_apart(written: Path) -> No
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
-def test_curves_have_every_training_step_and_rung(written: Path, tmp_path: Path) -> None:
+def test_curves_have_every_training_step_and_rung(written: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
-    assert points(written, run, "train/loss") == [(1, 4.7), (2, 4.7), (3, 4.6), (4, 4.6)] + [
-        (s, 4.4) for s in range(5, 9)
-    ]
-    accurate = trials()[2].model_copy(
-        update={"rungs": tuple(rung.model_copy(update={"accuracy": 0.5}) for rung in trials()[2].rungs)}
-    )
-    search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
-    write_trial(tmp_path / "tensorboard", search, accurate)
-    assert points(tmp_path, run, "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
+    trained = [4.7] * 2 + [4.6] * 2 + [4.4] * 4
+    assert points(written, run, "train/loss") == list(enumerate(trained, 1))
     walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
 
@@ -163,37 +156,19 @@ def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Pa
     assert (pictures(tmp_path / "run"), pictures(written)) == ([2, 4, 5], [5])
 
 
-def test_a_trials_file_only_grows_while_it_runs(tmp_path: Path) -> None:
-    record = trials()[2]
-    before = b""
-    for count in range(1, 5):
-        is_over = count == 4
-        part = record if is_over else record.model_copy(update={"rungs": record.rungs[:count], "status": "running"})
-        write_trial(tmp_path, search_state(), part)
-        [path] = (tmp_path / run_name(record)).iterdir()
-        now = path.read_bytes()
-        assert now.startswith(before) and len(now) > len(before)
-        before = now
-
-
-@pytest.mark.parametrize("damage", ["cut short", "gone", "overwritten"])
+@pytest.mark.parametrize("damage", ["none", "cut short", "gone", "overwritten"])
 def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str) -> None:
     whole = files(shown)
-    for path in whole:
-        file = shown / path
+    for path, content in whole.items():
         if damage == "gone":
-            file.unlink()
-        else:
-            content = file.read_bytes()
-            file.write_bytes(content[:-7] if damage == "cut short" else b"\0" + content[1:])
-    show(shown, planned(trials()), OVER)
-    assert files(shown) == whole
-
-
-def test_resuming_writes_nothing_again(shown: Path) -> None:
+            (shown / path).unlink()
+        elif damage != "none":
+            (shown / path).write_bytes(content[:-7] if damage == "cut short" else b"\0" + content[1:])
     before = {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")}
     show(shown, planned(trials()), OVER)
-    assert {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")} == before
+    assert files(shown) == whole
+    after = {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")}
+    assert damage != "none" or after == before, "nothing is written again"
 
 
 def test_trials_of_another_search_are_gone(shown: Path) -> None:
@@ -207,32 +182,27 @@ def test_trials_of_another_search_are_gone(shown: Path) -> None:
 def test_a_new_search_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
     """From its first moment: no curve, no final table, and its own configuration."""
     made = MadeRun(tmp_path / "run", num_trials=5)
-    root, folder = made.run.root, made.run.root / "tensorboard"
+    root, result = made.run.root, made.run.root / "tensorboard" / "result"
     show(root, planned(trials()))
     write_result(root, read_snapshot(made.run).results)
     assert "final table/text_summary" in read(root, "result").Tags()["tensors"]
-
     board = Board(root, config_of(Path("runs/demo"), search__max_trials=4))
     for event in (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html")):
         board.listen(event)
-    assert (folder / "result").is_dir(), "nothing was searched anew"
+    assert result.is_dir(), "nothing was searched anew"
     assert read(root, "search").Tags()["scalars"] == []
     text = read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_trials: 4" in text
     board.listen(StageStarted("search", "4 trials"))
-    assert not (folder / "result").exists()
-
-
-def given_plan(records: list[TrialRecord], index: int) -> SearchPlanned:
-    """What a command with a plan of its own begins with, on the folder of a search."""
-    return planned(records, search=f"{index:016d}", beside=MINE, max_trials=1)
+    assert not result.exists()
 
 
 def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
     known = trials()
     for index, plan, last in ((6, "844448", 3.05), (7, "484448", 2.95)):
         given = trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
-        show(shown, given_plan(known, index), TrialChanged(given), OVER)
+        begun = planned(known, search=given.search, beside=MINE, max_trials=1)
+        show(shown, begun, TrialChanged(given), OVER)
         known.append(given)
     assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
     levels = {"uniform-4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
@@ -247,18 +217,16 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
 
 
 def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
-    steps = 20_000
-    rungs = tuple(
-        RungResult(step=step, loss=3.0, accuracy=0.5, train_losses=(3.123,) * 5000)
-        for step in range(5000, steps + 1, 5000)
-    )
+    steps = range(5000, 20_001, 5000)
+    rungs = tuple(RungResult(step=step, loss=3.0, accuracy=0.5, train_losses=(3.123,) * 5000) for step in steps)
     groups = {f"layers.{index}.gate_up": 4 for index in range(128)}
     record = trial(7, "444444", [], status="finished", rungs=rungs).model_copy(update={"plan": groups})
-    write_trial(tmp_path, search_state(steps=steps), record)
-    [path] = (tmp_path / run_name(record)).iterdir()
+    search = search_state(steps=steps[-1], metric="accuracy", metrics={"arc_easy": "acc_norm"})
+    write_trial(tmp_path / "tensorboard", search, record)
+    [path] = (tmp_path / "tensorboard" / run_name(record)).iterdir()
     assert path.stat().st_size < 200_000
-    found = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
-    assert [event.step for event in found] == list(range(20, steps + 1, 20))
+    assert [step for step, _ in points(tmp_path, run_name(record), "train/loss")] == list(range(20, 20_001, 20))
+    assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in steps]
 
 
 def test_a_full_disk_stops_no_search_and_is_made_up_for(tmp_path: Path) -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mixed_models import fill_bank
 
 from qpruner.config.schema import LoraConfig
 from qpruner.data.calibration import Samples
 from qpruner.models import ragged
 from qpruner.models.layout import group_linears
-from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
-from qpruner.runs.storage import file_digest
+from qpruner.quantization.bank import Starts
 from qpruner.sensitivity.methods import Subject
-from qpruner.sensitivity.starts import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,18 +95,9 @@ def banked(
     double_quant: bool = False,
     **options: Any,
 ) -> Banked:
-    """Pack every group of a tiny decoder at 4 and 8 bits."""
+    """Pack every group of a tiny decoder at 4 and 8 bits; the decoder is saved in `model` below the bank."""
     model = tiny(name, **options)
-    groups = group_linears(model.config, group)
-    settings = EntrySettings(LORA.model_copy(update={"init": init}), double_quant, seed=0)
-    files = {}
-    for group_name, paths in groups.items():
-        weights = {path: model.get_submodule(path).weight for path in paths}
-        for bits in (4, 8):
-            entry = build_entry(weights, bits, settings)
-            file = write_entry(folder, group_name, bits, entry)
-            files[str(file.relative_to(folder))] = IndexEntry(
-                inputs="test", sha256=file_digest(file), residual_ratio=entry.residual_ratio
-            )
-    write_index(folder, BankIndex(digest="test", bitsandbytes=version("bitsandbytes"), files=files))
-    return Banked(model, Subject(rows_of(), PAD, group, LEVELS, folder, LORA.alpha / LORA.rank), groups)
+    model.save_pretrained(folder / "model")
+    fill_bank(folder / "model", folder, double_quant, LORA.model_copy(update={"init": init}), "float32", group)
+    subject = Subject(rows_of(), PAD, group, LEVELS, folder, LORA.alpha / LORA.rank)
+    return Banked(model, subject, group_linears(model.config, group))

@@ -23,7 +23,6 @@ from qpruner.pipeline.preflight import Inspection
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_information
-from qpruner.sensitivity.starts import Starts
 
 LENGTH = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -86,21 +85,6 @@ def test_check_counts_what_a_sensitivity_holds(
     found = sensitivity_memory(config, replace(inspection, model_config=subject.model.config, pruned=own))
     beside = found.total - found.parts["weights"]
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
-
-
-def test_expansion_holds_one_levels_error_at_a_time(tmp_path: Path) -> None:
-    """Of a wide MLP on few tokens, a layer's error is a visible share of the peak."""
-    sizes = HEADS | {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 2048}
-    found = banked(tmp_path, "llama", "block", init="plain", **sizes)
-
-    def peak(*levels: int) -> int:
-        starts = Starts(found.subject.bank, found.groups, levels, found.subject.scaling)
-        return peak_bytes(lambda: expand(found.model, found.samples(), starts))
-
-    one = max(peak(4), peak(8))
-    error = 4 * 256 * 2048
-    assert error > 0.15 * one
-    assert peak(4, 8, 4) == pytest.approx(one, rel=0.03)
 
 
 def test_check_counts_what_scoring_holds(raw: dict[str, Any], inspection: Inspection, subject: Banked) -> None:

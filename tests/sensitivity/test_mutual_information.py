@@ -48,24 +48,24 @@ def mixture_information(means: Array, weights: Array) -> float:
     return entropy - float(np.log(2 * np.pi * np.e))
 
 
-@pytest.mark.parametrize("distance", [0.5, 3.0])
-@pytest.mark.parametrize("num_classes", [2, 5])
-def test_a_mixture_has_the_information_of_its_integral(distance: float, num_classes: int) -> None:
+EVEN = [[1.0, 0.0], [0.3, 0.9], [-0.8, 0.6], [-0.8, -0.6], [0.3, -0.9]]
+
+
+@pytest.mark.parametrize(
+    ("means", "weights"),
+    [
+        ([[-0.5, 0.0], [0.5, 0.0]], [0.5, 0.5]),
+        ([[3 * x, 3 * y] for x, y in EVEN], [0.2] * 5),
+        ([[0.0, 0.0], [2.5, 0.0], [0.0, 4.0]], [0.8, 0.15, 0.05]),
+    ],
+    ids=["near", "far", "unequal"],
+)
+def test_a_mixture_has_the_information_of_its_integral(means: list[list[float]], weights: list[float]) -> None:
     generator = np.random.default_rng(0)
-    angles = np.arange(num_classes) * 2 * np.pi / num_classes
-    means = distance * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    weights = np.full(num_classes, 1 / num_classes)
-    labels = generator.integers(0, num_classes, 3000)
-    outputs = means[labels] + generator.normal(size=(3000, 2))
-    assert less_baseline(outputs, labels) == pytest.approx(mixture_information(means, weights), abs=0.06)
-
-
-def test_unequal_classes_too() -> None:
-    generator = np.random.default_rng(1)
-    means, weights = np.array([[0.0, 0.0], [2.5, 0.0], [0.0, 4.0]]), np.array([0.8, 0.15, 0.05])
-    labels = generator.choice(3, 4000, p=weights)
-    outputs = means[labels] + generator.normal(size=(4000, 2))
-    assert less_baseline(outputs, labels) == pytest.approx(mixture_information(means, weights), abs=0.05)
+    labels = generator.choice(len(weights), 3000, p=weights)
+    outputs = np.array(means)[labels] + generator.normal(size=(3000, 2))
+    expected = mixture_information(np.array(means), np.array(weights))
+    assert less_baseline(outputs, labels) == pytest.approx(expected, abs=0.06)
 
 
 def test_scale_and_rotation_do_not_matter() -> None:
@@ -88,6 +88,8 @@ def test_independent_labels_carry_nothing(samples: int, num_classes: int) -> Non
         found.append(less_baseline(generator.normal(size=(samples, 32)), labels))
     assert abs(np.mean(found)) < 0.05
     assert max(map(abs, found)) < 0.3
+    # Blocks that were inserted with zero weights put out one constant.
+    assert abs(less_baseline(np.full((samples, 16), 0.5), labels)) < 0.05
 
 
 @pytest.mark.parametrize("num_classes", [2, 8])
@@ -103,13 +105,7 @@ def test_a_decisive_output_carries_the_entropy(num_classes: int, jitter: float) 
     assert found == pytest.approx(np.log(num_classes), abs=0.25)
 
 
-def test_a_dead_output_carries_nothing() -> None:
-    """Blocks that were inserted with zero weights put out one constant; they must not stop the stage."""
-    labels = np.random.default_rng(4).integers(0, 3, 200)
-    assert abs(less_baseline(np.full((200, 16), 0.5), labels)) < 0.05
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_pooling_leaves_no_rare_label(seed: int) -> None:
     generator = np.random.default_rng(seed)
     minimum = int(generator.integers(2, 7))
@@ -117,15 +113,12 @@ def test_pooling_leaves_no_rare_label(seed: int) -> None:
     before = labels.copy()
     pooled = pool_rare(labels, minimum)
     assert (labels == before).all(), "the predictions themselves are left alone"
-    assert len(pooled) == len(labels)
     values, counts = np.unique(pooled, return_counts=True)
-    assert counts.min() >= minimum
-    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        if count >= minimum:
-            assert (pooled[labels == label] == label).all()
-        else:
-            assert len(set(pooled[labels == label].tolist())) == 1
+    assert len(pooled) == len(labels) and counts.min() >= minimum
     assert set(values.tolist()) <= set(labels.tolist()) | {-1}
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        found = set(pooled[labels == label].tolist())
+        assert found == {label} if count >= minimum else len(found) == 1
 
 
 ROWS = 24
@@ -148,30 +141,17 @@ def measured(model: PreTrainedModel, rows: list[dict[str, list[int]]], group: st
     return measure(model, rows, group, settings, pad_id=1, seed=0)
 
 
-@pytest.mark.parametrize("group", ["block", "projection"])
-def test_every_group_gets_one_finite_estimate(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str
-) -> None:
-    found = measured(model, rows, group)
-    assert found.groups == tuple(group_linears(model.config, group))
-    assert len(found.values) == len(found.groups)
-    assert np.isfinite(found.values).all()
+def test_every_group_gets_one_estimate_in_any_batches(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
+    found, before = measured(model, rows, "sublayer"), torch.get_rng_state()
+    assert found == measured(model, rows, "sublayer") and torch.equal(torch.get_rng_state(), before)
+    assert found.groups == tuple(group_linears(model.config, "sublayer"))
     # Each row of n tokens, three of them masked, predicts n - 3.
     assert found.num_positions == min(128, sum(len(row["input_ids"]) - 3 for row in rows))
-    assert found.num_classes >= 2
-
-
-def test_the_same_samples_give_the_same_estimates(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
-    before = torch.get_rng_state()
-    first, second = measured(model, rows, "projection"), measured(model, rows, "projection")
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_padding_and_batches_do_not_matter(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
-    together, alone = measured(model, rows, "sublayer"), measured(model, rows, "sublayer", batch_size=1)
-    assert together.num_positions == alone.num_positions
-    assert together.values == pytest.approx(alone.values, abs=0.02)
+    alone = measured(model, rows, "sublayer", batch_size=1)
+    assert found.num_positions == alone.num_positions
+    assert found.values == pytest.approx(alone.values, abs=0.02)
+    # The prediction is computed from the last block's output and nothing else.
+    assert measured(model, rows, "block", num_neighbors=1).values[-1] > 0.3
 
 
 def test_positions_come_from_rows_all_over(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
@@ -197,13 +177,6 @@ def test_drawn_positions_keep_their_texts(rows: list[dict[str, list[int]]]) -> N
         assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
     whole = spread_positions(rows, 10**6, seed=3)
     assert sorted(row["labels"] for row in whole) == sorted(row["labels"] for row in rows), "all, where they are few"
-
-
-def test_the_last_block_tells_of_the_prediction(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
-    """The prediction is computed from the last block's output and nothing else."""
-    found = measured(model, rows, "block", num_neighbors=1)
-    values = dict(zip(found.groups, found.values, strict=True))
-    assert values["layers.1"] > 0.3
 
 
 def test_a_model_that_predicts_one_token_is_refused(tiny_model: Path, rows: list[dict[str, list[int]]]) -> None:
