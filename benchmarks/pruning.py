@@ -44,9 +44,8 @@ from qpruner.data.losses import mean_loss
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
 from qpruner.models.memory import release
-from qpruner.pruning.criteria import CalibratedCriteria
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.prune import num_parameters, prune_by
+from qpruner.pruning.prune import Criteria, num_parameters, prune_by
 from qpruner.pruning.settings import settled
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.runs.version import commit
@@ -140,7 +139,7 @@ COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squar
 """In a table's order."""
 
 
-class Remembered(CalibratedCriteria):
+class Remembered(Criteria):
     """Importance of the base model's units as the bench knows it; all else is measured."""
 
     def __init__(self, bench: Bench, settings: PruneConfig, calibration: str, seed: int) -> None:

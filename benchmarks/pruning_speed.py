@@ -33,8 +33,7 @@ from pruning import SOURCE, Bench
 from qpruner.config.schema import PruneConfig
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device, load_dense, load_tokenizer, resolve_source
-from qpruner.pruning.criteria import ShapeCriteria
-from qpruner.pruning.prune import num_parameters, prune_by
+from qpruner.pruning.prune import Criteria, num_parameters, prune_by
 from qpruner.pruning.settings import settled
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -93,7 +92,7 @@ def _make_random(folders: dict[str, Path], evaldata: Path, scratch: Path) -> Non
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_1B), dtype=torch.bfloat16)
         keys = {"rate": 0.2, **RECIPES[name]} if name in RECIPES else {"rate": 0.0}
         settings = settled(model.config, PruneConfig(selection="per_layer", **keys))
-        save_checkpoint(prune_by(ShapeCriteria(settings), model, settings).model, tokenizer, path)
+        save_checkpoint(prune_by(Criteria(settings), model, settings).model, tokenizer, path)
 
 
 def bytes_read(model: Any) -> int:

@@ -41,7 +41,7 @@ from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.plans.plan import FULL_BITS
-from qpruner.pruning.block_stream import BlockStream
+from qpruner.pruning.compensation import BlockStream
 from qpruner.quantization.assembly import PlanAssembler
 from qpruner.quantization.bank import (
     BankIndex,

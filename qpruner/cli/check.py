@@ -13,7 +13,6 @@ from qpruner.cli.terminal import Terminal
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.estimate import hours
-from qpruner.models.layout import num_layers
 from qpruner.models.memory import free_bytes
 from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
@@ -80,8 +79,8 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "num_groups": len(layout.groups),
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
-        "blocks_base": num_layers(inspection.model_config),
-        "blocks_pruned": [num_layers(cut.expected) for cut in inspection.cuts],
+        "blocks_base": inspection.model_config.num_hidden_layers,
+        "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},

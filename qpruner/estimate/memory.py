@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
-from qpruner.models.layout import num_layers, skeleton
+from qpruner.models.layout import skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.plans.plan import FULL_BITS, Layout, LinearShape
@@ -223,7 +223,7 @@ def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
     making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
     comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(tokens, POSITIONS)
     return {
-        "block outputs": num_layers(config) * tokens * int(config.hidden_size) * dense.element_bytes,
+        "block outputs": int(config.num_hidden_layers) * tokens * int(config.hidden_size) * dense.element_bytes,
         "activations": _widest(dense, tokens),
         "quantized group": dense.element_bytes * max(group.num_weights for group in dense.groups) + unpacked,
         "log-probabilities": int(config.vocab_size) * max(making, comparing),

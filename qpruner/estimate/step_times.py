@@ -19,6 +19,7 @@ from qpruner.config.schema import LoraConfig, RunConfig
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import token_losses
 from qpruner.models import cpu, ragged
+from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.models.memory import release
@@ -166,7 +167,7 @@ def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: in
     """Build blocks from the middle of the model, whose widths are neither the first's nor the last's."""
     from transformers import AutoModelForCausalLM
 
-    ragged.install(model_config.model_type)
+    ragged.install(family_of(model_config))
     cpu.install()
     small = copy.deepcopy(model_config)
     first = (int(small.num_hidden_layers) - num_blocks) // 2

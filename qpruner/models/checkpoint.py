@@ -35,17 +35,12 @@ SHARD_SIZE = "1GB"
 
 @dataclass(frozen=True)
 class Base:
-    """Where the base model is.
-
-    Attributes:
-        path: Its folder.
-        converted: Whether its files were written for this run.
-        source_bytes: Of the .gguf file that they were expanded from.
-    """
+    """The folder of the base model, and whether its files were written for this run."""
 
     path: str
     converted: bool
     source_bytes: int | None = None
+    """Of the .gguf file that it was expanded from."""
 
 
 def prepare_base(
@@ -54,13 +49,8 @@ def prepare_base(
     """Make the base model a local safetensors folder.
 
     A local folder is used as it is; a hub model is the hub's cached snapshot, with its card, which names the licence; a
-    .gguf file is dequantized into `folder` once a run (15 to 25 s).
-
-    Args:
-        model: Where it comes from.
-        folder: Where its files go if it has to be written.
-        is_shared: Write a hub model to `folder` too: other machines do not see this one's cache.
-        on_progress: Told of what is fetched or read.
+    .gguf file is dequantized into `folder` once a run (15 to 25 s). With `is_shared` a hub model is written there too:
+    other machines do not see this one's cache.
 
     Raises:
         UserError: If the source is no model, lacks safetensors weights, or is here in part while the hub is away.
@@ -76,23 +66,14 @@ def prepare_base(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [
-        "*.safetensors",
-        "*.json",
-        "*.jinja",
-        "*.model",
-        "*.txt",
-        "README.md",
-        *(["*.py"] if model.trust_remote_code else []),
-    ]
-    place, bar = folder if is_shared else None, _reporting_bar(on_progress)
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     try:
         path = snapshot_download(
             source,
             revision=model.revision,
-            allow_patterns=patterns,
-            local_dir=place,
-            tqdm_class=bar,
+            allow_patterns=patterns + ["*.py"] * model.trust_remote_code,
+            local_dir=folder if is_shared else None,
+            tqdm_class=_reporting_bar(on_progress),
         )
     except LocalEntryNotFoundError as error:
         raise _incomplete(model, is_shared) from error
@@ -106,17 +87,14 @@ def prepare_base(
 
 def _incomplete(model: ModelConfig, is_shared: bool) -> UserError:
     """Make the error for a hub model that is not all here while the hub does not answer."""
-    revision = f" --revision {model.revision}" if model.revision else ""
-    here, remedy = "the run's folder", ": `qpruner prepare CONFIG`"
+    here, remedy = "the run's folder", "`qpruner prepare CONFIG`"
     if not is_shared:
+        revision = f" --revision {model.revision}" if model.revision else ""
         here = "this machine's cache"
-        remedy = (
-            ", into a cache (`HF_HOME`) that this machine sees: `qpruner prepare CONFIG`, or the model alone by "
-            f"`hf download {model.source}{revision}`"
-        )
+        remedy += f" or `hf download {model.source}{revision}`, into a cache (`HF_HOME`) that this machine sees"
     return UserError(
         f"`model.source`: the hub does not answer, and {here} has not all that is read of {model.source} (.safetensors "
-        f"weights, config, tokenizer); fetch it where the hub is reached{remedy}"
+        f"weights, config, tokenizer); fetch it where the hub is reached: {remedy}"
     )
 
 

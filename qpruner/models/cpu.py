@@ -69,13 +69,7 @@ def _widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def _widened_attention(
-    attention: Callable[..., Any],
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
+    attention: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
 ) -> Any:
     if query.dtype is not torch.bfloat16 or query.device.type != "cpu":
         return attention(module, query, key, value, attention_mask, **options)

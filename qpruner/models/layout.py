@@ -19,44 +19,31 @@ def skeleton(config: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    ragged.install(config.model_type)
+    ragged.install(family_of(config))
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
-def num_layers(config: Any) -> int:
-    """Count the blocks."""
-    return int(config.num_hidden_layers)
-
-
 def group_linears(config: Any, group: str) -> dict[str, tuple[str, ...]]:
     """Map each group to the full paths of its linear layers, in model order."""
-    family = family_of(config)
-    width = len(str(num_layers(config) - 1))
+    family, count = family_of(config), config.num_hidden_layers
+    width = len(str(count - 1))
     return {
         ".".join(part for part in (f"layers.{index:0{width}d}", name) if part): tuple(
             f"{family.block_path(index)}.{linear}" for linear in linears
         )
-        for index in range(num_layers(config))
+        for index in range(count)
         for name, linears in family.groups(group).items()
     }
 
 
 def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """Compute the groups and sizes of a model.
-
-    Args:
-        config: transformers config, pruned widths included.
-        group: `block`, `sublayer` or `projection`.
-        dtype_bytes: Bytes of an unquantized weight.
-        double_quant: Whether 4-bit scales are quantized.
-        lora_rank: Rank of the adapters on every grouped layer.
-    """
+    """Compute the groups and sizes of a model; `dtype_bytes` are those of an unquantized weight."""
     model = skeleton(config)
-    modules = dict(model.named_modules())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = tuple(
-        Group(name, tuple(_shape(path, modules[path]) for path in paths))
+        Group(name, tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths))
         for name, paths in group_linears(config, group).items()
     )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -72,17 +59,12 @@ def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lor
     )
 
 
-def _shape(path: str, module: Any) -> LinearShape:
-    rows, columns = module.weight.shape
-    return LinearShape(path, int(rows), int(columns))
-
-
 def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
     """Map each group to the modules whose outputs are its output, in model order."""
     family = family_of(config)
     outputs = [
         tuple(".".join(part for part in (family.block_path(index), path) if part) for path in paths)
-        for index in range(num_layers(config))
+        for index in range(config.num_hidden_layers)
         for paths in family.group_outputs(group).values()
     ]
     return dict(zip(group_linears(config, group), outputs, strict=True))

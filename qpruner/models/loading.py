@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,12 +43,8 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 def resolve_source(source: str, key: str) -> str:
     """Turn `package:NAME/PATH` into a path; other sources are returned as they are.
 
-    Args:
-        source: What the user wrote.
-        key: The config key it came from, for the error.
-
     Raises:
-        UserError: If the package is not installed or has no such file.
+        UserError: Naming the key, if the package is not installed or has no such file.
     """
     if source.startswith("~"):
         return os.path.expanduser(source)  # as it is where there is no such user
@@ -77,24 +72,22 @@ def absolute_source(source: str) -> str:
 def check_source(model: ModelConfig) -> str:
     """Resolve and check the model source without loading weights."""
     source = resolve_source(model.source, "model.source")
-    path = Path(source)
+    path, remedy = Path(source), "name a model folder, .gguf file or hub id"
     if source.endswith(".gguf"):
         if not path.is_file():
-            raise UserError(f"`model.source`: file {source} does not exist; name a model folder, .gguf file or hub id")
+            raise UserError(f"`model.source`: file {source} does not exist; {remedy}")
         if importlib.util.find_spec("gguf") is None:
             raise UserError("`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'")
     elif path.is_dir():
         check_folder(path, "`model.source`")
     elif path.exists():
-        raise UserError(f"`model.source`: {source} is a file, but no .gguf; name a model folder, .gguf file or hub id")
+        raise UserError(f"`model.source`: {source} is a file, but no .gguf; {remedy}")
     elif source.startswith((".", "/")):
-        raise UserError(
-            f"`model.source`: folder {path.absolute()} does not exist; name a model folder, .gguf file or hub id"
-        )
+        raise UserError(f"`model.source`: folder {path.absolute()} does not exist; {remedy}")
     elif not HUB_ID.fullmatch(source):
         raise UserError(
             f"`model.source`: there is no folder {path.absolute()}, and {source} is no hub id (OWNER/NAME) either; "
-            "name a model folder, .gguf file or hub id"
+            f"{remedy}"
         )
     return source
 
@@ -131,9 +124,6 @@ def check_hub_files(model: ModelConfig) -> None:
     """Refuse a hub model without safetensors weights before gigabytes are fetched.
 
     Where no hub answers, nothing is refused: what is fetched is checked later.
-
-    Raises:
-        UserError: If the hub lists none.
     """
     from huggingface_hub import HfApi
 
@@ -141,17 +131,14 @@ def check_hub_files(model: ModelConfig) -> None:
         listed = HfApi().model_info(model.source, revision=model.revision, timeout=HUB_SECONDS).siblings
     except Exception:  # the client's errors change their types from release to release
         return
-    if listed is not None and not any(_is_weights(file.rfilename) for file in listed):
+    names = [file.rfilename for file in listed or ()]
+    if listed is not None and not any(name.endswith(".safetensors") and "/" not in name for name in names):
         revision = f"revision {model.revision}" if model.revision else "its newest revision"
         raise UserError(
             f"`model.source`: the hub's {model.source} has no .safetensors weights in {revision} (pickled .bin weights "
             "are not read); name another one with `model.revision` if the hub has one with them, or "
             f"{CONVERT} and name that folder"
         )
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -168,13 +155,7 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnLoading = ignore_progress
 ) -> PreTrainedModel:
-    """Load dense weights, pruned widths included, on the best device or spread over all of them.
-
-    Args:
-        source: A folder, hub id or .gguf file (already resolved).
-        dtype: Name of the torch dtype of the weights.
-        model: Revision and trust settings for a hub model, and its `device_map`.
-        on_progress: Told how many tensors are loaded.
+    """Load dense weights of a resolved source, pruned widths included, on the best device or spread over all of them.
 
     Raises:
         CorruptFile: If a weight file is truncated.
@@ -213,11 +194,7 @@ def load_dense(
 
 
 def check_reachable(model: PreTrainedModel) -> None:
-    """Refuse a model spread over devices of which a part found room in none.
-
-    Raises:
-        UserError: Naming the first module that lies on the disk, or in memory beside GPUs.
-    """
+    """Refuse a model spread over devices of which a part lies on the disk, or in memory beside GPUs."""
     places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
     beside = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
@@ -296,15 +273,7 @@ def _where(source: str) -> dict[str, str]:
 
 
 def check_folder(path: Path, named: str) -> None:
-    """Check that a folder is a model's with complete safetensors files; weights are not read.
-
-    Args:
-        path: The folder.
-        named: What it was named by, for the error.
-
-    Raises:
-        UserError: If it is not.
-    """
+    """Refuse a folder, by what named it, that is no model's with complete safetensors files; no weights are read."""
     if not (path / "config.json").is_file():
         raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
@@ -313,9 +282,11 @@ def check_folder(path: Path, named: str) -> None:
         )
     index = path / "model.safetensors.index.json"
     if index.is_file() and not (path / "model.safetensors").is_file():  # which transformers reads first
-        shards = _shards(index, named)
-        missing = sorted(shard for shard in shards if not (path / shard).is_file())
-        if missing:
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again") from error
+        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
             raise UserError(
                 f"{named}: folder {path} lacks {counted(len(missing), 'weight file')}: {', '.join(missing)}; fetch the "
                 "model again"
@@ -325,25 +296,15 @@ def check_folder(path: Path, named: str) -> None:
             raise UserError(f"{named}: weight file {file} is truncated or damaged; fetch it again")
 
 
-def _shards(index: Path, named: str) -> set[str]:
-    """List the weight files that a shard index names."""
-    try:
-        return set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again") from error
-
-
 def _is_complete(file: Path) -> bool:
     """Whether a safetensors file is as long as its header says; the weights are not read."""
-    size = file.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, size)))
-        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        with safe_open(file, framework="np"):
+            return True
+    except SafetensorError:
         return False
-    return bool(end == size)
 
 
 def _reason(error: Exception) -> str:

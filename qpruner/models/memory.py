@@ -18,7 +18,7 @@ from qpruner.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-STATUS, CLEAR_REFS, VMSTAT = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/vmstat")
+STATUS, VMSTAT = Path("/proc/self/status"), Path("/proc/vmstat")
 SHORTAGE = re.compile(
     "can't allocate memory|Cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc|"
     "could not (create|execute) a primitive(?! descriptor)"
@@ -104,11 +104,7 @@ def shortage_text(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raising_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn errors about memory that ran out into `OutOfMemory`.
-
-    Args:
-        remedy: What to do next, in one sentence.
-    """
+    """Turn errors about memory that ran out into `OutOfMemory`, with what to do next."""
     try:
         yield
     except Exception as error:
@@ -118,49 +114,31 @@ def raising_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Measure the peak from now on: CUDA's own counter, or the rise of resident memory on a CPU.
-
-    Attributes:
-        counter: What was counted, for the record.
-    """
+    """Measure the peak from now on: CUDA's own counter, or the rise of resident memory on a CPU."""
 
     def __init__(self) -> None:
         import torch
 
         self._cuda = torch.cuda.is_available()
+        self.counter = "cuda peak allocated" if self._cuda else "rise of resident memory"
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             self._before = int(torch.cuda.memory_allocated())
-            self.counter = "cuda peak allocated"
             return
-        self.counter = "rise of resident memory"
-        self._resettable = _reset_high_water_mark()
-        self._before = _status_bytes("VmRSS") if self._resettable else _max_resident_bytes()
+        with contextlib.suppress(OSError):  # Linux resets VmHWM to the present size when 5 is written here
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _most_resident_bytes()
 
     def bytes(self) -> int:
         """Bytes above the start, at the highest point so far."""
         import torch
 
-        if self._cuda:
-            return int(torch.cuda.max_memory_allocated()) - self._before
-        peak = _status_bytes("VmHWM") if self._resettable else _max_resident_bytes()
-        return peak - self._before
+        return (int(torch.cuda.max_memory_allocated()) if self._cuda else _most_resident_bytes()) - self._before
 
 
-def _reset_high_water_mark() -> bool:
-    """Reset VmHWM to the present size, as Linux does when 5 is written here; False where there is no such file."""
-    try:
-        CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def _max_resident_bytes() -> int:
+def _most_resident_bytes() -> int:
+    """Return the most that this process held in memory, since the last reset where there is one."""
+    if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
+        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,38 +13,32 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qpruner.models.families import Family, families, family_of, family_of_type
+from qpruner.models.families import Family, families, family_of
 
 OUTPUT_BIASES = "qpruner_output_biases"
 """Config key: linear layers of a block that got a bias for what was cut, where the family has none."""
-
-
 _FOLLOWED = "qpruner_model_config"
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
-class _GlobalReadFilter(logging.Filter):
-    """Drop transformers' warning that a global value was read: blocks are built from their own configs."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "Reading global config value for per-layer attribute" not in record.getMessage()
-
-
-logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(_GlobalReadFilter())
+# transformers warns that a global value was read, but blocks are built from their own configs.
+logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+    lambda record: "Reading global config value for per-layer attribute" not in record.getMessage()
+)
 
 
-def install(model_type: str | None = None) -> None:
+def install(family: Family | None = None) -> None:
     """Make models build each block from `config.per_layer_config[i]`; idempotent.
 
-    Args:
-        model_type: Of a family; of every supported one where None, whose modules take 0.2 s to import.
+    Without a family those of every supported one, whose modules take 0.2 s to import.
     """
-    for family in families().values() if model_type is None else (family_of_type(model_type),):
-        _install_family(family)
+    for each in families().values() if family is None else (family,):
+        _install_family(each)
 
 
 def _install_family(family: Family) -> None:
-    block_class = block_class_of(family)
+    module_name, class_name = family.decoder_layer
+    block_class = getattr(importlib.import_module(module_name), class_name)
     original = block_class.__init__
     if getattr(original, "reads_per_layer_config", False):
         return
@@ -76,12 +70,6 @@ def _following_class(config_class: type) -> type:
     return type(config_class.__name__, (config_class,), {name: of_model(name) for name in _IMPLEMENTATIONS})
 
 
-def block_class_of(family: Family) -> Any:
-    """Import the class of the family's decoder block."""
-    module_name, class_name = family.decoder_layer
-    return getattr(importlib.import_module(module_name), class_name)
-
-
 def add_output_biases(block: Any, linears: Sequence[str]) -> None:
     """Give linear layers of a block a bias of zeros where they have none."""
     import torch
@@ -95,9 +83,7 @@ def add_output_biases(block: Any, linears: Sequence[str]) -> None:
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
     """Write the widths of the cut blocks into a config: globally where all blocks are alike, by block where not.
 
-    Args:
-        config: The model's config; changed in place.
-        num_units: Block index -> kind of unit -> units kept (channels of one expert where they are stacked).
+    `num_units`: block index -> kind of unit -> units kept (channels of one expert where they are stacked).
     """
     family = family_of(config)
     widths = {}

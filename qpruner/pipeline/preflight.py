@@ -16,7 +16,7 @@ from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, Run
 from qpruner.data.sources import Example
 from qpruner.errors import UserError, together
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
-from qpruner.models.layout import layout_of, num_layers
+from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import RowCounts, Rows, check_encoding, check_rows, size_of_importance_samples
 from qpruner.plans.file import check_affordable, read_plan
@@ -223,7 +223,7 @@ def check_quantizable(model_config: Any) -> None:
     if family.unquantizable:
         with_experts = (
             index
-            for index in range(num_layers(model_config))
+            for index in range(model_config.num_hidden_layers)
             if any(kind.name == EXPERT for kind in family.unit_kinds(model_config.per_layer_config[index], index))
         )
         path = f"{family.block_path(next(with_experts, 0))}.{family.unquantizable[0]}"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
-from qpruner.models.layout import num_layers
 from qpruner.pipeline.prepare import importance_samples, telling
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
@@ -117,14 +116,10 @@ def cut_and_save(
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
     cache.keep(pruned.model)
-    return fields | {"weights": _weights_digest(scratch)}
-
-
-def _weights_digest(folder: Path) -> str:
-    """Digest of the weights in a folder that was just written."""
-    listed = read_list(folder)
-    assert listed
-    return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
+    listed = read_list(scratch)
+    assert listed, "was just written"
+    weights = {name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")}
+    return fields | {"weights": digest_of(weights)}
 
 
 def cut_in_memory(
@@ -162,14 +157,10 @@ def _cut(
 
     copy_weights(model)
     base_config = copy.deepcopy(model.config)
-    block_parameters = block_sizes(model, range(num_layers(base_config)))
+    block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
     memory = PeakMemory()
     pruned = prune(
-        model,
-        settings,
-        samples,
-        config.seed,
-        lambda what, done, total: emit(Progress("prune", done, total, what)),
+        model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))
     )
     peak_bytes = memory.bytes()
     if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
@@ -221,7 +212,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
     """List what each block of the base model keeps; `before` has the parameters of each."""
     from qpruner.pruning.prune import block_sizes
 
-    family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))
+    family, after = family_of(base), block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))
     position = {old: new for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))}
     layers = []
     for index, parameters in enumerate(before):
@@ -229,9 +220,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
         kinds = {kind.name: kind for kind in family.unit_kinds(layer_config, index)}
         everything = {name: tuple(range(kind.num_units)) for name, kind in kinds.items()}
         gone = index in pruned.dropped_blocks
-        kept: dict[str, tuple[int, ...]] = everything | pruned.kept.get(index, {})
-        if gone:
-            kept = dict.fromkeys(everything, ())
+        kept = {name: () if gone else stays for name, stays in (everything | pruned.kept.get(index, {})).items()}
         if EXPERT in kinds:
             experts, size = set(kept[EXPERT]), kinds[MLP].units_per_partition
             kept[MLP] = tuple(channel for channel in kept[MLP] if channel // size in experts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP
@@ -19,30 +18,25 @@ COARSE = (EXPERT, ATTENTION)
 
 
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
-    """Count the units that each block loses when all lose the same share.
-
-    Args:
-        sizes: What the units weigh.
-        target: Parameters to remove.
-        round_to: Channels that stay in a block are a multiple of this.
-        uniform: Every block keeps the same number of units.
+    """Count the units of each kind that each block loses when all lose the same share.
 
     Raises:
         UserError: If the blocks do not have that many parameters to give.
     """
     if uniform:
-        return {index: dict(_uniform_counts(sizes, target, round_to)) for index in sizes}
+        return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
     if any(MLP in kinds for kinds in sizes.values()):
         return _counts_with_channels(sizes, target, round_to)
-    share = target / available(sizes)
-    pools = _pools(sizes)
+    share, pools = target / available(sizes), _pools(sizes)
     totals = nearest_totals(
         sizes, target, lambda totals: sum(abs(count / pools[name].count - share) for name, count in totals.items())
     )
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
-    for name in pools:
-        for index, count in _spread_evenly(_having(sizes, name), totals[name]).items():
-            removed[index][name] = count
+    for name, total in totals.items():
+        having = _having(sizes, name)
+        base, extra = divmod(total, len(having))
+        for position, (index, size) in enumerate(having.items()):
+            removed[index][name] = min(base + int(position < extra), size.most)
     return removed
 
 
@@ -51,9 +45,13 @@ def _counts_with_channels(sizes: Sizes, target: int, round_to: int) -> dict[int,
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
     for name in COARSE:
         having = _having(sizes, name)
-        for index, count in _share_counts(having, share, left).items():
+        counts = {index: min(int(share * size.count + 0.5), size.most) for index, size in having.items()}
+        # Finer units can take more away, not give it back.
+        while (gone := sum(count * having[index].parameters for index, count in counts.items())) > left:
+            counts = {index: max(count - 1, 0) for index, count in counts.items()}
+        for index, count in counts.items():
             removed[index][name] = count
-        left -= sum(removed[index][name] * size.parameters for index, size in having.items())
+        left -= gone
     channels = _having(sizes, MLP)
     # Where channels cannot give the rest, coarse units give more, of whichever kind has them.
     most = sum((size.count - round_to) * size.parameters for size in channels.values())
@@ -78,31 +76,10 @@ def _having(sizes: Sizes, name: str) -> dict[int, KindSize]:
     return {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
 
 
-def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> dict[int, int]:
-    """Round the share to whole units of each block, at most what the target has room for.
-
-    Finer units can take more away, not give it back.
-    """
-    counts = {index: min(int(share * size.count + 0.5), size.count - size.least) for index, size in having.items()}
-    while sum(count * having[index].parameters for index, count in counts.items()) > room:
-        counts = {index: max(count - 1, 0) for index, count in counts.items()}
-    return counts
-
-
-def _spread_evenly(having: Mapping[int, KindSize], total: int) -> dict[int, int]:
-    """Divide a number of units among blocks; the first lose one more where it is uneven."""
-    base, extra = divmod(total, len(having))
-    return {
-        index: min(base + (1 if position < extra else 0), size.count - size.least)
-        for position, (index, size) in enumerate(having.items())
-    }
-
-
 def _next_coarse(sizes: Sizes, removed: Mapping[int, Mapping[str, int]]) -> tuple[int, str] | None:
     """Choose the next coarse unit: of the block that has lost the fewest; None where none is left."""
     for name in COARSE:
-        having = _having(sizes, name)
-        able = [index for index, size in having.items() if removed[index][name] < size.count - size.least]
+        able = [index for index, size in _having(sizes, name).items() if removed[index][name] < size.most]
         if able:
             return min(able, key=lambda index: (removed[index][name], index)), name
     return None
@@ -110,8 +87,7 @@ def _next_coarse(sizes: Sizes, removed: Mapping[int, Mapping[str, int]]) -> tupl
 
 def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) -> dict[int, int]:
     """Count the channels that each block loses so that `left` parameters go: the same share, in whole bundles."""
-    total = sum(size.parameters * size.count for size in channels.values())
-    share = max(left, 0) / total
+    share = max(left, 0) / sum(size.parameters * size.count for size in channels.values())
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
     stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
     # Blocks get bundles back, those first that rounding down took the most from, until the target is nearest.
@@ -132,28 +108,14 @@ def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) 
 # ---- coarse units alone
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """One kind of unit over all blocks: parameters of a unit, units, units that can go."""
-
-    parameters: int
-    count: int
-    most: int
-
-
-def _pools(sizes: Sizes) -> dict[str, _Pool]:
-    """Add up each coarse kind, the coarsest first."""
+def _pools(sizes: Sizes) -> dict[str, KindSize]:
+    """Add up each coarse kind over all blocks, the coarsest first."""
     pools = {}
     for name in COARSE:
         if having := list(_having(sizes, name).values()):
-            count = sum(size.count for size in having)
-            pools[name] = _Pool(having[0].parameters, count, count - sum(size.least for size in having))
+            count, least = sum(size.count for size in having), sum(size.least for size in having)
+            pools[name] = KindSize(having[0].parameters, count, least)
     return pools
-
-
-def coarsest_kind(sizes: Sizes) -> str:
-    """Name the coarsest kind of unit, channels aside."""
-    return next(iter(_pools(sizes)))
 
 
 def nearest_totals(
@@ -162,49 +124,28 @@ def nearest_totals(
     penalty: Callable[[Mapping[str, int]], float],
     before: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Choose how many units of each coarse kind go.
+    """Choose how many units of each coarse kind go, of those that went `before` at least as many.
 
-    Returns:
-        Lowest-penalty allocation within half a head of the target, otherwise the closest.
-
-    Args:
-        sizes: What the units weigh.
-        target: Parameters to remove.
-        penalty: Ranks allocations that are near enough.
-        before: Units that an earlier step removed; at least as many go.
+    It is the lowest-penalty allocation within half a head of the target, otherwise the closest.
     """
-    near = smallest_step(sizes, 1) / 2
-
-    def order(found: tuple[int, Mapping[str, int]]) -> tuple[float, ...]:
-        gone, totals = found
-        return max(abs(target - gone), near), penalty(totals), abs(target - gone)
-
-    return min(_possible_totals(_pools(sizes), target, before), key=order)[1]
-
-
-def _possible_totals(
-    pools: Mapping[str, _Pool], target: int, before: Mapping[str, int] | None
-) -> list[tuple[int, dict[str, int]]]:
-    """List any number of the coarser kind, each with the two numbers of the finest kind that come next to the target.
-
-    Each comes with the parameters that go.
-    """
+    pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
     least = before or dict.fromkeys(pools, 0)
     *coarser, finest = pools
+    # Any number of the coarser kind, each with the two numbers of the finest kind that come next to the target.
     found: list[tuple[int, dict[str, int]]] = [(0, {})]
     for name in coarser:
-        one = pools[name].parameters
         found = [
-            (gone + count * one, totals | {name: count})
+            (gone + count * pools[name].parameters, totals | {name: count})
             for gone, totals in found
             for count in range(least[name], pools[name].most + 1)
         ]
-    one = pools[finest].parameters
-    return [
+    one, most = pools[finest].parameters, pools[finest].most
+    found = [
         (gone + count * one, totals | {finest: count})
         for gone, totals in found
-        for count in {min(max((target - gone) // one + more, least[finest]), pools[finest].most) for more in (0, 1)}
+        for count in {min(max((target - gone) // one + more, least[finest]), most) for more in (0, 1)}
     ]
+    return min(found, key=lambda each: (max(abs(target - each[0]), near), penalty(each[1]), abs(target - each[0])))[1]
 
 
 # ---- all blocks alike
@@ -213,9 +154,8 @@ def _possible_totals(
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     """Choose the units that every block loses.
 
-    Returns:
-        Of allocations within half a unit of every block of the target, otherwise of the closest, that which takes the
-        most even share of every kind; of heads and experts rather less.
+    Of allocations within half a unit of every block of the target, otherwise of the closest, it is that which takes the
+    most even share of every kind; of heads and experts rather less.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2
@@ -254,8 +194,7 @@ def _possible_uniform(kinds: Mapping[str, KindSize], share: float, round_to: int
             found = [counts | {name: size.count - count} for counts in found for count in stays]
     if MLP not in kinds:
         return found
-    channels = kinds[MLP]
-    with_channels = []
+    channels, with_channels = kinds[MLP], []
     for counts in found:
         left = share - sum(count * kinds[name].parameters for name, count in counts.items())
         bundles = (channels.count - left / channels.parameters) / round_to

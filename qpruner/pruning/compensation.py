@@ -9,18 +9,18 @@ projection in front of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import InputMoments, Samples
+from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs
+from qpruner.data.losses import batches
 from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
-from qpruner.models.families import UnitKind, family_of
-from qpruner.pruning.block_stream import BlockStream
+from qpruner.models.families import family_of
 from qpruner.pruning.surgery import unit_indices
 from qpruner.pruning.units import Kept
 
@@ -28,26 +28,118 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Gram:
-    """Sum outer products of a layer's inputs, and of targets with them, as least squares needs them."""
+class _InputsSeen(Exception):
+    """Stops a block once its inputs were seen: the rest need not run."""
 
-    def __init__(self) -> None:
-        self.matrix: torch.Tensor | None = None
-        self.targets: torch.Tensor | None = None
+
+class BlockStream:
+    """Hidden states ``(batch, seq, hidden)`` in front of one block, and what every block is called with.
+
+    What a block is given besides its hidden states (masks, positions, windows by layer type) does not depend on them,
+    so it is caught once in a pass through the whole model; after that each block runs by itself, however often it is
+    changed in between. A model of L blocks costs a few times L block passes, not L squared; of all samples the hidden
+    states in front of one block are held.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, samples: Samples) -> None:
+        path = family_of(model.config).block_path
+        self._model = model
+        self._paths = [path(index) for index in range(model.config.num_hidden_layers)]
+        self._on_progress = samples.on_progress
+        self._hidden: list[torch.Tensor] = []
+        self._tokens: list[torch.Tensor] = []
+        self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+
+        def hook_for(index: int) -> Callable[..., None]:
+            def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if index == 0:
+                    self._hidden.append(block_inputs(args, kwargs))
+                others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                self._calls[-1][index] = (args[1:], others)
+
+            return hook
+
+        handles = [
+            model.get_submodule(path).register_forward_pre_hook(hook_for(index), with_kwargs=True)
+            for index, path in enumerate(self._paths)
+        ]
+        try:
+            for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+                self._tokens.append(batch["attention_mask"].bool())
+                self._calls.append({})
+                # Without the head: nobody reads the logits.
+                model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def visit(self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()) -> None:
+        """Run one block and hand over the inputs of one of its linear layers, batch by batch.
+
+        Args:
+            index: The block that the hidden states stand in front of; it runs no further than need be.
+            linear: Path of the layer inside the block.
+            visit: Called with inputs ``(tokens, features)``, padding left out, and where there are blocks behind also
+                with the sum ``(tokens, hidden)`` of what those add to the hidden states.
+            behind: Blocks behind it, in order.
+        """
+        layer = self._model.get_submodule(f"{self._paths[index]}.{linear}")
+        for batch, tokens in enumerate(self._tokens):
+            seen: list[torch.Tensor] = []
+
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], seen: list[torch.Tensor] = seen) -> None:
+                seen.append(args[0])
+                if not behind:
+                    raise _InputsSeen
+
+            handle = layer.register_forward_pre_hook(hook)
+            added = []
+            try:
+                before = after = self._run(index, batch, self._hidden[batch])
+                for other in behind:
+                    after = self._run(other, batch, after)
+                added = [at_tokens(after.to(before.device).float() - before.float(), tokens)]
+            except _InputsSeen:
+                pass
+            finally:
+                handle.remove()
+            visit(at_tokens(seen[0], tokens), *added)
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Take the hidden states through a block, each batch's in the place of what they were."""
+        for batch, hidden in enumerate(self._hidden):
+            self._hidden[batch] = self._run(index, batch, hidden)
+        self._on_progress(index + 1, len(self._paths))
+
+    def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._calls[batch][index]
+        output = self._model.get_submodule(self._paths[index])(hidden, *args, **kwargs)
+        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+
+class _Gram:
+    """Sums that least squares needs: of inputs ``(features, features)``, of targets with them ``(outputs, features)``.
+
+    Both are float32.
+    """
+
+    matrix: torch.Tensor
+    targets: torch.Tensor
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
-        """Count inputs ``(tokens, features)`` in; the sum is ``(features, features)`` float32.
-
-        Targets ``(tokens, outputs)`` go to a sum ``(outputs, features)``.
-        """
+        """Count inputs ``(tokens, features)`` and targets ``(tokens, outputs)`` in."""
         inputs = inputs.float()
-        if self.matrix is None:
-            self.matrix = inputs.T @ inputs
-        else:
+        if hasattr(self, "matrix"):
             self.matrix.addmm_(inputs.T, inputs)
+        else:
+            self.matrix = inputs.T @ inputs
         if targets is not None:
             product = targets.float().T.to(inputs.device) @ inputs
-            self.targets = product if self.targets is None else self.targets.add_(product)
+            self.targets = self.targets.add_(product) if hasattr(self, "targets") else product
 
 
 def compensate_blocks(
@@ -60,44 +152,34 @@ def compensate_blocks(
     ``W + D^T X (X^T X + lambda I)^-1``. Where the family has a norm behind that projection, or stacked experts in its
     place, blocks go without.
 
-    Args:
-        model: Dense model, blocks still there; output projections are changed in place.
-        gone: Blocks that go.
-        layers: Blocks that may be changed.
-        ridge: Weight of staying near the original weights, relative to the mean square of the inputs.
-        samples: Calibration samples.
+    `ridge` is the weight of staying near the original weights, relative to the mean square of the inputs.
     """
-    family, config = family_of(model.config), model.config
-    factor = family.residual_factor(config)
+    family, count = family_of(model.config), model.config.num_hidden_layers
+    factor = family.residual_factor(model.config)
     if factor is None:
         return
     stream = BlockStream(model, samples)
-    for index in (index for index in range(config.num_hidden_layers) if index not in gone):
-        behind = list(itertools.takewhile(lambda other: other in gone, range(index + 1, config.num_hidden_layers)))
+    for index in (index for index in range(count) if index not in gone):
+        behind = list(itertools.takewhile(lambda other: other in gone, range(index + 1, count)))
         if behind and index in layers:
-            linear = family.unit_kinds(config.per_layer_config[index], index)[-1].output_linear
+            linear = family.unit_kinds(model.config.per_layer_config[index], index)[-1].output_linear
             assert linear is not None, "a residual factor says that there is one"
             gram = _Gram()
-            stream.visit_effect(index, linear, behind, gram.add)
-            assert gram.matrix is not None and gram.targets is not None
+            stream.visit(index, linear, gram.add, behind)
             name = f"{family.block_path(index)}.{linear}"
             change = _ridge_solution(gram.matrix, gram.targets / factor, ridge, name)
             weight = model.get_parameter(f"{name}.weight").data
             weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
-    if config.num_hidden_layers - 1 in gone:
-        samples.on_progress(config.num_hidden_layers, config.num_hidden_layers)
+    if count - 1 in gone:
+        samples.on_progress(count, count)
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
     """Zero the columns of the units that go and make up for them, block by block with the already pruned inputs.
 
-    Args:
-        model: Dense model; its output projections are changed in place.
-        kept: The units that stay.
-        method: `bias` or `least_squares`.
-        ridge: Weight of staying near the original weights, relative to the mean square of the inputs.
-        samples: Calibration samples.
+    `method` is `bias` or `least_squares`; `ridge` is the weight of staying near the original weights, relative to the
+    mean square of the inputs.
     """
     family = family_of(model.config)
     stream = BlockStream(model, samples)
@@ -107,11 +189,8 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
         block = model.get_submodule(family.block_path(index))
         with ExitStack() as as_cut:
             # Attention first: the MLP's inputs are those behind the pruned attention.
-            for kind in kinds:
-                units = kept[index].get(kind.name)
-                if units is None:
-                    continue
-                linear = kind.output_linear
+            for kind in (kind for kind in kinds if kind.name in kept[index]):
+                units, linear = kept[index][kind.name], kind.output_linear
                 assert linear is not None, "preflight refuses to compensate what has no output projection"
                 module = block.get_submodule(linear)
                 if method == "bias" and module.bias is None:
@@ -119,24 +198,19 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
                 if len(units) == kind.num_units:
                     continue
                 as_cut.enter_context(family.as_cut(block, kind, units))
-                stays = _columns(kind, units)
+                output = next(item for item in kind.slices if item.parameter == f"{linear}.weight")
+                stays = unit_indices(output, units)
                 if method == "bias":
                     moments = InputMoments()
-                    stream.visit_inputs(index, linear, moments.add)
+                    stream.visit(index, linear, moments.add)
                     ragged.add_output_biases(block, [linear])
                     _shift_bias(module, stays, moments.mean)
                 else:
                     gram = _Gram()
-                    stream.visit_inputs(index, linear, gram.add)
-                    _solve(module, stays, gram, ridge, f"{family.block_path(index)}.{linear}")
+                    stream.visit(index, linear, gram.add)
+                    _solve(module, stays, gram.matrix, ridge, f"{family.block_path(index)}.{linear}")
             stream.advance(index)
     declare_biases(model, sorted(biased))
-
-
-def _columns(kind: UnitKind, units: tuple[int, ...]) -> torch.Tensor:
-    """List the columns of the output projection that some units own."""
-    output = next(item for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
-    return unit_indices(output, units)
 
 
 @torch.no_grad()
@@ -150,18 +224,16 @@ def _shift_bias(linear: torch.nn.Linear, stays: torch.Tensor, mean: torch.Tensor
 
 
 @torch.no_grad()
-def _solve(linear: torch.nn.Linear, stays: torch.Tensor, gram: _Gram, ridge: float, name: str) -> None:
+def _solve(linear: torch.nn.Linear, stays: torch.Tensor, gram: torch.Tensor, ridge: float, name: str) -> None:
     """Solve the columns that stay anew and zero the others.
 
     With ``G = X^T X`` over the calibration tokens, S the columns that stay and R those that go, the weights ``W'`` that
     minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
     """
-    assert gram.matrix is not None
-    device = gram.matrix.device
-    kept, removed = stays.to(device), _others(stays, linear.in_features).to(device)
+    kept, removed = stays.to(gram.device), _others(stays, linear.in_features).to(gram.device)
     weight = linear.weight.data
-    given = weight[:, removed].float() @ gram.matrix[removed][:, kept]
-    change = _ridge_solution(gram.matrix[kept][:, kept], given, ridge, name)
+    given = weight[:, removed].float() @ gram[removed][:, kept]
+    change = _ridge_solution(gram[kept][:, kept], given, ridge, name)
     weight[:, kept] = (weight[:, kept].float() + change).to(weight.dtype)
     weight[:, removed] = 0
 

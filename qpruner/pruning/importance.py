@@ -9,43 +9,42 @@ projection (o, down). Biases and norms are cut with their unit but do not count,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import InputMoments, Samples, visit_gradients, visit_inputs, visit_mask_gradients
+from qpruner.data.calibration import (
+    InputMoments,
+    Samples,
+    at_tokens,
+    block_inputs,
+    visit_gradients,
+    visit_inputs,
+    visit_mask_gradients,
+)
 from qpruner.data.losses import predicting
 from qpruner.errors import TrainingDiverged
-from qpruner.models.families import UnitKind, UnitSlice, family_of
+from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Scores = dict[int, dict[str, torch.Tensor]]
 """Block index -> kind of unit -> ``(units,)`` float64, on the CPU."""
-
-Owner = tuple[int, UnitKind, int]
-"""Block, kind and position among the kind's matrices: what one matrix's salience is added to."""
+Kinds = Mapping[int, Sequence[UnitKind]]
+"""The kinds of unit to score, by block."""
 
 
 def score(
     model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
 ) -> Scores:
-    """Score every unit that may go, by the criterion of `settings`.
-
-    Args:
-        model: Dense model.
-        layers: Blocks that may be cut.
-        settings: Criterion, its options and the kinds of unit.
-        samples: Calibration samples; not read by `magnitude` and `random`.
-        seed: Of the random control.
+    """Score every unit that may go, by the criterion of `settings`; `magnitude` and `random` read no samples.
 
     Raises:
         TrainingDiverged: Naming the parameter whose gradient or importance is NaN or infinite.
     """
     kinds = unit_kinds_of(model, layers, settings.width_units)
-    reduction, modulo = settings.reduction, settings.query_heads == "modulo"
     if settings.importance == "random":
         generator = torch.Generator().manual_seed(seed)
         return {
@@ -53,38 +52,27 @@ def score(
             for index, some in kinds.items()
         }
     if settings.importance == "magnitude":
-        return magnitude(model, kinds, settings.norm, reduction, modulo)
-    if settings.importance in ("fisher", "taylor"):
+        scores = magnitude(model, kinds, settings.norm)
+    elif settings.importance in ("fisher", "taylor"):
         order = "second" if settings.importance == "fisher" else settings.order
-        return taylor(model, kinds, samples, order, settings.aggregation, reduction, modulo)
-    moments = output_moments(model, kinds, samples)
-    return (fluctuation if settings.importance == "fluctuation" else activation_norm)(model, kinds, moments)
+        scores = taylor(model, kinds, samples, order, settings.aggregation)
+    else:
+        return _by_output(model, kinds, samples, "variance" if settings.importance == "fluctuation" else "mean_square")
+    return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
-def magnitude(
-    model: PreTrainedModel,
-    kinds: Mapping[int, Sequence[UnitKind]],
-    norm: str = "l2",
-    reduction: str = "sum",
-    modulo: bool = False,
-) -> Scores:
+def magnitude(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
     """Sum ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner) over a unit's weights."""
-    collected = _UnitScores(kinds)
-    for name, (parameter, owners) in _matrices(model, kinds).items():
+    scores = UnitScores(model, kinds)
+    for name, parameter in scores.matrices.items():
         weight = parameter.detach().float()
-        collected.add(owners, weight.abs() if norm == "l1" else weight.square(), f"the importance of {name}")
-    return collected.reduce(reduction, modulo)
+        scores.add(name, weight.abs() if norm == "l1" else weight.square())
+    return scores
 
 
 def taylor(
-    model: PreTrainedModel,
-    kinds: Mapping[int, Sequence[UnitKind]],
-    samples: Samples,
-    order: str = "first",
-    aggregation: str = "element",
-    reduction: str = "sum",
-    modulo: bool = False,
-) -> Scores:
+    model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str = "first", aggregation: str = "element"
+) -> UnitScores:
     """Estimate the change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
 
     The entries of a matrix's salience are ``s = w g`` weight by weight (`element`, eq. 5), or summed over each row or
@@ -98,28 +86,15 @@ def taylor(
     gradient of a weight. `element` is exact for one batch; over several, the absolute values of each are summed, and
     `second` and `mixed` take a pass for every sample. `mixed` with `element` holds one float32 tensor more for every
     weight it scores.
-
-    Args:
-        model: Dense model.
-        kinds: Units to score, by block.
-        samples: Calibration samples.
-        order: `first`, `second` or `mixed`.
-        aggregation: `element` or `vector`.
-        reduction: How the matrices of a unit become one score.
-        modulo: Add query head h to key/value head h modulo their number, not to the one that serves it.
     """
-    collect = _taylor_by_vector if aggregation == "vector" else _taylor_by_element
-    return collect(model, kinds, samples, order).reduce(reduction, modulo)
+    return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
 
 
-def _taylor_by_vector(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
-) -> _UnitScores:
+def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
     """From the gradients of masks on rows and columns: one pass, whatever the order."""
-    matrices = _matrices(model, kinds)
-    linears = {
-        name: (cast(torch.nn.Linear, model.get_submodule(name.removesuffix(".weight"))), owners[0][1].dim)
-        for name, (_, owners) in matrices.items()
+    scores = UnitScores(model, kinds)
+    linears: dict[str, Any] = {
+        name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in scores.dims.items()
     }
     # The batch of all samples is the mean over tokens, so a sample counts as many times as it has tokens to predict.
     counts = torch.tensor([int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows])
@@ -135,32 +110,24 @@ def _taylor_by_vector(
         squares[name] = squares.get(name, 0) + by_sample.square().sum(dim=0) / len(samples.rows)
 
     visit_mask_gradients(model, linears, samples, visit)
-    collected = _UnitScores(kinds)
-    for name, (_, owners) in matrices.items():
+    for name, dim in scores.dims.items():
         if order == "second":
             entries = squares[name]
         else:
             entries = (sums[name] if order == "first" else sums[name] - 0.5 * squares[name]).abs()
-        collected.add(owners, entries.unsqueeze(1 - owners[0][1].dim), f"the importance of {name}")
-    return collected
+        scores.add(name, entries.unsqueeze(1 - dim))
+    return scores
 
 
-def _taylor_by_element(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
-) -> _UnitScores:
+def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
     """From every weight's own gradient, which its hook hands over and drops."""
-    matrices = _matrices(model, kinds)
-    parameters = {name: parameter for name, (parameter, _) in matrices.items()}
-    collected = _UnitScores(kinds)
+    scores = UnitScores(model, kinds)
     mean_squares: dict[str, torch.Tensor] = {}
-
-    def add(name: str, entries: torch.Tensor) -> None:
-        collected.add(matrices[name][1], entries, f"the importance of {name}")
 
     def visit_sample(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         square = _salience(parameter, gradient).square_().div_(len(samples.rows))
         if order == "second":  # a sum of positive terms: each sample's can be added by itself
-            add(name, square)
+            scores.add(name, square)
         else:
             mean_squares[name] = mean_squares[name].add_(square) if name in mean_squares else square
 
@@ -168,13 +135,13 @@ def _taylor_by_element(
         salience = _salience(parameter, gradient)
         if order == "mixed":
             salience.sub_(mean_squares[name], alpha=0.5)
-        add(name, salience.abs_())
+        scores.add(name, salience.abs_())
 
     if order != "first":
-        visit_gradients(model, parameters, samples.one_by_one, visit_sample)
+        visit_gradients(model, scores.matrices, samples.one_by_one, visit_sample)
     if order != "second":
-        visit_gradients(model, parameters, samples, visit_batch)
-    return collected
+        visit_gradients(model, scores.matrices, samples, visit_batch)
+    return scores
 
 
 def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
@@ -186,117 +153,76 @@ def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Te
     return salience
 
 
-def output_moments(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples
-) -> dict[str, InputMoments]:
-    """Measure mean and mean square of every input feature of the output projections, in one pass."""
-    linears = {path: model.get_submodule(path) for path in output_linears(model, kinds).values()}
-    moments = {path: InputMoments() for path in linears}
-    visit_inputs(model, linears, samples, lambda path, inputs: moments[path].add(inputs))
-    return moments
+def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic: str) -> Scores:
+    """Sum over a unit's columns of an output projection their squared norm times a statistic of their input feature.
 
-
-def fluctuation(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], moments: Mapping[str, InputMoments]
-) -> Scores:
-    """Sum FLAP's ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4) over a unit's columns.
-
-    That is what the output loses when a feature is replaced by its mean.
+    `variance`: FLAP's ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4), what the output loses when a feature is
+    replaced by its mean. `mean_square`: Wanda's ``|W| * ||x||`` squared, ``E[x_j^2] * ||W_:j||^2`` (after arXiv
+    2306.11695, eq. 1), what it loses when a feature is replaced by zero. Both are measured in one pass.
     """
-    return _by_output(model, kinds, lambda path: moments[path].variance)
-
-
-def activation_norm(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], moments: Mapping[str, InputMoments]
-) -> Scores:
-    """Sum Wanda's ``|W| * ||x||`` squared, ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1), over columns.
-
-    That is what the output loses when a feature is replaced by zero.
-    """
-    return _by_output(model, kinds, lambda path: moments[path].mean_square)
-
-
-def output_linears(model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]) -> dict[tuple[int, str], str]:
-    """Map (block, kind) to the full path of the output projection, for kinds that have one."""
-    family = family_of(model.config)
-    return {
-        (index, kind.name): f"{family.block_path(index)}.{kind.output_linear}"
-        for index, some in kinds.items()
-        for kind in some
-        if kind.output_linear
-    }
-
-
-def _by_output(
-    model: PreTrainedModel,
-    kinds: Mapping[int, Sequence[UnitKind]],
-    feature_weight: Callable[[str], torch.Tensor],
-) -> Scores:
-    """Squared norm of each column of an output projection times a weight of its input feature."""
-    scores: Scores = {index: {} for index in kinds}
-    paths = output_linears(model, kinds)
-    for index, some in kinds.items():
-        for kind in some:
-            path = paths[index, kind.name]
-            weight = model.get_parameter(f"{path}.weight").detach().float()
-            salience = weight.square().sum(dim=0).cpu().double() * feature_weight(path)
-            check_finite(salience, f"the importance of {path}")
-            scores[index][kind.name] = salience.view(kind.num_units, -1).sum(dim=1)
+    path, scores = family_of(model.config).block_path, Scores()
+    outputs = {f"{path(index)}.{kind.output_linear}": (index, kind) for index, some in kinds.items() for kind in some}
+    moments = {name: InputMoments() for name in outputs}
+    linears = {name: model.get_submodule(name) for name in outputs}
+    visit_inputs(model, linears, samples, lambda name, inputs: moments[name].add(inputs))
+    for name, (index, kind) in outputs.items():
+        weight = model.get_parameter(f"{name}.weight").detach().float()
+        salience = weight.square().sum(dim=0).cpu().double() * getattr(moments[name], statistic)
+        check_finite(salience, f"the importance of {name}")
+        scores.setdefault(index, {})[kind.name] = salience.view(kind.num_units, -1).sum(dim=1)
     return scores
 
 
 def unit_kinds_of(
-    model: PreTrainedModel, layers: Sequence[int], units: Sequence[str]
+    model: PreTrainedModel, layers: Sequence[int], units: Sequence[str] = (ATTENTION, EXPERT, MLP)
 ) -> dict[int, tuple[UnitKind, ...]]:
     """List the kinds of unit that may go, by block."""
-    family = family_of(model.config)
+    family, configs = family_of(model.config), model.config.per_layer_config
     return {
-        index: tuple(
-            kind for kind in family.unit_kinds(model.config.per_layer_config[index], index) if kind.name in units
-        )
+        index: tuple(kind for kind in family.unit_kinds(configs[index], index) if kind.name in units)
         for index in layers
     }
 
 
-def _matrices(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]
-) -> dict[str, tuple[torch.nn.Parameter, list[tuple[Owner, UnitSlice]]]]:
-    """Each matrix of the blocks with the slices that units own of it; norms and biases are left out."""
-    family = family_of(model.config)
-    found = {}
-    for index, some in kinds.items():
-        owners: dict[str, list[tuple[Owner, UnitSlice]]] = {}
-        for kind in some:
-            for position, item in enumerate(kind.slices):
-                owners.setdefault(item.parameter, []).append(((index, kind, position), item))
-        for path, slices in owners.items():
-            name = f"{family.block_path(index)}.{path}"
-            parameter = model.get_parameter(name)
-            if parameter.dim() > 1:
-                found[name] = (parameter, slices)
-    return found
+class UnitScores:
+    """Add up scores of units by matrix, until they are reduced to one; of key/value groups, head by head.
 
+    `matrices` are those that units own parts of, norms and biases left out; `dims` says along which dimension.
+    """
 
-class _UnitScores:
-    """Add up scores of units by matrix, until they are reduced to one; of key/value groups, head by head."""
-
-    def __init__(self, kinds: Mapping[int, Sequence[UnitKind]]) -> None:
+    def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
         self._kinds = kinds
         self._scores: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {}
+        self._owners: dict[str, list[tuple[int, UnitKind, int]]] = {}
+        self.matrices: dict[str, torch.nn.Parameter] = {}
+        self.dims: dict[str, int] = {}
+        path = family_of(model.config).block_path
+        for index, kind in ((index, kind) for index, some in kinds.items() for kind in some):
+            for position, item in enumerate(kind.slices):
+                name = f"{path(index)}.{item.parameter}"
+                parameter = model.get_parameter(name)
+                if parameter.dim() > 1:
+                    self.matrices[name] = parameter
+                    self.dims.setdefault(name, item.dim)
+                    self._owners.setdefault(name, []).append((index, kind, position))
 
-    def add(self, slices: list[tuple[Owner, UnitSlice]], entries: torch.Tensor, what: str) -> None:
+    def add(self, name: str, entries: torch.Tensor) -> None:
         """Add a matrix's entries ``(rows, columns)``, or ``(experts, rows, columns)``, to the units that own them."""
-        for (index, kind, position), item in slices:
+        for index, kind, position in self._owners[name]:
+            item = kind.slices[position]
             kept = (0, item.dim) if kind.partitions > 1 else (item.dim,)
             along = entries.sum(dim=[dim for dim in range(entries.dim()) if dim not in kept]).view(kind.partitions, -1)
             owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
             by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
-            check_finite(by_head, what)
+            check_finite(by_head, f"the importance of {name}")
             scores = self._scores.setdefault((index, kind), {})
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce the matrices of each unit to one score."""
+        """Reduce the matrices of each unit to one score.
+
+        With `modulo` query head h counts for key/value head h modulo their number, not for the one that serves it.
+        """
         scores: Scores = {index: {} for index in self._kinds}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
@@ -320,11 +246,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Refuse a broken weight: one makes every gradient NaN.
-
-    Raises:
-        TrainingDiverged: Naming the first parameter, norms, biases and embeddings too, that is NaN or infinite.
-    """
+    """Refuse a weight, also of norms, biases and embeddings, that is NaN or infinite: it makes every gradient NaN."""
     for name, parameter in model.named_parameters():
         check_finite(parameter, f"the weight {name}")
 
@@ -334,3 +256,64 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if one is; `isfinite` of all takes 5 bytes each
     if not torch.isfinite(least_and_most).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")
+
+
+# ---- whole blocks
+
+
+def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
+    """Score every block that may go by `block_influence` or `taylor`.
+
+    Raises:
+        TrainingDiverged: Naming the block whose importance is NaN or infinite.
+    """
+    scores = (block_influence if method == "block_influence" else _taylor)(model, layers, samples)
+    for index, value in scores.items():
+        check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
+    return scores
+
+
+def _taylor(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+    """Sum over the weights of each block, each matrix once: whole experts and the router, not their channels too."""
+    kinds = {}
+    for index, some in unit_kinds_of(model, layers).items():
+        has_experts = any(kind.name == EXPERT for kind in some)
+        kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
+    scores = taylor(model, kinds, samples).reduce("sum")
+    return {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in scores.items()}
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+    """Compute one minus the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1).
+
+    A block that hardly turns its hidden states can go.
+    """
+    family = family_of(model.config)
+    sums = dict.fromkeys(layers, 0.0)
+    tokens = torch.empty(0, dtype=torch.bool)
+    count = 0
+
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = block_inputs(args, kwargs)
+            after = output[0] if isinstance(output, tuple) else output
+            # Spread over several devices, a block is given what lies on the device of the one before.
+            pair = at_tokens(before.to(after.device), tokens).float(), at_tokens(after, tokens).float()
+            sums[index] += float(torch.nn.functional.cosine_similarity(*pair).sum())
+
+        return hook
+
+    handles = [
+        model.get_submodule(family.block_path(index)).register_forward_hook(hook_for(index), with_kwargs=True)
+        for index in layers
+    ]
+    try:
+        for batch in samples.batches(model.device):
+            tokens = batch["attention_mask"].bool()
+            count += int(tokens.sum())
+            model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {index: 1.0 - total / count for index, total in sums.items()}

@@ -3,32 +3,90 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qpruner.config.pruning import MOST_OF_BLOCKS, PruneConfig
-from qpruner.data.calibration import Samples
+from qpruner.data.calibration import OnProgress, Samples
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.families import ATTENTION, family_of
-from qpruner.models.layout import num_layers, skeleton
-from qpruner.pruning.compensation import new_biases
-from qpruner.pruning.criteria import CalibratedCriteria, OnWork, ShapeCriteria
-from qpruner.pruning.depth import num_blocks_to_drop
-from qpruner.pruning.importance import Scores, check_weights
+from qpruner.models.layout import skeleton
+from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases, new_biases
+from qpruner.pruning.importance import Scores, block_importance, check_weights, score, unit_kinds_of
 from qpruner.pruning.selection import select, select_rate, units_at_rate
 from qpruner.pruning.settings import check_settings, cuttable_layers, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
-from qpruner.pruning.units import Kept, KindSize, Sizes, TooMuch, Values, unit_sizes
+from qpruner.pruning.units import Kept, Sizes, TooMuch, Values, unit_sizes
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GONE = float("-inf")
-"""Score of a unit that an earlier step removed."""
+
+OnWork = Callable[[str, int, int], None]
+"""Called with what is measured, how much of it is done, and how much there is."""
+
+
+class Criteria:
+    """Measure importance and compensation on calibration samples; `seed` is the random control's.
+
+    Without samples, as for a model without weights, all units score alike, and the last blocks least.
+    """
+
+    def __init__(
+        self,
+        settings: PruneConfig,
+        samples: Samples | None = None,
+        seed: int = 0,
+        on_work: OnWork = lambda work, done, total: None,
+    ) -> None:
+        self._settings, self._samples, self._seed, self._on_work = settings, samples, seed, on_work
+        self._step = 0
+
+    def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
+        """Score every block that may go whole by `depth_importance`."""
+        if self._samples is None:
+            return {index: -float(index) for index in layers}
+        samples = self._samples_for("importance of blocks")
+        return block_importance(model, layers, self._settings.depth_importance, samples)
+
+    def compensate_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
+        """Solve the projection in front of the blocks that go, where the compensation is least squares."""
+        if self._settings.compensates_by == "least_squares" and self._samples is not None:
+            compensate_blocks(model, gone, layers, self._settings.ridge, self._samples_for("making up for blocks"))
+
+    def score_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
+        """Score every unit that may go by `importance`."""
+        if self._samples is None:
+            kinds = unit_kinds_of(model, layers, self._settings.width_units)
+            return {index: {kind.name: torch.zeros(kind.num_units) for kind in some} for index, some in kinds.items()}
+        self._step += 1
+        return score(model, layers, self._settings, self._samples_for("importance"), self._seed)
+
+    def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
+        """Change what stays, before the cut, so that it makes up for what goes."""
+        method = self._settings.compensates_by
+        if self._samples is None:
+            declare_biases(model, new_biases(model, self._settings, list(kept)))
+        elif method != "none":
+            compensate(model, kept, method, self._settings.ridge, self._samples_for("compensation"))
+
+    def progress_of(self, work: str) -> OnProgress:
+        """Return what reports the progress of some work, with the step where there are several."""
+        total = self._settings.num_steps
+        step = f", step {self._step} of {total}" if self._step and total > 1 else ""
+        return partial(self._on_work, f"{work}{step}")
+
+    def _samples_for(self, work: str) -> Samples:
+        assert self._samples is not None
+        return replace(self._samples, on_progress=self.progress_of(work))
 
 
 @dataclass(frozen=True)
@@ -41,25 +99,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The cut model and what it kept, by block of the base model.
-
-    Attributes:
-        model: The smaller model.
-        kept: Units that stay; blocks that were not cut are not listed.
-        parameters_before: Parameters of the base model, tied ones once.
-        parameters_after: Parameters of the smaller model.
-        dropped_blocks: Blocks that went whole.
-        scores: Importance of every unit, measured before the first cut of one, whole blocks gone.
-        block_scores: Importance of every block that might have gone whole.
-    """
+    """The cut model and what it kept, by block of the base model."""
 
     model: PreTrainedModel
-    kept: Kept
-    parameters_before: int
+    kept: Kept  # blocks that were not cut are not listed
+    parameters_before: int  # tied ones once
     parameters_after: int
     dropped_blocks: tuple[int, ...] = ()
-    scores: Scores = field(default_factory=dict)
-    block_scores: dict[int, float] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)  # before the first cut of a unit, whole blocks gone
+    block_scores: dict[int, float] = field(default_factory=dict)  # of every block that might have gone whole
 
 
 def prune(
@@ -69,14 +117,7 @@ def prune(
     seed: int = 0,
     on_work: OnWork = lambda work, done, total: None,
 ) -> Pruned:
-    """Cut the least important units until the asked share of all parameters is gone.
-
-    Args:
-        model: Dense model; it is cut in place.
-        settings: Rate, criterion, selection, compensation, range of blocks.
-        samples: Calibration samples.
-        seed: Of the random control.
-        on_work: Told what is measured, and how much of it is done.
+    """Cut the least important units of a model, in place, until the asked share of all parameters is gone.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
@@ -84,41 +125,29 @@ def prune(
     """
     check_weights(model)
     settings = settled(model.config, settings)
-    return prune_by(CalibratedCriteria(settings, samples, seed, on_work), model, settings)
+    return prune_by(Criteria(settings, samples, seed, on_work), model, settings)
 
 
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
-    """Settle the settings for this model and compute the config after the cut.
+    """Settle the settings for this model and compute the config after the cut, without weights.
+
+    Where scores decide on widths, the config has their average.
 
     Raises:
         UserError: For everything about the settings that this model cannot meet.
     """
     settings = settled(model_config, settings)
-    return Cut(settings, expected_config(model_config, settings))
-
-
-def expected_config(model_config: Any, settings: PruneConfig) -> Any:
-    """Compute the config after pruning without weights; where scores decide on widths, their average.
-
-    Raises:
-        UserError: For everything about the settings that this model cannot meet.
-    """
     if settings.is_off:
         cuttable_layers(model_config, settings)
-        return model_config
-    settings = settled(model_config, settings)
+        return Cut(settings, model_config)
     check_settings(model_config, settings)
     equal = settings.model_copy(update={"selection": "per_layer", "steps": 1})
-    return prune_by(ShapeCriteria(equal), skeleton(copy.deepcopy(model_config)), equal).model.config
+    model = skeleton(copy.deepcopy(model_config))
+    return Cut(settings, prune_by(Criteria(equal), model, equal).model.config)
 
 
-def prune_by(criteria: ShapeCriteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
-    """Drop blocks, then select, compensate and cut units by some criteria.
-
-    Args:
-        criteria: Importance, and how what stays makes up for what goes.
-        model: Dense model, or one on the meta device; it is cut in place.
-        settings: Rate, selection, kinds of unit, range of blocks.
+def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
+    """Drop blocks, then select, compensate and cut units by some criteria, in place.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
@@ -129,7 +158,7 @@ def prune_by(criteria: ShapeCriteria, model: PreTrainedModel, settings: PruneCon
     check_not_shared(model)
     check_settings(model.config, settings)
     layers = cuttable_layers(model.config, settings)
-    blocks, block_scores = list(range(num_layers(model.config))), {}
+    blocks, block_scores = list(range(model.config.num_hidden_layers)), {}
     gone: set[int] = set()
     if settings.drops_blocks:
         block_scores = criteria.score_blocks(model, layers)
@@ -143,7 +172,7 @@ def prune_by(criteria: ShapeCriteria, model: PreTrainedModel, settings: PruneCon
     scores: Scores = {}
     if settings.width_units:
         target = _width_target(model, settings, layers, before)
-        with _after_blocks_went(len(gone)), _with_highest_rate(settings, target, before, bool(gone)):
+        with _completing_errors(settings, target, before, len(gone)):
             kept, scores = _cut_widths(criteria, model, settings, layers, target)
     return Pruned(
         model,
@@ -157,32 +186,24 @@ def prune_by(criteria: ShapeCriteria, model: PreTrainedModel, settings: PruneCon
 
 
 @contextmanager
-def _after_blocks_went(count: int) -> Iterator[None]:
-    """Add to errors that blocks went before what they report."""
+def _completing_errors(settings: PruneConfig, target: int, before: int, num_gone: int) -> Iterator[None]:
+    """Add to errors that blocks went before what they report, or the highest rate to that of one that is too high."""
     try:
         yield
     except (UserError, TrainingDiverged) as error:
-        if not count:
+        kind = UserError if isinstance(error, UserError) else TrainingDiverged
+        if num_gone:
+            blocks = counted(num_gone, "whole block")
+            raise kind(f"{error} (once {blocks} went: numbers of parameters and blocks are without them)") from error
+        if not isinstance(error, TooMuch):
             raise
-        blocks = counted(count, "whole block")
-        raise type(error)(f"{error} (once {blocks} went: numbers of parameters and blocks are without them)") from error
-
-
-@contextmanager
-def _with_highest_rate(settings: PruneConfig, target: int, before: int, has_dropped: bool) -> Iterator[None]:
-    """Add the highest possible rate to the error of one that is too high."""
-    try:
-        yield
-    except TooMuch as error:
-        if has_dropped:  # at a lower rate fewer blocks go, too
-            raise UserError(str(error)) from error
         asked = round((settings.rate or 0.0) * before)
         most = math.floor(1000 * (asked - target + error.most) / before) / 1000
         raise UserError(f"{error}; as it is, a rate of {most:g} is the most") from error
 
 
 def _cut_widths(
-    criteria: ShapeCriteria, model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], target: int
+    criteria: Criteria, model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], target: int
 ) -> tuple[Kept, Scores]:
     """Cut units in `settings.num_steps` steps; importance is measured anew before each."""
     sizes = unit_sizes(model, layers, settings.width_units)
@@ -194,17 +215,19 @@ def _cut_widths(
     for step in range(1, settings.num_steps + 1):
         scores = criteria.score_units(model, layers)
         first = first or scores
-        values = {
-            index: {
-                name: _spread(scores[index][name].tolist(), alive[index][name], size) for name, size in kinds.items()
-            }
-            for index, kinds in sizes.items()
-        }
+        # By the base model's numbers; units that an earlier step removed come first to go.
+        values: dict[int, dict[str, list[float]]] = {index: {} for index in sizes}
+        for index, kinds in sizes.items():
+            for name, size in kinds.items():
+                spread = values[index][name] = [float("-inf")] * (size.count * size.partitions)
+                for unit, value in zip(alive[index][name], scores[index][name].tolist(), strict=True):
+                    spread[unit] = value
         kept = choose(values, sizes, settings, target, step / settings.num_steps)
-        present = {
-            index: {name: _positions(alive[index][name], units) for name, units in by_kind.items()}
-            for index, by_kind in kept.items()
-        }
+        present: Kept = {index: {} for index in kept}
+        for index, by_kind in kept.items():
+            for name, units in by_kind.items():
+                position = {unit: number for number, unit in enumerate(alive[index][name])}
+                present[index][name] = tuple(position[unit] for unit in units)
         criteria.compensate_units(model, present)
         cut(model, present, criteria.progress_of("cutting"))
         alive = kept
@@ -213,46 +236,27 @@ def _cut_widths(
 
 def choose(values: Values, sizes: Sizes, settings: PruneConfig, target: int, progress: float = 1.0) -> Kept:
     """Select the units that stay under `settings`, after a share of the way."""
-    if settings.layer_rate is None:
+    rate = settings.layer_rate
+    if rate is None:
         return select(values, sizes, target, settings.selection, settings.round_to, settings.uniform, progress)
-    if settings.uniform:
-        _check_plain(sizes, settings.layer_rate)
-    return select_rate(values, sizes, settings.layer_rate, settings.round_to, progress)
-
-
-def _check_plain(sizes: Sizes, layer_rate: float) -> None:
-    """Refuse a rate that leaves a number of heads that no plain checkpoint can have."""
     for size in (kinds[ATTENTION] for kinds in sizes.values() if ATTENTION in kinds):
-        stays = size.count - units_at_rate(size, layer_rate)
-        if size.plain and stays not in size.plain:
+        stays = size.count - units_at_rate(size, rate)
+        if settings.uniform and size.plain and stays not in size.plain:
             raise UserError(
-                f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {stays} key/value groups in a block, but a plain "
+                f"`prune.uniform`: `layer_rate` {rate:g} leaves {stays} key/value groups in a block, but a plain "
                 f"checkpoint of this family can have {', '.join(map(str, size.plain))}: give `rate` instead, or set "
                 "`uniform: false`"
             )
-
-
-def _spread(scores: list[float], alive: tuple[int, ...], size: KindSize) -> list[float]:
-    """Give scores of the present units the base model's numbers; units that are gone come first to go."""
-    spread = [GONE] * (size.count * size.partitions)
-    for unit, value in zip(alive, scores, strict=True):
-        spread[unit] = value
-    return spread
-
-
-def _positions(alive: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
-    """Find the positions of the units that stay among the present ones."""
-    position = {unit: index for index, unit in enumerate(alive)}
-    return tuple(position[unit] for unit in kept)
+    return select_rate(values, sizes, rate, settings.round_to, progress)
 
 
 def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
     """Count the parameters that must go out of the remaining blocks; new biases have to be made up for."""
-    family = family_of(model.config)
+    path, count = family_of(model.config).block_path, model.config.num_hidden_layers
     hidden = [
-        model.get_submodule(f"{family.block_path(index)}.{linear}").out_features
+        model.get_submodule(f"{path(index)}.{linear}").out_features
         for linear in new_biases(model, settings, layers)
-        for index in range(num_layers(model.config))
+        for index in range(count)
     ]
     asked: int = round((settings.rate or 0.0) * before)
     return int(max(asked - (before - num_parameters(model)) + sum(hidden), 0))
@@ -265,9 +269,10 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         UserError: If the rate is too small for one block or leaves none.
     """
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
-    count = num_blocks_to_drop(share, total, sizes)
+    removed = list(itertools.accumulate(sizes[:-1], initial=0))
+    count = min(range(len(removed)), key=lambda count: abs(removed[count] - share * total))
     # Finer units can take more away, not give it back.
-    while settings.width_units and sum(sizes[:count]) > (settings.rate or 0.0) * total:
+    while settings.width_units and removed[count] > (settings.rate or 0.0) * total:
         count -= 1
     if len(sizes) < 2:
         raise UserError(
@@ -283,7 +288,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
             f"{' (the most, unless `prune.depth_share` says more)' if is_most else ''}, but one block has "
             f"{sizes[0] / total:.2%}: {remedy}, or take `block` out of `prune.units`"
         )
-    if abs(sum(sizes[:count]) - share * total) > max(sizes):
+    if abs(removed[count] - share * total) > max(sizes):
         raise UserError(
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but the {len(sizes)} blocks that "
             f"may go have {sum(sizes) / total:.2%} and one must stay: lower the rate or widen the range"
@@ -293,8 +298,8 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
 
 def block_sizes(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """Count the parameters of each of some blocks."""
-    family = family_of(model.config)
-    return [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
+    path = family_of(model.config).block_path
+    return [num_parameters(model.get_submodule(path(index))) for index in layers]
 
 
 def num_parameters(model: Any) -> int:

@@ -10,17 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from qpruner.errors import UserError
 from qpruner.models.families import MLP
-from qpruner.pruning.allocation import coarsest_kind, counts_per_layer, nearest_totals
-from qpruner.pruning.units import (
-    Kept,
-    KindSize,
-    Sizes,
-    TooMuch,
-    Values,
-    check_round_to,
-    most_removable,
-    smallest_step,
-)
+from qpruner.pruning.allocation import COARSE, counts_per_layer, nearest_totals
+from qpruner.pruning.units import Kept, KindSize, Sizes, TooMuch, Values, most_removable, smallest_step
 
 Place = tuple[int, str]
 """Block index and kind of unit."""
@@ -35,22 +26,16 @@ def select(
     uniform: bool = False,
     progress: float = 1.0,
 ) -> Kept:
-    """Select the units that stay.
+    """Select the units that stay so that `target` parameters go, after `progress` of the way in several steps.
 
-    Args:
-        values: Importance of every unit that may go; -inf of those that an earlier step removed.
-        sizes: What the units weigh.
-        target: Parameters to remove.
-        selection: `per_layer` takes the same share from every block, `global` the units of least importance per
-            parameter wherever they are.
-        round_to: Channels that stay in a block are a multiple of this.
-        uniform: Every block keeps the same number of units (`per_layer` only).
-        progress: Share of the way to go, for cutting in several steps.
+    `values` are -inf for units that an earlier step removed. `per_layer` takes the same share from every block,
+    `global` the units of least importance per parameter wherever they are; channels that stay are a multiple of
+    `round_to`; `uniform` keeps the same number in every block.
 
     Raises:
         UserError: If the blocks do not have that many parameters to give, or are narrower than `round_to`.
     """
-    check_round_to(sizes, round_to)
+    _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
     if target > most + smallest_step(sizes, round_to) // 2:
         raise TooMuch(target, most)
@@ -68,7 +53,7 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
     Raises:
         UserError: If a block would keep fewer units of a kind than it needs, or is narrower than `round_to`.
     """
-    check_round_to(sizes, round_to)
+    _check_round_to(sizes, round_to)
     removed = {
         index: {name: units_at_rate(size, layer_rate, round_to if name == MLP else 1) for name, size in kinds.items()}
         for index, kinds in sizes.items()
@@ -77,12 +62,22 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
 
+def _check_round_to(sizes: Sizes, round_to: int) -> None:
+    narrowest = min((kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to)
+    if round_to > narrowest:
+        raise UserError(
+            f"`prune.round_to` must be at most the {narrowest} MLP channels of a block, got {round_to}: no multiple of "
+            "it would be left"
+        )
+
+
 def _check_layer_rate(sizes: Sizes, removed: Mapping[int, Mapping[str, int]], layer_rate: float, round_to: int) -> None:
+    thousandths = [number / 1000 for number in range(int(layer_rate * 1000), -1, -1)]
     too_few = [
-        (_highest_rate(size, layer_rate), index, name)
+        (next(rate for rate in thousandths if units_at_rate(size, rate) <= size.most), index, name)
         for index, kinds in sizes.items()
         for name, size in kinds.items()
-        if size.count - removed[index][name] < size.least
+        if removed[index][name] > size.most
     ]
     if too_few:
         bound, index, name = min(too_few)
@@ -94,18 +89,11 @@ def _check_layer_rate(sizes: Sizes, removed: Mapping[int, Mapping[str, int]], la
     if not any(count for kinds in removed.values() for count in kinds.values()):
         first, kinds = next(iter(sizes.items()))
         units = " and ".join(f"{size.count} {name}" for name, size in kinds.items())
-        multiple = f", {MLP} ones in multiples of {round_to}" if MLP in kinds and round_to > 1 else ""
         raise UserError(
-            f"`prune.layer_rate` {layer_rate:g} takes no unit out of any block: of the {units} units of block "
-            f"{first} whole ones alone can go{multiple}: raise it"
-            f"{', lower `prune.round_to`' if multiple else ''} or name finer `prune.units`"
+            f"`prune.layer_rate` {layer_rate:g} takes no unit out of any block: of the {units} units of block {first} "
+            "whole ones alone can go, channels in multiples of `prune.round_to`: raise it, lower that, or name finer "
+            "`prune.units`"
         )
-
-
-def _highest_rate(size: KindSize, refused: float) -> float:
-    """Find the highest rate, in thousandths, that leaves enough units."""
-    rates = (number / 1000 for number in range(int(refused * 1000), -1, -1))
-    return next(rate for rate in rates if size.count - units_at_rate(size, rate) >= size.least)
 
 
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
@@ -122,19 +110,15 @@ def _keep_most_important(
     values: Values, sizes: Sizes, removed: Mapping[int, Mapping[str, int]], round_to: int, progress: float
 ) -> Kept:
     """Keep the most important units of each block, after a share of the way to the numbers that go."""
-
-    def gone(index: int, name: str) -> int:
-        # Between steps, too, the channels that stay are a multiple.
-        count, multiple = sizes[index][name].count, round_to if name == MLP else 1
-        stays = math.ceil((count - int(removed[index][name] * progress)) / multiple) * multiple
-        return max(count - stays, 0)
-
-    bundles = {
-        (index, name): _bundles(scores, sizes[index][name], 1)
-        for index, by_kind in values.items()
-        for name, scores in by_kind.items()
-    }
-    return _units_behind(values, bundles, {place: gone(*place) for place in bundles})
+    bundles, gone = {}, {}
+    for index, by_kind in values.items():
+        for name, scores in by_kind.items():
+            size, multiple = sizes[index][name], round_to if name == MLP else 1
+            bundles[index, name] = _bundles(scores, size, 1)
+            # Between steps, too, the channels that stay are a multiple.
+            stays = math.ceil((size.count - int(removed[index][name] * progress)) / multiple) * multiple
+            gone[index, name] = max(size.count - stays, 0)
+    return _units_behind(values, bundles, gone)
 
 
 def _units_behind(values: Values, bundles: Mapping[Place, Sequence[Sequence[int]]], gone: Mapping[Place, int]) -> Kept:
@@ -157,8 +141,7 @@ def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[i
         sorted(range(part * size.count, (part + 1) * size.count), key=lambda unit: (scores[unit], unit))
         for part in range(size.partitions)
     ]
-    first = size.count % width or width
-    starts = [0, *range(first, size.count, width)]
+    starts = [0, *range(size.count % width or width, size.count, width)]
     ends = [*starts[1:], size.count]
     return [[unit for order in orders for unit in order[a:b]] for a, b in zip(starts, ends, strict=True)]
 
@@ -170,11 +153,7 @@ class _Ranking:
     """Bundles of units over all blocks, the least important per parameter first.
 
     A bundle is a key/value group, an expert, or `round_to` channels of one block that are adjacent in its ranking.
-
-    Attributes:
-        bundles: Of each place, in the order in which they go.
-        gone: Bundles of each place that earlier steps removed.
-        order: Place and position of each bundle that may go.
+    `gone` counts those of each place that earlier steps removed; `order` lists place and position of all others.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
@@ -196,8 +175,7 @@ class _Ranking:
 
     def parameters(self, place: Place, position: int) -> int:
         """Count the parameters of one bundle."""
-        index, name = place
-        size = self._sizes[index][name]
+        size = self._sizes[place[0]][place[1]]
         return size.parameters * len(self.bundles[place][position]) // size.partitions
 
 
@@ -251,13 +229,13 @@ def _nearest_without_channels(
     def totals_of(counts: Mapping[Place, int]) -> dict[str, int]:
         return {name: sum(count for (_, kind), count in counts.items() if kind == name) for _, name in counts}
 
-    before, wanted, coarsest = totals_of(ranking.gone), totals_of(gone), coarsest_kind(sizes)
+    before, wanted = totals_of(ranking.gone), totals_of(gone)
+    coarsest = next(name for name in COARSE if name in wanted)
     chosen = nearest_totals(sizes, target, lambda totals: abs(totals[coarsest] - wanted[coarsest]), before)
     left = {name: count - before[name] for name, count in chosen.items()}
     counts = dict(ranking.gone)
     for place, position in ranking.order:
-        name = place[1]
-        if left[name] > 0 and counts[place] == position:
+        if left[place[1]] > 0 and counts[place] == position:
             counts[place] += 1
-            left[name] -= 1
+            left[place[1]] -= 1
     return counts

@@ -22,18 +22,10 @@ def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda don
     """Remove every unit that is not kept, in place.
 
     Parameters are cut one after the other and the old ones freed at once; a cut block is built anew from its own config
-    around the same tensors. Two copies never exist.
-
-    Args:
-        model: Dense model.
-        kept: The units that stay; blocks and kinds that are not named keep everything.
-        on_progress: Told how many of the blocks are cut.
-
-    Returns:
-        The same model, as loading its checkpoint would give it.
+    around the same tensors. Two copies never exist. Blocks and kinds that `kept` does not name keep everything.
     """
-    ragged.install(model.config.model_type)
     family, config = family_of(model.config), model.config
+    ragged.install(family)
     num_units: dict[int, dict[str, int]] = {}
     for done, (index, by_kind) in enumerate(kept.items(), 1):
         block = model.get_submodule(family.block_path(index))
@@ -52,18 +44,12 @@ def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda don
 
 
 def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """Remove every block but some, in place.
-
-    Args:
-        model: Dense model.
-        kept: Indices of the blocks that stay, ascending.
-    """
-    ragged.install(model.config.model_type)
+    """Remove every block but those of some indices, ascending, in place."""
     family = family_of(model.config)
+    ragged.install(family)
     blocks: Any = model.get_submodule(family.blocks)
-    remaining = torch.nn.ModuleList(blocks[index] for index in kept)
     ragged.keep_blocks(model.config, kept)
-    model.set_submodule(family.blocks, remaining)
+    model.set_submodule(family.blocks, torch.nn.ModuleList(blocks[index] for index in kept))
     # A block knows its position, for the cache and for what its config lists by block.
     for new, old in enumerate(kept):
         if new != old:
@@ -72,11 +58,7 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def check_not_shared(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks share weights with one another or with the rest: a cut of one would break the other.
-
-    Raises:
-        UserError: Naming both parameters.
-    """
+    """Refuse a model whose blocks share weights with one another or with the rest: a cut of one would break both."""
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -124,7 +106,6 @@ def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Seque
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:
         stays[item.offset : item.offset + num_units * item.width] = False
-    for item in items:
         stays[unit_indices(item, units)] = True
     return stays.nonzero().flatten()
 
@@ -139,16 +120,10 @@ def _rebuild_block(model: PreTrainedModel, index: int) -> None:
     new.train(old.training)
     for parameter, before in zip(new.parameters(), old.parameters(), strict=True):
         parameter.requires_grad_(before.requires_grad)
-    if hasattr(old, "_hf_hook"):  # a model that accelerate spread over several devices
-        _move_hooks(old, new)
-    model.set_submodule(path, new)
-
-
-def _move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
-    """Give a rebuilt block the hooks that carry its inputs to its device."""
-    from accelerate.hooks import add_hook_to_module
-
-    replaced = dict(new.named_modules())
-    for path, module in old.named_modules():
+    # A model that accelerate spread over several devices has hooks that carry inputs to a module's device.
+    for name, module in old.named_modules():
         if hasattr(module, "_hf_hook"):
-            add_hook_to_module(replaced[path], module._hf_hook)
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(new.get_submodule(name), module._hf_hook)
+    model.set_submodule(path, new)

@@ -17,6 +17,7 @@ import torch
 from qpruner.config.schema import LoraConfig
 from qpruner.models import cpu, ragged
 from qpruner.models.checkpoint import dense_tensors
+from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
@@ -49,7 +50,7 @@ def assemble(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
-    ragged.install(config.model_type)
+    ragged.install(family_of(config))
     cpu.install()
     linears = group_linears(config, group)
     bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hub_server import Hub, Repository, serving
+from hub_server import Repository, serving
 from plain_transformers import WITHOUT_QPRUNER
 from safetensors.torch import load_file, save_file
 from tiny_families import (
-    CHANNELS,
     DENSE,
     EXPERTS,
     FAMILY_NAMES,
@@ -108,6 +107,7 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
     "ragged/biases": (DENSE, lambda name: cut(with_output_biases(name), kept_of(name))),
     "ragged/experts": (MIXTURES, lambda name: cut(family_model(name), kept_experts(name))),
+    "ragged/alike": (("phi-3, 128k",), lambda name: cut(family_model(name), alike(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
     "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
     "plain/uniform": (FAMILY_NAMES, uniformly_pruned),
@@ -156,13 +156,11 @@ def folders(root: Path) -> dict[str, Path]:
 def test_a_new_process_finds_the_same_model(
     name: str, fresh: dict[str, torch.Tensor], cut_models: dict[str, PreTrainedModel]
 ) -> None:
-    """With `import qpruner.hf` for blocks of different widths, with plain transformers where all blocks are alike."""
+    """With `import qpruner.hf` for blocks of different widths, with plain transformers where all blocks are alike.
+
+    A block that stands at another place, or has other heads, must still find its own keys and values.
+    """
     assert torch.equal(fresh[f"{name}/logits"], logits_of(cut_models[name]))
-
-
-@pytest.mark.parametrize("name", CUT_MODELS)
-def test_generation_with_a_cache_is_generation_without(name: str, fresh: dict[str, torch.Tensor]) -> None:
-    """A block that stands at another place, or has other heads, must still find its own keys and values."""
     cached, uncached = fresh[f"{name}/scores, cache True"], fresh[f"{name}/scores, cache False"]
     assert cached.shape == (NEW_TOKENS, 2, 97)
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
@@ -202,17 +200,9 @@ def test_the_widths_stand_under_the_standard_key(name: str, folders: dict[str, P
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_experts_of_a_block_stand_there_too(name: str, root: Path) -> None:
-    written = json.loads((root / "ragged/experts" / name / "config.json").read_text())["per_layer_config"]
-    key = "num_local_experts" if name == "mixtral" else "num_experts"
-    assert written["0"][key] == 3
-    assert written["1"] == {key: 2}
     config = load_model_config(ModelConfig(source=str(root / "ragged/experts" / name)))
-    assert getattr(config.per_layer_config[2], key) == EXPERTS
-
-
-def test_the_tokenizer_comes_along(folders: dict[str, Path], tiny_model: Path) -> None:
-    text = "Question: Why does ice float?"
-    assert load_tokenizer(str(folders["llama"]))(text) == load_tokenizer(str(tiny_model))(text)
+    key = "num_local_experts" if name == "mixtral" else "num_experts"
+    assert [getattr(config.per_layer_config[index], key) for index in range(LAYERS)] == [3, 2, EXPERTS]
 
 
 def test_an_instruct_model_stops_where_it_did_before() -> None:
@@ -227,72 +217,68 @@ def test_an_instruct_model_stops_where_it_did_before() -> None:
 
 
 def test_a_folder_of_shards_loads_like_one_file(cut_models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
-    cut_models["ragged/widths/qwen2"].save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(logits_of(load_dense(str(tmp_path), "float32")), logits_of(cut_models["ragged/widths/qwen2"]))
+    model = cut_models["ragged/widths/qwen2"]
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert torch.equal(logits_of(load_dense(str(tmp_path), "float32")), logits_of(model))
+    min(shards).unlink()
+    with pytest.raises(UserError, match=f"lacks 1 weight file: {min(shards).name}"):
+        prepare_base(ModelConfig(source=str(tmp_path)), tmp_path / "unused")
+
+
+def test_a_local_folder_is_used_where_it_is(
+    folders: dict[str, Path], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, text = folders["mistral"], "Question: Why does ice float?"
+    monkeypatch.chdir(folder.parent)
+    for source in (str(folder), folder.name):
+        base = prepare_base(ModelConfig(source=source), tmp_path / "model")
+        assert (base.path, base.converted) == (str(folder), False)
+    assert not (tmp_path / "model").exists()
+    assert load_tokenizer(base.path)(text) == load_tokenizer(str(tiny_model))(text)
 
 
 def test_a_truncated_weight_file_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(folders["llama"], folder)
-    weights = folder / "model.safetensors"
-    os.truncate(weights, weights.stat().st_size // 2)
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "broken"))
+    os.truncate(folder / "model.safetensors", 999)
     with pytest.raises(CorruptFile, match="broken"):
         load_dense(str(folder), "float32")
 
 
-def test_a_missing_shard_is_told_before_anything_is_loaded(
-    cut_models: dict[str, PreTrainedModel], tmp_path: Path
-) -> None:
-    cut_models["ragged/widths/llama"].save_pretrained(tmp_path, max_shard_size="20KB")
-    gone = min(tmp_path.glob("*.safetensors"))
-    gone.unlink()
-    with pytest.raises(UserError, match=gone.name):
-        prepare_base(ModelConfig(source=str(tmp_path)), tmp_path / "unused")
-
-
-def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp_path: Path) -> None:
-    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
-    others = {"more.json": b" " * 8_000_000, "README.md": b"---\nlicense: mit\n---\n"}
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
-        "from qpruner.models.checkpoint import prepare_base\n"
-        "def tell(*told): sys.stdout.write(f'{told}\\n')  # whole lines, from several threads\n"
-        "prepare_base(ModelConfig(source='me/mine'), Path(sys.argv[1]), True, tell)"
-    )
-    with serving() as hub:
-        hub.repositories["me/mine"] = Repository(private=False, files=files | others)
-        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model")],
-            env={**os.environ, **variables, "HF_HUB_DISABLE_XET": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == files["model.safetensors"]
-    assert (tmp_path / "model" / "README.md").read_bytes() == others["README.md"], "its licence is told there"
-    total = round(sum(map(len, (files | others).values())) / 1e6)
-    assert done.stdout.splitlines()[-1] == f"{('fetching MB', total, total)}"
-
-
-def of_hub(hub: Hub, home: Path, code: str) -> str:
-    """What a line ends with that takes the hub's model `me/mine` in a process of its own."""
-    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+def of_hub(endpoint: str, home: Path, code: str) -> list[str]:
+    """Lines that code writes which takes the hub's model `me/mine` in a process of its own."""
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     started = (
-        "from pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
+        "import sys\nfrom pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.models.checkpoint import prepare_base\nfrom qpruner.models.loading import load_model_config\n"
+        "def tell(*told): sys.stdout.write(f'{told}\\n')  # whole lines, from several threads\n"
         f"{code}\nprint('taken')"
     )
     done = subprocess.run(
         [sys.executable, "-c", started], env=os.environ | variables, capture_output=True, text=True, timeout=120
     )
-    return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+    return (done.stderr if done.returncode else done.stdout).strip().splitlines()
 
 
 CONFIGURED = "load_model_config(ModelConfig(source='me/mine'))"
 FETCHED = "prepare_base(ModelConfig(source='me/mine'), Path('unused'))"
+
+
+def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp_path: Path) -> None:
+    """And its config, once fetched, is read where the hub is away."""
+    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    others = {"more.json": b" " * 8_000_000, "README.md": b"---\nlicense: mit\n---\n"}
+    place = tmp_path / "model"
+    code = f"{CONFIGURED}\nprepare_base(ModelConfig(source='me/mine'), Path({str(place)!r}), True, tell)"
+    with serving() as hub:
+        hub.repositories["me/mine"] = Repository(private=False, files=files | others)
+        written = of_hub(hub.endpoint, tmp_path / "home", code)
+    assert (place / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert (place / "README.md").read_bytes() == others["README.md"], "its licence is told there"
+    total = round(sum(map(len, (files | others).values())) / 1e6)
+    assert written[-2:] == [f"{('fetching MB', total, total)}", "taken"]
+    assert of_hub(hub.endpoint, tmp_path / "home", CONFIGURED) == ["taken"]
 
 
 @pytest.mark.parametrize(
@@ -311,19 +297,9 @@ def test_a_hub_model_with_pickled_weights_only_is_refused(folders: dict[str, Pat
         hub.repositories["me/mine"] = Repository(
             private=False, files=files | {"pytorch_model.bin": b"pickled", "onnx/model.safetensors": weights}
         )
-        said = of_hub(hub, tmp_path / "home", code.format(shared=str(tmp_path / "shared")))
+        said = of_hub(hub.endpoint, tmp_path / "home", code.format(shared=str(tmp_path / "shared")))[-1]
     assert "UserError: `model.source`: the hub's me/mine has no .safetensors weights" in said
     assert "`model.revision`" in said and "save_pretrained" in said and "safe_serialization=True" in said
-
-
-def test_a_hub_model_without_a_shard_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
-    files["one.safetensors"] = files.pop("model.safetensors")
-    files["model.safetensors.index.json"] = b'{"weight_map": {"one": "one.safetensors", "two": "other.safetensors"}}'
-    with serving() as hub:
-        hub.repositories["me/mine"] = Repository(private=False, files=files)
-        said = of_hub(hub, tmp_path / "home", FETCHED)
-    assert "lacks 1 weight file: other.safetensors" in said
 
 
 def test_an_index_that_was_left_beside_a_whole_model_is_not_read(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -334,16 +310,6 @@ def test_an_index_that_was_left_beside_a_whole_model_is_not_read(folders: dict[s
     load_dense(str(folder), "float32")
 
 
-def test_the_config_of_a_hub_model_that_was_fetched_is_read_where_the_hub_is_away(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
-    with serving() as hub:
-        hub.repositories["me/mine"] = Repository(private=False, files=files)
-        assert of_hub(hub, tmp_path / "home", CONFIGURED) == "taken"
-    assert of_hub(hub, tmp_path / "home", CONFIGURED) == "taken"
-
-
 @pytest.mark.parametrize("fetched_before", [CONFIGURED, FETCHED], ids=["its config alone", "all but a file"])
 def test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights(
     folders: dict[str, Path], tmp_path: Path, fetched_before: str
@@ -352,32 +318,12 @@ def test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights(
     files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
-        assert of_hub(hub, tmp_path / "home", fetched_before) == "taken"
+        assert of_hub(hub.endpoint, tmp_path / "home", fetched_before) == ["taken"]
     for weights in tmp_path.glob("home/hub/*/snapshots/*/model.safetensors"):
         weights.unlink()
-    said = of_hub(hub, tmp_path / "home", FETCHED)
+    said = of_hub(hub.endpoint, tmp_path / "home", FETCHED)[-1]
     assert "UserError: `model.source`: the hub does not answer, and this machine's cache has not all" in said
     assert "fetch it where the hub is reached" in said and "`hf download me/mine`" in said
     shared = f"prepare_base(ModelConfig(source='me/mine'), Path({str(tmp_path / 'shared')!r}), is_shared=True)"
-    said = of_hub(hub, tmp_path / "home", shared)
+    said = of_hub(hub.endpoint, tmp_path / "home", shared)[-1]
     assert "the run's folder has not all" in said and "`qpruner prepare CONFIG`" in said
-
-
-def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: Path) -> None:
-    base = prepare_base(ModelConfig(source=str(folders["mistral"])), tmp_path / "model")
-    assert (base.path, base.converted) == (str(folders["mistral"]), False)
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_relative_folder_is_found_from_anywhere(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folders["mistral"].parent)
-    base = prepare_base(ModelConfig(source=folders["mistral"].name), tmp_path / "model")
-    assert base.path == str(folders["mistral"])
-
-
-def test_the_config_of_a_pruned_folder_knows_its_widths(folders: dict[str, Path]) -> None:
-    config = load_model_config(ModelConfig(source=str(folders["qwen3"])))
-    widths = [config.per_layer_config[index].intermediate_size for index in range(LAYERS)]
-    assert widths == [len(kept_of("qwen3")[0]["mlp"]), CHANNELS, len(kept_of("qwen3")[2]["mlp"])]

@@ -24,35 +24,19 @@ EXPERTS, EXPERT_CHANNELS, EXPERTS_PER_TOKEN = 4, 24, 2
 WINDOW = 6
 """Shorter than the prompt."""
 
-FAMILY_NAMES = (
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-)
+_NAMES = "gemma2 gemma3_text gpt_neox granite llama mistral mixtral olmo2 opt phi3 qwen2 qwen3 qwen3_moe"
+FAMILY_NAMES = tuple(_NAMES.split())
 HEADWISE = ("gpt_neox", "opt")
 """As many key/value heads as query heads, so a unit is one head."""
 MIXTURES = ("mixtral", "qwen3_moe")
 DENSE = tuple(name for name in FAMILY_NAMES if name not in MIXTURES)
 
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
+EXPERTS_OF = {"head_dim": HEAD_DIM, "num_experts_per_tok": EXPERTS_PER_TOKEN}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES},
-    "gemma3_text": {
-        "head_dim": HEAD_DIM,
-        "query_pre_attn_scalar": 20,
-        "sliding_window": WINDOW,
-        "layer_types": LAYER_TYPES,
-    },
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "gpt_neox": {},
     "granite": {
         "embedding_multiplier": 3.0,
@@ -63,24 +47,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "llama": {"head_dim": HEAD_DIM, "tie_word_embeddings": True},
     "mistral": {"head_dim": HEAD_DIM, "sliding_window": WINDOW},
-    "mixtral": {
-        "head_dim": HEAD_DIM,
-        "intermediate_size": EXPERT_CHANNELS,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": EXPERTS_PER_TOKEN,
-    },
+    "mixtral": EXPERTS_OF | {"intermediate_size": EXPERT_CHANNELS, "num_local_experts": EXPERTS},
     "olmo2": {},
     "opt": {"ffn_dim": CHANNELS, "word_embed_proj_dim": HIDDEN},
     "phi3": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {"head_dim": HEAD_DIM, "tie_word_embeddings": True},
-    "qwen3_moe": {
-        "head_dim": HEAD_DIM,
-        "moe_intermediate_size": EXPERT_CHANNELS,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": EXPERTS_PER_TOKEN,
-        "mlp_only_layers": [2],
-    },
+    "qwen3_moe": EXPERTS_OF
+    | {"moe_intermediate_size": EXPERT_CHANNELS, "num_experts": EXPERTS, "mlp_only_layers": [2]},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -115,32 +89,18 @@ def family_name(name: str) -> str:
 
 
 def family_model(name: str, **others: Any) -> PreTrainedModel:
-    """Three float32 blocks; norms and biases are random, not one and zero.
-
-    Args:
-        name: One of `MODEL_NAMES`.
-        **others: Config keys that this model has differently.
-    """
+    """Three float32 blocks; norms and biases are random, not one and zero; `others` are config keys."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ragged.install()  # as loading does
     family, changes = VARIANTS.get(name, (name, {}))
-    options = {
-        "vocab_size": 97,
-        "hidden_size": HIDDEN,
-        "intermediate_size": CHANNELS,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": QUERY_HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    unknown = {"gpt_neox": ["num_key_value_heads"], "opt": ["num_key_value_heads", "intermediate_size"]}
-    for key in unknown.get(family, []):
-        del options[key]
+    options = {"vocab_size": 97, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "max_position_embeddings": 128}
+    options |= {"num_attention_heads": QUERY_HEADS, "tie_word_embeddings": False}
+    options |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if family != "opt":
+        options["intermediate_size"] = CHANNELS
+    if family not in HEADWISE:
+        options["num_key_value_heads"] = KEY_VALUE_HEADS
     config = AutoConfig.for_model(family, **options | OPTIONS[family] | changes | others)
     torch.manual_seed(MODEL_NAMES.index(name))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -235,7 +195,8 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
         block = blocks_of(model)[index]
         attention_out, mlp_out = output_projections(block, family)
         if "attention" in units:
-            width = head_columns(model, family)
+            head_dim = HEAD_DIM if "head_dim" in OPTIONS[family] else DERIVED_HEAD_DIM
+            width = head_dim * (1 if family in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS)
             gone = _removed(units["attention"], attention_out.in_features // width)
             attention_out.weight.view(HIDDEN, -1, width)[:, gone] = 0
             if family == "olmo2":
@@ -250,13 +211,6 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
             for unit in _removed(units["mlp"], EXPERTS * EXPERT_CHANNELS):
                 down[unit // EXPERT_CHANNELS, :, unit % EXPERT_CHANNELS] = 0
     return model
-
-
-def head_columns(model: PreTrainedModel, family: str) -> int:
-    """Columns of the output projection that an attention unit owns, in the uncut model."""
-    has_own_size = "head_dim" in OPTIONS[family]
-    head_dim = HEAD_DIM if has_own_size else DERIVED_HEAD_DIM
-    return head_dim * (1 if family in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS)
 
 
 def skip_blocks(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
@@ -294,32 +248,6 @@ def _never_route_to(router: Any, gone: Sequence[int]) -> None:
         return logits, values / values.sum(dim=-1, keepdim=True) if keeps_sum else values, indices
 
     router.forward = forward
-
-
-def unit_parameters(name: str) -> dict[str, int]:
-    """Parameters of one unit of each kind, counted by hand; of a channel of every expert where they are stacked."""
-    family = family_name(name)
-    head_dim = HEAD_DIM if "head_dim" in OPTIONS[family] else DERIVED_HEAD_DIM
-    queries = head_dim * (1 if family in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS)
-    # Rows of q, k and v, columns of o; rows of gate and up (or of one layer), columns of down.
-    attention, channel = (2 * queries + 2 * head_dim) * HIDDEN, (2 if family in HEADWISE else 3) * HIDDEN
-    if family in ("gpt_neox", "opt", "qwen2") or name == "llama, biases":
-        attention += queries + 2 * head_dim  # biases of q, k and v
-    if family == "olmo2":
-        attention += queries + head_dim  # query and key norms
-    if family in HEADWISE:
-        channel += 1
-    if name == "llama, biases":
-        channel += 2
-    if name == "opt, no biases":
-        attention, channel = attention - 3 * head_dim, channel - 1
-    router_row = HIDDEN
-    return {
-        "attention": attention,
-        "mlp": channel,
-        "expert": 3 * HIDDEN * EXPERT_CHANNELS + router_row,
-        "channel of every expert": EXPERTS * 3 * HIDDEN,
-    }
 
 
 def num_parameters(model: PreTrainedModel) -> int:

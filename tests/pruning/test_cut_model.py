@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_decoders import PAD, logits_of, rows_of, samples_of, settings_of, tiny
+from tiny_decoders import logits_of, samples_of, settings_of, tiny
 
 from qpruner.config.schema import ModelConfig, PruneConfig
-from qpruner.data.calibration import Samples
 from qpruner.errors import UserError
-from qpruner.models.families import family_of
 from qpruner.models.loading import check_reachable, load_dense
 from qpruner.pipeline.prune import layer_widths
-from qpruner.pruning import criteria as criteria_module
 from qpruner.pruning import prune as prune_module
-from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, planned_cut, prune
-from qpruner.pruning.surgery import check_not_shared
+from qpruner.pruning.prune import Pruned, block_sizes, num_parameters, planned_cut, prune
 from qpruner.pruning.units import Kept, unit_sizes
 from qpruner.report.tables import block_cells
 
@@ -95,35 +91,17 @@ def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
 @pytest.mark.parametrize(
     ("given", "implied"),
     [
-        (
-            {"layer_rate": 0.2},
-            {
-                "rate": None,
-                "selection": "per_layer",
-                "compensates_by": "least_squares",
-                "round_to": 1,
-                "query_heads": "modulo",
-            },
-        ),
-        ({"layer_rate": 0.2, "round_to": 32}, {"round_to": 32}),
-        ({"layer_rate": 0.2, "importance": "taylor"}, {"query_heads": "modulo"}),
-        ({"layer_rate": 0.2, "importance": "magnitude"}, {"query_heads": "modulo"}),
-        ({"layer_rate": 0.2, "query_heads": "served"}, {"query_heads": "served"}),
-        ({"layer_rate": 0.2, "importance": "fluctuation"}, {"query_heads": "served"}),
+        ({"layer_rate": 0.2}, {"rate": None, "selection": "per_layer", "round_to": 1, "query_heads": "modulo"}),
+        ({"layer_rate": 0.2, "round_to": 32, "query_heads": "served"}, {"round_to": 32, "query_heads": "served"}),
+        ({"layer_rate": 0.2, "importance": "fluctuation"}, {"query_heads": "served", "num_steps": 1}),
         ({"rate": 0.2, "layer_rate": None, "importance": "taylor"}, {"query_heads": "served"}),
         ({"uniform": True}, {"rate": 0.2, "selection": "per_layer"}),
-        ({"units": ["block"]}, {"compensates_by": "least_squares", "selection": "global"}),
-        ({"units": ["block", "mlp"]}, {"compensates_by": "least_squares"}),
-        ({"uniform": False}, {"selection": "global"}),
-        ({"rate": 0.2}, {"num_steps": 1}),
+        ({"uniform": False}, {"selection": "global", "num_steps": 1}),
+        ({"units": ["block"], "rate": 0.5}, {"compensates_by": "least_squares", "num_steps": 1}),
         ({"rate": 0.21}, {"num_steps": 2}),
-        ({"rate": 0.3}, {"num_steps": 2}),
-        ({"rate": 0.31}, {"num_steps": 4}),
         ({"rate": 0.1 * 3}, {"num_steps": 2}),
-        ({"rate": 0.7}, {"num_steps": 7}),
+        ({"rate": 0.31}, {"num_steps": 4}),
         ({"rate": 0.5, "steps": 1}, {"num_steps": 1}),
-        ({"rate": 0.5, "units": ["block"]}, {"num_steps": 1}),
-        ({"layer_rate": 0.5}, {"num_steps": 1}),
     ],
     ids=str,
 )
@@ -131,32 +109,6 @@ def test_what_is_not_said_follows_from_what_is(given: dict[str, Any], implied: d
     """A default that another key rules out would be refused as if someone had written it."""
     settings = PruneConfig.model_validate(given)
     assert {key: getattr(settings, key) for key in implied} == implied
-
-
-@pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("round_to", [32, 128])
-def test_the_rate_is_met_to_within_a_multiple_of_channels(selection: str, round_to: int) -> None:
-    model = decoder(intermediate_size=512)
-    before = num_parameters(model)
-    pruned = prune(model, settings_of(rate=0.3, round_to=round_to, selection=selection), samples_of())
-    assert abs(before - pruned.parameters_after - 0.3 * before) <= CHANNEL * round_to
-    assert all(kinds["mlp"] % round_to == 0 for kinds in widths(pruned).values())
-    kept = [kinds["mlp"] for kinds in widths(pruned).values()]
-    assert [block.mlp.up_proj.out_features for block in model.model.layers] == kept
-
-
-@pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("rate", [0.05, 0.15, 0.2])
-def test_a_coarse_grid_reaches_the_nearest_rate(rate: float, selection: str) -> None:
-    """Three key/value heads and nothing else: SmolLM2-135M's attention."""
-    model = decoder(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-    before = num_parameters(model)
-    head = unit_sizes(model, range(3), ("attention",))[0]["attention"].parameters
-    pruned = prune(model, settings_of(rate=rate, units=["attention"], selection=selection), samples_of())
-    removed = before - pruned.parameters_after
-    assert removed % head == 0
-    assert abs(removed - rate * before) <= head / 2
-    assert all(list(kinds) == ["attention"] for kinds in pruned.kept.values())
 
 
 def test_a_rate_of_zero_changes_nothing() -> None:
@@ -169,32 +121,7 @@ def test_a_rate_of_zero_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_share_of_each_blocks_own_units() -> None:
-    model = decoder(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-    settings = settings_of(layer_rate=0.4, first_layer=1, protected_layers=[-1])
-    pruned = prune(model, settings, samples_of())
-    assert widths(pruned) == {1: {"attention": 2, "mlp": 38}}
-    assert settings.rate is None
-
-
 # ---- which units, and what stays of the others
-
-
-def test_what_stays_is_what_the_record_says() -> None:
-    """Each kept row and column is the base model's, in its order."""
-    base = decoder()
-    pruned = prune(decoder(), settings_of(rate=0.3), samples_of())
-    for index, kinds in pruned.kept.items():
-        old, new = base.model.layers[index], pruned.model.model.layers[index]
-        rows = torch.cat([torch.arange(unit * 8, (unit + 1) * 8) for unit in kinds["attention"]])
-        channels = list(kinds["mlp"])
-        assert 0 < len(rows) < 32 and 0 < len(channels) < 64
-        for name in ("q_proj", "k_proj", "v_proj"):
-            assert torch.equal(new.self_attn.get_submodule(name).weight, old.self_attn.get_submodule(name).weight[rows])
-        assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight[:, rows])
-        assert torch.equal(new.mlp.gate_proj.weight, old.mlp.gate_proj.weight[channels])
-        assert torch.equal(new.mlp.up_proj.weight, old.mlp.up_proj.weight[channels])
-        assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[:, channels])
 
 
 @pytest.mark.parametrize(
@@ -221,12 +148,6 @@ def test_blocks_outside_the_range_keep_their_weights(options: dict[str, Any], wh
         assert is_same == (index in whole)
 
 
-def test_random_units_are_those_of_the_seed() -> None:
-    settings = settings_of(rate=0.3, importance="random")
-    first, again, other = (prune(decoder(), settings, samples_of(), seed=seed).kept for seed in (1, 1, 2))
-    assert first == again != other
-
-
 # ---- steps
 
 
@@ -238,7 +159,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     """Importance is measured anew on the model that is left, so other units may go; never one that went comes back."""
     chosen: list[Kept] = []
     sizes_seen: list[int] = []
-    choose, score = prune_module.choose, criteria_module.score
+    choose, score = prune_module.choose, prune_module.score
 
     def spy_choose(*args: Any, **kwargs: Any) -> Kept:
         chosen.append(choose(*args, **kwargs))
@@ -250,7 +171,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
 
     once = prune(decoder(), settings_of(rate=0.4, selection=selection, importance=importance), samples_of())
     monkeypatch.setattr(prune_module, "choose", spy_choose)
-    monkeypatch.setattr(criteria_module, "score", spy_score)
+    monkeypatch.setattr(prune_module, "score", spy_score)
     told: list[tuple[str, int, int]] = []
     settings = settings_of(rate=0.4, selection=selection, importance=importance, steps=3)
     stepped = prune(decoder(), settings, samples_of(), on_work=lambda *progress: told.append(progress))
@@ -271,60 +192,16 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
 # ---- every block alike
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.5])
-@pytest.mark.parametrize("compensation", ["none", "least_squares"])
-def test_uniform_widths_make_a_plain_config(rate: float, compensation: str, tmp_path: Path) -> None:
-    """Every block alike, so the config has no entry by block: and what a plain Llama may not be, it never becomes."""
-    from transformers import AutoConfig
-
-    model = decoder(hidden_size=48, num_attention_heads=8, num_key_value_heads=8)
-    before = num_parameters(model)
-    pruned = prune(model, settings_of(rate=rate, uniform=True, compensation=compensation), samples_of())
-    assert len({tuple(kinds.items()) for kinds in widths(pruned).values()}) == 1
-    assert abs(before - pruned.parameters_after - rate * before) <= 3 * 3 * 48
-    assert 48 % model.config.num_attention_heads == 0
-    model.config.save_pretrained(tmp_path)
-    saved = AutoConfig.from_pretrained(tmp_path)
-    assert not saved.is_heterogeneous
-    assert "per_layer_config" not in (tmp_path / "config.json").read_text()
-    assert saved.num_attention_heads == model.model.layers[0].self_attn.q_proj.out_features // 8
-    assert saved.intermediate_size == model.model.layers[0].mlp.up_proj.out_features
-
-
-LONG_ROPE = {
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "partial_rotary_factor": 1.0,
-        "original_max_position_embeddings": 32,
-        "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [1.0, 2.0, 3.0, 4.0],
-    },
-    "original_max_position_embeddings": 32,
-}
-
-
-@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("gemma2", {}), ("phi3", LONG_ROPE)])
-def test_blocks_that_happen_to_be_alike_are_saved_and_loaded(
-    name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    """Three of four heads in every block: transformers refuses that number as a plain one, but not block by block."""
-    from transformers import AutoModelForCausalLM
-
-    model = tiny(name, num_key_value_heads=4, **options)
-    pruned = prune(model, settings_of(layer_rate=0.25, units=["attention"]), samples_of())
-    assert widths(pruned) == {index: {"attention": 3} for index in range(3)}
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits_of(model))
-
-
 def test_uniform_channels_of_a_phi_of_long_context_are_plain(tmp_path: Path) -> None:
     """Its config wants a factor for every pair of hidden size / heads, so heads cannot go; channels can."""
     from transformers import AutoModelForCausalLM
 
-    model = tiny("phi3", num_key_value_heads=4, **LONG_ROPE)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    length = {"original_max_position_embeddings": 32}
+    model = tiny("phi3", num_key_value_heads=4, rope_parameters=rope | length, **length)
     with pytest.raises(UserError, match=r"`prune.units: \[mlp\]`, or `uniform: false`"):
-        expected_config(model.config, settings_of(rate=0.3, uniform=True))
+        planned_cut(model.config, settings_of(rate=0.3, uniform=True))
     prune(model, settings_of(rate=0.15, uniform=True, units=["mlp"]), samples_of())
     model.save_pretrained(tmp_path)
     assert "per_layer_config" not in (tmp_path / "config.json").read_text()
@@ -366,7 +243,7 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     settings, model = settings_of(**options), decoder()
-    foreseen = expected_config(copy.deepcopy(model.config), settings)
+    foreseen = planned_cut(model.config, settings).expected
     pruned = prune(model, settings, samples_of())
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(foreseen).state_dict()
@@ -379,7 +256,7 @@ def test_under_global_selection_the_config_is_the_average() -> None:
     from transformers import AutoModelForCausalLM
 
     settings, model = settings_of(rate=0.3, selection="global"), decoder()
-    foreseen = expected_config(copy.deepcopy(model.config), settings)
+    foreseen = planned_cut(model.config, settings).expected
     with torch.device("meta"):
         average = AutoModelForCausalLM.from_config(foreseen)
     pruned = prune(model, settings, samples_of())
@@ -395,16 +272,8 @@ def test_under_global_selection_the_config_is_the_average() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"rate": 0.3},
-        {"rate": 0.3, "compensation": "least_squares", "selection": "global"},
-        {
-            "rate": 0.5,
-            "units": ["block", "attention", "mlp"],
-            "depth_share": 0.5,
-            "compensation": "bias",
-            "steps": 2,
-        },
-        {"rate": 0.3, "importance": "fluctuation"},
+        {"rate": 0.3, "importance": "fluctuation", "compensation": "least_squares", "selection": "global"},
+        {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.5, "compensation": "bias", "steps": 2},
     ],
     ids=str,
 )
@@ -414,13 +283,9 @@ def test_a_model_that_accelerate_has_spread_is_cut_the_same(options: dict[str, A
 
     plain = prune(decoder(), settings_of(**options), samples_of())
     spread = decoder()
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    dispatch_model(
-        spread,
-        places | {f"model.layers.{index}": "cpu" for index in range(3)},
-        main_device="cpu",
-        force_hooks=True,
-    )
+    parts = ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.1", "layers.2")
+    places = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    dispatch_model(spread, places, main_device="cpu", force_hooks=True)
     assert hasattr(spread.model.layers[0], "_hf_hook")
     pruned = prune(spread, settings_of(**options), samples_of())
     assert pruned.kept == plain.kept
@@ -500,7 +365,7 @@ def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> N
 )
 def test_what_stacked_experts_cannot_do_is_refused(options: dict[str, Any], said: tuple[str, ...]) -> None:
     model, settings = tiny("mixtral"), settings_of(**{"rate": 0.2, "round_to": 8, **options})
-    for attempt in (lambda: prune(model, settings, samples_of()), lambda: expected_config(model.config, settings)):
+    for attempt in (lambda: prune(model, settings, samples_of()), lambda: planned_cut(model.config, settings)):
         with pytest.raises(UserError) as caught:
             attempt()
         assert [part for part in said if part not in str(caught.value)] == [], str(caught.value)
@@ -542,32 +407,22 @@ def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection
 def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> None:
     model_config = tiny().config
     with pytest.raises(UserError) as caught:
-        expected_config(model_config, settings_of(rate=0.9, **options))
+        planned_cut(model_config, settings_of(rate=0.9, **options))
     (told,) = re.findall(r"as it is, a rate of (0\.\d+) is the most", str(caught.value))
-    expected_config(model_config, settings_of(rate=float(told), **options))
+    planned_cut(model_config, settings_of(rate=float(told), **options))
     with pytest.raises(UserError):
-        expected_config(model_config, settings_of(rate=float(told) + 0.1, **options))
-
-
-def test_no_highest_rate_is_named_beside_dropped_blocks() -> None:
-    settings = settings_of(rate=0.9, units=["block", "attention"], depth_share=0.5)
-    with pytest.raises(UserError, match=r"at most .* can .*\(once \d whole blocks? went") as caught:
-        expected_config(tiny(num_hidden_layers=6).config, settings)
-    assert "is the most" not in str(caught.value)
+        planned_cut(model_config, settings_of(rate=float(told) + 0.1, **options))
 
 
 def test_a_share_of_each_block_that_takes_no_unit_is_refused() -> None:
     """Of three heads a fifth is none: nobody may go on with a model that was not cut."""
     model = tiny(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    said = r"`prune\.layer_rate` 0\.2 takes no unit .* 3 attention .*: raise it, lower that, or name"
     for options in ({}, {"uniform": True}):
-        settings = settings_of(layer_rate=0.2, units=["attention"], **options)
-        with pytest.raises(
-            UserError, match=r"`prune\.layer_rate` 0\.2 takes no unit .* 3 attention .*: raise it or name"
-        ):
-            expected_config(model.config, settings)
-    settings = settings_of(layer_rate=0.2, units=["mlp"], round_to=48)
-    with pytest.raises(UserError, match=r"mlp ones in multiples of 48: raise it, lower `prune\.round_to`"):
-        expected_config(tiny(intermediate_size=96).config, settings)
+        with pytest.raises(UserError, match=said):
+            planned_cut(model.config, settings_of(layer_rate=0.2, units=["attention"], **options))
+    with pytest.raises(UserError, match=r"channels in multiples of `prune\.round_to`: raise it"):
+        planned_cut(tiny().config, settings_of(layer_rate=0.2, units=["mlp"], round_to=48))
     pruned = prune(model, settings_of(layer_rate=0.34, units=["attention"]), samples_of())
     assert pruned.parameters_after < pruned.parameters_before
 
@@ -575,36 +430,16 @@ def test_a_share_of_each_block_that_takes_no_unit_is_refused() -> None:
 # ---- shared weights
 
 
-def _share_between_blocks(model: PreTrainedModel) -> None:
-    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-
-
-def _share_with_the_head(model: PreTrainedModel) -> None:
-    model.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(model.model.norm.weight.data.view(1, -1))
-
-
-@pytest.mark.parametrize(
-    ("share", "names"),
-    [
-        (_share_between_blocks, ("model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight")),
-        (_share_with_the_head, ("model.layers.1.self_attn.o_proj.weight", "model.norm.weight")),
-    ],
-)
-def test_shared_weights_are_refused(share: Any, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("other", ["layers.0.mlp.up_proj.weight", "norm.weight"])
+def test_shared_weights_are_refused(other: str) -> None:
+    """A tied output head, as of every tiny model here, is no obstacle."""
     model = decoder()
-    share(model)
+    data = model.get_parameter(f"model.{other}").data
+    model.model.layers[2].mlp.up_proj.weight.data = data if data.dim() > 1 else data.view(1, -1)
     with pytest.raises(UserError, match=r"one shared \(tied\) weight.*untie them, or leave pruning out") as caught:
         prune(model, settings_of(rate=0.2), samples_of())
-    assert all(name in str(caught.value) for name in names)
+    assert all(f"model.{name}" in str(caught.value) for name in (other, "layers.2.mlp.up_proj.weight"))
     prune(model, PruneConfig(rate=0.0), samples_of())
-
-
-def test_a_tied_output_head_is_no_obstacle() -> None:
-    model = decoder()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    check_not_shared(model)
-    prune(model, settings_of(rate=0.2), samples_of())
-    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # ---- what is refused
@@ -632,28 +467,8 @@ def test_what_a_model_cannot_meet_is_refused(name: str, options: dict[str, Any],
     grouped = {"num_key_value_heads": 4} if name == "llama" else {}
     model, settings = tiny(name, **grouped), settings_of(**options)
     before = logits_of(model)
-    for attempt in (lambda: expected_config(model.config, settings), lambda: prune(model, settings, samples_of())):
+    for attempt in (lambda: planned_cut(model.config, settings), lambda: prune(model, settings, samples_of())):
         with pytest.raises(UserError) as caught:
             attempt()
         assert said in str(caught.value)
     assert torch.equal(logits_of(model), before)
-
-
-def test_a_model_of_no_family_is_refused() -> None:
-    from transformers import GPT2Config
-
-    with pytest.raises(UserError, match="`gpt2` is not supported"):
-        family_of(GPT2Config())
-
-
-def test_padding_does_not_change_what_goes() -> None:
-    """The same samples one by one and in padded batches: for activations, tokens are tokens."""
-    kept = [
-        prune(
-            decoder(),
-            settings_of(rate=0.3, importance="fluctuation"),
-            Samples(rows_of((9, 16, 12, 7, 16)), PAD, batch_size),
-        ).kept
-        for batch_size in (1, 3, 8)
-    ]
-    assert kept[0] == kept[1] == kept[2]

@@ -17,45 +17,21 @@ if TYPE_CHECKING:
 VOCABULARY, PAD = 60, 0
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64, "num_hidden_layers": 3}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD, "tie_word_embeddings": True}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+EXPERTS = GROUPED | {"head_dim": 8, "intermediate_size": 24, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48},
+    "llama": GROUPED | {"head_dim": 8},
     # A window shorter than the samples, in every second block.
-    "gemma2": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "sliding_window": 4,
-    },
-    "granite": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 48,
-        "residual_multiplier": 0.4,
-    },
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 4},
+    "granite": GROUPED | {"residual_multiplier": 0.4},
     # Query and key norms over all heads.
-    "olmo2": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
-    "phi3": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
+    "olmo2": GROUPED,
+    "phi3": GROUPED,
     "opt": {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
     # Attention and MLP side by side.
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 48},
-    "mixtral": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 24,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "qwen3_moe": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 24,
-        "moe_intermediate_size": 24,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
+    "mixtral": EXPERTS | {"num_local_experts": 4},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4},
 }
 
 

@@ -12,28 +12,9 @@ import pkgutil
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families.family import (
-    ATTENTION,
-    EXPERT,
-    MLP,
-    Family,
-    UnitKind,
-    UnitSlice,
-    owned_parameters,
-)
+from qpruner.models.families.family import ATTENTION, EXPERT, MLP, Family, UnitKind, UnitSlice, owned_parameters
 
-__all__ = [
-    "ATTENTION",
-    "EXPERT",
-    "MLP",
-    "Family",
-    "UnitKind",
-    "UnitSlice",
-    "families",
-    "family_of",
-    "family_of_type",
-    "owned_parameters",
-]
+__all__ = ["ATTENTION", "EXPERT", "MLP", "Family", "UnitKind", "UnitSlice", "families", "family_of", "owned_parameters"]
 
 
 @functools.cache
@@ -46,15 +27,10 @@ def families() -> dict[str, Family]:
 
 def family_of(config: Any) -> Family:
     """Find the family of a transformers config; `UserError` with the supported list when there is none."""
-    return family_of_type(config.model_type)
-
-
-def family_of_type(model_type: str) -> Family:
-    """Find the family of a `model_type`; `UserError` with the supported list when there is none."""
-    family = families().get(model_type)
+    family = families().get(config.model_type)
     if family is None:
         raise UserError(
-            f"`model.source`: architecture `{model_type}` is not supported; supported: {', '.join(families())}. "
+            f"`model.source`: architecture `{config.model_type}` is not supported; supported: {', '.join(families())}. "
             "A new family is one file: docs/families.md says how"
         )
     return family

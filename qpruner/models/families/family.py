@@ -20,38 +20,25 @@ class UnitSlice:
 
     Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim``. Where rows of a linear
     layer's weight go, the same entries of its bias go too (`owned_parameters` adds them).
-
-    Attributes:
-        parameter: Path of the parameter inside its decoder block.
-        dim: For a linear layer's weight ``(rows, columns)``: 0 cuts outputs, 1 inputs.
-        width: Consecutive indices a unit.
-        offset: Where the first unit starts, for fused layers.
-        heads: Query heads that make up the width, where a key/value head has several.
     """
 
-    parameter: str
-    dim: int
+    parameter: str  # its path inside the decoder block
+    dim: int  # of a linear layer's weight (rows, columns): 0 cuts outputs, 1 inputs
     width: int
-    offset: int = 0
-    heads: int = 1
+    offset: int = 0  # where the first unit starts, in fused layers
+    heads: int = 1  # query heads that make up the width, where a key/value head has several
 
 
 @dataclass(frozen=True)
 class UnitKind:
-    """One kind of unit in a block: what pruning removes whole.
-
-    Attributes:
-        name: `attention`, `mlp` or `expert`.
-        num_units: Units the block has now.
-        slices: What one unit owns, parameter by parameter.
-        partitions: Experts whose channels are stacked in one parameter ``(experts, rows, columns)``: unit
-            ``expert * channels + channel``. Every expert keeps the same number of channels, each its own.
-    """
+    """One kind of unit in a block (`attention`, `mlp` or `expert`): what pruning removes whole."""
 
     name: str
     num_units: int
     slices: tuple[UnitSlice, ...]
     partitions: int = 1
+    """Experts whose channels are stacked in one parameter ``(experts, rows, columns)``: unit
+    ``expert * channels + channel``. Every expert keeps the same number of channels, each its own."""
 
     @property
     def units_per_partition(self) -> int:
@@ -77,25 +64,15 @@ def owned_parameters(block: torch.nn.Module, kind: UnitKind) -> Iterator[tuple[U
 
 @dataclass(frozen=True)
 class Family:
-    """Separate q/k/v/o and gate/up/down projections, heads grouped by key/value head; other families override parts.
+    """Separate q/k/v/o and gate/up/down projections, heads grouped by key/value head; other families override parts."""
 
-    Attributes:
-        model_type: transformers' `config.model_type`.
-        decoder_layer: Module and class of the decoder block, so that each block can be built from its own config.
-        blocks: Path of the list of blocks in the model.
-        attention: Path of the attention module in a block.
-        mlp: Path of the MLP in a block; '' where its layers lie in the block itself.
-        layerwise_keys: Config keys that hold a list with one entry a block.
-        has_learned_positions: Whether positions are a table, which ends; others can be computed for any.
-    """
-
-    model_type: str
-    decoder_layer: tuple[str, str]
-    blocks: str = "model.layers"
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    layerwise_keys: tuple[str, ...] = ("layer_types",)
-    has_learned_positions: bool = False
+    model_type: str  # transformers' `config.model_type`
+    decoder_layer: tuple[str, str]  # module and class of the block, so that each can be built from its own config
+    blocks: str = "model.layers"  # path of the list of blocks in the model
+    attention: str = "self_attn"  # path of the attention module in a block
+    mlp: str = "mlp"  # path of the MLP in a block; '' where its layers lie in the block itself
+    layerwise_keys: tuple[str, ...] = ("layer_types",)  # config keys that hold a list with one entry a block
+    has_learned_positions: bool = False  # positions are a table, which ends; others can be computed for any
 
     def block_path(self, index: int) -> str:
         """Return the path of block `index` in the model."""
@@ -170,10 +147,7 @@ class Family:
         return UnitKind(MLP, layer_config.intermediate_size, slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """Return the factor between the MLP's output projection and the residual stream.
-
-        None where a norm comes between, or experts are stacked in its place.
-        """
+        """Return the factor from the MLP's output to the residual stream; None behind a norm or for stacked experts."""
         return 1.0
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from qpruner.models.families.family import ATTENTION, EXPERT, MLP, Family, UnitKind, UnitSlice
+from qpruner.models.families.family import EXPERT, MLP, Family, UnitKind, UnitSlice
 
 
 @dataclass(frozen=True)
@@ -13,14 +13,10 @@ class MixtureFamily(Family):
 
     `mlp.experts.gate_up_proj` is ``(experts, 2 * channels, hidden)``, `mlp.experts.down_proj`
     ``(experts, hidden, channels)``, the router `mlp.gate.weight` ``(experts, hidden)``.
-
-    Attributes:
-        experts_key: Config key of the number of experts.
-        channels_key: Config key of the channels of one expert.
     """
 
     experts_key: str = "num_local_experts"
-    channels_key: str = "intermediate_size"
+    channels_key: str = "intermediate_size"  # channels of one expert
 
     def projections(self) -> dict[str, tuple[str, ...]]:
         whole = super().projections()
@@ -56,13 +52,9 @@ class MixtureFamily(Family):
         return int(layer_config.num_experts_per_tok)
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        heads_per_group = layer_config.num_attention_heads // layer_config.num_key_value_heads
-        return {
-            "num_key_value_heads": num_units[ATTENTION],
-            "num_attention_heads": num_units[ATTENTION] * heads_per_group,
-            self.experts_key: num_units[EXPERT],
-            self.channels_key: num_units[MLP],
-        }
+        widths = super().widths(layer_config, index, num_units)
+        channels = widths.pop("intermediate_size")
+        return widths | {self.experts_key: num_units[EXPERT], self.channels_key: channels}
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
         """Show the router's logits as wide as those of a whole block: the balancing loss adds them up over blocks."""
