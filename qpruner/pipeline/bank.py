@@ -198,9 +198,9 @@ def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
     """Build the groups, on several workers where it takes long enough to start them."""
-    from qpruner.quantization.bank import build_group, is_soon_packed
+    from qpruner.quantization.bank import FEW_WEIGHTS, build_group
 
-    is_small = is_soon_packed(context.layout) and not context.address
+    is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:

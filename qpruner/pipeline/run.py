@@ -25,10 +25,10 @@ from qpruner.report.search_progress import event_line
 from qpruner.report.tensorboard import FOLDER, Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
+from qpruner.runs.logs import Uploader
 from qpruner.runs.records import PruneRecord, Results
 from qpruner.runs.run_dir import LOG, RunDir
 from qpruner.runs.storage import exists
-from qpruner.runs.storage.upload import Uploader
 
 logger = logging.getLogger(__name__)
 

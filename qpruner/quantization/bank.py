@@ -23,7 +23,7 @@ from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
-from qpruner.plans.plan import FULL_BITS, Layout
+from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors, pack, unpack
 from qpruner.runs.run_dir import BANK_CACHE
@@ -86,11 +86,6 @@ class Entry:
 
     tensors: dict[str, torch.Tensor]
     residual_ratio: float
-
-
-def is_soon_packed(layout: Layout) -> bool:
-    """Whether a model is so small that workers are not worth starting."""
-    return sum(group.num_weights for group in layout.groups) < FEW_WEIGHTS
 
 
 def build_entry(weights: Mapping[str, torch.Tensor], bits: int, settings: EntrySettings) -> Entry:

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from qpruner.runs.records import SearchState, SensitivityRecord, TrialRecord
 
 
+class Event:
+    """Base of what is said."""
+
+
 @dataclass(frozen=True)
-class StageStarted:
+class StageStarted(Event):
     """A stage begins."""
 
     stage: str
@@ -17,7 +21,7 @@ class StageStarted:
 
 
 @dataclass(frozen=True)
-class StageFinished:
+class StageFinished(Event):
     """A stage has written its record."""
 
     stage: str
@@ -26,7 +30,7 @@ class StageFinished:
 
 
 @dataclass(frozen=True)
-class StageSkipped:
+class StageSkipped(Event):
     """A record with the same input digest exists, so the stage is not run again; `seconds` are those it took."""
 
     stage: str
@@ -35,7 +39,7 @@ class StageSkipped:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Progress(Event):
     """`done` of `total` steps of a stage are finished."""
 
     stage: str
@@ -49,7 +53,7 @@ COMMAND = "run"
 
 
 @dataclass(frozen=True)
-class Message:
+class Message(Event):
     """One line worth telling: a trial's result, a warning, a figure."""
 
     stage: str
@@ -57,7 +61,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class TableMade:
+class TableMade(Event):
     """A table worth showing."""
 
     headings: tuple[str, ...]
@@ -65,7 +69,7 @@ class TableMade:
 
 
 @dataclass(frozen=True)
-class SearchPlanned:
+class SearchPlanned(Event):
     """What the search is about, and every recorded trial, also those of searches with another budget or searcher."""
 
     search: SearchState
@@ -74,44 +78,31 @@ class SearchPlanned:
 
 
 @dataclass(frozen=True)
-class SlotsFound:
+class SlotsFound(Event):
     """So many trials can run at once on the machines that are there now."""
 
     slots: int
 
 
 @dataclass(frozen=True)
-class TrialChanged:
+class TrialChanged(Event):
     """A trial was handed out, reached a rung, or ended: its record as it is now."""
 
     trial: TrialRecord
 
 
 @dataclass(frozen=True)
-class StepsSeen:
+class StepsSeen(Event):
     """Where the trials under way are now, between two rungs, too: the last step that each told of, by number."""
 
     steps: Mapping[int, int]
 
 
 @dataclass(frozen=True)
-class TrialWithdrawn:
+class TrialWithdrawn(Event):
     """A trial that waited for a machine when the search's hours were spent is not begun any more, and not recorded."""
 
     index: int
 
 
-Event = (
-    StageStarted
-    | StageFinished
-    | StageSkipped
-    | Progress
-    | Message
-    | TableMade
-    | SearchPlanned
-    | SlotsFound
-    | TrialChanged
-    | StepsSeen
-    | TrialWithdrawn
-)
 Emit = Callable[[Event], None]

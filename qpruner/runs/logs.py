@@ -1,19 +1,23 @@
-"""What a process that drives a run does first: its log goes to the run, and libraries do not tear the terminal."""
+"""What grows while a process drives a run, its log and TensorBoard's files; libraries do not tear the terminal."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qpruner.errors import QprunerError, UserError, note_defect
+from qpruner.errors import QprunerError, StorageError, UserError, note_defect
+from qpruner.runs.events import Event, StageFinished
 from qpruner.runs.run_dir import LOG
-from qpruner.runs.storage import display_name, fetch_file, retry_storage, storage_at, storage_error
+from qpruner.runs.storage import display_name, fetch_file, files_in, remove, retry_storage, storage_at, storage_error
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN = 30.0
 
 
 def quiet_libraries() -> None:
@@ -30,9 +34,6 @@ def quiet_libraries() -> None:
 @contextmanager
 def logging_to(root: Path) -> Iterator[None]:
     """Log to a run's `qpruner.log` meanwhile, libraries' warnings and an unexpected error included.
-
-    Args:
-        root: The run folder, made if it is not there; or the mirror of a URI.
 
     Raises:
         UserError: If the folder cannot be written.
@@ -74,3 +75,48 @@ def logging_to(root: Path) -> Iterator[None]:
         everything.setLevel(level)
         everything.removeHandler(handler)
         handler.close()
+
+
+class Uploader:
+    """Sends the files of a run at a URI that changed: at intervals, when a stage ends, and when it is closed.
+
+    These are a folder that this process writes anew, and a further file.
+    """
+
+    def __init__(self, root: Path, folder: str, file: str) -> None:
+        self._folder, self._file = root / folder, root / file
+        self._sent = dict[Path, tuple[int, int]]()
+        self._is_needed = not storage_at(root).fills_this_disk
+        if self._is_needed:  # what this machine has of the folder may be older than what another one sent
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._due = time.monotonic() + SECONDS_BETWEEN
+
+    def listen(self, event: Event) -> None:
+        """Send what changed, where it is time to."""
+        if self._is_needed and (time.monotonic() >= self._due or isinstance(event, StageFinished)):
+            self._send(is_last=False)
+
+    def close(self) -> None:
+        """Send the rest, and delete what an earlier command sent and this one did not write."""
+        if self._is_needed:
+            self._send(is_last=True)
+
+    def _send(self, is_last: bool) -> None:
+        try:
+            for path in (*self._folder.rglob("*"), self._file):
+                state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+                if state and state != self._sent.get(path):
+                    storage_at(path).put(path)
+                    self._sent[path] = state
+            if is_last and self._folder.is_dir():
+                for path in (self._folder / name for name in files_in(self._folder)):
+                    if path not in self._sent:
+                        remove(path)
+        except (OSError, StorageError) as error:  # it costs no result
+            logger.warning(
+                "TensorBoard's files and the log could not be sent: %s; that is tried again %s: if it stays so, check "
+                "that the address of `output` is reached from here and its credentials may write",
+                error,
+                "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s",
+            )
+        self._due = time.monotonic() + SECONDS_BETWEEN

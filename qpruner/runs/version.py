@@ -15,13 +15,13 @@ COMMIT_FILE = "commit.txt"
 
 
 def commit() -> str | None:
-    """Return the commit of this code, with `+modified` where the checkout differs from it.
-
-    Returns:
-        None where neither git nor the build tells: an archive without history, a checkout on a machine without git.
-    """
+    """Return the commit of this code, with `+modified` where the checkout differs; None where nothing tells it."""
     if (_PACKAGE.parent / ".git").exists():
-        return _commit_of_checkout(_PACKAGE.parent)
+        try:
+            changes = _git("status", "--porcelain", "--untracked-files=no")
+            return _git("rev-parse", "--short=12", "HEAD") + ("+modified" if changes else "")
+        except (OSError, subprocess.CalledProcessError):
+            return None
     left = _PACKAGE / COMMIT_FILE
     return left.read_text().strip() or None if left.exists() else None
 
@@ -32,15 +32,6 @@ def describe() -> str:
     return f"{VERSION} (commit {known})" if known else VERSION
 
 
-def _commit_of_checkout(root: Path) -> str | None:
-    try:
-        commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+modified" if changes else "")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 (our words)

@@ -74,12 +74,6 @@ def measure(
 
     Memory above the weights: every block's output for one batch, the unquantized model's log-probabilities at the
     batch's predicted positions in float32, a group's weights once more, and one layer's while it is unpacked.
-
-    Args:
-        model: The pruned model, unquantized; its weights are restored.
-        samples: The samples.
-        starts: Groups, bit-widths and the weights at the start of a trial.
-        on_pass: Called after every pass.
     """
     samples = samples.by_length
     total = len(list(samples.split())) * len(starts.groups) * len(starts.levels)

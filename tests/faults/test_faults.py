@@ -10,14 +10,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+from conftest import disk_of, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
@@ -29,7 +28,8 @@ from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSk
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import folder_digests, read_json
-from qpruner.search.trial_records import set_aside_damaged
+from qpruner.search.trial import run_trial
+from qpruner.search.trial_records import Materials, TrialJob, set_aside_damaged
 
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
 
@@ -83,13 +83,12 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
 # ---- damaged files
 
 
-@pytest.mark.parametrize("split", ["train", "sensitivity"])
 @pytest.mark.parametrize(
-    "damage",
+    ("split", "damage"),
     [
-        pytest.param(lambda path: flip_a_byte(next(path.glob("*.arrow"))), id="flipped"),
-        pytest.param(lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="cut"),
-        pytest.param(shutil.rmtree, id="missing"),
+        pytest.param("train", lambda path: flip_a_byte(next(path.glob("*.arrow"))), id="flipped"),
+        pytest.param("sensitivity", lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="cut"),
+        pytest.param("train", shutil.rmtree, id="missing"),
     ],
 )
 def test_damaged_rows_alone_are_set_aside_and_made_again(
@@ -128,9 +127,7 @@ def test_rows_damaged_meanwhile_are_named_with_the_remedy(pruned: Path, tiny_raw
     ("file", "damage"),
     [
         pytest.param("prune/model.safetensors", flip_a_byte, id="weights-flipped"),
-        pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 0), id="weights-empty"),
         pytest.param("prune/model.safetensors", Path.unlink, id="weights-missing"),
-        pytest.param("prune/config.json", flip_a_byte, id="config-flipped"),
         pytest.param("prune.files.json", flip_a_byte, id="list-flipped"),
     ],
 )
@@ -247,10 +244,6 @@ def test_a_model_cut_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) 
     "damage",
     [
         pytest.param(lambda text: text[: len(text) // 2], id="truncated"),
-        pytest.param(lambda text: b"", id="empty"),
-        pytest.param(lambda text: b"\0" * len(text), id="zeros"),
-        pytest.param(lambda text: b"\xff\xfe" + text[2:], id="no-text"),
-        pytest.param(lambda text: b"[]", id="no-record"),
         pytest.param(lambda text: flipped(text, b'"digest": "'), id="digest-flipped"),
         pytest.param(lambda text: flipped(text, re.search(rb'"seconds": \d+\.', text)[0]), id="number-flipped"),
     ],
@@ -282,13 +275,8 @@ def test_a_corrupt_record_is_named_and_its_stage_run_again(
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 16 MiB: enough for the run, if nothing else fills it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "qpruner-test", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with disk_of("16m", tmp_path / "disk") as folder:
+        yield folder
 
 
 def fill(disk: Path, leave: int) -> Path:
@@ -304,8 +292,7 @@ def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dic
         go(with_key(tiny_raw, "output", str(disk / "run")), "bank")
 
 
-@pytest.mark.parametrize("leave", [0, 4096, 100_000])
-@pytest.mark.parametrize("stage", ["prune", "bank"])
+@pytest.mark.parametrize(("stage", "leave"), [("prune", 0), ("prune", 100_000), ("bank", 4096)])
 def test_a_disk_that_fills_up_costs_that_stage_only(
     stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
@@ -333,17 +320,16 @@ def test_a_disk_that_fills_up_costs_that_stage_only(
     assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
 
 
-@pytest.mark.parametrize("leave", [4096, 100_000])
 @pytest.mark.parametrize(("stage", "kind"), [("prepare", StageStarted), ("prune", StageStarted), ("bank", Progress)])
 def test_a_disk_full_for_a_while_costs_a_stage_only_time(
-    stage: str, kind: type[Event], leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
+    stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     """The bank's first entry is built by then: a bank that has no room at all is refused with its size."""
     with contextlib.ExitStack() as meanwhile:
 
         def fill_once(event: Event) -> None:
             if isinstance(event, kind) and event.stage == stage and not fillers:
-                fillers.append(meanwhile.enter_context(full_until_noticed(disk, leave)))
+                fillers.append(meanwhile.enter_context(full_until_noticed(disk, 4096)))
 
         fillers: list[Path] = []
         results, _ = go(with_key(tiny_raw, "output", str(disk / "run")), "bank", fill_once)
@@ -370,7 +356,6 @@ def poisoned_model(model: Path, folder: Path, parameter: str) -> Path:
     ("importance", "rate", "parameter"),
     [
         pytest.param("taylor", 0.2, "model.layers.1.mlp.down_proj.weight", id="taylor"),
-        pytest.param("magnitude", 0.2, "model.layers.1.mlp.up_proj.weight", id="magnitude"),
         pytest.param("magnitude", 0.2, "model.norm.weight", id="outside-the-blocks"),
         pytest.param("taylor", 0.0, "model.layers.0.self_attn.q_proj.weight", id="not-pruned"),
     ],
@@ -388,19 +373,20 @@ def test_nan_weights_stop_the_first_stage_that_reads_them(
     assert f"Failed in stage prune: {error.cause}" in report, "a failed run has its report"
 
 
+def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> TrialJob:
+    """A trial of a run that has its bank, every group at 4 bits."""
+    bank = RunDir(root).read_record("bank", BankRecord)
+    assert bank is not None
+    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
+    return TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / data), plan)
+
+
 @pytest.mark.parametrize("first_rung", [1, 4])
 def test_a_diverging_trial_names_step_and_learning_rate(
     first_rung: int, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
-    from qpruner.search.trial import run_trial
-    from qpruner.search.trial_records import Materials, TrialJob
-
-    root = copy_of(banked, tiny_raw)
     raw = with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.first_rung", first_rung)
-    bank = RunDir(root).read_record("bank", BankRecord)
-    assert bank is not None
-    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
-    job = TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / "prepare" / "data"), plan)
+    job = trial_of(copy_of(banked, tiny_raw), raw)
     with pytest.raises(StageError) as caught, explained(Search):
         run_trial(job, None, lambda result, checkpoint: None)
     assert caught.value.stage == "search"
@@ -411,18 +397,11 @@ def test_a_diverging_trial_names_step_and_learning_rate(
 def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[str, Any]) -> None:
     """It may take longer than a trial may stand still: every file of the model, every group of the bank. The rows come
     last, and are not there."""
-    from qpruner.search.trial import run_trial
-    from qpruner.search.trial_records import Materials, TrialJob
-
-    root = copy_of(banked, tiny_raw)
-    bank = RunDir(root).read_record("bank", BankRecord)
-    assert bank is not None
-    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
-    beats: list[int] = []
-    job = TrialJob(validate_config(tiny_raw), Materials(root / "prune", root / "bank", root / "nowhere"), plan)
+    root, beats = copy_of(banked, tiny_raw), list[int]()
+    job = trial_of(root, tiny_raw, "nowhere")
     with pytest.raises(CorruptFile, match="nowhere"):
         run_trial(job, None, lambda result, checkpoint: None, beats.append)
-    assert len(beats) > len(list((root / "prune").iterdir())) + len(plan)
+    assert len(beats) > len(list((root / "prune").iterdir())) + len(job.plan)
 
 
 @pytest.mark.slow

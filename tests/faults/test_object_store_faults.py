@@ -64,6 +64,14 @@ def trials_at(store: Store, run: str) -> list[dict[str, Any]]:
     return [json.loads(store.read(f"{run}/trials/{key}")) for key in keys]
 
 
+def ended(config: Path, verb: str = "run") -> str:
+    """What a command says that must end well."""
+    with driver(config, verb=verb) as process:
+        code, said = process.end()
+    assert code == 0, said[-3000:]
+    return said
+
+
 def has_one_trial_behind_it(store: Store, run: str) -> bool:
     trials = trials_at(store, run)
     return len(trials) > 1 and trials[0]["status"] == "finished"
@@ -134,9 +142,7 @@ def test_a_banks_damaged_object_alone_is_built_again(
     whole = store.read(key)
     store.damage(key)
     config = config_at(store.uri(KILLED), tmp_path / "a", tiny_model)
-    with driver(config, verb="run") as process:
-        code, said = process.end()
-    assert code == 0, said[-3000:]
+    said = ended(config)
     assert f"s3://runs/{key} is missing or damaged; it alone is built again" in said
     assert "1 entries to build" in said and store.read(key) == whole
     for stage in ("prepare", "prune", "sensitivity", "search", "finetune", "evaluate"):
@@ -149,9 +155,8 @@ def test_damaged_weights_are_set_aside_and_made_again(
     store.copy(KILLED, "damaged/run", ("prepare", "prune", "records", "run.json"))
     store.damage("damaged/run/prune/model.safetensors")
     config = config_at(store.uri("damaged/run"), tmp_path / "a", tiny_model)
-    with driver(config, verb="bank") as process:
-        code, said = process.end()
-    assert code == 0 and "[prune] done" in said, said[-3000:]
+    said = ended(config, verb="bank")
+    assert "[prune] done" in said
     assert "s3://runs/damaged/run/prune/model.safetensors is damaged" in said
     (aside,) = [key for key in store.keys("damaged/run/damaged") if key.endswith("/model.safetensors")]
     assert f"set aside in s3://runs/damaged/run/damaged/{aside.partition('/')[0]}" in said
@@ -179,17 +184,12 @@ def test_a_server_away_is_waited_for_then_told(
         if comes_back:
             time.sleep(15)
             gate.open()
-            code, said = process.end()
-            assert code == 0, said[-3000:]
-        else:
-            code, said = process.end()
-            assert code == 1, said[-3000:]
-            told = json.loads(said.splitlines()[-1])
-            assert told["kind"] == "StageError", "what Tune makes of it is no reason"
-            assert "cannot be reached" in told["error"] and "bring the storage back" in told["error"]
+        code, said = process.end()
+    assert code == (0 if comes_back else 1), said[-3000:]
     if not comes_back:
-        with driver(config) as process:
-            code, said = process.end()
-            assert code == 0, said[-3000:]
+        told = json.loads(said.splitlines()[-1])
+        assert told["kind"] == "StageError", "what Tune makes of it is no reason"
+        assert "cannot be reached" in told["error"] and "bring the storage back" in told["error"]
+        ended(config, verb="search")
     rungs = [trial["rungs"] for trial in trials_at(store, run)]
     assert comparable(rungs) == [trial["rungs"] for trial in undisturbed["trials"]]

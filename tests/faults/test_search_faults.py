@@ -40,14 +40,18 @@ from qpruner.runs.storage import file_digest
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to the sensitivities."""
-    config = search_config(tiny_model, tmp_path_factory.mktemp("measured"))
-    with driver(config, verb="sensitivity") as process:
+def ended(config: Path, verb: str = "search") -> Path:
+    """The run folder after a command that nothing happens to."""
+    with driver(config, verb=verb) as process:
         code, said = process.end()
     assert code == 0, said[-3000:]
     return config.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the sensitivities."""
+    return ended(search_config(tiny_model, tmp_path_factory.mktemp("measured")), "sensitivity")
 
 
 @pytest.fixture
@@ -62,10 +66,7 @@ def undisturbed(measured: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     """A search that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(measured, folder / "run")
-    with driver(search_config(tiny_model, folder)) as process:
-        code, said = process.end()
-    assert code == 0, said[-3000:]
-    return folder / "run"
+    return ended(search_config(tiny_model, folder))
 
 
 def finished(process: Driver) -> dict[str, Any]:
@@ -254,11 +255,9 @@ def spoil(bank: Path, name: str) -> None:
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
     keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
     config = search_config(tiny_model, config.parent, **keys)
-    with driver(config, verb="bank") as process:
-        code, said = process.end()
-        assert code == 0, said[-3000:]
-    name = next(name for name in read_index(process.run / "bank").files if name.startswith("4bit/"))
-    spoil(process.run / "bank", name)
+    bank = ended(config, "bank") / "bank"
+    name = next(name for name in read_index(bank).files if name.startswith("4bit/"))
+    spoil(bank, name)
     group = Path(name).stem
     with driver(config) as process:
         record = finished(process)
@@ -302,9 +301,7 @@ def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = search_config(tiny_model, folder / name, **BIG)
         if name == "undisturbed":
             shutil.copytree(folder / "measured" / "run", folder / name / "run")
-        with driver(config, verb=verb) as process:
-            code, said = process.end()
-        assert code == 0, said[-3000:]
+        ended(config, verb)
     return folder
 
 
@@ -445,8 +442,7 @@ def test_a_full_disk_is_waited_for_then_told_with_its_remedy(
             assert "no space left" in told["error"] and "make room" in told["error"]
             filler.unlink()
     if not room_again:
-        with driver(config) as process:
-            finished(process)
+        ended(config)
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -39,9 +38,11 @@ from qpruner.runs.records import SearchClock
 from qpruner.runs.storage import (
     exists,
     file_digest,
+    files_in,
     folder_digests,
     read_existing,
     read_json,
+    remove,
     retry_storage,
     storage_at,
     storage_error,
@@ -56,19 +57,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
     with disk_of("1m", tmp_path / "disk") as folder:
         yield folder
-
-
-@contextmanager
-def unconnected(disk: Path) -> Iterator[Callable[[], None]]:
-    """Covered by a file system whose server died, so that all it is asked fails, until what is handed out is called."""
-    try:
-        server = os.open("/dev/fuse", os.O_RDWR)
-    except OSError as error:
-        pytest.skip(f"no file system of a process's own here: {error}")
-    options = f"fd={server},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
-    subprocess.run(["mount", "-t", "fuse", "-o", options, "qpruner-dead", disk], pass_fds=[server], check=True)
-    os.close(server)
-    yield lambda: subprocess.run(["umount", disk], check=True) and None
 
 
 @contextmanager
@@ -113,17 +101,6 @@ def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., It
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
-def test_exists_waits_until_the_storage_answers(disk: Path) -> None:
-    """Who takes a number for a new trial asks so; one answer that is an error would end every trial at work."""
-    (disk / "record.json").write_text("{}")
-    with unconnected(disk) as end:
-        with pytest.raises(OSError, match="Transport endpoint is not connected"):
-            (disk / "record.json").read_text()
-        threading.Timer(0.3, end).start()
-        assert exists(disk / "record.json")
-    assert not exists(disk / "nothing") and not exists(disk / "record.json" / "nothing") and not exists(disk)
-
-
 def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
     """A large model on a disk that fills up at its end; what goes on where it came to did some each time."""
     attempts = 0
@@ -145,22 +122,24 @@ def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
             retry_storage(write, disk, seconds=0.1, resumable=True)
 
 
-def test_a_disk_that_stays_full_keeps_the_old_record(disk: Path) -> None:
-    path = disk / "record.json"
-    write_json(path, SearchClock(seconds=1.0))
-    with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room") as caught:
-        write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
-    assert caught.value.exit_code == 1
-    assert read_json(path, SearchClock) == SearchClock(seconds=1.0)
-
-
-def test_a_folder_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (full, r"no space left for {}\n.*make room"),
+        (away, r"cannot be reached \(Read-only.*\n.*bring the storage back"),
+    ],
+)
+def test_storage_that_stays_so_is_told_and_the_record_kept(
+    trouble: Callable[..., Iterator[None]], message: str, disk: Path
+) -> None:
     path = disk / "trials" / "record.json"
     write_json(path, SearchClock(seconds=1.0))
-    with away(disk) as back:  # type: ignore[attr-defined]
-        with pytest.raises(StorageError, match=r"cannot be reached \(Read-only.*\n.*bring the storage back"):
+    assert exists(path) and not exists(disk / "nothing") and not exists(path / "nothing") and not exists(disk)
+    with trouble(disk) as end:  # type: ignore[attr-defined]
+        with pytest.raises(StorageError, match=message.format(path)) as caught:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
-        threading.Timer(0.8, back).start()
+        assert caught.value.exit_code == 1
+        threading.Timer(0.8, end).start()
         assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
 
 
@@ -214,21 +193,12 @@ def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number
     verify_folder(target)
 
 
-def test_a_copy_that_finds_no_room_is_a_full_disk(disk: Path, tmp_path: Path) -> None:
-    """shutil collects what its copies met into one error without a number."""
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "weights").write_bytes(b"w" * 10_000)
-    with full(disk), pytest.raises(StorageError, match="no space left") as caught:
-        retry_storage(
-            lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0
-        )
-    assert isinstance(caught.value.__cause__, shutil.Error)
-
-
 TENSOR = {"weight": torch.zeros(50_000)}
 SAVES: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda path: save_file(TENSOR, path),
     "torch": lambda path: torch.save(TENSOR, path),
+    # shutil collects what its copies met into one error without a number.
+    "shutil": lambda path: shutil.copytree(path.parents[1] / "checkpoint", path, dirs_exist_ok=True),
     "tokenizers": lambda path: Tokenizer(BPE({f"word {number}": number for number in range(10_000)}, [])).save(
         str(path)
     ),
@@ -239,11 +209,13 @@ SAVES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("leave", [0, 8192])
 def test_a_full_disk_in_a_librarys_words_is_waited_for(library: str, leave: int, disk: Path) -> None:
     path = disk / "saved"
+    (disk.parent / "checkpoint").mkdir()
+    (disk.parent / "checkpoint" / "weights").write_bytes(b"w" * 150_000)
     with full_until_noticed(disk, leave) as filler:
         retry_storage(lambda: SAVES[library](path), path, seconds=2)
         assert not filler.exists()
-    assert path.stat().st_size > 100_000
-    path.unlink()
+    assert sum(files_in(disk).values()) > 100_000
+    remove(path)
     with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room"):
         retry_storage(lambda: SAVES[library](path), path, seconds=0)
 

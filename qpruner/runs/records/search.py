@@ -210,6 +210,7 @@ class FrontPoint(FreshScore):
 class SearchRecord(Record):
     """The outcome of the search; the trials' own records lie under `trials/<trials_digest>/`."""
 
+    listed: ClassVar[str] = "confirmations"
     trials_digest: str
     searcher: str
     metric: Literal["loss", "accuracy"]
@@ -260,5 +261,3 @@ class SearchRecord(Record):
     def total_gpu_seconds(self) -> float:
         """What it held GPUs for: its trials, and the finalists on fresh rows."""
         return self.gpu_seconds + self.confirmation_gpu_seconds
-
-    listed: ClassVar[str] = "confirmations"

@@ -36,6 +36,7 @@ class LayerWidths(Recorded):
 class PruneRecord(Record):
     """The pruned checkpoint."""
 
+    listed: ClassVar[str] = "layers"
     importance: str
     selection: str
     compensation: str
@@ -59,8 +60,6 @@ class PruneRecord(Record):
     def achieved(self) -> str:
         """The achieved rate in words."""
         return f"achieved {self.achieved_rate:.2%}"
-
-    listed: ClassVar[str] = "layers"
 
 
 class MethodScores(Recorded):
@@ -152,10 +151,9 @@ class CandidateRecord(Record):
 class FinetuneRecord(Record):
     """The winner's fine-tune, whose adapter the final model has."""
 
+    listed: ClassVar[str] = "candidates"
     winner: str
     candidates: tuple[CandidateRecord, ...]
-
-    listed: ClassVar[str] = "candidates"
 
 
 class MetricScore(Recorded):
@@ -235,6 +233,7 @@ class RowScores(Recorded):
 class EvalRecord(Record):
     """Scores on the held-out tasks: base, pruned and quantized before any fine-tune, and the fine-tuned winner."""
 
+    listed: ClassVar[str] = "rows"
     rows: tuple[RowScores, ...]
     text: str | None = None
     """Which held-out text `RowScores.text_loss` is on."""
@@ -246,8 +245,6 @@ class EvalRecord(Record):
     def metrics(self) -> dict[str, str]:
         """Task -> the metric that tables and claims use."""
         return {score.task: score.metric for score in self.rows[-1].scores}
-
-    listed: ClassVar[str] = "rows"
 
 
 class ComparisonRecord(Record):

@@ -197,11 +197,9 @@ def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
 
 def put_file(file: Path, target: Path) -> str:
     """Move a file from the `staging_path` of a target there; return its sha256."""
-    there = objects_at(target)
-    if there is None:
-        return file_digest(target)
-    sha256 = retry_storage(lambda: there.put(file), target)
-    file.unlink()
+    sha256 = retry_storage(lambda: storage_at(target).put(file), target)
+    if file != target:
+        file.unlink()
     return sha256
 
 
@@ -280,11 +278,7 @@ def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
 
 
 def verify_folder(folder: Path, on_piece: OnPiece = lambda: None) -> None:
-    """Compare a folder with its list, if it has one, whatever this process knows of it.
-
-    Raises:
-        CorruptFile: Naming the file or object that is missing or not as it was written.
-    """
+    """Compare a folder with its list, if it has one, whatever this process knows of it; raises as `fetch` does."""
     storage_at(folder).verify(on_piece)
 
 

@@ -96,12 +96,7 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 @contextmanager
 def translated(name: str, bucket: str) -> Iterator[None]:
-    """Raise pyarrow's errors, which tell their kind in their text only, as errors of files.
-
-    Args:
-        name: Of what is read or written.
-        bucket: Its bucket.
-    """
+    """Raise pyarrow's errors, which tell their kind in their text only, as errors of files."""
     try:
         yield
     except OSError as error:

@@ -131,12 +131,7 @@ def empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
-    """Hold a path for this process, so that the processes of a machine fetch a copy once.
-
-    Args:
-        path: What is to be fetched.
-        on_piece: Called while another process holds the path: who waits does not hang.
-    """
+    """Hold a path for this process; `on_piece` is called while another process does: who waits does not hang."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     while not lock.is_locked:

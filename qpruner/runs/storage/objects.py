@@ -119,7 +119,6 @@ class ObjectStorage(Storage):
         return Stat(float(found.mtime.timestamp()), int(found.size)) if found.type == FileType.File else None
 
     def put(self, file: Path) -> str:
-        """Send a file of this machine; return its sha256."""
         with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
             return copy_pieces(source.read, stream.write)
 

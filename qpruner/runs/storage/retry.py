@@ -55,9 +55,8 @@ def retry_storage(
         operation: What may be repeated after it failed half way.
         path: What to name where an error names no file.
         seconds: Pauses in all, `PATIENCE_SECONDS` by default.
-        was_there: Whether what it reads is known to exist, so that a missing file means a storage that is away.
-        resumable: Whether an attempt continues where the last one ended: the pauses are counted anew after an attempt
-            that took longer than these.
+        was_there: Whether a missing file means a storage that is away.
+        resumable: Whether pauses are counted anew after a long attempt, since the next continues where it ended.
 
     Raises:
         StorageError: When the storage is still full or away after that.
@@ -99,12 +98,7 @@ def retry_storage(
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
-    """Explain an error of a storage that is full or away; None for any other.
-
-    Args:
-        error: What was raised.
-        path: What to name where the error names no file.
-    """
+    """Explain an error of a storage that is full or away, with `path` where it names no file; None for any other."""
     number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(f"no space left for {place or 'the disk'}", "make room, then repeat the command")
