@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from qpruner.cluster.connect import OBJECT_STORE_BYTES, Cluster
-from qpruner.cluster.probe import packed_check
+from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
@@ -147,7 +147,7 @@ def run_search(
         digest="0" * 16,
         search="1" * 16,
         resources=resources,
-        check_node=packed_check(RunDir(folder)),
+        check_node=packed_check(versions(), RunDir(folder)),
     )
     return search(job, Room(Cluster(None).slots, resources, slots, emit), emit)
 

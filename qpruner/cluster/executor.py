@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qpruner.cluster.tasks import DeathCounter, original_error
+from qpruner.cluster.tasks import DeathCounter, checked, original_error
 from qpruner.models.loading import OnLoading, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
@@ -76,22 +77,11 @@ Work = Callable[[ModelCache, Emit], Result]
 """A partial module-level function of plain data, the cache, and a function that takes events."""
 
 
-class ModelExecutor(Protocol):
-    """Runs work on one model."""
-
-    def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run `work`; its events and errors arrive as they are."""
-
-    def close(self) -> None:
-        """Free memory and resources; the next `run` takes them again."""
-
-
 class LocalExecutor:
     """Runs work in this process, on this many GPUs."""
 
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
-        self._gpus, self._gpu_time = gpus, gpu_time
-        self._cache = ModelCache()
+        self._gpus, self._gpu_time, self._cache = gpus, gpu_time, ModelCache()
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run `work` here."""
@@ -100,8 +90,7 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Free the model's memory."""
-        self._cache = ModelCache()
-        release()
+        self._cache.clear()
 
 
 class ClusterExecutor:
@@ -138,9 +127,21 @@ class ClusterExecutor:
 
         if self._actor is not None:
             return
+
+        class Worker:  # nested, so that it is pickled whole, as in `checked`
+            def place(self) -> str:
+                import ray
+
+                node: str = ray.get_runtime_context().get_node_id()
+                return node
+
+            def run(self, work: bytes) -> Iterator[Any]:
+                from ray import cloudpickle
+
+                yield from cloudpickle.loads(work)()
+
         options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
-        actor = ray.remote(_checked_worker(self._check_node)).options(**options)
-        self._actor = actor.remote(int(self._resources.get("cpu", 1.0)))
+        self._actor = ray.remote(Worker).options(**options).remote()
         self._node, place = None, self._actor.place.remote()
         if not ray.wait([place], timeout=QUIET_SECONDS)[0]:
             emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
@@ -152,13 +153,14 @@ class ClusterExecutor:
         from ray import cloudpickle
         from ray.exceptions import RayTaskError
 
-        for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps(work)):
+        running = checked(self._check_node, partial(_stream, work, int(self._resources.get("cpu", 1.0))))
+        for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps(running)):
             try:
                 answer = ray.get(reference)
             except RayTaskError as error:
                 raise original_error(error) from error
-            if isinstance(answer, _Done):
-                result: Result = answer.result
+            if isinstance(answer, tuple):
+                result: Result = answer[0]
                 return result
             emit(answer)
         raise AssertionError("a worker's last answer is its result")
@@ -172,57 +174,22 @@ class ClusterExecutor:
             self._actor = None
 
 
-@dataclass(frozen=True)
-class _Done:
-    result: Any
+ModelExecutor = LocalExecutor | ClusterExecutor
+"""Runs work on one model; events and errors arrive as they are."""
+
+_cache = ModelCache()
+"""That of an actor's process."""
 
 
-def _checked_worker(check_node: bytes) -> type:
-    """Return the actor: a `_Worker` that is unpickled only after the node was found to be like the driver's.
-
-    A nested class is pickled whole; another qpruner on the node could not even read the job.
-    """
-    from ray import cloudpickle
-
-    worker = cloudpickle.dumps(_Worker)
-
-    class Worker:
-        def __init__(self, threads: int) -> None:
-            self._threads = threads
-            self._worker: Any = None
-
-        def place(self) -> str:
-            """Return Ray's id of its node."""
-            import ray
-
-            node: str = ray.get_runtime_context().get_node_id()
-            return node
-
-        def run(self, packed: bytes) -> Iterator[Any]:
-            from ray import cloudpickle
-
-            if self._worker is None:
-                cloudpickle.loads(check_node)()
-                self._worker = cloudpickle.loads(worker)(self._threads)
-            yield from self._worker.run(cloudpickle.loads(packed))
-
-    return Worker
-
-
-class _Worker:
-    """Runs work in one thread, so that its events leave as they happen."""
-
-    def __init__(self, threads: int) -> None:
-        self._cache = ModelCache()
-        self._thread = ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,))
-
-    def run(self, work: Work[Any]) -> Iterator[Event | _Done]:
-        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        outcome = self._thread.submit(work, self._cache, events.put)
+def _stream(work: Work[Any], threads: int) -> Iterator[Event | tuple[Any]]:
+    """Run work in a thread, so that its events leave as they happen; yield them, then its result as a tuple of one."""
+    events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,)) as thread:
+        outcome = thread.submit(work, _cache, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event
-        yield _Done(outcome.result())
+    yield (outcome.result(),)
 
 
 def limit_threads(threads: int) -> None:

@@ -10,7 +10,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,22 +25,9 @@ from ray.exceptions import NodeDiedError, RayActorError, RayTaskError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from qpruner.cluster.nodes import is_staying
 from qpruner.cluster.ray_private import ControllerCallback, TorchBackend, WorkerGroupCallback
-from qpruner.cluster.tasks import Result, run_tasks
+from qpruner.cluster.tasks import Result, is_staying, run_tasks
 from qpruner.runs.storage import read_progress, write_progress
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The work of one group."""
-
-    function: Callable[[Any], Any]
-    job: Any
-    resources: Mapping[str, float]
-    num_workers: int
-    scratch: Path
-    check_node: bytes
 
 
 def run_groups(
@@ -57,7 +43,7 @@ def run_groups(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in a group of processes; otherwise as `run_tasks`.
 
-    When a process dies, its group ends and the job is run again in another group.
+    When a process dies, its group ends and the job is run again in another group. The first process's result counts.
 
     Args:
         function: A module-level function that every process of a group calls.
@@ -69,36 +55,36 @@ def run_groups(
         check_node: As of `run_tasks`.
         on_tick: As of `run_tasks`.
         progress: As of `run_tasks`.
-
-    Yields:
-        Position of the job and what its group's first process returned, as they finish.
     """
-    groups = [_Group(function, job, resources, num_workers, scratch, check_node) for job in jobs]
-    # The task that waits for a group reserves nothing.
-    held = {"cpu": 0.0}
+    run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:
-        yield from run_tasks(
-            _run, groups, held, max_concurrent, fresh=True, check_node=check_node, on_tick=on_tick, progress=progress
-        )
+        # The task that waits for a group reserves nothing.
+        yield from run_tasks(run, jobs, {"cpu": 0.0}, max_concurrent, True, check_node, on_tick, progress=progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run(group: _Group) -> Any:
-    names = {"cpu": "CPU", "gpu": "GPU"}
+def _run(
+    function: Callable[[Any], Any],
+    resources: Mapping[str, float],
+    num_workers: int,
+    scratch: Path,
+    check_node: bytes,
+    job: Any,
+) -> Any:
     # Under a name that it knows, Ray Train would resume from its own records.
     name = uuid.uuid4().hex
-    group.scratch.mkdir(parents=True, exist_ok=True)
-    places = group.scratch / f"{name}.nodes"
+    scratch.mkdir(parents=True, exist_ok=True)
+    places = scratch / f"{name}.nodes"
     trainer = TorchTrainer(
-        partial(group.function, group.job),
+        partial(function, job),
         torch_config=_Connection(),
         scaling_config=ScalingConfig(
-            num_workers=group.num_workers,
-            use_gpu=bool(group.resources.get("gpu")),
-            resources_per_worker={names[name]: amount for name, amount in group.resources.items()},
+            num_workers=num_workers,
+            use_gpu=bool(resources.get("gpu")),
+            resources_per_worker={name.upper(): amount for name, amount in resources.items()},
         ),
-        run_config=RunConfig(name=name, storage_path=str(group.scratch), callbacks=[_Watch(places, group.check_node)]),
+        run_config=RunConfig(name=name, storage_path=str(scratch), callbacks=[_Watch(places, check_node)]),
     )
     try:
         return trainer.fit().return_value
@@ -132,12 +118,10 @@ class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         return {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Write the nodes' ids."""
         self._state = worker_group.get_worker_group_state()
         write_progress(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
 
     async def before_controller_shutdown(self) -> None:
-        """Free the slots."""
         if self._state is not None:
             self._state.shutdown()
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qpruner.errors import UserError
 from qpruner.runs.events import Emit, Message, SlotsFound
@@ -32,6 +33,12 @@ class Node:
 
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+
+def size_of(node: Mapping[str, Any]) -> Node:
+    """Return the CPUs and GPUs that Ray counts on one of `ray.nodes()`."""
+    resources = node["Resources"]
+    return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,11 @@ class Slots:
                 f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the largest of {number} "
                 f"has {self.largest}: ask for less, or add {larger}"
             )
-        return min(most, limit) if limit else most
+        return _limited(most, limit)
+
+
+def _limited(number: int, limit: int | None) -> int:
+    return min(number, limit) if limit else number
 
 
 def num_cores() -> int:
@@ -161,8 +172,8 @@ class Room:
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             slots = self._look()
-            self._room = self._limited(slots.at_most(self._resources))
-            num_slots = self._limited(slots.fits(self._resources))
+            self._room = _limited(slots.at_most(self._resources), self._limit)
+            num_slots = _limited(slots.fits(self._resources), self._limit)
             if num_slots != self._num_slots:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
@@ -170,6 +181,3 @@ class Room:
                     text = "no machine is there that could run a trial, and none may be started: one has to join"
                     self._emit(Message("search", f"warning: {text}"))
         return self._room
-
-    def _limited(self, number: int) -> int:
-        return min(number, self._limit) if self._limit else number

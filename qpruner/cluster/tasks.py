@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from qpruner.cluster import node_facts
-from qpruner.cluster.nodes import is_staying
+from qpruner.cluster import ray_private
+from qpruner.cluster.node_check import REFUSAL
 from qpruner.errors import NodeDiffers, WorkerDied
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,24 @@ DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, 
 """Errors of a worker that died; a group's task ends with the RayActorError of the process that it lost."""
 MAX_DEATHS = 3
 """Workers that may die under one job, on machines that stay and without progress, before that is an error."""
+ANSWER_SECONDS = 2.0
+"""A machine that takes no connection for this long counts as gone."""
+
+
+def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that a worker unpickles it only after its node has passed `node_check.packed_check`.
+
+    A nested function is pickled whole; another qpruner on the node could not even read the one inside.
+    """
+    packed = cloudpickle.dumps(function)
+
+    def run_where_alike(*args: Any) -> Any:
+        from ray import cloudpickle  # the module's names may differ there
+
+        cloudpickle.loads(check_node)()
+        return cloudpickle.loads(packed)(*args)
+
+    return run_where_alike
 
 
 def run_tasks(
@@ -54,7 +73,7 @@ def run_tasks(
         resources: Ray resources of one job.
         max_concurrent: Jobs in flight.
         fresh: Give every job a process that ends with it, so that its memory can be measured.
-        check_node: A pickled function that raises on a machine that cannot be used (`probe.packed_check`).
+        check_node: A pickled function that raises on a machine that cannot be used (`node_check.packed_check`).
         on_tick: Called about once a second.
         on_held: Gets the GPU seconds of each job that ends, without those that it waited for a slot.
         progress: Returns what a job has saved, by its position; earlier deaths do not count once it changes.
@@ -67,8 +86,19 @@ def run_tasks(
         WorkerDied: If workers die under one job again and again, on machines that stay and without progress.
     """
     assert ray.is_initialized(), "Ray would choose a cluster itself"
-    task = _task(check_node, resources, fresh, getattr(function, "__name__", "task"))
-    waiting = deque(_Job(at, cloudpickle.dumps(partial(function, job))) for at, job in enumerate(jobs))
+
+    def located(work: bytes) -> Iterator[Any]:
+        from ray import cloudpickle
+
+        yield ray.get_runtime_context().get_node_id()
+        yield cloudpickle.loads(work)()
+
+    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
+    task = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located)
+    task = task.options(name=getattr(function, "__name__", "task"))
+    waiting = deque(
+        _Job(at, cloudpickle.dumps(checked(check_node, partial(_timed, function, job)))) for at, job in enumerate(jobs)
+    )
     running: dict[Any, _Job] = {}
     deaths = DeathCounter(progress)
     while waiting or running:
@@ -104,28 +134,10 @@ class _Job:
     node: str | None = None  # where it runs, by Ray's id
 
 
-def _task(check_node: bytes, resources: dict[str, float], fresh: bool, name: str) -> Any:
-    """Return the remote function; it yields the id of its node, then its seconds and its result."""
-
-    def located(work: bytes) -> Iterator[Any]:
-        # A nested function is pickled whole; another qpruner on the node could not even read the job.
-        from ray import cloudpickle
-
-        yield ray.get_runtime_context().get_node_id()
-        cloudpickle.loads(check_node)()
-        run = cloudpickle.loads(work)
-        started = time.monotonic()
-        result = run()
-        yield time.monotonic() - started, result
-
-    remote = ray.remote(
-        num_cpus=resources.get("cpu", 1.0),
-        num_gpus=resources.get("gpu", 0.0),
-        max_calls=1 if fresh else 0,
-        max_retries=0,
-        num_returns="streaming",
-    )
-    return remote(located).options(name=name)
+def _timed(function: Callable[[Any], Any], job: Any) -> tuple[float, Any]:
+    started = time.monotonic()
+    result = function(job)
+    return time.monotonic() - started, result
 
 
 class DeathCounter:
@@ -141,12 +153,7 @@ class DeathCounter:
         self._seen: dict[int, object] = {}
 
     def count(self, position: int, node: str | None, error: Exception) -> str:
-        """Count a death and return its error in one line.
-
-        Args:
-            position: Of the job.
-            node: Ray's id of the worker's machine, if it ever came up.
-            error: Ray's.
+        """Count a job's death on a node, if its worker ever came up there; return the error in one line.
 
         Raises:
             WorkerDied: If there were too many.
@@ -165,11 +172,27 @@ class DeathCounter:
         return first_line(death)
 
 
+def is_staying(node_id: str) -> bool:
+    """Return whether a node is alive and not about to go (a spot notice, `ray drain-node`).
+
+    It is also asked for a connection: workers of a raylet that was killed end up to 5 s after it, and Ray takes it for
+    dead up to 10 s later still (measured, Ray 2.60).
+    """
+    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+    if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
+        return False
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def original_error(error: Any) -> Exception:
     """Return what a worker raised, from Ray's `RayTaskError`; the check of a node can only raise a built-in type."""
     cause: Exception = error.cause
     text = str(cause)
-    return NodeDiffers(text.removeprefix(node_facts.REFUSAL)) if text.startswith(node_facts.REFUSAL) else cause
+    return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause
 
 
 def first_line(error: Exception) -> str:

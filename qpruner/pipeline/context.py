@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
-from qpruner.cluster.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
+from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.slots import Slots, local_slots, worker_resources
 from qpruner.cluster.tasks import run_tasks
 from qpruner.config.schema import RunConfig
@@ -176,8 +176,8 @@ class Context:
     def check_node(self) -> bytes:
         """A pickled check that each process on the cluster calls first: its node may have joined late."""
         if not self.address:
-            return packed_check_of_gpus()
-        return packed_check(self.run_dir) if self.writes else packed_check_of_installation()
+            return packed_check({}, None)
+        return packed_check(versions(), self.run_dir if self.writes else None)
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from raylets import raylets
 
-from qpruner.cluster.autoscaler import read_growth
-from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.connect import connect, disconnect, read_growth
 from qpruner.cluster.slots import LOOK_SECONDS, Growth, Node, Room, Slots, worker_resources
 from qpruner.errors import UserError
 from qpruner.runs.events import Event, Message, SlotsFound
@@ -125,26 +119,3 @@ def test_workers_are_counted_as_they_come_and_go() -> None:
             assert told == [SlotsFound(0), waiting, SlotsFound(2)]
         finally:
             disconnect()
-
-
-LISTENS = """
-import json, psutil
-from qpruner.cluster.connect import connect, disconnect
-connect(None)
-us = [psutil.Process(), *psutil.Process().children(recursive=True)]
-sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-print(json.dumps(sorted({each.laddr.ip for each in sockets})))
-disconnect()
-"""
-
-
-@pytest.mark.slow
-def test_a_ray_of_our_own_listens_on_this_machine_alone(tmp_path: Path) -> None:
-    """Not on the address on the way to the internet, which Ray takes by itself, and on which whoever gets through may
-    run code."""
-    # The other tests' word for loopback (conftest.py).
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-    done = subprocess.run([sys.executable, "-c", LISTENS], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    listens = json.loads(done.stdout.splitlines()[-1])
-    assert listens and all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in listens), listens

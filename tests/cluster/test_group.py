@@ -20,7 +20,7 @@ from conftest import demo_rows
 from safetensors.torch import load_file
 
 from qpruner.cluster.connect import connect, disconnect
-from qpruner.cluster.probe import packed_check_of_gpus
+from qpruner.cluster.node_check import packed_check
 from qpruner.cluster.tasks import MAX_DEATHS
 from qpruner.config.schema import LoraConfig, TrainingConfig
 from qpruner.data.encoding import encode
@@ -164,7 +164,7 @@ def run() -> Iterator[Run]:
 
     def in_group(function: Callable[[Any], Any], folder: Path, job: Any) -> Any:
         scratch = folder / "ray-train"
-        ((position, found),) = run_groups(function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check_of_gpus())
+        ((position, found),) = run_groups(function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check({}, None))
         assert position == 0 and not scratch.exists()
         return found
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
-import psutil
 import pytest
 from raylets import raylets
-from real_driver import driver, search_config, trials_of
 
-from qpruner.cluster.connect import MAX_STARTS, connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 from qpruner.errors import UserError
 
 LOCAL = """
@@ -67,20 +66,6 @@ def test_a_run_without_an_address_joins_no_cluster() -> None:
 
 
 @pytest.mark.slow
-def test_a_search_ignores_the_cluster_of_the_environment(tiny_model: Path, tmp_path: Path) -> None:
-    """Tune starts Ray by itself where it finds none up, and then joins that cluster."""
-    from ray._raylet import GcsClient
-
-    config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
-    with raylets(1) as cluster:
-        with driver(config, RAY_ADDRESS=cluster.address) as process:
-            code, told = process.end()
-        assert code == 0, told[-3000:]
-        assert trials_of(process.run)[0]["status"] == "finished"
-        assert GcsClient(address=cluster.address).get_all_job_info() == {}, "no driver was ever there"
-
-
-@pytest.mark.slow
 def test_runs_that_start_together_have_a_ray_each(tmp_path: Path) -> None:
     """Until the first run there is no token; each of them needs one that its own processes have, too."""
     with ExitStack() as stack:
@@ -104,50 +89,31 @@ def test_a_process_that_has_joined_a_cluster_runs_in_no_other() -> None:
             assert connect(cluster.address).was_joined and connect("auto").was_joined
             with pytest.raises(UserError, match=rf"joined the Ray cluster at {cluster.address} already.*`ray.shutdown"):
                 connect(None)
-            with pytest.raises(UserError, match=r"not the one at 127\.0\.0\.1:1;"):
+            with pytest.raises(UserError, match=r"not the one at 127\.0\.0\.1:1; call"):
                 connect("127.0.0.1:1")
             assert ray.is_initialized()
         finally:
             disconnect()
 
 
-def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[psutil.Process]]:
-    """Start Ray, whose first raylets stand still from their first moment, as on a machine that is far too busy; the
-    exit code, and those raylets."""
-    work = "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42"
-    start = f"import ray\nfrom qpruner.cluster.connect import connect\nconnect(None)\n{work}"
-    stopped: list[psutil.Process] = []
-    with (
-        said.open("w") as heard,
-        subprocess.Popen([sys.executable, "-c", start], stdout=heard, stderr=heard) as process,
-    ):
-        deadline = time.monotonic() + 600
-        while process.poll() is None:
-            if time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"it neither came up nor gave up: {said.read_text()}")
-            with suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    if child.name() == "raylet" and child not in stopped and len(stopped) < times:
-                        child.suspend()
-                        stopped.append(child)
-            time.sleep(0.01)
-        return process.wait(), stopped
+LISTENS = """
+import json, psutil
+from qpruner.cluster.connect import connect, disconnect
+connect(None)
+us = [psutil.Process(), *psutil.Process().children(recursive=True)]
+sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+print(json.dumps(sorted({each.laddr.ip for each in sockets})))
+disconnect()
+"""
 
 
 @pytest.mark.slow
-def test_a_ray_that_does_not_come_up_leaves_nothing_behind(tmp_path: Path) -> None:
-    code, stopped = started_with_raylets_suspended(tmp_path / "said", times=99)
-    said = (tmp_path / "said").read_text()
-    assert code == 1 and len(stopped) == MAX_STARTS
-    assert f"RayNotStarted: Ray did not come up on this machine in time, {MAX_STARTS} times (" in said, said
-    assert "\n  remedy: end what else runs or" in said
-    assert not any(process.is_running() for process in stopped)
-
-
-@pytest.mark.slow
-def test_a_ray_that_comes_up_at_the_second_start_is_worked_with(tmp_path: Path) -> None:
-    """Of the first one nothing is left."""
-    code, [stopped] = started_with_raylets_suspended(tmp_path / "said", times=1)
-    assert code == 0, (tmp_path / "said").read_text()
-    assert not stopped.is_running()
+def test_a_ray_of_our_own_listens_on_this_machine_alone() -> None:
+    """Not on the address on the way to the internet, which Ray takes by itself, and on which whoever gets through may
+    run code."""
+    # The other tests' word for loopback (conftest.py).
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    done = subprocess.run([sys.executable, "-c", LISTENS], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    listens = json.loads(done.stdout.splitlines()[-1])
+    assert listens and all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in listens), listens

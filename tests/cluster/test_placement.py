@@ -27,7 +27,7 @@ from qpruner.cluster.tune.driver import MAX_ERRORS
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
-from qpruner.runs.events import Event, Message, SlotsFound, StepsSeen, TrialChanged, TrialWithdrawn
+from qpruner.runs.events import Event, SlotsFound, TrialChanged, TrialWithdrawn
 from qpruner.runs.records import RungResult
 from qpruner.search.trial_records import (
     Materials,
@@ -214,44 +214,6 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
     (tmp_path / "mended").touch()
     outcome = search(job, lambda: 3, lambda event: None)
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
-
-
-@pytest.mark.slow
-def test_repeated_rungs_do_not_hide_a_broken_machine(
-    joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
-) -> None:
-    """Four are interrupted at their first rung, half a GPU each; then they want whole ones, two of them broken."""
-    broken, number = joined[0].nodes[0].node_id, MAX_ERRORS + 1
-
-    def begun() -> int:
-        return len(list(tmp_path.glob("first-*")))
-
-    def emit(event: Event) -> None:
-        if isinstance(event, StepsSeen) and begun() == number and not (tmp_path / "asked").exists():
-            (tmp_path / "asked").touch()
-            os.kill(os.getpid(), signal.SIGINT)
-        if isinstance(event, Message) and event.text.startswith("interrupted"):
-            (tmp_path / "interrupted").touch()
-
-    def first_rung(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        (checkpoint := tmp_path / f"first-{os.getpid()}").mkdir()
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "interrupted").exists():
-            assert time.monotonic() < deadline, "nobody interrupted"
-            time.sleep(0.05)
-        report(RungResult(step=1, loss=3.0), checkpoint)
-
-    job = job_of(tmp_path, slots, at_once=0, first_rung=1, max_trials=number)
-    halves = replace(job, trial=first_rung, resources={"cpu": 1.0, "gpu": 0.5})
-    with pytest.raises(KeyboardInterrupt):
-        search(halves, lambda: number, emit)
-    assert [[rung.step for rung in trial.rungs] for trial in read_trials(job.trials)] == [[1]] * number
-    job = replace(job, trial=broken_on(broken, tmp_path))
-    with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)"):
-        search(job, lambda: sum(GPUS), emit)
-    (tmp_path / "mended").touch()
-    outcome = search(job, lambda: sum(GPUS), emit)
-    assert [trial.status for trial in outcome.trials] == ["finished"] * number, "no plan was lost"
 
 
 @pytest.mark.parametrize("when", ["before", "while"])

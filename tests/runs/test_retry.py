@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from qpruner.cluster.node_facts import check_like, versions
+from qpruner.cluster.node_check import check_node, versions
 from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
@@ -80,7 +80,7 @@ def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
     write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
     told = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
-        (disk / "run", lambda: check_like(versions(), *told)),
+        (disk / "run", lambda: check_node(versions(), told)),
         (disk / "rows", lambda: load_encoded(disk / "rows")),
         (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
     ):

@@ -23,7 +23,7 @@ from test_search_stage import job_of
 import qpruner
 from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, ModelCache
-from qpruner.cluster.probe import packed_check, packed_check_of_gpus
+from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.errors import NodeDiffers
@@ -142,13 +142,15 @@ def job_with_two_in_flight(folder: Path) -> SearchJob:
     job = job_of(folder, max_trials=2, searcher="random")
     run = RunDir(folder / "run")
     held = {"cpu": 1.0, "gpu": 1.0}
-    return replace(job, trials=run.trials, trial=standing_in(folder), resources=held, check_node=packed_check(run))
+    return replace(
+        job, trials=run.trials, trial=standing_in(folder), resources=held, check_node=packed_check(versions(), run)
+    )
 
 
 def test_a_gpu_that_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
     """It would go on for days on the CPU. Where GPUs are only counted, that is what was asked for. Groups need no look:
     they have no way to connect."""
-    held, check = {"cpu": 1.0, "gpu": 1.0}, packed_check_of_gpus()
+    held, check = {"cpu": 1.0, "gpu": 1.0}, packed_check({}, None)
     assert as_task(held, check) == in_workshop(held, check) == 1
     late = with_a_gpu_that_torch_does_not_see(cluster, tmp_path)
     cluster.kill_machine(cluster.nodes[0])
@@ -168,7 +170,7 @@ def test_a_gpu_that_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Pa
 def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
     begun: Work, join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
 ) -> None:
-    check = packed_check(RunDir(tmp_path / "run"))
+    check = packed_check(versions(), RunDir(tmp_path / "run"))
     assert begun({"cpu": 1.0}, check, tmp_path / "train") == 1
     late = join(cluster, tmp_path)
     cluster.kill_machine(cluster.nodes[0])

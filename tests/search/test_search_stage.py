@@ -20,12 +20,9 @@ import pytest
 from conftest import away, disk_of, flipped, raw_config, with_key
 
 from qpruner.cluster.tune import SearchJob
-from qpruner.cluster.tune.actors import KILLED_FOR_MEMORY
+from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
 from qpruner.cluster.tune.driver import PlanSearcher
-from qpruner.cluster.tune.halt import Halt
-from qpruner.cluster.tune.job import METRIC, TIME
-from qpruner.cluster.tune.resume import resume_search
-from qpruner.cluster.tune.watch import HangWatch
+from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.run import run
@@ -280,7 +277,7 @@ def test_a_trial_killed_for_no_progress_has_failed(tmp_path: Path) -> None:
     job = job_of(tmp_path, trial_timeout_seconds=7)
     searcher, _, _ = searcher_of(job)
     searcher.suggest("a")
-    searcher.on_hung("a")
+    searcher.on_hung("a", True)
     searcher.on_trial_complete("a", error=True)
     (record,) = read_trials(job.trials)
     assert (record.status, record.failure) == ("failed", "hung")
@@ -339,7 +336,7 @@ def test_a_trial_does_not_hang_while_the_storage_is_away(
         searcher, _, _ = searcher_of(job)
         searcher.suggest("a")
         write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=3, beats=9, peak_memory_bytes=1))
-        watch = HangWatch(job, searcher, print)
+        watch = HangWatch(job, searcher.on_hung, print)
         at_work = SimpleNamespace(trial_id="a", config={"trial": 0}, temporary_state=SimpleNamespace(ray_actor="a"))
 
         def looked_for(seconds: float) -> bool:

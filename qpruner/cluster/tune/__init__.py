@@ -26,21 +26,21 @@ os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import ray
 from ray import tune
 from ray.tune.error import TuneError
 
 from qpruner.cluster import ray_private
-from qpruner.cluster.tune.actors import ActorManager
+from qpruner.cluster.tasks import checked
 from qpruner.cluster.tune.asha import RecordedAsha
+from qpruner.cluster.tune.callbacks import ActorManager, Halt, HangWatch
 from qpruner.cluster.tune.driver import PlanSearcher
-from qpruner.cluster.tune.halt import Halt
-from qpruner.cluster.tune.job import SearchJob, SearchOutcome
-from qpruner.cluster.tune.resume import resume_search
+from qpruner.cluster.tune.job import SearchJob, SearchOutcome, resume_search
+from qpruner.cluster.tune.ray_searchers import BayesOptProposer, HyperOptProposer
 from qpruner.cluster.tune.trackers import tracker_callbacks
-from qpruner.cluster.tune.watch import Forgetful, HangWatch
-from qpruner.cluster.tune.worker import pickled_trial
+from qpruner.cluster.tune.worker import run_recorded
 from qpruner.errors import StageError
 from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Emit
@@ -102,11 +102,11 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     wait_for_storage(job.trials, job.search)
     ledger, recorded = resume_search(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)
-    watch = HangWatch(job, searcher, emit)
+    watch = HangWatch(job, searcher.on_hung, emit)
     controls = [plan for _, plan in job.controls]
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
-        tune.with_resources(pickled_trial(job), job.resources),
+        tune.with_resources(checked(job.check_node, partial(run_recorded, job=job)), job.resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
@@ -121,7 +121,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
             name=f"search-{attempt:02d}",
             storage_path=str(job.scratch),
             stop=halt,
-            callbacks=[watch, halt, Forgetful(), *(tracker_callbacks(trackers, emit) if trackers else ())],
+            callbacks=[watch, halt, *(tracker_callbacks(trackers, emit) if trackers else ())],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -189,20 +189,14 @@ def make_proposer(
         UserError: If the searcher's extra is not installed.
     """
     check_searcher(name)
-    # Imported where it is chosen: every worker imports this module, and HyperOpt alone takes a second.
+    # Every worker imports this module, and that one takes time.
     if name == "gp":
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors, pareto)
-    proposer: Proposer
-    if name == "bayesopt":
-        from qpruner.cluster.tune.bayesopt import BayesOptProposer
-
-        proposer = BayesOptProposer(space, seed)
-    elif name == "hyperopt":
-        from qpruner.cluster.tune.hyperopt import HyperOptProposer
-
-        proposer = HyperOptProposer(space, seed)
-    else:
-        proposer = RandomProposer(space, seed)
+    kinds: dict[str, Callable[[PlanSpace, int], Proposer]] = {
+        "bayesopt": BayesOptProposer,
+        "hyperopt": HyperOptProposer,
+    }
+    proposer = kinds.get(name, RandomProposer)(space, seed)
     return ScalarizedProposer(proposer, space, seed) if pareto else proposer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -58,9 +58,9 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 continue
             bracket.sizes[record.index] = space.plan_bytes(plan)
             # The last rung of a running trial is reported, and decided on, again.
-            decided = record.rungs[:-1] if record.status == "running" else record.rungs
-            for rung in decided:
-                bracket.enter(record.index, rung.step, -objective(rung, config))
+            for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
+                entered = SimpleNamespace(config={"trial": record.index})
+                bracket.on_result(entered, rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Remember the size of the trial's plan."""
@@ -109,25 +109,14 @@ class _LikeSizes(AshaBracket):  # type: ignore[misc]
         self._entering = 0
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
-        return self.enter(trial.config["trial"], cur_iter, cur_rew)
-
-    def enter(self, index: int, step: int, reward: float) -> str:
-        """Record a trial's rung and decide on it; a recorded one continues."""
-        self._entering = index
-        action: str = super().on_result(_Numbered(index), step, reward)
+        self._entering = trial.config["trial"]
+        # The rungs look at nothing but the id.
+        action: str = super().on_result(SimpleNamespace(trial_id=self._entering), cur_iter, cur_rew)
         return action
 
     def cutoff(self, recorded: dict[int, float]) -> float | None:
         if self._for_front:
-            recorded = {
-                index: reward for index, reward in recorded.items() if self.sizes[index] <= self.sizes[self._entering]
-            }
+            largest = self.sizes[self._entering]
+            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= largest}
         limit: float | None = super().cutoff(recorded)
         return limit
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """Stands for a trial in ASHA's rungs, which look at nothing but the id."""
-
-    trial_id: int

@@ -6,19 +6,24 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray.exceptions import RayError
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qpruner.cluster.nodes import is_staying, kernel_kills_on, node_of_actor
-from qpruner.cluster.tune.actors import KILLED_FOR_MEMORY
-from qpruner.cluster.tune.halt import Halt
+from qpruner.cluster import ray_private
+from qpruner.cluster.tasks import is_staying
+from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt
 from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, ending_of, observations_of, smaller_batch
 from qpruner.errors import QprunerError, StageError, StorageError
+from qpruner.models.memory import kernel_kills
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
 from qpruner.runs.lock import lock_lost
-from qpruner.runs.records import TrialPulse, TrialRecord
+from qpruner.runs.records import TrialRecord
 from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
@@ -39,6 +44,8 @@ MAX_KILLS = 3
 of memory are counted apart."""
 MAX_ERRORS = 3
 """Trials in a row that may end in an error on one machine before the machine counts as broken."""
+KERNEL_SECONDS = 20.0
+"""A machine that was out of memory a moment ago has to start a process to answer."""
 
 
 def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
@@ -137,8 +144,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._clock.tick(record)
         if record.status == "running" and self._halt.requested:
             return
-        if not error and not record.has_begun:
-            self._withdraw(suggestion)
+        if not error and not record.has_begun:  # deleted, as if it had not been proposed
+            remove(trial_folder(self._job.trials, suggestion.index))
+            self._recorded.discard(suggestion.index)
+            self._ledger.withdraw(suggestion)
+            self._emit(TrialWithdrawn(suggestion.index))
             return
         if record.status == "running":
             # A trial's own errors are in its record: this one's process was killed, or never came up.
@@ -174,19 +184,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def is_recalled(self, trial_id: str) -> bool:
         """Return whether a trial that waits for a machine is not to start any more."""
-        over = self._is_out_of_hours()
-        if self._halt.requested:
-            return True
-        suggestion = self._live.get(trial_id)
-        if suggestion is None or not over:
-            return False
-        return not read_trial(self._job.trials, suggestion.index).has_begun
+        over, suggestion = self._is_out_of_hours(), self._live.get(trial_id)
+        waits = over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
+        return self._halt.requested or bool(waits)
 
     def _is_out_of_hours(self) -> bool:
-        """Return whether the search's hours are spent; with no machine left, end it at once.
-
-        Running trials could then neither finish nor be confirmed.
-        """
+        """Return whether the search's hours are spent; where no machine is left to finish trials, end it at once."""
         over = self._clock.is_over(self._ledger)
         if over and not self._room():
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
@@ -194,32 +197,22 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._halt.end(StageError("search", cause, remedy))
         return over
 
-    def _withdraw(self, suggestion: Suggestion) -> None:
-        """Delete a proposed trial that never started."""
-        remove(trial_folder(self._job.trials, suggestion.index))
-        self._recorded.discard(suggestion.index)
-        self._ledger.withdraw(suggestion)
-        self._emit(TrialWithdrawn(suggestion.index))
-
     def on_error_text(self, trial_id: str, error: str) -> None:
         """Take the text of the error that a trial is about to end with."""
         self._halt.on_error_text(error)
-        death = self._death(trial_id)
-        death.node = node_of_actor(error) or death.node
+        death = self._deaths.setdefault(trial_id, _Death())
+        # Ray (2.60) says `actor_id: ID` of a dead actor, and `The actor ID is unavailable` where a connection breaks.
+        found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
+        table = ray_private.state.actor_table(found[1]) if found else {}
+        death.node = table.get("Address", {}).get("NodeID") or death.node
         found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
         death.storage = found[1] if found else death.storage
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
-    def on_hung(self, trial_id: str) -> None:
-        """Take that a trial is killed since it made no progress."""
-        self._death(trial_id).hung = True
-
-    def on_never_started(self, trial_id: str) -> None:
-        """Take that a worker is killed since it does not leave the trial before this one."""
-        self._death(trial_id).never_started = True
-
-    def _death(self, trial_id: str) -> _Death:
-        return self._deaths.setdefault(trial_id, _Death())
+    def on_hung(self, trial_id: str, has_begun: bool) -> None:
+        """Take that a worker is killed, since its trial made no progress, or since it does not leave the one before."""
+        death = self._deaths.setdefault(trial_id, _Death())
+        death.hung, death.never_started = has_begun, not has_begun
 
     def _suspect(self, record: TrialRecord) -> None:
         """Halt where trials in a row failed on one machine, which takes the next plan as soon as it is free.
@@ -267,7 +260,9 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     if death.never_started:
         return record
     pulse = read_pulse(job.trials, record.index)
-    record = _with_pulse(record, pulse)
+    if pulse is not None:  # the memory and the time of its last sign of life
+        last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
+        record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)
     if death.storage:
         # Its worker could not even write that.
         return _failed(record, "storage", f"{death.storage} (on {record.node})")
@@ -275,44 +270,37 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         limit = job.config.search.trial_timeout_seconds
         reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
         return _failed(record, "hung", reason)
-    if death.by_ray:
-        return _killed_for_memory(record, job, "Ray")
     # A worker that dies with its machine, or leaves one that is about to go, says nothing of the trial.
     node = death.node or (pulse.node if pulse else None)
-    if node is not None and not is_staying(node):
+    if not death.by_ray and node is not None and not is_staying(node):
         return record
-    if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
-        return _killed_for_memory(record, job, "the kernel")
-    return _with_kill(record, "kills", "lost", "its worker process died {} times in a row")
+    counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
+    if death.by_ray or (
+        pulse and pulse.node == node and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
+    ):
+        smaller = smaller_batch(record, job.config)
+        if smaller is not None:
+            return record.model_copy(update={"micro_batch_size": smaller})
+        by = "Ray" if death.by_ray else "the kernel"
+        counter, failure = "memory_kills", "infeasible"
+        reason = f"out of memory: {by} killed its worker {{}} times in a row"
+    kills = getattr(record, counter) + 1
+    record = record.model_copy(update={counter: kills})
+    return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 
-def _with_pulse(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
-    """Add the memory and the time of a worker's last sign of life."""
-    if pulse is None:
-        return record
-    spent = {"seconds": max(record.seconds, pulse.seconds), "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds)}
-    return record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | spent)
-
-
-def _killed_for_memory(record: TrialRecord, job: SearchJob, by: str) -> TrialRecord:
-    """Halve the micro-batch of a trial that Ray or the kernel killed for memory; count the kill if it cannot be."""
-    smaller = smaller_batch(record, job.config)
-    if smaller is not None:
-        return record.model_copy(update={"micro_batch_size": smaller})
-    return _with_kill(
-        record, "memory_kills", "infeasible", f"out of memory: {by} killed its worker {{}} times in a row"
-    )
-
-
-def _with_kill(record: TrialRecord, counter: str, failure: str, reason: str) -> TrialRecord:
-    """Count a kill; a trial with `MAX_KILLS` of them has failed."""
-    kills = getattr(record, counter) + 1
-    record = record.model_copy(update={counter: kills})
-    return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
+def _kernel_kills_on(node_id: str) -> int | None:
+    """Count the processes that a node's kernel has killed for memory; None where nobody there answers."""
+    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    asked = ray.remote(num_cpus=0, max_retries=0)(kernel_kills).options(scheduling_strategy=place).remote()
+    with suppress(RayError):
+        kills: int | None = ray.get(asked, timeout=KERNEL_SECONDS)
+        return kills
+    return None
 
 
 class _Clock:
@@ -332,24 +320,18 @@ class _Clock:
 
     def is_over(self, ledger: Ledger) -> bool:
         """Return whether the hours are spent, and end the search then; looks once a second."""
-        now = time.monotonic()
+        now, settings = time.monotonic(), self._job.config.search
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0
-            reason = self._reason()
-            if reason is not None:
-                self._is_over = True
-                ledger.end(reason)
+            held = sum(self._gpu_seconds.values())
+            for seconds, limit, what, key in (
+                (self._seconds(), settings.max_hours, "hours", "max_hours"),
+                (held, settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
+            ):
+                if not self._is_over and limit is not None and seconds / 3600 >= limit:
+                    self._is_over = True
+                    ledger.end(f"{seconds / 3600:.3g} {what} were spent (`search.{key}` is {limit:g})")
         return self._is_over
-
-    def _reason(self) -> str | None:
-        settings = self._job.config.search
-        hours = self._seconds() / 3600
-        if settings.max_hours is not None and hours >= settings.max_hours:
-            return f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})"
-        held = sum(self._gpu_seconds.values()) / 3600
-        if settings.max_gpu_hours is not None and held >= settings.max_gpu_hours:
-            return f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})"
-        return None
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started

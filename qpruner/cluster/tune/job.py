@@ -1,4 +1,4 @@
-"""What a search under Tune gets and returns, and the names that its parts share."""
+"""What a search under Tune gets and returns, and how it is resumed from the records."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from typing import Any
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
-from qpruner.search.searchers import Ending, Observation, Prior
-from qpruner.search.trial_records import Materials, Trial, objective
+from qpruner.search.searchers import Ending, Ledger, Observation, Prior, Proposer, Suggestion
+from qpruner.search.trial_records import (
+    Materials,
+    Trial,
+    objective,
+    read_trials,
+    remove_old_checkpoints,
+    write_trial,
+)
 
 METRIC = "score"
 """What Tune minimizes: the validation loss, or one minus the accuracy."""
@@ -34,7 +41,7 @@ class SearchJob:
     digest: str  # of what a trial's result depends on
     search: str  # digest of what the proposals depend on besides
     resources: dict[str, float]  # of one trial
-    check_node: bytes  # raises on a machine that cannot be used, see `probe.packed_check`
+    check_node: bytes  # raises on a machine that cannot be used, see `node_check.packed_check`
     session: int = 1  # of this search
 
     def owns(self, record: TrialRecord) -> bool:
@@ -90,3 +97,56 @@ def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]
     """Return a trial's score at every rung it reached."""
     plan = PrecisionPlan.from_dict(record.plan)
     return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]
+
+
+def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
+    """Return a ledger of all recorded trials, and those trials.
+
+    The searcher learns from trials of searches with another budget or searcher; their plans are not run again and do
+    not count as `max_trials`.
+    """
+    settings = job.config.search
+    ledger = Ledger(
+        job.space,
+        proposer,
+        job.controls,
+        settings.max_trials,
+        None if settings.pareto else settings.patience,
+        proposes=job.config.is_searched,
+    )
+    recorded = [_resumed(record, job) for record in read_trials(job.trials)]
+    remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
+    for record in recorded:
+        plan = PrecisionPlan.from_dict(record.plan)
+        suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
+        rungs = observations_of(record, job.config)
+        if not job.owns(record):
+            ledger.recall(suggestion, rungs, ending_of(record), counts=False)
+        elif record.status == "running":
+            ledger.resume(suggestion, rungs)
+        else:
+            ledger.recall(suggestion, rungs, ending_of(record))
+    return ledger, recorded
+
+
+def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """Resume a trial that is not over: one that was cut off, or a control here that another search stopped."""
+    plan = PrecisionPlan.from_dict(record.plan)
+    control = job.control_of(plan)
+    cut_off = record.status == "running" or record.should_retry
+    if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
+        return record
+    other = {} if job.owns(record) else {record.search: record.gpu_seconds_of(record.search)}
+    update = {
+        "search": job.search,
+        "earlier_gpu_seconds": record.earlier_gpu_seconds | other,
+        "origin": control or record.origin,
+        "status": "running",
+        "reason": None,
+        "failure": None,
+        "times": record.times[: 1 + len(record.rungs)],
+    }
+    resumed = record.model_copy(update=update)
+    if resumed != record:
+        write_trial(job.trials, resumed)
+    return resumed

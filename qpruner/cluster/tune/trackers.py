@@ -27,12 +27,9 @@ UPLOAD_SECONDS = 120
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
     """Return the callbacks for Tune that log trials to the trackers; the first error of each is emitted."""
-    kinds: dict[str, Callable[[Trackers], Callback]] = {"wandb": WandbRows, "mlflow": MlflowRows}
-    return [_Guarded(name, partial(kinds[name], trackers), emit) for name in trackers.names]
-
-
-def _figures(result: Mapping[str, Any]) -> dict[str, float]:
-    return {name: result[name] for name in FIGURES if name in result} | {TRAINING_ITERATION: result[TIME]}
+    mlflow = partial(MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment)
+    kinds: dict[str, Callable[[], Callback]] = {"wandb": partial(WandbRows, trackers), "mlflow": mlflow}
+    return [_Guarded(name, kinds[name], emit) for name in trackers.names]
 
 
 class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
@@ -43,10 +40,6 @@ class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
         super().__init__(upload_timeout=UPLOAD_SECONDS, environment=trackers.environment, **settings)
         # Ray's own gives the key to the actor's runtime environment, which Ray writes to its logs (2.60).
         self._remote_logger_class = ray.remote(num_cpus=0, **on_current_node())(_WandbWriter)
-
-    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
-        """Log one rung."""
-        super().log_trial_result(iteration, trial, _figures(result))
 
     def _cleanup_logging_actor(self, trial: Trial) -> None:
         written = self._trial_logging_futures[trial]
@@ -63,42 +56,32 @@ class _WandbWriter(WandbLoggingActor):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
 
-class MlflowRows(MLflowLoggerCallback):  # type: ignore[misc]
-    """Logs trials to MLflow."""
+def _guarded(hook: str) -> Callable[..., None]:
+    def call(self: _Guarded, **info: Any) -> None:
+        self.guard.run(lambda: getattr(self.inner, hook)(**info))
 
-    def __init__(self, trackers: Trackers) -> None:
-        super().__init__(trackers.tracking_uri, experiment_name=trackers.experiment)
-
-    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
-        """Log one rung."""
-        super().log_trial_result(iteration, trial, _figures(result))
+    return call
 
 
 class _Guarded(LivesInDriver, Callback):  # type: ignore[misc]
     """Passes Tune's calls on until the first error."""
 
     def __init__(self, name: str, make: Callable[[], Callback], emit: Emit) -> None:
-        self._make = make
-        self._guard = Guard(name, lambda text: emit(Message("search", f"warning: {text}")))
+        self._make, self.inner = make, Callback()
+        self.guard = Guard(name, lambda text: emit(Message("search", f"warning: {text}")))
 
     def setup(self, **info: Any) -> None:
         def make() -> None:
-            self._inner = self._make()
-            self._inner.setup(**info)
+            self.inner = self._make()
+            self.inner.setup(**info)
 
-        self._guard.run(make)
+        self.guard.run(make)
 
-    def on_trial_start(self, **info: Any) -> None:
-        self._guard.run(lambda: self._inner.on_trial_start(**info))
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
+        figures = {name: result[name] for name in FIGURES if name in result} | {TRAINING_ITERATION: result[TIME]}
+        self.guard.run(lambda: self.inner.on_trial_result(result=figures, **info))
 
-    def on_trial_result(self, **info: Any) -> None:
-        self._guard.run(lambda: self._inner.on_trial_result(**info))
-
-    def on_trial_complete(self, **info: Any) -> None:
-        self._guard.run(lambda: self._inner.on_trial_complete(**info))
-
-    def on_trial_error(self, **info: Any) -> None:
-        self._guard.run(lambda: self._inner.on_trial_error(**info))
-
-    def on_experiment_end(self, **info: Any) -> None:
-        self._guard.run(lambda: self._inner.on_experiment_end(**info))
+    on_trial_start = _guarded("on_trial_start")
+    on_trial_complete = _guarded("on_trial_complete")
+    on_trial_error = _guarded("on_trial_error")
+    on_experiment_end = _guarded("on_experiment_end")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray import cloudpickle, tune
+from ray import tune
 
 from qpruner.cluster.executor import limit_threads
-from qpruner.cluster.node_facts import own_name
-from qpruner.cluster.nodes import is_staying
+from qpruner.cluster.node_check import own_name
+from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
@@ -52,30 +50,12 @@ logger = logging.getLogger(__name__)
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
 
-def pickled_trial(job: SearchJob) -> Callable[[dict[str, Any]], None]:
-    """Return what Tune sends to a worker: `run_recorded`, unpickled only after the node was found like the driver's.
-
-    A nested function is pickled whole; another qpruner on the node could not even read the job.
-    """
-    check, work = job.check_node, cloudpickle.dumps(functools.partial(run_recorded, job=job))
-
-    def run_where_alike(params: dict[str, Any]) -> None:
-        from ray import cloudpickle  # the module's names may differ there
-
-        cloudpickle.loads(check)()
-        cloudpickle.loads(work)(params)
-
-    return run_where_alike
-
-
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """Run one trial from its own last rung to its end."""
     limit_threads(max(1, int(job.resources.get("cpu", 1))))
     freeze_libraries()
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
-    leave_if_drained()
-    trial.report_last_rung()
     while not trial.ran():
         release()
 
@@ -101,7 +81,6 @@ class _RecordedTrial:
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
         self._started = time.monotonic()
         self._memory = PeakMemory()
-        self._node = ray.get_runtime_context().get_node_id()
         self._beats, self._last_pulse = 0, float("-inf")
         begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
         times = {} if self._record.rungs else {"times": (begun.time,)}  # it may have waited long for a machine
@@ -109,11 +88,9 @@ class _RecordedTrial:
         self._record = self._record.model_copy(update=ours | times)
         write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
-
-    def report_last_rung(self) -> None:
-        """Report the last rung of a resumed trial again: the scheduler may have been killed before it decided."""
-        if self._record.rungs:
-            tune.report(_metrics(self._record.rungs[-1], self._job.config))
+        leave_if_drained()
+        if self._record.rungs:  # again: the scheduler may have been killed before it decided
+            tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def ran(self) -> bool:
         """Run the trial to its end.
@@ -150,19 +127,28 @@ class _RecordedTrial:
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
-        aside = retry_storage(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
+        # Copied next to its place, so that the last step can be a rename.
+        aside = staging_path(target.with_name(f".{target.name}.{self._record.worker}"))
+
+        def copy() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
+            shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
+
+        retry_storage(copy, target)
         digests = folder_digests(aside)
         # Asked again where it counts: copying took its time, and so does publishing.
         self._check_ownership()
-        _drop_others(aside)
+        for left in aside.parent.glob(".checkpoint-*"):  # unpublished copies of earlier workers
+            if left != aside:
+                shutil.rmtree(left, ignore_errors=True)
         storage_at(target).publish(aside)
         old = checkpoint_of(self._job.trials, self._record)
-        ended = result.step >= self._job.config.search.steps
         self._check_ownership()
         self._write(
             rungs=(*self._record.rungs, result),
             checkpoint=digests,
-            status="finished" if ended else "running",
+            status="finished" if result.step >= self._job.config.search.steps else "running",
             kills=0,
             memory_kills=0,
             times=(*self._record.times, time.time()),
@@ -182,7 +168,7 @@ class _RecordedTrial:
             return
         self._last_pulse = time.monotonic()
         pulse = TrialPulse(
-            node=self._node,
+            node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             step=step,
             beats=self._beats,
@@ -248,23 +234,7 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
     return ("storage", trouble.cause) if trouble else ("error", line)
 
 
-def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
-    """Copy a checkpoint next to its final place, so that the last step can be a rename."""
-    aside = staging_path(target.with_name(f".{target.name}.{worker}"))
-    shutil.rmtree(aside, ignore_errors=True)
-    # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
-    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
-    return aside
-
-
-def _drop_others(aside: Path) -> None:
-    """Remove unpublished copies of earlier workers; only the trial's own worker may."""
-    for left in aside.parent.glob(".checkpoint-*"):
-        if left != aside:
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:
-    values = {METRIC: objective(result, config), TIME: result.step, "loss": result.loss}
-    optional = {"accuracy": result.accuracy, "accuracy_stderr": result.accuracy_stderr, "train_loss": result.train_loss}
-    return values | {name: value for name, value in optional.items() if value is not None}
+    names = ("loss", "accuracy", "accuracy_stderr", "train_loss")
+    values = {name: value for name in names if (value := getattr(result, name)) is not None}
+    return {METRIC: objective(result, config), TIME: result.step, **values}

@@ -1,0 +1,96 @@
+"""The searchers `hyperopt` and `bayesopt`: TPE and a Gaussian process through Ray's own classes.
+
+Those take no scores of plans that they did not propose, and their proposals depend on all earlier ones. So each
+proposal is made by a fresh one, seeded from (seed, index), that first evaluates every known plan.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ray import tune
+
+from qpruner.cluster.tune.job import METRIC
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.search.searchers import History, Observation, Proposal
+
+INITIAL_RANDOM = 4
+"""Observations before anything is modelled; Ray's defaults of 20 and 10 would leave small searches random."""
+
+
+def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
+    for item in known:
+        search.suggest(f"known-{item.index}")
+        search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
+    suggested = search.suggest("new")
+    assert isinstance(suggested, dict)
+    return suggested
+
+
+class HyperOptProposer:
+    """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch; 0.6 ms a known plan, 30 groups."""
+
+    name = "hyperopt"
+
+    def __init__(self, space: PlanSpace, seed: int) -> None:
+        from ray.tune.search.hyperopt import HyperOptSearch
+
+        self._names, self._seed, self._search = space.groups, seed, HyperOptSearch
+        # hyperopt gives lists back as tuples and takes numbers for ranges; strings come back as they are.
+        levels = [str(bits) for bits in space.levels]
+        self._search_space = HyperOptSearch.convert_search_space({name: tune.choice(levels) for name in self._names})
+
+    def propose(self, index: int, history: History) -> Proposal:
+        """Propose a plan; equal arguments give equal plans."""
+        known = history.last()
+        search = self._search(
+            self._search_space,
+            metric=METRIC,
+            mode="min",
+            n_initial_points=INITIAL_RANDOM,
+            points_to_evaluate=[{name: str(bits) for name, bits in each.plan.as_dict().items()} for each in known]
+            or None,
+            random_state_seed=int(np.random.default_rng([self._seed, index]).integers(2**31)),
+        )
+        bits = _suggested(search, known)
+        return Proposal(PrecisionPlan(self._names, tuple(int(bits[name]) for name in self._names)))
+
+
+class BayesOptProposer:
+    """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's BayesOptSearch.
+
+    It takes no whole numbers or choices, so a group's level is a float that is rounded. It stops at repetitions.
+    """
+
+    name = "bayesopt"
+
+    def __init__(self, space: PlanSpace, seed: int) -> None:
+        from ray.tune.search.bayesopt import BayesOptSearch
+
+        self._space, self._seed, self._search = space, seed, BayesOptSearch
+        self._bounds = {name: (0.0, len(space.levels) - 1.0) for name in space.groups}
+
+    def propose(self, index: int, history: History) -> Proposal:
+        """Propose a plan; equal arguments give equal plans."""
+        # Another budget's search may have run the same plan; a point may be given once.
+        scored = list({item.plan: item for item in history.last()}.values())
+        known = scored if len(scored) >= INITIAL_RANDOM else []
+        points = [map(float, self._space.indices_of(item.plan)) for item in known]
+        search = self._search(
+            self._bounds,
+            metric=METRIC,
+            mode="min",
+            points_to_evaluate=[dict(zip(self._space.groups, point, strict=True)) for point in points],
+            random_state=int(np.random.default_rng([self._seed, index]).integers(2**31)),
+            random_search_steps=0,
+            skip_duplicate=False,
+            patience=len(known) + 2,
+        )
+        with warnings.catch_warnings():
+            # sklearn says so whenever a length scale of its kernel ends at a bound.
+            warnings.simplefilter("ignore")
+            levels = _suggested(search, known)
+        return Proposal(self._space.plan_of(round(levels[name]) for name in self._space.groups))
