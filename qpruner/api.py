@@ -16,16 +16,13 @@ if TYPE_CHECKING:
 
 
 def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:
-    """Run a configuration, or go on with it, as `qpruner run` does.
+    """Run a configuration, or go on with it, as `qpruner run` does; return what the run's folder tells.
 
     Args:
         config: Path of a YAML file.
         overrides: `section.key=value` pairs.
         until: The last stage to run, as `qpruner.pipeline.flow.STAGES` names them.
         address: A running Ray cluster to join; without it Ray starts on this machine when it is needed.
-
-    Returns:
-        What the run's folder tells: records, trials, `to_dataframe()`.
 
     Raises:
         UserError: When the input cannot work.
@@ -41,8 +38,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
         raise UserError(f"`until` must be one of {', '.join(names)}, got {until!r}")
     if not isinstance(config, str | Path):
         raise UserError(
-            f"`config` must be the path of a YAML file, got {type(config).__name__}; keys can be given beside it: "
-            "run('my.yaml', 'search.max_trials=8')"
+            f"`config` must be the path of a YAML file, got {type(config).__name__}; keys are given beside it"
         )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()
@@ -51,7 +47,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     from qpruner.runs.storage import run_root
 
     # In a notebook the process's own command line says nothing.
-    options = [*(part for each in overrides for part in ("--set", each)), *(["--address", address] if address else [])]
+    options = [*(f"--set={each}" for each in overrides), *(["--address", address] if address else [])]
     command = shlex.join(["qpruner", "run" if until == "report" else until, str(config), *options])
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
         run_flow(loaded, terminal.emit, address, until, command)
@@ -75,12 +71,7 @@ def __getattr__(name: str) -> Callable[..., Snapshot]:
 
 
 def read_run(folder: str | Path) -> Snapshot:
-    """Read what is recorded in a run's folder, complete or not.
-
-    Raises:
-        UserError: If it holds no run.
-        CorruptFile: If a record cannot be read.
-    """
+    """Read what is recorded in a run's folder, complete or not; a `UserError` if it holds no run."""
     from qpruner.report.snapshot import read_snapshot
     from qpruner.runs.run_dir import RunDir
 

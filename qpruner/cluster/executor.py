@@ -1,7 +1,7 @@
 """Runs work on one model: in this process, or in an actor on a node of the cluster.
 
-A stage passes a module-level function and plain data for it. What one piece of work leaves in the `ModelCache` is there
-for the next: the model that prune cut is not loaded again to be scored.
+A stage passes a module-level function with plain data bound to it (`functools.partial`). What one piece of work leaves
+in the `ModelCache` is there for the next: the model that prune cut is not loaded again to be scored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 20.0
 """A worker process takes a few seconds to start; one that takes longer waits for a machine, and the user is told."""
 
-Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -74,8 +73,8 @@ class ModelCache:
         return self._pruned
 
 
-Work = Callable[[Job, ModelCache, Emit], Result]
-"""A module-level function of plain data, the cache, and a function that takes events."""
+Work = Callable[[ModelCache, Emit], Result]
+"""A partial module-level function of plain data, the cache, and a function that takes events."""
 
 
 class LocalExecutor:
@@ -84,10 +83,10 @@ class LocalExecutor:
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
         self._gpus, self._gpu_time, self._cache = gpus, gpu_time, ModelCache()
 
-    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run `work` here."""
         with self._gpu_time.held(self._gpus):
-            return work(job, self._cache, emit)
+            return work(self._cache, emit)
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -108,7 +107,7 @@ class ClusterExecutor:
         self._actor: Any = None
         self._node: str | None = None
 
-    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run `work` in the actor, and again in another one when it dies."""
         from ray.exceptions import OutOfMemoryError, RayActorError
 
@@ -117,7 +116,7 @@ class ClusterExecutor:
             try:
                 self._start_actor(emit)
                 with self._gpu_time.held(self._resources.get("gpu", 0.0)):
-                    return self._result(work, job, emit)
+                    return self._result(work, emit)
             except (OutOfMemoryError, RayActorError) as error:
                 self.close()
                 line = deaths.count(0, self._node, error)
@@ -148,13 +147,13 @@ class ClusterExecutor:
             emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
         self._node = ray.get(place)
 
-    def _result(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+    def _result(self, work: Work[Result], emit: Emit) -> Result:
         """Emit the worker's events; return its result."""
         import ray
         from ray import cloudpickle
         from ray.exceptions import RayTaskError
 
-        running = checked(self._check_node, partial(_stream, work, job, int(self._resources.get("cpu", 1.0))))
+        running = checked(self._check_node, partial(_stream, work, int(self._resources.get("cpu", 1.0))))
         for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps(running)):
             try:
                 answer = ray.get(reference)
@@ -182,11 +181,11 @@ _cache = ModelCache()
 """That of an actor's process."""
 
 
-def _stream(work: Work[Any, Any], job: Any, threads: int) -> Iterator[Event | tuple[Any]]:
+def _stream(work: Work[Any], threads: int) -> Iterator[Event | tuple[Any]]:
     """Run work in a thread, so that its events leave as they happen; yield them, then its result as a tuple of one."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,)) as thread:
-        outcome = thread.submit(work, job, _cache, events.put)
+        outcome = thread.submit(work, _cache, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
-from qpruner.runs.events import Emit, Message, Progress
+from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, files_in, remove
 
@@ -42,32 +40,69 @@ class Bank(Stage[BankRecord]):
         """Everything that an entry is made from."""
         from qpruner.quantization.bank import FORMAT
 
-        config, pruned = self.config, self.context.record(PruneRecord)
+        config, quantize, pruned = self.config, self.config.quantize, self.context.record(PruneRecord)
         model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
         starts = config.lora.model_copy(update={"dropout": 0.0})
-        quantize = config.quantize
         library = version("bitsandbytes")
         return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         return (*self._made_from(), self._levels)
 
-    @override
     def check(self) -> None:
         from qpruner.pipeline.preflight import check_quantizable
 
         check_quantizable(self.context.inspection.model_config)
 
-    @override
     def begin(self) -> None:
-        _forget_damaged_bank(self.context, self.digest, digest_of(*self._made_from()))
+        """Forget the record of a bank with a missing or damaged file, so that this file is built again.
 
-    @override
+        Raises:
+            StageError: If the folder holds a bank that is not the recorded one.
+        """
+        from qpruner.quantization import bank as store
+
+        bank = self.context.bank
+        try:
+            record = self.matching_record(self.digest)
+        except CorruptFile:  # reported where the record is asked for
+            return
+        if record is None:
+            return
+        try:
+            index = store.read_index(bank)
+        except CorruptFile as error:
+            self.tell(f"{error}; it is made again from the stage's record")
+            index = self._index_of(record)
+            store.write_index(bank, index)
+        if index.digest != record.digest:
+            raise StageError(
+                self.name,
+                f"{display_name(bank)} was built for other weights, settings or versions (digest {index.digest}, "
+                f"not {record.digest})",
+                "delete that folder, then repeat the command",
+            )
+        intact = store.intact_files(bank, index)
+        damaged = [name for name in index.files if name not in intact]
+        for name in damaged:
+            self.tell(f"{display_name(bank / name)} is missing or damaged; it alone is built again")
+        if damaged:
+            self.context.forget(self.name)
+
+    def _index_of(self, record: BankRecord) -> BankIndex:
+        """Rebuild the index of a recorded bank."""
+        from qpruner.quantization import bank as store
+
+        files, made_from = {}, digest_of(*self._made_from())
+        for bits, by_group in record.residual_ratio.items():
+            for group, ratio in by_group.items():
+                name = str(store.entry_file(Path(), group, int(bits)))
+                files[name] = store.IndexEntry(inputs=made_from, sha256=record.files[name], residual_ratio=ratio)
+        return store.BankIndex(digest=record.digest, bitsandbytes=version("bitsandbytes"), files=files)
+
     def detail(self) -> str:
         return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         from qpruner.quantization import bank as store
 
@@ -79,27 +114,27 @@ class Bank(Stage[BankRecord]):
         index = store.BankIndex(digest=self.digest, bitsandbytes=version("bitsandbytes"), files=files)
         store.write_index(scratch, index)
         jobs = _group_jobs(context, scratch, levels, set(files))
-        _check_room(context, scratch, jobs)
+        self.tell(f"{sum(len(job.bits) for job in jobs)} entries to build")
         for done, (job, built) in enumerate(_built(context, jobs), 1):
             for name, (sha256, ratio) in built.items():
                 files[name] = store.IndexEntry(inputs=made_from, sha256=sha256, residual_ratio=ratio)
             store.write_index(scratch, index.model_copy(update={"files": files}))
-            context.emit(Progress("bank", done, len(jobs), job.group))
+            context.emit(Progress(self.name, done, len(jobs), job.group))
         names, sizes = [group.name for group in layout.groups], files_in(scratch)
         ratios = {
             str(bits): {name: files[str(store.entry_file(Path(), name, bits))].residual_ratio for name in names}
             for bits in levels
         }
+        group_bytes = {
+            str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in self.config.quantize.bits
+        }
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": ratios,
-            "group_bytes": {
-                str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in self.config.quantize.bits
-            },
+            "group_bytes": group_bytes,
         }
 
-    @override
     def summary(self, record: BankRecord) -> str:
         left = ", ".join(
             f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
@@ -107,58 +142,9 @@ class Bank(Stage[BankRecord]):
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; share of the quantization error that LoftQ leaves: {left}"
 
-    @override
     def disk_bytes(self) -> int:
         pruned = self.context.inspection.pruned
         return sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in self.config.quantize.bits)
-
-
-def _index_of(record: BankRecord, inputs: str) -> BankIndex:
-    """Rebuild the index of a recorded bank."""
-    from qpruner.quantization import bank as store
-
-    files = {}
-    for bits, by_group in record.residual_ratio.items():
-        for group, ratio in by_group.items():
-            name = str(store.entry_file(Path(), group, int(bits)))
-            files[name] = store.IndexEntry(inputs=inputs, sha256=record.files[name], residual_ratio=ratio)
-    return store.BankIndex(digest=record.digest, bitsandbytes=version("bitsandbytes"), files=files)
-
-
-def _forget_damaged_bank(context: Context, digest: str, inputs: str) -> None:
-    """Forget the record of a bank with a missing or damaged file, so that this file is built again.
-
-    Raises:
-        StageError: If the folder holds a bank that is not the recorded one.
-    """
-    from qpruner.quantization import bank as store
-
-    try:
-        record = context.run_dir.read_record("bank", BankRecord)
-    except CorruptFile:  # reported where the stage asks for its record
-        return
-    if record is None or record.digest != digest or not context.run_dir.has_folder("bank"):
-        return
-    try:
-        index = store.read_index(context.bank)
-    except CorruptFile as error:
-        context.emit(Message("bank", f"{error}; it is made again from the stage's record"))
-        index = _index_of(record, inputs)
-        store.write_index(context.bank, index)
-    if index.digest != record.digest:
-        raise StageError(
-            "bank",
-            f"{display_name(context.bank)} was built for other weights, settings or versions (digest {index.digest}, "
-            f"not {record.digest})",
-            "delete that folder, then repeat the command",
-        )
-    intact = store.intact_files(context.bank, index)
-    damaged = [name for name in index.files if name not in intact]
-    for name in damaged:
-        text = f"{display_name(context.bank / name)} is missing or damaged; it alone is built again"
-        context.emit(Message("bank", text))
-    if damaged:
-        context.forget("bank")
 
 
 def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
@@ -172,14 +158,11 @@ def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> 
     kept = _fitting(scratch, inputs, levels)
     for name in set(files_in(scratch)) - {*kept, store.INDEX}:
         remove(scratch / name)
-    if scratch == bank:  # as at a URI
-        return kept
-    for name, entry in _fitting(bank, inputs, levels).items():
-        if name not in kept:
-            kept[name] = entry
-            (scratch / name).parent.mkdir(exist_ok=True)
-            (scratch / name).hardlink_to(bank / name)
-    return kept
+    earlier = {} if scratch == bank else _fitting(bank, inputs, levels)  # the same folder at a URI
+    for name in earlier.keys() - kept.keys():
+        (scratch / name).parent.mkdir(exist_ok=True)
+        (scratch / name).hardlink_to(bank / name)
+    return earlier | kept
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
@@ -213,30 +196,6 @@ def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: 
     return jobs
 
 
-def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
-    """Report how large the bank will be.
-
-    Raises:
-        StageError: If the disk cannot hold it.
-    """
-    layout = context.layout
-    groups = {group.name: group for group in layout.groups}
-    packed = sum(
-        groups[job.group].bytes_at(bits, layout.element_bytes, layout.double_quant) for job in jobs for bits in job.bits
-    )
-    num_sets = len({bits for job in jobs for bits in job.bits})
-    needed = packed + num_sets * layout.adapter_bytes
-    num_entries = sum(len(job.bits) for job in jobs)
-    context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.1f} MB"))
-    if not context.run_dir.storage.fills_this_disk:
-        return
-    free = shutil.disk_usage(scratch).free
-    if free < needed:
-        root = context.run_dir.root
-        cause = f"no space left for the bank in {root}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise StageError("bank", cause, "make room, then repeat the command")
-
-
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
     """Build the groups, on several workers where it takes long enough to start them."""
     from qpruner.quantization.bank import FEW_WEIGHTS, build_group
@@ -245,27 +204,17 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
-            yield job, context.executor.run(build_here, job, context.emit)
+            yield job, context.executor.run(partial(_build_here, job), context.emit)
         return
     if context.address:
         # Its machine builds, too; the sensitivities load the model again.
         context.executor.close()
-    from qpruner.cluster.tasks import run_tasks
-
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
-    for position, built in run_tasks(
-        build_group,
-        jobs,
-        resources,
-        concurrent,
-        fresh=False,
-        check_node=context.check_node,
-        on_held=context.gpu_time.add,
-    ):
+    for position, built in context.run_tasks(build_group, jobs, resources, concurrent, on_held=context.gpu_time.add):
         yield jobs[position], built
 
 
-def build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, tuple[str, float]]:
+def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, tuple[str, float]]:
     """Build a group in the process that keeps the pruned model for the sensitivities."""
     from qpruner.quantization.bank import build_group
 

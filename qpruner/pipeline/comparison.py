@@ -6,14 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
 from qpruner.config.schema import RunConfig
+from qpruner.pipeline.comparison_rows import RowJob, distinct, job_keys, jobs_of, table_rows
 from qpruner.pipeline.evaluate import measure_in_turns, score_jobs
 from qpruner.pipeline.finetune import finetune_jobs, have_rows, row_set_aside_if_damaged
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
-from qpruner.pipeline.table_rows import RowJob, distinct, job_keys, jobs_of, table_rows
 from qpruner.runs.records import ComparisonRecord, EvalRecord, FinetuneRecord
 from qpruner.wording import counted
 
@@ -25,7 +23,6 @@ class Comparison(Stage[ComparisonRecord]):
     record = ComparisonRecord
     trains = True
 
-    @override
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:
         return config.finetune.compare
@@ -35,52 +32,45 @@ class Comparison(Stage[ComparisonRecord]):
         """Every row of the table under every training seed."""
         return jobs_of(self.context, table_rows(self.context))
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(EvalRecord).digest, job_keys(self.jobs))
 
-    @override
     def begin(self) -> None:
         if not have_rows(self.jobs):
-            self.context.forget("comparison")
+            self.context.forget(self.name)
 
-    @override
     def detail(self) -> str:
         others = len(distinct(self.jobs)) - 1
         return f"{counted(others, 'fine-tune')} beside the winner's, and their scores"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
         # Whatever becomes of the comparison: the winner's report is there.
         self.tell(f"the winner is done: {report_unfinished(context.run_dir)}")
         text = context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
-        with row_set_aside_if_damaged(context.run_dir, "comparison"):
-            tuned = finetune_jobs(context, "comparison", jobs)
-            scored = score_jobs(context, "comparison", models, text)
+        with row_set_aside_if_damaged(context.run_dir, self.name):
+            tuned = finetune_jobs(self, jobs)
+            scored = score_jobs(self, models, text)
             before = context.gpu_time.seconds
-            setting, taken = measure_in_turns(context, "comparison", models)
-        rows = [
-            scored[job.folder].model_copy(update={"name": row.name, "inference": taken[job.folder]})
-            for row, job in jobs
-        ]
+            setting, taken = measure_in_turns(self, models)
         own = {each.digest for each in context.record(FinetuneRecord).candidates}
         held = {each.digest: each.gpu_seconds for each in tuned if each.digest not in own}
         scoring = sum(scored[job.folder].gpu_seconds for job in models if job.folder.name not in own)
         return {
             "candidates": tuned,
-            "rows": rows,
+            "rows": [
+                scored[job.folder].model_copy(update={"name": row.name, "inference": taken[job.folder]})
+                for row, job in jobs
+            ],
             "inference": setting,
             "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
         }
 
-    @override
     def summary(self, record: ComparisonRecord) -> str:
         titles, first = {job.name: job.title for _, job in self.jobs}, min(each.seed for each in record.candidates)
         losses = [(titles[each.name], each.confirmation_loss) for each in record.candidates if each.seed == first]
         told = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
         return f"training seed {first}: confirmation loss {told}"
 
-    @override
     def disk_bytes(self) -> int:
         return 6 * self.context.checkpoint_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
 from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.slots import Slots, local_slots, worker_resources
+from qpruner.cluster.tasks import run_tasks
 from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
@@ -28,37 +29,25 @@ from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
+Job = TypeVar("Job")
 RecordType = TypeVar("RecordType", bound=Record)
+Result = TypeVar("Result")
 
 
 @dataclass
 class Context:
-    """One run at work.
-
-    Attributes:
-        config: The configuration.
-        run_dir: The run folder.
-        emit: Receives every event.
-        address: A Ray cluster to join, or None.
-        inspection: What was known before the first stage.
-        writes: Whether the run's folder is written to.
-        gpu_time: How long work outside the trials has held GPUs.
-        assumed: Slots to plan with instead of those of this machine.
-        holds_run: False once another driver has the run.
-        records: Records of the stages so far.
-    """
+    """One run at work: what is known before the first stage, and the records of the stages so far."""
 
     config: RunConfig
     run_dir: RunDir
     emit: Emit
-    address: str | None
+    address: str | None  # of a Ray cluster to join
     inspection: preflight.Inspection
     writes: bool = True
-    gpu_time: GpuTime = field(default_factory=GpuTime)
-    assumed: Slots | None = None
-    holds_run: Callable[[], bool] = lambda: True
+    gpu_time: GpuTime = field(default_factory=GpuTime)  # of work outside the trials
+    assumed: Slots | None = None  # to plan with instead of those of this machine
+    holds_run: Callable[[], bool] = lambda: True  # False once another driver has the run
     records: Results = field(default_factory=Results)
-    _has_joined: bool = False
 
     def record(self, kind: type[RecordType]) -> RecordType:
         """Return the record of an earlier stage, by its class."""
@@ -112,9 +101,8 @@ class Context:
     @cached_property
     def pruned_config(self) -> Any:
         """The transformers config of the pruned model, read without its weights."""
-        folder = self.run_dir.stage("prune")
         with tempfile.TemporaryDirectory() as here:
-            fetch_file(folder / CONFIG_FILE, Path(here) / CONFIG_FILE)
+            fetch_file(self.run_dir.stage("prune") / CONFIG_FILE, Path(here) / CONFIG_FILE)
             return checkpoint_config(Path(here))
 
     @cached_property
@@ -136,11 +124,7 @@ class Context:
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
-        """The plan in the file that `search.plan` names, or None.
-
-        Raises:
-            PlanRefused: If it is no plan for this model, or over the budget.
-        """
+        """The plan in the file that `search.plan` names; refused if it is none for this model, or over the budget."""
         file = self.config.search.plan_file
         if file is None:
             return None
@@ -150,27 +134,21 @@ class Context:
 
     @cached_property
     def trackers(self) -> Trackers | None:
-        """The trackers beside TensorBoard, or None.
-
-        Raises:
-            UserError: If one of them cannot be used.
-        """
+        """The trackers beside TensorBoard, or None."""
         names, root = self.config.trackers, self.run_dir.root
         if not names:
             return None
-        environment = check_trackers(names)
-        return Trackers(names, display_name(root).rstrip("/").rpartition("/")[2], root, environment)
+        return Trackers(names, display_name(root).rstrip("/").rpartition("/")[2], root, check_trackers(names))
 
     @cached_property
-    def _cluster(self) -> Cluster:
-        cluster = connect(self.address)
-        self._has_joined = not cluster.was_joined
-        return cluster
+    def cluster(self) -> Cluster:
+        """The cluster that was given, that of `RAY_ADDRESS`, or one on this machine; connects on first use."""
+        return connect(self.address)
 
     @property
     def slots(self) -> Slots:
-        """The cluster's slots as they are now; connects on first use."""
-        return self._cluster.slots()
+        """The cluster's slots as they are now."""
+        return self.cluster.slots()
 
     @property
     def known_slots(self) -> Slots:
@@ -179,11 +157,20 @@ class Context:
 
     @cached_property
     def executor(self) -> ModelExecutor:
-        """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU."""
-        if self.address:
-            return ClusterExecutor(self._executor_resources(), self.gpu_time, self.check_node)
-        present = local_slots().gpus
-        return LocalExecutor(present if self._is_spread else min(present, 1.0), self.gpu_time)
+        """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU.
+
+        It holds a GPU, all of its machine where the dense model is spread; every core where trials run on CPUs.
+        """
+        is_spread = self.config.model.device_map == "auto"
+        if not self.address:
+            present = local_slots().gpus
+            return LocalExecutor(present if is_spread else min(present, 1.0), self.gpu_time)
+        resources, largest = self.trial_resources, self.slots.largest
+        if resources.get("gpu"):
+            resources = resources | {"gpu": largest.gpus if is_spread else max(1.0, resources["gpu"])}
+        else:
+            resources = {"cpu": float(int(largest.cpus))}
+        return ClusterExecutor(resources, self.gpu_time, self.check_node)
 
     @cached_property
     def check_node(self) -> bytes:
@@ -191,18 +178,6 @@ class Context:
         if not self.address:
             return packed_check({}, None)
         return packed_check(versions(), self.run_dir if self.writes else None)
-
-    @property
-    def _is_spread(self) -> bool:
-        """Whether the dense model is spread over all GPUs of its machine."""
-        return self.config.model.device_map == "auto"
-
-    def _executor_resources(self) -> dict[str, float]:
-        """One machine's GPU, all of them where the dense model is spread; every core where trials run on CPUs."""
-        trial, largest = self.trial_resources, self.slots.largest
-        if not trial.get("gpu"):
-            return {"cpu": float(int(largest.cpus))}
-        return trial | {"gpu": largest.gpus if self._is_spread else max(1.0, trial["gpu"])}
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:
@@ -230,6 +205,18 @@ class Context:
             resources = {"cpu": slots.cores_each(concurrent * num_workers)}
         return resources, concurrent
 
+    def run_tasks(
+        self,
+        function: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        resources: dict[str, float],
+        concurrent: int,
+        fresh: bool = False,
+        **more: Any,
+    ) -> Iterator[tuple[int, Result]]:
+        """Run jobs by `cluster.tasks.run_tasks` on nodes that pass the run's check."""
+        return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)
+
     def check_ours(self, stage: str) -> None:
         """Check the lock before a record is written or removed: this process may have slept.
 
@@ -244,13 +231,9 @@ class Context:
         self.check_ours(stage)
         self.run_dir.forget(stage)
 
-    def join(self) -> None:
-        """Connect to Ray: Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""
-        _ = self._cluster
-
     def close(self) -> None:
         """Give back the model's memory, and leave the cluster unless it was joined before."""
         if "executor" in self.__dict__:
             self.executor.close()
-        if self._has_joined:
+        if "cluster" in self.__dict__ and not self.cluster.was_joined:
             disconnect()

@@ -7,14 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
-from qpruner.errors import CorruptFile
+from qpruner.pipeline.comparison_rows import candidates_for, gpus_held, job_progress, untuned_candidates, worker_jobs
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
-from qpruner.pipeline.table_rows import JobProgress, candidates_for, gpus_held, untuned_candidates, worker_jobs
 from qpruner.report.results import BASE, SEARCHED
-from qpruner.runs.events import Message
 from qpruner.runs.records import (
     EvalRecord,
     FinetuneRecord,
@@ -24,7 +20,7 @@ from qpruner.runs.records import (
     TaskScore,
     digest_of,
 )
-from qpruner.runs.storage import for_each, quarantine, read_json, remove, write_json
+from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.training.table_rows import Candidate, InferenceJob, evaluate_candidate, measure_inference
 from qpruner.wording import counted, error_text
 
@@ -47,22 +43,22 @@ class Evaluate(Stage[EvalRecord]):
         untuned = untuned_candidates(self.context, winner.plan)
         return [*untuned, *candidates_for(self.context, [(winner.name, winner.plan, winner.seed)])]
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(FinetuneRecord).digest, scores_digest(self.context))
 
-    @override
     def detail(self) -> str:
         return f"{', '.join(self.config.evaluate.tasks)} for {counted(len(self.jobs), 'model')}"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs = self.context, self.jobs
         about, text = held_out_text(context, scratch / "text")
-        with row_set_aside_if_damaged(context.run_dir, "evaluate"):
-            scored = score_jobs(context, "evaluate", jobs, text)
+        inspection, settings = context.inspection, self.config.evaluate
+        questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
+        asked = (settings.tasks, settings.limit, settings.num_fewshot)
+        with row_set_aside_if_damaged(context.run_dir, self.name):
+            scored = score_jobs(self, jobs, text)
             before = context.gpu_time.seconds
-            setting, taken = measure_in_turns(context, "evaluate", [job for job in jobs if job.seed is not None])
+            setting, taken = measure_in_turns(self, [job for job in jobs if job.seed is not None])
         rows = [
             scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)}) for job in jobs
         ]
@@ -70,21 +66,13 @@ class Evaluate(Stage[EvalRecord]):
             "rows": rows,
             "text": about,
             "inference": setting,
-            "tested": self._tested_digest(),
+            "tested": digest_of(questions, metrics, *asked, *context.task_files),
             "gpu_seconds": sum(row.gpu_seconds for row in rows) + context.gpu_time.seconds - before,
         }
 
-    @override
     def summary(self, record: EvalRecord) -> str:
         scores = {(row.name, row.seed is None): scores_line(row.scores) for row in record.rows}
         return f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
-
-    def _tested_digest(self) -> str:
-        """Digest of what the final models are asked, and how."""
-        inspection, settings = self.context.inspection, self.config.evaluate
-        questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
-        asked = (settings.tasks, settings.limit, settings.num_fewshot)
-        return digest_of(questions, metrics, *asked, *self.context.task_files)
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
@@ -115,19 +103,13 @@ def scores_digest(context: Context) -> str:
     return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
 
 
-def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
+def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
     """Score the models without a record of these tasks and this text; return the scores by folder."""
-    from qpruner.cluster.tasks import run_tasks
-
-    digest = scores_digest(context)
+    context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
-        try:
-            record = read_json(job.folder / "scores.json", RowScores)
-        except CorruptFile as error:
-            where = quarantine(job.folder / "scores.json", job.folder.parent)
-            context.emit(Message(stage, f"warning: {error}; set aside in {where}, {job.label} is scored again"))
-            continue
+        file, place = job.folder / "scores.json", job.folder.parent
+        record = stage.read_intact(file, RowScores, place, f"{job.label} is scored again")
         if record and record.digest == digest:
             found[job.folder] = record
     left = [job for job in jobs if job.folder not in found]
@@ -135,16 +117,8 @@ def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path |
         tasks, resources, concurrent = worker_jobs(context, left, text=text)
         signs = [job.scoring_progress for job in left]
         for_each(remove, signs)  # of a session that was interrupted
-        progress = JobProgress(context, stage, signs, len(jobs), "answers")
-        for position, scored in run_tasks(
-            evaluate_candidate,
-            tasks,
-            resources,
-            concurrent,
-            fresh=False,
-            check_node=context.check_node,
-            on_tick=progress.tell,
-        ):
+        on_tick = job_progress(stage, signs, len(jobs), "answers")
+        for position, scored in context.run_tasks(evaluate_candidate, tasks, resources, concurrent, on_tick=on_tick):
             job = left[position]
             record = RowScores(
                 digest=digest,
@@ -156,7 +130,7 @@ def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path |
             )
             write_json(job.folder / "scores.json", record)
             found[job.folder] = record
-            context.emit(Message(stage, f"{job.label}: {scores_line(record.scores)}"))
+            stage.tell(f"{job.label}: {scores_line(record.scores)}")
     return found
 
 
@@ -165,31 +139,21 @@ def scores_line(scores: tuple[TaskScore, ...]) -> str:
     return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
 
 
-def measure_in_turns(
-    context: Context, stage: str, jobs: Iterable[Candidate]
-) -> tuple[InferenceSetting, dict[Path, Inference]]:
+def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
     """Measure memory and speed of each row, by its folder; training seeds of one plan are one model."""
-    from qpruner.cluster.tasks import run_tasks
-
+    context = stage.context
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: str(job.checkpoint)):
         models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
     resources, _ = context.task_resources(1)
     alone = tuple(same[0] for same in models.values())
-    context.emit(Message(stage, f"{counted(len(alone), 'model')} in turns: memory and tokens a second"))
+    stage.tell(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
     signs = context.run_dir.candidates / "turns"
     task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
     remove(signs)  # of an earlier command
-    progress = JobProgress(context, stage, [signs], 1, "memory and tokens a second")
-    [(_, (setting, found))] = run_tasks(
-        measure_inference,
-        [task],
-        resources,
-        1,
-        fresh=True,
-        check_node=context.check_node,
-        on_tick=progress.tell,
-        on_held=context.gpu_time.add,
+    on_tick = job_progress(stage, [signs], 1, "memory and tokens a second")
+    [(_, (setting, found))] = context.run_tasks(
+        measure_inference, [task], resources, 1, fresh=True, on_tick=on_tick, on_held=context.gpu_time.add
     )
     folders = zip(models.values(), found, strict=True)
     return setting, {job.folder: taken for same, taken in folders for job in same}

@@ -5,30 +5,28 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
+from qpruner.cluster.slots import worker_resources
 from qpruner.config.schema import RunConfig
-from qpruner.errors import CorruptFile, StageError
-from qpruner.pipeline.prepare import telling
-from qpruner.pipeline.stage import Stage
-from qpruner.pipeline.table_rows import (
-    JobProgress,
+from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.pipeline.comparison_rows import (
     RowJob,
     distinct,
     gpus_held,
     job_keys,
+    job_progress,
     jobs_of,
     winner_row,
     worker_jobs,
 )
-from qpruner.plans.plan import Layout, PrecisionPlan
+from qpruner.pipeline.prepare import telling
+from qpruner.pipeline.stage import Stage
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.results import SEARCHED
-from qpruner.runs.events import Emit, Message
+from qpruner.runs.events import Emit
 from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
@@ -68,61 +66,54 @@ class Finetune(Stage[FinetuneRecord]):
         """The winner under the first training seed."""
         return jobs_of(self.context, [winner_row(self.context)])
 
-    @property
-    def _final(self) -> Path:
-        """Where people look for the model; the stage's own folder keeps nothing."""
-        return self.context.run_dir.root / "final"
-
-    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(SearchRecord).digest, job_keys(self.jobs))
 
-    @override
     def check(self) -> None:
-        from qpruner.pipeline.resources import check_finetune
+        context, wanted = self.context, self.config.finetune.num_workers
+        if context.assumed or wanted == 1:
+            return
+        slots, resources = context.known_slots, worker_resources(context.trial_resources, wanted)
+        if (fits := slots.at_most(resources)) < wanted:
+            raise UserError(
+                f"`finetune.num_workers` asks for {wanted} workers of {resources} at once, got room for {fits} on "
+                f"{counted(len(slots.nodes), 'machine')}, the largest with {slots.largest}: ask for fewer, or add "
+                "machines"
+            )
 
-        if not self.context.assumed:
-            check_finetune(self.config, self.context.known_slots)
-
-    @override
     def begin(self) -> None:
-        if not (have_rows(self.jobs) and self._has_final()):
-            self.context.forget("finetune")
+        final = self.context.run_dir.root / "final"
+        if not (have_rows(self.jobs) and final in published_folders(final.parent) and self.is_whole(final)):
+            self.context.forget(self.name)
 
-    @override
     def detail(self) -> str:
         settings = self.config.finetune
         length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
         # The plan's loss here beside its loss as a trial, after as many steps, looks like an error.
         return f"the winner, {length}, under another training seed than the trials', so its loss is not that of a trial"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
-        tuned = finetune_jobs(context, "finetune", self.jobs)
+        tuned = finetune_jobs(self, self.jobs)
         [(_, winner)] = self.jobs
-        context.forget("finetune")  # the folder that it vouches for is about to be written over
+        context.forget(self.name)  # the folder that it vouches for is about to be written over
         before = context.gpu_time.seconds
-        with row_set_aside_if_damaged(context.run_dir, "finetune"):
-            context.executor.run(write_final, FinalJob(self.config, winner, self._final), context.emit)
+        # Where people look for the model; the stage's own folder keeps nothing.
+        write = partial(write_final, self.config, winner, context.run_dir.root / "final")
+        with row_set_aside_if_damaged(context.run_dir, self.name):
+            context.executor.run(write, context.emit)
         context.executor.close()
         # The fine-tune may be one of an earlier session.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
 
-    @override
     def summary(self, record: FinetuneRecord) -> str:
         [tuned] = record.candidates
         losses = f"validation loss {tuned.validation_loss:.4f}, confirmation loss {tuned.confirmation_loss:.4f}"
         return f"{losses}, training seed {tuned.seed}"
 
-    @override
     def disk_bytes(self) -> int:
         return 2 * self.context.checkpoint_bytes
-
-    def _has_final(self) -> bool:
-        """Whether the final folder is there and complete."""
-        return self._final in published_folders(self._final.parent) and self.is_whole(self._final)
 
 
 def have_rows(jobs: Iterable[RowJob]) -> bool:
@@ -130,40 +121,35 @@ def have_rows(jobs: Iterable[RowJob]) -> bool:
     return all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs]))
 
 
-def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[CandidateRecord]:
+def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord]:
     """Fine-tune the rows without a record, each in processes of its own; return a record for every row and seed."""
-    models = distinct(jobs)
-    recorded = for_each(_recorded, [job.folder for job in models])
+    context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
-    for job, each in zip(models, recorded, strict=True):
+    for job, each in zip(models, for_each(_recorded, [job.folder for job in models]), strict=True):
         if isinstance(each, CandidateRecord):
             found[job.folder] = each
         elif each:
             where = quarantine(job.folder, job.folder.parent)
-            context.emit(Message(stage, f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew"))
+            stage.tell(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew")
     for_each(remove, [job.checkpoints for job in models if job.folder in found])  # of a driver that was killed
     left = [job for job in models if job.folder not in found]
     for job in left:
         for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
             where = quarantine(checkpoint, job.folder.parent)
-            text = f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it"
-            context.emit(Message(stage, text))
+            stage.tell(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it")
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
-        progress = JobProgress(context, stage, [job.progress for job in left], len(models), "steps")
-        for position, outcome in _finetuned(context, left, progress.tell):
+        on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
+        for position, outcome in _finetuned(context, left, on_tick):
             job = left[position]
             record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
             write_json(job.folder / "record.json", record)
             remove(job.checkpoints)
             text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
-            context.emit(Message(stage, f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB"))
+            stage.tell(f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB")
             for trouble in outcome.tracker_errors:
-                context.emit(Message(stage, f"warning: {job.label}: {trouble}"))
-    records = []
-    for row, job in jobs:
-        records.append(found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}))
-    return records
+                stage.tell(f"warning: {job.label}: {trouble}")
+    return [found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}) for row, job in jobs]
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
@@ -171,11 +157,8 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = read_json(folder / "record.json", CandidateRecord)
-    except CorruptFile as error:
-        return str(error)
-    if record is None or not exists(weights):
-        return None
-    try:
+        if record is None or not exists(weights):
+            return None
         verify_folder(weights.parent)
     except CorruptFile as error:
         return str(error)
@@ -199,22 +182,17 @@ def _finetuned(
         return run_groups(
             finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
         )
-    from qpruner.cluster.tasks import run_tasks
-
-    return run_tasks(
-        finetune_candidate,
-        tasks,
-        resources,
-        concurrent,
-        fresh=True,
-        check_node=context.check_node,
-        on_tick=on_tick,
-        progress=saved,
+    return context.run_tasks(
+        finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick, progress=saved
     )
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
-    plan, layout = PrecisionPlan.from_dict(dict(job.plan)), _layout_of(context, job)
+    from qpruner.pipeline.preflight import layout_for
+
+    plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
+    if job.checkpoint != context.checkpoint:
+        layout = layout_for(context.config, context.inspection.model_config)
     assert job.seed is not None
     measured = {name: value for name, value in vars(outcome).items() if name != "tracker_errors"}
     return CandidateRecord(
@@ -229,14 +207,6 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
         num_parameters=layout.num_parameters,
         **measured,
     )
-
-
-def _layout_of(context: Context, job: Candidate) -> Layout:
-    if job.checkpoint == context.checkpoint:
-        return context.layout
-    from qpruner.pipeline.preflight import layout_for
-
-    return layout_for(context.config, context.inspection.model_config)
 
 
 @contextmanager
@@ -258,29 +228,21 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
 
 
-@dataclass(frozen=True)
-class FinalJob:
-    """The fine-tuned winner, and the folder that the final model is written to."""
-
-    config: RunConfig
-    winner: Candidate
-    folder: Path
-
-
-def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
+def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_tokenizer, reporting_tensors
     from qpruner.quantization.assembly import assemble
 
-    told = telling(emit, "finetune")
-    winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
+    told, quantize = telling(emit, "finetune"), config.quantize
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
     with reporting_tensors(told):
-        model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
-    scratch = empty_folder(staging_path(job.folder.with_name(f".{job.folder.name}")))
+        model, _ = assemble(
+            checkpoint, winner.bank, quantize.group, winner.plan, config.model.dtype, quantize.double_quant
+        )
+    scratch = empty_folder(staging_path(folder.with_name(f".{folder.name}")))
     with writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)
-    storage_at(job.folder).publish(scratch)
+    storage_at(folder).publish(scratch)

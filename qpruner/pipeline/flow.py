@@ -7,13 +7,16 @@ Each stage leaves a record. A stage whose record has the digest of its present i
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
+from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
-from qpruner.pipeline.failures import explained
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.prune import Prune
@@ -23,23 +26,16 @@ from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.pipeline.stage import RecordType, Stage
 from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import Results
-from qpruner.runs.storage import exists
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, exists, storage_error
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
 
 STAGES: tuple[type[Stage[Any]], ...] = (
-    Prepare,
-    Prune,
-    Bank,
-    Sensitivity,
-    Search,
-    Finetune,
-    Evaluate,
-    Comparison,
-    Report,
+    *(Prepare, Prune, Bank, Sensitivity, Search),
+    *(Finetune, Evaluate, Comparison, Report),
 )
-REPAIRED = frozenset(stage.name for stage in STAGES if stage.repairs_files)
 
 
 def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
@@ -58,10 +54,12 @@ def run_flow(context: Context, until: str) -> Results:
 def run_stage(stage: Stage[Any]) -> None:
     """Run one stage unless it is recorded, and add its record to those of the context.
 
+    Its files go into a scratch folder; the folder is published first, its record last.
+
     Raises:
         StageError: If the stage cannot go on.
     """
-    context = stage.context
+    context, run = stage.context, stage.context.run_dir
     stage.begin()
     digest = stage.digest if stage.record else ""
     record = _usable_record(stage, digest)
@@ -70,30 +68,21 @@ def run_stage(stage: Stage[Any]) -> None:
         context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
         return
     context.emit(StageStarted(stage.name, stage.detail()))
-    started = time.monotonic()
-    with explained(type(stage), context.run_dir.root, REPAIRED):
+    started, held = time.monotonic(), context.gpu_time.seconds
+    with explained(type(stage), run.root):
         if stage.record is None:
-            stage.run(context.run_dir.root)
+            stage.run(run.root)
         else:
-            record = _record_of(stage, digest, started)
+            context.check_ours(stage.name)
+            scratch = run.begin(stage.name, stage.keeps_scratch)
+            fields = stage.run(scratch)
+            fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
+            record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
+            context.check_ours(stage.name)
+            run.commit(stage.name, scratch, record)
             context.add_record(stage.name, record)
     seconds = record.seconds if record else time.monotonic() - started
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
-
-
-def _record_of(stage: Stage[RecordType], digest: str, started: float) -> RecordType:
-    """Run a stage in a scratch folder, then publish folder and record."""
-    assert stage.record
-    context, run = stage.context, stage.context.run_dir
-    held = context.gpu_time.seconds
-    context.check_ours(stage.name)
-    scratch = run.begin(stage.name, stage.keeps_scratch)
-    fields = stage.run(scratch)
-    own = {"gpu_seconds": context.gpu_time.seconds - held} | fields
-    record = stage.record(digest=digest, seconds=time.monotonic() - started, **own)
-    context.check_ours(stage.name)
-    run.commit(stage.name, scratch, record)
-    return record
 
 
 def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
@@ -109,15 +98,16 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
 def recorded(context: Context) -> dict[str, float]:
     """Add to the context the records for which `run` would skip stages; nothing is run, mended or written.
 
-    Returns:
-        How much of each stage is done, from 0 to 1. Whether its files are intact is left to the run.
+    Returns how much of each stage is done, from 0 to 1. Whether its files are intact is left to the run.
     """
     context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
     for kind in STAGES:
         if kind.record is None or not kind.is_wanted(context.config):
             continue
-        stage = kind(context)
-        record = _known_record(stage)
+        stage, record = kind(context), None
+        with suppress(CorruptFile):
+            if exists(context.run_dir.record_path(stage.name)):  # what the stage depends on takes time to read
+                record = stage.matching_record(stage.digest)
         if record is None:
             shares[kind.name] = stage.share_done()
             break
@@ -126,10 +116,55 @@ def recorded(context: Context) -> dict[str, float]:
     return shares
 
 
-def _known_record(stage: Stage[RecordType]) -> RecordType | None:
-    if not exists(stage.context.run_dir.record_path(stage.name)):
-        return None  # what the stage depends on takes time to read
+@contextmanager
+def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
+    """Turn what a stage may meet into a `StageError` with stage, cause and remedy; `root` is the run folder."""
     try:
-        return stage.matching_record(stage.digest)
-    except CorruptFile:
-        return None
+        yield
+    except StageError:
+        raise
+    except TrainingDiverged as error:
+        remedy = "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
+        if stage.trains:
+            remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
+        raise StageError(stage.name, str(error), remedy) from error
+    except CorruptFile as error:
+        raise StageError(stage.name, str(error), _damage_remedy(error.path, root)) from error
+    except StorageError as error:
+        raise StageError(stage.name, error.cause, error.remedy) from error
+    except QprunerError:
+        raise
+    except Exception as error:
+        trouble = storage_error(error, root)
+        cause = (trouble.cause, trouble.remedy) if trouble else _known_cause(stage, error)
+        if cause is None:
+            raise
+        raise StageError(stage.name, *cause) from error
+
+
+def _damage_remedy(path: Path | None, root: Path | None) -> str:
+    if path is None or root is None or not path.is_relative_to(root):
+        return "fetch or write that file again, then repeat the command"
+    parts = path.relative_to(root).parts
+    if parts[0] == "trials":
+        return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
+    if any(stage.name == parts[0] and stage.repairs_files for stage in STAGES):
+        return "repeat the command: what is damaged is set aside, and that alone is made again"
+    if parts[0] == "candidates":  # a row is a folder of its own
+        doomed = root.joinpath(*parts[:2])
+    elif parts[0] in Results.model_fields:  # a stage is there when its record is
+        doomed = RunDir(root, create=False).record_path(parts[0])
+    else:
+        doomed = root / parts[0]
+    return f"delete {display_name(doomed)}, then repeat the command: what it held is made again"
+
+
+def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:
+    """Cause and remedy of errors that libraries raise under types of their own."""
+    if is_out_of_memory(error):
+        return shortage_text(error), f"lower {stage.memory_keys}"
+    if type(error).__name__ == "SafetensorError":
+        # Of the run's own, and of this machine's copies, a command that begins finds what is damaged by itself.
+        remedy = "repeat the command, which makes or fetches anew what is the run's; a model of yours has to be mended"
+        return f"a safetensors file is damaged ({error})", remedy
+    return None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from typing_extensions import override
 
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
 from qpruner.pipeline.stage import Stage
@@ -34,23 +33,21 @@ class Prepare(Stage[PrepareRecord]):
     repairs_files = True
     starts_ray = False
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         config = self.config
         return (config.model, config.data, config.calibration, config.seed, *_source_digests(config))
 
-    @override
     def detail(self) -> str:
         return f"base model {self.config.model.source}, encoding the data"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, run = self.context, self.context.run_dir
-        is_shared = bool(context.address) or not run.storage.fills_this_disk
-        job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
-        base = context.executor.run(bring_base, job, context.emit)
+        context, folder = self.context, scratch / "model"
+        # Other machines see the run's storage, but not each other's caches of the hub.
+        is_shared = bool(context.address) or not context.run_dir.storage.fills_this_disk
+        bring = partial(_bring_base, context.worker_config.model, folder, is_shared)
+        base = context.executor.run(bring, context.emit)
         if base.converted:
-            require_arrived(job.folder)
+            require_arrived(folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
         return {
             # In the run's own folder, which has another path on each machine and may be moved.
@@ -60,35 +57,21 @@ class Prepare(Stage[PrepareRecord]):
             "num_rows": counts,
         }
 
-    @override
     def summary(self, record: PrepareRecord) -> str:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
-    @override
     def disk_bytes(self) -> int:
         base = self.context.inspection.base
         return base.num_parameters * base.element_bytes
 
 
-@dataclass(frozen=True)
-class BaseJob:
-    """The base model, and the folder for it where it is converted.
-
-    With `is_shared` other machines read it too: they see the run's storage, but not each other's caches of the hub.
-    """
-
-    model: ModelConfig
-    folder: Path
-    is_shared: bool
-
-
-def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
-    """Bring the base model into a folder."""
+def _bring_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
+    """Bring the base model into a folder: its own, or `target` where it is converted."""
     from qpruner.models.checkpoint import prepare_base
 
-    with writing_folder(job.folder) as folder:
-        base = prepare_base(job.model, folder, job.is_shared, telling(emit, "prepare"))
-    return replace(base, path=str(job.folder)) if base.converted else base
+    with writing_folder(target) as folder:
+        base = prepare_base(model, folder, is_shared, telling(emit, "prepare"))
+    return replace(base, path=str(target)) if base.converted else base
 
 
 def telling(emit: Emit, stage: str) -> OnLoading:
@@ -97,14 +80,16 @@ def telling(emit: Emit, stage: str) -> OnLoading:
 
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
-    """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data.encoding import SENSITIVITY_KEYS, calibration_samples, pack, save_encoded, shuffled
+    """Encode every split and the calibration samples; return rows by split."""
+    from qpruner.data.encoding import SENSITIVITY_KEYS, calibration_samples, encode, pack, save_encoded, shuffled
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
-    tokenizer = load_tokenizer(model_path)
-    examples = context.inspection.examples
-    splits = {name: encode_split(config, examples[name], tokenizer) for name in ("train", "validation", "confirmation")}
+    tokenizer, examples = load_tokenizer(model_path), context.inspection.examples
+    splits = {
+        name: encode(examples[name], tokenizer, settings.max_length, settings.template, settings.response_only)
+        for name in ("train", "validation", "confirmation")
+    }
     if settings.packing:
         splits["train"] = pack(splits["train"], settings.max_length)
     vocabulary = context.inspection.model_config.vocab_size
@@ -117,16 +102,6 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}
-
-
-def encode_split(
-    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, list[int]]]:
-    """Encode each example of a split as one row."""
-    from qpruner.data.encoding import encode
-
-    settings = config.data
-    return encode(examples, tokenizer, settings.max_length, settings.template, settings.response_only)
 
 
 def importance_samples(
@@ -160,7 +135,6 @@ def _source_digests(config: RunConfig) -> list[str]:
     files = [path for path in paths if path.is_file()]
     if config.calibration.token_ids:
         files.append(Path(config.calibration.token_ids))
-    folder = paths[-1]
-    if folder.is_dir():
-        files += sorted(path for path in folder.rglob("*") if path.is_file())
+    if paths[-1].is_dir():
+        files += sorted(path for path in paths[-1].rglob("*") if path.is_file())
     return [file_digest(path) for path in files]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import socket
 import time
 from collections import Counter
@@ -35,22 +36,15 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "
 class RunProgress:
     """Turns events into `run.json`: steps inside a stage now and then, the beginning and end of a stage always.
 
-    Args:
-        run: The run folder.
-        config: The run's configuration.
-        until: The last stage that was asked for.
-        command: What repeats it; None takes this process's command line.
-        holds_run: False once another driver has the run, whose `run.json` is left alone.
-
-    Attributes:
-        is_written: Whether `run.json` is this command's.
-        has_begun: Whether a stage ran; recorded ones do not count.
+    It `is_written` once the file is this command's, and `has_begun` once a stage ran; recorded ones do not count.
     """
 
     def __init__(
         self, run: RunDir, config: RunConfig, until: str, command: str | None, holds_run: Callable[[], bool]
     ) -> None:
-        now, before = time.time(), _earlier(run)
+        now, before = time.time(), None
+        with suppress(CorruptFile):
+            before = run.read_state(RunState)
         self._run, self._holds_run, self._written = run, holds_run, 0.0
         self._earlier_stages = before.stages.keys() if before else set()
         self.is_written = self.has_begun = False
@@ -95,23 +89,24 @@ class RunProgress:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Write how the command ends."""
+        outcome, text, is_refused = "interrupted", None, False  # as by Ctrl-C
         try:
             yield
-        except UserError as error:
-            if self.has_begun:
-                self._end("failed", str(error))
-            raise
+            outcome = "done"
         except QprunerError as error:
-            self._end("failed", str(error))
+            outcome, text, is_refused = "failed", str(error), isinstance(error, UserError)
             raise
         except Exception as error:
             note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has all of it")
-            self._end("failed", f"{type(error).__name__}: {error}\n{note}")
+            outcome, text = "failed", f"{type(error).__name__}: {error}\n{note}"
             raise
-        except BaseException:  # Ctrl-C
-            self._end("interrupted", None)
-            raise
-        self._end("done", None)
+        finally:
+            # An earlier command's file may have stages that this one did not reach.
+            has_all = self._earlier_stages <= self._state.stages.keys()
+            self.is_written = self.has_begun or (has_all and not is_refused)
+            if self.is_written:
+                self._state = self._state.model_copy(update={"outcome": outcome, "error": text})
+                self._write()
 
     def _set(self, stage: str, state: StageState) -> None:
         self._state = self._state.model_copy(update={"stages": {**self._state.stages, stage: state}})
@@ -119,13 +114,6 @@ class RunProgress:
     def _update(self, stage: str, update: dict[str, object]) -> None:
         if stage in self._state.stages:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
-
-    def _end(self, outcome: str, error: str | None) -> None:
-        # An earlier command's file may have stages that this one did not reach.
-        self.is_written = self.has_begun or self._earlier_stages <= self._state.stages.keys()
-        if self.is_written:
-            self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
-            self._write()
 
     def _write(self) -> None:
         self._state = self._state.model_copy(update={"updated": time.time()})
@@ -139,14 +127,6 @@ class RunProgress:
             logger.warning(
                 "run.json could not be written: %s; until it can, `qpruner status` shows an earlier state", error
             )
-
-
-def _earlier(run: RunDir) -> RunState | None:
-    """Read what an earlier command left; None where it cannot be read."""
-    try:
-        return run.read_state(RunState)
-    except CorruptFile:
-        return None
 
 
 def _environment() -> dict[str, str]:
@@ -166,10 +146,9 @@ def _environment() -> dict[str, str]:
 def _cpu_model(cpuinfo: Path) -> str:
     """Name the CPU as the kernel does; on ARM and on other systems as Python does."""
     with suppress(OSError):
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip():
-                return value.strip()
+        names = re.findall(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if names:
+            return str(names[0])
     return platform.processor() or platform.machine()
 
 

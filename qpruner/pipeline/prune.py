@@ -6,11 +6,9 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from typing_extensions import override
 
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
@@ -41,14 +39,12 @@ class Prune(Stage[PruneRecord]):
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         from qpruner.pruning.settings import settled
 
         settings = settled(self.context.inspection.model_config, self.config.prune)
         return (self.context.record(PrepareRecord).digest, settings)
 
-    @override
     def warnings(self) -> Iterator[str]:
         from qpruner.pipeline.preflight import remark_on_cut
 
@@ -57,28 +53,24 @@ class Prune(Stage[PruneRecord]):
         if is_all and (remark := remark_on_cut(self.config, context.inspection)):
             yield remark
 
-    @override
     def detail(self) -> str:
         return describe(_settings(self.context))
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         self._report_earlier_cut()
         base = context.run_dir.base_model(context.record(PrepareRecord))
-        job = CutJob(self.config, _settings(context), base, context.data / "importance", scratch)
-        fields = context.executor.run(cut_and_save, job, context.emit)
+        cut = partial(cut_and_save, self.config, _settings(context), base, context.data / "importance", scratch)
+        fields = context.executor.run(cut, context.emit)
         require_arrived(scratch)
         return fields
 
-    @override
     def summary(self, record: PruneRecord) -> str:
         return (
             f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
             f"({record.target}, {record.achieved})"
         )
 
-    @override
     def disk_bytes(self) -> int:
         base = self.context.inspection.base
         return base.num_parameters * base.element_bytes
@@ -89,8 +81,8 @@ class Prune(Stage[PruneRecord]):
         settings = _settings(context)
         context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
         self._report_earlier_cut()
-        job = context.worker_config, settings, context.inspection.examples["calibration"]
-        fields = context.executor.run(cut_in_memory, job, context.emit)
+        cut = partial(cut_in_memory, context.worker_config, settings, context.inspection.examples["calibration"])
+        fields = context.executor.run(cut, context.emit)
         return PruneRecord(digest="", **fields)
 
     def _report_earlier_cut(self) -> None:
@@ -104,47 +96,39 @@ def _settings(context: Context) -> PruneConfig:
     return context.inspection.cuts[0].settings
 
 
-@dataclass(frozen=True)
-class CutJob:
-    """What the cut needs, wherever it is made: the folders of base model, importance samples and pruned checkpoint."""
-
-    config: RunConfig
-    settings: PruneConfig
-    base: Path
-    rows: Path
-    scratch: Path
-
-
-def cut_and_save(job: CutJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
-    """Cut the base model, save it and keep it in the cache; returns the record's fields."""
+def cut_and_save(
+    config: RunConfig, settings: PruneConfig, base: Path, rows: Path, scratch: Path, cache: ModelCache, emit: Emit
+) -> dict[str, Any]:
+    """Cut the base model, save it in `scratch` and keep it in the cache; return the record's fields."""
     from qpruner.data.encoding import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.plots.model import save_importance
 
-    base, on_weights = str(fetch(job.base)), telling(emit, "prune")
-    tokenizer = load_tokenizer(base)
+    source, on_weights = str(fetch(base)), telling(emit, "prune")
+    tokenizer = load_tokenizer(source)
     # As lists: an error that is kept would keep a mapped file open, and its disk busy.
-    samples = _samples(list(load_encoded(job.rows)), tokenizer, job.config.calibration.batch_size)
+    samples = _samples(list(load_encoded(rows)), tokenizer, config.calibration.batch_size)
     cache.clear()
-    model = load_dense(base, job.config.model.dtype, job.config.model, on_weights)
-    pruned, fields = _cut(job.config, job.settings, model, samples, emit)
-    with writing_folder(job.scratch) as folder:
+    model = load_dense(source, config.model.dtype, config.model, on_weights)
+    pruned, fields = _cut(config, settings, model, samples, emit)
+    with writing_folder(scratch) as folder:
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
     cache.keep(pruned.model)
-    listed = read_list(job.scratch)
+    listed = read_list(scratch)
     assert listed, "was just written"
     weights = {name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")}
     return fields | {"weights": digest_of(weights)}
 
 
-def cut_in_memory(job: tuple[RunConfig, PruneConfig, list[Example]], cache: ModelCache, emit: Emit) -> dict[str, Any]:
-    """Cut the base model, by calibration rows, and drop it; returns the record's fields."""
+def cut_in_memory(
+    config: RunConfig, settings: PruneConfig, examples: list[Example], cache: ModelCache, emit: Emit
+) -> dict[str, Any]:
+    """Cut the base model and drop it; return the record's fields."""
     from qpruner.models.checkpoint import prepare_base
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 
-    config, settings, examples = job
     with tempfile.TemporaryDirectory() as scratch:
         base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.records import Record
 from qpruner.runs.run_dir import RunDir
@@ -24,18 +22,15 @@ class Report(Stage[Record]):
     name = "report"
     help = "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."
 
-    @override
     def warnings(self) -> Iterator[str]:
         from qpruner.report.card import other_base_remark
 
         if remark := other_base_remark(self.config):
             yield remark
 
-    @override
     def detail(self) -> str:
         return WRITTEN
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         from qpruner.export.card import missing_keys, missing_remark
         from qpruner.report.files import CARD, write_report
@@ -46,16 +41,14 @@ class Report(Stage[Record]):
             self.tell(remark)
         return {}
 
-    @override
     def summary(self, record: Record) -> str:
         return WRITTEN
 
 
 def report_unfinished(run_dir: RunDir) -> str:
-    """Write the report of a run that ended before its last stage; what keeps it from being written must not hide why.
+    """Write the report of a run that ended before its last stage, and return where it is, for a person.
 
-    Returns:
-        Where it is, or that there is none, for a person.
+    What keeps it from being written must not hide why the run ended.
     """
     from qpruner.report.files import write_report
 

@@ -15,8 +15,7 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.disk import check_room
-from qpruner.pipeline.failures import explained
-from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
+from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import Prune
@@ -36,31 +35,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checked:
-    """What a run would be.
+    """What a run would be."""
 
-    Attributes:
-        inspection: Sizes and rows; of the recorded pruned model where there is one.
-        slots: Trials, or fine-tunes, that fit at once.
-        resources: What Ray reserves for one.
-        done: How much of each stage is recorded with the same inputs, from 0 to 1.
-        disk: Bytes that are needed at most, and bytes that are free.
-    """
-
-    inspection: preflight.Inspection
-    slots: int
-    resources: dict[str, float]
-    done: dict[str, float]
-    disk: tuple[int, int]
+    inspection: preflight.Inspection  # of the recorded pruned model where there is one
+    slots: int  # trials, or fine-tunes, that fit at once
+    resources: dict[str, float]  # of one
+    done: dict[str, float]  # how much of each stage is recorded with the same inputs, from 0 to 1
+    disk: tuple[int, int]  # bytes that are needed at most, and bytes that are free
 
 
 def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False) -> Checked:
     """Find what `run` would refuse before its first stage, and what it would do.
 
-    Args:
-        config: The configuration.
-        emit: Receives the cluster's nodes.
-        address: A running Ray cluster to join; None looks at this machine.
-        gpu_is_elsewhere: Without an address, assume a machine with the GPUs that a trial asks for.
+    Without an `address` it looks at this machine, or at one assumed to have the GPUs that a trial asks for.
 
     Raises:
         UserError: For what cannot work.
@@ -70,7 +57,8 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
         disk = check_room(context)
-        _check_stages(context, STAGES)
+        for stage in STAGES:
+            stage(context).check()
         if address:
             look_at_nodes(context)
         done = recorded(context)
@@ -91,7 +79,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
 def run(
     config: RunConfig, emit: Emit, address: str | None = None, until: str = Report.name, command: str | None = None
 ) -> Results:
-    """Run the flow up to a stage, skipping what is recorded.
+    """Run the flow up to a stage, skipping what is recorded; return the records so far.
 
     Args:
         config: The configuration.
@@ -100,15 +88,12 @@ def run(
         until: Name of the last stage to run.
         command: What repeats it in a shell; None takes this process's command line.
 
-    Returns:
-        The records so far; those of stages after `until` are None.
-
     Raises:
         UserError: Before any weight is loaded, when the input cannot work.
         StageError: When a stage cannot go on.
     """
-    packs = Bank in stages_until(until)
-    inspection = preflight.inspect(config, works_here=address is None, packs=packs)
+    stages = stages_until(until)
+    inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
     with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
         check_room(planned)
     run_dir = RunDir(config.output)
@@ -128,8 +113,9 @@ def run(
 
         context = Context(config, run_dir, on_event, address, inspection, holds_run=holds_run)
         try:
-            with progress.ending():
-                results = _checked_flow(context, until)
+            with progress.ending(), contextlib.closing(context):
+                _warn_and_check(context, stages)
+                results = run_flow(context, until)
         except BaseException as error:
             # A report would wait once more for a storage that is away.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
@@ -142,24 +128,8 @@ def run(
         return results
 
 
-def _checked_flow(context: Context, until: str) -> Results:
-    """Warn, refuse what cannot work, then run the flow up to a stage."""
-    stages = stages_until(until)
-    with contextlib.closing(context):
-        _warn(context, stages)
-        _check_stages(context, stages)
-        if context.address:
-            look_at_nodes(context)
-        return run_flow(context, until)
-
-
 def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
-    """Return what the prune stage would record, with nothing written.
-
-    Args:
-        config: The configuration.
-        emit: Receives every event.
-        address: A running Ray cluster to join; None cuts in this process.
+    """Return what the prune stage would record, with nothing written; without an `address` it is cut in this process.
 
     Raises:
         UserError: When the input cannot work.
@@ -167,27 +137,19 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
     inspection = preflight.inspect(config, works_here=address is None, packs=False)
     run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
-        if address:
-            look_at_nodes(context)
-        _warn(context, [Prune])
+        _warn_and_check(context, [Prune])
         with explained(Prune):
             return Prune(context).preview()
 
 
-def _check_stages(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
-    """Refuse what cannot work in one of these stages.
-
-    Raises:
-        UserError: From the first of them.
-    """
-    for stage in stages:
-        stage(context).check()
-
-
-def _warn(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
-    """Name the keys that have no effect, and what these stages will meet."""
+def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
+    """Warn of keys without effect and of what the stages will meet; refuse what cannot work in one of them."""
     for warning in context.config.warnings:
         context.emit(Message(COMMAND, f"warning: {warning}"))
     for stage in stages:
         for warning in stage(context).warnings():
             context.emit(Message(stage.name, f"warning: {warning}"))
+    for stage in stages:
+        stage(context).check()
+    if context.address:
+        look_at_nodes(context)

@@ -9,53 +9,56 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from typing_extensions import override
-
-from qpruner.errors import CorruptFile
-from qpruner.pipeline.finalists import (
-    best_of,
-    choose_finalists,
-    confirm,
-    finalists_beside,
-    fresh_scores,
-    front_of,
-    hypervolume_of,
-    may_win,
-    plan_of,
-)
+from qpruner.data.measures import accuracy_name
+from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.pipeline.comparison_rows import worker_jobs
 from qpruner.pipeline.stage import Stage
+from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Message, SearchPlanned
+from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
+    Confirmation,
+    FreshScore,
+    FrontPoint,
+    KeptScore,
     SearchRecord,
     SearchState,
     SensitivityRecord,
     TrialRecord,
     digest_of,
 )
-from qpruner.runs.storage import write_json
-from qpruner.search.choice import controls_of
+from qpruner.runs.storage import for_each, write_json
+from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_records import (
+    SETTING_REMEDIES,
     Materials,
+    checkpoint_of,
+    fresh_path,
+    objective,
     read_trials,
     readable_trials,
     restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.wording import counted
+from qpruner.training.table_rows import Candidate, confirm_trial
+from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
     from qpruner.pipeline.context import Context
+
+FINALISTS = "scoring finalists on fresh rows"
+REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
+"""What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
 class Search(Stage[SearchRecord]):
@@ -68,44 +71,75 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan that is taken instead of a search."""
-        return given_plan(self.context)
+        """The plan that is taken instead of a search: from a file, a sensitivity's seed plan, or the only one."""
+        space, method = self.context.space, self.config.search.plan_method
+        if method:
+            return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
+        if self.context.plan_in_file or len(space.levels) > 1:
+            return self.context.plan_in_file
+        return space.uniform(space.levels[0])
 
     @cached_property
     def search_digest(self) -> str:
-        """Digest of what is proposed."""
-        return _search_digest(self.context, self.given)
+        """Digest of what is proposed, or of the plan that is given in its place."""
+        return self._digest_of_search(self.given)
+
+    def _digest_of_search(self, given: PrecisionPlan | None) -> str:
+        settings = self.config.search
+        return digest_of(
+            self.context.record(SensitivityRecord).digest,
+            self.context.space.budget_bytes,
+            settings.searcher,
+            settings.metric,
+            settings.pareto,
+            self.config.seed,
+            *([given.as_dict()] if given else []),
+        )
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of what a trial's own result depends on."""
-        return _trials_digest(self.context, self.search_digest)
+        """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
+        context, config, settings = self.context, self.config, self.config.search
+        scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
+        return digest_of(
+            "trials",
+            context.record(BankRecord).digest,
+            context.space.levels,
+            config.training,
+            config.lora,
+            config.seed,
+            scored,
+            (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
+            "" if settings.reuse_trials else self.search_digest,
+        )
 
     @property
     def folder(self) -> Path:
         """Where the trials are recorded."""
         return self.context.run_dir.trials / self.trials_digest
 
-    @override
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
         # More trials or hours continue with those there are.
         ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
         return (self.trials_digest, self.search_digest, *ends)
 
-    @override
     def warnings(self) -> Iterable[str]:
         return self.context.inspection.warnings
 
-    @override
     def check(self) -> None:
-        from qpruner.pipeline.resources import check_search
+        from qpruner.search.searchers import check_searcher
         from qpruner.training.trackers import check_trackers
 
-        check_search(self.config.search, self.context.known_slots)
+        settings = self.config.search
+        check_searcher(settings.searcher)
+        if not self.context.trial_resources.get("gpu") and settings.max_gpu_hours is not None:
+            raise UserError(
+                f"`search.max_gpu_hours` ends no search whose trials hold no GPU, got {settings.max_gpu_hours:g}; use "
+                "`search.max_hours`"
+            )
         check_trackers(self.config.trackers)
 
-    @override
     def begin(self) -> None:
         """Report what is known of the trials, and forget the record where one of them was damaged."""
         context, settings = self.context, self.config.search
@@ -120,7 +154,7 @@ class Search(Stage[SearchRecord]):
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
-            beside=_search_digest(context, None) if self.given else None,
+            beside=self._digest_of_search(None) if self.given else None,
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
@@ -134,24 +168,21 @@ class Search(Stage[SearchRecord]):
     def _metric(self) -> Literal["loss", "accuracy"]:
         return "accuracy" if self.config.search.by_accuracy else "loss"
 
-    @override
     def detail(self) -> str:
         settings = self.config.search
         trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
         budget = self.context.space.budget_bytes / 1e6
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
 
-    @override
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, job = self.context, self._job()
+        job = self._job()
         # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
-        priors = job.priors
-        known = replace(job, controls=[*controls_of(job.space, priors), *job.controls]) if self.given else job
-        context.join()
-        resumed = _report_recorded(context, job)
+        controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
+        known = replace(job, controls=controls)
+        _ = self.context.cluster  # Tune and tasks take the one that this process has joined
+        resumed = self._tell_recorded(job)
         outcome, finalists = self._finalists(job, known)
-        fresh = fresh_scores(context, finalists, known)
-        confirmations = confirm(context, finalists, fresh, known)
+        confirmations, gpu_seconds = confirm(self, finalists, known)
         by_index = {trial.index: trial for trial in finalists}
         eligible = [each for each in confirmations if self.given in (None, plan_of(by_index[each.index]))]
         best = best_of(eligible, job)
@@ -159,8 +190,24 @@ class Search(Stage[SearchRecord]):
         assert best is not None, "there are finalists"
         write_json(scratch / "best.json", by_index[best.index])
         front = front_of(confirmations, by_index, job) if self.config.search.pareto else ()
-        return self._trial_fields(outcome) | {
-            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
+        statuses = [trial.status for trial in outcome.trials]
+        return {
+            "trials_digest": self.trials_digest,
+            "searcher": self.config.search.searcher if self.config.is_searched else "none",
+            "metric": self._metric,
+            "metrics": self.context.inspection.metrics["search"],
+            "budget_bytes": self.context.space.budget_bytes,
+            "num_trials": len(outcome.trials),
+            "num_finished": statuses.count("finished"),
+            "num_stopped": statuses.count("stopped"),
+            "num_failed": statuses.count("failed"),
+            "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
+            "num_reused": sum(1 for trial in outcome.reused if trial.rungs),
+            "ended": outcome.ended,
+            "search_seconds": outcome.seconds,
+            "gpu_seconds": outcome.gpu_seconds,
+            "sessions": outcome.sessions,
+            "confirmation_gpu_seconds": gpu_seconds,
             "confirmations": confirmations,
             "best_index": best.index,
             "best_origin": GIVEN if self.given else best.origin,
@@ -171,6 +218,15 @@ class Search(Stage[SearchRecord]):
             "hypervolume": hypervolume_of(front, job) if front else None,
             "resumed": resumed,
         }
+
+    def _tell_recorded(self, job: SearchJob) -> int:
+        """Tell what the search starts from; return the number of its own recorded trials."""
+        own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
+        if resumed := own.count(True):
+            self.tell(f"going on from {counted(resumed, 'recorded trial')}")
+        if others := own.count(False):
+            self.tell(f"starting from {counted(others, 'trial')} that earlier searches left")
+        return resumed
 
     def _job(self) -> SearchJob:
         """Collect what the trials are run with."""
@@ -210,33 +266,13 @@ class Search(Stage[SearchRecord]):
             if self.given:
                 finalists = finalists_beside(usable, self.given, known)
             else:
-                finalists = choose_finalists([trial for trial in usable if may_win(trial, job)], job)
+                # A plan that was given in place of an earlier search may not win.
+                mine = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
+                finalists = choose_finalists(mine, job)
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
 
-    def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
-        """Return the fields of the record that describe the trials."""
-        statuses = [trial.status for trial in outcome.trials]
-        return {
-            "trials_digest": self.trials_digest,
-            "searcher": self.config.search.searcher if self.config.is_searched else "none",
-            "metric": self._metric,
-            "metrics": self.context.inspection.metrics["search"],
-            "budget_bytes": self.context.space.budget_bytes,
-            "num_trials": len(outcome.trials),
-            "num_finished": statuses.count("finished"),
-            "num_stopped": statuses.count("stopped"),
-            "num_failed": statuses.count("failed"),
-            "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_reused": sum(1 for trial in outcome.reused if trial.rungs),
-            "ended": outcome.ended,
-            "search_seconds": outcome.seconds,
-            "gpu_seconds": outcome.gpu_seconds,
-            "sessions": outcome.sessions,
-        }
-
-    @override
     def summary(self, record: SearchRecord) -> str:
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
@@ -244,72 +280,130 @@ class Search(Stage[SearchRecord]):
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
-    @override
     def share_done(self) -> float:
         over = sum(trial.is_over and trial.search == self.search_digest for trial in readable_trials(self.folder))
         return min(1.0, over / self.config.num_trials)
 
-    @override
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
-def given_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan that is used instead of a search, or None.
+def plan_of(trial: TrialRecord) -> PrecisionPlan:
+    """Return the plan of a trial."""
+    return PrecisionPlan.from_dict(trial.plan)
 
-    It comes from a file, is a sensitivity's seed plan, or the only plan there is.
+
+def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
+    """Choose the best finished trials and every finished control; for a front, all trials that could be on it.
 
     Raises:
-        PlanRefused: If a file's plan does not fit this model or its budget.
+        StageError: If no trial finished, with the first reason.
     """
-    space, method = context.space, context.config.search.plan_method
-    if method:
-        measured = context.record(SensitivityRecord)
-        return seed_plan(measured.methods[method].values, space)
-    if context.plan_in_file or len(space.levels) > 1:
-        return context.plan_in_file
-    return space.uniform(space.levels[0])
+    if not trials:
+        cause = "its hours were over before any machine took a trial"
+        raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")
+    finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
+    if not finished:
+        reasons = [trial.reason for trial in trials if trial.reason]
+        kinds = {trial.failure for trial in trials}
+        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        raise StageError(
+            "search",
+            f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
+            f"{mend} and repeat the command",
+        )
+    scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
+    chosen = finalist_positions(scores, are_controls, job.config.search.confirm)
+    if job.config.search.pareto:
+        chosen += non_dominated([(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)])
+    return [finished[position] for position in sorted(set(chosen))]
 
 
-def _search_digest(context: Context, given: PrecisionPlan | None) -> str:
-    """Digest of what is proposed, or of the plan that is given in its place."""
-    settings = context.config.search
-    return digest_of(
-        context.record(SensitivityRecord).digest,
-        context.space.budget_bytes,
-        settings.searcher,
-        settings.metric,
-        settings.pareto,
-        context.config.seed,
-        *([given.as_dict()] if given else []),
+def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
+    """Choose the trial of the given plan, and every control that a search has finished to compare it with."""
+    tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
+    controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
+    return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
+
+
+def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
+    """Score the finalists on fresh rows and report them; return them and the GPU seconds."""
+    confirmations, scores = [], _fresh_scores(stage, finalists, job)
+    for trial, score in zip(finalists, scores, strict=True):
+        control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
+        each = Confirmation(
+            index=trial.index,
+            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
+            control=control not in (None, GIVEN),
+            reused=reused,
+            **score.model_dump(exclude={"digest", "gpu_seconds"}),
+        )
+        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
+        text += error_text(each.stderr, 4)
+        if each.accuracy is not None:
+            name = accuracy_name(stage.context.inspection.metrics["search"])
+            text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
+        stage.tell(text)
+        confirmations.append(each)
+    return confirmations, sum(score.gpu_seconds for score in scores)
+
+
+def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
+    """Score each finalist on fresh rows; scores of an earlier command are reused."""
+    context, paths = stage.context, [fresh_path(job.trials, trial.index) for trial in finalists]
+    # Which rows there are is told by the folder of trials, as all that they were trained on.
+    asked = (context.config.search.metric, context.inspection.questions["fresh"])
+    digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
+    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "that finalist is scored again"), paths)
+    found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
+    context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
+    left = [position for position in range(len(finalists)) if position not in found]
+    if left:
+        candidates = [_candidate(context, finalists[position], job) for position in left]
+        jobs, resources, concurrent = worker_jobs(context, candidates)
+        held: list[float] = []
+        for number, score in context.run_tasks(confirm_trial, jobs, resources, concurrent, on_held=held.append):
+            position = left[number]
+            found[position] = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
+            write_json(paths[position], found[position])
+            context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
+    return [found[position] for position in range(len(finalists))]
+
+
+def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidate:
+    checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
+    assert checkpoint is not None, "a finished trial has a checkpoint"
+    seed = context.config.seed
+    return Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
+
+
+def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
+    """Return the best on fresh rows; a control wins a tie."""
+    scores = [objective(each, job.config) for each in confirmations]
+    position = winner_position(scores, [each.control for each in confirmations])
+    return None if position is None else confirmations[position]
+
+
+def front_of(
+    confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
+) -> tuple[FrontPoint, ...]:
+    """List the confirmed plans that no plan of fewer or equal bytes beats, by bytes."""
+    weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
+    return tuple(
+        FrontPoint(
+            index=each.index,
+            origin=each.origin,
+            plan=trials[each.index].plan,
+            plan_bytes=trials[each.index].plan_bytes,
+            **each.model_dump(include=set(FreshScore.model_fields)),
+        )
+        for each in (confirmations[position] for position in non_dominated(weighed))
     )
 
 
-def _trials_digest(context: Context, search_digest: str) -> str:
-    """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
-    config, settings = context.config, context.config.search
-    scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
-    return digest_of(
-        "trials",
-        context.record(BankRecord).digest,
-        context.space.levels,
-        config.training,
-        config.lora,
-        config.seed,
-        scored,
-        (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
-        "" if settings.reuse_trials else search_digest,
-    )
-
-
-def _report_recorded(context: Context, job: SearchJob) -> int:
-    """Report what the search starts from; return the number of its own recorded trials."""
-    recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
-    resumed = sum(1 for trial in recorded if job.owns(trial))
-    if resumed:
-        context.emit(Message("search", f"going on from {counted(resumed, 'recorded trial')}"))
-    if len(recorded) > resumed:
-        number = len(recorded) - resumed
-        context.emit(Message("search", f"starting from {counted(number, 'trial')} that earlier searches left"))
-    return resumed
+def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
+    """Compute the hypervolume of a front, from its smallest plan to the budget."""
+    points = [(point.plan_bytes, objective(point, job.config)) for point in front]
+    return hypervolume(points, points[0], job.space.budget_bytes)

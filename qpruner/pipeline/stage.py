@@ -7,16 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from pydantic import BaseModel
+
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.runs.events import Message
 from qpruner.runs.records import Record, digest_of
-from qpruner.runs.storage import FILES, files_in, quarantine, verify_folder
+from qpruner.runs.storage import FILES, files_in, quarantine, read_json, verify_folder
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
 
 RecordType = TypeVar("RecordType", bound=Record)
+FileType = TypeVar("FileType", bound=BaseModel)
 
 
 class Stage(ABC, Generic[RecordType]):
@@ -24,9 +27,6 @@ class Stage(ABC, Generic[RecordType]):
 
     Its module is imported by the command line for its name and help, so it imports torch, transformers and Ray inside
     functions only.
-
-    Args:
-        context: The run, with the records of the stages before.
     """
 
     name: ClassVar[str]
@@ -62,11 +62,7 @@ class Stage(ABC, Generic[RecordType]):
         return ()
 
     def check(self) -> None:
-        """Refuse before the first stage what cannot work in this one.
-
-        Raises:
-            UserError: Naming key, value and remedy.
-        """
+        """Refuse before the first stage what cannot work in this one, with a `UserError`."""
 
     def begin(self) -> None:
         """Forget the record where files that it vouches for are damaged or gone."""
@@ -108,22 +104,27 @@ class Stage(ABC, Generic[RecordType]):
         """
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
-        if record is None or record.digest != digest or not run.has_folder(self.name):
-            return None
-        return record
+        return record if record and record.digest == digest and run.has_folder(self.name) else None
 
     def is_whole(self, folder: Path) -> bool:
         """Whether a folder and those in it are as their lists of checksums say; the first damaged one is set aside."""
-        root = self.context.run_dir.root
         inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
         for part in (folder, *inner):
             try:
                 verify_folder(part)
             except CorruptFile as error:
-                where = f"set aside in {quarantine(part, root)}, " if files_in(part) else ""
+                where = f"set aside in {quarantine(part, self.context.run_dir.root)}, " if files_in(part) else ""
                 self.tell(f"warning: {error}; {where}the stage is run again")
                 return False
         return True
+
+    def read_intact(self, file: Path, kind: type[FileType], place: Path, remedy: str) -> FileType | None:
+        """Read a JSON file; a damaged one is set aside in `place` and counts as missing."""
+        try:
+            return read_json(file, kind)
+        except CorruptFile as error:
+            self.tell(f"warning: {error}; set aside in {quarantine(file, place)}, {remedy}")
+            return None
 
     def tell(self, text: str) -> None:
         """Emit a message of this stage."""

@@ -10,9 +10,7 @@ from raylets import raylets
 
 from qpruner.cluster.connect import connect, disconnect, read_growth
 from qpruner.cluster.slots import LOOK_SECONDS, Growth, Node, Room, Slots, worker_resources
-from qpruner.config.schema import SearchConfig
 from qpruner.errors import UserError
-from qpruner.pipeline.resources import check_search
 from qpruner.runs.events import Event, Message, SlotsFound
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
@@ -96,7 +94,6 @@ def test_the_cluster_file_says_what_may_be_started() -> None:
 
 
 def test_workers_are_counted_as_they_come_and_go() -> None:
-    settings = SearchConfig.model_validate({"resources_per_trial": {"cpu": 1, "gpu": 1}, "max_concurrent": 2})
     trial = {"cpu": 1.0, "gpu": 1.0}
     with raylets(0) as cluster:
         joined = connect(cluster.address)
@@ -104,14 +101,14 @@ def test_workers_are_counted_as_they_come_and_go() -> None:
             with pytest.raises(
                 UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"
             ):
-                check_search(settings, joined.slots())
+                joined.slots().concurrent(trial, 2)
             told: list[Event] = []
-            room = Room(joined.slots, trial, settings.max_concurrent, told.append)
+            room = Room(joined.slots, trial, 2, told.append)
             assert room() == 0
             node = cluster.add(num_gpus=1)
-            assert check_search(settings, joined.slots()) == 1
+            assert joined.slots().concurrent(trial, 2) == 1
             cluster.add(num_cpus=3, num_gpus=3)
-            assert check_search(settings, joined.slots()) == 2, "no more than `search.max_concurrent`"
+            assert joined.slots().concurrent(trial, 2) == 2, "no more than `search.max_concurrent`"
             time.sleep(LOOK_SECONDS)
             assert room() == 2
             cluster.cluster.remove_node(node)

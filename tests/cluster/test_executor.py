@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_events_arrive_while_the_work_goes_on(executor: ModelExecutor, tmp_path:
             time.sleep(0.01)
         return job + 1
 
-    assert executor.run(work, 1, lambda event: heard.write_text(str(event))) == 2
+    assert executor.run(partial(work, 1), lambda event: heard.write_text(str(event))) == 2
     assert "done=1" in heard.read_text()
 
 
@@ -95,7 +96,7 @@ def test_errors_keep_their_type_and_all_they_say(executor: ModelExecutor) -> Non
         OSError(errno.ENOSPC, "No space left on device", "/run/prune"),
     ):
         with pytest.raises(type(error)) as caught:
-            executor.run(work, error, lambda event: None)
+            executor.run(partial(work, error), lambda event: None)
         assert str(caught.value) == str(error)
         for attribute in ("path", "stage", "cause", "remedy", "errno", "filename"):
             assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
@@ -108,11 +109,11 @@ def test_the_cache_keeps_the_model_for_the_next_work(executor: ModelExecutor) ->
     def look(job: None, cache: ModelCache, emit: Emit) -> Any:
         return cache.pruned_model(Path("nothing is loaded from here"), "bfloat16")
 
-    executor.run(leave, "a model", lambda event: None)
-    assert executor.run(look, None, lambda event: None) == "a model"
+    executor.run(partial(leave, "a model"), lambda event: None)
+    assert executor.run(partial(look, None), lambda event: None) == "a model"
     executor.close()
     with pytest.raises(Exception, match="nothing is loaded from here"):
-        executor.run(look, None, lambda event: None)
+        executor.run(partial(look, None), lambda event: None)
     executor.close()  # gives the one GPU back
 
 
@@ -129,12 +130,12 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
 
     place = ClusterExecutor(GPU, GpuTime(), CHECK)
     try:
-        assert place.run(work, 2, events.append) == 2
+        assert place.run(partial(work, 2), events.append) == 2
         # Where it takes long to start, that is told as well.
         told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
         assert len(told) == 1 and told[0].startswith("a worker died")
         with pytest.raises(WorkerDied, match="3 workers died"):
-            place.run(work, 10**6, events.append)
+            place.run(partial(work, 10**6), events.append)
     finally:
         place.close()
 
@@ -167,9 +168,9 @@ def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
         (there := GpuTime(), ClusterExecutor(GPU, there, CHECK)),
     ):
         try:
-            place.run(work, 0.0, lambda event: None)  # a worker that starts imports torch
+            place.run(partial(work, 0.0), lambda event: None)  # a worker that starts imports torch
             before = held.seconds
-            place.run(work, 0.5, lambda event: None)
+            place.run(partial(work, 0.5), lambda event: None)
             time.sleep(0.5)
             expected = 1.0 if held is here else 0.5
             assert expected <= held.seconds - before < expected + 0.4
@@ -203,7 +204,7 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
     def done() -> int:
         if place == "executor":
-            return ClusterExecutor(GPU, GpuTime(), CHECK).run(work, None, lambda event: None)
+            return ClusterExecutor(GPU, GpuTime(), CHECK).run(partial(work, None), lambda event: None)
         if place == "task":
             ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:

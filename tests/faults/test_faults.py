@@ -21,8 +21,7 @@ from conftest import disk_of, flip_a_byte, flipped, full_until_noticed, raw_conf
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.evaluate import Evaluate
-from qpruner.pipeline.failures import explained
-from qpruner.pipeline.flow import REPAIRED, STAGES
+from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
@@ -172,7 +171,7 @@ def test_a_damaged_files_remedy_costs_nothing_else(file: str, remedy: str, tmp_p
     path = (run / file).resolve()
     path.parent.mkdir(parents=True)
     path.write_text('{"index": 3, "dig')
-    with pytest.raises(StageError) as caught, explained(Search, run, REPAIRED):
+    with pytest.raises(StageError) as caught, explained(Search, run):
         read_json(path, TrialRecord)
     assert str(path) in caught.value.cause
     assert caught.value.remedy.startswith(remedy.format(run=run))

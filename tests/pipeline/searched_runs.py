@@ -16,10 +16,10 @@ from made_records import made_confirmation, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.pipeline import preflight
+from qpruner.pipeline.comparison_rows import Row, candidates_for, table_rows
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.run import run
-from qpruner.pipeline.table_rows import Row, candidates_for, table_rows
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress
 from qpruner.runs.records import Record, SearchRecord

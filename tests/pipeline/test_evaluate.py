@@ -14,20 +14,13 @@ from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.comparison_rows import gpus_held, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
-from qpruner.pipeline.table_rows import (
-    gpus_held,
-    untuned_candidates,
-)
-from qpruner.runs.records import (
-    Inference,
-    InferenceSetting,
-    TaskScore,
-)
+from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 
@@ -56,9 +49,9 @@ def test_gpu_seconds_of_each_job_are_counted_once(
                 taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
                 yield position, (setting, [taken] * len(job.candidates))
 
-    monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
+    monkeypatch.setattr("qpruner.pipeline.context.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
-    monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda job, cache, emit: None)
+    monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda *given: None)
     try:
         for stage in (Finetune, Evaluate, Comparison):
             run_stage(stage(context))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,21 @@ from qpruner.runs.run_dir import RunDir
 
 def ignore(event: Event) -> None:
     """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that `prepare` was the last stage of."""
+    root = tmp_path_factory.mktemp("prepared") / "run"
+    run(validate_config(raw_config(tiny_model, root)), ignore, until="prepare")
+    return root
+
+
+@pytest.fixture
+def raw(prepared: Path, tiny_raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose run folder is a copy of that one."""
+    shutil.copytree(prepared, tiny_raw["output"])
+    return tiny_raw
 
 
 def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> None:
@@ -62,19 +78,33 @@ def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> N
     assert ("bank", "groups") in told
 
 
-def test_a_command_up_to_a_stage_leaves_a_report_as_far_as_that(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_command_up_to_a_stage_leaves_a_report(raw: dict[str, Any], prepared: Path) -> None:
     """After hours of a search there is something to look at, and of this command, not of an older one."""
-    root, said = tmp_path / "run", []
-    raw = raw_config(tiny_model, root)
-    for until in ("prepare", "prune"):
-        run(validate_config(raw), said.append, until=until)
-        assert f"Ended after stage {until}, as asked." in (root / "report.html").read_text()
-        assert json.loads((root / "results.json").read_text())["standing"] == f"Ended after stage {until}, as asked."
-    assert said[-1] == Message("report", f"{root / 'report.html'} has the run so far")
-    written = (root / "report.html").stat().st_mtime_ns
-    run(validate_config(raw), said.append, until="prepare")
-    assert (root / "report.html").stat().st_mtime_ns == written, "one that does nothing leaves what tells more"
-    (root / "report.html").unlink()
+    root, said = Path(raw["output"]), list[Event]()
+    page, told = root / "report.html", root / "run.json"
+    assert "Ended after stage prepare, as asked." in page.read_text()
+    run(validate_config(raw), said.append, until="prune")
+    assert said[-1] == Message("report", f"{page} has the run so far")
+    assert "Ended after stage prune, as asked." in page.read_text()
+    assert json.loads((root / "results.json").read_text())["standing"] == "Ended after stage prune, as asked."
+
+    before, written = told.read_bytes(), page.read_text()
+    run(validate_config(raw), ignore, until="prepare")
+    assert (told.read_bytes(), page.read_text()) == (before, written), "one that does nothing leaves what tells more"
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StageSkipped):  # Ctrl-C while records are compared
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(validate_config(raw), interrupt, until="bank")
+    assert (told.read_bytes(), page.read_text()) == (before, written)
+    refused = with_key(raw, "search.resources_per_trial", {"gpu": 999})
+    with pytest.raises(UserError, match="ask for less"):
+        run(validate_config(refused), ignore, until="search")
+    assert (told.read_bytes(), page.read_text()) == (before, written), "nor is a run that stands there called failed"
+
+    page.unlink()
     (root / "results.json").unlink()
     (root / "results.json").mkdir()  # as good as a file that cannot be written
     run(validate_config(raw), said.append, until="prepare")
@@ -82,11 +112,9 @@ def test_a_command_up_to_a_stage_leaves_a_report_as_far_as_that(tiny_model: Path
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, StageError])
-def test_a_command_whose_run_another_took_over_leaves_what_that_one_tells(
-    tiny_model: Path, tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_what_another_driver_told_is_left(tiny_raw: dict[str, Any], error: type[BaseException]) -> None:
     """It would else say of a run that goes on, or is done, that it was interrupted."""
-    root, told = tmp_path / "run", list[bytes]()
+    root, told = Path(tiny_raw["output"]), list[bytes]()
 
     def take_over(event: Event) -> None:
         theirs = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"})
@@ -96,27 +124,27 @@ def test_a_command_whose_run_another_took_over_leaves_what_that_one_tells(
             raise error  # else the stage's own look ends the command
 
     with pytest.raises(error):
-        run(validate_config(raw_config(tiny_model, root)), take_over, until="prepare")
+        run(validate_config(tiny_raw), take_over, until="prepare")
     assert [(root / "run.json").read_bytes()] == told and not (root / "report.html").exists()
 
 
-def test_who_lost_its_run_when_its_last_stage_was_recorded_reports_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
+def test_a_run_lost_at_its_end_is_not_reported(tiny_raw: dict[str, Any]) -> None:
+    root = Path(tiny_raw["output"])
 
     def take_over(event: Event) -> None:
         if isinstance(event, StageFinished):
             (root / NAME).unlink()
 
-    run(validate_config(raw_config(tiny_model, root)), take_over, until="prepare")
+    run(validate_config(tiny_raw), take_over, until="prepare")
     assert json.loads((root / "run.json").read_text())["outcome"] == "running" and not (root / "report.html").exists()
 
 
-def test_a_command_whose_run_another_took_over_tells_nothing_more(tiny_model: Path, tmp_path: Path) -> None:
+def test_steps_of_a_lost_run_are_not_told(tiny_raw: dict[str, Any]) -> None:
     """A driver that slept has steps of its own to tell of, mostly before its heartbeat notices."""
-    root, config = RunDir(tmp_path / "run"), validate_config(raw_config(tiny_model, tmp_path / "run"))
+    root = RunDir(tiny_raw["output"])
     _ = root.id  # beside it a lock that is gone was taken away
     with hold_run(root.root, print) as holds_run:
-        progress = RunProgress(root, config, "report", None, holds_run)
+        progress = RunProgress(root, validate_config(tiny_raw), "report", None, holds_run)
         progress.listen(StageStarted("search", "20 trials"))
         before = root.read_state(RunState)
         assert before and before.stages["search"].state == "running"
@@ -127,26 +155,24 @@ def test_a_command_whose_run_another_took_over_tells_nothing_more(tiny_model: Pa
         assert root.read_state(RunState) == theirs
 
 
-def test_whose_the_run_is_is_asked_no_oftener_than_its_state_is_written(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_lock_is_read_only_when_the_state_is_written(tiny_raw: dict[str, Any]) -> None:
     """An object store is asked for money, and trials tell of every step."""
-    config, asked = validate_config(raw_config(tiny_model, tmp_path / "run")), list[int]()
+    asked = list[int]()
 
     def holds_run() -> bool:
         asked.append(1)
         return True
 
-    progress = RunProgress(RunDir(config.output), config, "report", None, holds_run)
+    progress = RunProgress(RunDir(tiny_raw["output"]), validate_config(tiny_raw), "report", None, holds_run)
     for event in (StageStarted("search", "20 trials"), *(StepsSeen({0: step}) for step in range(500))):
         progress.listen(event)
     assert 1 <= len(asked) < 50
 
 
 @pytest.mark.parametrize("when", ["before its work", "in its work"])
-def test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded(
-    tiny_model: Path, tmp_path: Path, when: str
-) -> None:
+def test_a_record_of_another_driver_is_left(tiny_raw: dict[str, Any], when: str) -> None:
     """The driver slept meanwhile, and its heartbeat has not noticed yet."""
-    config, is_lost = validate_config(raw_config(tiny_model, tmp_path / "run")), when == "before its work"
+    config, is_lost = validate_config(tiny_raw), when == "before its work"
     run_dir = RunDir(config.output)
     context = Context(config, run_dir, ignore, None, inspect(config), holds_run=lambda: not is_lost)
     theirs = PrepareRecord(digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={})
@@ -168,57 +194,21 @@ def test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded(
     assert run_dir.read_record("prepare", PrepareRecord) == theirs and not list(run_dir.stage("prepare").iterdir())
 
 
-def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:
-    """`qpruner status` and a new report would else call the run that stands there failed."""
-    raw, told = raw_config(tiny_model, tmp_path / "run"), tmp_path / "run" / "run.json"
-    run(validate_config(raw), ignore, until="prepare")
-    before, page = told.read_bytes(), tmp_path / "run" / "report.md"
-    page.write_text("as the last command left it")
-    refused = with_key(raw, "search.resources_per_trial", {"gpu": 999})
-    with pytest.raises(UserError, match="ask for less"):
-        run(validate_config(refused), ignore, until="search")
-    assert told.read_bytes() == before
-    assert page.read_text() == "as the last command left it"
+def test_a_command_that_finds_all_recorded_is_done(prepared: Path, raw: dict[str, Any]) -> None:
+    """Commands before it that were cut off are counted: killed ones, and those of Ctrl-C."""
+    folder = RunDir(raw["output"])
 
-
-def test_a_command_that_began_nothing_leaves_what_one_that_came_further_told(tiny_model: Path, tmp_path: Path) -> None:
-    """`qpruner status`, `trials` and `plan` would else not know of a search that is recorded."""
-    root = tmp_path / "run"
-    raw, told, page = raw_config(tiny_model, root), root / "run.json", root / "report.md"
-    run(validate_config(raw), ignore, until="prune")
-    before, written = told.read_bytes(), page.read_text()
-    run(validate_config(raw), ignore, until="prepare")
-    assert (told.read_bytes(), page.read_text()) == (before, written)
-
-    def interrupt(event: Event) -> None:
-        if isinstance(event, StageSkipped):  # Ctrl-C while records are compared
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(validate_config(raw), interrupt, until="bank")
-    assert (told.read_bytes(), page.read_text()) == (before, written)
-
-
-def test_a_command_that_finds_everything_recorded_says_that_it_is_done(tiny_model: Path, tmp_path: Path) -> None:
-    raw, told = raw_config(tiny_model, tmp_path / "run"), tmp_path / "run" / "run.json"
-    for expected in ("done", "recorded"):
-        run(validate_config(raw), ignore, until="prepare")
-        state = json.loads(told.read_text())
-        assert (state["outcome"], state["stages"]["prepare"]["state"]) == ("done", expected)
-
-
-def test_commands_that_were_cut_off_are_counted(tiny_model: Path, tmp_path: Path) -> None:
-    raw, folder = raw_config(tiny_model, tmp_path / "run"), RunDir(tmp_path / "run")
-    told = tmp_path / "run" / "run.json"
-    run(validate_config(raw), ignore, until="prepare")
-    for number, outcome in enumerate(("running", "interrupted"), start=1):  # as a killed command leaves it, and Ctrl-C
+    def told() -> RunState:
         state = folder.read_state(RunState)
         assert state and state.outcome == "done"
-        folder.write_state(state.model_copy(update={"outcome": outcome}))
+        return state
+
+    assert told().stages["prepare"].state == "done"
+    for number, outcome in enumerate(("running", "interrupted", "done"), start=1):
+        folder.write_state(told().model_copy(update={"outcome": outcome}))
         run(validate_config(raw), ignore, until="prepare")
-        assert json.loads(told.read_text())["resumed"] == number
-    run(validate_config(raw), ignore, until="prepare")
-    assert json.loads(told.read_text())["resumed"] == 2
+        assert told().resumed == min(number, 2)
+    assert told().stages["prepare"].state == "recorded"
 
 
 def test_the_hardware_is_told_with_the_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

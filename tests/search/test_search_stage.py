@@ -25,8 +25,8 @@ from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.pipeline.finalists import FINALISTS, best_of, choose_finalists, front_of, hypervolume_of
 from qpruner.pipeline.run import run
+from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_of, hypervolume_of
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
 from qpruner.runs.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord

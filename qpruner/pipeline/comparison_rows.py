@@ -8,7 +8,7 @@ interruption, not where two rows are the same model, and not when rows or seeds 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
+    from qpruner.pipeline.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -175,29 +176,23 @@ def gpus_held(context: Context, num_workers: int = 1) -> float:
     return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
 
 
-class JobProgress:
-    """Adds up the progress of equally long jobs from the files that their workers write: `done total`.
+def job_progress(stage: Stage[Any], signs: list[Path], num_jobs: int, what: str) -> Callable[[], None]:
+    """Return what emits the progress of equally long jobs, summed from their workers' files: `done total`.
 
-    Args:
-        context: The run.
-        stage: The stage whose progress it is.
-        signs: A file for each job that is left.
-        num_jobs: Jobs in all; the others are done.
-        what: What is counted.
+    There is a file in `signs` for each job that is left of `num_jobs`; the others are done.
     """
+    last = -1
 
-    def __init__(self, context: Context, stage: str, signs: list[Path], num_jobs: int, what: str) -> None:
-        self._emit, self._stage, self._signs, self._num_jobs, self._what = context.emit, stage, signs, num_jobs, what
-        self._last = -1
-
-    def tell(self) -> None:
-        """Emit the sum where it has changed."""
-        found = [(text or "").split() for text in for_each(read_progress, self._signs)]
+    def emit() -> None:
+        nonlocal last
+        found = [(text or "").split() for text in for_each(read_progress, signs)]
         parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
         if not parts:
             return
         each = parts[0][1]
-        done = (self._num_jobs - len(self._signs)) * each + sum(done for done, _ in parts)
-        if done != self._last:
-            self._last = done
-            self._emit(Progress(self._stage, done, self._num_jobs * each, self._what))
+        done = (num_jobs - len(signs)) * each + sum(done for done, _ in parts)
+        if done != last:
+            last = done
+            stage.context.emit(Progress(stage.name, done, num_jobs * each, what))
+
+    return emit

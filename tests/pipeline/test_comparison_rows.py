@@ -16,24 +16,20 @@ from searched_runs import a_winner, folders, progress_of, rows_of, searched_reco
 from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.table_rows import (
-    JobProgress,
+from qpruner.pipeline.comparison_rows import (
     Row,
     candidates_for,
     distinct,
+    job_progress,
     jobs_of,
     table_rows,
     untuned_candidates,
     winner_row,
 )
+from qpruner.pipeline.context import Context
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event
-from qpruner.runs.records import (
-    GIVEN,
-    PrepareRecord,
-    SensitivityRecord,
-)
+from qpruner.runs.records import GIVEN, PrepareRecord, SensitivityRecord
 from qpruner.sensitivity.seeds import seed_plan
 
 MI_ROW = "mutual-information seed"
@@ -106,9 +102,7 @@ def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: 
     assert rows_of(replace(context), winner)["random"].plans == plans
 
 
-def test_only_rows_of_the_claim_have_several_seeds(
-    changed: Callable[[str, Any], Context],
-) -> None:
+def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any], Context]) -> None:
     context = changed("finetune.seeds", 2)
     found = rows_of(context, a_winner(context))
     assert sum(len(row.plans) for row in found.values()) == 1 + num_compared(context.config), "as `check` counts"
@@ -239,10 +233,10 @@ def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Pat
     """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
     events: list[Event] = []
     signs = [tmp_path / "a", tmp_path / "b"]
-    progress = JobProgress(replace(context, emit=events.append), "evaluate", signs, 3, "answers")
+    emit = job_progress(Comparison(replace(context, emit=events.append)), signs, 3, "answers")
     for a, b in ((None, None), ("2 8", None), ("2 8", None), ("8 8", "3"), ("8 8", "8 8")):
         for sign, text in zip(signs, (a, b), strict=True):
             if text:
                 sign.write_text(text)
-        progress.tell()
-    assert progress_of(events, "evaluate") == {"answers": [(10, 24), (16, 24), (24, 24)]}
+        emit()
+    assert progress_of(events, "comparison") == {"answers": [(10, 24), (16, 24), (24, 24)]}
