@@ -47,7 +47,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     from qpruner.runs.storage import run_root
 
     # In a notebook the process's own command line says nothing.
-    options = [*(f"--set={each}" for each in overrides), *(["--address", address] if address else [])]
+    options = [part for each in overrides for part in ("--set", each)] + (["--address", address] if address else [])
     command = shlex.join(["qpruner", "run" if until == "report" else until, str(config), *options])
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
         run_flow(loaded, terminal.emit, address, until, command)

@@ -388,6 +388,16 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
     assert "unfinished less first: nothing to pair, the final table of one" in qpruner("compare", *runs).stdout
 
 
+def test_compare_pairs_test_questions_across_searches(tmp_path: Path) -> None:
+    """A search by loss and one by accuracy: what the final models were asked has a digest of its own."""
+    runs = [tmp_path / name for name in ("by-loss", "by-accuracy")]
+    for run, digest in zip(runs, "01", strict=True):
+        MadeRun(run, num_trials=12, num_blocks=2)
+        _changed(run, "evaluate", EvalRecord, rows=_asked(run, digest), tested="same")
+    [found] = told("compare", *runs)["differences"]
+    assert [each["measure"] for each in found["differences"]] == ["acc", "answer loss", "confirmation loss"]
+
+
 def test_compare_knows_one_model_in_two_folders(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("first", "copy")]
     for run in runs:

@@ -10,6 +10,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,15 @@ def test_a_damaged_model_alone_is_set_aside_and_made_again(
     assert names(events, StageFinished) == ["prune"]
     assert weights.read_bytes() == whole
     assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
+
+
+def test_no_process_begins_with_a_model_damaged_meanwhile(pruned: Path, tiny_raw: dict[str, Any]) -> None:
+    folder = copy_of(pruned, tiny_raw) / "prune"
+    flip_a_byte(folder / "model.safetensors")
+    code = f"from pathlib import Path; from qpruner.runs.storage import fetch; fetch(Path({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr
 
 
 SET_ASIDE = "repeat the command: what is damaged is set aside, and "

@@ -370,6 +370,29 @@ def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None
     assert all(train[tuple(row["input_ids"])] == row["labels"] for row in rows), "prompts without a label"
 
 
+def test_packed_samples_are_all_of_the_asked_length(raw: Raw) -> None:
+    """As in LLM-Pruner, none is short and none is padded."""
+    pruned(with_key(with_key(raw, "calibration.packing", True), "calibration.max_length", 50))
+    assert [len(row["input_ids"]) for row in prepared_rows(raw, "importance")] == [50] * 8
+
+
+def test_given_token_ids_are_the_rows_scored(raw: Raw, tmp_path: Path) -> None:
+    """To repeat a published run, whose samples were drawn by another program; `num_samples` (8) does not cut them."""
+    from qpruner.data.calibration import Samples
+
+    drawn = torch.randint(2, 400, (10, 20), generator=torch.Generator().manual_seed(3)).tolist()
+    samples = [*drawn, [9, 8, 7]]
+    (tmp_path / "ids.json").write_text(json.dumps(samples))
+    raw = with_key(raw, "calibration.token_ids", str(tmp_path / "ids.json"))
+    _, folder, _ = pruned(raw)
+    assert [row["input_ids"] for row in prepared_rows(raw, "importance")] == samples
+    model = load_dense(str(raw["model"]["source"]), "bfloat16")
+    rows = [{"input_ids": row, "labels": row} for row in samples]
+    expected = score(model, (0, 1), validate_config(raw).prune, Samples(rows, 1, 10))
+    with np.load(folder / "importance.npz") as scores:
+        np.testing.assert_allclose(scores["0.mlp"], expected[0]["mlp"].numpy(), rtol=1e-6)
+
+
 def test_a_token_id_of_the_models_vocabulary_is_none_of_the_tokenizers_business(
     raw: Raw, tiny_model: Path, tmp_path: Path
 ) -> None:

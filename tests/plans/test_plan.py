@@ -133,6 +133,14 @@ def test_a_plan_that_fills_the_budget_exactly_is_found() -> None:
     assert space.nearest_feasible(space.uniform(8), avoid=[space.uniform(4)]) is None
 
 
+def test_a_solver_that_finds_only_plans_over_budget_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "MAX_EXCLUDED", 1)
+    sizes = ((500_000_000, 500_000_001),) * 3
+    space = PlanSpace(tuple("abc"), (4, 8), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
+    with pytest.raises(SolverFailed, match=r"1 plans over \d+ bytes .*: raise `quantize.budget` .*`quantize.group`"):
+        space.best_by_gain([[0.0, 1.0]] * 3)
+
+
 def test_a_solver_that_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SOLVER_SECONDS", 0.0)
     layout = layout_of([(64 * (3 + index), 77 + index) for index in range(40)])

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import away, disk_of, flipped, raw_config, with_key
 
-from qpruner.cluster.tune import SearchJob
+from qpruner.cluster.tune import SearchJob, make_proposer
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
 from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
@@ -191,6 +191,38 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
             write_trial(job.trials, record.model_copy(update={"status": "finished"}))
     assert running == "FINISHED"
     assert ledger.ended is not None and "below the noise (0.01) for 3 proposals in a row" in ledger.ended
+
+
+WORTH = dict(zip(NAMES, (2, 6, 1, 5, 3, 4), strict=True))
+"""Questions of 100 that a group at 8 bits answers and at 4 does not."""
+
+
+def searched_by_accuracy(folder: Path, stderr: float | None) -> list[TrialRecord]:
+    """Trials of a gp whose plans answer the same questions and report this standard error, until patience ends it."""
+    settings = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 8}
+    job = job_of(folder, searcher="gp", max_trials=20, patience=3, **settings)
+    ledger, _ = resume_search(job, make_proposer("gp", job.space, 0, {}))
+    searcher = PlanSearcher(job, ledger, lambda: 1, print, Halt(print))
+    while isinstance(asked := searcher.suggest("a"), dict):
+        record = read_trial(job.trials, asked["trial"])
+        accuracy = 0.5 + sum(WORTH[name] for name, bits in record.plan.items() if bits == 8) / 100
+        rungs = (RungResult(step=4, loss=1.0, accuracy=accuracy, accuracy_stderr=stderr),)
+        write_trial(job.trials, record.model_copy(update={"rungs": rungs, "status": "finished"}))
+        result = {METRIC: 1 - accuracy, TIME: 4, "loss": 1.0, "accuracy": accuracy, "accuracy_stderr": stderr}
+        searcher.on_trial_result("a", result)
+        searcher.on_trial_complete("a", result)
+    assert ledger.ended is not None and "`search.patience`" in ledger.ended
+    return read_trials(job.trials)
+
+
+def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> None:
+    """All plans answer the same questions: the standard error is recorded, and is no noise between plans."""
+    searches = [searched_by_accuracy(tmp_path / str(stderr), stderr) for stderr in (0.05, None)]
+    proposed = [[(each.plan, each.expected_improvement, each.noise) for each in trials] for trials in searches]
+    assert proposed[0] == proposed[1]
+    found = [each.rungs[-1] for each in searches[0]]
+    assert max(each.accuracy or 0.0 for each in found) == 0.65, "patience ends no search before the best plan"
+    assert {each.accuracy_stderr for each in found} == {0.05}
 
 
 # ---- what another budget takes over

@@ -224,12 +224,11 @@ def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer)
     assert failed.plan not in {item.plan for item in run(with_failure)}
 
 
-@PROPOSERS
-@pytest.mark.parametrize("killed_after", [5])
-def test_a_resumed_search_proposes_the_same_plans(make: MakeProposer, killed_after: int) -> None:
-    space = space_of(9)
-    whole = run(ledger_of(space, make))
-    ledger = ledger_of(space, make)
+@pytest.mark.parametrize(("name", "max_trials"), [*((name, 12) for name in NAMES), ("bayesopt", 10)])
+def test_a_resumed_search_proposes_the_same_plans(name: str, max_trials: int) -> None:
+    space, killed_after = space_of(9), 5
+    whole = run(ledger_of(space, maker(name), max_trials=max_trials))
+    ledger = ledger_of(space, maker(name), max_trials=max_trials)
     for suggestion in whole[:killed_after]:
         ledger.recall(suggestion, rungs_of(suggestion))
     assert run(ledger) == whole[killed_after:]

@@ -107,6 +107,15 @@ def test_only_what_is_not_known_yet_is_measured(tiny_raw: dict[str, Any]) -> Non
     assert third.methods["kl"].values != second.methods["kl"].values
 
 
+def test_batches_are_the_sensitivities_own(tiny_raw: dict[str, Any]) -> None:
+    raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["fisher"], "batch_size": 5}}
+    raw, events = with_key(raw, "calibration.batch_size", 32), list[Event]()
+    first = record_of(raw, events)
+    seen = [event.done for event in events if isinstance(event, Progress) and "fisher" in event.detail]
+    assert seen == [5, 10, 15, 20, 25, 30, 32], "of 32 samples"
+    assert record_of(with_key(raw, "evaluate.batch_size", 2), events) == first, "scoring's batches are no input"
+
+
 def test_damaged_scores_alone_are_made_anew(tiny_raw: dict[str, Any]) -> None:
     """Nobody reads them before another method is asked for."""
     raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}}
