@@ -16,8 +16,7 @@ import yaml
 
 from qpruner.cluster import ray_private
 from qpruner.cluster.slots import Growth, Node, Slots, size_of
-from qpruner.cluster.tasks import first_line
-from qpruner.errors import RayNotStarted, UserError
+from qpruner.errors import RayNotStarted, UserError, first_line
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import CACHE, cache_root
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qpruner.cluster.tasks import DeathCounter, checked, original_error
 from qpruner.models.loading import OnLoading, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
@@ -111,6 +110,8 @@ class ClusterExecutor:
         """Run `work` in the actor, and again in another one when it dies."""
         from ray.exceptions import OutOfMemoryError, RayActorError
 
+        from qpruner.cluster.tasks import DeathCounter
+
         deaths = DeathCounter()
         while True:
             try:
@@ -152,6 +153,8 @@ class ClusterExecutor:
         import ray
         from ray import cloudpickle
         from ray.exceptions import RayTaskError
+
+        from qpruner.cluster.tasks import checked, original_error
 
         running = checked(self._check_node, partial(_stream, work, int(self._resources.get("cpu", 1.0))))
         for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps(running)):

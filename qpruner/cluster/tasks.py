@@ -24,7 +24,7 @@ from ray.exceptions import (
 
 from qpruner.cluster import ray_private
 from qpruner.cluster.node_check import REFUSAL
-from qpruner.errors import NodeDiffers, WorkerDied
+from qpruner.errors import NodeDiffers, WorkerDied, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,3 @@ def original_error(error: Any) -> Exception:
     cause: Exception = error.cause
     text = str(cause)
     return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text; Ray's texts fill a screen."""
-    return str(error).strip().partition("\n")[0]
