@@ -93,8 +93,7 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
         if suffix in BUILDERS:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
-            kinds = " or ".join(BUILDERS)
-            raise UserError(f"`{key}.source`: {path} is no data file; give a {kinds} file, or a hub id")
+            raise UserError(f"`{key}.source`: {path} is no data file; give one of {', '.join(BUILDERS)}, or a hub id")
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:

@@ -13,7 +13,6 @@ from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
 from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.slots import Slots, local_slots, worker_resources
-from qpruner.cluster.tasks import run_tasks
 from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
@@ -215,6 +214,8 @@ class Context:
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
         """Run jobs by `cluster.tasks.run_tasks` on nodes that pass the run's check."""
+        from qpruner.cluster.tasks import run_tasks
+
         return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)
 
     def check_ours(self, stage: str) -> None:

@@ -49,7 +49,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
                 taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
                 yield position, (setting, [taken] * len(job.candidates))
 
-    monkeypatch.setattr("qpruner.pipeline.context.run_tasks", run_tasks)
+    monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
     monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda *given: None)
     try:
