@@ -65,21 +65,16 @@ def run_tasks(
     on_held: Callable[[float], None] = lambda seconds: None,
     progress: Callable[[int], object] = lambda position: None,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in worker processes.
+    """Run `function(job)`, a module-level function, for every job in worker processes.
+
+    Yields position and result of each job that ends. An error of a job is raised as it was.
 
     Args:
-        function: A module-level function.
-        jobs: Its arguments.
-        resources: Ray resources of one job.
-        max_concurrent: Jobs in flight.
         fresh: Give every job a process that ends with it, so that its memory can be measured.
         check_node: A pickled function that raises on a machine that cannot be used (`node_check.packed_check`).
         on_tick: Called about once a second.
         on_held: Gets the GPU seconds of each job that ends, without those that it waited for a slot.
         progress: Returns what a job has saved, by its position; earlier deaths do not count once it changes.
-
-    Yields:
-        Position and result of each job that ends. An error of a job is raised as it was.
 
     Raises:
         NodeDiffers: If a job met a machine that cannot be used.
@@ -87,15 +82,7 @@ def run_tasks(
     """
     assert ray.is_initialized(), "Ray would choose a cluster itself"
 
-    def located(work: bytes) -> Iterator[Any]:
-        from ray import cloudpickle
-
-        yield ray.get_runtime_context().get_node_id()
-        yield cloudpickle.loads(work)()
-
-    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
-    task = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located)
-    task = task.options(name=getattr(function, "__name__", "task"))
+    task = _remote_task(getattr(function, "__name__", "task"), resources, fresh)
     waiting = deque(
         _Job(at, cloudpickle.dumps(checked(check_node, partial(_timed, function, job)))) for at, job in enumerate(jobs)
     )
@@ -125,6 +112,19 @@ def run_tasks(
                 seconds, result = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
                 yield job.position, result
+
+
+def _remote_task(name: str, resources: dict[str, float], fresh: bool) -> Any:
+    """Return a remote generator: the id of its node, then what the pickled work returns."""
+
+    def located(work: bytes) -> Iterator[Any]:
+        from ray import cloudpickle
+
+        yield ray.get_runtime_context().get_node_id()
+        yield cloudpickle.loads(work)()
+
+    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
+    return ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located).options(name=name)
 
 
 @dataclass
