@@ -65,11 +65,13 @@ def run_tasks(
     on_held: Callable[[float], None] = lambda seconds: None,
     progress: Callable[[int], object] = lambda position: None,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)`, a module-level function, for every job in worker processes.
-
-    Yields position and result of each job that ends. An error of a job is raised as it was.
+    """Run `function(job)` for every job in worker processes; yield position and result of each that ends.
 
     Args:
+        function: A module-level function; its errors are raised as they were.
+        jobs: Its arguments.
+        resources: Ray resources of one job.
+        max_concurrent: Jobs in flight.
         fresh: Give every job a process that ends with it, so that its memory can be measured.
         check_node: A pickled function that raises on a machine that cannot be used (`node_check.packed_check`).
         on_tick: Called about once a second.
