@@ -154,7 +154,7 @@ def test_columns_that_are_not_there(tmp_path: Path, row: dict[str, Any], source:
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("rows.xlsx", "PK", "give a .jsonl or .json or .parquet or .csv or .tsv or .txt file"),
+        ("rows.xlsx", "PK", "give one of .jsonl, .json, .parquet, .csv, .tsv, .txt"),
         ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
         (
             "short.csv",
