@@ -1,4 +1,4 @@
-"""What a GPU does with a model of Llama-2-7B's shape: prune, bank, one trial, fine-tune, memory, estimates, tests.
+"""Measures one GPU on a model of Llama-2-7B's shape: prune, bank, one trial, fine-tune, memory, estimates, tests.
 
     .venv/bin/python benchmarks/gpu_7b.py                       # seven parts, 20 minutes at most
     .venv/bin/python benchmarks/gpu_7b.py --part trial memory   # on what earlier parts left in the work folder
@@ -29,7 +29,7 @@ PARTS = ("prune", "bank", "trial", "finetune", "memory", "estimates", "tests")
 """The most valuable first."""
 PART_SECONDS = 480.0
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1"}
-"""Where nothing else is said: Trainer would split its batches among several GPUs, and nothing asks a hub."""
+"""Defaults: one GPU, since Trainer would split its batches among several; no model hub is asked."""
 Line = dict[str, Any]
 
 

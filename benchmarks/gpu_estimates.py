@@ -41,7 +41,7 @@ def estimates(setup: Setup) -> Figures:
 
 
 def inspected(setup: Setup) -> Any:
-    """What the estimates read of a `preflight.Inspection`, with rows of the benchmark's lengths and no task."""
+    """Stands for a `preflight.Inspection` in the estimates, with rows of the benchmark's lengths and no task."""
     config, base = setup.config, setup.base()
     cuts = preflight.cuts_in_effect(config.prune, base)
     pruned = preflight.layout_for(config, cuts[0].expected)

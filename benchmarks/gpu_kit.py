@@ -27,9 +27,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOTS = ("accelerate", "bitsandbytes", "peft", "psutil", "pydantic", "pyyaml", "safetensors", "transformers")
-"""What qpruner imports for the benchmark."""
+"""Packages that qpruner imports in the benchmark."""
 THERE = ("numpy", "torch")
-"""What such a machine has."""
+"""Packages that the machine has already."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (5, 12, 17, 24, 26, 27, 28)] + ["manylinux2014_x86_64"]
 LARGEST_BYTES = 60_000_000
 LIBRARY = re.compile(r"bitsandbytes/libbitsandbytes_(\w+)\.so")

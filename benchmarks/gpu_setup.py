@@ -1,4 +1,4 @@
-"""What the parts of `gpu_7b.py` share: shapes, settings, rows, paths of the work folder, a clock."""
+"""Shared by the parts of `gpu_7b.py`: shapes, settings, rows, paths of the work folder, a clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from qpruner.models.layout import group_linears
 
 PAD_ID = 0
 SPREAD = 0.5
-"""Of the log of a row's tokens: with a mean of 110 the longest of four has 168 on average, as Alpaca's rows (165)."""
+"""Standard deviation of the log of a row's tokens. With a mean of 110 the longest of four has
+168 on average, as Alpaca's rows (165)."""
 Figures = dict[str, Any]
 Rows = list[dict[str, list[int]]]
 
@@ -40,7 +41,7 @@ def llama_tiny() -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured, and where the parts hand over.
+    """Describe what is measured, and the files that one part leaves for the next.
 
     Attributes:
         shape: Name of the model's shape.

@@ -18,7 +18,7 @@ from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pr
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
-from qpruner.plans.plan import told_of_budget
+from qpruner.plans.plan import budget_text
 from qpruner.report.card import other_base_remark
 from qpruner.report.liveness import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -128,7 +128,7 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     if search.plan is None:
         return []
     size, budget = facts["bytes_plan"], facts["bytes_budget"]
-    text = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
+    text = "" if size is None else f"{size / 1e6:.1f} MB, {budget_text(size, budget)}"
     later = "its bytes are compared with the budget once the model is pruned" if facts["is_estimate"] else ""
     return [f"your plan:   {'; '.join(filter(None, (text, later)))}"]
 

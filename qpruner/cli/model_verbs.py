@@ -18,7 +18,7 @@ from qpruner.errors import UserError
 from qpruner.export import forms
 from qpruner.export.generate import WHICH, Sampling, Source, sources
 from qpruner.models.memory import release
-from qpruner.pipeline.prepare import telling
+from qpruner.pipeline.prepare import loading_progress
 from qpruner.report.liveness import warning_of_driver
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.wording import nearest
@@ -65,7 +65,7 @@ def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list
     """Load a model, let it answer, and free its memory."""
     click.echo(f"{source.name} ({source.weight_bytes / 1e6:.1f} MB) ...", err=True)
     with Terminal(quiet=False, stderr=True) as terminal:
-        generator = source.load(telling(terminal.emit, "generate"))
+        generator = source.load(loading_progress(terminal.emit, "generate"))
     answers = []
     for number, prompt in enumerate(prompts):
         started = time.perf_counter()
@@ -114,7 +114,7 @@ def export(root: str, form: forms.Form, out: Path | None) -> dict[str, Any]:
     if warning := warning_of_driver(run):
         click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
-        done = forms.export(run, form, out.resolve(), telling(terminal.emit, "export"))
+        done = forms.export(run, form, out.resolve(), loading_progress(terminal.emit, "export"))
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
         f"{done.agreement:.1%} of {done.num_positions} positions; loads "

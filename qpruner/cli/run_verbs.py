@@ -20,7 +20,7 @@ import yaml
 
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
-from qpruner.plans.plan import told_of_budget
+from qpruner.plans.plan import budget_text
 from qpruner.report import liveness, run_views
 from qpruner.report.between_runs import against, against_text, shared_stages
 from qpruner.report.search_progress import score_with_step
@@ -108,11 +108,11 @@ def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
             size = f"{best['bytes'] / 1e6:.1f} MB"
             lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
     word = "under way:" if is_running else "begun:"
-    lines += _told(
+    lines += _first_lines(
         f"{word:<15}trial {each['trial']} ({each['from']}), step {each['step']}/{search['steps']}"
         for each in search["under_way"]
     )
-    lines += _told(map(_failed, search["failures"]))
+    lines += _first_lines(map(_failed, search["failures"]))
     if search["winner"] is not None:
         lines.append(_winner(search))
     return lines
@@ -135,7 +135,7 @@ def _winner(search: dict[str, Any]) -> str:
     return f"{text}{unbeaten}; `qpruner plan` prints its plan"
 
 
-def _told(every: Iterable[str]) -> list[str]:
+def _first_lines(every: Iterable[str]) -> list[str]:
     """Return the first few, and how many more there are."""
     lines = list(every)
     more = len(lines) - MOST_LINES
@@ -227,7 +227,7 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
             others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB besides: embeddings, norms, head, adapter"
             click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
-            click.echo(f"# {told_of_budget(trial.plan_bytes, budget)}")
+            click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
         for group, bits in trial.plan.items():
             at_levels = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {level}" for level, by_group in sizes.items())
             click.echo(yaml.safe_dump({group: bits}).strip() + (f"  # {at_levels}" if at_levels else ""))

@@ -65,10 +65,10 @@ class ModelCache:
         self._pruned = None
         release()
 
-    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = ignore_progress) -> PreTrainedModel:
+    def pruned_model(self, checkpoint: Path, dtype: str, on_progress: OnLoading = ignore_progress) -> PreTrainedModel:
         """Return the pruned model on this process's device; load it if it is not kept."""
         if self._pruned is None:
-            self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=told)
+            self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=on_progress)
         return self._pruned
 
 

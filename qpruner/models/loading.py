@@ -311,7 +311,7 @@ def _is_complete(file: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the telling line of an error: of a validation error the last, of any other the first."""
+    """Return the line of an error that says most: of a validation error the last, of any other the first."""
     lines = str(error).strip().splitlines()
     if isinstance(error, (OSError, KeyError)) or len(lines) < 2:
         return lines[0] if lines else type(error).__name__

@@ -72,7 +72,7 @@ class Bank(Stage[BankRecord]):
         try:
             index = store.read_index(bank)
         except CorruptFile as error:
-            self.tell(f"{error}; it is made again from the stage's record")
+            self.notify(f"{error}; it is made again from the stage's record")
             index = self._index_of(record)
             store.write_index(bank, index)
         if index.digest != record.digest:
@@ -85,7 +85,7 @@ class Bank(Stage[BankRecord]):
         intact = store.intact_files(bank, index)
         damaged = [name for name in index.files if name not in intact]
         for name in damaged:
-            self.tell(f"{display_name(bank / name)} is missing or damaged; it alone is built again")
+            self.notify(f"{display_name(bank / name)} is missing or damaged; it alone is built again")
         if damaged:
             self.context.forget(self.name)
 
@@ -114,7 +114,7 @@ class Bank(Stage[BankRecord]):
         index = store.BankIndex(digest=self.digest, bitsandbytes=version("bitsandbytes"), files=files)
         store.write_index(scratch, index)
         jobs = _group_jobs(context, scratch, levels, set(files))
-        self.tell(f"{sum(len(job.bits) for job in jobs)} entries to build")
+        self.notify(f"{sum(len(job.bits) for job in jobs)} entries to build")
         for done, (job, built) in enumerate(_built(context, jobs), 1):
             for name, (sha256, ratio) in built.items():
                 files[name] = store.IndexEntry(inputs=made_from, sha256=sha256, residual_ratio=ratio)

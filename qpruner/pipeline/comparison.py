@@ -46,7 +46,7 @@ class Comparison(Stage[ComparisonRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
         # Whatever becomes of the comparison: the winner's report is there.
-        self.tell(f"the winner is done: {report_unfinished(context.run_dir)}")
+        self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         text = context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
         with row_set_aside_if_damaged(context.run_dir, self.name):
             tuned = finetune_jobs(self, jobs)
@@ -69,8 +69,8 @@ class Comparison(Stage[ComparisonRecord]):
     def summary(self, record: ComparisonRecord) -> str:
         titles, first = {job.name: job.title for _, job in self.jobs}, min(each.seed for each in record.candidates)
         losses = [(titles[each.name], each.confirmation_loss) for each in record.candidates if each.seed == first]
-        told = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
-        return f"training seed {first}: confirmation loss {told}"
+        listed = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
+        return f"training seed {first}: confirmation loss {listed}"
 
     def disk_bytes(self) -> int:
         return 6 * self.context.checkpoint_bytes

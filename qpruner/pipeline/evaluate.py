@@ -130,7 +130,7 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
             )
             write_json(job.folder / "scores.json", record)
             found[job.folder] = record
-            stage.tell(f"{job.label}: {scores_line(record.scores)}")
+            stage.notify(f"{job.label}: {scores_line(record.scores)}")
     return found
 
 
@@ -147,7 +147,7 @@ def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[Infe
         models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
     resources, _ = context.task_resources(1)
     alone = tuple(same[0] for same in models.values())
-    stage.tell(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
+    stage.notify(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
     signs = context.run_dir.candidates / "turns"
     task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
     remove(signs)  # of an earlier command

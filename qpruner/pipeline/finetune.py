@@ -22,7 +22,7 @@ from qpruner.pipeline.comparison_rows import (
     winner_row,
     worker_jobs,
 )
-from qpruner.pipeline.prepare import telling
+from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.results import SEARCHED
@@ -130,13 +130,13 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
             found[job.folder] = each
         elif each:
             where = quarantine(job.folder, job.folder.parent)
-            stage.tell(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew")
+            stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew")
     for_each(remove, [job.checkpoints for job in models if job.folder in found])  # of a driver that was killed
     left = [job for job in models if job.folder not in found]
     for job in left:
         for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
             where = quarantine(checkpoint, job.folder.parent)
-            stage.tell(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it")
+            stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it")
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
         on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
@@ -146,9 +146,9 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
             write_json(job.folder / "record.json", record)
             remove(job.checkpoints)
             text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
-            stage.tell(f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB")
+            stage.notify(f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB")
             for trouble in outcome.tracker_errors:
-                stage.tell(f"warning: {job.label}: {trouble}")
+                stage.notify(f"warning: {job.label}: {trouble}")
     return [found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}) for row, job in jobs]
 
 
@@ -234,7 +234,7 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
     from qpruner.models.loading import load_tokenizer, reporting_tensors
     from qpruner.quantization.assembly import assemble
 
-    told, quantize = telling(emit, "finetune"), config.quantize
+    told, quantize = loading_progress(emit, "finetune"), config.quantize
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
     with reporting_tensors(told):
         model, _ = assemble(

@@ -90,7 +90,7 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
     try:
         record = stage.matching_record(digest)
     except CorruptFile as error:
-        stage.tell(f"{error}; the stage is run again")
+        stage.notify(f"{error}; the stage is run again")
         return None
     return record if record and stage.is_whole(stage.context.run_dir.stage(stage.name)) else None
 

@@ -38,10 +38,10 @@ def look_at_nodes(context: Context) -> None:
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
     context.emit(TableMade(HEADINGS, tuple(row(report, found[report.id]) for report in reports)))
-    told = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
-    if told:
-        lines = "\n".join(f"  - {line}" for line in told)
-        raise UserError(f"{counted(len(told), 'problem')} with the cluster's nodes:\n{lines}")
+    problems = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
+    if problems:
+        lines = "\n".join(f"  - {line}" for line in problems)
+        raise UserError(f"{counted(len(problems), 'problem')} with the cluster's nodes:\n{lines}")
     # Ray itself counts no GPUs where there is no driver: somebody declared them.
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     for report in declared:

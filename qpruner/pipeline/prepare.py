@@ -70,11 +70,11 @@ def _bring_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelC
     from qpruner.models.checkpoint import prepare_base
 
     with writing_folder(target) as folder:
-        base = prepare_base(model, folder, is_shared, telling(emit, "prepare"))
+        base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base
 
 
-def telling(emit: Emit, stage: str) -> OnLoading:
+def loading_progress(emit: Emit, stage: str) -> OnLoading:
     """Report the loading and saving of weights as progress of a stage."""
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 

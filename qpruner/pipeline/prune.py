@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
-from qpruner.pipeline.prepare import importance_samples, telling
+from qpruner.pipeline.prepare import importance_samples, loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
@@ -89,7 +89,7 @@ class Prune(Stage[PruneRecord]):
         from qpruner.pipeline import preflight
 
         if preflight.is_pruned(self.context.inspection.model_config):
-            self.tell(f"the model was {preflight.PRUNED_EARLIER}")
+            self.notify(f"the model was {preflight.PRUNED_EARLIER}")
 
 
 def _settings(context: Context) -> PruneConfig:
@@ -105,7 +105,7 @@ def cut_and_save(
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.plots.model import save_importance
 
-    source, on_weights = str(fetch(base)), telling(emit, "prune")
+    source, on_weights = str(fetch(base)), loading_progress(emit, "prune")
     tokenizer = load_tokenizer(source)
     # As lists: an error that is kept would keep a mapped file open, and its disk busy.
     samples = _samples(list(load_encoded(rows)), tokenizer, config.calibration.batch_size)
@@ -130,13 +130,13 @@ def cut_in_memory(
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
+        base = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
         rows = importance_samples(config, examples, vocabulary, tokenizer)
         samples = _samples(rows, tokenizer, config.calibration.batch_size)
         started = time.monotonic()  # what was prepared is another stage's
-        model = load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
+        model = load_dense(base.path, config.model.dtype, config.model, loading_progress(emit, "prune"))
         _, fields = _cut(config, settings, model, samples, emit)
         return fields | {"seconds": time.monotonic() - started}
 

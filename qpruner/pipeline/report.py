@@ -38,7 +38,7 @@ class Report(Stage[Record]):
         run_dir = self.context.run_dir
         write_report(run_dir)
         if remark := missing_remark(missing_keys(read_text(run_dir.root / CARD) or "")):
-            self.tell(remark)
+            self.notify(remark)
         return {}
 
     def summary(self, record: Record) -> str:

@@ -145,7 +145,7 @@ class Search(Stage[SearchRecord]):
         context, settings = self.context, self.config.search
         # Its memory is needed before the trials start.
         context.executor.close()
-        set_aside_damaged(self.folder, self.search_digest, self.tell)
+        set_aside_damaged(self.folder, self.search_digest, self.notify)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
         with contextlib.suppress(CorruptFile):  # which is met again where the record is read
@@ -223,9 +223,9 @@ class Search(Stage[SearchRecord]):
         """Tell what the search starts from; return the number of its own recorded trials."""
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
-            self.tell(f"going on from {counted(resumed, 'recorded trial')}")
+            self.notify(f"going on from {counted(resumed, 'recorded trial')}")
         if others := own.count(False):
-            self.tell(f"starting from {counted(others, 'trial')} that earlier searches left")
+            self.notify(f"starting from {counted(others, 'trial')} that earlier searches left")
         return resumed
 
     def _job(self) -> SearchJob:
@@ -260,7 +260,7 @@ class Search(Stage[SearchRecord]):
         room = Room(lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit)
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
-            self.tell(f"ended: {outcome.ended}")
+            self.notify(f"ended: {outcome.ended}")
             earlier = [trial for trial in outcome.reused if job.space.is_feasible(plan_of(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
@@ -270,7 +270,7 @@ class Search(Stage[SearchRecord]):
                 mine = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
                 finalists = choose_finalists(mine, job)
             # What is fine to read may not be what was written.
-            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
+            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.notify)]:
                 return outcome, finalists
 
     def summary(self, record: SearchRecord) -> str:
@@ -345,7 +345,7 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
         if each.accuracy is not None:
             name = accuracy_name(stage.context.inspection.metrics["search"])
             text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
-        stage.tell(text)
+        stage.notify(text)
         confirmations.append(each)
     return confirmations, sum(score.gpu_seconds for score in scores)
 

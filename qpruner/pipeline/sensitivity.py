@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
-from qpruner.pipeline.prepare import telling
+from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
@@ -58,7 +58,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         missing = {method for method, file in files.items() if not exists(file)}
         for method, scores in _scored(context, missing):
             write_json(scratch / f"{method}-{digest}.json", scores)
-            self.tell(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
+            self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
         methods = {method: read_json(file, MethodScores) for method, file in files.items()}
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
@@ -116,9 +116,9 @@ def _by_information(
 ) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
-    model = cache.pruned_model(checkpoint, config.model.dtype, telling(emit, "sensitivity"))
-    told, samples = _teller(emit, INFORMATION), _teller(emit, (*INFORMATION, "samples"))
-    return scoring.by_information(model, subject, config.sensitivity, config.seed, told, samples)
+    model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
+    on_progress, samples = _method_progress(emit, INFORMATION), _method_progress(emit, (*INFORMATION, "samples"))
+    return scoring.by_information(model, subject, config.sensitivity, config.seed, on_progress, samples)
 
 
 def _by_expansion(
@@ -126,8 +126,8 @@ def _by_expansion(
 ) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
-    model = cache.pruned_model(checkpoint, config.model.dtype, telling(emit, "sensitivity"))
-    return scoring.by_expansion(model, subject, config.sensitivity.batch_size, _teller(emit, EXPANSION))
+    model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
+    return scoring.by_expansion(model, subject, config.sensitivity.batch_size, _method_progress(emit, EXPANSION))
 
 
 def _by_measurement(
@@ -136,12 +136,12 @@ def _by_measurement(
     """Measure KL and loss of every group on every sample."""
     from qpruner.sensitivity.measurement import measure
 
-    model = cache.pruned_model(checkpoint, config.model.dtype, telling(emit, "sensitivity"))
+    model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
     samples = subject.samples(config.sensitivity.batch_size, config.sensitivity.num_measured_samples)
-    return measure(model, samples.by_length, subject.starts(model), _teller(emit, MEASUREMENT))
+    return measure(model, samples.by_length, subject.starts(model), _method_progress(emit, MEASUREMENT))
 
 
-def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
+def _method_progress(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
     return lambda done, total: emit(Progress("sensitivity", done, total, ", ".join(methods)))
 
 
@@ -169,8 +169,8 @@ def _measured(context: Context, subject: Subject) -> Measurement:
         )
         for share in range(num_shares)
     ]
-    told, parts = _teller(context.emit, MEASUREMENT), dict[int, Measurement]()
+    on_progress, parts = _method_progress(context.emit, MEASUREMENT), dict[int, Measurement]()
     for position, part in context.run_tasks(measure_share, jobs, resources, num_shares, on_held=context.gpu_time.add):
         parts[position] = part
-        told(len(parts), num_shares)
+        on_progress(len(parts), num_shares)
     return Measurement.joined([parts[position] for position in sorted(parts)])

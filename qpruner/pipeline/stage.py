@@ -114,7 +114,7 @@ class Stage(ABC, Generic[RecordType]):
                 verify_folder(part)
             except CorruptFile as error:
                 where = f"set aside in {quarantine(part, self.context.run_dir.root)}, " if files_in(part) else ""
-                self.tell(f"warning: {error}; {where}the stage is run again")
+                self.notify(f"warning: {error}; {where}the stage is run again")
                 return False
         return True
 
@@ -123,9 +123,9 @@ class Stage(ABC, Generic[RecordType]):
         try:
             return read_json(file, kind)
         except CorruptFile as error:
-            self.tell(f"warning: {error}; set aside in {quarantine(file, place)}, {remedy}")
+            self.notify(f"warning: {error}; set aside in {quarantine(file, place)}, {remedy}")
             return None
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Emit a message of this stage."""
         self.context.emit(Message(self.name, text))

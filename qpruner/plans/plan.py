@@ -85,7 +85,7 @@ def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quan
     return codes_and_table + num_scales + 4 * num_nested + 256 * 4
 
 
-def told_of_budget(plan_bytes: int, budget_bytes: int) -> str:
+def budget_text(plan_bytes: int, budget_bytes: int) -> str:
     """Describe what is left: `0.75 MB left of the budget of 127.11 MB`, or above it."""
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"

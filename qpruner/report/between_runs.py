@@ -33,7 +33,7 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Pair two runs by training seed, and by question or confirmation row; digests tell whether these are the same."""
+    """Pair two runs by training seed, and by question or confirmation row; they are compared where digests agree."""
     if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
         return Against((), None, "the final table of one of them is not there yet", (), ())
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
@@ -43,8 +43,7 @@ def against(run: Results, other: Results) -> Against:
     same = [(one.plan, one.adapter_sha256) == (two.plan, two.adapter_sha256) for (one, _), (two, _) in pairs]
     if all(same) and all(one.adapter_sha256 for (one, _), _ in pairs):
         return Against(seeds_of(pairs), share, "it is the same fine-tuned model", (), ())
-    # Records of older versions tell the questions together with those of trials, and the text.
-    tested = [record.tested or record.rows[-1].digest for record in (run.evaluate, other.evaluate)]
+    tested = [record.tested for record in (run.evaluate, other.evaluate)]
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
     measured: dict[str, list[Difference] | None] = {
         "test questions": over_questions(pairs) if tested[0] == tested[1] else None,
@@ -62,7 +61,7 @@ def against_text(found: Against) -> str:
     if found.no_figures:
         return f"nothing to pair, {found.no_figures}"
     differences = "; ".join(map(difference_text, found.differences))
-    differ = "".join(f"; their {name} are others, so nothing is told of them" for name in found.differ)
+    differ = "".join(f"; their {name} are others, so they are not compared" for name in found.differ)
     return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}{differ}"
 
 

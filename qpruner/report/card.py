@@ -122,7 +122,7 @@ def base_card(run: Snapshot) -> str | None:
 
 
 def _stated(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what the user states; a configuration of an earlier version has no such section."""
+    """Return what the user states."""
     return {key: value for key, value in config.get("card", {}).items() if value is not None}
 
 
@@ -138,11 +138,11 @@ def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, An
 def _license(card: str, base: str | None) -> dict[str, Any]:
     """Return the licence of the base model's card; a file that it names is one of its repository, if it has one."""
     metadata = front_matter(card)
-    told = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
-    link = told.get("license_link")
+    licence = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+    link = licence.get("license_link")
     if link and "://" not in str(link) and base:
-        told["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
-    return told
+        licence["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    return licence
 
 
 def _package_license(base: str) -> dict[str, Any]:
@@ -153,5 +153,5 @@ def _package_license(base: str) -> dict[str, Any]:
     owners = set(importlib.metadata.packages_distributions().get(package, ()))
     metadata = [importlib.metadata.metadata(owner) for owner in owners]
     keys = ("License-Expression", "License")
-    told = {next((each[key] for key in keys if key in each), "").lower() for each in metadata}
-    return {"license": told.pop()} if len(told) == 1 and told <= set(SPDX_ON_HUB) else {}
+    licence = {next((each[key] for key in keys if key in each), "").lower() for each in metadata}
+    return {"license": licence.pop()} if len(licence) == 1 and licence <= set(SPDX_ON_HUB) else {}

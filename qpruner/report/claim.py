@@ -200,8 +200,8 @@ def _verdicts(found: Sequence[Comparison]) -> str:
     for each in (each for each in found if each.differences):
         rival = RIVALS[each.other]
         measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
-        told = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
-        parts.append(" and ".join(told) or f"cannot be told from {rival}")
+        phrases = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
+        parts.append(" and ".join(phrases) or f"cannot be told from {rival}")
     if not parts:
         return ""
     counts = [f"{word} in {verdicts.count(word)}" for word in shown if word in verdicts]

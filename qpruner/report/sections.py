@@ -111,7 +111,7 @@ def search_text(search: SearchRecord) -> list[str]:
     """Tell what ran and why it ended; then who was best on fresh rows, by how much."""
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
-    told = (
+    text = (
         f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
         f"{counted(search.num_trials, 'trial')}, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
@@ -120,14 +120,14 @@ def search_text(search: SearchRecord) -> list[str]:
         + f". It ended because {search.ended}."
     )
     if search.num_reused:
-        told += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
+        text += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
-        told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
+        text += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
     if search.failures:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
-        told += f" Failed: {', '.join(failed)}."
-    return [told, _who_won(search)]
+        text += f" Failed: {', '.join(failed)}."
+    return [text, _who_won(search)]
 
 
 def _who_won(search: SearchRecord) -> str:
@@ -146,9 +146,9 @@ def _unfinished_search(run: Snapshot) -> list[str]:
     """Describe how far a search came that has no record yet."""
     assert run.state.search
     counts = {word: sum(trial.status == name for trial in run.own_trials) for name, word in run.statuses.items()}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     of_all = f"{len(run.own_trials)} of {counted(run.state.search.max_trials, 'trial')}"
-    lines = [f"{of_all} so far, budget {run.state.search.budget_bytes / 1e6:.1f} MB: {told or 'none yet'}."]
+    lines = [f"{of_all} so far, budget {run.state.search.budget_bytes / 1e6:.1f} MB: {text or 'none yet'}."]
     if best := run.best_trial:
         lines.append(
             f"Best so far is trial {best.index} ({best.origin}), {score_title(run.state.search)} "

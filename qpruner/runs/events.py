@@ -54,7 +54,7 @@ COMMAND = "run"
 
 @dataclass(frozen=True)
 class Message(Event):
-    """One line worth telling: a trial's result, a warning, a figure."""
+    """A line for people: a trial's result, a warning, a figure."""
 
     stage: str
     text: str

@@ -278,7 +278,7 @@ def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
     record = made.run.read_record("search", SearchRecord)
     assert record
     made.run.write_record("search", record.model_copy(update={"gpu_seconds": 7200.0, "confirmation_gpu_seconds": 36.0}))
-    made.run.write_record("evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=()))
+    made.run.write_record("evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked"))
     [facts] = told("compare", tmp_path / "run")["runs"]
     assert (facts["search_hours"], facts["search_gpu_hours"]) == (0.5, 2.01)
     assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600), "prepare to finetune"
@@ -369,7 +369,7 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
         MadeRun(run, num_trials=12, num_blocks=2)
     MadeRun(runs[-1], num_trials=12, num_blocks=2, until="search")
     for run in (runs[1], runs[3]):
-        _changed(run, "evaluate", EvalRecord, rows=_asked(run, "other"))
+        _changed(run, "evaluate", EvalRecord, tested="other")
     for run in (runs[2], runs[3]):
         _changed(run, "prepare", PrepareRecord, digest="other")
     found = told("compare", *runs)["differences"]
@@ -381,7 +381,7 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
     ]
     assert [one["differ"] for one in found] == [["test questions"], ["confirmation rows"], [], []]
     text = qpruner("compare", *runs[:2]).stdout
-    assert "; their test questions are others, so nothing is told of them." in text
+    assert "; their test questions are others, so they are not compared." in text
     reasons = (None, None, "test questions and confirmation rows are others", "the final table of one of them is not")
     for one, reason in zip(found, reasons, strict=True):
         assert one["no_figures"] is reason is None or one["no_figures"].startswith(reason)

@@ -134,7 +134,7 @@ def results_of(
         ),
         search=made_search(scored[-1][0].plan, **(search | changes)),
         finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
-        evaluate=EvalRecord(**STAGE, rows=tuple(rows_scored)),
+        evaluate=EvalRecord(**STAGE, rows=tuple(rows_scored), tested="asked"),
     )
 
 

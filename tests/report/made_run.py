@@ -245,6 +245,7 @@ class MadeRun:
                 rows=(*untuned, scored[is_first.index(True)]),
                 text="`evaluate.text` in 12 windows of 128 tokens",
                 inference=SETTING,
+                tested="asked",
             ),
             "comparison": ComparisonRecord(**self._stage, candidates=tuned, rows=scored, inference=SETTING),
         }

@@ -181,7 +181,7 @@ def test_a_score_of_one_has_no_error_and_can_be_read(record: Recorded, tmp_path:
     """Its standard error is no number; a record that nobody can read makes its stage run again each time."""
     if isinstance(record, TaskScore):
         row = RowScores(digest="0" * 16, name="base", seed=0, scores=(record,))
-        record = EvalRecord(digest="0" * 16, seconds=1.0, rows=(row,))
+        record = EvalRecord(digest="0" * 16, seconds=1.0, rows=(row,), tested="asked")
     write_json(tmp_path / "record.json", record)
     assert "NaN" in (tmp_path / "record.json").read_text() and OWN_DIGEST in (tmp_path / "record.json").read_text()
     again = read_json(tmp_path / "record.json", type(record))

@@ -238,7 +238,7 @@ class EvalRecord(Record):
     text: str | None = None
     """Which held-out text `RowScores.text_loss` is on."""
     inference: InferenceSetting | None = None
-    tested: str = ""
+    tested: str
     """Digest of the questions and of how they are asked."""
 
     @property
