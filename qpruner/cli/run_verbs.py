@@ -309,7 +309,7 @@ def report(root: str) -> dict[str, Any]:
     run = RunDir(root, create=False)
     page = display_name(write_report(run))
     click.echo(page)
-    return {"status": "ok", "run": run.address, "page": page}
+    return {"status": "ok", "run": run.storage.address, "page": page}
 
 
 def push(root: str, repo_id: str, what: Any, is_public: bool) -> dict[str, Any]:

@@ -22,9 +22,7 @@ from qpruner.runs.storage import (
     remove,
     retry_storage,
     share_files,
-    staging_path,
     storage_at,
-    verify_folder,
     write_json,
     write_text,
     writing_folder,
@@ -65,7 +63,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     found = [path for path in published_folders(folder) if path.name.startswith("checkpoint-")]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            verify_folder(path)
+            storage_at(path).verify()
             checkpoint = fetch(path)
             json.loads((checkpoint / "trainer_state.json").read_bytes())  # its last file, written in place (5.24)
         except (CorruptFile, FileNotFoundError, ValueError):
@@ -78,7 +76,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def is_damaged(checkpoint: Path) -> bool:
     """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
     try:
-        verify_folder(checkpoint)
+        storage_at(checkpoint).verify()
         return False
     except CorruptFile:
         return True
@@ -119,7 +117,7 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
     """Save the adapter aside, move it to its folder, and return the digest of its weights."""
-    aside = staging_path(checkpoints / f"adapter-{ownership.worker}")
+    aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)

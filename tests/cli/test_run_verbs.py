@@ -210,9 +210,9 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
         (("status", "RUN/trials"), "no run.json"),
         (
             ("status", "RUN/run.json"),
-            "RUN/run.json is a file, and a run is a folder: of a configuration give the folder",
+            "RUN/run.json is a file, and a run is a folder: name a folder, of a configuration the one",
         ),
-        (("compare", "RUN", "RUN/run.json"), "the folder its `output` names"),
+        (("compare", "RUN", "RUN/run.json"), "the one that its `output` names"),
         (("statsu", "RUN"), "did you mean `qpruner status`?"),
     ],
 )
