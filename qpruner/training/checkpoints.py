@@ -18,9 +18,7 @@ from qpruner.runs.storage import (
     read_existing,
     remove,
     retry_storage,
-    staging_path,
     storage_at,
-    verify_folder,
     write_json,
     writing_folder,
 )
@@ -68,7 +66,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def is_damaged(checkpoint: Path) -> bool:
     """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
     try:
-        verify_folder(checkpoint)
+        storage_at(checkpoint).verify()
         return False
     except CorruptFile:
         return True
@@ -99,7 +97,7 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
     """Save the adapter aside, move it to its folder, and return the digest of its weights."""
-    aside = staging_path(checkpoints / f"adapter-{ownership.worker}")
+    aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.runs.records import FinalistScore, TaskScore
-from qpruner.runs.storage import fetch, progress_seconds, staging_path, write_progress
+from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
 
@@ -130,7 +130,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
-    if (staging := staging_path(candidate.checkpoints)) != candidate.checkpoints:
+    if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
     return FinetuneOutcome(
         seconds=time.monotonic() - started,
@@ -164,7 +164,7 @@ def _train(
     )
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
-    work, start = staging_path(checkpoints), latest_checkpoint(checkpoints)
+    work, start = storage_at(checkpoints).staging, latest_checkpoint(checkpoints)
     with tracked(job.trackers if Share.own().rank == 0 else None, candidate.label, about) as logged:
         result = finetune(
             model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
