@@ -39,7 +39,6 @@ from qpruner.runs.storage import (
     put_file,
     read_json,
     retry_storage,
-    staging_path,
     storage_at,
 )
 
@@ -137,7 +136,7 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
     built = {}
     for bits in job.bits:
         tensors, ratio = build_entry(weights, bits, job.lora, job.double_quant, job.seed)
-        file = write_entry(staging_path(job.bank), job.group, bits, tensors)
+        file = write_entry(storage_at(job.bank).staging, job.group, bits, tensors)
         sha256 = put_file(file, entry_file(job.bank, job.group, bits))
         name = str(entry_file(Path(), job.group, bits))
         built[name] = IndexEntry(inputs=job.inputs, sha256=sha256, residual_ratio=ratio)
