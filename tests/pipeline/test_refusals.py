@@ -333,7 +333,7 @@ DATA = [
     ),
     (
         "calibration.num_sensitivity_samples=64",
-        "num_sensitivity_samples` ... 64 rows, but only 48 ... ask for fewer, give more",
+        "num_sensitivity_samples` ... 64 samples ... make 48 ... ask for fewer, give more",
     ),
     (
         "calibration.num_samples=64; calibration.packing=false",
