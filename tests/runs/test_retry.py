@@ -16,7 +16,7 @@ from types import FrameType
 
 import pytest
 import torch
-from conftest import away, disk_of, full_until_noticed
+from conftest import away, disk_of, full, full_until_noticed
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -56,15 +56,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
     with disk_of("1m", tmp_path / "disk") as folder:
         yield folder
-
-
-@contextmanager
-def full(disk: Path) -> Iterator[Callable[[], None]]:
-    """No byte is left until what is handed out is called."""
-    filler = disk / "filler"
-    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
-    yield filler.unlink
-    filler.unlink(missing_ok=True)
 
 
 def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
