@@ -182,19 +182,6 @@ def fresh_scores(run: Path) -> dict[int, tuple[int, str]]:
     return {int(path.parent.name): (path.stat().st_mtime_ns, path.read_text()) for path in paths}
 
 
-def test_scores_of_finalists_outlive_a_killed_driver(config: Path, undisturbed: Path) -> None:
-    with driver(config) as process:
-        process.wait_until(lambda: fresh_scores(process.run), "the first finalist's score")
-        process.process.send_signal(signal.SIGKILL)
-        process.end()
-    kept = fresh_scores(process.run)
-    with driver(config) as process:
-        record = finished(process)
-    assert 0 < len(kept) <= len(record["confirmations"]) == len(fresh_scores(process.run))
-    assert kept.items() <= fresh_scores(process.run).items(), "none of them was scored again"
-    assert record["confirmations"] == search_record(undisturbed)["confirmations"]
-
-
 def test_only_what_is_damaged_of_a_search_is_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """A finalist's weights, which can be read and would give other scores; another's score; a trial's record."""
     run = shutil.copytree(undisturbed, tmp_path / "run")

@@ -27,13 +27,13 @@ from qpruner.runs.lock import NAME, hold_run
 from qpruner.runs.logs import Uploader, logging_to
 from qpruner.runs.records import BankRecord, SearchClock
 from qpruner.runs.run_dir import LOG, RunDir
-from qpruner.runs.storage import bucket as objects
 from qpruner.runs.storage import (
     display_name,
     exclusive,
     fetch,
     file_digest,
     files_in,
+    objects,
     published_folders,
     put_file,
     read_json,
@@ -44,8 +44,7 @@ from qpruner.runs.storage import (
     writing_folder,
 )
 from qpruner.runs.storage import files as file_parts
-from qpruner.runs.storage.bucket import mirror_of
-from qpruner.runs.storage.objects import objects_at
+from qpruner.runs.storage.objects import mirror_of, objects_at
 
 
 @pytest.fixture
@@ -201,14 +200,17 @@ def test_who_waits_for_a_folder_hears_of_every_piece(
 
 
 def test_what_is_written_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
-    target = run.stage("prune")
+    target = run.begin("prune")
     with writing_folder(target) as folder:
         folder.mkdir()
         (folder / "weights").write_text("w")
         assert not store.keys(key_of(target))
+    run.commit("prune", target, bank_record())
     inode = (target / "weights").stat().st_ino
     assert (fetch(target) / "weights").stat().st_ino == inode
-    assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json"}
+    assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json", "records/prune.json"}
+    assert run.has_folder("prune") and run.begin("prune") == target
+    assert run.read_record("prune", BankRecord) is None, "the old record goes before the old files"
     entry = run.stage("bank") / "4bit" / "q.safetensors"
     (file := tmp_path / "q.safetensors").write_text("codes")
     assert put_file(file, entry) == file_digest(entry) and not file.exists()
@@ -260,18 +262,6 @@ def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, sto
         assert caught.value.path == path
         path = machine("second").stage("prune") / "weights"
     assert not path.parent.exists(), "nothing of it is taken for whole"
-
-
-def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
-    scratch = run.begin("bank")
-    with writing_folder(scratch) as folder:
-        folder.mkdir()
-        (folder / "q").write_text("codes")
-    assert run.read_record("bank", BankRecord) is None
-    run.commit("bank", scratch, bank_record("a"))
-    assert run.read_record("bank", BankRecord) == bank_record("a") and run.has_folder("bank")
-    run.begin("bank")
-    assert run.read_record("bank", BankRecord) is None, "the old record goes before the old files"
 
 
 # ---- a store that is away, or refuses

@@ -70,18 +70,6 @@ def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
             read()  # raises where nobody waits
 
 
-@pytest.mark.parametrize("trouble", [full, away])
-def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., Iterator[None]], disk: Path) -> None:
-    path = disk / "record.json"
-    write_json(path, SearchClock(seconds=1.0))
-    with trouble(disk) as end:  # type: ignore[attr-defined]
-        threading.Timer(0.8, end).start()
-        started = time.monotonic()
-        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
-        assert time.monotonic() - started > 0.7
-    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
-
-
 def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
     """A large model on a disk that fills up at its end; what goes on where it came to did some each time."""
     attempts = 0
@@ -110,7 +98,7 @@ def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
         (away, r"cannot be reached \(Read-only.*\n.*bring the storage back"),
     ],
 )
-def test_storage_that_stays_so_is_told_and_the_record_kept(
+def test_a_full_or_missing_storage_is_told_or_waited_for(
     trouble: Callable[..., Iterator[None]], message: str, disk: Path
 ) -> None:
     path = disk / "trials" / "record.json"
@@ -120,8 +108,12 @@ def test_storage_that_stays_so_is_told_and_the_record_kept(
         with pytest.raises(StorageError, match=message.format(path)) as caught:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         assert caught.value.exit_code == 1
+        started = time.monotonic()
         threading.Timer(0.8, end).start()
         assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
+        assert time.monotonic() - started > 0.7
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
 @contextmanager
