@@ -45,7 +45,9 @@ def select(
     return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
 
 
-def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, progress: float = 1.0) -> Kept:
+def select_rate(
+    values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, uniform: bool = False, progress: float = 1.0
+) -> Kept:
     """Select the units that stay when every block loses a share of its own units, with LLM-Pruner's arithmetic.
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` go: channels are
@@ -63,6 +65,12 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
                 raise UserError(
                     f"`prune.layer_rate` {layer_rate:g} would leave {size.count - count} of the {size.count} {name} "
                     f"units of block {index}, but at least {size.least} must stay: lower it"
+                )
+            if uniform and size.plain and size.count - count not in size.plain:
+                raise UserError(
+                    f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
+                    f"block, but a plain checkpoint of this family can have {', '.join(map(str, size.plain))}: give "
+                    "`rate` instead, or set `uniform: false`"
                 )
     if not any(count for of_block in removed.values() for count in of_block.values()):
         raise UserError(
@@ -138,7 +146,7 @@ class _Ranking:
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
-        self._sizes = sizes
+        self.parameters: dict[tuple[Place, int], int] = {}
         self.bundles: dict[Place, list[list[int]]] = {}
         self.gone: dict[Place, int] = {}
         ranked: list[tuple[float, int, str, int]] = []
@@ -148,16 +156,12 @@ class _Ranking:
                 bundles = self.bundles[index, name] = _bundles(scores, size, round_to if name == MLP else 1)
                 gone = self.gone[index, name] = sum(scores[bundle[0]] == float("-inf") for bundle in bundles)
                 weight = size.parameters / size.partitions
-                for position in range(gone, len(bundles) - size.least):
-                    bundle = bundles[position]
-                    score = sum(scores[unit] for unit in bundle) / (weight * len(bundle))
-                    ranked.append((score, index, name, position))
+                for position, bundle in enumerate(bundles):
+                    self.parameters[(index, name), position] = size.parameters * len(bundle) // size.partitions
+                    if gone <= position < len(bundles) - size.least:
+                        score = sum(scores[unit] for unit in bundle) / (weight * len(bundle))
+                        ranked.append((score, index, name, position))
         self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
-
-    def parameters(self, place: Place, position: int) -> int:
-        """Count the parameters of one bundle."""
-        size = self._sizes[place[0]][place[1]]
-        return size.parameters * len(self.bundles[place][position]) // size.partitions
 
 
 def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_last: bool) -> Kept:
@@ -165,9 +169,9 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
     ranking = _Ranking(values, sizes, round_to)
     has_channels = any(name == MLP for _, name in ranking.bundles)
     finest, gone = smallest_step(sizes, round_to), dict(ranking.gone)
-    removed = sum(ranking.parameters(place, position) for place, count in gone.items() for position in range(count))
+    removed = sum(ranking.parameters[place, position] for place, count in gone.items() for position in range(count))
     for place, position in ranking.order:
-        parameters = ranking.parameters(place, position)
+        parameters = ranking.parameters[place, position]
         # Bundles of a block go in order; one that was too large for what is left keeps its successors.
         if removed + parameters <= target + finest // 2 and gone[place] == position:
             gone[place] += 1
@@ -190,9 +194,9 @@ def _correct_with_coarse_units(
             break
         if place[1] != MLP and gone[place] == position:
             gone[place] += 1
-            removed += ranking.parameters(place, position)
+            removed += ranking.parameters[place, position]
     for place, position in reversed(ranking.order):
-        parameters = ranking.parameters(place, position)
+        parameters = ranking.parameters[place, position]
         went_last = place[1] == MLP and gone[place] == position + 1
         if went_last and removed - target > parameters // 2:
             gone[place] -= 1
