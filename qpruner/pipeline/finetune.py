@@ -38,9 +38,7 @@ from qpruner.runs.storage import (
     quarantine,
     read_json,
     remove,
-    staging_path,
     storage_at,
-    verify_folder,
     write_json,
     writing_folder,
 )
@@ -159,7 +157,7 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
         record = read_json(folder / "record.json", CandidateRecord)
         if record is None or not exists(weights):
             return None
-        verify_folder(weights.parent)
+        storage_at(weights.parent).verify()
     except CorruptFile as error:
         return str(error)
     return record
@@ -240,7 +238,7 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
         model, _ = assemble(
             checkpoint, winner.bank, quantize.group, winner.plan, config.model.dtype, quantize.double_quant
         )
-    scratch = empty_folder(staging_path(folder.with_name(f".{folder.name}")))
+    scratch = empty_folder(storage_at(folder.with_name(f".{folder.name}")).staging)
     with writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):

@@ -39,7 +39,6 @@ from qpruner.runs.storage import (
     put_file,
     read_json,
     retry_storage,
-    staging_path,
     storage_at,
     write_json,
 )
@@ -152,7 +151,7 @@ def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
     built = {}
     for bits in job.bits:
         entry = build_entry(weights, bits, job.settings)
-        file = write_entry(staging_path(job.bank), job.group, bits, entry)
+        file = write_entry(storage_at(job.bank).staging, job.group, bits, entry)
         sha256 = put_file(file, entry_file(job.bank, job.group, bits))
         built[str(entry_file(Path(), job.group, bits))] = (sha256, entry.residual_ratio)
     return built

@@ -266,9 +266,9 @@ def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
             told = command(*(words.get(word, word) for word in shlex.split(line)))
             assert told.exit_code == 0, told.output
         assert printable(expected(tmp_path / "brought")).strip() in told.stdout
-        refused = command("generate", there.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
+        refused = command("generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
         assert "HUSH" not in refused.output
-        refused = command("generate", there.address, "--prompt", PROMPT)
+        refused = command("generate", there.storage.address, "--prompt", PROMPT)
         assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
 
 

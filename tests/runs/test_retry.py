@@ -46,7 +46,6 @@ from qpruner.runs.storage import (
     retry_storage,
     storage_at,
     storage_error,
-    verify_folder,
     write_json,
     writing_folder,
 )
@@ -190,7 +189,7 @@ def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number
     with lost_answer(number, renamed):
         storage_at(target).publish(scratch)
     assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
-    verify_folder(target)
+    storage_at(target).verify()
 
 
 TENSOR = {"weight": torch.zeros(50_000)}

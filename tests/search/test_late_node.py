@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from made_searches import job_of
 from raylets import Raylets, raylets
-from test_search_stage import job_of
 
 import qpruner
 from qpruner.cluster.connect import connect, disconnect

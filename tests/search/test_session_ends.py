@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import disk_of
+from made_searches import job_of
+from made_searches import trial as finished
 from raylets import Raylets, raylets
-from test_search_stage import job_of
-from test_search_stage import trial as finished
 from transformers import AutoConfig
 
 from qpruner.cluster.connect import Cluster, connect, disconnect

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt
-from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, ending_of, observations_of, smaller_batch
+from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, observations_of, smaller_batch
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.models.memory import kernel_kills
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
@@ -173,7 +173,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 self._emit(Message("search", f"warning: an old checkpoint stays where it is: {error}"))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
-        self._ledger.close(suggestion, ending_of(record))
+        self._ledger.close(suggestion, record.plan_failed)
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.num_trials))

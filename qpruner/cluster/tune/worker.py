@@ -28,7 +28,6 @@ from qpruner.runs.storage import (
     progress_seconds,
     remove,
     retry_storage,
-    staging_path,
     storage_at,
     storage_error,
 )
@@ -128,7 +127,7 @@ class _RecordedTrial:
     def _report(self, result: RungResult, checkpoint: Path) -> None:
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
         # Copied next to its place, so that the last step can be a rename.
-        aside = staging_path(target.with_name(f".{target.name}.{self._record.worker}"))
+        aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
 
         def copy() -> None:
             shutil.rmtree(aside, ignore_errors=True)

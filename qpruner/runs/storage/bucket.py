@@ -17,8 +17,6 @@ from qpruner.errors import StorageError, UserError
 
 CACHE = "QPRUNER_CACHE"
 """Environment variable: a folder on this machine for the mirrors of runs; `~/.cache/qpruner` without it."""
-OPTIONS = ("endpoint_override", "region", "scheme")
-"""What may follow the `?` of a URI."""
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
 """A request that nobody answers ends after some ten seconds; `retry_storage` then decides whether to try again."""
 REFUSED = re.compile(
@@ -42,26 +40,22 @@ def mirror_of(uri: str) -> Path:
     Raises:
         UserError: If it is no URI of a run.
     """
+    form = "must be a folder, or read s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
     try:
         parts = urlsplit(uri)
     except ValueError:  # brackets that are no address, which it may repeat
-        raise UserError("`output`: a URI must read s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    unknown = [name for name in options if name not in OPTIONS]
+        raise UserError(f"`output` {form}") from None
+    options = {"scheme": "https"} | dict(parse_qsl(parts.query, keep_blank_values=True))
     prefix = parts.path.strip("/")
     # What may be or hold a key is not repeated. One with a slash in it ends what would be the bucket, and no bucket's
     # name has a colon.
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI holds no credentials; {CREDENTIALS}")
-    if unknown:
-        named = ", ".join(name for name in unknown if re.fullmatch("[a-z_]+", name)) or "(which may be keys)"
-        raise UserError(f"`output`: unknown options {named} in the URI; there are {', '.join(OPTIONS)}")
-    if parts.scheme not in ("s3", "gs"):
-        raise UserError(f"`output`: {uri} must be a folder or begin with s3:// or gs://")
-    if not parts.netloc or not prefix or any(step in ("", ".", "..") for step in prefix.split("/")) or parts.fragment:
-        raise UserError(f"`output`: {uri} must read {parts.scheme}://BUCKET/PREFIX")
-    if options.get("scheme", "https") not in ("http", "https"):
-        raise UserError(f"`output`: the option scheme of {uri} must be http or https, got {options['scheme']!r}")
+    if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in ("http", "https"):
+        raise UserError("`output`: the options of a URI are endpoint_override, region, and scheme (http or https)")
+    steps = (parts.netloc, *prefix.split("/"))
+    if parts.scheme not in ("s3", "gs") or parts.fragment or any(step in ("", ".", "..") for step in steps):
+        raise UserError(f"`output`: {uri} {form}")
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:

@@ -18,27 +18,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pydantic import ValidationError
-
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs.storage.base import Stat, Storage
+from qpruner.runs.storage.base import Stat, Storage, keep_copy
 from qpruner.runs.storage.bucket import CREDENTIALS, cache_root, open_bucket, translated
 from qpruner.runs.storage.files import (
     FILES,
     FileList,
     OnPiece,
-    compare,
     copy_pieces,
     empty_folder,
     exclusive,
     for_each,
-    keep_copy,
     list_path,
-    names_of_files,
-    none_if_missing,
-    read_list,
-    verified,
-    verify_files,
 )
 from qpruner.runs.storage.retry import retry_storage
 
@@ -152,12 +143,9 @@ class ObjectStorage(Storage):
 
     def put_folder(self, folder: Path) -> FileList:
         retry_storage(self.file_list._delete, self.path)
-        names = names_of_files(folder)
-
-        def put(name: str) -> str:
-            return retry_storage(lambda: (self / name).put(folder / name), self.path / name)
-
-        listed = FileList(sha256=dict(zip(names, for_each(put, names), strict=True)))
+        names = sorted(Storage(folder).files())
+        sent = for_each(lambda name: retry_storage(lambda: (self / name).put(folder / name), self.path / name), names)
+        listed = FileList(sha256=dict(zip(names, sent, strict=True)))
         retry_storage(lambda: self.file_list.write(listed.model_dump_json().encode()), self.path)
         stale = sorted(set(retry_storage(self.files, self.path)) - set(names))
         for_each(lambda name: retry_storage((self / name)._delete, self.path / name), stale)
@@ -168,50 +156,43 @@ class ObjectStorage(Storage):
         shutil.rmtree(folder)
         list_path(folder).unlink(missing_ok=True)
 
-    def fetch(self, on_piece: OnPiece) -> None:
+    def fetch(self, on_piece: OnPiece = lambda: None) -> None:
         # A machine has one copy for all its processes as long as the list is the same; each compares it once.
-        listed = self._read_list()
+        listed = self.read_list()
+        if listed is None:
+            message = f"{self.name} is missing, or was not put whole: it has no {self.file_list.name}"
+            raise CorruptFile(message, self.path)
         if self._has_copy(listed, on_piece):
             return
         with exclusive(self.path, on_piece):
             if self._has_copy(listed, on_piece):  # another process has fetched it by now
                 return
             here = empty_folder(self.staging)
-
-            def download(name: str) -> str | None:
-                return none_if_missing(lambda: (self / name).download(here / name, on_piece), self.path / name)
-
-            compare(listed, for_each(download, list(listed.sha256)), self.path, self.name)
+            self.compare(listed, lambda name: (self / name).download(here / name, on_piece))
             keep_copy(here, self.path, listed)
 
     def _has_copy(self, listed: FileList, on_piece: OnPiece) -> bool:
+        copy = Storage(self.path)
         try:
-            if not self.path.is_dir() or read_list(self.path) != listed:
+            if not self.path.is_dir() or copy.read_list() != listed:
                 return False
-            if verified.get(self.path) != listed:
-                verify_files(listed, self.path, on_piece)
+            copy.fetch(on_piece)
         except CorruptFile as error:
             logger.warning("%s is damaged on this machine: all of %s is fetched again", error.path, self.name)
             list_path(self.path).unlink(missing_ok=True)
             return False
         return True
 
-    def verify(self, on_piece: OnPiece) -> None:
+    def verify(self, on_piece: OnPiece = lambda: None) -> None:
         # Only objects that were put after their list can differ from it: the others are not read.
-        since = retry_storage(self.file_list.stat, self.path)
-        if since is None:
+        since, listed = retry_storage(self.file_list.stat, self.path), self.read_list()
+        if since is None or listed is None:
             return
-        listed = self._read_list()
         found = [each for each in retry_storage(self._listed, self.path) if each.is_file]
         put = {each.path[len(self._path) + 1 :]: float(each.mtime.timestamp()) for each in found}
-        doubtful = {
-            name: sha256 for name, sha256 in listed.sha256.items() if put.get(name, since.modified) >= since.modified
-        }
-
-        def digest(name: str) -> str | None:
-            return none_if_missing((self / name).digest, self.path / name)
-
-        compare(FileList(sha256=doubtful), for_each(digest, list(doubtful)), self.path, self.name)
+        names = [name for name in listed.sha256 if put.get(name, since.modified) >= since.modified]
+        doubtful = FileList(sha256={name: listed.sha256[name] for name in names})
+        self.compare(doubtful, lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
         """Raise `UserError` if the store does not answer, or refuses access."""
@@ -246,15 +227,6 @@ class ObjectStorage(Storage):
                 self._system.delete_file(self._path)
             else:
                 self._system.delete_dir_contents(self._path, missing_dir_ok=True)
-
-    def _read_list(self) -> FileList:
-        try:
-            return FileList.model_validate_json(retry_storage(self.file_list.read, self.path))
-        except FileNotFoundError as error:
-            message = f"{self.name} is missing, or was not put whole: it has no {self.file_list.name}"
-            raise CorruptFile(message, self.path) from error
-        except ValidationError as error:
-            raise CorruptFile(f"{self.file_list.name} is damaged", self.path) from error
 
     def _listed(self, is_deep: bool = True, must_exist: bool = False) -> list[Any]:
         from pyarrow.fs import FileSelector
