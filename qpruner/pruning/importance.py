@@ -9,6 +9,7 @@ projection (o, down). Biases and norms are cut with their unit but do not count,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +136,7 @@ def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, o
         scores.add(name, salience.abs_())
 
     if order != "first":
-        visit_gradients(model, scores.matrices, samples.one_by_one, visit_sample)
+        visit_gradients(model, scores.matrices, replace(samples, batch_size=1), visit_sample)
     if order != "second":
         visit_gradients(model, scores.matrices, samples, visit_batch)
     return scores
