@@ -124,14 +124,16 @@ def search_record(run: Path) -> dict[str, Any]:
     return found
 
 
-def pid_of(run: Path, index: int) -> int | None:
-    """The process that last told of a trial."""
-    pulse = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
-    pid: int | None = json.loads(pulse.read_text())["pid"] if pulse else None
-    return pid
-
-
 def between_rungs(run: Path, index: int) -> int | None:
     """The process of a trial that has a rung behind it and one before it, None at other times."""
     trial = trials_of(run).get(index)
-    return pid_of(run, index) if trial and trial["status"] == "running" and trial["rungs"] else None
+    if trial is None or trial["status"] != "running" or not trial["rungs"]:
+        return None
+    pulse = pulse_of(run, index)
+    return pulse["pid"] if pulse else None
+
+
+def pulse_of(run: Path, index: int) -> dict[str, Any] | None:
+    """The last sign of life of a trial's worker."""
+    path = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
+    return json.loads(path.read_text()) if path else None

@@ -202,13 +202,10 @@ def test_a_name_that_aws_cannot_have_given_is_told(tmp_path: Path, with_programs
 
 def test_machines_left_at_aws_are_named(tmp_path: Path) -> None:
     pytest.importorskip("moto", reason="needs moto: pip install 'qpruner[dev]'")
-    import boto3
-
     path = filled(AWS, tmp_path)
     with object_store() as store:
         elsewhere = store.environment | {"AWS_DEFAULT_REGION": "eu-north-1"}
-        keys = {name.lower(): value for name, value in elsewhere.items() if "KEY" in name}
-        ec2 = boto3.client("ec2", region_name="us-west-2", endpoint_url=elsewhere["AWS_ENDPOINT_URL"], **keys)
+        ec2 = store.client("ec2", "us-west-2")
         tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "qpruner"}]}]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         started = ec2.run_instances(ImageId=image, MinCount=2, MaxCount=2, TagSpecifications=tags)

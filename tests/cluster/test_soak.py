@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from raylets import Raylets, raylets
-from real_driver import Driver, driver, pid_of, search_config, search_record, trials_of
+from real_driver import Driver, driver, pulse_of, search_config, search_record, trials_of
 
 from qpruner.config.load import load_config
 from qpruner.runs.storage import folder_digests
@@ -32,8 +32,8 @@ TRIALS_A_ROUND = 5
 def working(run: Path) -> list[int]:
     """The processes that trials run in."""
     running = [index for index, trial in trials_of(run).items() if trial["status"] == "running"]
-    pids = {pid_of(run, index) for index in running}
-    return sorted(pid for pid in pids if pid and psutil.pid_exists(pid))
+    pids = {pulse["pid"] for index in running if (pulse := pulse_of(run, index))}
+    return sorted(filter(psutil.pid_exists, pids))
 
 
 def disturb(process: Driver, cluster: Raylets, generator: random.Random, killed: Counter[str]) -> None:
