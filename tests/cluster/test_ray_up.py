@@ -119,7 +119,9 @@ def test_a_mistake_in_the_configuration_comes_back(cluster: Cluster, tmp_path: P
     """In the words of qpruner on the head."""
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("modle: {source: x}\n")
-    assert "modle" in cluster.script("watch.sh", cluster.submitted(wrong))
+    job = cluster.submitted(wrong)
+    # Ray may end following a job before it has read the last lines of one that fails at once.
+    wait_for(lambda: "modle" in cluster.script("watch.sh", job), "the mistake", PATIENCE_SECONDS)
     assert "FAILED" in cluster.script("watch.sh")
 
 
