@@ -34,8 +34,7 @@ from qpruner.export.generate import Sampling, sources
 from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PrepareRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import bucket as objects
-from qpruner.runs.storage import storage_at
+from qpruner.runs.storage import objects, storage_at
 
 PROMPT = "Question: which of these"
 
