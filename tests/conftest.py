@@ -32,7 +32,7 @@ import pytest
 import yaml
 
 # A machine with the kit of benchmarks/gpu_7b.py has no Ray.
-pytest_plugins = ["searched_runs"] if find_spec("ray") else []
+pytest_plugins = ["object_store", *(["searched_runs"] if find_spec("ray") else [])]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 
@@ -123,6 +123,15 @@ def away(disk: Path) -> Iterator[Callable[[], None]]:
     if mounted.returncode:
         pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
     yield lambda: subprocess.run(["umount", disk], check=True) and None
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[Callable[[], None]]:
+    """No byte is left until what is handed out is called."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    yield filler.unlink
+    filler.unlink(missing_ok=True)
 
 
 @contextmanager

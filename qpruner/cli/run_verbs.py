@@ -293,7 +293,7 @@ def report(run: str) -> dict[str, Any]:
     folder = RunDir(run, create=False)
     page = display_name(write_report(folder))
     click.echo(page)
-    return {"status": "ok", "run": folder.address, "page": page}
+    return {"status": "ok", "run": folder.storage.address, "page": page}
 
 
 def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> dict[str, Any]:

@@ -198,8 +198,8 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
         ("plan RUN", "not over"),
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
-        ("status RUN/run.json", "RUN/run.json is a file, and a run is a folder: of a configuration give the folder"),
-        ("compare RUN RUN/run.json", "the folder its `output` names"),
+        ("status RUN/run.json", "RUN/run.json is a file, and a run is a folder: name a folder, of a configuration"),
+        ("compare RUN RUN/run.json", "the one that its `output` names"),
     ],
 )
 def test_a_mistake_names_what_was_meant(run: Path, command: str, hint: str) -> None:
