@@ -25,7 +25,7 @@ from qpruner.models.loading import device
 from qpruner.models.memory import release
 from qpruner.plans.plan import FULL_BITS, LinearShape
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.quantization.bank import EntrySettings, build_entry
+from qpruner.quantization.bank import build_entry
 from qpruner.quantization.mixed import pack, packed_layer
 
 FEW, MORE = 1, 5
@@ -87,11 +87,10 @@ def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
     most = LARGEST // (2 if _is_exact(lora) else 1)
     rows, columns = min(linear.rows, most), min(linear.columns, most)
     weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
-    settings = EntrySettings(lora, config.quantize.double_quant, config.seed)
 
     def build() -> None:
         for bits in levels:
-            build_entry({"": weight}, bits, settings)
+            build_entry({"": weight}, bits, lora, config.quantize.double_quant, config.seed)
 
     return packing_operations(rows, columns, lora, len(levels)) / _least(build)
 

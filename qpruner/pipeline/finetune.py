@@ -173,16 +173,13 @@ def _finetuned(
 
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = worker_jobs(context, jobs, num_workers)
+    more: dict[str, Any] = {"on_tick": on_tick, "progress": saved}
     if num_workers > 1:
         from qpruner.cluster.group import run_groups
 
-        scratch = context.run_dir.scratch("train")
-        return run_groups(
-            finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
-        )
-    return context.run_tasks(
-        finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick, progress=saved
-    )
+        scratch, check = context.run_dir.scratch("train"), context.check_node
+        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, check, **more)
+    return context.run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, **more)
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:

@@ -34,8 +34,8 @@ from real_driver import (
 from safetensors.torch import load_file, save_file
 
 from qpruner.cluster.tune.driver import MAX_KILLS
-from qpruner.quantization.bank import read_index, write_index
-from qpruner.runs.storage import file_digest
+from qpruner.quantization.bank import INDEX, read_index
+from qpruner.runs.storage import file_digest, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -249,7 +249,7 @@ def spoil(bank: Path, name: str) -> None:
     save_file({key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path)
     index = read_index(bank)
     spoilt = index.files[name].model_copy(update={"sha256": file_digest(path)})
-    write_index(bank, index.model_copy(update={"files": index.files | {name: spoilt}}))
+    write_json(bank / INDEX, index.model_copy(update={"files": index.files | {name: spoilt}}))
 
 
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:

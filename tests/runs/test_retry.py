@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -25,15 +24,7 @@ from qpruner.cluster.node_check import check_node, versions
 from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
-from qpruner.quantization.bank import (
-    BankIndex,
-    EntrySettings,
-    IndexEntry,
-    build_entry,
-    read_plan,
-    write_entry,
-    write_index,
-)
+from qpruner.quantization.bank import INDEX, BankIndex, IndexEntry, build_entry, read_plan, write_entry
 from qpruner.runs.records import SearchClock
 from qpruner.runs.storage import (
     exists,
@@ -72,11 +63,11 @@ def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
     save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
-    entry = build_entry({"mlp": torch.randn(8, 64)}, 8, EntrySettings(LoraConfig(), double_quant=False, seed=0))
-    file = write_entry(disk / "bank", "mlp", 8, entry)
-    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=entry.residual_ratio)
+    tensors, ratio = build_entry({"mlp": torch.randn(8, 64)}, 8, LoraConfig(), double_quant=False, seed=0)
+    file = write_entry(disk / "bank", "mlp", 8, tensors)
+    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=ratio)
     files = {str(file.relative_to(disk / "bank")): listed}
-    write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
+    write_json(disk / "bank" / INDEX, BankIndex(digest="", files=files))
     told = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
         (disk / "run", lambda: check_node(versions(), told)),

@@ -105,16 +105,10 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
 
     Ray ends a process that does not answer by SIGKILL, so a stopped one goes too (5 s, Ray 2.60). Time counts from the
     last change of the trial's pulse that this process saw, not while it waits for the storage itself, nor while trials
-    cannot write pulses.
-
-    Args:
-        job: The search.
-        on_hung: Gets Ray's id of a trial before its worker is killed, and whether it runs; else it waits for a worker
-            that does not leave the trial before it.
-        emit: Gets the steps.
+    cannot write pulses. `on_hung` gets Ray's id of a trial before its worker is killed.
     """
 
-    def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
+    def __init__(self, job: SearchJob, on_hung: Callable[[str], None], emit: Emit) -> None:
         self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
         self._on_hung, self._emit = on_hung, emit
         self._seen: dict[str, tuple[object, float]] = {}
@@ -150,7 +144,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
             self._seen = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._seen.items()}
         for trial_id, trial in at_work.items():
             if self._seen[trial_id][1] >= self._limit:
-                self._on_hung(trial_id, trial.status == Trial.RUNNING)
+                self._on_hung(trial_id)
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
