@@ -77,7 +77,7 @@ def table(tmp_path: Path) -> Path:
     ("place", "value", "said"),
     [
         (("groups",), None, "KeyError 'groups'"),
-        (("loss", 2), float("nan"), "must be 32 numbers, one a plan"),
+        (("rungs", "8", 2), float("nan"), "`rungs` at 8 must be 32 numbers, one a plan"),
         (("plans", 0), [8] * 5, "`plans` has 1 plans more than once"),
         (("sensitivities", "loss"), {"8": [0.0] * 5}, "`sensitivities.loss` lacks 4 bits"),
     ],
