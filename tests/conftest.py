@@ -126,6 +126,15 @@ def away(disk: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def full(disk: Path) -> Iterator[Callable[[], None]]:
+    """No byte is left until what is handed out is called."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    yield filler.unlink
+    filler.unlink(missing_ok=True)
+
+
+@contextmanager
 def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
     """Fill a file system but for some bytes until something waits for room; hands out the file that does."""
     filler = disk / "filler"

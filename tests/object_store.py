@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage import objects
 
 BUCKET = "runs"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -15,7 +15,7 @@ from types import FrameType
 
 import pytest
 import torch
-from conftest import away, disk_of, full_until_noticed
+from conftest import away, disk_of, full, full_until_noticed
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -49,15 +49,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@contextmanager
-def full(disk: Path) -> Iterator[Callable[[], None]]:
-    """No byte is left until what is handed out is called."""
-    filler = disk / "filler"
-    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
-    yield filler.unlink
-    filler.unlink(missing_ok=True)
-
-
 def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
     """What tells that its machine has the storage, the rows and the plan's tensors."""
     (disk / "run").mkdir()
@@ -77,18 +68,6 @@ def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
         with away(place) as end:  # type: ignore[attr-defined]
             threading.Timer(0.3, end).start()
             read()  # raises where nobody waits
-
-
-@pytest.mark.parametrize("trouble", [full, away])
-def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., Iterator[None]], disk: Path) -> None:
-    path = disk / "record.json"
-    write_json(path, SearchClock(seconds=1.0))
-    with trouble(disk) as end:  # type: ignore[attr-defined]
-        threading.Timer(0.8, end).start()
-        started = time.monotonic()
-        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
-        assert time.monotonic() - started > 0.7
-    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
 def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
@@ -119,7 +98,7 @@ def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
         (away, r"cannot be reached \(Read-only.*\n.*bring the storage back"),
     ],
 )
-def test_storage_that_stays_so_is_told_and_the_record_kept(
+def test_a_full_or_missing_storage_is_told_or_waited_for(
     trouble: Callable[..., Iterator[None]], message: str, disk: Path
 ) -> None:
     path = disk / "trials" / "record.json"
@@ -129,8 +108,12 @@ def test_storage_that_stays_so_is_told_and_the_record_kept(
         with pytest.raises(StorageError, match=message.format(path)) as caught:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         assert caught.value.exit_code == 1
+        started = time.monotonic()
         threading.Timer(0.8, end).start()
         assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
+        assert time.monotonic() - started > 0.7
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
 @contextmanager

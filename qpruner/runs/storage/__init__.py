@@ -25,9 +25,6 @@ from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.runs.records import digest_of
 from qpruner.runs.storage.base import Storage as Storage
 from qpruner.runs.storage.base import keep_copy
-from qpruner.runs.storage.bucket import CACHE as CACHE
-from qpruner.runs.storage.bucket import cache_root as cache_root
-from qpruner.runs.storage.bucket import mirror_of
 from qpruner.runs.storage.files import FILES as FILES
 from qpruner.runs.storage.files import FileList as FileList
 from qpruner.runs.storage.files import OnPiece as OnPiece
@@ -37,7 +34,9 @@ from qpruner.runs.storage.files import for_each as for_each
 from qpruner.runs.storage.files import list_path as list_path
 from qpruner.runs.storage.files import share_files as share_files
 from qpruner.runs.storage.files import working_folder as working_folder
-from qpruner.runs.storage.objects import objects_at
+from qpruner.runs.storage.objects import CACHE as CACHE
+from qpruner.runs.storage.objects import cache_root as cache_root
+from qpruner.runs.storage.objects import mirror_of, objects_at
 from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
