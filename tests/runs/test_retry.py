@@ -34,6 +34,7 @@ from qpruner.runs.storage import (
     read_existing,
     read_json,
     remove,
+    require_arrived,
     retry_storage,
     storage_at,
     storage_error,
@@ -195,3 +196,8 @@ def test_another_error_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         retry_storage(lambda: (tmp_path / "nothing").read_text(), tmp_path)
     assert storage_error(caught.value) is None
+
+
+def test_a_folder_left_on_another_machines_disk_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"prune was written on another machine and is not here\n.*mount the folder"):
+        require_arrived(tmp_path / "prune")
