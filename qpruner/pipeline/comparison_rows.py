@@ -11,9 +11,11 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.cluster.slots import worker_resources
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
 from qpruner.report.results import (
     BASE,
@@ -33,10 +35,6 @@ from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
-
-if TYPE_CHECKING:
-    from qpruner.pipeline.context import Context
-    from qpruner.pipeline.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qpruner.cluster.executor import ModelCache
 from qpruner.cluster.slots import worker_resources
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.loading import load_tokenizer, reporting_tensors
 from qpruner.pipeline.comparison_rows import (
     RowJob,
     distinct,
@@ -22,6 +25,8 @@ from qpruner.pipeline.comparison_rows import (
     winner_row,
     worker_jobs,
 )
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import layout_for
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
@@ -47,10 +52,6 @@ from qpruner.runs.storage import (
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
 from qpruner.training.table_rows import Candidate, FinetuneOutcome, finetune_candidate
 from qpruner.wording import counted
-
-if TYPE_CHECKING:
-    from qpruner.cluster.executor import ModelCache
-    from qpruner.pipeline.context import Context
 
 
 class Finetune(Stage[FinetuneRecord]):
@@ -188,8 +189,6 @@ def _finetuned(
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
-    from qpruner.pipeline.preflight import layout_for
-
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
     if job.checkpoint != context.checkpoint:
         layout = layout_for(context.config, context.inspection.model_config)
@@ -230,8 +229,6 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
 
 def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
-    from qpruner.models.checkpoint import save_checkpoint
-    from qpruner.models.loading import load_tokenizer, reporting_tensors
     from qpruner.quantization.assembly import assemble
 
     told, quantize = loading_progress(emit, "finetune"), config.quantize

