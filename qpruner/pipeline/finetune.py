@@ -217,14 +217,11 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        if isinstance(_recorded(row), CandidateRecord):
-            raise StageError(
-                stage,
-                f"{error}; seen from the driver's machine it is whole",
-                "let the machine that read it see `output` again, or leave it out, then repeat the command",
-            ) from error
-        cause = f"{error}; set aside in {quarantine(row, run.candidates)}"
-        raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
+        # One that the driver sees whole took hours: the machine that read it may not see the storage.
+        is_whole = isinstance(_recorded(row), CandidateRecord)
+        state = "the driver sees it whole" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
+        remedy = "see that the machine that read it sees `output`" if is_whole else "that row alone is fine-tuned anew"
+        raise StageError(stage, f"{error}; {state}", f"repeat the command: {remedy}") from error
 
 
 def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:

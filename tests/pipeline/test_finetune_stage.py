@@ -214,7 +214,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
-    for is_there, cause in ((True, "seen from the driver's machine it is whole"), (False, "set aside in")):
+    for is_there, cause in ((True, "the driver sees it whole"), (False, "set aside in")):
         if not is_there:
             weights.unlink()
         with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):

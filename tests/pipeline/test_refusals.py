@@ -294,13 +294,6 @@ def test_rows_of_two_uses_must_not_overlap(key: str, split: str, message: str, t
     refused_with(f"{message} ... must not overlap ... take other rows", {key: value}, tiny_raw)
 
 
-def test_no_row_of_the_demo_is_shared() -> None:
-    """The overlaps above mean something only if the demo's own files are disjoint."""
-    names = ("train", "validation", "confirmation", "test")
-    questions = [{row["question"] for row in demo_rows(f"questions_{name}.jsonl")} for name in names]
-    assert sum(map(len, questions)) == len(set().union(*questions))
-
-
 @pytest.fixture
 def demo_tasks(tmp_path: Path) -> Path:
     """The demo's tasks and rows, to be changed."""
@@ -367,36 +360,27 @@ def test_model_rows_and_tasks_are_refused_at_once(tiny_raw: dict[str, Any], tmp_
 # ---- budgets that the errors name
 
 
-def test_the_smallest_budget_that_the_error_names_works(inspected: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        inspected("quantize.budget={bytes: 1}")
-    found = re.search(r"smallest that works is (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
-    assert found, str(caught.value)
-    smallest = int(found[1])
-    inspection = inspected(f"quantize.budget={{bytes: {smallest}}}")
-    layout = inspection.pruned
+def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
+    """The smallest leaves a choice, the largest cannot hold every group at 8 bits; a front may have all of it."""
+
+    def named(change: str, bound: str) -> tuple[int, str]:
+        with pytest.raises(UserError) as caught:
+            inspected(change)
+        found = re.search(rf"{bound} (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
+        assert found, str(caught.value)
+        return int(found[1]), found[2]
+
+    smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest that works is")
+    layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
     names = layout.uniform(4).groups
     every = itertools.product((4, 8), repeat=len(layout.groups))
     weights = sorted(layout.plan_bytes(PrecisionPlan(names, bits)) for bits in every)
-    assert weights[0] < smallest == weights[1] == inspection.budget_bytes, "the first budget that leaves a choice"
-    assert inspected(f"quantize.budget={{gib: {found[2]}}}").budget_bytes >= smallest
-    with pytest.raises(UserError, match="smallest that works"):
-        inspected(f"quantize.budget={{bytes: {smallest - 1}}}")
-    with pytest.raises(UserError, match=f"leaves no choice but .* every group at 4 bits, {weights[0]} bytes"):
-        inspected(f"quantize.budget={{bytes: {weights[0]}}}; search.pareto=true")
-
-
-def test_the_largest_budget_that_the_error_names_works(inspected: Any) -> None:
-    """And a front may have all of it."""
-    with pytest.raises(UserError) as caught:
-        inspected("quantize.budget={fraction: 1.0}")
-    found = re.search(r"the largest (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
-    assert found, str(caught.value)
-    largest = int(found[1])
-    assert inspected(f"quantize.budget={{bytes: {largest}}}").budget_bytes == largest
-    assert inspected(f"quantize.budget={{gib: {found[2]}}}").budget_bytes <= largest
-    with pytest.raises(UserError, match="leaves nothing to choose"):
-        inspected(f"quantize.budget={{bytes: {largest + 1}}}")
+    assert weights[0] < smallest == weights[1], "the first budget that leaves a choice"
+    assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes >= smallest
+    assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest that works is")[0] == smallest
+    largest, in_gib = named("quantize.budget={fraction: 1.0}", "the largest")
+    assert inspected(f"quantize.budget={{bytes: {largest}}}").budget_bytes == largest == weights[-1] - 1
+    assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes <= largest
     assert inspected("quantize.budget={fraction: 1.0}; search.pareto=true").budget_bytes == largest + 1
 
 

@@ -72,6 +72,7 @@ def written_config(folder: Path, model: Path) -> Path:
         ("search.max_trials", 3),  # two of them are controls
         ("sensitivity.methods", ["mutual_information"]),
         ("finetune.seeds", 1),
+        ("finetune.random_plans", 1),
         ("evaluate.limit", 4),
         ("evaluate.text", [TEST_QUESTIONS]),
     ):
