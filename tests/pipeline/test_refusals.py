@@ -97,6 +97,7 @@ ON_CPU = [
     ),
     ("model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16"),
 ]
+MODEL += [] if torch.cuda.is_available() else ON_CPU
 SOURCES = [
     ("TMP/none", "TMP/none ... does not exist ... name a model folder"),
     ("nobody/no-such-model", "no model config can be read from 'nobody/no-such-model' ... see that the hub has"),
@@ -109,26 +110,7 @@ SOURCES = [
     ("TMP/none.gguf", "TMP/none.gguf ... does not exist ... name"),
     ("TMP/text.gguf", "TMP/text.gguf ... not a GGUF file"),
 ]
-
-
-def filled(text: str, folder: Path) -> str:
-    return text.replace("TMP", str(folder)).replace("CWD", str(Path.cwd())).replace("HOME", str(Path.home()))
-
-
-@pytest.mark.parametrize(("change", "message"), MODEL if torch.cuda.is_available() else [*MODEL, *ON_CPU])
-def test_a_cut_or_budget_that_cannot_be_is_refused(
-    change: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    refused_with(message, filled(change, tmp_path), tiny_raw)
-
-
-@pytest.mark.parametrize(("source", "message"), SOURCES)
-def test_a_source_of_no_model_is_refused(source: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "text.gguf").write_text("hello world")
-    change = {"model.source": filled(source, tmp_path)}
-    refused_with(f"`model.source` ... {filled(message, tmp_path)}", change, tiny_raw)
+SOURCES = [(f"model.source={source}", f"`model.source` ... {message}") for source, message in SOURCES]
 
 
 def _config_keys(folder: Path, **keys: Any) -> None:
@@ -218,6 +200,7 @@ def jsonl(*rows: dict[str, Any]) -> str:
 
 FILES = {
     "empty.jsonl": "",
+    "text.gguf": "hello world",
     "text.txt": "\n\n\n\n".join(f"Paragraph {number} of a text." for number in range(3)) + "\n",
     "cut.json": "[[1, 2",
     "none.json": "[]",
@@ -278,8 +261,12 @@ OVERLAPS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), DATA)
-def test_bad_rows_and_tasks_are_refused(change: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def filled(text: str, folder: Path) -> str:
+    return text.replace("TMP", str(folder)).replace("CWD", str(Path.cwd())).replace("HOME", str(Path.home()))
+
+
+@pytest.mark.parametrize(("change", "message"), [*MODEL, *SOURCES, *DATA])
+def test_bad_input_is_refused(change: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     refused_with(filled(message, tmp_path), filled(change, tmp_path), tiny_raw)
