@@ -17,16 +17,7 @@ from qpruner.cluster.slots import worker_resources
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
-from qpruner.report.results import (
-    BASE,
-    BEST_SEED,
-    MUTUAL_INFORMATION,
-    PRUNED,
-    RANDOM,
-    SEARCHED,
-    UNIFORM,
-    title_of,
-)
+from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress

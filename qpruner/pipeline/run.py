@@ -80,12 +80,7 @@ def run(
 ) -> Results:
     """Run the flow up to a stage, skipping what is recorded; return the records so far.
 
-    Args:
-        config: The configuration.
-        emit: Receives every event.
-        address: A running Ray cluster to join; None starts Ray on this machine when it is needed.
-        until: Name of the last stage to run.
-        command: What repeats it in a shell; None takes this process's command line.
+    Without an `address` Ray is started on this machine when it is needed. `command` is what repeats it in a shell.
     """
     stages = stages_until(until)
     inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
