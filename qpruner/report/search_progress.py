@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
-from qpruner.plans.pareto import Point
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs import events
 from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
+from qpruner.search.choice import Point
 
 
 @dataclass(frozen=True)

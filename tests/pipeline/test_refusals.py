@@ -228,19 +228,25 @@ ROWS = [
     ),
 ]
 CALIBRATION = [
-    ("num_sensitivity_samples=64", "`calibration.num_sensitivity_samples` ... 64 rows, but only 48 ... ask for fewer"),
-    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 rows, but only 48 ... ask for"),
-    ("num_samples=4000", "`calibration.num_samples` ... 4000 samples of 128 tokens ... `calibration.packing: false`"),
-    ("max_length=1000000", "`calibration.num_samples` ... 8 samples of 1000000 tokens ... make `calibration.max_leng"),
-    (f"data={TEXT}; calibration.packing=false", "`calibration.num_samples` ... 8 rows, but only 3 ... ask for fewer"),
+    (
+        "num_sensitivity_samples=64",
+        "`calibration.num_sensitivity_samples` ... 64 samples ... make 48 ... ask for fewer",
+    ),
+    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... make 48 ... ask for"),
+    ("num_samples=4000", "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing"),
+    ("max_length=1000000", "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `cali"),
+    (
+        f"data={TEXT}; calibration.packing=false",
+        "`calibration.num_samples` ... 8 samples ... rows make 3 ... ask for fewer",
+    ),
     ("token_ids=/no/ids.json", "`calibration.token_ids` ... /no/ids.json ... cannot be read ... No such file"),
-    ("token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... cannot be read as"),
-    ("token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... a list of lists of token ids"),
-    ("token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... a list of lists ... such as [["),
-    ("token_ids=TMP/beyond.json", "`calibration.token_ids` ... sample 1 ... has 512 ... from 0 to 511"),
-    ("token_ids=TMP/fraction.json", "`calibration.token_ids` ... has 2.0 ... a whole number"),
-    ("token_ids=TMP/words.json", "`calibration.token_ids` ... has 'Hello' ... a whole number"),
-    ("token_ids=TMP/short.json", "`calibration.token_ids` ... sample 1 ... 1 token; ... two at least"),
+    ("token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... Invalid JSON"),
+    ("token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... at least 1 item ... lists of two token ids"),
+    ("token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... such as [["),
+    ("token_ids=TMP/beyond.json", "`calibration.token_ids` ... [1] ... is 512: ... from 0 to 511"),
+    ("token_ids=TMP/fraction.json", "`calibration.token_ids` ... is 2.0: ... a whole number"),
+    ("token_ids=TMP/words.json", "`calibration.token_ids` ... is 'Hello': ... a whole number"),
+    ("token_ids=TMP/short.json", "`calibration.token_ids` ... [1] is ... lists of two token ids or more"),
 ]
 UNKNOWN = f"has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}"
 TASKS = [

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.plans.pareto import non_dominated
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.search_progress import bar, best_of, front_point, score, score_title
 from qpruner.runs.records import SearchState, TrialRecord
+from qpruner.search.choice import non_dominated
 
 SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
 COLORS = {
