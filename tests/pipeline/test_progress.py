@@ -54,10 +54,11 @@ def test_long_steps_tell_how_far_they_are(sensed: tuple[dict[str, Any], list[Eve
             what = "groups" if event.stage == "bank" else event.detail  # its detail is the group's name
             told.setdefault((event.stage, what), []).append((event.done, event.total))
     for (stage, what), steps in told.items():
-        total = steps[0][1]
-        assert steps[-1] == (total, total) and steps == sorted(set(steps)), f"{stage}: {what}"
+        last = steps[0][1] if what != "mutual_information" else 8  # counts batches, then groups
+        counted = [step for step in steps if step[1] == last]
+        assert counted[-1] == steps[-1] == (last, last) and counted == sorted(set(counted)), f"{stage}: {what}"
     assert len(told["prune", "loading weights"]) > 10
-    assert len([what for stage, what in told if stage == "sensitivity"]) == 3
+    assert len([what for stage, what in told if stage == "sensitivity"]) == 2
     assert ("bank", "groups") in told
 
 
