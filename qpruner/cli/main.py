@@ -262,7 +262,7 @@ def compare(runs: tuple[str, ...], as_json: bool) -> dict[str, Any]:
 def schema(results: bool) -> None:
     """Print the JSON schema of the configuration, for editors."""
     if results:
-        from qpruner.report.results_json import summary_schema
+        from qpruner.report.files import summary_schema
 
         click.echo(summary_schema(), nl=False)
     else:

@@ -132,15 +132,14 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
 
     (tmp_path / "runs" / "notes").mkdir(parents=True)
     (tmp_path / "runs" / "list.txt").touch()
-    (tmp_path / "runs" / "loop").symlink_to("loop")
     assert f"{tmp_path}/runs/demo does not exist" in said(tmp_path / "runs" / "demo")
     assert "runs is no run folder, it has no run.json: name the `output`" in said(tmp_path / "runs")
     recorded_run(tmp_path / "runs" / "demo")
-    assert "runs is no run folder, but has the run demo: name one" in said(tmp_path / "runs")
+    assert "runs is no run folder, but has the runs demo: name one" in said(tmp_path / "runs")
     recorded_run(tmp_path / "runs" / "mine")
     assert "runs is no run folder, but has the runs demo, mine: name one" in said(tmp_path / "runs")
     (tmp_path / "runs" / "notes" / "qpruner.log").touch()
-    assert "notes has no run.json yet, only qpruner.log" in said(tmp_path / "runs" / "notes")
+    assert "no run.json; qpruner.log there tells how the last" in said(tmp_path / "runs" / "notes")
 
 
 def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:
