@@ -15,7 +15,7 @@ from qpruner.data.sources import Example
 from qpruner.estimate import hours, memory, step_times
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
-from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, RowCounts
+from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 
 
 def estimates(setup: Setup) -> Figures:
@@ -60,9 +60,9 @@ def inspected(setup: Setup) -> Any:
     splits = {"train": train, "validation": validation, "confirmation": validation[:1], "calibration": train[:1]}
     texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
     samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
-    counts = RowCounts(samples, {}, config.calibration.max_length)
+    length = config.calibration.max_length
     preflight.check_device(capability, config, base, cuts, packs=True)
-    return SimpleNamespace(**vars(shapes), examples=texts, questions={}, counts=counts)
+    return SimpleNamespace(**vars(shapes), examples=texts, questions={}, samples=samples, sample_length=length)
 
 
 def as_text(length: int) -> Example:

@@ -20,7 +20,7 @@ from qpruner import estimate
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
 from qpruner.pipeline.preflight import GIB, Inspection, shapes_of
-from qpruner.pipeline.preflight_rows import RowCounts
+from qpruner.pipeline.preflight_rows import Rows
 
 FOLDER = Path(__file__).resolve().parent.parent / "tune_configs"
 COMMAND, MEMORY = "# Command:", "# Memory:"
@@ -61,8 +61,8 @@ def peaks(config: RunConfig) -> dict[str, int]:
         local = config.model.model_copy(update={"source": folder})
         found = shapes_of(config.model_copy(update={"model": local}), works_here=False, packs=True)
     calibration = config.calibration
-    counts = RowCounts({"importance": calibration.num_samples}, {}, calibration.max_length)
-    inspection = Inspection(**vars(found), examples={}, questions={}, metrics={}, counts=counts, warnings=())
+    parts = {**vars(found), **vars(Rows({}, {}, {}, {}, ())), "samples": {"importance": calibration.num_samples}}
+    inspection = Inspection(**parts, sample_length=calibration.max_length)
     return {name: work(config, inspection).total for name, work in estimate.works(config).items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -79,7 +78,9 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
-        **asdict(inspection.counts),
+        "samples": inspection.samples,
+        "questions": inspection.num_questions,
+        "sample_length": inspection.sample_length,
     }
 
 

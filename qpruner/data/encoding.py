@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
+from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
 from qpruner.errors import CorruptFile, UserError
 from qpruner.runs.storage import fetch, retry_storage, writing_folder
@@ -95,6 +96,25 @@ def calibration_samples(
         f"together: {fewer}make `{limit}` shorter, give more rows, or set `calibration.packing: false`, which takes a "
         "row for a sample"
     )
+
+
+def importance_samples(
+    config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """Make the samples that importance is measured on: given token ids, or packed samples or rows in shuffled order."""
+    settings, data = config.calibration, config.data
+    if settings.token_ids:
+        return load_token_ids(Path(settings.token_ids), vocabulary_size)
+    size, written = (settings.num_samples, settings.max_length), (data.template, data.response_only)
+    return calibration_samples(shuffled(examples, config.seed), tokenizer, *size, *written, settings.packing)
+
+
+def sensitivity_samples(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """Make the samples of sensitivities: they are about the target task, whatever importance is measured on."""
+    rows, size = shuffled(examples, config.seed), (config.calibration.num_sensitivity_samples, config.data.max_length)
+    return calibration_samples(rows, tokenizer, *size, config.data.template, True, keys=SENSITIVITY_KEYS)
 
 
 def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:

@@ -221,12 +221,11 @@ class _Count:
 
     def _cut(self, settings: PruneConfig) -> float:
         """Count what whole blocks take, then importance and compensation for each of `prune.steps`."""
-        counts = self._inspection.counts
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
         per_weight += 4 if settings.compensates_by != "none" else 0
-        tokens = counts.samples["importance"] * counts.sample_length
+        tokens = self._inspection.samples["importance"] * self._inspection.sample_length
         passes = settings.num_steps * per_weight * tokens if settings.width_units else 0
         if settings.drops_blocks:
             passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens

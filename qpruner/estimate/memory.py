@@ -136,7 +136,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
             skeleton(inspection.model_config), cuttable_layers(inspection.model_config, settings), settings.width_units
         )
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
-    length = inspection.counts.sample_length
+    length = inspection.sample_length
     tokens = calibration.batch_size * length
     return Memory(
         f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)",
@@ -153,7 +153,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
     """Count the hidden states of all samples before one block, with a mask of a byte for every pair of tokens."""
     calibration, base = config.calibration, inspection.base
-    samples, length = inspection.counts.samples["importance"], inspection.counts.sample_length
+    samples, length = inspection.samples["importance"], inspection.sample_length
     hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
     parts = {
         "weights": base.num_parameters * base.element_bytes,

@@ -146,16 +146,11 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
-    if parts[0] == "trials":
-        return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
-    if any(stage.name == parts[0] and stage.repairs_files for stage in STAGES):
+    if parts[0] in ("trials", *(stage.name for stage in STAGES if stage.repairs_files)):
         return "repeat the command: what is damaged is set aside, and that alone is made again"
-    if parts[0] == "candidates":  # a row is a folder of its own
-        doomed = root.joinpath(*parts[:2])
-    elif parts[0] in Results.model_fields:  # a stage is there when its record is
+    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # a row is a folder of its own
+    if parts[0] in Results.model_fields:  # a stage is there when its record is
         doomed = RunDir(root, create=False).record_path(parts[0])
-    else:
-        doomed = root / parts[0]
     return f"delete {display_name(doomed)}, then repeat the command: what it held is made again"
 
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qpruner.config.pruning import RIDGE
 from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
-from qpruner.data.sources import Example
+from qpruner.data.encoding import load_token_ids
 from qpruner.errors import UserError, together
-from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
+from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_model_config
-from qpruner.pipeline.preflight_rows import RowCounts, Rows, check_encoding, check_rows, size_of_importance_samples
+from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
 from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
 from qpruner.pruning.prune import Cut, planned_cut
@@ -50,14 +50,13 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Inspection(Shapes):
-    """What a run would be: also its rows by split, and questions and lm-eval's metrics by use."""
+class Inspection(Shapes, Rows):
+    """What a run would be: also its rows, questions and samples."""
 
-    examples: dict[str, list[Example]]
-    questions: dict[str, list[str]]
-    metrics: dict[str, dict[str, str]]
-    counts: RowCounts
-    warnings: tuple[str, ...]
+    samples: dict[str, int]
+    """Number of samples of `importance` and of `sensitivity`."""
+    sample_length: int
+    """Tokens of the longest importance sample, at most."""
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
@@ -72,19 +71,17 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _, shapes, rows = together(
         lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
     )
-    importance, sample_length = size_of_importance_samples(config, shapes.model_config.vocab_size, rows.examples)
+    calibration, vocabulary = config.calibration, shapes.model_config.vocab_size
+    num_samples, sample_length = calibration.num_samples, calibration.max_length
+    if calibration.token_ids:
+        given = load_token_ids(Path(calibration.token_ids), vocabulary)
+        num_samples, sample_length = len(given), max(len(sample["input_ids"]) for sample in given)
     _check_positions(config, shapes, sample_length)
-    check_encoding(config, rows.examples)
-    samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
-    cut = _of_cut(config, shapes)
-    return Inspection(
-        **vars(shapes),
-        examples=rows.examples,
-        questions=rows.questions,
-        metrics=rows.metrics,
-        counts=RowCounts(samples, rows.asked, sample_length),
-        warnings=(*rows.warnings, *cut, *_few_trials(config)),
-    )
+    check_encoding(config, rows.examples, vocabulary)
+    samples = {"importance": num_samples, "sensitivity": calibration.num_sensitivity_samples}
+    warnings = (*rows.warnings, *_warnings(config, shapes))
+    parts = {**vars(shapes), **vars(rows), "warnings": warnings}
+    return Inspection(**parts, samples=samples, sample_length=sample_length)
 
 
 def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> None:
@@ -112,7 +109,7 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     cuts = cuts_in_effect(config.prune, model_config)
     plan = _plan_in_file(config, model_config, cuts[0])
     if works_here:
-        check_device(_own_capability(), config, model_config, cuts, packs)
+        check_device(own_capability(), config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     is_estimate = any(
@@ -133,26 +130,17 @@ def _plan_in_file(config: RunConfig, model_config: Any, cut: Cut) -> PrecisionPl
     return read_plan(file, [group.name for group in layout_for(config, cut.expected).groups], config.quantize.bits)
 
 
-def _of_cut(config: RunConfig, shapes: Shapes) -> Iterator[str]:
-    """Warn of keys of the cut that have no effect on this model."""
+def _warnings(config: RunConfig, shapes: Shapes) -> Iterator[str]:
+    """Warn of a rate without effect, and of trials that may end before the searcher begins."""
     prune, source = config.prune, config.model.source
     key = "rate" if prune.layer_rate is None else "layer_rate"
     rate = getattr(prune, key)
-    if is_pruned(shapes.model_config):
-        if rate and key in prune.model_fields_set:
-            also = "" if key == "rate" else " and take out `prune.layer_rate` (`--set prune.layer_rate=`)"
-            yield (
-                f"`prune.{key}` is {rate:g}, but {source} was pruned earlier, so that the cut is skipped: set "
-                f"`prune.rate: 0`{also}, or name the unpruned model"
-            )
-        return
-    compensations = {cut.settings.compensates_by for cut in shapes.cuts if not cut.settings.is_off}
-    if prune.in_effect().ridge != RIDGE and compensations == {"none"}:
-        yield f"`prune.ridge` has no effect: least squares cannot make up for what goes from {source}"
-
-
-def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn that the trials may end before the searcher begins."""
+    if is_pruned(shapes.model_config) and rate and key in prune.model_fields_set:
+        also = "" if key == "rate" else " and take out `prune.layer_rate` (`--set prune.layer_rate=`)"
+        yield (
+            f"`prune.{key}` is {rate:g}, but {source} was pruned earlier, so that the cut is skipped: set "
+            f"`prune.rate: 0`{also}, or name the unpruned model"
+        )
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -192,16 +180,10 @@ def check_quantizable(model_config: Any) -> None:
     """Refuse weights that no bit-width can be given to; pruning alone works for such models."""
     family = family_of(model_config)
     if family.unquantizable:
-        with_experts = (
-            index
-            for index in range(model_config.num_hidden_layers)
-            if any(kind.name == EXPERT for kind in family.unit_kinds(model_config.per_layer_config[index], index))
-        )
-        path = f"{family.block_path(next(with_experts, 0))}.{family.unquantizable[0]}"
         raise UserError(
-            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter ({path}), which "
-            "bitsandbytes' 4- and 8-bit layers cannot hold: "
-            "such a model can be pruned (`qpruner prune`), not quantized"
+            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter "
+            f"({family.unquantizable[0]}), which bitsandbytes' 4- and 8-bit layers cannot hold: such a model can be "
+            "pruned (`qpruner prune`), not quantized"
         )
 
 
@@ -221,19 +203,13 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
         choice += min(more - less for less, more in zip(*map(layout.group_bytes, levels[:2]), strict=True))
     key = f"`quantize.budget.{name}`"
     smallest = f"the smallest that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
-    if size < lowest:
-        raise UserError(
-            f"{key} is below the pruned model with every group at {levels[0]} bits, {lowest} bytes: "
-            f"{smallest}, got {value}; raise it, or prune more"
-        )
-    if len(levels) == 1:
-        return size
     if size < choice:
+        state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} leaves nothing to choose, only every group at {levels[0]} bits fits, {lowest} "
-            f"bytes: {smallest}, got {value}; raise it, or prune more"
+            f"{key} {state} the pruned model with every group at {levels[0]} bits, {lowest} bytes: {smallest}, got "
+            f"{value}; raise it, or prune more"
         )
-    if size >= highest and not pareto:
+    if size >= highest and len(levels) > 1 and not pareto:
         largest = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
             f"{key} leaves nothing to choose, every group fits at {levels[-1]} bits: {smallest}, "
@@ -280,25 +256,12 @@ def check_device(
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     for cut in cuts if packs else ():
-        if refusal := _refusal(capability, config, model_config, cut):
-            raise UserError(refusal + ("" if cut.settings.is_off else " (`qpruner prune` alone still makes this cut)"))
-
-
-def remark_on_cut(config: RunConfig, shapes: Shapes) -> str | None:
-    """Say that this machine can prune but not train the pruned model; None where it can."""
-    refusals = [_refusal(_own_capability(), config, shapes.model_config, cut) for cut in shapes.cuts]
-    if None in refusals:
-        return None
-    return f"nothing but the cut can be done on this machine: {refusals[0]}"
-
-
-def _refusal(capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cut: Cut) -> str | None:
-    """Why a device cannot train and run a model after a cut; None where it can."""
-    try:
-        _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
-    except UserError as error:
-        return str(error)
-    return None
+        try:
+            _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
+        except UserError as error:
+            if cut.settings.is_off:
+                raise
+            raise UserError(f"{error} (`qpruner prune` alone still makes this cut)") from error
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
@@ -336,7 +299,8 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
         )
 
 
-def _own_capability() -> tuple[int, int] | None:
+def own_capability() -> tuple[int, int] | None:
+    """Return the compute capability of this machine's GPU; None without one."""
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

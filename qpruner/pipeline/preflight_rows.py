@@ -10,17 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from qpruner.config.schema import DataConfig, RunConfig
-from qpruner.data.encoding import SENSITIVITY_KEYS, calibration_samples, encode, load_token_ids, shuffled
+from qpruner.data.encoding import encode, importance_samples, sensitivity_samples
 from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
 from qpruner.errors import UserError, first_line, together
 from qpruner.models.loading import absolute_source, check_source, load_tokenizer, resolve_source
 from qpruner.training.evaluate import TaskQuestions, task_questions
 from qpruner.wording import counted
 
-MOST_CHARACTERS_A_TOKEN = 8
-"""Text of more is long enough without being counted in tokens."""
-PROMPT_MARGIN = 1.25
-"""A prompt that takes less than the room by so much leaves a token to predict, however its tokens are counted."""
 CHARACTERS_A_TOKEN = 4
 """About, in English."""
 ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
@@ -41,25 +37,16 @@ LONGEST_HEADING = 5
 
 
 @dataclass(frozen=True)
-class RowCounts:
-    """Counts of samples (`importance`, `sensitivity`) and of questions by use (`search`, `fresh`, `test`) and task."""
-
-    samples: dict[str, int]
-    questions: dict[str, dict[str, int]]
-    sample_length: int
-    """Tokens of the longest importance sample, at most."""
-
-
-@dataclass(frozen=True)
 class Rows:
-    """Every row and question that a run will use.
+    """Rows by split; questions, and the metrics that score them, by use.
 
     Questions score trials (`search`), choose the winner (`fresh`) or test models (`evaluate`).
     """
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
-    asked: dict[str, dict[str, int]]
+    num_questions: dict[str, dict[str, int]]
+    """By use (`search`, `fresh`, `test`) and task."""
     metrics: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
 
@@ -85,14 +72,14 @@ def check_rows(config: RunConfig) -> Rows:
     _check_overlap(config, examples, words)
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
-    doubtful = (
-        *_remarks_on_splits(config, examples),
-        *_few_tokens(config, examples),
-        *_few_questions(words),
-    )
-    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *doubtful)
+    doubtful = (*_remarks_on_splits(config, examples), *_few_tokens(config, examples), *_few_questions(words))
+    if shared := set(words["search"]) & set(words["fresh"]):
+        left_out.append(
+            f"`search.tasks` repeat {counted(len(shared), 'question')}, such as {min(shared)[:90]!r}, which the trials "
+            "are asked and the winner is chosen by: another `search.limit` parts them elsewhere"
+        )
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
-    return Rows(examples, words, numbers, metrics, warnings)
+    return Rows(examples, words, numbers, metrics, (*left_out, *doubtful))
 
 
 def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
@@ -124,17 +111,6 @@ def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
     return list(different.values()), [
         f"{counted(len(rows) - len(different), 'row')} of `data.confirmation` left out, since the same row stands "
         f"there before, such as {again[:90]!r}: none may both choose the winner and judge it"
-    ]
-
-
-def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
-    """Warn that questions that choose the winner are some of the trials' own."""
-    shared = set(asked) & set(fresh)
-    if not shared:
-        return []
-    return [
-        f"`search.tasks` repeat {counted(len(shared), 'question')}, such as {min(shared)[:90]!r}, which the trials are "
-        "asked and the winner is chosen by: another `search.limit` parts them elsewhere"
     ]
 
 
@@ -220,32 +196,6 @@ def _tokens_of(text: str) -> int:
     return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
 
-def size_of_importance_samples(
-    config: RunConfig, vocabulary_size: int, examples: dict[str, list[Example]]
-) -> tuple[int, int]:
-    """Return the number of importance samples, and the tokens of the longest at most.
-
-    Raises:
-        UserError: If there are fewer rows than importance or sensitivities ask for.
-    """
-    calibration = config.calibration
-    given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
-    asked = {"num_sensitivity_samples": examples["train"]}
-    # Packed samples are counted in tokens, and rows of nothing left out, once they are encoded.
-    if not (given or calibration.packing):
-        asked["num_samples"] = examples["calibration"]
-    for key, rows in asked.items():
-        if (wanted := getattr(calibration, key)) > len(rows):
-            source = "`calibration.data`" if calibration.data and key == "num_samples" else "`data.train`"
-            raise UserError(
-                f"`calibration.{key}` asks for {wanted} rows, but there {'is' if len(rows) == 1 else 'are'} "
-                f"{counted(len(rows), 'row')} of {source}: ask for fewer or give more"
-            )
-    if given:
-        return len(given), max(len(sample["input_ids"]) for sample in given)
-    return calibration.num_samples, calibration.max_length
-
-
 def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
     """Refuse rows that teach and measure, or that choose and judge."""
     identities = {f"`data.{name}`": [row.identity for row in examples[name]] for name in SPLITS}
@@ -281,32 +231,29 @@ def include_path(config: RunConfig) -> str | None:
 def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     """Load the tasks of `search` and of `evaluate` with the questions that the run uses."""
     search, evaluate, folder = config.search, config.evaluate, include_path(config)
-    looked_at: dict[str, TaskQuestions]
-    tested: dict[str, TaskQuestions]
-    looked_at, tested = together(
-        lambda: (
-            task_questions(search.tasks, folder, "search.tasks", search.num_questions, search.named_metric)
-            if search.tasks
-            else {}
-        ),
-        lambda: task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
-    )
-    for name, task in looked_at.items() if search.by_accuracy else ():
+    loads = {}
+    if search.tasks:
+        wanted = (search.num_questions, search.named_metric)
+        loads["search"] = partial(task_questions, search.tasks, folder, "search.tasks", *wanted)
+    loads["evaluate"] = partial(task_questions, evaluate.tasks, folder, "evaluate.tasks", evaluate.limit)
+    found: dict[str, dict[str, TaskQuestions]] = {"search": {}}
+    found |= zip(loads, together(*loads.values()), strict=True)
+    for name, task in found["search"].items() if search.by_accuracy else ():
         if search.limit is not None and len(task.texts) < 2 * search.limit:
             raise UserError(
                 f"`search.limit` must leave as many questions of every task again to choose the winner by: {name} has "
                 f"{len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2} or less"
             )
-    return {"search": looked_at, "evaluate": tested}
+    return found
 
 
-def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
+def check_encoding(config: RunConfig, examples: dict[str, list[Example]], vocabulary: int) -> None:
     """Refuse a tokenizer that cannot write the rows, and calibration text that is too short.
 
-    A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
+    A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare`.
     """
-    source, calibration = check_source(config.model), config.calibration
-    if source.endswith(".gguf") and _are_plainly_enough(config, examples):
+    source, settings = check_source(config.model), config.data
+    if source.endswith(".gguf"):
         return
     try:
         tokenizer = load_tokenizer(source, config.model)
@@ -315,7 +262,6 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
         raise UserError(
             f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the model's tokenizer files there"
         ) from error
-    settings = config.data
     for rows in examples.values():
         # The first rows and one of each format are enough, unless all of them are too long.
         sample = [*rows[:64], *{row.format: row for row in rows}.values()]
@@ -323,34 +269,5 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
             encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
-    written = (settings.template, settings.response_only)
-    if not calibration.token_ids:
-        taken, packing = shuffled(examples["calibration"], config.seed), calibration.packing
-        calibration_samples(taken, tokenizer, calibration.num_samples, calibration.max_length, *written, packing)
-    number = calibration.num_sensitivity_samples
-    rows = shuffled(examples["train"], config.seed)
-    length, template = settings.max_length, settings.template
-    calibration_samples(rows, tokenizer, number, length, template, True, keys=SENSITIVITY_KEYS)
-
-
-def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -> bool:
-    """Whether the rows of importance and sensitivities need not be counted in tokens."""
-    calibration, rows = config.calibration, examples["calibration"]
-    answered = _with_room(examples["train"], config.data.max_length)
-    if len(answered) < calibration.num_sensitivity_samples:
-        return False
-    if calibration.token_ids:
-        return True
-    predicted = _with_room(rows, calibration.max_length)
-    if not calibration.packing:
-        return len(predicted) >= calibration.num_samples
-    # Where no prompt is as long as a sample, every sample holds a token of a response.
-    whole = sum(len(row.prompt) + len(row.context) + len(row.response) for row in rows)
-    enough = MOST_CHARACTERS_A_TOKEN * calibration.num_samples * calibration.max_length
-    return len(predicted) == len(rows) and whole > enough
-
-
-def _with_room(rows: list[Example], length: int) -> list[Example]:
-    """Return the rows with a response, and a prompt that leaves room for some of it in so many tokens."""
-    room = length / PROMPT_MARGIN
-    return [row for row in rows if row.response.strip() and about_tokens(row)[0] < room]
+    importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+    sensitivity_samples(config, examples["train"], tokenizer)

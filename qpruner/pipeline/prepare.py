@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,7 @@ from qpruner.runs.records import PrepareRecord
 from qpruner.runs.storage import fetch, file_digest, require_arrived, writing_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qpruner.cluster.executor import ModelCache
-    from qpruner.data.sources import Example
     from qpruner.models.checkpoint import Base
     from qpruner.models.loading import OnLoading
     from qpruner.pipeline.context import Context
@@ -81,7 +77,7 @@ def loading_progress(emit: Emit, stage: str) -> OnLoading:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; return rows by split."""
-    from qpruner.data.encoding import SENSITIVITY_KEYS, calibration_samples, encode, pack, save_encoded, shuffled
+    from qpruner.data.encoding import encode, importance_samples, pack, save_encoded, sensitivity_samples
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -94,34 +90,10 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
         splits["train"] = pack(splits["train"], settings.max_length)
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
-    # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
-    task_rows, number = shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
-    splits["sensitivity"] = calibration_samples(
-        task_rows, tokenizer, number, settings.max_length, settings.template, True, keys=SENSITIVITY_KEYS
-    )
+    splits["sensitivity"] = sensitivity_samples(config, examples["train"], tokenizer)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}
-
-
-def importance_samples(
-    config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, list[int]]]:
-    """Make the calibration samples: given token ids, or packed samples or rows in the order of a shuffle."""
-    from qpruner.data.encoding import calibration_samples, load_token_ids, shuffled
-
-    settings, data = config.calibration, config.data
-    if settings.token_ids:
-        return load_token_ids(Path(settings.token_ids), vocabulary)
-    return calibration_samples(
-        shuffled(examples, config.seed),
-        tokenizer,
-        settings.num_samples,
-        settings.max_length,
-        data.template,
-        data.response_only,
-        settings.packing,
-    )
 
 
 def _source_digests(config: RunConfig) -> list[str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig, RunConfig
+from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
-from qpruner.pipeline.prepare import importance_samples, loading_progress
+from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
@@ -46,12 +47,15 @@ class Prune(Stage[PruneRecord]):
         return (self.context.record(PrepareRecord).digest, settings)
 
     def warnings(self) -> Iterator[str]:
-        from qpruner.pipeline.preflight import remark_on_cut
+        from qpruner.pipeline.preflight import check_device, own_capability
 
-        context = self.context
-        is_all = not context.inspection.packs and not context.address
-        if is_all and (remark := remark_on_cut(self.config, context.inspection)):
-            yield remark
+        found = self.context.inspection
+        if found.packs or self.context.address:
+            return
+        try:
+            check_device(own_capability(), self.config, found.model_config, found.cuts, packs=True)
+        except UserError as error:
+            yield f"nothing but the cut can be done on this machine: {error}"
 
     def detail(self) -> str:
         return describe(_settings(self.context))
@@ -126,6 +130,7 @@ def cut_in_memory(
     config: RunConfig, settings: PruneConfig, examples: list[Example], cache: ModelCache, emit: Emit
 ) -> dict[str, Any]:
     """Cut the base model and drop it; return the record's fields."""
+    from qpruner.data.encoding import importance_samples
     from qpruner.models.checkpoint import prepare_base
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 

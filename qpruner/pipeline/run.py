@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qpruner.cluster.slots import with_gpus_for
 from qpruner.config.schema import RunConfig
-from qpruner.errors import StorageError
+from qpruner.errors import StorageError, UserError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.disk import check_room
 from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
@@ -27,9 +27,11 @@ from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
 from qpruner.runs.records import PruneRecord, Results
 from qpruner.runs.run_dir import LOG, RunDir
-from qpruner.runs.storage import exists
+from qpruner.runs.storage import CACHE, Storage, exists
 
 logger = logging.getLogger(__name__)
+SMALL_FILES = 2**20
+"""Bytes of records, log and report, which every command writes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
     assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
-        disk = check_room(context)
+        disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
         if address:
@@ -96,7 +98,7 @@ def run(
     stages = stages_until(until)
     inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
     with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
-        check_room(planned)
+        _check_room(planned)
     run_dir = RunDir(config.output)
     with (
         hold_run(run_dir.root, lambda text: emit(Message(COMMAND, text))) as holds_run,
@@ -141,6 +143,31 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
         _warn_and_check(context, [Prune])
         with explained(Prune):
             return Prune(context).preview()
+
+
+def _check_room(context: Context) -> tuple[int, int]:
+    """Refuse a disk that cannot hold the large files that a run has still to write.
+
+    Returns:
+        About the bytes that are needed at most, and those that are free.
+    """
+    run = context.run_dir
+    existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
+    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
+    sizes = {stage.name: stage(context).disk_bytes() for stage in wanted}
+    free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(sizes.values())
+    if free < needed:  # what is recorded, or left by a killed command, takes time to find out
+        shares = recorded(context)
+        left = {name: round(size * (1 - shares[name])) for name, size in sizes.items()}
+        held = {name: sum(Storage(run.scratch_path(name)).files().values()) for name in sizes}
+        needed = SMALL_FILES + sum(max(0, left[name] - held[name]) for name in sizes)
+    if free < needed:
+        other = "" if run.storage.fills_this_disk else f" by {CACHE}"
+        raise UserError(
+            f"`output`: the run needs about {preflight.amount(needed)} more in {existing}, where "
+            f"{preflight.amount(free)} are free: make room or name another folder{other}"
+        )
+    return needed, free
 
 
 def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.pipeline.prepare import loading_progress
@@ -101,9 +101,9 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
         bank=context.bank,
         scaling=config.lora.alpha / config.lora.rank,
     )
-    for methods, score in ((INFORMATION, _by_information), (EXPANSION, _by_expansion)):
+    for methods in (INFORMATION, EXPANSION):
         if missing.intersection(methods):
-            work = partial(score, config, context.checkpoint, subject)
+            work = partial(_passes, config, context.checkpoint, subject, methods)
             yield from context.executor.run(work, context.emit).items()
     if missing.intersection(MEASUREMENT):
         started = time.monotonic()
@@ -111,34 +111,22 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
         yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
 
 
-def _by_information(
-    config: RunConfig, checkpoint: Path, subject: Subject, cache: ModelCache, emit: Emit
-) -> dict[str, MethodScores]:
+def _passes(
+    config: RunConfig, checkpoint: Path, subject: Subject, methods: Sequence[str], cache: ModelCache, emit: Emit
+) -> Any:
+    """Score every group by the methods of one kind: their scores, or what they measured on every sample."""
     from qpruner.sensitivity import methods as scoring
-
-    model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
-    on_progress, samples = _method_progress(emit, INFORMATION), _method_progress(emit, (*INFORMATION, "samples"))
-    return scoring.by_information(model, subject, config.sensitivity, config.seed, on_progress, samples)
-
-
-def _by_expansion(
-    config: RunConfig, checkpoint: Path, subject: Subject, cache: ModelCache, emit: Emit
-) -> dict[str, MethodScores]:
-    from qpruner.sensitivity import methods as scoring
-
-    model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
-    return scoring.by_expansion(model, subject, config.sensitivity.batch_size, _method_progress(emit, EXPANSION))
-
-
-def _by_measurement(
-    config: RunConfig, checkpoint: Path, subject: Subject, cache: ModelCache, emit: Emit
-) -> Measurement:
-    """Measure KL and loss of every group on every sample."""
     from qpruner.sensitivity.measurement import measure
 
+    settings, on_progress = config.sensitivity, _method_progress(emit, methods)
     model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
-    samples = subject.samples(config.sensitivity.batch_size, config.sensitivity.num_measured_samples)
-    return measure(model, samples.by_length, subject.starts(model), _method_progress(emit, MEASUREMENT))
+    if methods == INFORMATION:
+        on_samples = _method_progress(emit, (*INFORMATION, "samples"))
+        return scoring.by_information(model, subject, settings, config.seed, on_progress, on_samples)
+    if methods == EXPANSION:
+        return scoring.by_expansion(model, subject, settings.batch_size, on_progress)
+    samples = subject.samples(settings.batch_size, settings.num_measured_samples)
+    return measure(model, samples.by_length, subject.starts(model), on_progress)
 
 
 def _method_progress(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
@@ -153,22 +141,16 @@ def _measured(context: Context, subject: Subject) -> Measurement:
     config, slots = context.config, context.known_slots
     num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)
     if num_slots <= 1:
-        return context.executor.run(partial(_by_measurement, config, context.checkpoint, subject), context.emit)
+        work = partial(_passes, config, context.checkpoint, subject, MEASUREMENT)
+        return cast("Measurement", context.executor.run(work, context.emit))
     # Every slot loads the model, the one that held it too.
     context.executor.close()
     batch_size = config.sensitivity.batch_size
     samples = subject.samples(batch_size, config.sensitivity.num_measured_samples).by_length
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
-    jobs = [
-        MeasurementJob(
-            checkpoint=context.checkpoint,
-            dtype=config.model.dtype,
-            subject=replace(subject, rows=samples.rows[share::num_shares]),
-            batch_size=batch_size,
-            threads=int(resources.get("cpu", 1)),
-        )
-        for share in range(num_shares)
-    ]
+    shares = [replace(subject, rows=samples.rows[share::num_shares]) for share in range(num_shares)]
+    threads = int(resources.get("cpu", 1))
+    jobs = [MeasurementJob(context.checkpoint, config.model.dtype, share, batch_size, threads) for share in shares]
     on_progress, parts = _method_progress(context.emit, MEASUREMENT), dict[int, Measurement]()
     for position, part in context.run_tasks(measure_share, jobs, resources, num_shares, on_held=context.gpu_time.add):
         parts[position] = part

@@ -63,8 +63,8 @@ def changed(raw: dict[str, Any]) -> Changed:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """A configuration with what an inspection would be under its settings of the cut."""
-    counts = replace(inspection.counts, sample_length=config.calibration.max_length)
-    return config, replace(inspection, cuts=(Cut(config.prune, inspection.cuts[0].expected),), counts=counts)
+    cuts, length = (Cut(config.prune, inspection.cuts[0].expected),), config.calibration.max_length
+    return config, replace(inspection, cuts=cuts, sample_length=length)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_each_sensitivity_counts_what_its_passes_hold(inspection: Inspection, ch
 
 def test_a_cut_counts_all_samples_and_every_weight(inspection: Inspection, cut: Callable[..., memory.Memory]) -> None:
     """Compensation comes after importance: the larger of the two is the peak."""
-    samples = inspection.counts.samples["importance"]
+    samples = inspection.samples["importance"]
     by_weights = {"prune__importance": "magnitude", "calibration__max_length": 48}
     solved = cut(**by_weights, prune__compensation="least_squares")
     assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)

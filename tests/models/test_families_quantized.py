@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -159,8 +158,6 @@ def test_stacked_experts_alone_are_refused_by_name(name: str) -> None:
     if name not in MIXTURES:
         check_quantizable(model.config)
         return
-    path = f"model.layers.{int(name == 'qwen3_moe')}.mlp.experts.gate_up_proj"
-    with pytest.raises(UserError, match=re.escape(f"({path})")) as caught:
+    with pytest.raises(UserError, match=rf"the experts of a {name} model .*\(mlp\.experts\.gate_up_proj\)"):
         check_quantizable(model.config)
-    assert f"the experts of a {name} model" in str(caught.value)
-    assert model.get_parameter(path).dim() == 3
+    assert model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").dim() == 3

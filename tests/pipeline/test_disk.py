@@ -82,16 +82,6 @@ def test_what_a_killed_stage_left_is_paid_for(raw: dict[str, Any]) -> None:
     assert needed(raw) < left - MIB // 8
 
 
-def test_a_row_that_is_there_is_paid_for_once(raw: dict[str, Any]) -> None:
-    """Though the fine-tune and the comparison both leave theirs in one folder."""
-    wide = with_key(raw, "lora.rank", 64)
-    whole = needed(wide)
-    row = Path(raw["output"], "candidates", "row", "model.safetensors")
-    row.parent.mkdir(parents=True)
-    row.write_bytes(b"\0" * (MIB // 2))
-    assert whole - needed(wide) == pytest.approx(MIB // 2, abs=MIB // 8)
-
-
 def test_a_damaged_trial_record_is_no_reason_to_look_no_further(raw: dict[str, Any]) -> None:
     """The search sets it aside when it begins; until then its trial counts as one to be run."""
     config = validate_config(raw)

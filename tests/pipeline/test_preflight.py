@@ -94,31 +94,14 @@ def test_more_tokens_than_learned_positions_are_refused(
         with pytest.raises(UserError, match=told):
             inspect(validate_config(raw))
     else:
-        assert inspect(validate_config(raw)).counts.sample_length == 64
+        assert inspect(validate_config(raw)).sample_length == 64
 
 
 def test_given_samples_are_counted_as_long_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(str([[1] * 300, [2] * 17]))
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "calibration.token_ids", str(tmp_path / "ids.json"))
-    counts = inspect(validate_config(raw)).counts
-    assert (counts.samples["importance"], counts.sample_length) == (2, 300)
-
-
-def test_a_ridge_that_this_model_cannot_have_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    """Stacked experts cannot be made up for; what else goes from the model can."""
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    AutoConfig.for_model("mixtral", **SHAPES | sizes | {"vocab_size": vocabulary}).save_pretrained(folder)
-
-    def named(**prune: Any) -> list[str]:
-        raw = with_key(raw_config(folder, tmp_path / "run"), "prune", {"rate": 0.05, "round_to": 8, **prune})
-        found = inspect(validate_config(raw), works_here=False, packs=False)
-        return [warning for warning in found.warnings if "`prune.ridge`" in warning]
-
-    [warning] = named(ridge=0.5)
-    assert warning == f"`prune.ridge` has no effect: least squares cannot make up for what goes from {folder}"
-    assert named() == named(ridge=0.5, units=["attention"]) == []
+    found = inspect(validate_config(raw))
+    assert (found.samples["importance"], found.sample_length) == (2, 300)
 
 
 def test_keys_without_effect_change_no_cut(tiny_model: Path) -> None:

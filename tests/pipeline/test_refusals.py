@@ -121,7 +121,7 @@ MODEL = [
         "quantize.budget={bytes: 1000}; quantize.bits=[4]",
         "`quantize.budget.bytes` is below the pruned model with every group",
     ),
-    ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... only every group at 4 bits fits ... got 0.0"),
+    ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
     (
         "quantize.budget={fraction: 1}",
         "`quantize.budget.fraction` ... every group fits at 8 bits ... the largest ... got 1.0",
@@ -333,11 +333,11 @@ DATA = [
     ),
     (
         "calibration.num_sensitivity_samples=64",
-        "num_sensitivity_samples` ... 64 ... there are 48 ... ask for fewer or give more",
+        "num_sensitivity_samples` ... 64 rows, but only 48 ... ask for fewer, give more",
     ),
     (
         "calibration.num_samples=64; calibration.packing=false",
-        "`calibration.num_samples` ... 64 ... there are 48 ... ask for",
+        "`calibration.num_samples` ... 64 rows, but only 48 ... ask for",
     ),
     (
         "calibration.num_samples=4000",
@@ -494,7 +494,7 @@ def test_the_smallest_budget_that_the_error_names_works(inspected: Any) -> None:
     assert inspected(f"quantize.budget={{gib: {found[2]}}}").budget_bytes >= smallest
     with pytest.raises(UserError, match="smallest that works"):
         inspected(f"quantize.budget={{bytes: {smallest - 1}}}")
-    with pytest.raises(UserError, match=f"only every group at 4 bits fits, {weights[0]} bytes"):
+    with pytest.raises(UserError, match=f"leaves no choice but .* every group at 4 bits, {weights[0]} bytes"):
         inspected(f"quantize.budget={{bytes: {weights[0]}}}; search.pareto=true")
 
 

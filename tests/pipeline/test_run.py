@@ -23,8 +23,7 @@ import yaml
 from conftest import disk_of, raw_config, with_key
 
 from qpruner.config.load import load_config
-from qpruner.pipeline.disk import SMALL_FILES
-from qpruner.pipeline.run import check, run
+from qpruner.pipeline.run import SMALL_FILES, check, run
 from qpruner.runs.events import Event, Message, StageSkipped
 from qpruner.runs.records import RungResult
 from qpruner.search.trial import run_trial
