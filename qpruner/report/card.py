@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """lm-eval's names to the hub's."""
 
 
-def model_card(run: Snapshot, base_card: str | None) -> str:
-    """Write the card of a whole run's final model; `base_card` is the base model's own, where it is at hand."""
-    assert run.results.evaluate and run.results.search
+def model_card(run: Snapshot) -> str:
+    """Write the card of a whole run's final model, with the licence of the base model's own card."""
+    assert run.results.evaluate and run.results.search and run.results.prepare
     config = run.state.config
     base = config["model"]["source"]
     stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
-    known = _known(config, Path(run.state.folder), "" if "license" in stated else base_card or "")
+    base_card = ""
+    if "license" not in stated:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # it is not ours, and must not cost the report
+            base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
+    known = _known(config, Path(run.state.folder), base_card)
     data = ModelCardData(
         **known | stated,
         library_name="transformers",
@@ -40,8 +45,8 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     expanded = ""
-    if (prepared := run.results.prepare) and prepared.source_bytes is not None:  # from a .gguf file, mostly quantized
-        size = f"{prepared.source_bytes / 1e6:.1f} MB"
+    if run.results.prepare.source_bytes is not None:  # from a .gguf file, mostly quantized
+        size = f"{run.results.prepare.source_bytes / 1e6:.1f} MB"
         expanded = f" The base's weights were expanded from {code(Path(base).name)}, a file of {size}."
     about = (
         f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run.results.search)} and "
@@ -94,15 +99,6 @@ def _is_hub_id(source: str, folder: Path) -> bool:
         and Path(source).suffix not in (*BUILDERS, ".gguf")
         and not (folder / source).exists()
     )
-
-
-def base_card(run: Snapshot) -> str | None:
-    """Read the base model's own card, which lies beside its files; None where it has none or they are gone."""
-    assert run.results.prepare
-    try:
-        return read_text(run.run_dir.base_model(run.results.prepare) / "README.md")
-    except (OSError, UnicodeDecodeError):  # it is not ours: what is wrong with it must not cost the report
-        return None
 
 
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.report import html, markdown, tensorboard
-from qpruner.report.card import base_card, model_card
+from qpruner.report.card import model_card
 from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.model import IMPORTANCE_FILE, load_importance
@@ -48,7 +48,7 @@ def write_report(run_dir: RunDir) -> Path:
     write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
     if run.is_whole:
         if run_dir.root / "final" in published_folders(run_dir.root):
-            write_text(run_dir.root / CARD, model_card(run, base_card(run)))
+            write_text(run_dir.root / CARD, model_card(run))
         tensorboard.write_result(run_dir.root, run.results)
     target = run_dir.root / "report.html"
     write_text(target, html.render(run, listed))

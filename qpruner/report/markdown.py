@@ -35,7 +35,9 @@ def _part(part: Part, pictures: str) -> list[str]:
             title = prose(part.title)
             return [f"![{title}]({pictures}/{part.name}.png)", f"{title}. {prose(part.caption)}"]
         case Code(text, language, summary):
-            return [*([f"{summary}:"] if summary else []), fenced(text, language)]
+            # Between fences longer than any run of backticks in it.
+            fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+            return [*([f"{summary}:"] if summary else []), f"{fence}{language}\n{text.rstrip()}\n{fence}"]
     return []
 
 
@@ -46,12 +48,6 @@ def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 
 
-def fenced(text: str, language: str) -> str:
-    """Render a text as it is, between fences longer than any run of backticks in it."""
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
 def prose(text: str) -> str:
     """Escape a paragraph: nothing in it is markup but words between two backticks, which are code."""
     # What makes a list, a heading, a rule or a quotation of a paragraph stands where it begins.
@@ -60,8 +56,7 @@ def prose(text: str) -> str:
 
 def code(text: str) -> str:
     """Render words as code, without backticks, which would end it."""
-    plain = text.replace("`", "'")
-    return f"`{plain}`"
+    return "`" + text.replace("`", "'") + "`"
 
 
 def _inline(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qpruner.data import measures
@@ -57,15 +57,15 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """Compute the rows in the order of the fine-tunes; the title of a plan that is the best seed's says so."""
-    return _rows(results, fine_tunes(results))
+    """Compute the rows in the order of the fine-tunes."""
+    return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
 
 
 def under_first_seed(results: Results) -> list[Row]:
     """Compute the same rows under the first training seed alone, which every row had."""
     first = min(record.seed for record in results.candidates)
     alone = {name: [each for each in tuned if each[0].seed == first] for name, tuned in fine_tunes(results).items()}
-    return _rows(results, alone)
+    return [_row(title_of(name, results.search), tuned) for name, tuned in alone.items()]
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
@@ -85,16 +85,6 @@ def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
     for each in zip(results.candidates, scored, strict=True):
         found.setdefault(each[0].name, []).append(each)
     return found
-
-
-def _rows(results: Results, by_name: dict[str, list[FineTune]]) -> list[Row]:
-    found = [_row(title_of(name, results.search), tuned) for name, tuned in by_name.items()]
-    best = [row.plans for row in found if row.name == BEST_SEED]
-    apart = (BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED)
-    return [
-        replace(row, title=f"{row.title} = {BEST_SEED}") if row.name not in apart and row.plans in best else row
-        for row in found
-    ]
 
 
 def _row(title: str, found: list[FineTune]) -> Row:

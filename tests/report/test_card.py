@@ -19,7 +19,7 @@ from made_run import MadeRun
 from safetensors.numpy import save
 
 from qpruner.config.load import validate_config
-from qpruner.report.card import base_card, model_card, other_base_remark
+from qpruner.report.card import model_card, other_base_remark
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import GIVEN
@@ -34,8 +34,7 @@ def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stat
     config = made.state.config | {"data": made.state.config["data"] | {"train": train}, "card": stated}
     made.run.write_state(made.state.model_copy(update={"config": config, "folder": f"{root.parent}"}))
     made.change("prepare", model_path=str(folder), converted=converted)
-    run = read_snapshot(made.run)
-    return ModelCard(model_card(run, base_card(run))).data
+    return ModelCard(model_card(read_snapshot(made.run))).data
 
 
 def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_the_card_says_where_the_plan_came_from() -> None:
         (control, "the plan seed-kl, which no searched plan beat, and"),
         ({"best_origin": GIVEN}, "a plan that was given, not searched for, and"),
     ):
-        card = model_card(snapshot(results_of(searched_row([1.0]), **found)), None)
+        card = model_card(snapshot(results_of(searched_row([1.0]), **found)))
         assert f"`me/base`, pruned, quantized to 6.00 mean bits by {words} fine-tuned by qpruner" in card
         assert "nothing is claimed" in card and "expanded from" not in card
 

@@ -113,7 +113,7 @@ def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str],
     assert f": {name} +0.0000 (100 questions, " in claim(results)
     assert tables.winner(snapshot(results)).rows[1][0] == f"test {name}"
     assert tables.by_task(results).headings[1:3] == tuple(f"{task} {metric} (50 questions)" for task, metric in asked)
-    card = model_card(snapshot(results), None)
+    card = model_card(snapshot(results))
     assert all(f"name: {metric}\n" in card for metric in metrics), "in what the hub reads"
     assert f"| test {name} |" in card
 
@@ -133,17 +133,6 @@ def test_rows_of_unequal_seeds_are_shown_alike(whole: Results) -> None:
     assert len(tables.final_tables(equal)) == 3
 
 
-def test_a_seed_plan_that_is_the_best_seed_says_so() -> None:
-    """Else one plan stands there with two sets of figures."""
-    seed = row_of("mutual-information seed", [2.0], plan=SEED_PLAN)
-    base = row_of("base", [1.0], plan=SEED_PLAN)
-    same = results_of([*base, *seed, *row_of(BEST_SEED, [2.0, 2.1], plan=SEED_PLAN), *searched_row([1.0, 1.1])])
-    titles = [row.title for row in rows(same)]
-    assert titles == ["base", "mutual-information seed = best seed", BEST_SEED, SEARCHED]
-    other = results_of([*seed, *row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
-    assert [row.title for row in rows(other)] == ["mutual-information seed", BEST_SEED, SEARCHED]
-
-
 def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results) -> None:
     text = report(whole)
     lines = text.splitlines()
@@ -152,9 +141,8 @@ def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results
         for cells in (each.headings, *each.rows):
             assert f"| {' | '.join(cells)} |".replace("*", "\\*") in lines
     assert " | gp, trial 11 | 2 (0-1) | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 |" in text
-    assert "\n\n".join(claim(whole).split("\n", 1)) in text and claim(whole).splitlines()[0] in model_card(
-        snapshot(whole), None
-    )
+    assert "\n\n".join(claim(whole).split("\n", 1)) in text
+    assert claim(whole).splitlines()[0] in model_card(snapshot(whole))
     assert "```yaml\nmodel:\n  source: me/base\n" in text and "| python | 3.11.9 |" in lines
     assert "`search.plan`" not in text
     assert [row[0] for row in tables.legend(whole).rows][:5] == ["uniform", "seed", BEST_SEED, RANDOM, SEARCHED]

@@ -50,6 +50,10 @@ def points(root: Path, run: str, tag: str) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 4)) for event in read(root, run).Scalars(tag)]
 
 
+def config_text(root: Path) -> str:
+    return str(read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode())
+
+
 def files(root: Path) -> dict[Path, bytes]:
     found = (path for path in (root / "tensorboard").rglob("*") if path.is_file())
     return {path.relative_to(root): path.read_bytes() for path in found}
@@ -90,38 +94,29 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     assert (ends[2].status, ends[4].status) == (1, 2)
     assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
     running = read(written, run_name(trials()[5]))
-    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
-    assert running.Scalars("validation/loss")
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"] and running.Scalars("validation/loss")
 
-
-def test_hparams_columns_begin_with_what_tells_trials_apart(written: Path) -> None:
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
     steps = (RUNGS[-1], *RUNGS[:-1])
     assert [metric.display_name for metric in columns.metric_infos] == [f"loss at step {step}" for step in steps]
-    named = {info.name for info in columns.hparam_infos}
-    assert named == set(row(written, run_name(trials()[0])))
-    assert sorted(named)[:5] == ["#", "From", "MB", "Mean bits", "Status"]
+    assert {info.name for info in columns.hparam_infos} == set(rows[0])
+    assert sorted(rows[0])[:5] == ["#", "From", "MB", "Mean bits", "Status"], "what tells trials apart comes first"
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
-def test_curves_have_every_training_step_and_rung(written: Path) -> None:
+def test_curves_have_every_step_and_controls_are_lines_beside(written: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
-    trained = [4.7] * 2 + [4.6] * 2 + [4.4] * 4
-    assert points(written, run, "train/loss") == list(enumerate(trained, 1))
+    assert points(written, run, "train/loss") == list(enumerate([4.7] * 2 + [4.6] * 2 + [4.4] * 4, 1))
     walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
-
-
-def test_controls_are_lines_beside_the_best_so_far(written: Path) -> None:
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
     assert points(written, "control-uniform-4", BEST) == [(1, 3.2), (20, 3.2)]
     assert points(written, "control-seed-kl", BEST) == [(1, 3.0), (20, 3.0)]
-    text = read(written, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "max_trials: 20" in text
+    assert "max_trials: 20" in config_text(written)
 
 
 def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Path) -> None:
@@ -152,36 +147,25 @@ def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str
     assert damage != "none" or after == before, "nothing is written again"
 
 
-def test_trials_of_another_search_are_gone(shown: Path) -> None:
-    other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4")
-    show(shown, planned([other], search="b" * 16))
-    runs = {path.name for path in (shown / "tensorboard").iterdir()}
-    assert {run for run in runs if run.startswith(("trial", "control"))} == {run_name(other)}
-
-
-def test_a_new_search_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
-    """From its first moment: no curve, no final table, and its own configuration."""
-    made = MadeRun(tmp_path / "run", num_trials=5)
-    root, result = made.run.root, made.run.root / "tensorboard" / "result"
-    show(root, planned(trials()))
-    write_result(root, read_snapshot(made.run).results)
-    assert "final table/text_summary" in read(root, "result").Tags()["tensors"]
+def test_a_new_search_shows_nothing_of_the_last_one(shown: Path, tmp_path: Path) -> None:
+    """From its first moment: no trial, no curve, no final table, and its own configuration."""
+    write_result(shown, read_snapshot(MadeRun(tmp_path / "made", num_trials=5).run).results)
+    assert "final table/text_summary" in read(shown, "result").Tags()["tensors"]
     events = (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html"))
-    board = show(root, *events, max_trials=4)
-    assert result.is_dir(), "nothing was searched anew"
-    assert read(root, "search").Tags()["scalars"] == []
-    text = read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "max_trials: 4" in text
+    board = show(shown, *events, max_trials=4)
+    assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search", "result"}, (
+        "nothing was searched anew"
+    )
+    assert read(shown, "search").Tags()["scalars"] == [] and "max_trials: 4" in config_text(shown)
     board.listen(StageStarted("search", "4 trials"))
-    assert not result.exists()
+    assert not (shown / "tensorboard" / "result").exists()
 
 
 def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
     known = trials()
     for index, plan, last in ((6, "844448", 3.05), (7, "484448", 2.95)):
         given = trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
-        begun = planned(known, search=given.search, beside=MINE, max_trials=1)
-        show(shown, begun, TrialChanged(given))
+        show(shown, planned(known, search=given.search, beside=MINE, max_trials=1), TrialChanged(given))
         known.append(given)
     assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
     levels = {"uniform-4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
