@@ -10,20 +10,17 @@ from typing import Any
 import torch
 from gpu_setup import Figures, Setup
 
-from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
-from qpruner.estimate import hours, memory, step_times
+from qpruner.estimate import hours, memory
 from qpruner.pipeline import preflight
-from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 
 
 def estimates(setup: Setup) -> Figures:
     """Seconds and bytes as `check --measure` tells them; `measured` is null where a part has not run."""
     config, inspection, found = setup.config, inspected(setup), measured(setup)
-    expected = {
-        name: 3600 * each for name, each in hours.slot_hours(config, inspection, rates(config, inspection)).items()
-    }
+    rates = hours.measured_rates(config, inspection, threads=1, where="here")
+    expected = {name: 3600 * each for name, each in hours.slot_hours(config, inspection, rates).items()}
     lasted = {
         "prune": found("prune", "cut"),
         "bank": found("bank", "pack"),
@@ -69,15 +66,6 @@ def as_text(length: int) -> Example:
     """A row as `Setup` makes it, half a prompt, in characters."""
     half = length // 2 * CHARACTERS_A_TOKEN
     return Example("text", "x" * half, "", "x" * (length * CHARACTERS_A_TOKEN - half))
-
-
-def rates(config: RunConfig, inspection: Inspection) -> hours.Rates:
-    """By steps of a few blocks, as `check --measure`."""
-    linears = (linear for group in inspection.pruned.groups for linear in group.linears)
-    widest = max(linears, key=lambda linear: linear.num_weights)
-    high, labelled = hours.share_at_highest(config, inspection), hours.share_labelled(config, inspection)
-    times = step_times.measure(config, inspection.cuts[0].expected, widest, high, labelled, threads=1)
-    return hours.measured_rates(config, inspection, times, "here")
 
 
 def measured(setup: Setup) -> Callable[[str, str], Any]:

@@ -31,8 +31,9 @@ from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device
 from qpruner.models.memory import PeakMemory, freeze_libraries, release
 from qpruner.pruning.prune import prune as prune_model
-from qpruner.quantization.bank import INDEX, BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
+from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
 from qpruner.runs.records import RungResult
+from qpruner.runs.storage import write_json
 from qpruner.runs.version import describe
 from qpruner.search import trial
 from qpruner.search.trial_records import Materials, TrialJob
@@ -66,12 +67,10 @@ def bank(setup: Setup) -> Figures:
     """Pack every (group, bits) with its LoftQ start."""
     config, files = setup.config, dict[str, IndexEntry]()
     levels, dtype, peak, laps = config.quantize.bits, config.model.dtype, PeakMemory(), Laps()
-    settings = EntrySettings(config.lora, config.quantize.double_quant, config.seed)
+    settings = (dtype, config.lora, config.quantize.double_quant, config.seed)
     for name, paths in setup.groups.items():
-        built = build_group(GroupJob(setup.pruned, setup.bank, name, paths, levels, dtype, settings))
-        for file, (sha256, left) in built.items():
-            files[file] = IndexEntry(inputs="", sha256=sha256, residual_ratio=left)
-    write_index(setup.bank, BankIndex(digest="benchmark", bitsandbytes=version("bitsandbytes"), files=files))
+        files |= build_group(GroupJob(setup.pruned, setup.bank, name, paths, levels, *settings))
+    write_json(setup.bank / INDEX, BankIndex(digest="benchmark", files=files))
     laps.end("pack")
     size = sum((setup.bank / name).stat().st_size for name in files)
     left = statistics.mean(entry.residual_ratio for entry in files.values())

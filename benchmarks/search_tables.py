@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 
 from qpruner.config.schema import LoraConfig, SensitivityConfig, TrainingConfig
+from qpruner.data.calibration import Samples
 from qpruner.data.losses import mean_loss, token_losses
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, layout_of
@@ -43,16 +43,9 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.plans.plan import FULL_BITS
 from qpruner.pruning.compensation import BlockStream
 from qpruner.quantization.assembly import PlanAssembler
-from qpruner.quantization.bank import (
-    BankIndex,
-    EntrySettings,
-    GroupJob,
-    IndexEntry,
-    build_group,
-    read_plan,
-    write_index,
-)
+from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group, read_plan
 from qpruner.quantization.mixed import unpack
+from qpruner.runs.storage import write_json
 from qpruner.sensitivity.measurement import measure, returning_outputs
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
 from qpruner.training.finetune import Listener, Schedule, finetune
@@ -117,8 +110,6 @@ class Evaluator:
 
     @torch.no_grad()
     def __init__(self, job: Job) -> None:
-        from qpruner.data.calibration import Samples
-
         self.job = job
         self.model = load_dense(job.model, DTYPE).eval()
         rows = job.validation()
@@ -259,16 +250,13 @@ def build_bank(job: Job) -> None:
     from transformers import AutoConfig
 
     bank = Path(job.bank)
-    if (bank / "bank.json").is_file():
+    if (bank / INDEX).is_file():
         return
-    settings = EntrySettings(LORA, double_quant=False, seed=0)
     levels = tuple(bits for bits in job.levels if bits != FULL_BITS)
     files: dict[str, IndexEntry] = {}
     for name, paths in group_linears(AutoConfig.from_pretrained(job.model), job.base_group).items():
-        built = build_group(GroupJob(Path(job.model), bank, name, paths, levels, DTYPE, settings))
-        for file, (sha256, ratio) in built.items():
-            files[file] = IndexEntry(inputs=job.model, sha256=sha256, residual_ratio=ratio)
-    write_index(bank, BankIndex(digest=job.model, bitsandbytes=version("bitsandbytes"), files=files))
+        files |= build_group(GroupJob(Path(job.model), bank, name, paths, levels, DTYPE, LORA, False, 0, job.model))
+    write_json(bank / INDEX, BankIndex(digest=job.model, files=files))
 
 
 def sensitivities(job: Job) -> dict[str, Any]:
@@ -279,15 +267,12 @@ def sensitivities(job: Job) -> dict[str, Any]:
     model = load_dense(job.model, DTYPE)
     rows = job.windows(job.num_train + job.num_validation, NUM_CALIBRATION)
     bank, scaling = Path(job.bank), LORA.alpha / LORA.rank
-    subject = Subject(rows, 0, job.base_group, job.levels, bank, scaling)
+    subject = Subject(Samples(rows, 0, 16), job.base_group, job.levels, bank, scaling)
 
-    def silent(done: int, total: int) -> None:
-        """Nobody watches."""
-
-    scores = by_information(model, subject, SensitivityConfig(), 0, silent)
-    scores |= by_expansion(model, subject, 16, silent)
+    scores = by_information(model, subject, SensitivityConfig(), 0)
+    scores |= by_expansion(model, subject)
     started = time.monotonic()
-    found = measure(model, subject.samples(16, NUM_MEASURED), subject.starts(model), silent)
+    found = measure(model, Samples(rows[:NUM_MEASURED], 0, 16), subject.starts(model))
     scores |= by_measurement(found, job.levels, time.monotonic() - started)
     names = list(group_linears(model.config, job.base_group))
     values = {

@@ -19,7 +19,7 @@ import ray
 
 from qpruner.cluster.connect import OBJECT_STORE_BYTES, Cluster
 from qpruner.cluster.node_check import packed_check, versions
-from qpruner.cluster.slots import Room
+from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
@@ -149,7 +149,7 @@ def run_search(
         resources=resources,
         check_node=packed_check(versions(), RunDir(folder)),
     )
-    return search(job, Room(Cluster(None).slots, resources, slots, emit), emit)
+    return search(job, Room(Cluster(Slots(())).slots, resources, slots, emit), emit)
 
 
 def _config(folder: Path, searcher: str, num_trials: int) -> RunConfig:

@@ -40,7 +40,7 @@ from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.models.memory import freeze_libraries
 from qpruner.quantization.assembly import PlanAssembler, attach_adapters
-from qpruner.quantization.bank import EntrySettings, build_entry
+from qpruner.quantization.bank import build_entry
 from qpruner.quantization.mixed import packed_layer
 
 
@@ -48,12 +48,12 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, int]) -> t
     """The model of a plan without a bank."""
     dtype = getattr(torch, config.model.dtype)
     model = load_dense(str(checkpoint), config.model.dtype)
-    settings = EntrySettings(config.lora, config.quantize.double_quant, config.seed)
+    settings = (config.lora, config.quantize.double_quant, config.seed)
     starts: dict[str, torch.Tensor] = {}
     for name, paths in group_linears(model.config, config.quantize.group).items():
-        entry = build_entry({path: model.get_submodule(path).weight for path in paths}, plan[name], settings)
+        tensors, _ = build_entry({path: model.get_submodule(path).weight for path in paths}, plan[name], *settings)
         for path in paths:
-            own = {key.removeprefix(f"{path}."): value for key, value in entry.tensors.items() if key.startswith(path)}
+            own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(path)}
             starts |= {f"{path}.{key}": own.pop(key) for key in ("lora_A", "lora_B")}
             linear: Any = model.get_submodule(path)
             model.set_submodule(path, packed_layer(linear, plan[name], own, dtype, config.quantize.double_quant))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ DEFECT = (
     "recorded"
 )
 """Message for an unexpected error."""
+NODE_REMEDY = (
+    "install the same there, with the same storage (`launch/up.sh`, or `launch/setup.sh`), or take that node out of "
+    "the cluster (`ray stop` on it), then repeat the command: it goes on"
+)
 
 
 class QprunerError(Exception):
@@ -37,9 +42,8 @@ class ConfigError(UserError):
     def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
         self.problems, self.source = tuple(problems), source
         heading = f"{source}: " if source else ""
-        count = len(self.problems)
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        super().__init__(f"{heading}{counted(count, 'problem')} in the configuration:\n{lines}")
+        lines = [f"\n  - {problem}" for problem in self.problems]
+        super().__init__(f"{heading}{counted(len(lines), 'problem')} in the configuration:{''.join(lines)}")
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
@@ -54,14 +58,11 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
             found.append(check())
         except UserError as error:
             errors.append(error)
-    if len(errors) > 1:
-        raise ConfigError(
-            problem
-            for error in errors
-            for problem in (error.problems if isinstance(error, ConfigError) else (str(error),))
-        )
-    if errors:
+    if len(errors) == 1:
         raise errors[0]
+    if errors:
+        problems = [error.problems if isinstance(error, ConfigError) else [str(error)] for error in errors]
+        raise ConfigError(itertools.chain(*problems))
     return found
 
 
@@ -77,62 +78,50 @@ class PlanRefused(UserError):
         super().__init__(f"`search.plan`: {problem}")
 
 
-class StageError(QprunerError):
+class RemediableError(QprunerError):
+    """Base of errors that name a cause and what to do about it."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause, remedy)  # with all arguments it can travel between Ray's processes
+        self.cause, self.remedy = cause, remedy
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n  remedy: {self.remedy}"
+
+
+class StageError(RemediableError):
     """A stage failed while it ran; what was recorded before it stays valid."""
 
     def __init__(self, stage: str, cause: str, remedy: str) -> None:
-        self.stage, self.cause, self.remedy = stage, cause, remedy
-        super().__init__(f"stage `{stage}` failed: {cause}\n  remedy: {remedy}")
+        super().__init__(cause, remedy)
+        self.stage, self.args = stage, (stage, cause, remedy)
 
-    def __reduce__(self) -> tuple[type[StageError], tuple[str, str, str]]:
-        """Exceptions with several arguments need this to travel between Ray's processes."""
-        return (StageError, (self.stage, self.cause, self.remedy))
+    def __str__(self) -> str:
+        return f"stage `{self.stage}` failed: {super().__str__()}"
 
 
-class StorageError(QprunerError):
+class StorageError(RemediableError):
     """The run's storage stayed full or unreachable for longer than a write waits."""
 
-    def __init__(self, cause: str, remedy: str) -> None:
-        self.cause, self.remedy = cause, remedy
-        super().__init__(f"{cause}\n  remedy: {remedy}")
 
-    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str]]:
-        return (StorageError, (self.cause, self.remedy))
-
-
-class OutOfMemory(QprunerError):
+class OutOfMemory(RemediableError):
     """Memory of the machine or its GPU ran out in a command that is no stage."""
 
-    def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(f"{cause}\n  remedy: {remedy}")
 
-
-class NodeDiffers(QprunerError):
+class NodeDiffers(RemediableError):
     """A node that joined the cluster later cannot be used for the run."""
 
-    def __init__(self, cause: str) -> None:
-        self.cause = cause
-        super().__init__(
-            f"{cause}\n  remedy: install the same there, with the same storage (`launch/up.sh`, or `launch/setup.sh`), "
-            "or take that node out of the cluster (`ray stop` on it), then repeat the command: it goes on"
-        )
-
-    def __reduce__(self) -> tuple[type[NodeDiffers], tuple[str]]:
-        return (NodeDiffers, (self.cause,))
+    def __init__(self, cause: str, remedy: str = NODE_REMEDY) -> None:
+        super().__init__(cause, remedy)
 
 
 def note_defect(error: Exception, evidence: str = "what stands above") -> str:
-    """Add a note to an unexpected error that says what to do, once; returns the note.
-
-    Args:
-        error: Its traceback ends in the note.
-        evidence: What a report of it needs.
-    """
-    known = (note for note in getattr(error, "__notes__", ()) if DEFECT in note)
-    note = next(known, None)
-    if note is None:
-        note = f"  remedy: {DEFECT}; please report it with {evidence}"
-        error.add_note(note)
+    """Add a note to an unexpected error that says what to do, once, and what a report of it needs; return the note."""
+    for note in getattr(error, "__notes__", ()):
+        if DEFECT in note:
+            return str(note)
+    note = f"  remedy: {DEFECT}; please report it with {evidence}"
+    error.add_note(note)
     return note
 
 

@@ -32,7 +32,7 @@ import pytest
 import yaml
 
 # A machine with the kit of benchmarks/gpu_7b.py has no Ray.
-pytest_plugins = ["searched_runs"] if find_spec("ray") else []
+pytest_plugins = ["object_store", *(["searched_runs"] if find_spec("ray") else [])]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 
@@ -60,21 +60,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        dtype="bfloat16",
-    )
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = LlamaConfig(**sizes, **heads, **tokens, tie_word_embeddings=True, dtype="bfloat16")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -137,6 +126,15 @@ def away(disk: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def full(disk: Path) -> Iterator[Callable[[], None]]:
+    """No byte is left until what is handed out is called."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    yield filler.unlink
+    filler.unlink(missing_ok=True)
+
+
+@contextmanager
 def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
     """Fill a file system but for some bytes until something waits for room; hands out the file that does."""
     filler = disk / "filler"
@@ -180,6 +178,13 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     else:
         here[last] = value
     return changed
+
+
+def with_keys(raw: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """A copy of `raw` with other keys; `section__key=value`."""
+    for key, value in keys.items():
+        raw = with_key(raw, key.replace("__", "."), value)
+    return raw
 
 
 def changed_by(change: str, raw: dict[str, Any]) -> dict[str, Any]:

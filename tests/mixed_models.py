@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,8 @@ from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.quantization.bank import BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
-from qpruner.runs.storage import file_digest
+from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
+from qpruner.runs.storage import file_digest, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +32,7 @@ def fill_bank(
     """Write every (group, 4 and 8 bits) of a checkpoint; returns the names of the groups."""
     groups = group_linears(AutoConfig.from_pretrained(checkpoint), group)
     for name, paths in groups.items():
-        build_group(GroupJob(checkpoint, bank, name, paths, (4, 8), dtype, EntrySettings(lora, double_quant, seed=0)))
+        build_group(GroupJob(checkpoint, bank, name, paths, (4, 8), dtype, lora, double_quant, seed=0))
     seal(bank)
     return list(groups)
 
@@ -42,7 +41,7 @@ def seal(bank: Path) -> None:
     """Write the index of whatever files a bank has."""
     files = {str(path.relative_to(bank)): file_digest(path) for path in sorted(bank.glob("*bit/*.safetensors"))}
     entries = {name: IndexEntry(inputs="test", sha256=sha256, residual_ratio=1.0) for name, sha256 in files.items()}
-    write_index(bank, BankIndex(digest="test", bitsandbytes=version("bitsandbytes"), files=entries))
+    write_json(bank / INDEX, BankIndex(digest="test", files=entries))
 
 
 def mixed_plan(names: list[str], pattern: tuple[int, ...]) -> dict[str, int]:

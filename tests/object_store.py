@@ -9,19 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qpruner.runs.storage import bucket as objects
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import objects
 
 BUCKET = "runs"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-SECONDS_TO_START = 30
+Machine = Callable[[str], RunDir]
 
 
 @dataclass
@@ -102,7 +104,7 @@ def object_store(**settings: str) -> Iterator[Store]:
     )
     store = Store(port, process)
     try:
-        deadline = time.monotonic() + SECONDS_TO_START
+        deadline = time.monotonic() + 30
         while True:
             assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -113,6 +115,31 @@ def object_store(**settings: str) -> Iterator[Store]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[Store]:
+    with object_store() as found:
+        yield found
+
+
+@pytest.fixture
+def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Goes to a machine of that name, with a cache of its own; returns the test's run as it is seen there."""
+    talk_to(store, monkeypatch)
+
+    def go(name: str) -> RunDir:
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
+        return RunDir(store.uri(f"{tmp_path.name}/run"))
+
+    return go
+
+
+@pytest.fixture(params=["folder", "uri"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
+    """An empty run, in a folder and at a URI."""
+    found: RunDir = request.getfixturevalue("machine")("first") if request.param == "uri" else RunDir(tmp_path / "run")
+    return found
 
 
 def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

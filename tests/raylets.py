@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+import pytest
 
 OBJECT_STORE_BYTES = 80 * 2**20
+CLONE_NEWNS = 0x20000
 
 
 @dataclass
 class Raylets:
-    """A head that can run nothing, and its workers' nodes.
+    """A head that can run nothing, and its workers' nodes that live."""
 
-    Attributes:
-        cluster: Ray's own.
-        nodes: Those that live.
-    """
-
-    cluster: Any
+    cluster: Any  # Ray's own
     nodes: list[Any] = field(default_factory=list)
 
     @property
@@ -37,6 +37,25 @@ class Raylets:
         node = self.cluster.add_node(**{"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES} | resources)
         self.nodes.append(node)
         return node
+
+    def in_a_thread(self) -> None:
+        """Let threads add nodes; only the main one may set the signal handler by which they end with this process."""
+        self.cluster._shutdown_at_exit = False
+
+    def add_apart(self, mounts: str, **resources: Any) -> Any:
+        """Start a node that has other file systems than this machine."""
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def start() -> Any:
+            # Mounts belong to a thread, and to what it starts.
+            if libc.unshare(CLONE_NEWNS):
+                pytest.skip(f"mounting is not permitted here: {os.strerror(ctypes.get_errno())}")
+            subprocess.run(["bash", "-ec", f"mount --make-rprivate /; {mounts}"], check=True)
+            return self.add(**resources)
+
+        self.in_a_thread()
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(start).result()
 
     def kill(self, node: Any) -> None:
         """SIGKILL to a raylet; Ray's workers on its machine notice within seconds, and end."""

@@ -125,6 +125,11 @@ def between_rungs(run: Path, index: int) -> int | None:
     trial = trials_of(run).get(index)
     if trial is None or trial["status"] != "running" or not trial["rungs"]:
         return None
-    pulse = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
-    pid: int | None = json.loads(pulse.read_text())["pid"] if pulse else None
-    return pid
+    pulse = pulse_of(run, index)
+    return pulse["pid"] if pulse else None
+
+
+def pulse_of(run: Path, index: int) -> dict[str, Any] | None:
+    """The last sign of life of a trial's worker."""
+    path = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
+    return json.loads(path.read_text()) if path else None

@@ -36,24 +36,26 @@ def check(
     rates = _measured_rates(config, found) if measure else None
     gpus = resources.get("gpu") or (1.0 if for_gpus else None)
     is_here = address is None and not for_gpus and config.model.device_map == "single" and (gpus or 0) <= 1
-    free = free_bytes() if is_here else None
+    free, disk = free_bytes() if is_here else None, dict(zip(("disk_needed", "disk_free"), found.disk, strict=True))
     taken = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
-    disk_needed, disk_free = found.disk
-    here = {"memory_free": free, "disk_needed": disk_needed, "disk_free": disk_free}
-    facts = _facts(config, inspection, found.slots) | here | taken
+    facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | taken
     works, remark = driver_text(RunDir(config.output, create=False)), other_base_remark(config)
-    facts["warnings"] = [
-        *([f"{works}: `qpruner run` is refused until it ends"] if works else []),
-        *config.warnings,
-        *inspection.warnings,
-        *_memory_warnings(taken["memory_at_once"], free),
-        *([remark] if remark else []),
-    ]
+    warnings = facts["warnings"] = [*config.warnings, *inspection.warnings]
+    if works:
+        warnings.insert(0, f"{works}: `qpruner run` is refused until it ends")
+    if free is not None and taken["memory_at_once"] > free:
+        warnings.append(
+            f"{taken['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are free "
+            "here: lower `evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, "
+            "`sensitivity.batch_size` or `search.max_concurrent`"
+        )
+    if remark:
+        warnings.append(remark)
     if show_config:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if not quiet:
         click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
-    for warning in facts["warnings"]:
+    for warning in warnings:
         click.echo(f"warning:     {warning}", err=quiet)
     keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
     click.echo(f"The configuration is valid{keys}.")
@@ -61,8 +63,7 @@ def check(
 
 
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    """Return what the run would be as plain data."""
-    layout, levels = inspection.pruned, config.quantize.bits
+    layout = inspection.pruned
     return {
         "num_groups": len(layout.groups),
         "parameters_base": inspection.base.num_parameters,
@@ -71,7 +72,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
-        **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
+        **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in config.quantize.bits},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
         "concurrent_trials": min(slots, config.num_trials),
@@ -84,27 +85,11 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
     }
 
 
-def _memory_warnings(at_once: int, free: int | None) -> list[str]:
-    if free is None or at_once <= free:
-        return []
-    return [
-        f"{at_once / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are free here: lower "
-        "`evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, `sensitivity.batch_size` or "
-        "`search.max_concurrent`"
-    ]
-
-
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
-    """Time a few steps on this machine.
-
-    Raises:
-        UserError: If trials hold GPUs and there is none here to be timed.
-    """
+    """Time a few steps on this machine."""
     import torch
 
-    from qpruner.estimate import step_times
-
-    inspection, resources = found.inspection, found.resources
+    resources = found.resources
     cores = max(1, int(resources.get("cpu", 1)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if resources.get("gpu") and not gpu:
@@ -112,15 +97,10 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
             "`--measure` times this machine, which has no GPU, and trials hold one: run it on a machine like the "
             "cluster's, or leave it out"
         )
-    linears = (linear for group in inspection.pruned.groups for linear in group.linears)
-    widest = max(linears, key=lambda linear: linear.num_weights)
-    high, labelled = hours.share_at_highest(config, inspection), hours.share_labelled(config, inspection)
-    times = step_times.measure(config, inspection.cuts[0].expected, widest, high, labelled, cores)
-    return hours.measured_rates(config, inspection, times, gpu or counted(cores, "CPU core"))
+    return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """Describe the plan that is taken instead of a search, and its bytes."""
     search, bits = config.search, config.quantize.bits
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
@@ -128,14 +108,15 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         return [f"your plan:   every group at {bits[0]} bits, the only one of `quantize.bits`"]
     if search.plan is None:
         return []
-    size, budget = facts["bytes_plan"], facts["bytes_budget"]
-    text = "" if size is None else f"{size / 1e6:.1f} MB, {budget_text(size, budget)}"
-    later = "its bytes are compared with the budget once the model is pruned" if facts["is_estimate"] else ""
-    return [f"your plan:   {'; '.join(filter(None, (text, later)))}"]
+    size, parts = facts["bytes_plan"], []
+    if size is not None:
+        parts.append(f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}")
+    if facts["is_estimate"]:
+        parts.append("its bytes are compared with the budget once the model is pruned")
+    return [f"your plan:   {'; '.join(parts)}"]
 
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """Count the rows, samples and questions of each step."""
     rows, calibration = facts["rows"], config.calibration
     samples, questions = facts["samples"], facts["questions"]
     source = "`calibration.data`" if calibration.data else "`data.train`"

@@ -15,7 +15,7 @@ from qpruner.report.claim import claim, how_to_compare
 from qpruner.report.results import rows
 from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary
 from qpruner.runs.logs import logging_to
-from qpruner.runs.records import PruneRecord, Results
+from qpruner.runs.records import PruneRecord
 from qpruner.runs.storage import export_command, run_root, storage_at
 from qpruner.wording import as_called
 
@@ -30,8 +30,20 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             assert results.prune
             _print_layers(results.prune, terminal)
         if until == Report.name:
-            _print_table(results, root, terminal)
-    return {"status": "ok", "run": storage_at(root).address, **_figures(results)}
+            for table in final_tables(results):
+                terminal.say(f"{table.caption}:")
+                terminal.table(table.headings, table.rows)
+            terminal.say(claim(results), is_prose=True)
+            if results.comparison is None:
+                terminal.say(how_to_compare(as_called()))
+            terminal.say(where_next(root))
+    figures: dict[str, Any] = {"status": "ok", "run": storage_at(root).address, "seconds": results.seconds}
+    if results.search:
+        figures["best_plan"] = results.search.best_plan
+    if results.finetune and results.evaluate:
+        figures["claim"] = claim(results)
+        figures["table"] = [vars(row) for row in rows(results)]
+    return figures
 
 
 def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, Any]:
@@ -48,16 +60,6 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
     terminal.say(prune_summary(record))
 
 
-def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
-    for table in final_tables(results):
-        terminal.say(f"{table.caption}:")
-        terminal.table(table.headings, table.rows)
-    terminal.say(claim(results), is_prose=True)
-    if results.comparison is None:
-        terminal.say(how_to_compare(as_called()))
-    terminal.say(where_next(root))
-
-
 def where_next(root: Path) -> str:
     """Name what to look at once a run is over."""
     storage = storage_at(root)
@@ -69,14 +71,3 @@ def where_next(root: Path) -> str:
         f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
         f"{brought}`qpruner generate {folder} --prompt TEXT`"
     )
-
-
-def _figures(results: Results) -> dict[str, Any]:
-    """Return what fits one line: the claim and table if there are any, and the seconds of each stage."""
-    figures: dict[str, Any] = {"seconds": results.seconds}
-    if results.search:
-        figures["best_plan"] = results.search.best_plan
-    if results.finetune and results.evaluate:
-        figures["claim"] = claim(results)
-        figures["table"] = [vars(row) for row in rows(results)]
-    return figures

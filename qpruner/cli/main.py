@@ -6,7 +6,6 @@ Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpruner.cli import run_verbs
 from qpruner.config.load import config_schema, load_config
 from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
 from qpruner.pipeline.flow import STAGES, stages_until
@@ -47,27 +47,13 @@ ABOUT_DAMAGE = (
 """What to do about a file that verbs without stages cannot read; a stage knows more and says so itself."""
 
 
-class _Suggesting(click.Group):
-    """Names the nearest verb when one is mistyped."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            nearest = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f"; did you mean `qpruner {nearest[0]}`?" if nearest else ""
-            raise click.UsageError(f"{error.message.rstrip('.')}{hint}", ctx) from error
-
-
 def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
     if is_asked and not ctx.resilient_parsing:
         click.echo(f"qpruner, version {describe()}")
         ctx.exit()
 
 
-@click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help=ABOUT_VERSION)
 def main() -> None:
     """Make a large language model fit the memory you have, at the least loss."""
@@ -90,7 +76,6 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path 
     except BrokenPipeError:
         raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
     except Exception as error:
-        # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
         outcome, code = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{note_defect(error)}"}, 1
         traceback.print_exc()
     except KeyboardInterrupt:
@@ -134,7 +119,6 @@ def _plan_option(does: str) -> Any:
 
 
 def _load(config: str, overrides: tuple[str, ...], plan_file: Path | None) -> RunConfig:
-    """Read the configuration, and only then let libraries be imported."""
     given = [] if plan_file is None else [f"search.plan={json.dumps(str(plan_file))}"]
     loaded = load_config(Path(config), [*overrides, *given])
     quiet_libraries()
@@ -157,8 +141,6 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
                     f"`--set`, `--plan` and `--address` belong to a configuration, and {config} is a run: leave them "
                     "out, or name the configuration instead"
                 )
-            from qpruner.cli import run_verbs
-
             return run_verbs.report(config)
         loaded = _load(config, overrides, plan_file)
         from qpruner.cli import flow_verbs
@@ -167,7 +149,8 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
             return flow_verbs.preview(loaded, address, quiet)
         return flow_verbs.run(loaded, address, last.name, quiet)
 
-    options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY, CONFIG_OF.get(name, "CONFIG"))]
+    metavar = "RUN_OR_CONFIG" if name == Report.name else "CONFIG"
+    options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY, metavar)]
     if last is Prune:
         options.append(click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing."))
     if Search in stages_until(last.name):
@@ -175,7 +158,6 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     _verb(*options, name=name, help=text)(verb)
 
 
-CONFIG_OF = {Report.name: "RUN_OR_CONFIG"}
 for _name, (_last, _text) in VERBS.items():
     _add_flow_verb(_name, _last, _text)
 
@@ -208,15 +190,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 _json_last = click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 
 
-@_verb(_run_folder, _json)
-def status(run: str, as_json: bool) -> dict[str, Any]:
-    """Show where a run stands: its stages, trials, and the best so far. From any shell or machine."""
-    from qpruner.cli import run_verbs
-
-    return run_verbs.status(run, as_json)
-
-
-@_verb(
+_verb(_run_folder, _json)(run_verbs.status)
+_verb(
     _run_folder,
     click.option(
         "--where",
@@ -229,32 +204,13 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
     click.option("--descending", is_flag=True, help="Largest first."),
     click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV."),
     _json,
-)
-def trials(as_csv: bool, as_json: bool, **options: Any) -> dict[str, Any]:
-    """List the trials of a run, the winner marked."""
-    from qpruner.cli import run_verbs
-
-    return run_verbs.trials(**options, form="json" if as_json else "csv" if as_csv else "text")
-
-
-@_verb(
+)(run_verbs.trials)
+_verb(
     _run_folder,
     click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead."),
     _json,
-)
-def plan(**options: Any) -> dict[str, Any]:
-    """Print the winner's plan as YAML, for `--plan` of another run or to change it by hand."""
-    from qpruner.cli import run_verbs
-
-    return run_verbs.plan(**options)
-
-
-@_verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)
-def compare(runs: tuple[str, ...], as_json: bool) -> dict[str, Any]:
-    """Put runs side by side: figures, paired differences, settings that differ."""
-    from qpruner.cli import run_verbs
-
-    return run_verbs.compare(runs, as_json)
+)(run_verbs.plan)
+_verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)(run_verbs.compare)
 
 
 @main.command()
@@ -281,15 +237,15 @@ def schema(results: bool) -> None:
     click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it."),
     _json_last,
 )
-def export(run: str, form: Any, out: Path | None, as_json: bool) -> dict[str, Any]:
+def export(**options: Any) -> dict[str, Any]:
     """Write the final model in another form, and compare its predictions before it counts."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 
-    return model_verbs.export(run, form, out)
+    return model_verbs.export(**options)
 
 
-@_verb(
+_verb(
     _run_folder,
     click.argument("repo_id", metavar="OWNER/NAME"),
     click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either."),
@@ -301,20 +257,7 @@ def export(run: str, form: Any, out: Path | None, as_json: bool) -> dict[str, An
         help="final: packed layers and adapter. merged, peft: what `export --to` wrote.",
     ),
     _json_last,
-)
-def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> dict[str, Any]:
-    """Upload the final model with its card to a model hub; nothing else of qpruner uploads anything."""
-    quiet_libraries()
-    from qpruner.cli import run_verbs
-
-    return run_verbs.push(run, repo_id, what, is_public)
-
-
-_about_template = (
-    "What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
-    "`data.template: alpaca`, as in a fine-tune on instructions."
-)
-_at_least_0 = click.FloatRange(min=0)
+)(run_verbs.push)
 
 
 @_verb(
@@ -334,7 +277,11 @@ _at_least_0 = click.FloatRange(min=0)
         help="Tokens an answer may have.",
     ),
     click.option(
-        "--temperature", type=_at_least_0, default=0.0, show_default=True, help="0: the likeliest token every time."
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="0: the likeliest token every time.",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
     click.option(
@@ -342,7 +289,8 @@ _at_least_0 = click.FloatRange(min=0)
         type=click.Choice(["chat", "alpaca", "none"]),
         default="chat",
         show_default=True,
-        help=_about_template,
+        help="What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
+        "`data.template: alpaca`, as in a fine-tune on instructions.",
     ),
     _json,
 )

@@ -29,19 +29,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def generate(
     place: str, which: str | None, prompts: Sequence[str], file: Path | None, as_json: bool, **drawn: Any
 ) -> dict[str, Any]:
-    """Let every model answer every prompt.
-
-    Args:
-        place: A run folder, or that of a model.
-        which: Of a run's models, separated by commas.
-        prompts: What to answer.
-        file: More prompts, one a line.
-        as_json: Print nothing but what is returned.
-        drawn: How answers are drawn, the fields of `Sampling`.
-
-    Raises:
-        UserError: If there is no prompt, or no such model.
-    """
+    """Let every model of a run or folder answer every prompt; `drawn` are the fields of `Sampling`."""
     asked = [*prompts, *(_lines(file) if file else ())]
     if not asked:
         raise UserError("there is no prompt: give `--prompt TEXT`, or `--file FILE` with one a line")
@@ -62,7 +50,6 @@ def generate(
 
 
 def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list[dict[str, Any]]:
-    """Load a model, let it answer, and free its memory."""
     click.echo(f"{source.name} ({source.weight_bytes / 1e6:.1f} MB) ...", err=True)
     with Terminal(quiet=False, stderr=True) as terminal:
         generator = source.load(loading_progress(terminal.emit, "generate"))
@@ -107,14 +94,14 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def export(root: str, form: forms.Form, out: Path | None) -> dict[str, Any]:
+def export(run: str, form: forms.Form, out: Path | None, as_json: bool) -> dict[str, Any]:
     """Write the final model in another form."""
-    run = RunDir(root, create=False)
-    out = out or run.require_folder("name a folder on this machine with `--out`") / "export" / form
-    if warning := warning_of_driver(run):
+    folder = RunDir(run, create=False)
+    out = out or folder.require_folder("name a folder on this machine with `--out`") / "export" / form
+    if warning := warning_of_driver(folder):
         click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
-        done = forms.export(run, form, out.resolve(), loading_progress(terminal.emit, "export"))
+        done = forms.export(folder, form, out.resolve(), loading_progress(terminal.emit, "export"))
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
         f"{done.agreement:.1%} of {done.num_positions} positions; loads "

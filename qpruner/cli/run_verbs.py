@@ -1,4 +1,4 @@
-"""The verbs on a run's folder that load no model: `status`, `trials`, `plan`, `compare`, `report` and `push`.
+"""The verbs on a run's folder that load no model; the docstrings of all but `report` are their help.
 
 Figures come from `report.run_views`.
 """
@@ -10,9 +10,8 @@ import operator
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,19 +23,16 @@ from qpruner.plans.plan import budget_text
 from qpruner.report import liveness, run_views
 from qpruner.report.search_progress import score_with_step
 from qpruner.report.snapshot import read_snapshot
+from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.records import BankRecord, plan_group_bytes
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration, nearest
 
-COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "!=": operator.ne,
-    "<": operator.lt,
-    ">": operator.gt,
-    "=": operator.eq,
+COMPARISONS = {
+    **{"<=": operator.le, ">=": operator.ge, "!=": operator.ne},
+    **{"<": operator.lt, ">": operator.gt, "=": operator.eq},
 }
 SHOWN = (
     *("trial", "winner", "from", "status", "failure", "bytes", "mean_bits", "step"),
@@ -46,8 +42,6 @@ ALSO_CALLED = {"index": "trial", "origin": "from"}
 """Columns by their names in records and results.json."""
 MOST_LINES = 10
 """Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
-WITHOUT_WORKER = {"starting": "a worker process to start", "waiting": "a machine"}
-"""What trials under way that are in no worker's hands wait for."""
 UNITS: dict[str, dict[str, float]] = {
     "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "seconds": {"h": 3600, "min": 60, "s": 1},
@@ -55,8 +49,8 @@ UNITS: dict[str, dict[str, float]] = {
 """Those that a person may write of figures in a base unit, by that."""
 
 
-def status(run: str | Path, as_json: bool) -> dict[str, Any]:
-    """Print where a run stands."""
+def status(run: str, as_json: bool) -> dict[str, Any]:
+    """Show where a run stands: its stages, trials, and the best so far. From any shell or machine."""
     facts = run_views.status(read_snapshot(RunDir(run, create=False)), time.time())
     if not as_json:
         terminal = Terminal(quiet=False)
@@ -67,10 +61,8 @@ def status(run: str | Path, as_json: bool) -> dict[str, Any]:
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
         is_running = facts["outcome"] == liveness.RUNNING and facts["has_begun"]
-        for line in _search_lines(facts["search"], is_running) if facts["search"] else ():
+        for line in (*_search_lines(facts["search"], is_running), *filter(None, [facts["to_compare"]])):
             terminal.say(line)
-        if facts["to_compare"]:
-            terminal.say(facts["to_compare"])
     return {"status": "ok", **facts}
 
 
@@ -94,10 +86,13 @@ def _headline(facts: dict[str, Any]) -> str:
     return f"{text}, in {facts['folder']}: {facts['command']}"
 
 
-def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
+def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
+    if search is None:
+        return []
     counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed"))
-    begun = f", {search['running']} begun" if search["running"] else ""
-    under_way = f", {search['running']} running{_slots(search)}" if is_running else begun
+    under_way = f", {search['running']} running{_slots(search)}" if is_running else ""
+    if search["running"] and not is_running:
+        under_way = f", {search['running']} begun"
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
     left += " once it goes on" if left and not is_running else ""
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{under_way}{left}"]
@@ -113,25 +108,20 @@ def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
     )
     lines += _first_lines(map(_failed, search["failures"]))
     if search["winner"] is not None:
-        lines.append(_winner(search))
+        chosen, name = search["winner"], search["score_title"].removeprefix("validation ")
+        fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
+        unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
+        text = f"winner:        selection {name} {fresh[search['metric']]:.4f}, trial {chosen} ({fresh['origin']})"
+        lines.append(f"{text}{unbeaten}; `qpruner plan` prints its plan")
     return lines
 
 
 def _slots(search: dict[str, Any]) -> str:
-    """Say where the trials under way are."""
+    """Say where the trials under way are, and what those in no worker's hands wait for."""
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
-    without = [f"{search[name]} of them waiting for {what}" for name, what in WITHOUT_WORKER.items() if search[name]]
+    awaited = {"starting": "a worker process to start", "waiting": "a machine"}
+    without = [f"{search[name]} of them waiting for {what}" for name, what in awaited.items() if search[name]]
     return slots + (f" ({', '.join(without)})" if without else "")
-
-
-def _winner(search: dict[str, Any]) -> str:
-    """Describe the winner that fresh rows chose."""
-    metric, chosen = search["metric"], search["winner"]
-    fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
-    name = search["score_title"].removeprefix("validation ")
-    text = f"winner:        selection {name} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
-    unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
-    return f"{text}{unbeaten}; `qpruner plan` prints its plan"
 
 
 def _first_lines(every: Iterable[str]) -> list[str]:
@@ -146,8 +136,10 @@ def _failed(trial: dict[str, Any]) -> str:
     return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
-def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
-    """Print the trials of which all conditions hold, as `text`, `csv` or `json`; those without a figure last."""
+def trials(
+    run: str, conditions: Sequence[str], sort: str, descending: bool, as_csv: bool, as_json: bool
+) -> dict[str, Any]:
+    """List the trials of a run, the winner marked."""
     looked = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(looked, trial) for trial in looked.trials]
     columns = list(rows[0]) if rows else list(SHOWN)
@@ -157,14 +149,17 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
         rows = _where(rows, condition, names)
     key = _known(sort, names)
     known = [row for row in rows if row[key] is not None]
+    # Those without a figure come last.
     rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
-    if form == "csv":
+    if as_json:
+        pass
+    elif as_csv:
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    elif form == "text" and not rows:
+    elif not rows:
         click.echo("no trials match" if looked.trials else "there are no trials yet")
-    elif form == "text":
+    else:
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
         terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
@@ -175,7 +170,6 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
 
 
 def _cell(name: str, row: dict[str, Any]) -> str:
-    """Render a trial's figure; a score of an earlier rung than the trial's step names its rung."""
     shown = _figure(name, row[name])
     return score_with_step(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
 
@@ -205,14 +199,13 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
 def _known(key: str, names: Mapping[str, str]) -> str:
     """Return the column of that name, or refuse it with the nearest one."""
     if key not in names:
-        bits = [name for name in names if name.startswith("bits ")]
-        text = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
-        raise UserError(f"trials have no `{key}`; {nearest(key, text, 'they have')}")
+        columns = [name for name in names if not name.startswith("bits ")]
+        raise UserError(f"trials have no `{key}`; {nearest(key, columns, 'they have `bits GROUP` for each group and')}")
     return names[key]
 
 
-def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print the winner's plan, or a trial's, as YAML that `--plan` takes back."""
+def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
+    """Print the winner's plan as YAML, for `--plan` of another run or to change it by hand."""
     looked = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
     budget = looked.state.search.budget_bytes if looked.state.search else None
@@ -242,8 +235,8 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
     }
 
 
-def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
-    """Print runs side by side, their differences from the first, and the settings in which they differ."""
+def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
+    """Put runs side by side: figures, paired differences, settings that differ."""
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     results = [run.results for run in views]
@@ -253,7 +246,8 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
         body = [[key, *(_figure(key, each.get(key)) for each in facts)] for key in keys]
         places = [each.run_dir.place.rstrip("/") for each in views]
-        headings = ["", *(_short(place, places) for place in places)]
+        names = [place.rsplit("/", 1)[-1] for place in places]
+        headings = ["", *(names if len(set(names)) == len(set(places)) else places)]
         terminal.table(headings, body)
         for name, found in zip(headings[2:], apart, strict=True):
             terminal.say(f"{name} less {headings[1]}: {run_views.against_text(found)}.", is_prose=True)
@@ -269,23 +263,13 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
     return {"status": "ok", "runs": facts, "differences": less_first, "differing_settings": settings}
 
 
-def _short(place: str, places: Sequence[str]) -> str:
-    """Return the end of a run's place, as long as it takes to tell it from the others."""
-    parts = place.split("/")
-    ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
-    others = [other for other in places if other != place]
-    return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), place)
-
-
 def _setting(value: Any) -> str:
-    """Render a setting's value for a table."""
     if value is None:
         return "-"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _figure(name: str, value: Any) -> str:
-    """Render a value for a table."""
     if value is None:
         return "-"
     if name.endswith("bytes"):
@@ -297,24 +281,24 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def report(root: str) -> dict[str, Any]:
+def report(run: str) -> dict[str, Any]:
     """Write a run's report anew."""
     from qpruner.report.files import write_report  # draws pictures
 
-    run = RunDir(root, create=False)
-    page = display_name(write_report(run))
+    folder = RunDir(run, create=False)
+    page = display_name(write_report(folder))
     click.echo(page)
-    return {"status": "ok", "run": run.address, "page": page}
+    return {"status": "ok", "run": folder.storage.address, "page": page}
 
 
-def push(root: str, repo_id: str, what: Any, is_public: bool) -> dict[str, Any]:
-    """Upload the final model with its card to a model hub."""
+def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> dict[str, Any]:
+    """Upload the final model with its card to a model hub; nothing else of qpruner uploads anything."""
+    quiet_libraries()
+    from qpruner.export import hub
     from qpruner.export.card import missing_remark
-    from qpruner.export.hub import push as upload
 
-    done = upload(
-        RunDir(root, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
-    )
+    folder = RunDir(run, create=False)
+    done = hub.push(folder, repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True))
     seen = "private" if done.is_private else "public"
     gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
     click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")

@@ -13,30 +13,15 @@ from types import TracebackType
 from typing import Any
 
 import click
+from rich import progress
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column, Table
 from rich.text import Text
 
-from qpruner.report.search_progress import (
-    bar,
-    control_name,
-    event_line,
-    score,
-    score_title,
-    score_with_step,
-    search_progress,
-)
+from qpruner.report import search_progress as trials_now
+from qpruner.report.search_progress import bar, event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import counted, duration
@@ -61,7 +46,7 @@ class Terminal:
         # Whether it moves its cursor, whatever `FORCE_COLOR` makes rich believe of a pipe.
         self._is_plain = not (console.file.isatty() and console.is_terminal and not console.is_dumb_terminal)
         self._quiet = quiet
-        self._bars: dict[str, TaskID] = {}
+        self._bars: dict[str, progress.TaskID] = {}
         self._stages: dict[str, float | str] = {}
         self._counts: dict[str, str] = {}
         self._last_line, self._is_cut = time.monotonic(), False
@@ -69,13 +54,10 @@ class Terminal:
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
         self._steps: Mapping[int, int] = {}
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            *(progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()),
+            *(progress.TimeRemainingColumn(), progress.TextColumn("left")),
             console=console,
             speed_estimate_period=PACE_SECONDS,
         )
@@ -170,32 +152,26 @@ class Terminal:
                 self._bars[stage] = self._progress.add_task(stage, total=total)
             self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
         count = f"{detail or 'done'}: {done} of {total}"
-        if self._is_plain and self._is_silent():
+        if self._is_plain and time.monotonic() - self._last_line >= SILENCE_SECONDS:
             self.say(f"[{stage}] {count}")
         if done < total:
             self._counts[stage] = count
         else:
             self._counts.pop(stage, None)
 
-    def _is_silent(self) -> bool:
-        return time.monotonic() - self._last_line >= SILENCE_SECONDS
-
     def _break_silence(self) -> None:
         """Report the stages under way whenever nothing was printed for long."""
         while not self._closed.wait(max(SILENCE_SECONDS / 30, 0.05)):
             with self._lock:
-                if not self._closed.is_set() and self._is_silent():
-                    try:
-                        self._report_stages()
-                    except SystemExit:  # rich found the pipe closed; to end is for the command's own thread
-                        self._is_cut = True
-
-    def _report_stages(self) -> None:
-        for stage in {**self._stages, **self._counts}:  # what export and generate do begins with no event
-            began, count = self._stages.get(stage), self._counts.get(stage, "running")
-            if not isinstance(began, str):
-                taken = f", {duration(time.monotonic() - began)}" if began else ""
-                self.say(f"[{stage}] {count}{taken}")
+                if self._closed.is_set() or (now := time.monotonic()) - self._last_line < SILENCE_SECONDS:
+                    continue
+                try:
+                    for stage in {**self._stages, **self._counts}:  # what export and generate do begins with no event
+                        began, count = self._stages.get(stage), self._counts.get(stage, "running")
+                        if not isinstance(began, str):
+                            self.say(f"[{stage}] {count}" + (f", {duration(now - began)}" if began else ""))
+                except SystemExit:  # rich found the pipe closed; to end is for the command's own thread
+                    self._is_cut = True
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome
@@ -223,7 +199,7 @@ def _search_view(
     search: SearchState, trials: Sequence[TrialRecord], steps: Mapping[int, int], num_listed: int
 ) -> Iterator[RenderableType]:
     """Render a search: counts and the time left, the best so far, and trials under way."""
-    now = search_progress(search, trials)
+    now = trials_now.search_progress(search, trials)
     over = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
     busy = f"{len(now.running)} running"
     if search.slots is not None:
@@ -235,7 +211,7 @@ def _search_view(
     yield Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {over}; {busy}{left}", **FOLDED)
     for best in (now.best, now.best_control):
         if best:
-            name = control_name(best) if best.is_control else "best so far"
+            name = trials_now.control_name(best) if best.is_control else "best so far"
             reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
             size = f"{best.plan_bytes / 1e6:.1f} MB"
             yield Text(f"{name:<12}  {reached} ({best.origin}), {size}  ", **FOLDED).append(_plan(best))
@@ -250,7 +226,7 @@ def _search_view(
             trial.origin,
             f"{trial.plan_bytes / 1e6:.1f} MB",
             f"{step}/{search.steps}",
-            score_with_step(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
+            trials_now.score_with_step(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
             _plan(trial),
         )
     if len(now.running) > num_listed:

@@ -7,7 +7,7 @@ import secrets
 import socket
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from qpruner.cluster import ray_private
-from qpruner.cluster.slots import Growth, Node, Slots, size_of
+from qpruner.cluster.slots import Node, Slots, size_of
 from qpruner.errors import RayNotStarted, UserError, first_line
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import CACHE, cache_root
@@ -36,7 +36,7 @@ CLUSTER_FILE = "--autoscaling-config="
 class Cluster:
     """The Ray cluster that this process has joined."""
 
-    growth: Growth | None
+    growth: Slots  # what its autoscaler may start
     was_joined: bool = False  # before
 
     def slots(self) -> Slots:
@@ -45,7 +45,7 @@ class Cluster:
 
         draining = ray_private.state.get_draining_nodes()
         nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-        return Slots(tuple(map(size_of, nodes)), self.growth)
+        return replace(self.growth, nodes=tuple(map(size_of, nodes)))
 
 
 def connect(address: str | None) -> Cluster:
@@ -77,9 +77,7 @@ def connect(address: str | None) -> Cluster:
         _join(address, options)
     else:
         _start(options)
-    head = next((size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
-    growth = _growth(ray.get_runtime_context().get_session_name(), head) if address and head else None
-    return Cluster(growth, was_joined)
+    return Cluster(_growth() if address else Slots(()), was_joined)
 
 
 def disconnect() -> None:
@@ -142,36 +140,34 @@ def _join(address: str, options: dict[str, Any]) -> None:
         host, _, port = ray_private.canonicalize_address_or_die(address).rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address=address, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one with `ray start "
-            "--head` or `ray up`, or leave --address out"
-        ) from error
-    except RuntimeError as error:
-        if "ersion mismatch" not in str(error):
-            raise
-        raise UserError(
-            f"--address {address}: this is another Ray or Python than the cluster's: {error}; install the same on both"
+            f"--address {address}: no Ray cluster answers there that this process can join ({first_line(error)}); "
+            "start one with `ray start --head` or `ray up`, of the same Ray and Python, or leave --address out"
         ) from error
 
 
-def _growth(session: str, head: Node) -> Growth | None:
-    """Return how large the autoscaler of a Ray session may make it; None where there is no autoscaler.
+def _growth() -> Slots:
+    """Return what the cluster's autoscaler may start; nothing where there is none.
 
     Ray has no API for it (2.60): `get_cluster_config` is None and nodes do not say their type. The head's monitor
     process has the cluster file's path on its command line. A driver that is not on the head, or on Kubernetes, sees
     only the machines that have joined.
     """
+    import ray
+
+    session = ray.get_runtime_context().get_session_name()
+    heads = [size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
         file = next((each for each in command if each.startswith(CLUSTER_FILE)), None)
-        if file and any(f"/{session}/" in argument for argument in command):
-            return read_growth(Path(file.removeprefix(CLUSTER_FILE)).expanduser(), head)
-    return None
+        if heads and file and any(f"/{session}/" in argument for argument in command):
+            return read_growth(Path(file.removeprefix(CLUSTER_FILE)).expanduser(), heads[0])
+    return Slots(())
 
 
-def read_growth(file: Path, head: Node) -> Growth | None:
-    """Return how large a cluster file lets the cluster become; types without a size count once they have joined.
+def read_growth(file: Path, head: Node) -> Slots:
+    """Return what a cluster file lets the autoscaler start; types without a size count once they have joined.
 
     Raises:
         UserError: If it cannot be read.
@@ -190,4 +186,4 @@ def read_growth(file: Path, head: Node) -> Growth | None:
         node = size_of({"Resources": kind.get("resources") or {}})
         number = kind.get("max_workers", 0 if name == config.get("head_node_type") else max_workers)
         workers += [node] * number if node.cpus or node.gpus else []
-    return Growth(head, tuple(workers), max_workers) if workers else None
+    return Slots((), head, tuple(workers), max_workers)

@@ -37,7 +37,7 @@ class GpuTime:
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Add seconds times GPUs."""
+        """Add what was held."""
         self.seconds += seconds
 
     @contextmanager
@@ -53,8 +53,7 @@ class GpuTime:
 class ModelCache:
     """Keeps the pruned model of this process, once it was cut or loaded here."""
 
-    def __init__(self) -> None:
-        self._pruned: PreTrainedModel | None = None
+    _pruned: PreTrainedModel | None = None
 
     def keep(self, pruned: PreTrainedModel) -> None:
         """Keep the pruned model for the next piece of work."""
@@ -95,10 +94,7 @@ class LocalExecutor:
 class ClusterExecutor:
     """Runs work in an actor on a node that has the resources; the driver holds no model.
 
-    Args:
-        resources: Ray resources of the actor.
-        gpu_time: Gets the GPU seconds of the work, without those that it waited for a machine.
-        check_node: As of `run_tasks`.
+    `gpu_time` gets no seconds that the work waited for a machine; `check_node` is that of `run_tasks`.
     """
 
     def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes) -> None:
@@ -130,20 +126,15 @@ class ClusterExecutor:
             return
 
         class Worker:  # nested, so that it is pickled whole, as in `checked`
-            def place(self) -> str:
-                import ray
-
-                node: str = ray.get_runtime_context().get_node_id()
-                return node
+            def place(self) -> Any:
+                return ray.get_runtime_context().get_node_id()
 
             def run(self, work: bytes) -> Iterator[Any]:
-                from ray import cloudpickle
-
-                yield from cloudpickle.loads(work)()
+                yield from ray.cloudpickle.loads(work)()
 
         options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
-        self._actor = ray.remote(Worker).options(**options).remote()
-        self._node, place = None, self._actor.place.remote()
+        self._actor, self._node = ray.remote(Worker).options(**options).remote(), None
+        place = self._actor.place.remote()
         if not ray.wait([place], timeout=QUIET_SECONDS)[0]:
             emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
         self._node = ray.get(place)
@@ -151,22 +142,20 @@ class ClusterExecutor:
     def _result(self, work: Work[Result], emit: Emit) -> Result:
         """Emit the worker's events; return its result."""
         import ray
-        from ray import cloudpickle
         from ray.exceptions import RayTaskError
 
         from qpruner.cluster.tasks import checked, original_error
 
         running = checked(self._check_node, partial(_stream, work, int(self._resources.get("cpu", 1.0))))
-        for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps(running)):
+        for reference in self._actor.run.options(num_returns="streaming").remote(ray.cloudpickle.dumps(running)):
             try:
                 answer = ray.get(reference)
             except RayTaskError as error:
                 raise original_error(error) from error
-            if isinstance(answer, tuple):
-                result: Result = answer[0]
-                return result
-            emit(answer)
-        raise AssertionError("a worker's last answer is its result")
+            if not isinstance(answer, tuple):
+                emit(answer)
+        result: Result = answer[0]  # its last answer
+        return result
 
     def close(self) -> None:
         """End the actor."""

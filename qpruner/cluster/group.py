@@ -38,28 +38,18 @@ def run_groups(
     max_concurrent: int,
     scratch: Path,
     check_node: bytes,
-    on_tick: Callable[[], None] = lambda: None,
-    progress: Callable[[int], object] = lambda position: None,
+    **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in a group of processes; otherwise as `run_tasks`.
+    """Run `function(job)` for every job in a group of processes; otherwise as `run_tasks`, which takes `more`.
 
     When a process dies, its group ends and the job is run again in another group. The first process's result counts.
-
-    Args:
-        function: A module-level function that every process of a group calls.
-        jobs: Its arguments.
-        resources: Ray resources of one process.
-        num_workers: Processes of a group.
-        max_concurrent: Groups in flight.
-        scratch: Folder that all nodes see, for Ray Train; removed at the end.
-        check_node: As of `run_tasks`.
-        on_tick: As of `run_tasks`.
-        progress: As of `run_tasks`.
+    `resources` are those of one process, and `max_concurrent` counts groups. All nodes see `scratch`, where Ray Train
+    keeps its files; it is removed at the end.
     """
     run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:
         # The task that waits for a group reserves nothing.
-        yield from run_tasks(run, jobs, {"cpu": 0.0}, max_concurrent, True, check_node, on_tick, progress=progress)
+        yield from run_tasks(run, jobs, {"cpu": 0.0}, max_concurrent, True, check_node, **more)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

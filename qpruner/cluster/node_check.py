@@ -7,7 +7,6 @@ nothing of qpruner, except to reach an object store, and return plain data.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -27,20 +26,20 @@ from qpruner.runs.records import RUN_ID
 from qpruner.runs.run_dir import RunDir
 
 ANSWER_SECONDS = 120.0
-"""A node starts a worker and answers within this time; importing torch from a cold network file system can take a
-minute."""
+"""A node answers within this time; importing torch from a cold network file system can take a minute."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")
 """Paths of GPU drivers: NVIDIA's, AMD's, that of Windows' Linux."""
 DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
 """Where Linux lists devices, and the vendor and the class prefix of a GPU there."""
-HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
 """Begins the error of a node that is not like the driver's; its type is one that every qpruner can unpickle."""
 
 Copies = Mapping[str, tuple[str, int, Sequence[str]]]
 """What a node keeps copies of, by the variable that names their folder: name, bytes, patterns of the files."""
+Gpus = Sequence[tuple[str, int, tuple[int, int]]]
+"""Kind, bytes and compute capability, as torch sees them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class NodeReport:
     name: str  # for people
     size: Node
     problems: dict[str, str]  # by a short word
-    gpus: Sequence[tuple[str, int, tuple[int, int]]] = ()  # kind, bytes, compute capability, as torch sees them
+    gpus: Gpus = ()
     has_left: bool = False  # meanwhile
 
 
@@ -100,7 +99,7 @@ def packed_check(own: Mapping[str, str], run: RunDir | None) -> bytes:
 
     Args:
         own: The driver's versions; empty for a run on this machine alone.
-        run: The run; None for work that writes nothing to its storage.
+        run: None for work that writes nothing to a run's storage.
     """
     from ray import cloudpickle
 
@@ -126,22 +125,13 @@ def _module_by_value() -> Iterator[None]:
 
 
 def look(storage: str, driver: str, me: str, own: Mapping[str, str], copies: Copies, gpus: float) -> dict[str, Any]:
-    """Return the problems of this node and its GPUs.
-
-    Args:
-        storage: A folder in the run's storage.
-        driver: Name and content of a file that the driver wrote there.
-        me: Name and content of a file to write there.
-        own: The driver's versions.
-        copies: What this node keeps copies of.
-        gpus: How many Ray counts here.
-    """
+    """Return the problems of this node and its GPUs, of which Ray counts so many; write a file `me`."""
     seen, trouble = _gpus(gpus) if gpus else ([], "")
     remedy = "install the same on every node (`launch/up.sh`, or `launch/setup.sh` there) and start Ray there again"
     differs = differences(own)
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
-        "storage": _storage_trouble(Path(storage), driver, driver, me),
+        "storage": _storage_trouble(Path(storage), driver, driver, me, seconds=0.0),
         "disk": _disk_trouble(copies),
         "GPUs": trouble,
     }
@@ -161,7 +151,7 @@ def check_node(own: Mapping[str, str], place: tuple[str, str, str, str] | None) 
     """
     trouble = differences(own)
     if place and not trouble:  # another qpruner could not be used for it
-        unseen = _lasting_trouble(Path(place[0]), *place[2:])
+        unseen = _storage_trouble(Path(place[0]), *place[2:])  # waits as a trial would
         trouble = f"`output`: {place[1]} {unseen}" if unseen else ""
     if trouble := trouble or _unseen_gpus():
         raise RuntimeError(f"{REFUSAL}{own_name()}: {trouble}")
@@ -213,9 +203,8 @@ def _unseen_gpus() -> str:
         return ""
     import torch
 
-    if torch.cuda.is_available():
-        return ""
-    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    is_seen = torch.cuda.is_available()
+    return "" if is_seen else f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
 
 
 def _has_hardware() -> bool:
@@ -230,10 +219,10 @@ def _has_hardware() -> bool:
     return False
 
 
-def _gpus(counted: float) -> tuple[list[tuple[str, int, tuple[int, int]]], str]:
+def _gpus(counted: float) -> tuple[Gpus, str]:
     """Return the GPUs that torch sees, and why a run cannot use them."""
-    for name in HIDERS:  # Ray hides GPUs from what reserves none
-        os.environ.pop(name, None)
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        os.environ.pop(name, None)  # by which Ray hides GPUs from what reserves none
     try:
         import torch
 
@@ -255,43 +244,25 @@ def _gpus(counted: float) -> tuple[list[tuple[str, int, tuple[int, int]]], str]:
     return seen, ""
 
 
-def _lasting_trouble(folder: Path, driver: str, text: str) -> str:
-    """Describe why the storage cannot be used, for longer than a running trial would wait for it."""
-    from qpruner.errors import StorageError
-    from qpruner.runs.storage import retry_storage
-
-    trouble = ""
-
-    def look_again() -> None:
-        nonlocal trouble
-        trouble = _storage_trouble(folder, driver, text)
-        if trouble:
-            raise OSError(errno.EIO, trouble, str(folder))
-
-    with contextlib.suppress(StorageError):
-        retry_storage(look_again, folder)
-    return trouble
-
-
-def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
-    """Describe why the storage cannot be used here; empty where it can."""
-    try:
-        from qpruner.runs.storage import storage_at
-    except ImportError:  # another qpruner, or none, which the versions tell
-        return ""
+def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds: float | None = None) -> str:
+    """Describe why the storage cannot be used here, after so many seconds of patience; empty where it can."""
     what = "read"
     try:
-        if storage_at(folder / driver).read().decode() != text:
+        from qpruner.runs.storage import retry_storage, storage_at
+
+        found = storage_at(folder / driver)
+        if retry_storage(found.read, folder / driver, seconds, was_there=True).decode() != text:
             return "does not show there what the driver wrote"
         what = "written"
         if me:
             storage_at(folder / me).write(me.encode(), durable=False)
+    except ImportError:  # another qpruner, or none, which the versions tell
+        return ""
     except FileNotFoundError:
         return "is not shared with it: what the driver wrote is not there"
-    except OSError as error:
-        return f"cannot be {what} there ({error.strerror})"
-    except Exception as error:  # credentials, or another qpruner
-        return f"cannot be {what} there ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    except Exception as error:  # a file system, credentials, or another qpruner
+        line = str(error).strip().partition("\n")[0]
+        return f"cannot be {what} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"
     return ""
 
 

@@ -42,25 +42,13 @@ def size_of(node: Mapping[str, Any]) -> Node:
 
 
 @dataclass(frozen=True)
-class Growth:
-    """A cluster as large as its autoscaler may make it."""
-
-    head: Node
-    workers: tuple[Node, ...]  # each type as often as it is allowed
-    max_workers: int  # of them at once
-
-    def fits(self, resources: Mapping[str, float]) -> int:
-        """Count the tasks that fit at once."""
-        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)
-        return self.head.fits(resources) + sum(by_worker[: self.max_workers])
-
-
-@dataclass(frozen=True)
 class Slots:
-    """The machines that are there, and what an autoscaler may add."""
+    """The machines that are there, and what an autoscaler may start."""
 
     nodes: tuple[Node, ...]
-    growth: Growth | None = None
+    head: Node = Node(0, 0)  # of an autoscaler's cluster: it stays when workers go
+    workers: tuple[Node, ...] = ()  # that the autoscaler may start, each type as often as it is allowed
+    max_workers: int = 0  # of them at once
 
     @property
     def gpus(self) -> float:
@@ -68,14 +56,9 @@ class Slots:
         return sum(node.gpus for node in self.nodes)
 
     @property
-    def possible(self) -> tuple[Node, ...]:
-        """Return the machines that are there and those that may be started."""
-        return (*self.nodes, *self.growth.workers) if self.growth else self.nodes
-
-    @property
     def largest(self) -> Node:
-        """Return the possible machine with the most GPUs, and of those the most cores."""
-        return max(self.possible, key=lambda node: (node.gpus, node.cpus))
+        """Return the machine, there or possible, with the most GPUs, and of those the most cores."""
+        return max((*self.nodes, *self.workers), key=lambda node: (node.gpus, node.cpus))
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """Count the tasks that fit at once on the machines that are there."""
@@ -83,8 +66,8 @@ class Slots:
 
     def at_most(self, resources: Mapping[str, float]) -> int:
         """Count the tasks that fit at once when the autoscaler has started what it may."""
-        now = self.fits(resources)
-        return max(now, self.growth.fits(resources)) if self.growth else now
+        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[: self.max_workers]
+        return max(self.fits(resources), self.head.fits(resources) + sum(by_worker) if by_worker else 0)
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
         """Return what one trial reserves: what was asked for, else a GPU where there may be one, else a core."""
@@ -94,7 +77,7 @@ class Slots:
 
     def cores_each(self, num_tasks: int) -> float:
         """Return the most cores that this many tasks can have each, all at once, each task on one machine."""
-        most = max((int(node.cpus) for node in self.possible), default=0)
+        most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
         each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
         return float(each)
 
@@ -107,18 +90,14 @@ class Slots:
         most = self.at_most(resources)
         if most < 1:
             number, larger = f"{len(self.nodes)}", "a larger machine (`ray status` lists those that have joined)"
-            if self.growth:
+            if self.workers:
                 number += " and of those that the autoscaler may start"
                 larger = "a larger type to the cluster file"
             raise UserError(
                 f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the largest of {number} "
                 f"has {self.largest}: ask for less, or add {larger}"
             )
-        return _limited(most, limit)
-
-
-def _limited(number: int, limit: int | None) -> int:
-    return min(number, limit) if limit else number
+        return min(most, limit or most)
 
 
 def num_cores() -> int:
@@ -147,16 +126,10 @@ def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, 
 
 
 class Room:
-    """Tells how many trials may be in flight now, on a cluster whose machines come and go.
+    """Tells how many trials may be in flight now, at most `limit`, on a cluster whose machines come and go.
 
     An autoscaler starts machines for trials that wait, so the room includes machines that it may start. Ray's
     `request_resources` is not used: it would outlive a driver that is killed, and keep unused machines.
-
-    Args:
-        look: Finds out what the cluster can run.
-        resources: What one trial reserves.
-        limit: Trials in flight at most.
-        emit: Gets the number of slots when it changes.
     """
 
     def __init__(
@@ -167,13 +140,13 @@ class Room:
         self._room, self._next_look = 0, 0.0
 
     def __call__(self) -> int:
-        """Return how many trials may be in flight; looks again every `LOOK_SECONDS`."""
+        """Return how many trials may be in flight; looks again every `LOOK_SECONDS` and emits what changed."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            slots = self._look()
-            self._room = _limited(slots.at_most(self._resources), self._limit)
-            num_slots = _limited(slots.fits(self._resources), self._limit)
+            slots, limit = self._look(), self._limit or 10**6
+            self._room = min(slots.at_most(self._resources), limit)
+            num_slots = min(slots.fits(self._resources), limit)
             if num_slots != self._num_slots:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))

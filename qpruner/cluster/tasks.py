@@ -6,8 +6,7 @@ import logging
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -57,7 +56,7 @@ def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., An
 def run_tasks(
     function: Callable[[Any], Result],
     jobs: Sequence[Any],
-    resources: dict[str, float],
+    resources: Mapping[str, float],
     max_concurrent: int,
     fresh: bool,
     check_node: bytes,
@@ -84,39 +83,44 @@ def run_tasks(
     """
     assert ray.is_initialized(), "Ray would choose a cluster itself"
 
+    def timed(job: Any) -> tuple[float, Any]:
+        started = time.monotonic()
+        result = function(job)
+        return time.monotonic() - started, result
+
+    def start(position: int) -> None:
+        answers = task.remote(cloudpickle.dumps(checked(check_node, partial(timed, jobs[position]))))
+        running[answers] = position
+
     task = _remote_task(getattr(function, "__name__", "task"), resources, fresh)
-    waiting = deque(
-        _Job(at, cloudpickle.dumps(checked(check_node, partial(_timed, function, job)))) for at, job in enumerate(jobs)
-    )
-    running: dict[Any, _Job] = {}
+    waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     deaths = DeathCounter(progress)
     while waiting or running:
         while waiting and len(running) < max_concurrent:
-            job = waiting.popleft()
-            running[task.remote(job.work)] = job
+            start(waiting.popleft())
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         for answers in done:
-            job = running[answers]
+            position = running[answers]
             try:
                 answer = ray.get(next(answers))
             except DEATHS as error:
-                line = deaths.count(job.position, job.node, error)
+                line = deaths.count(position, nodes.pop(position, None), error)
                 logger.warning("a worker died, its job is run again: %s", line)
-                waiting.append(_Job(job.position, running.pop(answers).work))
+                waiting.append(running.pop(answers))
             except RayTaskError as error:
                 raise original_error(error) from error
             else:
                 if isinstance(answer, str):
-                    job.node = answer
+                    nodes[position] = answer
                     continue
                 del running[answers]
                 seconds, result = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
-                yield job.position, result
+                yield position, result
 
 
-def _remote_task(name: str, resources: dict[str, float], fresh: bool) -> Any:
+def _remote_task(name: str, resources: Mapping[str, float], fresh: bool) -> Any:
     """Return a remote generator: the id of its node, then what the pickled work returns."""
 
     def located(work: bytes) -> Iterator[Any]:
@@ -129,25 +133,8 @@ def _remote_task(name: str, resources: dict[str, float], fresh: bool) -> Any:
     return ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located).options(name=name)
 
 
-@dataclass
-class _Job:
-    position: int
-    work: bytes
-    node: str | None = None  # where it runs, by Ray's id
-
-
-def _timed(function: Callable[[Any], Any], job: Any) -> tuple[float, Any]:
-    started = time.monotonic()
-    result = function(job)
-    return time.monotonic() - started, result
-
-
 class DeathCounter:
-    """Counts the workers that died under each job; deaths of a whole machine do not count.
-
-    Args:
-        progress: As of `run_tasks`.
-    """
+    """Counts the workers that died under each job since its last progress, on machines that stay."""
 
     def __init__(self, progress: Callable[[int], object] = lambda position: None) -> None:
         self._progress = progress

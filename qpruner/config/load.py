@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,16 +20,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice; YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
+        seen: list[Any] = []
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
-            seen.add(key)
+            seen.append(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -40,16 +35,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read and validate a configuration file.
+    """Read and validate a YAML file, or raise a `UserError` with every problem found.
 
-    Args:
-        path: The YAML file.
-        overrides: `section.key=value` pairs; values are YAML. An item of a list is its number, counted from 0
-            (`data.train.0.limit=8`). `section.key=` takes the key out, so that its default holds.
-
-    Raises:
-        UserError: If the file is missing or is no YAML.
-        ConfigError: With every problem found.
+    Overrides are `section.key=value`, values in YAML. An item of a list is its number, counted from 0
+    (`data.train.0.limit=8`). `section.key=` takes the key out, so that its default holds.
     """
     if path.is_dir():
         raise UserError(
@@ -78,20 +67,12 @@ def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_explain(problem) for problem in _root_causes(error)], source) from error
+        raise ConfigError([_explain(problem) for problem in error.errors() if not _repeats(problem)], source) from error
 
 
-def _root_causes(error: ValidationError) -> list[Any]:
-    """Return the problems without those that only repeat that something inside them is wrong."""
-    problems = error.errors()
-    places = [problem["loc"] for problem in problems]
-
-    def repeats(problem: Any) -> bool:
-        place = problem["loc"]
-        inside = any(other[: len(place)] == place and len(other) > len(place) for other in places)
-        return inside and problem["type"] == "too_short"
-
-    return [problem for problem in problems if not repeats(problem)]
+def _repeats(problem: Any) -> bool:
+    """Whether a problem only repeats that items of a list are wrong: pydantic counts the right ones."""
+    return problem["type"] == "too_short" and bool(problem["input"])
 
 
 def config_schema() -> str:
@@ -120,22 +101,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if text.strip():
         here[place] = value
     elif isinstance(here, dict) and place not in here:
-        raise UserError(f"--set {override}: {_why_not_there(key)}")
+        raise UserError(
+            f"--set {override}: there is no `{key}` in the file to be taken out; what is not there has its default"
+        )
     else:
         del here[place]
 
 
-def _why_not_there(key: str) -> str:
-    """Say why a key cannot be taken out of a file: it is unknown, or the file does not have it."""
-    location = [int(part) if part.isdecimal() else part for part in key.split(".")]
-    for depth, part in enumerate(location):
-        if isinstance(part, str) and part not in _known_keys(location[:depth]):
-            return _explain_unknown_key(location[: depth + 1])
-    return f"there is no `{key}` in the file to be taken out, its default holds anyway"
-
-
 def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any:
-    """Return where a part of a key leads: a name in a section, a number in a list."""
     if isinstance(here, dict):
         return part
     if not part.isdecimal():
@@ -170,7 +143,7 @@ def _explain(problem: Any) -> str:
 
 
 def _as_share(problem: Any) -> str:
-    """Say how a share is written that was given in per cent."""
+    """Say how to write a share that was given in per cent."""
     limits = problem.get("ctx", {})
     most, given = limits.get("le", limits.get("lt", math.inf)), problem["input"]
     if not (most <= 1 and isinstance(given, int | float) and 2 <= given <= 100 * most):
@@ -191,9 +164,7 @@ def _explain_unknown_key(location: list[str | int]) -> str:
 def _known_keys(location: list[str | int]) -> list[str]:
     """Return the fields of the section that a location leads to."""
     section: type[BaseModel] = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
+    for part in (part for part in location if isinstance(part, str)):
         section = _section_of(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
@@ -201,8 +172,4 @@ def _known_keys(location: list[str | int]) -> list[str]:
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in get_args(annotation):
-        found = _section_of(argument)
-        if found:
-            return found
-    return None
+    return next(filter(None, map(_section_of, get_args(annotation))), None)

@@ -8,21 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qpruner.config.pruning import REDUCING, CalibrationConfig, PruneConfig
-from qpruner.config.schema import (
-    INFORMATION,
-    MEASUREMENT,
-    BudgetConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    LoraConfig,
-    QuantizeConfig,
-    ResourcesConfig,
-    RunConfig,
-    SearchConfig,
-    SensitivityConfig,
-    TrainingConfig,
-)
+from qpruner.config import schema
+from qpruner.config.pruning import REDUCING
 from qpruner.config.section import Idle
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
@@ -40,8 +27,7 @@ def take_out(*keys: str) -> str:
 # ---- what cannot stand together
 
 
-def prune_rules(prune: PruneConfig) -> Iterator[str]:
-    """Check what is cut and how units are selected."""
+def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     by_rate, units = prune.layer_rate is not None, prune.units
     if not by_rate and prune.rate is None:
         yield "give `rate` or `layer_rate`, got neither"
@@ -63,8 +49,7 @@ def prune_rules(prune: PruneConfig) -> Iterator[str]:
         )
 
 
-def budget_rules(budget: BudgetConfig) -> Iterator[str]:
-    """Check that the budget is given once."""
+def _budget_rules(budget: schema.BudgetConfig) -> Iterator[str]:
     given = [name for name, value in budget if value is not None]
     if len(given) != 1:
         named = [f"quantize.budget.{name}" for name in given]
@@ -72,14 +57,12 @@ def budget_rules(budget: BudgetConfig) -> Iterator[str]:
         yield f"give exactly one of fraction, mean_bits, gib, bytes; got {remedy}"
 
 
-def quantize_rules(quantize: QuantizeConfig) -> Iterator[str]:
-    """Check the order of the bit-widths."""
+def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
     if list(quantize.bits) != sorted(set(quantize.bits)):
         yield f"`bits` must be different bit-widths in ascending order, got {list(quantize.bits)}"
 
 
-def training_rules(training: TrainingConfig) -> Iterator[str]:
-    """Check that micro-batches fill a batch."""
+def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
     if training.batch_size % training.micro_batch_size:
         yield (
             f"`batch_size` must be a multiple of `micro_batch_size`, got {training.batch_size} and "
@@ -87,20 +70,17 @@ def training_rules(training: TrainingConfig) -> Iterator[str]:
         )
 
 
-def sensitivity_rules(sensitivity: SensitivityConfig) -> Iterator[str]:
-    """Check that methods differ."""
+def _sensitivity_rules(sensitivity: schema.SensitivityConfig) -> Iterator[str]:
     if len(set(sensitivity.methods)) < len(sensitivity.methods):
         yield f"`methods` names a method twice, got {', '.join(sensitivity.methods)}: name each once"
 
 
-def resources_rules(resources: ResourcesConfig) -> Iterator[str]:
-    """Check that several GPUs are whole ones."""
+def _resources_rules(resources: schema.ResourcesConfig) -> Iterator[str]:
     if resources.gpu is not None and resources.gpu > 1 and resources.gpu != int(resources.gpu):
         yield f"`gpu` must be a share of one GPU or a whole number of them, got {resources.gpu:g}"
 
 
-def search_rules(search: SearchConfig) -> Iterator[str]:
-    """Check rungs, and what a search by accuracy needs."""
+def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
     if search.first_rung > search.steps:
         yield f"`first_rung` must be at most `steps` ({search.steps}), got {search.first_rung}"
     if search.by_accuracy and not search.tasks:
@@ -112,21 +92,18 @@ def search_rules(search: SearchConfig) -> Iterator[str]:
         )
 
 
-def finetune_rules(finetune: FinetuneConfig) -> Iterator[str]:
-    """Check that the length is given once."""
+def _finetune_rules(finetune: schema.FinetuneConfig) -> Iterator[str]:
     if (finetune.steps is None) == (finetune.epochs is None):
         given = "neither" if finetune.steps is None else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
         yield f"give exactly one of `steps` and `epochs`, got {given}"
 
 
-def evaluate_rules(evaluate: EvaluateConfig) -> Iterator[str]:
-    """Check that text is text."""
+def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
     if other := [source.format for source in evaluate.text or () if source.format != "text"]:
         yield f"`text` is running text: give its sources `format: text`, got {', '.join(other)}"
 
 
-def run_rules(run: RunConfig) -> Iterator[str]:
-    """Check what sections ask of one another."""
+def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     method, bits, training = run.search.plan_method, run.quantize.bits, run.training
     if method and method not in run.measured_methods:
         yield (
@@ -158,18 +135,18 @@ def run_rules(run: RunConfig) -> Iterator[str]:
 # ---- what has no effect
 
 
-def idle_in_calibration(calibration: CalibrationConfig) -> tuple[Idle, ...]:
-    """Name what given token ids replace."""
+def _idle_in_calibration(calibration: schema.CalibrationConfig) -> tuple[Idle, ...]:
     is_given = calibration.token_ids is not None
     return ((is_given, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),)
 
 
-def idle_in_prune(prune: PruneConfig) -> tuple[Idle, ...]:
-    """Name keys of other units, importances and compensations than those of the cut."""
+def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     blocks_only, importance = not prune.width_units, f"`prune.importance` is {prune.importance}"
     only = "`prune.units` names whole blocks only"
     # `uniform` implies `selection`.
-    others = [key for key in PruneConfig.model_fields if key != "rate" and not (key == "selection" and prune.uniform)]
+    others = [
+        key for key in schema.PruneConfig.model_fields if key != "rate" and not (key == "selection" and prune.uniform)
+    ]
     return (
         (prune.is_off, "`prune.rate` is 0", tuple(others)),
         (blocks_only, only, OF_UNITS),
@@ -186,21 +163,18 @@ def idle_in_prune(prune: PruneConfig) -> tuple[Idle, ...]:
     )
 
 
-def idle_in_quantize(quantize: QuantizeConfig) -> tuple[Idle, ...]:
-    """Name what only 4 bits have."""
+def _idle_in_quantize(quantize: schema.QuantizeConfig) -> tuple[Idle, ...]:
     return ((4 not in quantize.bits, "`quantize.bits` has no 4", ("double_quant",)),)
 
 
-def idle_in_lora(lora: LoraConfig) -> tuple[Idle, ...]:
-    """Name what only LoftQ has."""
+def _idle_in_lora(lora: schema.LoraConfig) -> tuple[Idle, ...]:
     return ((lora.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 
 
-def idle_in_sensitivity(sensitivity: SensitivityConfig) -> tuple[Idle, ...]:
-    """Name keys of methods that are not measured."""
+def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, ...]:
     methods = set(sensitivity.methods)
     of_information = ("num_components", "num_neighbors", "num_shuffles", "max_positions")
-    by_methods = ((INFORMATION, of_information), (MEASUREMENT, ("num_measured_samples",)))
+    by_methods = ((schema.INFORMATION, of_information), (schema.MEASUREMENT, ("num_measured_samples",)))
     return (
         (not methods, "`sensitivity.methods` is empty", ("batch_size",)),
         *(
@@ -210,8 +184,7 @@ def idle_in_sensitivity(sensitivity: SensitivityConfig) -> tuple[Idle, ...]:
     )
 
 
-def idle_in_search(search: SearchConfig) -> tuple[Idle, ...]:
-    """Name keys of other searchers and metrics."""
+def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
     return (
         (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
         (search.pareto, "`search.pareto` is true", ("patience",)),
@@ -219,12 +192,11 @@ def idle_in_search(search: SearchConfig) -> tuple[Idle, ...]:
     )
 
 
-def idle_in_finetune(finetune: FinetuneConfig) -> tuple[Idle, ...]:
-    """Name keys of the comparison where there is none."""
+def _idle_in_finetune(finetune: schema.FinetuneConfig) -> tuple[Idle, ...]:
     return ((not finetune.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),)
 
 
-def idle_in_run(run: RunConfig) -> tuple[Idle, ...]:
+def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Name keys, `section.key`, that have no effect beside those of another section.
 
     `search.plan` is no reason: `--plan` takes a plan for a file that was written for a search.
@@ -232,19 +204,19 @@ def idle_in_run(run: RunConfig) -> tuple[Idle, ...]:
     """
     only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)
-    measured = (f"sensitivity.{key}" for key in SensitivityConfig.model_fields)
+    measured = (f"sensitivity.{key}" for key in schema.SensitivityConfig.model_fields)
     return ((len(run.quantize.bits) == 1, only, (*searched, *measured)),)
 
 
-PruneConfig.rules, PruneConfig.idle_keys = prune_rules, idle_in_prune
-BudgetConfig.rules = budget_rules
-QuantizeConfig.rules, QuantizeConfig.idle_keys = quantize_rules, idle_in_quantize
-LoraConfig.idle_keys = idle_in_lora
-TrainingConfig.rules = training_rules
-SensitivityConfig.rules, SensitivityConfig.idle_keys = sensitivity_rules, idle_in_sensitivity
-ResourcesConfig.rules = resources_rules
-SearchConfig.rules, SearchConfig.idle_keys = search_rules, idle_in_search
-FinetuneConfig.rules, FinetuneConfig.idle_keys = finetune_rules, idle_in_finetune
-EvaluateConfig.rules = evaluate_rules
-CalibrationConfig.idle_keys = idle_in_calibration
-RunConfig.rules, RunConfig.idle_keys = run_rules, idle_in_run
+schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune
+schema.BudgetConfig.rules = _budget_rules
+schema.QuantizeConfig.rules, schema.QuantizeConfig.idle_keys = _quantize_rules, _idle_in_quantize
+schema.LoraConfig.idle_keys = _idle_in_lora
+schema.TrainingConfig.rules = _training_rules
+schema.SensitivityConfig.rules, schema.SensitivityConfig.idle_keys = _sensitivity_rules, _idle_in_sensitivity
+schema.ResourcesConfig.rules = _resources_rules
+schema.SearchConfig.rules, schema.SearchConfig.idle_keys = _search_rules, _idle_in_search
+schema.FinetuneConfig.rules, schema.FinetuneConfig.idle_keys = _finetune_rules, _idle_in_finetune
+schema.EvaluateConfig.rules = _evaluate_rules
+schema.CalibrationConfig.idle_keys = _idle_in_calibration
+schema.RunConfig.rules, schema.RunConfig.idle_keys = _run_rules, _idle_in_run

@@ -10,18 +10,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from qpruner.config.pruning import CalibrationConfig, Named, Positive
+from qpruner.config.pruning import CalibrationConfig as CalibrationConfig
 from qpruner.config.pruning import DataSource as DataSource
+from qpruner.config.pruning import Named, Positive
 from qpruner.config.pruning import PruneConfig as PruneConfig
 from qpruner.config.section import Section
 
 Bits = Literal[4, 8, 16]
 AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
 """lm-eval's metrics that give one number between 0 and 1 a question, the preferred first."""
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+HUB_ID = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$")
+HubId = Annotated[str, Field(pattern=HUB_ID)]
 
 
 class ModelConfig(Section):
@@ -287,27 +288,12 @@ class EvaluateConfig(Section):
 class CardConfig(Section):
     """What `final/README.md`, the final model's card, states; nothing is computed from it."""
 
-    base_model: str | None = None
+    base_model: HubId | None = None
     """Hub id of the base model; null takes `model.source` where that is one."""
-    license: str | None = None
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = None
     """The hub's identifier of the final model's licence, such as apache-2.0; null takes the base model's."""
-    datasets: tuple[str, ...] | None = None
+    datasets: tuple[HubId, ...] | None = None
     """Hub ids of the training data; null takes those that `data.train` names, `[]` states that there are none."""
-
-    @field_validator("base_model", "datasets")
-    @classmethod
-    def _hub_ids(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        for name in (value,) if isinstance(value, str) else value or ():
-            if not HUB_ID.fullmatch(name):
-                raise ValueError(f"must be hub ids, OWNER/NAME, got {name!r}: leave out what is on no hub")
-        return value
-
-    @field_validator("license")
-    @classmethod
-    def _license_id(cls, value: str | None) -> str | None:
-        if value is not None and not LICENSE_ID.fullmatch(value):
-            raise ValueError(f"must be the hub's identifier of a licence, such as apache-2.0 or other, got {value!r}")
-        return value
 
 
 class RunConfig(Section):

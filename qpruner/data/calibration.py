@@ -33,18 +33,13 @@ def ignore_counts(done: int, total: int) -> None:
 class Samples:
     """Encoded calibration samples and how they go through a model.
 
-    Progress counts batches; where the samples go block by block, blocks.
+    Progress counts batches, or blocks or groups where these take the time.
     """
 
     rows: Rows
     pad_id: int
     batch_size: int
     on_progress: OnProgress = ignore_counts
-
-    @property
-    def one_by_one(self) -> Samples:
-        """The same samples, each in a pass of its own."""
-        return replace(self, batch_size=1)
 
     @property
     def by_length(self) -> Samples:
@@ -57,11 +52,6 @@ class Samples:
         for done, batch in enumerate(batches(self.rows, self.batch_size, self.pad_id, device), 1):
             yield batch
             self.on_progress(done, total)
-
-    def split(self) -> Iterator[Samples]:
-        """Yield the samples of one batch after the other."""
-        for start in range(0, len(self.rows), self.batch_size):
-            yield replace(self, rows=self.rows[start : start + self.batch_size])
 
 
 def visit_gradients(

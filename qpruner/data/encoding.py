@@ -7,11 +7,12 @@ the same thing.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
@@ -74,28 +75,22 @@ def calibration_samples(
 ) -> list[Row]:
     """Take the first `count` samples that have a token to predict.
 
-    They are rows cut at `length` tokens; with `packing` exactly `length` tokens from the rows joined together.
-
-    Raises:
-        UserError: If the rows make fewer; names `keys`, the configuration keys of `count` and `length`.
+    They are rows cut at `length` tokens; with `packing` exactly `length` tokens from the rows joined together. `keys`
+    are the configuration's for `count` and `length`.
     """
     rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
     samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
-    if len(samples) == count:
-        return samples
-    asked, limit = keys
-    if not packing:
+    if len(samples) < count:
+        number, limit = keys
+        shape, remedy = "at most", "longer"
+        if packing:
+            shape, remedy = "exactly", "shorter, or set `calibration.packing: false`, which takes a row for a sample"
         raise UserError(
-            f"`{asked}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a token "
-            f"to predict within {length} tokens (`{limit}`): ask for fewer, give more rows or make it longer"
+            f"`{number}` asks for {counted(count, 'sample')} of {shape} {length} tokens (`{limit}`), but the "
+            f"calibration rows make {len(samples)} with a token to predict: ask for fewer, give more rows, or make "
+            f"`{limit}` {remedy}"
         )
-    fewer = f"ask for at most {len(samples)}, " if samples else ""
-    raise UserError(
-        f"`{asked}` asks for {counted(count, 'sample')} of {length} tokens (`{limit}`), but the calibration rows make "
-        f"{len(samples)} with a token to predict, since `calibration.packing` cuts samples from the rows joined "
-        f"together: {fewer}make `{limit}` shorter, give more rows, or set `calibration.packing: false`, which takes a "
-        "row for a sample"
-    )
+    return samples
 
 
 def importance_samples(
@@ -119,16 +114,12 @@ def sensitivity_samples(
 
 def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
     """Join rows and cut them; rows without a token to predict, such as blank lines, are left out."""
-    ids: list[int] = []
-    labels: list[int] = []
+    ids, labels = list[int](), list[int]()
     for row_ids, row_labels in rows:
-        if not _has_label(row_labels):
-            continue
-        ids += row_ids
-        labels += row_labels
+        if _has_label(row_labels):
+            ids, labels = ids + row_ids, labels + row_labels
         while len(ids) >= length:
-            if _has_label(labels[:length]):
-                yield {"input_ids": ids[:length], "labels": labels[:length]}
+            yield from _cut([(ids, labels)], length)
             ids, labels = ids[length:], labels[length:]
 
 
@@ -195,22 +186,21 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
 
 def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
     """Read samples given as token ids: a JSON file with a list of lists."""
-    key = "`calibration.token_ids`"
+    token: Any = Annotated[int, Field(strict=True, ge=0, lt=vocabulary_size)]
+    sample: Any = Annotated[list[token], Field(min_length=2)]
     try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {path} cannot be read as JSON: {error}; write it anew or name another") from error
-    if not (isinstance(samples, list) and samples and all(isinstance(sample, list) for sample in samples)):
-        raise UserError(f"{key}: {path} must hold a list of lists of token ids, such as [[1, 306, 4658], [1, 910]]")
-    for position, sample in enumerate(samples):
-        where = f"{key}: sample {position} of {path} has"
-        for token in sample:
-            if type(token) is not int or not 0 <= token < vocabulary_size:
-                rule = f"a token id is a whole number from 0 to {vocabulary_size - 1} for this model"
-                raise UserError(f"{where} {token!r}, but {rule}")
-        if len(sample) < 2:
-            raise UserError(f"{where} {counted(len(sample), 'token')}; two at least are needed: leave it out")
-    return [{"input_ids": sample, "labels": sample} for sample in samples]
+        samples = TypeAdapter(Annotated[list[sample], Field(min_length=1)]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"`calibration.token_ids`: {path} cannot be read: {error}; name another file") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = "".join(f"[{index}]" for index in problem["loc"])
+        raise UserError(
+            f"`calibration.token_ids`: {path}{place} is {problem['input']!r:.60}: {problem['msg']}; "
+            "it must hold lists of two token ids or more, such as [[1, 306, 4658], [1, 910]], each a whole number from "
+            f"0 to {vocabulary_size - 1} for this model"
+        ) from error
+    return [{"input_ids": each, "labels": each} for each in samples]
 
 
 def _has_label(labels: Sequence[int]) -> bool:
@@ -259,7 +249,8 @@ def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]
 
     The rows that chose would flatter the winner.
     """
-    return load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
+    half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
+    return half
 
 
 class EncodedRows(Sequence[Row]):
@@ -275,14 +266,10 @@ class EncodedRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
-        return cast("Row", self._rows[index])
+        return self._rows[index]
 
 
 def row_lengths(rows: Sequence[Mapping[str, list[int]]]) -> list[int]:

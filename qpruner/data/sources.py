@@ -100,12 +100,9 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
         reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(error.__cause__ or error)
-        if "corresponds to no data" in reason or reason.startswith("Unknown split"):
-            raise UserError(
-                f"`{key}.split`: {source.split} takes no rows of {source.source!r} ({reason}): name another part of it"
-            ) from error
         raise UserError(
-            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; mend it or name another"
+            f"`{key}.source`: no rows can be read from {source.source!r} (`split: {source.split}`): {reason}; mend it "
+            "or name another"
         ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
@@ -141,12 +138,9 @@ def _check_table(path: Path, separator: str) -> list[str]:
         try:
             for row in filter(None, table):
                 if header and len(row) != len(header):
-                    remedy = f"a cell that holds {separator!r} stands in double quotes"
-                    if len(row) < len(header):
-                        remedy = f"an empty cell has its {separator!r}, too"
                     raise ValueError(
-                        f"line {table.line_num} has {counted(len(row), 'cell')}, its header {len(header)} "
-                        f"({', '.join(header)}): {remedy}"
+                        f"line {table.line_num} has {counted(len(row), 'cell')}, its header {len(header)}: each column "
+                        f"has a cell, and a cell that holds {separator!r} stands in double quotes"
                     )
                 num_rows += bool(header)
                 header, begins = header or row, table.line_num + 1
@@ -170,16 +164,11 @@ def _line_without_row(path: Path) -> str | None:
     """Name the first line of a file that is no JSON object; datasets counts lines from the block it reads."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                return f"line {number} is no JSON: {error.msg} at column {error.colno}"
-            except UnicodeDecodeError:
-                return f"line {number} is no UTF-8"
-            if not isinstance(row, dict):
-                return f"line {number} is no JSON object"
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is no JSON object"
+            except ValueError as error:  # no UTF-8 is one, too
+                return f"line {number} is no JSON: {error}"
     return None
 
 
@@ -198,7 +187,7 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
         missing = [name for name in theirs if name not in available]
         if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
             is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
-            header = ", which the first line of the file says: it is the header" if is_table else ""
+            header = f", as the first line of {source.source} says: it is the header" if is_table else ""
             raise UserError(
                 f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; they have "
                 f"{', '.join(available)}{header}; name yours with, for example, `columns: {{{column}: {available[0]}}}`"

@@ -9,15 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qpruner.config.schema import RunConfig
+from qpruner.estimate import memory as memory_of
 from qpruner.estimate.hours import CHOICES, Rates, num_compared, slot_hours, slots_sharing
-from qpruner.estimate.memory import (
-    Memory,
-    comparison_memory,
-    prune_memory,
-    scoring_memory,
-    sensitivity_memory,
-    training_memory,
-)
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.wording import counted, duration
@@ -49,7 +42,7 @@ def facts(
 def _hours(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float], gpus: float | None
 ) -> dict[str, Any]:
-    """Return the hours as plain data: GPU hours of each stage, or slot hours, and those of the clock (`wall`)."""
+    """Return the GPU hours or slot hours of each stage, and those of the clock (`wall`)."""
     held = 1.0 if gpus is None else gpus
     rates = rates.on(held)
     stages = slot_hours(config, inspection, rates)
@@ -67,24 +60,24 @@ def _hours(
     }
 
 
-def works(config: RunConfig) -> dict[str, Callable[[RunConfig, Inspection], Memory]]:
+def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], memory_of.Memory]]:
     """Map each kind of work whose memory is counted to its counter."""
-    return {
-        "trial, training": training_memory,
-        "trial, scoring": scoring_memory,
-        "prune": prune_memory,
-        **({"sensitivity": sensitivity_memory} if config.measured_methods else {}),
-        **({"comparison": comparison_memory} if config.finetune.compare else {}),
-    }
+    counters = {"trial, training": memory_of.training_memory, "trial, scoring": memory_of.scoring_memory}
+    counters["prune"] = memory_of.prune_memory
+    if config.measured_methods:
+        counters["sensitivity"] = memory_of.sensitivity_memory
+    if config.finetune.compare:
+        counters["comparison"] = memory_of.comparison_memory
+    return counters
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:
     """Render the memory as lines: the total of each kind of work, then its parts, the largest first."""
-    works, free, trials = found["memory"], found["memory_free"], found["trials_sharing_memory"]
+    free, trials = found["memory_free"], found["trials_sharing_memory"]
     beside = f" with {trials} trials or fine-tunes at once" if trials > 1 else ""
     here = "" if free is None else f"; {_amount(free)} free here"
     lines = [f"memory:      {_amount(found['memory_at_once'])} at most{beside}{here}"]
-    for name, each in works.items():
+    for name, each in found["memory"].items():
         parts = sorted(each["parts"].items(), key=lambda part: -part[1])
         lines.append(f"    {name:<15} {_amount(each['total']):>8}: {each['at']}")
         lines.append(f"      {', '.join(f'{part} {_amount(size)}' for part, size in parts)}")
@@ -98,27 +91,23 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     if time is None:
         return [*recorded, "time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
     wall, total, kind = _taken(time["wall"]), _taken(time["total"]), "GPU" if has_gpu else "slot"
-    left = ""
+    left, stages = "", []
     if time["left"] < time["total"]:
         left = f"; left: {_taken(time['wall_left'])}, {_taken(time['left'])} of {kind} time"
+    for slots in sorted(set(time["shared"].values())):
+        taken = [f"{name} {_taken(each)}" for name, each in time["stages"].items() if time["shared"][name] == slots]
+        stages.append(f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(taken)}")
     return [
         *recorded,
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time{left}",
-        *(_stage_line(time, slots) for slots in sorted(set(time["shared"].values()))),
+        *stages,
         f"    {time['rates']}",
         f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
         "loading and saving come on top, with a model as small as the demo's up to as much again",
     ]
 
 
-def _stage_line(time: Mapping[str, Any], slots: int) -> str:
-    """List the stages that so many slots share."""
-    stages = [f"{name} {_taken(each)}" for name, each in time["stages"].items() if time["shared"][name] == slots]
-    return f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(stages)}"
-
-
 def _taken(hours: float) -> str:
-    """Render a time in the unit that fits; what rounds to nothing is still something."""
     seconds = 3600 * hours
     return "< 1 s" if seconds > 0 and round(seconds) == 0 else duration(seconds)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
-from qpruner.estimate.step_times import StepTimes, packing_operations
+from qpruner.estimate.step_times import measure, packing_operations
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
@@ -50,28 +50,22 @@ class Rates:
         return Rates(self.training * gpus, self.scoring * gpus, self.packing * gpus, origin)
 
 
-def measured_rates(config: RunConfig, inspection: Inspection, times: StepTimes, where: str) -> Rates:
-    """Convert the seconds of a timed micro-batch to operations a second."""
+def measured_rates(config: RunConfig, inspection: Inspection, threads: int, where: str) -> Rates:
+    """Time a micro-batch and the packing of a layer here, with as many groups at high bits as the budget allows."""
+    count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
+    low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
+    share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
+    widest = max((each for group in layout.groups for each in group.linears), key=lambda linear: linear.num_weights)
+    model_config, labelled = inspection.cuts[0].expected, count.share_labelled("train")
+    times = measure(config, model_config, widest, share_high, labelled, threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
-    operations = rows * length * _Count(config, inspection).weights_a_token("train")
+    operations = rows * length * count.weights_a_token("train")
     origin = (
         f"measured on {where}: {rows} rows x {length} tokens take {times.training:.3g} s forward and backward, "
         f"{times.scoring:.3g} s forward"
     )
-    training = _Count(config, inspection).step_operations * operations / times.training
+    training = count.step_operations * operations / times.training
     return Rates(training, 2 * operations / times.scoring, times.packing_rate, origin)
-
-
-def share_at_highest(config: RunConfig, inspection: Inspection) -> float:
-    """Return where the budget lies between all groups at the lowest bits (0) and all at the highest (1)."""
-    layout, levels = inspection.pruned, config.quantize.bits
-    low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
-    return min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
-
-
-def share_labelled(config: RunConfig, inspection: Inspection) -> float:
-    """Return the share of the training rows' tokens that have a label."""
-    return _Count(config, inspection).share_labelled("train")
 
 
 def multiply_adds(layout: Layout, model_config: Any) -> int:
@@ -82,7 +76,7 @@ def multiply_adds(layout: Layout, model_config: Any) -> int:
 
 def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
     """Estimate the hours of one slot by stage, without starts of processes, loading and saving."""
-    count, steps = _Count(config, inspection), expected_steps(config)
+    count, steps = _Count(config, inspection), expected_steps(config)[0]
     scores = count.split("validation") + count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) / rates.training + scores / rates.scoring
     evaluation = count.evaluation() / rates.scoring
@@ -90,7 +84,7 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
         Prune: count.prune() / rates.training,
         Bank: count.bank() / rates.packing,
         Sensitivity: count.sensitivity() / rates.training,
-        Search: count.training(steps.steps) / rates.training + count.search_scores(steps) / rates.scoring,
+        Search: count.training(steps) / rates.training + count.search_scores() / rates.scoring,
         Finetune: finetune,
         Evaluate: (1 + UNTUNED) * evaluation,
         Comparison: num_compared(config) * (finetune + evaluation),
@@ -119,18 +113,11 @@ def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
     return {stage.name: by_stage[stage] for stage in STAGES if stage in by_stage and stage.is_wanted(config)}
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """Optimizer steps, and rungs reached, of all trials."""
+def expected_steps(config: RunConfig) -> tuple[float, float]:
+    """Estimate the optimizer steps, and the rungs reached, of all trials of a search.
 
-    steps: float
-    rungs: float
-
-
-def expected_steps(config: RunConfig) -> _Steps:
-    """Estimate the steps of a search: ASHA keeps one in `reduction_factor` at each rung, controls run to the end.
-
-    A trial that is first at a rung is never stopped there, so a small search takes more.
+    ASHA keeps one in `reduction_factor` at each rung, controls run to the end. A trial that is first at a rung is never
+    stopped there, so a small search takes more.
     """
     search = config.search
     controls = min(config.num_trials, max(1, len(config.quantize.bits) - 1 + len(config.measured_methods)))
@@ -138,7 +125,7 @@ def expected_steps(config: RunConfig) -> _Steps:
     lengths = [after - before for before, after in zip((0, *search.rungs), search.rungs, strict=False)]
     others = config.num_trials - controls
     steps = sum(share * length for share, length in zip(shares, lengths, strict=True))
-    return _Steps(controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares))
+    return controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares)
 
 
 def num_compared(config: RunConfig) -> int:
@@ -173,12 +160,11 @@ class _Count:
         }
 
     def share_labelled(self, name: str) -> float:
-        """Return the share of a split's tokens that have a label."""
         rows = self._inspection.examples[name]
         return sum(about_labelled(row, self._config.data) for row in rows) / sum(self._lengths[name])
 
     def weights_a_token(self, name: str) -> float:
-        """Return the weights that a token of a split is multiplied with on average: the head's where it has a label."""
+        """Count the weights that a token is multiplied with on average: the head's where it has a label."""
         return self._pruned - (1 - self.share_labelled(name)) * self._head
 
     def training(self, steps: float) -> float:
@@ -194,29 +180,26 @@ class _Count:
         return steps * training.batch_size * weights * self.step_operations
 
     def finetune_steps(self) -> float:
-        """Return the steps of the final fine-tune."""
         settings, batch = self._config.finetune, self._config.training.batch_size
         return settings.steps or (settings.epochs or 0) * math.ceil(len(self._lengths["train"]) / batch)
 
     def split(self, name: str) -> float:
-        """Count a forward pass over a split; rows of like length go together, so there is no padding."""
+        # A forward pass; rows of like length go together, so there is no padding.
         return 2 * self.weights_a_token(name) * sum(self._lengths[name])
 
-    def search_scores(self, steps: _Steps) -> float:
+    def search_scores(self) -> float:
         """Count validation at every rung, and the finalists on fresh rows."""
-        search = self._config.search
+        search, (_, rungs) = self._config.search, expected_steps(self._config)
         rung = self.split("validation") + self._questions("search")
         # Of a plan that is given only that: the controls beside it were scored by the search that tried them.
         best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
         finalists = best if self._config.is_searched else 1
-        return steps.rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
+        return rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:
-        """Count the evaluation of one model."""
         return self._questions("evaluate") + sum(self._lengths.get("text", ())) * 2 * self._pruned
 
     def prune(self) -> float:
-        """Count every cut."""
         return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
 
     def _cut(self, settings: PruneConfig) -> float:
@@ -233,11 +216,9 @@ class _Count:
         return passes * self._base
 
     def sensitivity(self) -> float:
-        """Count the passes of every method."""
         settings, calibration = self._config.sensitivity, self._config.calibration
         rows = self._lengths["train"][: calibration.num_sensitivity_samples]
-        tokens = sum(rows)
-        methods = set(self._config.measured_methods)
+        tokens, methods = sum(rows), set(self._config.measured_methods)
         operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0
         if methods & set(EXPANSION):
             operations += 6 * tokens
@@ -249,7 +230,6 @@ class _Count:
         return operations * self._pruned
 
     def bank(self) -> float:
-        """Count the packing of every layer at every bit-width."""
         levels = sum(bits != FULL_BITS for bits in self._config.quantize.bits)
         linears = [linear for group in self._inspection.pruned.groups for linear in group.linears]
         return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each in linears)

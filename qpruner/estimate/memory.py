@@ -54,33 +54,30 @@ class Memory:
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate a training step of a trial or of the final fine-tune: the budget's plan, rows of full length."""
-    return Memory(
-        f"a step of {config.training.micro_batch_size} rows x {config.data.max_length} tokens "
-        "(`training.micro_batch_size`), the final fine-tune's, too",
-        _step(config, inspection, inspection.pruned, _trial_bytes(config, inspection)),
-    )
+    about = "(`training.micro_batch_size`), the final fine-tune's, too"
+    return _step(config, inspection, inspection.pruned, _trial_bytes(config, inspection), about)
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the comparison: a training step of the base model, which is neither pruned nor quantized."""
-    base = inspection.base
-    return Memory(
-        f"a step of {config.training.micro_batch_size} rows x {config.data.max_length} tokens of the base model at "
-        f"{FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)",
-        _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS))),
+    base, about = (
+        inspection.base,
+        f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)",
     )
+    return _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS)), about)
 
 
-def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int) -> dict[str, int]:
+def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str) -> Memory:
     """Count a training step of a model whose weights and adapters take so many bytes."""
     training, hidden_size = config.training, int(inspection.model_config.hidden_size)
-    rows = training.micro_batch_size
+    rows, length = training.micro_batch_size, config.data.max_length
     labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
-    tokens = rows * config.data.max_length
-    return _held(layout, plan_bytes) | {
-        "activations": activation_bytes(layout, hidden_size, tokens, config.lora.rank, training.gradient_checkpointing),
+    rank, checkpointing = config.lora.rank, training.gradient_checkpointing
+    parts = _held(layout, plan_bytes) | {
+        "activations": activation_bytes(layout, hidden_size, rows * length, rank, checkpointing),
         "logits": logit_bytes(inspection, labelled),
     }
+    return Memory(f"a step of {rows} rows x {length} tokens {about}", parts)
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
@@ -102,7 +99,6 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
-    """Return the bytes of a trial's weights and adapters at most."""
     layout = inspection.pruned
     return min(inspection.budget_bytes, layout.plan_bytes(layout.uniform(config.quantize.bits[-1])))
 
@@ -116,9 +112,8 @@ def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: what importance or compensation holds beside the dense model."""
     settings = [cut.settings for cut in inspection.cuts]
-    weights = {"weights": inspection.base.num_parameters * inspection.base.element_bytes}
     if settings[0].is_off:
-        return Memory("the base model", weights)
+        return Memory("the base model", _weights(inspection.base))
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
     return max(works, key=lambda memory: memory.total)
@@ -127,7 +122,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
     """Count importance: gradients of one batch if it needs any; `mixed` by element keeps a float32 a weight."""
     calibration, base = config.calibration, inspection.base
-    parts = {"weights": base.num_parameters * base.element_bytes}
+    parts = _weights(base)
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
     if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
         return Memory(f"the base model, importance by {settings.criterion}", parts)
@@ -138,16 +133,9 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
     length = inspection.sample_length
     tokens = calibration.batch_size * length
-    return Memory(
-        f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)",
-        # Gradients are dropped one parameter at a time.
-        parts
-        | {
-            "gradient": FLOAT32_BYTES * _largest(base),
-            "activations": _kept_dense(base, tokens),
-            "logits": logit_bytes(inspection, tokens),
-        },
-    )
+    parts["gradient"] = FLOAT32_BYTES * _largest(base)  # gradients are dropped one parameter at a time
+    parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
+    return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
@@ -155,8 +143,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.samples["importance"], inspection.sample_length
     hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
-    parts = {
-        "weights": base.num_parameters * base.element_bytes,
+    parts = _weights(base) | {
         "hidden states": samples * length * (hidden_bytes + length),
         "activations": _widest(base, calibration.batch_size * length),
     }
@@ -175,7 +162,7 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
-    weights = {"weights": dense.num_parameters * dense.element_bytes}
+    weights = _weights(dense)
     works = [weights]
     if set(settings.methods) & set(INFORMATION):
         works += [weights | parts for parts in _by_information(config, inspection, tokens)]
@@ -255,6 +242,10 @@ def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank:
 def _kept_dense(dense: Layout, tokens: int) -> int:
     """Count what a model without adapters keeps for the backward pass."""
     return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups))
+
+
+def _weights(dense: Layout) -> dict[str, int]:
+    return {"weights": dense.num_parameters * dense.element_bytes}
 
 
 def _largest(layout: Layout) -> int:

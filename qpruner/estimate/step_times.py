@@ -25,7 +25,7 @@ from qpruner.models.loading import device
 from qpruner.models.memory import release
 from qpruner.plans.plan import FULL_BITS, LinearShape
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.quantization.bank import EntrySettings, build_entry
+from qpruner.quantization.bank import build_entry
 from qpruner.quantization.mixed import pack, packed_layer
 
 FEW, MORE = 1, 5
@@ -55,7 +55,7 @@ def measure(
         config: The run's configuration.
         model_config: transformers config of the pruned model.
         linear: The layer whose packing is timed.
-        share_high: Share of the weights that are at the highest bits, the others being at the lowest.
+        share_high: Share of the weights at the highest bits, the others being at the lowest.
         share_labelled: Share of the tokens that have a label, to which the head is applied.
         threads: CPU cores of a slot.
     """
@@ -79,7 +79,7 @@ def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: in
 
 
 def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
-    """Time the packing of a layer: it is far slower than products, 2 of a core's 100 GFLOP/s with AVX2."""
+    # Far slower than products: 2 of a core's 100 GFLOP/s with AVX2.
     levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
     if not levels:
         return 1.0  # nothing is packed
@@ -87,11 +87,10 @@ def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
     most = LARGEST // (2 if _is_exact(lora) else 1)
     rows, columns = min(linear.rows, most), min(linear.columns, most)
     weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
-    settings = EntrySettings(lora, config.quantize.double_quant, config.seed)
 
     def build() -> None:
         for bits in levels:
-            build_entry({"": weight}, bits, settings)
+            build_entry({"": weight}, bits, lora, config.quantize.double_quant, config.seed)
 
     return packing_operations(rows, columns, lora, len(levels)) / _least(build)
 

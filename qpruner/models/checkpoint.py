@@ -76,25 +76,22 @@ def prepare_base(
             tqdm_class=_reporting_bar(on_progress),
         )
     except LocalEntryNotFoundError as error:
-        raise _incomplete(model, is_shared) from error
+        raise _incomplete(model) from error
     fetched = Path(path).absolute()
     if not any(fetched.glob("*.safetensors")):
         check_hub_files(model)
-        raise _incomplete(model, is_shared)
+        raise _incomplete(model)
     check_folder(fetched, "`model.source`")
     return Base(str(fetched), converted=is_shared)
 
 
-def _incomplete(model: ModelConfig, is_shared: bool) -> UserError:
+def _incomplete(model: ModelConfig) -> UserError:
     """Make the error for a hub model that is not all here while the hub does not answer."""
-    here, remedy = "the run's folder", "`qpruner prepare CONFIG`"
-    if not is_shared:
-        revision = f" --revision {model.revision}" if model.revision else ""
-        here = "this machine's cache"
-        remedy += f" or `hf download {model.source}{revision}`, into a cache (`HF_HOME`) that this machine sees"
+    revision = f" --revision {model.revision}" if model.revision else ""
     return UserError(
-        f"`model.source`: the hub does not answer, and {here} has not all that is read of {model.source} (.safetensors "
-        f"weights, config, tokenizer); fetch it where the hub is reached: {remedy}"
+        f"`model.source`: the hub does not answer, and this machine has not all that is read of {model.source} "
+        "(.safetensors weights, config, tokenizer); fetch it where the hub is reached: `qpruner prepare CONFIG`, or "
+        f"`hf download {model.source}{revision}` into a cache (`HF_HOME`) that this machine sees"
     )
 
 
@@ -143,6 +140,6 @@ def dense_tensors(
                     on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"weight file {shard} is missing or damaged: {error}; delete its folder to rebuild it", shard
+                f"weight file {shard} is missing or damaged: {error}; `qpruner run CONFIG` makes a run's again", shard
             ) from error
     return tensors

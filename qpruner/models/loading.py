@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import HUB_ID
-from qpruner.errors import CorruptFile, UserError
+from qpruner.errors import CorruptFile, UserError, first_line
 from qpruner.models import ragged
 from qpruner.wording import counted
 
@@ -99,18 +99,12 @@ def load_model_config(model: ModelConfig) -> Any:
 
     source = check_source(model)
     try:
-        config = AutoConfig.from_pretrained(
-            **_where(source), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(**_options(source, model))
     except Exception as error:  # a broken config or .gguf header ends in many types
-        remedy = "repair its config.json"
-        if source.endswith(".gguf"):
-            remedy = "the file may be truncated: fetch it again"
-        elif not Path(source).exists():
-            remedy = (
-                "see that the hub has this id and is reached from here, or name a model's folder: there is none at "
-                f"{Path(source).absolute()}"
-            )
+        remedy = "the file may be truncated: fetch it again" if source.endswith(".gguf") else "repair its config.json"
+        if not Path(source).exists():
+            none = Path(source).absolute()
+            remedy = f"see that the hub has this id and is reached from here, or name a model's folder: {none} is none"
         raise UserError(
             f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {remedy}"
         ) from error
@@ -146,8 +140,7 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
     """Load the tokenizer and set its padding token when it has none."""
     from transformers import AutoTokenizer
 
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_where(source), **options)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_options(source, model))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -170,19 +163,17 @@ def load_dense(
 
     ragged.install()
     cpu.install()
-    options: dict[str, Any] = (
-        {"quantization_config": GgufConfig(dequantize=True)} if source.endswith(".gguf") else {"use_safetensors": True}
-    )
-    if model:
-        options |= {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options = _options(source, model) | {"dtype": getattr(torch, dtype)}
+    if source.endswith(".gguf"):
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
     is_spread = model is not None and model.device_map == "auto"
     if is_spread:
         options["device_map"] = "auto"
     try:
         with reporting_tensors(on_progress):
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                **_where(source), dtype=getattr(torch, dtype), **options
-            )
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not transformers' "no such file"
             raise
@@ -200,9 +191,8 @@ def check_reachable(model: PreTrainedModel) -> None:
     beside = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
         if place in beside:
-            where = "on the disk" if place == "disk" else "in the machine's memory"
             raise UserError(
-                f"`model.device_map`: auto left {name or 'the model'} {where}, because the devices have no room for "
+                f"`model.device_map`: auto left {name or 'the model'} on {place}, because the devices have no room for "
                 "it, and weights there can be neither scored nor cut: take more or larger GPUs, or hide them "
                 "(`CUDA_VISIBLE_DEVICES=`) and prune on a CPU with enough memory"
             )
@@ -266,11 +256,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _where(source: str) -> dict[str, str]:
-    path = Path(source)
+def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that name a source."""
+    options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": source}
+        options = {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}
+    return options | ({"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {})
 
 
 def check_folder(path: Path, named: str) -> None:
@@ -312,7 +303,5 @@ def _is_complete(file: Path) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return the line of an error that says most: of a validation error the last, of any other the first."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, (OSError, KeyError)) or len(lines) < 2:
-        return lines[0] if lines else type(error).__name__
-    return lines[-1].strip() if "alidation" in lines[0] else lines[0]
+    first = first_line(error)
+    return str(error).strip().splitlines()[-1].strip() if "alidation" in first else first

@@ -14,7 +14,7 @@ from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
-from qpruner.runs.storage import display_name, files_in, remove
+from qpruner.runs.storage import display_name, files_in, remove, write_json
 
 if TYPE_CHECKING:
     from qpruner.cluster.executor import ModelCache
@@ -74,7 +74,7 @@ class Bank(Stage[BankRecord]):
         except CorruptFile as error:
             self.notify(f"{error}; it is made again from the stage's record")
             index = self._index_of(record)
-            store.write_index(bank, index)
+            write_json(bank / store.INDEX, index)
         if index.digest != record.digest:
             raise StageError(
                 self.name,
@@ -98,7 +98,7 @@ class Bank(Stage[BankRecord]):
             for group, ratio in by_group.items():
                 name = str(store.entry_file(Path(), group, int(bits)))
                 files[name] = store.IndexEntry(inputs=made_from, sha256=record.files[name], residual_ratio=ratio)
-        return store.BankIndex(digest=record.digest, bitsandbytes=version("bitsandbytes"), files=files)
+        return store.BankIndex(digest=record.digest, files=files)
 
     def detail(self) -> str:
         return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"
@@ -111,14 +111,12 @@ class Bank(Stage[BankRecord]):
             check_cpu_widths([linear for group in layout.groups for linear in group.linears])
         made_from = digest_of(*self._made_from())
         files = _reused(context.bank, scratch, made_from, levels)
-        index = store.BankIndex(digest=self.digest, bitsandbytes=version("bitsandbytes"), files=files)
-        store.write_index(scratch, index)
-        jobs = _group_jobs(context, scratch, levels, set(files))
+        write_json(scratch / store.INDEX, store.BankIndex(digest=self.digest, files=files))
+        jobs = _group_jobs(context, scratch, levels, set(files), made_from)
         self.notify(f"{sum(len(job.bits) for job in jobs)} entries to build")
         for done, (job, built) in enumerate(_built(context, jobs), 1):
-            for name, (sha256, ratio) in built.items():
-                files[name] = store.IndexEntry(inputs=made_from, sha256=sha256, residual_ratio=ratio)
-            store.write_index(scratch, index.model_copy(update={"files": files}))
+            files |= built
+            write_json(scratch / store.INDEX, store.BankIndex(digest=self.digest, files=files))
             context.emit(Progress(self.name, done, len(jobs), job.group))
         names, sizes = [group.name for group in layout.groups], files_in(scratch)
         ratios = {
@@ -180,23 +178,23 @@ def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, Inde
     return {name: fitting[name] for name in store.intact_files(bank, index.model_copy(update={"files": fitting}))}
 
 
-def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str]) -> list[GroupJob]:
+def _group_jobs(
+    context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str], inputs: str
+) -> list[GroupJob]:
     """Make a job for each group of which entries are left to build."""
     from qpruner.quantization import bank as store
 
-    config = context.config
-    settings = store.EntrySettings(config.lora, config.quantize.double_quant, config.seed)
-    jobs = []
+    config, jobs = context.config, []
+    settings = (config.model.dtype, config.lora, config.quantize.double_quant, config.seed, inputs)
     for group in context.layout.groups:
         left = tuple(bits for bits in levels if str(store.entry_file(Path(), group.name, bits)) not in kept)
         if left:
             paths = tuple(linear.name for linear in group.linears)
-            job = store.GroupJob(context.checkpoint, scratch, group.name, paths, left, config.model.dtype, settings)
-            jobs.append(job)
+            jobs.append(store.GroupJob(context.checkpoint, scratch, group.name, paths, left, *settings))
     return jobs
 
 
-def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
+def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, IndexEntry]]]:
     """Build the groups, on several workers where it takes long enough to start them."""
     from qpruner.quantization.bank import FEW_WEIGHTS, build_group
 
@@ -214,7 +212,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
         yield jobs[position], built
 
 
-def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, tuple[str, float]]:
+def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
     """Build a group in the process that keeps the pruned model for the sensitivities."""
     from qpruner.quantization.bank import build_group
 

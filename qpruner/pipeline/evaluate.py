@@ -21,7 +21,7 @@ from qpruner.runs.records import (
     digest_of,
 )
 from qpruner.runs.storage import for_each, remove, write_json
-from qpruner.training.table_rows import Candidate, InferenceJob, evaluate_candidate, measure_inference
+from qpruner.training.table_rows import Candidate, evaluate_candidate
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def scores_line(scores: tuple[TaskScore, ...]) -> str:
 
 def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
     """Measure memory and speed of each row, by its folder; training seeds of one plan are one model."""
+    from qpruner.training.inference import InferenceJob, measure_inference
+
     context = stage.context
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: str(job.checkpoint)):

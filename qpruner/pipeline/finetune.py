@@ -38,9 +38,7 @@ from qpruner.runs.storage import (
     quarantine,
     read_json,
     remove,
-    staging_path,
     storage_at,
-    verify_folder,
     write_json,
     writing_folder,
 )
@@ -159,7 +157,7 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
         record = read_json(folder / "record.json", CandidateRecord)
         if record is None or not exists(weights):
             return None
-        verify_folder(weights.parent)
+        storage_at(weights.parent).verify()
     except CorruptFile as error:
         return str(error)
     return record
@@ -175,16 +173,13 @@ def _finetuned(
 
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = worker_jobs(context, jobs, num_workers)
+    more: dict[str, Any] = {"on_tick": on_tick, "progress": saved}
     if num_workers > 1:
         from qpruner.cluster.group import run_groups
 
-        scratch = context.run_dir.scratch("train")
-        return run_groups(
-            finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
-        )
-    return context.run_tasks(
-        finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick, progress=saved
-    )
+        scratch, check = context.run_dir.scratch("train"), context.check_node
+        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, check, **more)
+    return context.run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, **more)
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
@@ -240,7 +235,7 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
         model, _ = assemble(
             checkpoint, winner.bank, quantize.group, winner.plan, config.model.dtype, quantize.double_quant
         )
-    scratch = empty_folder(staging_path(folder.with_name(f".{folder.name}")))
+    scratch = empty_folder(storage_at(folder.with_name(f".{folder.name}")).staging)
     with writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):

@@ -17,7 +17,7 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
-from qpruner.runs.storage import fetch, read_list, require_arrived, retry_storage, writing_folder
+from qpruner.runs.storage import Storage, fetch, require_arrived, retry_storage, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ def cut_and_save(
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
     cache.keep(pruned.model)
-    listed = read_list(scratch)
+    listed = Storage(scratch).read_list()
     assert listed, "was just written"
     weights = {name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")}
     return fields | {"weights": digest_of(weights)}

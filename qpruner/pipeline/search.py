@@ -19,7 +19,6 @@ from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.comparison_rows import worker_jobs
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
@@ -36,17 +35,16 @@ from qpruner.runs.records import (
     digest_of,
 )
 from qpruner.runs.storage import for_each, write_json
-from qpruner.search.choice import controls_of, finalist_positions, winner_position
+from qpruner.search.choice import controls_of, finalist_positions, hypervolume, non_dominated, winner_position
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
     Materials,
     checkpoint_of,
-    fresh_path,
     objective,
     read_trials,
-    readable_trials,
     restart_if_damaged,
     set_aside_damaged,
+    trial_folder,
 )
 from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.table_rows import Candidate, confirm_trial
@@ -281,7 +279,10 @@ class Search(Stage[SearchRecord]):
         )
 
     def share_done(self) -> float:
-        over = sum(trial.is_over and trial.search == self.search_digest for trial in readable_trials(self.folder))
+        over = sum(
+            trial.is_over and trial.search == self.search_digest
+            for trial in read_trials(self.folder, skip_damaged=True)
+        )
         return min(1.0, over / self.config.num_trials)
 
     def disk_bytes(self) -> int:
@@ -352,7 +353,7 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
 
 def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
     """Score each finalist on fresh rows; scores of an earlier command are reused."""
-    context, paths = stage.context, [fresh_path(job.trials, trial.index) for trial in finalists]
+    context, paths = stage.context, [trial_folder(job.trials, trial.index) / "fresh.json" for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.
     asked = (context.config.search.metric, context.inspection.questions["fresh"])
     digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
+
+Result = TypeVar("Result")
 
 
 class Sensitivity(Stage[SensitivityRecord]):
@@ -88,45 +90,52 @@ def _range(method: str, scores: MethodScores) -> str:
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
     """Compute the scores of the missing methods, and of those that come from the same passes."""
+    from qpruner.data.calibration import Samples
     from qpruner.data.encoding import load_encoded
     from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
 
     config = context.config
+    rows = list(load_encoded(context.data / "sensitivity"))  # they travel to other machines, a mapped file does not
+    pad_id = int(load_tokenizer(str(context.checkpoint)).pad_token_id)
     subject = scoring.Subject(
-        rows=list(load_encoded(context.data / "sensitivity")),  # they travel to other machines, a mapped file does not
-        pad_id=int(load_tokenizer(str(context.checkpoint)).pad_token_id),
+        samples=Samples(rows, pad_id, config.sensitivity.batch_size),
         group=config.quantize.group,
         levels=config.quantize.bits,
         bank=context.bank,
         scaling=config.lora.alpha / config.lora.rank,
     )
-    for methods in (INFORMATION, EXPANSION):
+    by_information = partial(scoring.by_information, settings=config.sensitivity, seed=config.seed)
+    for methods, score in ((INFORMATION, by_information), (EXPANSION, scoring.by_expansion)):
         if missing.intersection(methods):
-            work = partial(_passes, config, context.checkpoint, subject, methods)
-            yield from context.executor.run(work, context.emit).items()
+            yield from _on_model(context, subject, methods, score).items()
     if missing.intersection(MEASUREMENT):
         started = time.monotonic()
-        found = _measured(context, subject)
+        measured = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples]).by_length
+        found = _measured(context, replace(subject, samples=measured))
         yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
 
 
-def _passes(
-    config: RunConfig, checkpoint: Path, subject: Subject, methods: Sequence[str], cache: ModelCache, emit: Emit
-) -> Any:
-    """Score every group by the methods of one kind: their scores, or what they measured on every sample."""
-    from qpruner.sensitivity import methods as scoring
-    from qpruner.sensitivity.measurement import measure
+def _on_model(
+    context: Context, subject: Subject, methods: Sequence[str], score: Callable[[Any, Subject], Result]
+) -> Result:
+    """Score on the pruned model where it is kept; the samples' progress is reported as that of the methods."""
+    work = partial(_score, context.checkpoint, context.config.model.dtype, subject, methods, score)
+    return context.executor.run(work, context.emit)
 
-    settings, on_progress = config.sensitivity, _method_progress(emit, methods)
-    model = cache.pruned_model(checkpoint, config.model.dtype, loading_progress(emit, "sensitivity"))
-    if methods == INFORMATION:
-        on_samples = _method_progress(emit, (*INFORMATION, "samples"))
-        return scoring.by_information(model, subject, settings, config.seed, on_progress, on_samples)
-    if methods == EXPANSION:
-        return scoring.by_expansion(model, subject, settings.batch_size, on_progress)
-    samples = subject.samples(settings.batch_size, settings.num_measured_samples)
-    return measure(model, samples.by_length, subject.starts(model), on_progress)
+
+def _score(
+    checkpoint: Path,
+    dtype: str,
+    subject: Subject,
+    methods: Sequence[str],
+    score: Callable[[Any, Subject], Result],
+    cache: ModelCache,
+    emit: Emit,
+) -> Result:
+    model = cache.pruned_model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
+    samples = replace(subject.samples, on_progress=_method_progress(emit, methods))
+    return score(model, replace(subject, samples=samples))
 
 
 def _method_progress(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
@@ -136,23 +145,21 @@ def _method_progress(emit: Emit, methods: Sequence[str]) -> Callable[[int, int],
 def _measured(context: Context, subject: Subject) -> Measurement:
     """Measure KL and loss of every group, the samples shared among the slots."""
     from qpruner.sensitivity.measurement import Measurement
-    from qpruner.sensitivity.methods import MeasurementJob, measure_share
+    from qpruner.sensitivity.methods import measure_share, measure_subject
 
-    config, slots = context.config, context.known_slots
+    config, slots, samples = context.config, context.known_slots, subject.samples
     num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)
     if num_slots <= 1:
-        work = partial(_passes, config, context.checkpoint, subject, MEASUREMENT)
-        return cast("Measurement", context.executor.run(work, context.emit))
+        return _on_model(context, subject, MEASUREMENT, measure_subject)
     # Every slot loads the model, the one that held it too.
     context.executor.close()
-    batch_size = config.sensitivity.batch_size
-    samples = subject.samples(batch_size, config.sensitivity.num_measured_samples).by_length
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
-    shares = [replace(subject, rows=samples.rows[share::num_shares]) for share in range(num_shares)]
-    threads = int(resources.get("cpu", 1))
-    jobs = [MeasurementJob(context.checkpoint, config.model.dtype, share, batch_size, threads) for share in shares]
+    shares = [
+        replace(subject, samples=replace(samples, rows=samples.rows[share::num_shares])) for share in range(num_shares)
+    ]
+    work = partial(measure_share, context.checkpoint, config.model.dtype, int(resources.get("cpu", 1)))
     on_progress, parts = _method_progress(context.emit, MEASUREMENT), dict[int, Measurement]()
-    for position, part in context.run_tasks(measure_share, jobs, resources, num_shares, on_held=context.gpu_time.add):
+    for position, part in context.run_tasks(work, shares, resources, num_shares, on_held=context.gpu_time.add):
         parts[position] = part
         on_progress(len(parts), num_shares)
     return Measurement.joined([parts[position] for position in sorted(parts)])

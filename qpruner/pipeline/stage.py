@@ -13,7 +13,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.runs.events import Message
 from qpruner.runs.records import Record, digest_of
-from qpruner.runs.storage import FILES, files_in, quarantine, read_json, verify_folder
+from qpruner.runs.storage import FILES, files_in, quarantine, read_json, storage_at
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
@@ -111,7 +111,7 @@ class Stage(ABC, Generic[RecordType]):
         inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
         for part in (folder, *inner):
             try:
-                verify_folder(part)
+                storage_at(part).verify()
             except CorruptFile as error:
                 where = f"set aside in {quarantine(part, self.context.run_dir.root)}, " if files_in(part) else ""
                 self.notify(f"warning: {error}; {where}the stage is run again")

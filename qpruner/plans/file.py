@@ -31,7 +31,15 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
     if not isinstance(bits, dict):
         got = "an empty file" if raw is None else type(bits).__name__
         raise PlanRefused(f"{path} must map every group to its bits, got {got}; `qpruner plan RUN` prints one")
-    problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
+    allowed = ", ".join(map(str, levels))
+    problems = [
+        *_about_groups(bits, groups),
+        *(
+            f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}"
+            for name, value in bits.items()
+            if name in groups and (isinstance(value, bool) or value not in levels)
+        ),
+    ]
     if problems:
         raise PlanRefused(f"{path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
     return PrecisionPlan(tuple(groups), tuple(int(bits[group]) for group in groups))
@@ -61,12 +69,3 @@ def _about_groups(bits: dict[Any, Any], groups: Sequence[str]) -> list[str]:
         whole = "; `qpruner plan RUN` prints one with all" if len(missing) > len(groups) / 2 else ""
         problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}{whole}")
     return problems
-
-
-def _about_bits(bits: dict[Any, Any], groups: Sequence[str], levels: Sequence[int]) -> list[str]:
-    allowed = ", ".join(map(str, levels))
-    return [
-        f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}"
-        for name, value in bits.items()
-        if name in groups and (isinstance(value, bool) or value not in levels)
-    ]

@@ -1,9 +1,4 @@
-"""Precision plans, the groups they are about, and their bytes.
-
-The byte formulas below are those of the packed bitsandbytes tensors (QLoRA, arXiv 2305.14314, section 3, for NF4 and
-double quantization; LLM.int8(), arXiv 2208.07339, for 8 bits). A test holds formula == packed tensors.
-Plain data: neither torch nor ray is imported here.
-"""
+"""Precision plans, the groups they are about, and their bytes: plain data, without torch."""
 
 from __future__ import annotations
 
@@ -30,16 +25,11 @@ SOLVER_SECONDS = 60.0
 """What one knapsack may take; 120 groups take 0.1 s (2026-11)."""
 MAX_EXCLUDED = 64
 """Plans over the budget by less than the solver's tolerance that are excluded one by one."""
-_INFEASIBLE = 2
-"""`scipy.optimize.milp`'s status of a problem that is proved to have no solution."""
 
 
 @contextmanager
 def _native_output_dropped() -> Iterator[None]:
-    """Drop what native code prints.
-
-    HiGHS (scipy 1.18) leaves a debugging line in C's buffer on some problems, which would follow the JSON on stdout.
-    """
+    """Drop what native code prints: HiGHS (scipy 1.18) has a debugging line, which would follow the JSON on stdout."""
     library = ctypes.CDLL(None)
     sys.stdout.flush()
     library.fflush(None)
@@ -69,9 +59,10 @@ class LinearShape:
 
 
 def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quant: bool) -> int:
-    """Count the bytes of one linear layer's packed weight, its scales and code tables included (bias excluded).
+    """Count the bytes of one linear layer's packed weight, with scales and code tables, without bias.
 
-    At 4 bits (NF4), 8 (LLM.int8) or 16 (unquantized); `element_bytes` is the size of an unquantized weight.
+    At 4 bits they are NF4's of bitsandbytes (QLoRA, arXiv 2305.14314, section 3), at 8 those of LLM.int8() (arXiv
+    2208.07339); at 16 each weight has `element_bytes`.
     """
     if bits == FULL_BITS:
         return linear.num_weights * element_bytes
@@ -95,11 +86,7 @@ WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly where
 
 
 def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
-    """Refuse a 4-bit layer of a width that bitsandbytes' CPU kernel decodes wrongly.
-
-    Measured with bitsandbytes 0.50.2 on AVX512: where the number of columns is a multiple of 16 but not of 64, the
-    kernel takes scales of the wrong blocks, and the relative error of a random weight is 0.25 instead of 0.09.
-    """
+    """Refuse a 4-bit layer of a width that bitsandbytes' CPU kernel decodes wrongly."""
     for linear in linears:
         if decodes_wrongly(linear.columns):
             raise UserError(
@@ -110,7 +97,10 @@ def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
 
 
 def decodes_wrongly(columns: int) -> bool:
-    """Return whether bitsandbytes' CPU kernel decodes 4-bit weights of this width wrongly, see `check_cpu_widths`."""
+    """Return whether bitsandbytes' CPU kernel takes scales of the wrong blocks for 4-bit weights of this width.
+
+    A random weight's relative error is then 0.25 instead of 0.09 (bitsandbytes 0.50.2 on AVX512).
+    """
     return columns % 16 == 0 and columns % NF4_BLOCK_SIZE != 0
 
 
@@ -153,7 +143,7 @@ class PrecisionPlan:
         return dict(zip(self.groups, self.bits, strict=True))
 
     def _repr_html_(self) -> str:
-        """Render for notebooks: a shaded cell for each group, with its name as a tooltip."""
+        """Render for notebooks: a shaded cell for each group."""
         style = "display:inline-block;width:1.6em;text-align:center;margin:1px;background:"
         return "".join(
             f'<span title="{html.escape(group)}" style="{style}{SHADES[bits]}">{bits}</span>'
@@ -242,10 +232,9 @@ class PlanSpace:
         return self.plan_bytes(plan) <= self.budget_bytes
 
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
-        """Return the feasible plan with the largest summed gain: a multiple-choice knapsack, solved exactly.
+        """Return the feasible plan with the largest sum of `gains` ``(groups, levels)``; `ValueError` if none fits.
 
-        `gains` ``(groups, levels)`` are what giving a group that level is worth. `ValueError` if even the lowest levels
-        are over the budget, `SolverFailed` if the solver ended without an answer.
+        It is a multiple-choice knapsack, solved exactly. `SolverFailed` if the solver ended without an answer.
         """
         plan = self._solve(gains, avoid=())
         if plan is None:
@@ -253,9 +242,9 @@ class PlanSpace:
         return plan
 
     def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
-        """Return the feasible plan not in ``avoid`` that agrees with ``plan`` in the most groups.
+        """Return the feasible plan not in `avoid` that agrees with `plan` in the most groups; None if there is none.
 
-        Ties go to the plan that keeps more bytes. Returns None when every feasible plan is to be avoided.
+        Ties go to the plan that keeps more bytes.
         """
         known = set(avoid)
         if self.is_feasible(plan) and plan not in known:
@@ -266,15 +255,15 @@ class PlanSpace:
             [(1.0 if level == wanted else 0.0) + size / whole for level, size in zip(self.levels, sizes, strict=True)]
             for wanted, sizes in zip(plan.bits, self.group_bytes, strict=True)
         ]
-        # Known plans become rows of the problem; most proposals are repaired into a new one without them.
+        # Known plans become rows of the problem; most repairs need none.
         found = self._solve(gains, ())
         return self._solve(gains, known) if found in known else found
 
     def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
         """Maximize the summed gain under the budget, without the plans of ``avoid``; None if there is no plan.
 
-        HiGHS accepts a row that is violated by up to 1e-6. If its plan is over the budget, it solves with a margin; if
-        only plans within the margin are left, such plans are excluded one by one.
+        HiGHS accepts a row that is violated by up to 1e-6. A plan over the budget is solved with a margin; if only
+        plans within it are left, they are excluded one by one.
         """
         known = list(avoid)
         for margin in (0.0, 2e-6, 2e-5):
@@ -317,7 +306,7 @@ class PlanSpace:
                 bounds=Bounds(0, 1),
                 options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},
             )
-        if solution.status == _INFEASIBLE:
+        if solution.status == 2:  # proved to have no solution
             return None
         if not solution.success:
             raise SolverFailed(

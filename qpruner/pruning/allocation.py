@@ -6,12 +6,13 @@ they are allocated first and channels make up the difference. Without channels t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP
-from qpruner.pruning.units import KindSize, Sizes, TooMuch, available, most_removable, smallest_step
+from qpruner.pruning.units import KindSize, Sizes, available, smallest_step
 
 COARSE = (EXPERT, ATTENTION)
 """Kinds of unit other than channels, the coarsest first."""
@@ -21,7 +22,7 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     """Count the units of each kind that each block loses when all lose the same share.
 
     Raises:
-        UserError: If the blocks do not have that many parameters to give.
+        UserError: If blocks that are all cut alike do not have that many parameters to give.
     """
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
@@ -56,12 +57,16 @@ def _counts_with_channels(sizes: Sizes, target: int, round_to: int) -> dict[int,
     # Where channels cannot give the rest, coarse units give more, of whichever kind has them.
     most = sum((size.count - round_to) * size.parameters for size in channels.values())
     half_a_bundle = min(size.parameters for size in channels.values()) * round_to / 2
-    has_coarse = any(removed.values())
-    while has_coarse and left > most + half_a_bundle:
-        place = _next_coarse(sizes, removed)
-        if place is None:
-            raise TooMuch(target, most_removable(sizes, round_to))
-        index, name = place
+    while left > most + half_a_bundle:
+        able = [
+            (COARSE.index(name), removed[index][name], index, name)
+            for index, kinds in sizes.items()
+            for name, size in kinds.items()
+            if name != MLP and removed[index][name] < size.most
+        ]
+        if not able:
+            break
+        *_, index, name = min(able)  # of the block that has lost the fewest
         gained = sizes[index][name].parameters
         if gained - left > left - most:  # too much by more than is missing
             break
@@ -74,15 +79,6 @@ def _counts_with_channels(sizes: Sizes, target: int, round_to: int) -> dict[int,
 
 def _having(sizes: Sizes, name: str) -> dict[int, KindSize]:
     return {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
-
-
-def _next_coarse(sizes: Sizes, removed: Mapping[int, Mapping[str, int]]) -> tuple[int, str] | None:
-    """Choose the next coarse unit: of the block that has lost the fewest; None where none is left."""
-    for name in COARSE:
-        able = [index for index, size in _having(sizes, name).items() if removed[index][name] < size.most]
-        if able:
-            return min(able, key=lambda index: (removed[index][name], index)), name
-    return None
 
 
 def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) -> dict[int, int]:
@@ -131,20 +127,14 @@ def nearest_totals(
     pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
     least = before or dict.fromkeys(pools, 0)
     *coarser, finest = pools
-    # Any number of the coarser kind, each with the two numbers of the finest kind that come next to the target.
-    found: list[tuple[int, dict[str, int]]] = [(0, {})]
-    for name in coarser:
-        found = [
-            (gone + count * pools[name].parameters, totals | {name: count})
-            for gone, totals in found
-            for count in range(least[name], pools[name].most + 1)
-        ]
     one, most = pools[finest].parameters, pools[finest].most
-    found = [
-        (gone + count * one, totals | {finest: count})
-        for gone, totals in found
-        for count in {min(max((target - gone) // one + more, least[finest]), most) for more in (0, 1)}
-    ]
+    found: list[tuple[int, dict[str, int]]] = []
+    # Any number of the coarser kind, each with the two numbers of the finest kind that come next to the target.
+    for counts in itertools.product(*(range(least[name], pools[name].most + 1) for name in coarser)):
+        totals = dict(zip(coarser, counts, strict=True))
+        gone = sum(count * pools[name].parameters for name, count in totals.items())
+        for count in {min(max((target - gone) // one + more, least[finest]), most) for more in (0, 1)}:
+            found.append((gone + count * one, totals | {finest: count}))
     return min(found, key=lambda each: (max(abs(target - each[0]), near), penalty(each[1]), abs(target - each[0])))[1]
 
 
@@ -169,35 +159,23 @@ def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
         too_far = sum(max(of_kind - share, 0) for of_kind in coarse)
         return max(missed, near), too_far, sum(abs(of_kind - share) for of_kind in coarse), missed
 
-    found = _possible_uniform(kinds, target / len(sizes), round_to)
+    names, found = [name for name in COARSE if name in kinds], []
+    can_stay = [kinds[name].plain or range(kinds[name].least, kinds[name].count + 1) for name in names]
+    # Any number of coarse units that a plain checkpoint can have, each with the channels next to what is left.
+    for stays in itertools.product(*can_stay):
+        counts = {name: kinds[name].count - count for name, count in zip(names, stays, strict=True)}
+        if MLP not in kinds:
+            found.append(counts)
+            continue
+        channels = kinds[MLP]
+        left = target / len(sizes) - sum(count * kinds[name].parameters for name, count in counts.items())
+        bundles = (channels.count - left / channels.parameters) / round_to
+        nearest = {min(max(round_(bundles), 1), channels.count // round_to) for round_ in (math.floor, math.ceil)}
+        found += [counts | {MLP: channels.count - count * round_to} for count in sorted(nearest)]
     if target > (most := max(map(removed, found))) + near:
-        plain = kinds[ATTENTION].plain if ATTENTION in kinds else ()
-        heads = f" and {min(plain)} key/value groups, the fewest that its plain checkpoint can have" if plain else ""
         raise UserError(
             f"`prune.rate` asks for {target:,} parameters to go, but with `prune.uniform` at most {most:,} can when "
-            f"each block keeps at least one unit of each kind{heads}: lower the rate, name more `prune.units`, or set "
-            "`uniform: false`"
+            "each block keeps a unit of each kind, of key/value groups as many as a plain checkpoint can have: lower "
+            "the rate, name more `prune.units`, or set `uniform: false`"
         )
     return min(found, key=order)
-
-
-def _possible_uniform(kinds: Mapping[str, KindSize], share: float, round_to: int) -> list[dict[str, int]]:
-    """List the units of each kind that a block may lose to come near `share` parameters.
-
-    Any number of coarse units that a plain checkpoint can have, each with the channels next to what is left.
-    """
-    found: list[dict[str, int]] = [{}]
-    for name in COARSE:
-        if name in kinds:
-            size = kinds[name]
-            stays: Sequence[int] = size.plain or range(size.least, size.count + 1)
-            found = [counts | {name: size.count - count} for counts in found for count in stays]
-    if MLP not in kinds:
-        return found
-    channels, with_channels = kinds[MLP], []
-    for counts in found:
-        left = share - sum(count * kinds[name].parameters for name, count in counts.items())
-        bundles = (channels.count - left / channels.parameters) / round_to
-        near = {min(max(count, 1), channels.count // round_to) for count in (math.floor(bundles), math.ceil(bundles))}
-        with_channels += [counts | {MLP: channels.count - count * round_to} for count in sorted(near)]
-    return with_channels

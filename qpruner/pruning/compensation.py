@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs
+from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs, hooked
 from qpruner.data.losses import batches
 from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
@@ -60,30 +59,23 @@ class BlockStream:
 
             return hook
 
-        handles = [
+        hooks = (
             model.get_submodule(path).register_forward_pre_hook(hook_for(index), with_kwargs=True)
             for index, path in enumerate(self._paths)
-        ]
-        try:
+        )
+        with hooked(hooks):
             for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
                 self._tokens.append(batch["attention_mask"].bool())
                 self._calls.append({})
                 # Without the head: nobody reads the logits.
                 model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def visit(self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()) -> None:
-        """Run one block and hand over the inputs of one of its linear layers, batch by batch.
+        """Run one block, no further than need be, and visit the inputs of one of its linear layers, batch by batch.
 
-        Args:
-            index: The block that the hidden states stand in front of; it runs no further than need be.
-            linear: Path of the layer inside the block.
-            visit: Called with inputs ``(tokens, features)``, padding left out, and where there are blocks behind also
-                with the sum ``(tokens, hidden)`` of what those add to the hidden states.
-            behind: Blocks behind it, in order.
+        `visit` is called with inputs ``(tokens, features)``, padding left out, and where there are blocks `behind`, in
+        order, also with the sum ``(tokens, hidden)`` of what those add to the hidden states.
         """
         layer = self._model.get_submodule(f"{self._paths[index]}.{linear}")
         for batch, tokens in enumerate(self._tokens):
@@ -94,17 +86,12 @@ class BlockStream:
                 if not behind:
                     raise _InputsSeen
 
-            handle = layer.register_forward_pre_hook(hook)
             added = []
-            try:
+            with hooked([layer.register_forward_pre_hook(hook)]), suppress(_InputsSeen):
                 before = after = self._run(index, batch, self._hidden[batch])
                 for other in behind:
                     after = self._run(other, batch, after)
                 added = [at_tokens(after.to(before.device).float() - before.float(), tokens)]
-            except _InputsSeen:
-                pass
-            finally:
-                handle.remove()
             visit(at_tokens(seen[0], tokens), *added)
 
     @torch.no_grad()
@@ -122,16 +109,13 @@ class BlockStream:
 
 
 class _Gram:
-    """Sums that least squares needs: of inputs ``(features, features)``, of targets with them ``(outputs, features)``.
-
-    Both are float32.
-    """
+    """Sums in float32: of inputs ``(features, features)``, of targets with inputs ``(outputs, features)``."""
 
     matrix: torch.Tensor
     targets: torch.Tensor
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
-        """Count inputs ``(tokens, features)`` and targets ``(tokens, outputs)`` in."""
+        """Add inputs ``(tokens, features)`` and targets ``(tokens, outputs)``."""
         inputs = inputs.float()
         if hasattr(self, "matrix"):
             self.matrix.addmm_(inputs.T, inputs)
@@ -150,9 +134,7 @@ def compensate_blocks(
     With X the inputs of its output projection (down) over the calibration tokens, and D what the blocks that go add to
     the residual stream, its weights become the ``W'`` that minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``:
     ``W + D^T X (X^T X + lambda I)^-1``. Where the family has a norm behind that projection, or stacked experts in its
-    place, blocks go without.
-
-    `ridge` is the weight of staying near the original weights, relative to the mean square of the inputs.
+    place, blocks go without. `ridge` is lambda, relative to the mean square of the inputs.
     """
     family, count = family_of(model.config), model.config.num_hidden_layers
     factor = family.residual_factor(model.config)
@@ -178,8 +160,7 @@ def compensate_blocks(
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
     """Zero the columns of the units that go and make up for them, block by block with the already pruned inputs.
 
-    `method` is `bias` or `least_squares`; `ridge` is the weight of staying near the original weights, relative to the
-    mean square of the inputs.
+    `method` is `bias` or `least_squares`; `ridge` is as in `compensate_blocks`.
     """
     family = family_of(model.config)
     stream = BlockStream(model, samples)
@@ -255,17 +236,6 @@ def _others(stays: torch.Tensor, length: int) -> torch.Tensor:
     others = torch.ones(length, dtype=torch.bool)
     others[stays] = False
     return others.nonzero().flatten()
-
-
-def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
-    """List the output projections that compensation gives a bias where the family has none."""
-    if settings.compensates_by != "bias":
-        return []
-    family = family_of(model.config)
-    kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])
-    linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units and kind.output_linear]
-    block = model.get_submodule(family.block_path(layers[0]))
-    return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
 
 
 def declare_biases(model: PreTrainedModel, linears: Sequence[str]) -> None:

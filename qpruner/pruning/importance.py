@@ -9,6 +9,7 @@ projection (o, down). Biases and norms are cut with their unit but do not count,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from qpruner.data.calibration import (
     Samples,
     at_tokens,
     block_inputs,
+    hooked,
     visit_gradients,
     visit_inputs,
     visit_mask_gradients,
@@ -44,24 +46,24 @@ def score(
     Raises:
         TrainingDiverged: Naming the parameter whose gradient or importance is NaN or infinite.
     """
-    kinds = unit_kinds_of(model, layers, settings.width_units)
-    if settings.importance == "random":
+    kinds, importance = unit_kinds_of(model, layers, settings.width_units), settings.importance
+    if importance == "random":
         generator = torch.Generator().manual_seed(seed)
         return {
             index: {kind.name: torch.rand(kind.num_units, generator=generator, dtype=torch.float64) for kind in some}
             for index, some in kinds.items()
         }
-    if settings.importance == "magnitude":
-        scores = magnitude(model, kinds, settings.norm)
-    elif settings.importance in ("fisher", "taylor"):
-        order = "second" if settings.importance == "fisher" else settings.order
-        scores = taylor(model, kinds, samples, order, settings.aggregation)
+    if settings.looks_at_linears:
+        return _by_output(model, kinds, samples, "variance" if importance == "fluctuation" else "mean_square")
+    if importance == "magnitude":
+        scores = _magnitude(model, kinds, settings.norm)
     else:
-        return _by_output(model, kinds, samples, "variance" if settings.importance == "fluctuation" else "mean_square")
+        order = "second" if importance == "fisher" else settings.order
+        scores = _taylor(model, kinds, samples, order, settings.aggregation)
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
-def magnitude(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
+def _magnitude(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
     """Sum ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner) over a unit's weights."""
     scores = UnitScores(model, kinds)
     for name, parameter in scores.matrices.items():
@@ -70,7 +72,7 @@ def magnitude(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
     return scores
 
 
-def taylor(
+def _taylor(
     model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str = "first", aggregation: str = "element"
 ) -> UnitScores:
     """Estimate the change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
@@ -93,29 +95,25 @@ def taylor(
 def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
     """From the gradients of masks on rows and columns: one pass, whatever the order."""
     scores = UnitScores(model, kinds)
-    linears: dict[str, Any] = {
-        name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in scores.dims.items()
-    }
+    dims = scores.dims.items()
+    linears: dict[str, Any] = {name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in dims}
     # The batch of all samples is the mean over tokens, so a sample counts as many times as it has tokens to predict.
     counts = torch.tensor([int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows])
     shares = counts / counts.sum()
-    sums: dict[str, torch.Tensor] = {}
-    squares: dict[str, torch.Tensor] = {}
+    sums: Any = dict.fromkeys(linears, 0)
+    squares: Any = dict.fromkeys(linears, 0)
     seen = dict.fromkeys(linears, 0)
 
     def visit(name: str, by_sample: torch.Tensor) -> None:
         part = shares[seen[name] : seen[name] + len(by_sample)].to(by_sample.device)
         seen[name] += len(by_sample)
-        sums[name] = sums.get(name, 0) + part @ by_sample
-        squares[name] = squares.get(name, 0) + by_sample.square().sum(dim=0) / len(samples.rows)
+        sums[name] = sums[name] + part @ by_sample
+        squares[name] = squares[name] + by_sample.square().sum(dim=0) / len(samples.rows)
 
     visit_mask_gradients(model, linears, samples, visit)
-    for name, dim in scores.dims.items():
-        if order == "second":
-            entries = squares[name]
-        else:
-            entries = (sums[name] if order == "first" else sums[name] - 0.5 * squares[name]).abs()
-        scores.add(name, entries.unsqueeze(1 - dim))
+    for name, dim in dims:
+        entries = sums[name] if order == "first" else sums[name] - 0.5 * squares[name]
+        scores.add(name, (squares[name] if order == "second" else entries.abs()).unsqueeze(1 - dim))
     return scores
 
 
@@ -138,7 +136,7 @@ def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, o
         scores.add(name, salience.abs_())
 
     if order != "first":
-        visit_gradients(model, scores.matrices, samples.one_by_one, visit_sample)
+        visit_gradients(model, scores.matrices, replace(samples, batch_size=1), visit_sample)
     if order != "second":
         visit_gradients(model, scores.matrices, samples, visit_batch)
     return scores
@@ -262,29 +260,28 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
-    """Score every block that may go by `block_influence` or `taylor`.
+    """Score every block that may go by `block_influence`, or by `taylor`, summed over its weights.
 
     Raises:
         TrainingDiverged: Naming the block whose importance is NaN or infinite.
     """
-    scores = (block_influence if method == "block_influence" else _taylor)(model, layers, samples)
+    if method == "block_influence":
+        scores = _block_influence(model, layers, samples)
+    else:
+        # Each matrix counts once: whole experts and the router, not their channels too.
+        kinds = {}
+        for index, some in unit_kinds_of(model, layers).items():
+            has_experts = any(kind.name == EXPERT for kind in some)
+            kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
+        by_unit = _taylor(model, kinds, samples).reduce("sum")
+        scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
     return scores
 
 
-def _taylor(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
-    """Sum over the weights of each block, each matrix once: whole experts and the router, not their channels too."""
-    kinds = {}
-    for index, some in unit_kinds_of(model, layers).items():
-        has_experts = any(kind.name == EXPERT for kind in some)
-        kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
-    scores = taylor(model, kinds, samples).reduce("sum")
-    return {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in scores.items()}
-
-
 @torch.no_grad()
-def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+def _block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
     """Compute one minus the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1).
 
     A block that hardly turns its hidden states can go.
@@ -304,16 +301,13 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
 
         return hook
 
-    handles = [
+    hooks = (
         model.get_submodule(family.block_path(index)).register_forward_hook(hook_for(index), with_kwargs=True)
         for index in layers
-    ]
-    try:
+    )
+    with hooked(hooks):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             count += int(tokens.sum())
             model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {index: 1.0 - total / count for index, total in sums.items()}

@@ -5,26 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.config.pruning import MOST_OF_BLOCKS, PruneConfig
+from qpruner.config.pruning import PruneConfig
 from qpruner.data.calibration import OnProgress, Samples
-from qpruner.errors import TrainingDiverged, UserError
-from qpruner.models.families import ATTENTION, family_of
+from qpruner.errors import UserError
+from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton
-from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases, new_biases
+from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
 from qpruner.pruning.importance import Scores, block_importance, check_weights, score, unit_kinds_of
-from qpruner.pruning.selection import select, select_rate, units_at_rate
-from qpruner.pruning.settings import check_settings, cuttable_layers, settled
+from qpruner.pruning.selection import select, select_rate
+from qpruner.pruning.settings import check_settings, cuttable_layers, new_biases, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
-from qpruner.pruning.units import Kept, Sizes, TooMuch, Values, unit_sizes
-from qpruner.wording import counted
+from qpruner.pruning.units import Kept, TooMuch, unit_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +32,10 @@ OnWork = Callable[[str, int, int], None]
 """Called with what is measured, how much of it is done, and how much there is."""
 
 
+def ignore_work(work: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
 class Criteria:
     """Measure importance and compensation on calibration samples; `seed` is the random control's.
 
@@ -41,42 +43,38 @@ class Criteria:
     """
 
     def __init__(
-        self,
-        settings: PruneConfig,
-        samples: Samples | None = None,
-        seed: int = 0,
-        on_work: OnWork = lambda work, done, total: None,
+        self, settings: PruneConfig, samples: Samples | None = None, seed: int = 0, on_work: OnWork = ignore_work
     ) -> None:
         self._settings, self._samples, self._seed, self._on_work = settings, samples, seed, on_work
         self._step = 0
 
     def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """Score every block that may go whole by `depth_importance`."""
-        if self._samples is None:
+        if (samples := self._samples_for("importance of blocks")) is None:
             return {index: -float(index) for index in layers}
-        samples = self._samples_for("importance of blocks")
         return block_importance(model, layers, self._settings.depth_importance, samples)
 
     def compensate_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
         """Solve the projection in front of the blocks that go, where the compensation is least squares."""
-        if self._settings.compensates_by == "least_squares" and self._samples is not None:
-            compensate_blocks(model, gone, layers, self._settings.ridge, self._samples_for("making up for blocks"))
+        samples = self._samples_for("making up for blocks")
+        if samples is not None and self._settings.compensates_by == "least_squares":
+            compensate_blocks(model, gone, layers, self._settings.ridge, samples)
 
     def score_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
         """Score every unit that may go by `importance`."""
-        if self._samples is None:
+        self._step += 1
+        if (samples := self._samples_for("importance")) is None:
             kinds = unit_kinds_of(model, layers, self._settings.width_units)
             return {index: {kind.name: torch.zeros(kind.num_units) for kind in some} for index, some in kinds.items()}
-        self._step += 1
-        return score(model, layers, self._settings, self._samples_for("importance"), self._seed)
+        return score(model, layers, self._settings, samples, self._seed)
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
         """Change what stays, before the cut, so that it makes up for what goes."""
         method = self._settings.compensates_by
-        if self._samples is None:
+        if (samples := self._samples_for("compensation")) is None:
             declare_biases(model, new_biases(model, self._settings, list(kept)))
         elif method != "none":
-            compensate(model, kept, method, self._settings.ridge, self._samples_for("compensation"))
+            compensate(model, kept, method, self._settings.ridge, samples)
 
     def progress_of(self, work: str) -> OnProgress:
         """Return what reports the progress of some work, with the step where there are several."""
@@ -84,9 +82,8 @@ class Criteria:
         step = f", step {self._step} of {total}" if self._step and total > 1 else ""
         return partial(self._on_work, f"{work}{step}")
 
-    def _samples_for(self, work: str) -> Samples:
-        assert self._samples is not None
-        return replace(self._samples, on_progress=self.progress_of(work))
+    def _samples_for(self, work: str) -> Samples | None:
+        return self._samples and replace(self._samples, on_progress=self.progress_of(work))
 
 
 @dataclass(frozen=True)
@@ -111,11 +108,7 @@ class Pruned:
 
 
 def prune(
-    model: PreTrainedModel,
-    settings: PruneConfig,
-    samples: Samples,
-    seed: int = 0,
-    on_work: OnWork = lambda work, done, total: None,
+    model: PreTrainedModel, settings: PruneConfig, samples: Samples, seed: int = 0, on_work: OnWork = ignore_work
 ) -> Pruned:
     """Cut the least important units of a model, in place, until the asked share of all parameters is gone.
 
@@ -172,8 +165,12 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
     scores: Scores = {}
     if settings.width_units:
         target = _width_target(model, settings, layers, before)
-        with _completing_errors(settings, target, before, len(gone)):
+        try:
             kept, scores = _cut_widths(criteria, model, settings, layers, target)
+        except TooMuch as error:
+            most = math.floor(1000 * (round((settings.rate or 0.0) * before) - target + error.most) / before) / 1000
+            highest = "" if gone else f"; as it is, a rate of {most:g} is the most"
+            raise UserError(f"{error}{highest}") from error
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -185,23 +182,6 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
     )
 
 
-@contextmanager
-def _completing_errors(settings: PruneConfig, target: int, before: int, num_gone: int) -> Iterator[None]:
-    """Add to errors that blocks went before what they report, or the highest rate to that of one that is too high."""
-    try:
-        yield
-    except (UserError, TrainingDiverged) as error:
-        kind = UserError if isinstance(error, UserError) else TrainingDiverged
-        if num_gone:
-            blocks = counted(num_gone, "whole block")
-            raise kind(f"{error} (once {blocks} went: numbers of parameters and blocks are without them)") from error
-        if not isinstance(error, TooMuch):
-            raise
-        asked = round((settings.rate or 0.0) * before)
-        most = math.floor(1000 * (asked - target + error.most) / before) / 1000
-        raise UserError(f"{error}; as it is, a rate of {most:g} is the most") from error
-
-
 def _cut_widths(
     criteria: Criteria, model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], target: int
 ) -> tuple[Kept, Scores]:
@@ -211,18 +191,23 @@ def _cut_widths(
         index: {name: tuple(range(size.count * size.partitions)) for name, size in kinds.items()}
         for index, kinds in sizes.items()
     }
+    rate, round_to, uniform, num_steps = settings.layer_rate, settings.round_to, settings.uniform, settings.num_steps
     first: Scores = {}
-    for step in range(1, settings.num_steps + 1):
+    for step in range(1, num_steps + 1):
         scores = criteria.score_units(model, layers)
         first = first or scores
         # By the base model's numbers; units that an earlier step removed come first to go.
         values: dict[int, dict[str, list[float]]] = {index: {} for index in sizes}
         for index, kinds in sizes.items():
             for name, size in kinds.items():
-                spread = values[index][name] = [float("-inf")] * (size.count * size.partitions)
-                for unit, value in zip(alive[index][name], scores[index][name].tolist(), strict=True):
-                    spread[unit] = value
-        kept = choose(values, sizes, settings, target, step / settings.num_steps)
+                known = dict(zip(alive[index][name], scores[index][name].tolist(), strict=True))
+                every = range(size.count * size.partitions)
+                values[index][name] = [known.get(unit, float("-inf")) for unit in every]
+        progress = step / num_steps
+        if rate is None:
+            kept = select(values, sizes, target, settings.selection, round_to, uniform, progress)
+        else:
+            kept = select_rate(values, sizes, rate, round_to, uniform, progress)
         present: Kept = {index: {} for index in kept}
         for index, by_kind in kept.items():
             for name, units in by_kind.items():
@@ -232,22 +217,6 @@ def _cut_widths(
         cut(model, present, criteria.progress_of("cutting"))
         alive = kept
     return alive, first
-
-
-def choose(values: Values, sizes: Sizes, settings: PruneConfig, target: int, progress: float = 1.0) -> Kept:
-    """Select the units that stay under `settings`, after a share of the way."""
-    rate = settings.layer_rate
-    if rate is None:
-        return select(values, sizes, target, settings.selection, settings.round_to, settings.uniform, progress)
-    for size in (kinds[ATTENTION] for kinds in sizes.values() if ATTENTION in kinds):
-        stays = size.count - units_at_rate(size, rate)
-        if settings.uniform and size.plain and stays not in size.plain:
-            raise UserError(
-                f"`prune.uniform`: `layer_rate` {rate:g} leaves {stays} key/value groups in a block, but a plain "
-                f"checkpoint of this family can have {', '.join(map(str, size.plain))}: give `rate` instead, or set "
-                "`uniform: false`"
-            )
-    return select_rate(values, sizes, rate, settings.round_to, progress)
 
 
 def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
@@ -280,13 +249,10 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
             "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
         )
     if count < 1:
-        is_most = bool(settings.width_units) and settings.depth_share is None and share == MOST_OF_BLOCKS
-        beside = "raise the rate or `prune.depth_share`" if settings.width_units else "raise the rate"
-        remedy = "give `prune.depth_share`" if is_most else beside
+        beside = " or `prune.depth_share`" if settings.width_units else ""
         raise UserError(
-            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters"
-            f"{' (the most, unless `prune.depth_share` says more)' if is_most else ''}, but one block has "
-            f"{sizes[0] / total:.2%}: {remedy}, or take `block` out of `prune.units`"
+            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has "
+            f"{sizes[0] / total:.2%}: raise the rate{beside}, or take `block` out of `prune.units`"
         )
     if abs(removed[count] - share * total) > max(sizes):
         raise UserError(

@@ -5,6 +5,7 @@ The share is reached to within one MLP channel, or `round_to` of them; without c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -44,21 +45,38 @@ def select(
     return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
 
 
-def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, progress: float = 1.0) -> Kept:
+def select_rate(
+    values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, uniform: bool = False, progress: float = 1.0
+) -> Kept:
     """Select the units that stay when every block loses a share of its own units, with LLM-Pruner's arithmetic.
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` go: channels are
     rounded up and heads, of which only whole ones can go, down (its `metapruner.py`, `prune_local`).
 
     Raises:
-        UserError: If a block would keep fewer units of a kind than it needs, or is narrower than `round_to`.
+        UserError: If a block would keep fewer units of a kind than it needs, or all, or is narrower than `round_to`.
     """
     _check_round_to(sizes, round_to)
-    removed = {
-        index: {name: units_at_rate(size, layer_rate, round_to if name == MLP else 1) for name, size in kinds.items()}
-        for index, kinds in sizes.items()
-    }
-    _check_layer_rate(sizes, removed, layer_rate, round_to)
+    removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
+    for index, kinds in sizes.items():
+        for name, size in kinds.items():
+            removed[index][name] = count = units_at_rate(size, layer_rate, round_to if name == MLP else 1)
+            if count > size.most:
+                raise UserError(
+                    f"`prune.layer_rate` {layer_rate:g} would leave {size.count - count} of the {size.count} {name} "
+                    f"units of block {index}, but at least {size.least} must stay: lower it"
+                )
+            if uniform and size.plain and size.count - count not in size.plain:
+                raise UserError(
+                    f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
+                    f"block, but a plain checkpoint of this family can have {', '.join(map(str, size.plain))}: give "
+                    "`rate` instead, or set `uniform: false`"
+                )
+    if not any(count for of_block in removed.values() for count in of_block.values()):
+        raise UserError(
+            f"`prune.layer_rate` {layer_rate:g} takes no unit out of any block: whole ones alone can go, channels in "
+            "multiples of `prune.round_to`: raise it, lower that, or name finer `prune.units`"
+        )
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
 
@@ -71,39 +89,13 @@ def _check_round_to(sizes: Sizes, round_to: int) -> None:
         )
 
 
-def _check_layer_rate(sizes: Sizes, removed: Mapping[int, Mapping[str, int]], layer_rate: float, round_to: int) -> None:
-    thousandths = [number / 1000 for number in range(int(layer_rate * 1000), -1, -1)]
-    too_few = [
-        (next(rate for rate in thousandths if units_at_rate(size, rate) <= size.most), index, name)
-        for index, kinds in sizes.items()
-        for name, size in kinds.items()
-        if removed[index][name] > size.most
-    ]
-    if too_few:
-        bound, index, name = min(too_few)
-        size = sizes[index][name]
-        raise UserError(
-            f"`prune.layer_rate` {layer_rate:g} would leave {size.count - removed[index][name]} of the {size.count} "
-            f"{name} units of block {index}, but at least {size.least} must stay: make it at most {bound:g}"
-        )
-    if not any(count for kinds in removed.values() for count in kinds.values()):
-        first, kinds = next(iter(sizes.items()))
-        units = " and ".join(f"{size.count} {name}" for name, size in kinds.items())
-        raise UserError(
-            f"`prune.layer_rate` {layer_rate:g} takes no unit out of any block: of the {units} units of block {first} "
-            "whole ones alone can go, channels in multiples of `prune.round_to`: raise it, lower that, or name finer "
-            "`prune.units`"
-        )
-
-
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
     """Count the units of one kind that a block loses at `layer_rate`."""
     rows = size.count * size.rows
     removed = (rows - int(rows * (1 - layer_rate))) // size.rows
-    if round_to > 1:
-        stays = max(round((size.count - removed) / round_to), 1) * round_to
-        removed = max(size.count - stays, 0)
-    return removed
+    if round_to == 1:
+        return removed
+    return max(size.count - max(round((size.count - removed) / round_to), 1) * round_to, 0)
 
 
 def _keep_most_important(
@@ -118,18 +110,16 @@ def _keep_most_important(
             # Between steps, too, the channels that stay are a multiple.
             stays = math.ceil((size.count - int(removed[index][name] * progress)) / multiple) * multiple
             gone[index, name] = max(size.count - stays, 0)
-    return _units_behind(values, bundles, gone)
+    return _units_behind(bundles, gone)
 
 
-def _units_behind(values: Values, bundles: Mapping[Place, Sequence[Sequence[int]]], gone: Mapping[Place, int]) -> Kept:
+def _units_behind(bundles: Mapping[Place, Sequence[Sequence[int]]], gone: Mapping[Place, int]) -> Kept:
     """List the units of the bundles that stay when the first `gone` of each place go."""
-    return {
-        index: {
-            name: tuple(sorted(unit for bundle in bundles[index, name][gone[index, name] :] for unit in bundle))
-            for name in by_kind
-        }
-        for index, by_kind in values.items()
-    }
+    kept: Kept = {}
+    for (index, name), ordered in bundles.items():
+        stays = sorted(unit for bundle in ordered[gone[index, name] :] for unit in bundle)
+        kept.setdefault(index, {})[name] = tuple(stays)
+    return kept
 
 
 def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
@@ -142,8 +132,7 @@ def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[i
         for part in range(size.partitions)
     ]
     starts = [0, *range(size.count % width or width, size.count, width)]
-    ends = [*starts[1:], size.count]
-    return [[unit for order in orders for unit in order[a:b]] for a, b in zip(starts, ends, strict=True)]
+    return [[unit for order in orders for unit in order[a:b]] for a, b in itertools.pairwise([*starts, size.count])]
 
 
 # ---- global selection
@@ -157,7 +146,7 @@ class _Ranking:
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
-        self._sizes = sizes
+        self.parameters: dict[tuple[Place, int], int] = {}
         self.bundles: dict[Place, list[list[int]]] = {}
         self.gone: dict[Place, int] = {}
         ranked: list[tuple[float, int, str, int]] = []
@@ -167,16 +156,12 @@ class _Ranking:
                 bundles = self.bundles[index, name] = _bundles(scores, size, round_to if name == MLP else 1)
                 gone = self.gone[index, name] = sum(scores[bundle[0]] == float("-inf") for bundle in bundles)
                 weight = size.parameters / size.partitions
-                for position in range(gone, len(bundles) - size.least):
-                    bundle = bundles[position]
-                    score = sum(scores[unit] for unit in bundle) / (weight * len(bundle))
-                    ranked.append((score, index, name, position))
+                for position, bundle in enumerate(bundles):
+                    self.parameters[(index, name), position] = size.parameters * len(bundle) // size.partitions
+                    if gone <= position < len(bundles) - size.least:
+                        score = sum(scores[unit] for unit in bundle) / (weight * len(bundle))
+                        ranked.append((score, index, name, position))
         self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
-
-    def parameters(self, place: Place, position: int) -> int:
-        """Count the parameters of one bundle."""
-        size = self._sizes[place[0]][place[1]]
-        return size.parameters * len(self.bundles[place][position]) // size.partitions
 
 
 def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_last: bool) -> Kept:
@@ -184,9 +169,9 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
     ranking = _Ranking(values, sizes, round_to)
     has_channels = any(name == MLP for _, name in ranking.bundles)
     finest, gone = smallest_step(sizes, round_to), dict(ranking.gone)
-    removed = sum(ranking.parameters(place, position) for place, count in gone.items() for position in range(count))
+    removed = sum(ranking.parameters[place, position] for place, count in gone.items() for position in range(count))
     for place, position in ranking.order:
-        parameters = ranking.parameters(place, position)
+        parameters = ranking.parameters[place, position]
         # Bundles of a block go in order; one that was too large for what is left keeps its successors.
         if removed + parameters <= target + finest // 2 and gone[place] == position:
             gone[place] += 1
@@ -197,7 +182,7 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
         _correct_with_coarse_units(ranking, gone, removed, target, finest)
     elif is_last:
         gone = _nearest_without_channels(ranking, sizes, target, gone)
-    return _units_behind(values, ranking.bundles, gone)
+    return _units_behind(ranking.bundles, gone)
 
 
 def _correct_with_coarse_units(
@@ -209,9 +194,9 @@ def _correct_with_coarse_units(
             break
         if place[1] != MLP and gone[place] == position:
             gone[place] += 1
-            removed += ranking.parameters(place, position)
+            removed += ranking.parameters[place, position]
     for place, position in reversed(ranking.order):
-        parameters = ranking.parameters(place, position)
+        parameters = ranking.parameters[place, position]
         went_last = place[1] == MLP and gone[place] == position + 1
         if went_last and removed - target > parameters // 2:
             gone[place] -= 1
@@ -231,8 +216,8 @@ def _nearest_without_channels(
 
     before, wanted = totals_of(ranking.gone), totals_of(gone)
     coarsest = next(name for name in COARSE if name in wanted)
-    chosen = nearest_totals(sizes, target, lambda totals: abs(totals[coarsest] - wanted[coarsest]), before)
-    left = {name: count - before[name] for name, count in chosen.items()}
+    totals = nearest_totals(sizes, target, lambda totals: abs(totals[coarsest] - wanted[coarsest]), before)
+    left = {name: count - before[name] for name, count in totals.items()}
     counts = dict(ranking.gone)
     for place, position in ranking.order:
         if left[place[1]] > 0 and counts[place] == position:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
 from qpruner.models.layout import skeleton
 from qpruner.pruning.units import plain_counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GROUPED_MATMUL_MULTIPLE = 8
 """Channels of a stacked expert come in multiples of this: `torch._grouped_mm` (2.13) refuses strides that are no
@@ -22,8 +25,12 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
         return settings
-    obstacle = _obstacle(model_config, settings)
-    return settings.model_copy(update={"compensation": "none" if obstacle else "least_squares"})
+    if settings.width_units:
+        has_obstacle = bool(_stacked(model_config, settings))
+    else:
+        has_obstacle = family_of(model_config).residual_factor(model_config) is None
+    compensation = "none" if has_obstacle else "least_squares"
+    return settings.model_copy(update={"compensation": compensation})
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
@@ -60,8 +67,8 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     Raises:
         UserError: Naming the key and the remedy.
     """
-    name = family_of(model_config).model_type
-    layers, stacked = cuttable_layers(model_config, settings), _stacked(model_config, settings)
+    family = family_of(model_config)
+    name, layers, stacked = family.model_type, cuttable_layers(model_config, settings), _stacked(model_config, settings)
     by_linear = [
         f"{key} {value} ({remedy})"
         for key, value, remedy, looks_at_linears in (
@@ -82,13 +89,24 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
             f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a {name} model, got "
             f"{settings.round_to}: torch's grouped matrix product takes rows of whole 16 bytes only"
         )
-    if not settings.width_units and settings.compensates_by == "least_squares" and _obstacle(model_config, settings):
+    least_squares = settings.compensates_by == "least_squares"
+    if least_squares and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
             f"`prune.compensation`: the whole blocks of a {name} model cannot have least squares, for behind its MLP "
             "there is a norm, or experts stand in its place: take it out, or name `attention` in `prune.units`, too"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)
+
+
+def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
+    """List the output projections that compensation gives a bias where the family has none."""
+    if settings.compensates_by != "bias":
+        return []
+    family, first = family_of(model.config), layers[0]
+    block, kinds = model.get_submodule(family.block_path(first)), _unit_kinds(model.config)[first]
+    linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units and kind.output_linear]
+    return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
 
 
 def are_alike(model_config: Any) -> bool:
@@ -108,12 +126,6 @@ def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
     return [kind for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 
 
-def _obstacle(model_config: Any, settings: PruneConfig) -> bool:
-    """Whether least squares cannot make up for what goes."""
-    is_behind_norm = family_of(model_config).residual_factor(model_config) is None
-    return is_behind_norm if not settings.width_units else bool(_stacked(model_config, settings))
-
-
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:
     """Refuse what keeps blocks that are all cut alike from being a plain checkpoint."""
     family, count = family_of(model_config), model_config.num_hidden_layers
@@ -129,11 +141,8 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
             f"`prune.uniform`: no plain {family.model_type} checkpoint can have fewer heads, for its hidden size must "
             f"be made up of them: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
-    if settings.compensates_by == "bias":
-        block = skeleton(model_config).get_submodule(family.block_path(0))
-        outputs = [kind.output_linear for kind in _unit_kinds(model_config)[0] if kind.output_linear]
-        if any(block.get_submodule(path).bias is None for path in outputs):
-            raise UserError(
-                f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) has no place for "
-                "output biases: use least_squares or none"
-            )
+    if new_biases(skeleton(model_config), settings, layers):
+        raise UserError(
+            f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) has no place for output "
+            "biases: use least_squares or none"
+        )

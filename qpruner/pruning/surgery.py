@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda done, total: None) -> PreTrainedModel:
     """Remove every unit that is not kept, in place.
 
-    Parameters are cut one after the other and the old ones freed at once; a cut block is built anew from its own config
-    around the same tensors. Two copies never exist. Blocks and kinds that `kept` does not name keep everything.
+    A cut block is built anew from its own config around the same tensors: two copies of a parameter never exist. Blocks
+    and kinds that `kept` does not name keep everything.
     """
     family, config = family_of(model.config), model.config
     ragged.install(family)
@@ -87,15 +87,13 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
     for item, _ in owned_parameters(block, kind):
         slices.setdefault(item.parameter, []).append(item)
     for path, items in slices.items():
-        parameter = block.get_parameter(path)
-        dim = items[0].dim
+        parameter, dim = block.get_parameter(path), items[0].dim
         stays = [_stays(parameter.shape[dim], items, size, part).to(parameter.device) for part in by_partition]
         if kind.partitions == 1:
             data = parameter.data.index_select(dim, stays[0])
         else:
-            data = torch.stack(
-                [expert.index_select(dim - 1, part) for expert, part in zip(parameter.data, stays, strict=True)]
-            )
+            experts = zip(parameter.data, stays, strict=True)
+            data = torch.stack([expert.index_select(dim - 1, part) for expert, part in experts])
         owner, _, name = path.rpartition(".")
         setattr(block.get_submodule(owner), name, torch.nn.Parameter(data, requires_grad=parameter.requires_grad))
     return len(by_partition[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of, owned_parameters
+from qpruner.models.families import ATTENTION, MLP, family_of, owned_parameters
 
 Kept = dict[int, dict[str, tuple[int, ...]]]
 """Block index -> kind of unit -> indices of the units that stay, ascending."""
@@ -42,9 +42,9 @@ class TooMuch(UserError):
 
     def __init__(self, target: int, most: int) -> None:
         super().__init__(
-            f"`prune.rate` asks for {target:,} parameters to go, but at most {most:,} can when each block that may be "
-            "cut keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / `prune.last_layer` "
-            "or name more `prune.units`"
+            f"`prune.rate` asks for {target:,} parameters to go out of blocks, but at most {most:,} can when each that "
+            "may be cut keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / "
+            "`prune.last_layer` or name more `prune.units`"
         )
         self.most = most
 
@@ -65,7 +65,7 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
                 of_block[kind.name] = KindSize(
                     sum(parameter.numel() // parameter.shape[item.dim] * item.width for item, parameter in owned),
                     kind.units_per_partition,
-                    least=family.least_experts(layer_config) if kind.name == EXPERT else 1,
+                    least=kind.least,
                     partitions=kind.partitions,
                     rows=family.head_dim(layer_config) if is_attention else 1,
                     plain=plain_counts(model.config, index) if is_attention else (),

@@ -11,11 +11,9 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +24,7 @@ from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors, pack, unpack
+from qpruner.runs.records import Recorded
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import (
     OnPiece,
@@ -35,13 +34,12 @@ from qpruner.runs.storage import (
     fetch,
     fetch_file,
     file_digest,
+    files_in,
     for_each,
     put_file,
     read_json,
     retry_storage,
-    staging_path,
     storage_at,
-    write_json,
 )
 
 FORMAT = 2
@@ -51,59 +49,43 @@ FEW_WEIGHTS = 10_000_000
 """Packing fewer takes less time than starting Ray."""
 
 
-class IndexEntry(BaseModel):
+class IndexEntry(Recorded):
     """One file of the index: the digest of its inputs, its sha256, and |W - Q - BA| / |W - Q| (Frobenius)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     inputs: str
     sha256: str
     residual_ratio: float
 
 
-class BankIndex(BaseModel):
-    """`bank.json`: the bank's digest, the packing library's version, and every file by its name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class BankIndex(Recorded):
+    """`bank.json`: the bank's digest, and every file by its name."""
 
     digest: str
-    bitsandbytes: str
     files: dict[str, IndexEntry]
 
 
-@dataclass(frozen=True)
-class EntrySettings:
-    """What an entry depends on besides the weights and the bits."""
+def build_entry(
+    weights: Mapping[str, torch.Tensor], bits: int, lora: LoraConfig, double_quant: bool, seed: int
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Quantize a group's layers (path -> weight ``(rows, columns)``) at 4 or 8 bits; a pure function.
 
-    lora: LoraConfig
-    double_quant: bool
-    seed: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Tensors of one (group, bits), and the error left over that of plain quantization; 1 without LoftQ."""
-
-    tensors: dict[str, torch.Tensor]
-    residual_ratio: float
-
-
-def build_entry(weights: Mapping[str, torch.Tensor], bits: int, settings: EntrySettings) -> Entry:
-    """Quantize a group's layers (path -> weight ``(rows, columns)``) at 4 or 8 bits; a pure function."""
+    Returns:
+        The tensors of the entry, and the error left over that of plain quantization; 1 without LoftQ.
+    """
     tensors: dict[str, torch.Tensor] = {}
     plain, left = 0.0, 0.0
     for path, weight in weights.items():
-        if settings.lora.init == "plain":
-            packed = pack(weight, bits, settings.double_quant)
+        if lora.init == "plain":
+            packed = pack(weight, bits, double_quant)
         else:
-            start = loftq_start(weight, bits, settings.lora, settings.double_quant, settings.seed)
+            start = loftq_start(weight, bits, lora, double_quant, seed)
             packed = start.packed
             tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
             plain += start.plain_error**2
             left += start.error**2
         tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0)
+    return on_cpu, (left / plain) ** 0.5 if plain else 1.0
 
 
 def entry_file(bank: Path, group: str, bits: int) -> Path:
@@ -111,13 +93,13 @@ def entry_file(bank: Path, group: str, bits: int) -> Path:
     return bank / f"{bits}bit" / f"{group}.safetensors"
 
 
-def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
+def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tensor]) -> Path:
     """Write an entry's file and return its path."""
     path = entry_file(bank, group, bits)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(entry.tensors, path)
+        save_file(tensors, path)
 
     retry_storage(write, path)
     return path
@@ -133,34 +115,32 @@ class GroupJob:
     paths: tuple[str, ...]
     bits: tuple[int, ...]
     dtype: str
-    settings: EntrySettings
+    lora: LoraConfig
+    double_quant: bool
+    seed: int
+    inputs: str = ""
+    """Digest of what all of this stands for, for the index."""
     threads: int | None = None
 
 
-def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
-    """Pack a group, write its files and return sha256 and residual ratio by file name."""
+def build_group(job: GroupJob) -> dict[str, IndexEntry]:
+    """Pack a group and write its files; return their entries of the index."""
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
     stored = dense_tensors(fetch(job.checkpoint), names.__contains__)
     for name in names:
-        if name not in stored:
-            raise CorruptFile(f"checkpoint {job.checkpoint} lacks {name}; delete it to rebuild it", job.checkpoint)
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
     weights = {names[name]: tensor.to(device(), getattr(torch, job.dtype)) for name, tensor in stored.items()}
     built = {}
     for bits in job.bits:
-        entry = build_entry(weights, bits, job.settings)
-        file = write_entry(staging_path(job.bank), job.group, bits, entry)
+        tensors, ratio = build_entry(weights, bits, job.lora, job.double_quant, job.seed)
+        file = write_entry(storage_at(job.bank).staging, job.group, bits, tensors)
         sha256 = put_file(file, entry_file(job.bank, job.group, bits))
-        built[str(entry_file(Path(), job.group, bits))] = (sha256, entry.residual_ratio)
+        name = str(entry_file(Path(), job.group, bits))
+        built[name] = IndexEntry(inputs=job.inputs, sha256=sha256, residual_ratio=ratio)
     return built
-
-
-def write_index(bank: Path, index: BankIndex) -> None:
-    """Write a bank's index."""
-    write_json(bank / INDEX, index)
 
 
 def read_index(bank: Path) -> BankIndex:
@@ -173,35 +153,20 @@ def read_index(bank: Path) -> BankIndex:
 
 def intact_files(bank: Path, index: BankIndex) -> list[str]:
     """List the files that exist and have the sha256 of the index."""
-    found = for_each(_digest_if_there, [bank / name for name in index.files])
-    return [name for (name, entry), sha256 in zip(index.files.items(), found, strict=True) if sha256 == entry.sha256]
-
-
-def _digest_if_there(path: Path) -> str | None:
-    try:
-        return file_digest(path)
-    except FileNotFoundError:
-        return None
+    there = files_in(bank)
+    names = [name for name in index.files if name in there]
+    found = for_each(file_digest, [bank / name for name in names])
+    return [name for name, sha256 in zip(names, found, strict=True) if sha256 == index.files[name].sha256]
 
 
 def read_plan(
     bank: Path, bits_by_group: Mapping[str, int], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of all groups that a plan quantizes; `on_piece` is called as bytes arrive.
-
-    Raises:
-        CorruptFile: For a missing or damaged file, and a bank that another version of bitsandbytes packed.
-    """
+    """Read the tensors of all groups that a plan quantizes; raises `CorruptFile` for a missing or damaged file."""
     wanted = {group: bits for group, bits in bits_by_group.items() if bits != FULL_BITS}
     if not wanted:
         return {}
     index = read_index(bank)
-    if index.bitsandbytes != version("bitsandbytes"):
-        raise CorruptFile(
-            f"bank {display_name(bank)} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
-            f"{version('bitsandbytes')}; install the same version everywhere, or delete the folder to rebuild it",
-            bank,
-        )
     tensors: dict[str, torch.Tensor] = {}
     for group, bits in wanted.items():
         path = entry_file(bank, group, bits)

@@ -56,7 +56,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
     successor = run.liveness.successor
     worker = successor or run.state
     return {
-        "run": run.run_dir.address,
+        "run": run.run_dir.storage.address,
         "outcome": RUNNING if successor else run.liveness.outcome,
         "error": run.state.error,
         "host": worker.host,
@@ -168,7 +168,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
     config, search, record = run.state.config, run.state.search, run.results.search
     statuses = [trial.status for trial in run.own_trials]
     facts: dict[str, Any] = {
-        "run": run.run_dir.address,
+        "run": run.run_dir.storage.address,
         "outcome": RUNNING if run.liveness.successor else run.liveness.outcome,
         "model": config["model"]["source"],
         "searcher": record.searcher if record else config["search"]["searcher"],

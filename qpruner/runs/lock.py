@@ -1,15 +1,15 @@
 """One driver a run: a file that names the process that works on it, and whose time of change is its heartbeat.
 
-A lock is stale when its process is dead, where this machine can see that, and otherwise when its heartbeat has stopped.
-A driver on another machine is waited for until it beats again, or would have. Ages are differences of the storage's own
-times, so machines' clocks need not agree. `filelock` keeps two processes from judging one lock at once; an object store
-knows no such locks (pyarrow 26 has no conditional put), so of two drivers that start there in the same instant the
-first heartbeat ends one.
+A lock is stale when its process is dead, where this machine can see that. A driver on another machine is watched until
+it beats again, or should have: machines' clocks need not agree. `filelock` keeps two processes from judging one lock at
+once; an object store knows no such locks (pyarrow 26 has no conditional put), so of two drivers that start there in the
+same instant the first heartbeat ends one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -17,15 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from qpruner.errors import StageError, StorageError, UserError
-from qpruner.runs.records import RUN_ID
+from qpruner.runs.records import RUN_ID, Recorded
 from qpruner.runs.storage import Storage, display_name, exclusive, retry_storage, storage_at
 
 NAME = "driver.lock"
@@ -34,10 +33,8 @@ STALE_BEATS = 6
 """Without so many heartbeats, another machine's driver is taken for dead."""
 
 
-class Holder(BaseModel):
+class Holder(Recorded):
     """The process that works on a run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str
     machine: str
@@ -48,25 +45,18 @@ class Holder(BaseModel):
     since: str
 
 
-@dataclass(frozen=True)
-class Driver:
-    """The process that a run's lock names, as somebody sees it who only looks.
-
-    A `dead` one was on this machine; a `silent` one is on another, a minute without a heartbeat. The next command takes
-    the run.
-    """
+class Driver(NamedTuple):
+    """The process that a run's lock names; the next command takes the run of one that is not alive."""
 
     holder: Holder
     beat: float
     """Its last heartbeat, in Unix seconds on the storage's clock."""
     state: Literal["alive", "dead", "silent"]
+    """`dead` on this machine; `silent` on another, a minute without a heartbeat."""
 
 
 def driver_of(root: Path) -> Driver | None:
-    """Find who drives a run; None where nobody holds its lock.
-
-    Nothing is written, so ages are told by this machine's clock. One that is a minute ahead calls a driver elsewhere
-    silent that is not.
+    """Find who drives a run; None where nobody holds its lock. Nothing is written.
 
     Raises:
         StorageError: If the storage cannot be reached.
@@ -74,10 +64,11 @@ def driver_of(root: Path) -> Driver | None:
     found = retry_storage(lambda: _last_beat(storage_at(root / NAME)), root / NAME)
     if found is None:
         return None
-    (holder, beat), me = found, this_process()
-    if _stale(holder, me, lambda: time.time() - beat, STALE_BEATS * HEARTBEAT_SECONDS) is None:
-        return Driver(holder, beat, "alive")
-    return Driver(holder, beat, "dead" if holder.machine == me.machine else "silent")
+    holder, beat = found
+    if holder.machine == this_process().machine:
+        return Driver(holder, beat, "alive" if _is_alive(holder) else "dead")
+    # By this machine's clock: one that is a minute ahead calls a driver silent that is not.
+    return Driver(holder, beat, "silent" if time.time() - beat > STALE_BEATS * HEARTBEAT_SECONDS else "alive")
 
 
 @contextmanager
@@ -96,9 +87,20 @@ def hold_run(
         StorageError: If the storage is full or away.
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
-    seen: tuple[Holder, float] | None = None
-    # Tried once: what was written without an answer would look like another's.
-    while found := retry_storage(lambda: _take(lock, me, notify, limit), root / NAME, seconds=0.0):
+    seen, deadline = None, time.monotonic() + limit
+
+    def take() -> tuple[Holder, float] | None:
+        try:
+            return _take(lock, me, notify, seen if time.monotonic() > deadline else None, limit)
+        except OSError as error:
+            if error.errno != errno.ENOLCK:
+                raise
+            raise UserError(
+                f"`output`: the locks of the file system of {root} fail ({error.strerror}); mount it with locks, or "
+                "name another `output`"
+            ) from error
+
+    while found := retry_storage(take, root / NAME, seconds=0.0):  # once: an unanswered write would look like another's
         holder, _ = found
         if holder.machine == me.machine or (seen and found != seen):
             raise UserError(
@@ -140,7 +142,7 @@ def lock_lost(stage: str, how: str) -> StageError:
 
 
 def this_process() -> Holder:
-    """Describe this process as its lock does."""
+    """Describe this process."""
     try:
         machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
@@ -166,14 +168,17 @@ def _last_beat(lock: Storage) -> tuple[Holder, float] | None:
     return (holder, found.modified) if holder and found else None
 
 
-def _take(lock: Storage, me: Holder, notify: Callable[[str], None], limit: float) -> tuple[Holder, float] | None:
-    """Take the lock from nobody or from the dead; return who else holds it, and its last heartbeat."""
+def _take(
+    lock: Storage, me: Holder, notify: Callable[[str], None], silent: tuple[Holder, float] | None, limit: float
+) -> tuple[Holder, float] | None:
+    """Take the lock from nobody, the dead or the `silent`; return who else holds it, and its last heartbeat."""
     with _alone(lock):
         if found := _last_beat(lock):
-            holder, beat = found
-            why = _stale(holder, me, lambda: _now(lock) - beat, limit)
-            if why is None:
+            holder, _ = found
+            is_here = holder.machine == me.machine
+            if (is_here and _is_alive(holder)) or (not is_here and found != silent):
                 return found
+            why = "that process is dead" if is_here else f"no sign of life for {limit:.0f} s"
             notify(f"taking over from process {holder.pid} on {holder.host}: {why}")
         lock.write(me.model_dump_json().encode())
     return None
@@ -184,22 +189,8 @@ def _alone(lock: Storage) -> AbstractContextManager[None]:
     return exclusive(lock.path) if lock.fills_this_disk else contextlib.nullcontext()
 
 
-def _now(lock: Storage) -> float:
-    """Read the storage's clock."""
-    probe = storage_at(lock.path.with_name(f".{NAME}.{os.getpid()}.probe"))
-    probe.write(b"now")
-    found = probe.stat()
-    probe.delete()
-    assert found, "it was written"
-    return found.modified
-
-
-def _stale(holder: Holder, me: Holder, silent_seconds: Callable[[], float], limit: float) -> str | None:
-    """Tell why a holder no longer works on the run; None while it does, or may."""
-    if holder.machine == me.machine:
-        return None if _start_of(holder.pid) == holder.started else "that process is dead"
-    seconds = silent_seconds()
-    return f"no sign of life for {seconds:.0f} s" if seconds > limit else None
+def _is_alive(holder: Holder) -> bool:
+    return _start_of(holder.pid) == holder.started
 
 
 def _start_of(pid: int) -> int | None:

@@ -78,10 +78,7 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Sends the files of a run at a URI that changed: at intervals, when a stage ends, and when it is closed.
-
-    These are a folder that this process writes anew, and a further file.
-    """
+    """Sends what changed of a folder and a file of a run at a URI: at intervals, after each stage, and at its close."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file
@@ -113,10 +110,7 @@ class Uploader:
                     if path not in self._sent:
                         remove(path)
         except (OSError, StorageError) as error:  # it costs no result
-            logger.warning(
-                "TensorBoard's files and the log could not be sent: %s; that is tried again %s: if it stays so, check "
-                "that the address of `output` is reached from here and its credentials may write",
-                error,
-                "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s",
-            )
+            again = "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s"
+            text = "TensorBoard's files and the log could not be sent: %s; that is tried again %s: check `output`"
+            logger.warning(f"{text}, the network and credentials", error, again)
         self._due = time.monotonic() + SECONDS_BETWEEN

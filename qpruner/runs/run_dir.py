@@ -36,14 +36,14 @@ class RunDir:
 
     Args:
         root: The folder or URI, or the path that `run_root` makes of it.
-        create: Whether to make a missing folder; without it a person looks for a run that is there.
+        create: Whether to make a missing folder.
 
     Raises:
         UserError: If it is a file, or a URI that cannot be one of a run or does not answer.
     """
 
     def __init__(self, root: str | Path, create: bool = True) -> None:
-        self.root = run_root(root, is_sought=not create)
+        self.root = run_root(root)
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
         self.trials = self.root / "trials"
@@ -59,17 +59,8 @@ class RunDir:
         """Where the run is, as a person knows it."""
         return self.storage.name
 
-    @property
-    def address(self) -> str:
-        """What a command takes for the run, a URI with all that it needs to be reached."""
-        return self.storage.address
-
     def require_folder(self, remedy: str) -> Path:
-        """Return the run's folder, for what works on folders only.
-
-        Raises:
-            UserError: If the run's files are in an object store, with what to do about that.
-        """
+        """Return the run's folder; `UserError` with the remedy if its files are in an object store."""
         if not self.storage.fills_this_disk:
             raise UserError(f"{self.place} is in an object store: {remedy}")
         return self.root
@@ -98,7 +89,7 @@ class RunDir:
         return storage_at(self.root / "tune").staging
 
     def scratch_path(self, name: str) -> Path:
-        """Name the folder of this machine in which a folder is prepared; a killed command leaves it."""
+        """Name the folder of this machine in which a folder is prepared."""
         if self.storage.fills_this_disk:
             return self.root / f".scratch-{name}"
         return storage_at(self.stage(name)).staging
@@ -108,11 +99,8 @@ class RunDir:
         return empty_folder(self.scratch_path(name))
 
     def begin(self, name: str, resume: bool = False) -> Path:
-        """Make the folder that a stage writes into; with `resume` what a killed command left is kept.
-
-        In an object store it is the stage's own, where the record vouches for what is sent.
-        """
-        if not self.storage.fills_this_disk:
+        """Make the folder that a stage writes into; with `resume` what a killed command left is kept."""
+        if not self.storage.fills_this_disk:  # files are sent one by one, and the record vouches for them
             self.forget(name)
             return self.stage(name)
         if not resume:

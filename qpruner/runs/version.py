@@ -28,8 +28,7 @@ def commit() -> str | None:
 
 def describe() -> str:
     """Name the version for people: `0.1.0 (commit f314f2b0c1d2)`, the number alone where no commit is known."""
-    known = commit()
-    return f"{VERSION} (commit {known})" if known else VERSION
+    return f"{VERSION} (commit {known})" if (known := commit()) else VERSION
 
 
 def _git(*arguments: str) -> str:

@@ -1,6 +1,6 @@
-"""The plans every search starts with, the random ones beside it, and the choice of its winner, from scores alone.
+"""The plans every search starts with, the random ones beside it, and what wins: a plan, or a Pareto front.
 
-The search stage and the replays of `benchmarks/` share it, so a replay's regret is that of the plan a run returns.
+The replays of `benchmarks/` share it, so a replay's regret is that of the plan a run returns.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from qpruner.sensitivity.seeds import seed_origin, seed_plan
 SAME_BYTES = 0.01
 """Plans whose bytes differ by at most this share count as equal bytes."""
 BATCH, MAX_BATCHES = 1024, 128
+Point = tuple[float, float]
+"""Bytes, and what is minimized beside them."""
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
@@ -36,13 +38,38 @@ def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int
     return min(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at), default=None)
 
 
+def non_dominated(points: Sequence[Point]) -> list[int]:
+    """Return the positions of the points that no other dominates; of equal points the first counts."""
+    front, lowest = [], float("inf")
+    for position in sorted(range(len(points)), key=lambda position: points[position]):
+        if points[position][1] < lowest:
+            front.append(position)
+            lowest = points[position][1]
+    return front
+
+
+def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
+    """Compute the hypervolume of a front by bytes and score (Zitzler and Thiele, 1998), in the unit of the score.
+
+    It is the area that the points dominate, up to the budget and to the score of the smallest plan, divided by the
+    bytes between that plan and the budget: by how much the best plan inside a budget beats the smallest one, in the
+    mean over all budgets between them. So a plan of the whole budget adds nothing.
+    """
+    area, lowest = 0.0, smallest[1]
+    for position in non_dominated(points):
+        size, score = points[position]
+        if size < budget_bytes and score < lowest:
+            area += (budget_bytes - size) * (lowest - score)
+            lowest = score
+    return area / (budget_bytes - smallest[0]) if area else 0.0
+
+
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
     """Draw different plans, almost uniformly over all others whose bytes are within `SAME_BYTES` of those of `plan`.
 
     Levels are drawn group by group with probabilities ``exp(-tilt * bytes)``, which makes plans of the wanted bytes
-    likely, and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) evens out the rest.
-
-    The budget of `space` plays no part. Returns `count` plans, or fewer where 131072 draws found no more.
+    likely, and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) evens out the rest. The
+    budget plays no part. Fewer than `count` are returned where 131072 draws found no more.
     """
     if count == 0 or len(space.levels) == 1:
         return []

@@ -1,10 +1,9 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
-Log expected improvement (Ament et al., arXiv 2310.20708; BoTorch's) of the model in `plan_model`, over plans that are
-inside the budget and new. Candidates are all plans of a small space; of a large one, the knapsacks that lead up the
-expected improvement from those of sampled effects, the neighbours of the best plans, and then, a few times over, those
-of the best candidates. For a Pareto front it is the expected hypervolume improvement: as a plan's bytes are known, the
-sum over the front's segments of bytes of the expected improvement on each.
+It maximizes BoTorch's log expected improvement (Ament et al., arXiv 2310.20708) of the model in `plan_model`, over new
+plans inside the budget: all plans of a small space; of a large one, knapsacks that ascend it from sampled effects, and
+neighbours of the best plans and candidates. For a Pareto front it is the expected hypervolume improvement: as a plan's
+bytes are known, the sum over the front's segments of bytes of the expected improvement on each.
 """
 
 from __future__ import annotations
@@ -44,11 +43,7 @@ NUM_CLIMBS = 3
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread, as the matrices are small.
-
-    Where trials share the driver's cores, threads that wait for one another took 12 s for a proposal from 24
-    observations of 64 groups, one thread 0.9 s (two cores, two other jobs).
-    """
+    """Use one thread: beside two other jobs on two cores a proposal took 0.9 s, and 12 s with more threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,8 +55,7 @@ def _one_thread() -> Iterator[None]:
 class GaussianProcessProposer:
     """Proposes the plan with the largest log expected improvement over the best of all plans known or in flight.
 
-    With `pareto` it improves the front of score against bytes: the expected improvement is then the mean over the byte
-    sizes from the smallest plan to the budget.
+    With `pareto` it is the mean improvement of the front over the sizes from the smallest plan to the budget.
     """
 
     name = "gp"
@@ -87,8 +81,7 @@ class GaussianProcessProposer:
             return Proposal(self._plans.space.plan_of(self._plans.smallest))
         best = int(values.argmax())
         plan = self._plans.space.plan_of(candidates[best])
-        if len(history.observations) < 2:
-            # The scale of the scores is unknown yet, and with it an improvement and a noise.
+        if len(history.observations) < 2:  # the scale of the scores, and so of an improvement, is unknown yet
             return Proposal(plan)
         return Proposal(plan, math.exp(float(values[best])), posterior.noise)
 
@@ -146,7 +139,7 @@ class Goal:
     plans: Plans
     references: Tensor  # (r, groups): the plan to beat in each range
     edges: Tensor | None  # (r + 1,) bytes: where the ranges start, and the end of the last; None if bytes do not count
-    centers: Tensor  # (c, groups): plans around which improvements are to be looked for
+    centers: Tensor  # (c, groups): plans around which improvements are looked for
 
     def rivals(self, capacities: Tensor) -> Tensor:
         """Return the reference ``(n, groups)`` that a plan of each size ``(n,)`` has to beat."""
@@ -172,25 +165,19 @@ class Goal:
 class _Marginals(Model):  # type: ignore[misc]
     """Lets BoTorch's acquisition functions use given marginals: inputs ``(..., 1, 2)`` are mean and variance.
 
-    gpytorch's exact inference over thousands of candidates, one posterior each, took 0.4 s at 64 observations and 3 s
-    at 500; the same numbers take a hundredth of that.
+    gpytorch's exact inference over thousands of candidates took 3 s at 500 observations, a hundred times as long.
     """
 
     @property
     def num_outputs(self) -> int:
-        """Return 1."""
         return 1
 
     def posterior(self, X: Tensor, **options: object) -> GPyTorchPosterior:  # noqa: N803
-        """Wrap the marginals."""
         return GPyTorchPosterior(MultivariateNormal(X[..., 0], DiagLinearOperator(X[..., 1])))
 
 
 def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = False) -> Goal:
-    """Set the goal to beat the best plan inside the budget.
-
-    For a front it is to dominate more of the area between the smallest plan, the budget and the worst score.
-    """
+    """Set the goal: to beat the best plan; or to dominate more between smallest plan, budget and worst score."""
     inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
     means = posterior.mean(inside)
     if not pareto:
@@ -246,16 +233,16 @@ class Plans:
         return inside[fresh]
 
     def random(self, number: int, generator: np.random.Generator) -> Tensor:
-        """Plans that leave no room for any raise, where more bytes are better; by random worth of every raise."""
+        """Draw plans that leave no room for any raise, where more bytes are better."""
         worth = torch.tensor(generator.exponential(size=(number, *self.bytes.shape)))
         rank = self.bytes.argsort(1).argsort(1).expand(number, -1, -1)
         costs = -worth.cumsum(2).gather(2, rank)
         return self.knapsacks(costs, torch.full((number,), float(self.capacity), dtype=torch.float64))
 
     def knapsacks(self, costs: Tensor, capacities: Tensor) -> Tensor:
-        """Plans ``(s, groups)`` of nearly least cost: Lagrange's bound on the bytes, then raises into what is left.
+        """Find plans ``(s, groups)`` of nearly least cost ``(s, groups, levels)``, each inside a capacity ``(s,)``.
 
-        `costs` are ``(s, groups, levels)``, `capacities` ``(s,)`` bytes.
+        Lagrange's bound on the bytes, then raises into what is left.
         """
         bytes_ = self.bytes.to(torch.float64)
         steps = bytes_.sort(1).values.diff(dim=1)
@@ -279,10 +266,7 @@ class Plans:
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Return every move of one group, and the `NUM_SWAPS` most promising raises of one group paid by another.
-
-        `plan` is ``(groups,)``; `effects` of the score are ``(groups, levels)``.
-        """
+        """Return every move of one group of a plan, and the most promising raises of one group paid by another."""
         growth = self.bytes - self.bytes[self._rows, plan][:, None]
         rise = effects - effects[self._rows, plan][:, None]
         room = self.capacity - self.sizes(plan[None])[0]

@@ -1,8 +1,8 @@
 """The prior of the searcher `gp`: what a plan's score is expected to be before any score is known.
 
-A plan's score is, first of all, a sum over its groups; so the prior is a Bayesian linear model of the groups' effects
-that uses what is known of them: sensitivities, bytes, which sublayer of which block a group is. `posterior` adds small
-terms for how groups interact, and the rungs. All hyperparameters have priors.
+A plan's score is, first of all, a sum over its groups; so the prior is a Bayesian linear model of the groups' effects,
+from their sensitivities, bytes, sublayer and block. `posterior` adds small terms for how groups interact, and the
+rungs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ NUM_FITTED = 100
 """Observations that the hyperparameters are fitted to; more cost time and change little."""
 NUM_RUNG_PAIRS = 24
 """Trials whose lower rungs are kept once they have a higher one: enough to learn how rungs relate."""
-
-
 SHARES = {
     "sublayer": (0.1, 1.0),
     "size": (0.05, 1.0),
@@ -63,12 +61,9 @@ class PlanModel:
     - `level`: every level between lowest and highest on its own;
     - `methods`: proportional to each sensitivity.
 
-    `sublayer`, `depth` and `group` grow with the root of a group's bytes, as a sum over independent weights does.
-
-    Args:
-        space: The plans.
-        priors: Sensitivities by method. The effects' prior mean is proportional to the mean of those that say
-            anything, each scaled to the same variance; without any it is proportional to the bytes saved.
+    `sublayer`, `depth` and `group` grow with the root of a group's bytes, as a sum over independent weights does. The
+    effects' mean is proportional to that of the sensitivities `priors` which are not all zero, each scaled to the same
+    variance; without any to the bytes saved.
     """
 
     def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
@@ -160,8 +155,7 @@ class Data:
     @classmethod
     def of(cls, space: PlanSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
         """Convert observations to tensors, where `steps` are those of every rung."""
-        steps = sorted(steps, reverse=True)
-        plans = [space.indices_of(item.plan) for item in observations]
+        steps, plans = sorted(steps, reverse=True), [space.indices_of(item.plan) for item in observations]
         return cls(
             torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups)),
             torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
@@ -185,8 +179,7 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
 def settled(history: History) -> tuple[Observation, ...]:
     """Select the observations that hyperparameters are fitted to: all, up to `NUM_FITTED` trials.
 
-    From then on those of the first trials only, a tenth more at a time, so that a fit serves several proposals. It
-    depends on the history alone: a resumed search proposes the same plans.
+    From then on those of the first trials only, a tenth more at a time, so that a fit serves several proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

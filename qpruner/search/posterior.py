@@ -1,8 +1,7 @@
-"""The Gaussian process of the searcher `gp`, conditioned on the scores so far.
+"""The Gaussian process of the searcher `gp`, conditioned on the scores so far, in float64.
 
 Rungs are tied as in the intrinsic coregionalization model (Bonilla et al. 2008), with a correlation that falls with
-the distance in rungs, so that a trial stopped early informs the last rung. Hyperparameters are set to their maximum a
-posteriori, in float64.
+their distance, so that a trial stopped early informs the last rung. Hyperparameters are the maximum a posteriori.
 """
 
 from __future__ import annotations
@@ -31,13 +30,9 @@ OWN = ("group", "sensitive")
 class Posterior:
     """A `PlanModel` conditioned on scores; its methods are about the last rung, in the score's unit.
 
-    Args:
-        model: The prior.
-        data: The scores; at least one.
-        pending: ``(p, groups)`` plans in flight: their score is taken to be what is expected of it, so that the
-            mean stays and the variance falls (Ginsbourger et al. 2010, the kriging believer).
-        fitted: A posterior of the same model and rungs whose hyperparameters are taken over; by default they are
-            fitted to `data`.
+    The scores of `pending` plans ``(p, groups)`` are taken to be the expected ones, so that the mean stays and the
+    variance falls (Ginsbourger et al. 2010, the kriging believer). Hyperparameters are those of `fitted`, a posterior
+    of the same model and rungs; by default they are fitted to `data`.
     """
 
     unit: Tensor
@@ -102,10 +97,7 @@ class Posterior:
         return self._expected(plans, cross), solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance ``(references, n)`` of how much plans score above each reference plan.
-
-        The level of a rung, uncertain as it is, drops out.
-        """
+        """Return mean and variance ``(references, n)`` of how much plans score above each reference plan."""
         mean, white, prior = self.marginals(plans)
         mean_at, white_at, prior_at = self.marginals(reference)
         zeros = self._ranks.new_zeros
@@ -203,9 +195,8 @@ class Posterior:
     def _stretched(self) -> Tensor:
         """Return the parts ``(parts, effects, effects)``, wider for groups whose own effect stands out.
 
-        A few groups matter far more than the rest (outlier channels, the last blocks), which normal effects of one
-        variance smooth away. So a group's own effect has Student's t, as a normal of unknown scale; the scales are
-        found by expectation maximization (Tipping 2001; of its weights: Lange et al. 1989).
+        Normal effects of one variance would smooth those away. So a group's own effect has Student's t, as a normal of
+        unknown scale; the scales are found by expectation maximization (Tipping 2001; Lange et al. 1989).
         """
         data, levels = self._data, self._model.num_levels - 1
         if len(data.scores) < 2:
@@ -251,8 +242,7 @@ class Posterior:
     def _shape(self, hyper: Tensor, additive: Tensor, distance: Tensor) -> Tensor:
         """Return the kernel of one rung, from its additive part and the share of groups that differ.
 
-        `pairwise`: products of the additive terms, so that groups which matter interact; `local`: anything else, as
-        alike as the plans are.
+        `pairwise` are products of the additive terms; `local` is anything else, as alike as the plans are.
         """
         pairwise, local, reach = (self._value(name, hyper) for name in ("pairwise", "local", "reach"))
         total = hyper[: len(self._model.parts)].exp().sum()

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
-Ending = Literal["scored", "failed", "untrainable"]
-"""How a trial ended: with its last score, without it, or because its plan cannot be trained."""
 Prior = Mapping[int, Sequence[float]]
 """A sensitivity: bits -> predicted rise of the loss of every group, in nats or its own unit."""
 
@@ -39,8 +37,7 @@ class Suggestion:
 class Observation:
     """The score of suggestion `index` at the rung of `step` optimizer steps; smaller is better.
 
-    It has no standard error. All trials answer the same questions, so the choice of questions moves all scores alike
-    and is no noise between plans; the binomial error of an accuracy would overstate it.
+    It has no standard error: all trials answer the same questions, whose choice is no noise between plans.
     """
 
     index: int
@@ -79,30 +76,23 @@ class Proposer(Protocol):
     @property
     def name(self) -> str:
         """Return its name in the records."""
-        ...
 
     def propose(self, index: int, history: History) -> Proposal:
         """Propose the plan of suggestion `index`; equal arguments give equal plans."""
-        ...
 
 
 def check_searcher(name: str) -> None:
-    """Check that a searcher's extra is installed, without importing it.
-
-    Raises:
-        UserError: With the command that installs it.
-    """
+    """Refuse a searcher whose extra is not installed, with the command that installs it."""
     if name != "bayesopt":
         return
     try:
         found = importlib.metadata.version("bayesian-optimization")
-        problem = f"is installed as {found}, which Ray cannot use"
-        is_usable = int(found.split(".")[0]) < 2  # Ray 2.60 uses `UtilityFunction`, which 2.0 dropped
     except importlib.metadata.PackageNotFoundError:
-        problem, is_usable = "is not installed", False
-    if not is_usable:
+        found = "none"
+    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which 2.0 dropped
         raise UserError(
-            f'`search.searcher` is bayesopt and bayesian-optimization {problem}: run `pip install "qpruner[bayesopt]"`'
+            f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
+            '`pip install "qpruner[bayesopt]"`'
         )
 
 
@@ -122,10 +112,9 @@ class RandomProposer:
 
 @dataclass(frozen=True)
 class ScalarizedProposer:
-    """Searches the Pareto front of score and bytes with a searcher of one objective.
+    """Searches the Pareto front of score and bytes with a searcher of one objective, as ParEGO does (Knowles 2006).
 
-    As in ParEGO (Knowles 2006): every suggestion draws a new weight, and the searcher gets the augmented Chebyshev
-    distance of each plan from the best of both.
+    Every suggestion draws a new weight, and the searcher gets the augmented Chebyshev distance of each plan.
     """
 
     inner: Proposer
@@ -174,19 +163,8 @@ class Ledger:
     _untrainable: dict[int, PrecisionPlan] = field(default_factory=dict)
     _unpromising: int = 0
 
-    def recall(
-        self, suggestion: Suggestion, rungs: Sequence[Observation], ending: Ending = "scored", counts: bool = True
-    ) -> None:
-        """Enter a recorded trial that is over; `counts` is False for another search's."""
-        self._enter(suggestion, rungs, counts)
-        self.close(suggestion, ending)
-
-    def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
-        """Enter a recorded trial that was running; it is handed out before new ones and reports its last rung again."""
-        self._enter(suggestion, rungs, counts=True)
-        self._unfinished.append(suggestion)
-
-    def _enter(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool) -> None:
+    def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
+        """Enter a recorded trial, to be closed or handed out again; `counts` is False for another search's."""
         self._known[suggestion.plan] = suggestion.index
         for rung in rungs:
             self.observe(rung)
@@ -208,14 +186,14 @@ class Ledger:
         self._observations[key] = observation
         return is_new
 
-    def close(self, suggestion: Suggestion, ending: Ending = "scored") -> None:
+    def close(self, suggestion: Suggestion, is_untrainable: bool = False) -> None:
         """End a trial."""
         self._live.pop(suggestion.index, None)
-        if ending == "untrainable":
+        if is_untrainable:
             self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Take back a trial that lost its worker; it is handed out before new ones."""
+        """Take back a trial that is not over; it is handed out before new ones, and reports its last rung again."""
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
@@ -231,8 +209,7 @@ class Ledger:
 
     def history(self) -> History:
         """Return what the searcher may know."""
-        known = dict(self._observations)
-        known |= self._penalties(known.values())
+        known = self._observations | self._penalties()
         seen = {index for index, _ in known} | self._live.keys()
         by_index = sorted(self._known.items(), key=lambda item: item[1])
         return History(
@@ -241,12 +218,12 @@ class Ledger:
             tuple(plan for plan, index in by_index if index not in seen),
         )
 
-    def _penalties(self, known: Collection[Observation]) -> dict[tuple[int, int], Observation]:
+    def _penalties(self) -> dict[tuple[int, int], Observation]:
         """Return the scores of plans that cannot be trained; none while nothing was scored."""
-        step = max((item.step for item in known), default=None)
-        if step is None:
+        if not self._observations:
             return {}
-        scores = [item.score for item in known if item.step == step]
+        step = max(step for _, step in self._observations)
+        scores = [item.score for item in self._observations.values() if item.step == step]
         worst, best = max(scores), min(scores)
         score = worst + ((worst - best) or abs(worst) / 100)
         untrainable = {index: plan for index, plan in self._untrainable.items() if index not in self._live}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,7 @@ from qpruner.training.finetune import Listener, Schedule, finetune
 
 
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
-    """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung.
-
-    Raises:
-        TrainingDiverged: If the training loss leaves all bounds, or the validation loss is NaN or infinite.
-    """
+    """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung."""
     config, materials = job.config, job.materials
     reading = threading.Lock()  # threads read several files at once
 
@@ -62,9 +57,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         train_losses.clear()
 
     # Training, scoring and lm-eval alike pass through the model, so one hook sees whether anything moves.
-    passes = peft_model.register_forward_pre_hook(lambda *_: progress(done))
-    with working_folder("qpruner-trial-") as work, contextlib.ExitStack() as hooks:
-        hooks.callback(passes.remove)
+    with working_folder("qpruner-trial-") as work, peft_model.register_forward_pre_hook(lambda *_: progress(done)):
         schedule, listener = Schedule(config.search.steps, rungs=config.search.rungs), Listener(on_rung, on_step)
         train = load_encoded(materials.data / "train")
         finetune(peft_model, train, config.training, schedule, work, config.seed, pad_id, start, listener)

@@ -1,7 +1,7 @@
-"""The interface of a trial, and the records of a search's trials; knows nothing of Ray nor of what runs a trial.
+"""The interface of a trial, and the records of a search's trials.
 
-Searches with different budgets, searchers or sensitivities share a folder of trials as long as a trial would give the
-same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a trial is.
+Searches share a folder of trials as long as a trial would give the same result in each (`TrialRecord.digest`);
+`TrialRecord.search` says whose a trial is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ SETTING_REMEDIES = {
     "infeasible": "lower `data.max_length`, or set `training.gradient_checkpointing`",
     "hung": "raise `search.trial_timeout_seconds`",
 }
-"""Remedies of failures that a setting can prevent."""
 REMEDIES = SETTING_REMEDIES | {
     "lost": "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`",
     "storage": "make room or bring the storage back, then repeat the command: the trial resumes from its last rung",
@@ -78,27 +77,24 @@ Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
 """`run_trial`, or a stand-in in tests and benchmarks; the path is that of the trial's own last checkpoint, if any."""
 
 
-def read_trials(folder: Path) -> list[TrialRecord]:
-    """Read every recorded trial, in order of suggestion."""
-    found = for_each(lambda path: read_json(path, TrialRecord), _paths(folder))
-    return [record for record in found if record is not None]
-
-
-def readable_trials(folder: Path) -> list[TrialRecord]:
-    """Read every trial whose record is not damaged; the search repairs the others when it begins."""
-    return [record for record in for_each(_record_or_error, _paths(folder)) if isinstance(record, TrialRecord)]
+def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
+    """Read every recorded trial, in order of suggestion; the search repairs damaged records when it begins."""
+    found = list(_records(folder).values())
+    damaged = [each for each in found if isinstance(each, CorruptFile)]
+    if damaged and not skip_damaged:
+        raise damaged[0]
+    return [record for record in found if isinstance(record, TrialRecord)]
 
 
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
     """Move damaged records of trials, and damaged checkpoints to resume from, into `damaged/`.
 
-    Those trials are run again from their start, with their own plans. `search` is the one that begins; if its clock is
-    damaged, its hours count from zero again. `notify` gets one line about each.
+    Those trials are run again from their start, with their own plans. If the clock of `search` is damaged, its hours
+    count from zero again. `notify` gets one line about each.
     """
-    paths = _paths(folder)
-    for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
+    for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
-            notify(f"{record}; {_rebuild(folder, path, search)}")
+            notify(f"{record}; {_rebuild(folder, path)}")
         elif record and not record.is_over:
             restart_if_damaged(folder, record, notify)
     try:
@@ -109,11 +105,7 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:
-    """Set a trial's last checkpoint aside if it is damaged, and record that the trial is to run from its start.
-
-    Returns:
-        Whether it was damaged.
-    """
+    """Set a trial's last checkpoint aside and have the trial run from its start, if it is damaged; return whether."""
     checkpoint = checkpoint_of(folder, record)
     if checkpoint is None:
         return False
@@ -128,15 +120,20 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     return True
 
 
-def _rebuild(folder: Path, path: Path, search: str) -> str:
+def _rebuild(folder: Path, path: Path) -> str:
     """Set a trial with a damaged record aside and record that its plan is to be run again; describe both."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
     where = f"set aside in {quarantine(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
         return f"{where}, and its number gets another plan"
     begin_trial(folder, suggested)
-    again = "is run again" if suggested.search == search else "of another search is run again where its plan is wanted"
-    return f"{where}, and that trial {again}"
+    return f"{where}, and that trial is run again"
+
+
+def _records(trials: Path) -> dict[Path, TrialRecord | CorruptFile | None]:
+    """Read the records of all trials, in order."""
+    paths = [trials / name / "trial.json" for name in children(trials) if name.isdigit()]
+    return dict(zip(paths, for_each(_record_or_error, paths), strict=True))
 
 
 def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
@@ -164,29 +161,15 @@ def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | Non
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
     """Read a trial's last pulse; None before the first, while the storage is away, and after a crash damaged it."""
-    return read_pulses(folder, [index])[0]
-
-
-def read_pulses(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
-    """Read the last pulses of several trials."""
-
-    def read(path: Path) -> TrialPulse | None:
-        text = read_progress(path)
-        with contextlib.suppress(ValidationError):
-            return TrialPulse.model_validate_json(text) if text else None
-        return None
-
-    return for_each(read, [trial_folder(folder, index) / "pulse.json" for index in indices])
+    text = read_progress(trial_folder(folder, index) / "pulse.json")
+    with contextlib.suppress(ValidationError):
+        return TrialPulse.model_validate_json(text) if text else None
+    return None
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
     """Write a sign of progress; it is not made durable."""
     write_progress(trial_folder(folder, index) / "pulse.json", pulse.model_dump_json())
-
-
-def can_write_pulses(folder: Path) -> bool:
-    """Return whether pulses can be written now, which they cannot while the storage is full or away."""
-    return write_progress(folder / "watch", "the driver looks for pulses")
 
 
 def trial_path(trials: Path, index: int) -> Path:
@@ -197,11 +180,6 @@ def trial_path(trials: Path, index: int) -> Path:
 def trial_folder(trials: Path, index: int) -> Path:
     """Return the folder of a trial's record and last checkpoint."""
     return trials / f"{index:04d}"
-
-
-def fresh_path(trials: Path, index: int) -> Path:
-    """Return the path of a finalist's score on fresh rows, which does not depend on the search."""
-    return trial_folder(trials, index) / "fresh.json"
 
 
 def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
@@ -262,8 +240,3 @@ def _read_clock(trials: Path, search: str) -> SearchClock:
 
 def _clock_path(trials: Path, search: str) -> Path:
     return trials / f"search-{search}.json"
-
-
-def _paths(trials: Path) -> list[Path]:
-    """Return the paths of all trials' records, in order."""
-    return [trials / name / "trial.json" for name in children(trials) if name.isdigit()]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import OnProgress, Samples, ignore_counts, visit_linear_gradients
+from qpruner.data.calibration import Samples, visit_linear_gradients
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
 from qpruner.quantization.bank import Starts
@@ -49,14 +49,11 @@ class Expansion:
         return self.first_order + self.fisher
 
 
-def expand(
-    model: PreTrainedModel, samples: Samples, starts: Starts, on_samples: OnProgress = ignore_counts
-) -> Expansion:
+def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
     """Run the samples forward and backward once through the pruned, unquantized model.
 
     Memory above the weights: the activations of a batch, and `BYTES_A_WEIGHT` for each weight of one layer.
     """
-    samples = samples.by_length
     owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
     linears = {path: model.get_submodule(path) for path in owner}
     first_order = np.zeros((len(starts.levels), len(starts.groups)))
@@ -76,11 +73,7 @@ def expand(
             first_order[level, index] += slope
             fisher[level, index] += curvature
 
-    done = 0
-    for batch in samples.split():
-        visit_linear_gradients(model, linears, batch, visit)  # type: ignore[arg-type]
-        done += len(batch.rows)
-        on_samples(done, len(samples.rows))
+    visit_linear_gradients(model, linears, samples.by_length, visit)  # type: ignore[arg-type]
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
     return Expansion(num_tokens, first_order / num_tokens, fisher / num_tokens)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import OnProgress, Samples, hooked, ignore_counts
+from qpruner.data.calibration import Samples, hooked
 from qpruner.data.losses import batches, predicted_labels, predicted_logits, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
@@ -64,10 +64,8 @@ class Measurement:
 
 
 @torch.no_grad()
-def measure(
-    model: PreTrainedModel, samples: Samples, starts: Starts, on_pass: OnProgress = ignore_counts
-) -> Measurement:
-    """Measure every (group, bits).
+def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measurement:
+    """Measure every (group, bits), each a step of the samples' progress.
 
     In bfloat16 any change costs some KL by rounding alone: 0.0009 to 0.0015 nats on pruned SmolLM2 with one weight
     moved by one unit in the last place (2026-11), about what 8 bits cost there. Fisher tells such groups apart.
@@ -75,10 +73,10 @@ def measure(
     Memory above the weights: every block's output for one batch, the unquantized model's log-probabilities at the
     batch's predicted positions in float32, a group's weights once more, and one layer's while it is unpacked.
     """
-    samples = samples.by_length
-    total = len(list(samples.split())) * len(starts.groups) * len(starts.levels)
+    every = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
+    total = len(every) * len(starts.groups) * len(starts.levels)
     done, parts = 0, []
-    for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+    for batch in every:
         run = _Rerun(model, batch)
         sums = torch.zeros(len(starts.levels), len(starts.groups), 2, len(run.counts), dtype=torch.float64)
         for index, (group, paths) in enumerate(starts.groups.items()):
@@ -88,7 +86,7 @@ def measure(
                 with _replaced(list(own.values()), weights):
                     sums[level, index] = run.rise(paths[0], f"{group} at {bits} bits")
                 done += 1
-                on_pass(done, total)
+                samples.on_progress(done, total)
         parts.append(
             Measurement(run.counts.numpy(), run.base_loss.numpy(), sums[:, :, 0].numpy(), sums[:, :, 1].numpy())
         )

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.data.calibration import OnProgress, Samples, ignore_counts
-from qpruner.data.losses import Rows
+from qpruner.data.calibration import Samples
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import Starts
@@ -41,13 +40,12 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Calibration rows, groups and bank to score with.
+    """Samples, groups and bank to score with.
 
     `levels` are the plans' bit-widths in ascending order, `scaling` is the factor of the adapters' product.
     """
 
-    rows: Rows
-    pad_id: int
+    samples: Samples
     group: str
     levels: tuple[int, ...]
     bank: Path
@@ -57,48 +55,26 @@ class Subject:
         """Open the bank for the model's groups."""
         return Starts(self.bank, group_linears(model.config, self.group), self.levels, self.scaling)
 
-    def samples(self, batch_size: int, limit: int | None = None) -> Samples:
-        """Take the rows, or the first of them."""
-        return Samples(self.rows[:limit], self.pad_id, batch_size)
-
 
 def by_information(
-    model: PreTrainedModel,
-    subject: Subject,
-    settings: SensitivityConfig,
-    seed: int,
-    on_progress: OnProgress,
-    on_samples: OnProgress = ignore_counts,
+    model: PreTrainedModel, subject: Subject, settings: SensitivityConfig, seed: int
 ) -> dict[str, MethodScores]:
-    """Score by mutual information: a pass forward (`on_samples`), then nearest neighbours (`on_progress`)."""
+    """Score by mutual information: a pass forward, then nearest neighbours."""
     started = time.monotonic()
-    found = mutual_information.measure(
-        model, subject.rows, subject.group, settings, subject.pad_id, seed, on_progress, on_samples
-    )
+    found = mutual_information.measure(model, subject.samples, subject.group, settings, seed)
     lowest, highest = subject.levels[0], subject.levels[-1]
     values = {
         bits: tuple(value * (highest - bits) / (highest - lowest) for value in found.values) for bits in subject.levels
     }
-    details = {
-        "estimator": mutual_information.ESTIMATOR,
-        "bias": mutual_information.BIAS,
-        "num_samples": found.num_samples,
-        "num_positions": found.num_positions,
-        "num_classes": found.num_classes,
-        "raw_nats": found.raw,
-        "baseline_nats": found.baseline,
-    }
+    details = {"estimator": mutual_information.ESTIMATOR, "bias": mutual_information.BIAS, **vars(found)}
     return _scores({"mutual_information": (values, details)}, time.monotonic() - started, "nats of information")
 
 
-def by_expansion(
-    model: PreTrainedModel, subject: Subject, batch_size: int, on_progress: OnProgress
-) -> dict[str, MethodScores]:
+def by_expansion(model: PreTrainedModel, subject: Subject) -> dict[str, MethodScores]:
     """Score by first order, Fisher and their sum: one pass forward and backward."""
     started = time.monotonic()
-    samples = subject.samples(batch_size)
-    found = expand(model, samples, subject.starts(model), on_progress)
-    details = {"num_samples": len(samples.rows), "num_positions": found.num_tokens}
+    found = expand(model, subject.samples, subject.starts(model))
+    details = {"num_samples": len(subject.samples.rows), "num_positions": found.num_tokens}
     by_method = {name: (_by_bits(getattr(found, name), subject.levels), details) for name in EXPANSION}
     return _scores(by_method, time.monotonic() - started)
 
@@ -118,26 +94,19 @@ def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) 
     return _scores(by_method, seconds)
 
 
-@dataclass(frozen=True)
-class MeasurementJob:
-    """A share of the samples, the subject's rows, to be measured on the pruned model in a process of its own."""
-
-    checkpoint: Path
-    dtype: str
-    subject: Subject
-    batch_size: int
-    threads: int
+def measure_subject(model: PreTrainedModel, subject: Subject) -> Measurement:
+    """Measure every (group, bits) on the subject's samples."""
+    return measure(model, subject.samples, subject.starts(model))
 
 
-def measure_share(job: MeasurementJob) -> Measurement:
-    """Load the pruned model and measure a share of the samples; shares join by `Measurement.joined`."""
+def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) -> Measurement:
+    """Load the pruned model in a process of its own and measure a share of the samples, those of the subject."""
     import torch
 
     from qpruner.models.loading import load_dense
 
-    torch.set_num_threads(job.threads)
-    model = load_dense(str(fetch(job.checkpoint)), job.dtype)
-    return measure(model, job.subject.samples(job.batch_size), job.subject.starts(model))
+    torch.set_num_threads(threads)
+    return measure_subject(load_dense(str(fetch(checkpoint)), dtype), subject)
 
 
 def _scores(

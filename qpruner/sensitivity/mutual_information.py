@@ -10,7 +10,7 @@ shuffled labels is subtracted.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from qpruner.config.schema import SensitivityConfig
-from qpruner.data.calibration import OnProgress, Samples, ignore_counts, visit_outputs
+from qpruner.data.calibration import Samples, visit_outputs
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import Rows
 from qpruner.errors import UserError
@@ -38,34 +38,26 @@ Integers = npt.NDArray[np.int64]
 class MutualInformation:
     """Estimates in nats, one a group, in model order."""
 
-    groups: tuple[str, ...]
-    raw: tuple[float, ...]
-    baseline: tuple[float, ...]
     num_samples: int
     num_positions: int
     num_classes: int
+    raw_nats: tuple[float, ...]
+    baseline_nats: tuple[float, ...]
 
     @property
     def values(self) -> tuple[float, ...]:
         """Raw estimate less its shuffled-label baseline."""
-        return tuple(raw - base for raw, base in zip(self.raw, self.baseline, strict=True))
+        return tuple(raw - base for raw, base in zip(self.raw_nats, self.baseline_nats, strict=True))
 
 
 def measure(
-    model: PreTrainedModel,
-    rows: Rows,
-    group: str,
-    settings: SensitivityConfig,
-    pad_id: int,
-    seed: int,
-    on_group: OnProgress = ignore_counts,
-    on_samples: OnProgress = ignore_counts,
+    model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int
 ) -> MutualInformation:
     """Estimate every group's mutual information with the pruned model's prediction, in one pass over the samples.
 
-    `seed` seeds the draw of positions and the shuffles; `on_samples` is called in the pass, `on_group` after it.
+    `seed` seeds the draw of positions and the shuffles. Progress counts batches, then groups.
     """
-    rows = spread_positions(rows, settings.max_positions, seed)
+    samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     predictions: list[torch.Tensor] = []
@@ -74,10 +66,9 @@ def measure(
         predictions.append(predicted)
         for name, paths in modules.items():
             outputs[name].append(torch.cat([batch[path] for path in paths], dim=1).to(model.dtype))
-        on_samples(min(len(predictions) * settings.batch_size, len(rows)), len(rows))
 
     listened = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
-    visit_outputs(model, listened, Samples(rows, pad_id, settings.batch_size), visit)
+    visit_outputs(model, listened, samples, visit)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     num_classes = len(np.unique(labels))
     if num_classes < 2:
@@ -91,8 +82,8 @@ def measure(
         components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
         raw.append(estimate(components, labels, settings.num_neighbors))
         baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
-        on_group(len(raw), len(modules))
-    return MutualInformation(tuple(modules), tuple(raw), tuple(baseline), len(rows), len(labels), num_classes)
+        samples.on_progress(len(raw), len(modules))
+    return MutualInformation(len(samples.rows), len(labels), num_classes, tuple(raw), tuple(baseline))
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +11,15 @@ from pydantic import BaseModel, ConfigDict
 from qpruner.errors import CorruptFile, TakenOver
 from qpruner.runs.storage import (
     FILES,
-    FileList,
+    children,
     fetch,
     file_digest,
-    folder_digests,
-    list_path,
     published_folders,
     read_existing,
     remove,
     retry_storage,
-    share_files,
-    staging_path,
     storage_at,
-    verify_folder,
     write_json,
-    write_text,
     writing_folder,
 )
 
@@ -61,57 +54,42 @@ class Ownership:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest complete checkpoint of an interrupted fine-tune; from an object store it is fetched."""
-    found = [path for path in published_folders(folder) if path.name.startswith("checkpoint-")]
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            verify_folder(path)
-            checkpoint = fetch(path)
-            json.loads((checkpoint / "trainer_state.json").read_bytes())  # its last file, written in place (5.24)
-        except (CorruptFile, FileNotFoundError, ValueError):
-            continue
-        if any(checkpoint.glob("rng_state*.pth")):
-            return checkpoint
+    """Find the newest intact checkpoint of an interrupted fine-tune; from an object store it is fetched."""
+    listed = [name.removesuffix(FILES) for name in children(folder) if name.endswith(FILES)]
+    steps = [int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")]
+    for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
+        if not is_damaged(checkpoint):
+            return fetch(checkpoint)
     return None
 
 
 def is_damaged(checkpoint: Path) -> bool:
     """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
     try:
-        verify_folder(checkpoint)
+        storage_at(checkpoint).verify()
         return False
     except CorruptFile:
         return True
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
-    """Publish a checkpoint in the fine-tune's folder, with the sha256 of its files, and remove the one before it.
+    """Publish a checkpoint in the fine-tune's folder, with the sha256 of its files, and remove those before it.
 
-    Random states of workers on other machines than the first one's stay there: if such a fine-tune is interrupted,
-    their dropout begins anew.
+    In an object store, random states of workers on other machines than the first one's are missing: if such a fine-tune
+    is interrupted, their dropout begins anew.
     """
     from torch import distributed
 
     from qpruner.training.finetune import Share
 
     share = Share.own()
-    if checkpoint.parent == folder:  # it was saved in place, and the one before it is gone already
-        if share.rank == 0:
-            ownership.check()  # saving took its time
-            for old in set(folder.glob(f"*{FILES}")) - {list_path(checkpoint)}:
-                old.unlink()
-            share_files(checkpoint)
-            # Each worker has its own random state, and may save it later.
-            digests = folder_digests(checkpoint).items()
-            found = {name: digest for name, digest in digests if not name.startswith("rng_state")}
-            write_text(list_path(checkpoint), FileList(sha256=found).model_dump_json())
-        return
     if share.processes > 1:
         distributed.barrier()  # each has saved its random state
     if share.rank > 0:
         return
+    ownership.check()  # saving took its time
     storage_at(folder / checkpoint.name).put_folder(checkpoint)
-    ownership.check()  # uploading took its time
+    ownership.check()  # and so did publishing
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
@@ -119,7 +97,7 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
     """Save the adapter aside, move it to its folder, and return the digest of its weights."""
-    aside = staging_path(checkpoints / f"adapter-{ownership.worker}")
+    aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)

@@ -75,8 +75,7 @@ def score_tasks(
 def _counting_model(on_progress: OnProgress) -> Any:
     """Derive a class from lm-eval's model that reports progress and runs the head only where answers are.
 
-    Progress is reported before every batch and after the last one: lm-eval passes each answer to a cache hook, a
-    batch's all at once. It reads logits at the end of the rows only, and counts positions from the end.
+    lm-eval passes each answer to a cache hook. It reads logits at the end of the rows, counting from the end.
     """
     import torch
     from lm_eval.api.model import CacheHook
@@ -133,7 +132,12 @@ def task_questions(
     Raises:
         UserError: For an unknown task, one whose rows cannot be loaded, or one that does not report the metric.
     """
-    _check_known(tasks, include_path, key)
+    known = _task_manager(include_path, tuple(tasks)).all_tasks
+    for task in (task for task in tasks if task not in known):
+        folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
+        nearest = ", ".join(difflib.get_close_matches(task, known, n=3))
+        hint = f"did you mean {nearest}?" if nearest else f"`lm_eval ls tasks{folder}` lists the known ones"
+        raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
     try:
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
@@ -176,31 +180,16 @@ def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
         choices = task.doc_to_choice(doc)
         count, right = len(choices), task.doc_to_target(doc)
     for answer in right if isinstance(right, list) else [right]:
-        is_one = 0 <= answer < count if isinstance(answer, int) else answer in choices
-        if not is_one:
+        if not (0 <= answer < count if isinstance(answer, int) else answer in choices):
             raise UserError(
                 f"{place} has the answer {answer!r}, which is none of its {count} choices: give one of them, or its "
                 f"position from 0 to {count - 1}, in the rows or by the task file's `doc_to_target`"
             )
 
 
-def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:
-    known = _task_manager(include_path, tuple(tasks)).all_tasks
-    folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
-    listed = f"`lm_eval ls tasks{folder}` lists the known ones"
-    for task in tasks:
-        if task not in known:
-            nearest = difflib.get_close_matches(task, known, n=3)
-            hint = f"did you mean {', '.join(nearest)}?" if nearest else listed
-            raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
-
-
 @functools.lru_cache(maxsize=4)
 def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
-    """Read lm-eval's index of tasks; the built-in ones (6 s) only if the folder does not have all of `tasks`.
-
-    Groups of a folder may name built-in tasks, so only plain tasks count.
-    """
+    """Read lm-eval's index of tasks; the built-in ones (6 s) only if the folder does not have all of `tasks`."""
     # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from lm_eval.tasks import TaskManager
@@ -208,7 +197,7 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path:
         own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(tasks) <= set(own.all_subtasks):
+        if set(tasks) <= set(own.all_subtasks):  # a group may name built-in tasks
             return own
     return TaskManager(include_path=include_path)
 
@@ -229,7 +218,9 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
         by_filter.setdefault(sample["filter"], []).append(sample)
     keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
     metrics = {
-        _full_name(metric, name): _metric_score(aggregated[f"{metric},{name}"], metric, by_filter[name])
+        _full_name(metric, name): _metric_score(
+            aggregated[f"{metric},{name}"], [sample[metric] for sample in by_filter[name]]
+        )
         for metric, name in keys
     }
     metric = _used_metric(task, dict(keys), wanted, "tasks")
@@ -253,9 +244,8 @@ def _full_name(metric: str, name: str) -> str:
     return metric if name == "none" else f"{metric},{name}"
 
 
-def _metric_score(value: float, metric: str, samples: list[dict[str, Any]]) -> MetricScore:
+def _metric_score(value: float, values: list[Any]) -> MetricScore:
     """Add a standard error to lm-eval's value if it is the mean of numbers, one a question."""
-    values = [sample[metric] for sample in samples]
     if all(isinstance(each, int | float) for each in values):
         mean, stderr = measures.over_questions(values)
         if math.isclose(mean, value):

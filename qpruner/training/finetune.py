@@ -1,11 +1,8 @@
 """Train adapters with transformers' Trainer, for trials and the final fine-tune alike.
 
-Rungs are steps at which the loop saves a checkpoint and then calls back. A checkpoint holds adapter, optimizer,
-scheduler and random state, so a resumed run is the run that was never interrupted.
-
-Where torch's process group is up, its processes share the work: each takes its part of every batch, gradients are
-summed over all, and the losses are those of one process. Every process calls `finetune`; the first one saves and calls
-the listener.
+A checkpoint holds adapter, optimizer, scheduler and random state, so a resumed run is the run that was never
+interrupted. Where torch's process group is up, its processes share the work: each takes its part of every batch,
+gradients are summed over all, and the losses are those of one process. The first one saves and calls the listener.
 """
 
 from __future__ import annotations
@@ -33,17 +30,13 @@ from qpruner.runs.storage import retry_storage
 if TYPE_CHECKING:
     from peft import PeftModel
 
-
 DIVERGED_BY = 1.0
 """Nats per token."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, in optimizer steps or in epochs, and when to save.
-
-    A checkpoint is saved at rungs, where `on_rung` is called, and every `save_steps`.
-    """
+    """How long to train, in optimizer steps or in epochs, and when to save: at rungs, and every `save_steps`."""
 
     steps: int | None
     epochs: float | None = None
@@ -53,11 +46,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks of a training, called in the first process.
+    """Callbacks of a training, called in the first process; `on_save` in all.
 
     `on_rung` gets step, checkpoint folder and training loss, and may raise to stop; `on_step` gets step, total steps
-    and training loss. `before_save` may raise so that nothing is written; `on_save` gets the folder of every
-    checkpoint, a rung's before `on_rung`.
+    and training loss. `before_save` may raise so that nothing is written; `on_save` comes before `on_rung`.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
@@ -103,8 +95,7 @@ def finetune(
     """Train the adapters that `attach_adapters` made in place.
 
     `rows` are the same in every process, `settings.batch_size` is that of all processes together, and `seed` that of
-    data order and dropout. `start` is a checkpoint of this very training to resume from; of several processes the first
-    one's counts. Checkpoints go to `output`.
+    data order and dropout. `start` is a checkpoint of this very training to resume from. Checkpoints go to `output`.
 
     Raises:
         TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
@@ -135,14 +126,14 @@ def finetune(
     state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
     if state and state.global_step == state.max_steps:  # Trainer would take one more (5.24)
         trainer._load_from_checkpoint(str(start))
-        return TrainingResult(state.global_step, list(_losses(state))[-1])
+        return TrainingResult(state.global_step, _losses(state)[-1])
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return TrainingResult(int(trainer.state.global_step), callback.train_loss)
 
 
-def _losses(state: TrainerState) -> Iterator[float]:
-    """Yield the losses of every step of the whole training; a checkpoint has its history."""
-    return (float(each["loss"]) for each in state.log_history if "loss" in each)
+def _losses(state: TrainerState) -> list[float]:
+    """Return the loss of every step of the whole training; a checkpoint has its history."""
+    return [float(each["loss"]) for each in state.log_history if "loss" in each]
 
 
 def _share_adapters_only(model: PeftModel) -> None:
@@ -165,11 +156,9 @@ class _Batches(Sampler[list[int]]):
     """Sample one process's micro-batches of an epoch, as positions of rows.
 
     An optimizer batch is the next `batch_size` rows of the epoch's random order, however many processes share it. Its
-    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns: rows of a turn
-    are of like length, so little is spent on padding, and the gradient is that of the same rows.
-
-    A process that finds no row left in the last turn takes the blank row, which follows all others and has no token to
-    learn. Accelerate's own shares repeat rows there, and resume an epoch with the first epoch's order (1.15).
+    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns, so that little is
+    padded. A process that finds no row left takes the blank row, which follows all others and has no token to learn.
+    Accelerate's own shares repeat rows there, and resume an epoch with the first epoch's order (1.15).
     """
 
     def __init__(self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share) -> None:
@@ -197,11 +186,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
     before_save: Callable[[], None]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        """Compute the model's own loss, with a mixture's router loss, from logits at the labelled tokens only."""
         with labelled_only(self.model, inputs["labels"]):
-            return super().compute_loss(
-                model, inputs | {"shift_labels": predicted_labels(inputs["labels"])}, *arguments, **named
-            )
+            shifted = {"shift_labels": predicted_labels(inputs["labels"])}
+            return super().compute_loss(model, inputs | shifted, *arguments, **named)
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         share = Share.own()
@@ -215,23 +202,19 @@ class _Trainer(Trainer):  # type: ignore[misc]
         """Count nothing: processes would wait for one another here, and one that saves again for all others."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Load the micro-batches of `batches`."""
+        pinned = self.args.dataloader_pin_memory
         return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
+            self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pinned
         )
 
 
 def _arguments(
     settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
 ) -> TrainingArguments:
-    # Of the length, the other stays transformers' default.
-    length = {"max_steps": schedule.steps, "num_train_epochs": schedule.epochs}
     saving = {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
     chosen: dict[str, Any] = saving if schedule.save_steps else {"save_strategy": "no"}
-    chosen |= {name: value for name, value in length.items() if value is not None}
+    # The other length stays transformers' default.
+    chosen |= {"num_train_epochs": schedule.epochs} if schedule.steps is None else {"max_steps": schedule.steps}
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.micro_batch_size,
@@ -273,16 +256,13 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         self.train_loss = math.nan
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch of the row order."""
         self.batches.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save at a rung."""
         if state.global_step in self.rungs:
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Report a step, or stop the run by `TrainingDiverged`, see `finetune`."""
         if not logs or "loss" not in logs:
             return
         self.train_loss = float(logs["loss"])
@@ -291,7 +271,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
             )
-        tolerable = max(self.blind_loss, next(_losses(state)))
+        tolerable = max(self.blind_loss, _losses(state)[0])
         if self.train_loss > tolerable + DIVERGED_BY:
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "
@@ -301,7 +281,6 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report a checkpoint, then a rung."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.listener.on_save(checkpoint)
         if state.global_step in self.rungs and state.is_world_process_zero:

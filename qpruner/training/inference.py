@@ -7,23 +7,75 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from qpruner.config.schema import RunConfig
+from qpruner.data.encoding import load_encoded
 from qpruner.models.memory import PeakMemory, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
+from qpruner.runs.records import Inference, InferenceSetting
+from qpruner.training.checkpoints import load_adapter
+from qpruner.training.table_rows import Candidate, ProgressFile, begin_job, build
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WARM_UP_TOKENS = 16
+PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 16, 16
+NUM_TURNS = 3
+"""How many timed generations every row gets."""
 
 
 @dataclass(frozen=True)
-class Turn:
+class InferenceJob:
+    """Fine-tuned rows of different models that take turns in one process; `progress` is a file for `done total`.
+
+    The prompt is the beginning of the confirmation rows in `data`.
+    """
+
+    config: RunConfig
+    candidates: tuple[Candidate, ...]
+    data: Path
+    threads: int
+    progress: Path
+
+
+def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
+    """Measure memory and speed of each row's model; of rows of one checkpoint in a row, only groups are exchanged."""
+    begin_job(job.threads)
+    ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
+    prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
+    turns: list[list[Turn]] = [[] for _ in job.candidates]
+    progress, num_turns = ProgressFile(job.progress), NUM_TURNS * len(job.candidates)
+    progress.write(0, num_turns)
+    for turn in range(num_turns):
+        position = turn % len(turns)
+        model = build(job.config, job.candidates[position])
+        load_adapter(model, job.candidates[position].adapter)
+        turns[position].append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
+        progress.write(turn + 1, num_turns)
+    setting = InferenceSetting(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core"),
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        memory_counter=turns[0][0].memory_counter,
+    )
+    return setting, [
+        Inference(
+            memory_bytes=max(turn.memory_bytes for turn in taken),
+            prefill_tokens_per_second=tuple(turn.prefill for turn in taken),
+            decode_tokens_per_second=tuple(turn.decode for turn in taken),
+        )
+        for taken in turns
+    ]
+
+
+class Turn(NamedTuple):
     """One generation of one sequence: tokens a second, peak memory with the model's own, and what that counts."""
 
     prefill: float
@@ -48,14 +100,9 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> tuple[float, float]:
     """Generate 2 or more tokens greedily; return tokens a second of prefill, with the first one, and of decode."""
     clock = _Clock()
-    model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        generation_config=GenerationConfig(
-            max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
-        ),
-        streamer=clock,
-    )
+    length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+    settings = GenerationConfig(**length, do_sample=False, pad_token_id=0)
+    model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=clock)
     started, read, *_, written = clock.seconds
     return prompt.numel() / (read - started), (num_tokens - 1) / (written - read)
 

@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
-from qpruner.runs.storage import fetch, progress_seconds, staging_path, write_progress
+from qpruner.runs.records import FinalistScore, TaskScore
+from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
-from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from qpruner.data.losses import LossResult, Rows
     from qpruner.training.finetune import TrainingResult
-
-PROMPT_TOKENS, NEW_TOKENS, TURNS = 128, 16, 3
-"""Of a timed generation, and how many of them every row gets."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +58,6 @@ class Candidate:
         return self.folder / "checkpoints"
 
     @property
-    def owner(self) -> Path:
-        """The process that fine-tunes it."""
-        return self.folder / "owner.json"
-
-    @property
     def progress(self) -> Path:
         """`step total` of a fine-tune under way."""
         return self.folder / "progress"
@@ -94,7 +85,7 @@ class CandidateJob:
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """What a fine-tune ended with; bytes are those of one process."""
+    """What a fine-tune ended with, as `CandidateRecord` has it; bytes are those of one process."""
 
     seconds: float
     steps: int
@@ -110,10 +101,9 @@ class FinetuneOutcome:
 
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
-    """Fine-tune a row from its LoftQ start on all training rows and save the adapter; resumes from a checkpoint.
+    """Fine-tune a row from its LoftQ start, or its latest checkpoint, on all training rows and save the adapter.
 
-    Checkpoints stay until the driver has recorded the outcome. `TakenOver` is raised before anything more is written if
-    another process has started the same fine-tune.
+    `TakenOver` is raised before anything more is written if another process has started the same fine-tune.
     """
     # Imported before memory is measured: the rise should be the model's, not the libraries'.
     import peft  # noqa: F401
@@ -125,12 +115,11 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     from qpruner.training.finetune import Share
 
     started = time.monotonic()
-    _start(job.threads)
+    begin_job(job.threads)
     config, candidate = job.config, job.candidate
     train, validation = (load_encoded(job.data / name) for name in ("train", "validation"))
-    judging = load_confirmation(job.data, "judge")
     pad_id = int(_tokenizer(candidate).pad_token_id)
-    ownership = Ownership(candidate.owner)
+    ownership = Ownership(candidate.folder / "owner.json")
     is_first = Share.own().rank == 0
     if is_first:
         ownership.take()
@@ -139,9 +128,9 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     result, tracker_errors = _train(job, model, train, pad_id, ownership)
     peak = memory.bytes()
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
-    confirmation = mean_loss(model, judging, pad_id, config.evaluate.batch_size)
+    confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
-    if (staging := staging_path(candidate.checkpoints)) != candidate.checkpoints:
+    if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
     return FinetuneOutcome(
         seconds=time.monotonic() - started,
@@ -175,7 +164,7 @@ def _train(
     )
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
-    work, start = staging_path(checkpoints), latest_checkpoint(checkpoints)
+    work, start = storage_at(checkpoints).staging, latest_checkpoint(checkpoints)
     with tracked(job.trackers if Share.own().rank == 0 else None, candidate.label, about) as logged:
         result = finetune(
             model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
@@ -185,7 +174,7 @@ def _train(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A row's scores on the held-out tasks, its loss on held-out text, if any, in nats per token, and the seconds."""
+    """A row's scores on the held-out tasks, its loss on held-out text in nats per token, and what both took."""
 
     scores: tuple[TaskScore, ...]
     text_loss: float | None
@@ -199,7 +188,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     from qpruner.training.evaluate import score_tasks
 
     started = time.monotonic()
-    _start(job.threads)
+    begin_job(job.threads)
     settings, candidate = job.config.evaluate, job.candidate
     model = build(job.config, candidate)
     if candidate.seed is not None:
@@ -213,66 +202,17 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     return Evaluation(scores, loss, time.monotonic() - started)
 
 
-@dataclass(frozen=True)
-class InferenceJob:
-    """Fine-tuned rows of different models that take turns in one process; `progress` is a file for `done total`.
-
-    The prompt is the beginning of the confirmation rows in `data`.
-    """
-
-    config: RunConfig
-    candidates: tuple[Candidate, ...]
-    data: Path
-    threads: int
-    progress: Path
-
-
-def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of each row's model; of rows of one checkpoint in a row, only groups are exchanged."""
-    import torch
-
-    from qpruner.data.encoding import load_encoded
-    from qpruner.training.inference import Turn, take_turn
-
-    _start(job.threads)
-    ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
-    prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
-    turns: list[list[Turn]] = [[] for _ in job.candidates]
-    progress, num_turns = ProgressFile(job.progress), TURNS * len(job.candidates)
-    progress.write(0, num_turns)
-    for turn in range(num_turns):
-        position = turn % len(turns)
-        model = build(job.config, job.candidates[position])
-        load_adapter(model, job.candidates[position].adapter)
-        turns[position].append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
-        progress.write(turn + 1, num_turns)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core")
-    counter = turns[0][0].memory_counter
-    setting = InferenceSetting(
-        device=device, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, memory_counter=counter
-    )
-    return setting, [
-        Inference(
-            memory_bytes=max(turn.memory_bytes for turn in taken),
-            prefill_tokens_per_second=tuple(turn.prefill for turn in taken),
-            decode_tokens_per_second=tuple(turn.decode for turn in taken),
-        )
-        for taken in turns
-    ]
-
-
 def confirm_trial(job: CandidateJob) -> FinalistScore:
-    """Score a trial's last rung on what no trial was scored on.
+    """Score a trial's last rung on the confirmation rows that choose and, in a search of accuracy, on new questions.
 
-    These are the confirmation rows that choose and, where accuracy is searched, as many questions again of every task,
-    those after the trials'.
+    These are as many again of every task, after those of the trials.
     """
     from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
     from qpruner.data.measures import over_tasks
     from qpruner.training.evaluate import score_tasks
 
-    _start(job.threads)
+    begin_job(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.candidate.folder)
     search, settings, tokenizer = job.config.search, job.config.evaluate, _tokenizer(job.candidate)
@@ -320,12 +260,11 @@ def _tokenizer(candidate: Candidate) -> Any:
 
 
 def _rounded(loss: LossResult) -> tuple[float, ...]:
-    """Round each row's share of the mean to the digits of a record."""
     return tuple(round(each, 4) for each in loss.by_row)
 
 
-def _start(threads: int) -> None:
-    """Begin a job in a worker that may have done others: free their memory, and use only the reserved cores."""
+def begin_job(threads: int) -> None:
+    """Free the memory of a worker's earlier jobs, and use only the reserved cores."""
     import torch
 
     from qpruner.models.memory import release

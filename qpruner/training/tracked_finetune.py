@@ -32,15 +32,15 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
         guard = Guard(tracker, self.errors.append)
         guard.run(lambda: self.rows.append((guard, *ROWS[tracker](trackers, label, about))))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
         """Pass the event on."""
         for guard, row, _ in self.rows:
-            guard.run(partial(row.on_train_begin, args, state, control, **kwargs))
+            guard.run(partial(row.on_train_begin, *event, **kwargs))
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, *event: Any, **kwargs: Any) -> None:
         """Pass the event on."""
         for guard, row, _ in self.rows:
-            guard.run(partial(row.on_log, args, state, control, **kwargs))
+            guard.run(partial(row.on_log, *event, **kwargs))
 
 
 @contextmanager

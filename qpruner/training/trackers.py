@@ -2,8 +2,7 @@
 
 Ray Tune's callbacks log trials (`cluster/tune/trackers.py`), transformers' callbacks log fine-tunes
 (`tracked_finetune.py`). Each tracker's own environment variables, set where the command is given, say where it is and
-who may write there. Workers get them from there; nothing of them is recorded or logged. A trial or fine-tune that is
-resumed gets another row. An error of a tracker stops nothing: the run folder has every result.
+who may write there; workers get them from the driver, and nothing of them is recorded or logged.
 """
 
 from __future__ import annotations
@@ -63,11 +62,7 @@ class Trackers:
 
 
 def check_trackers(names: tuple[str, ...]) -> dict[str, str]:
-    """Check that every named tracker can be used, and return the trackers' variables.
-
-    Raises:
-        UserError: If a package is not installed, or a tracker has no address, no key, or does not answer.
-    """
+    """Check that every named tracker is installed, has an address and a key, and answers; return their variables."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -82,18 +77,16 @@ def check_trackers(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _wandb_key() -> dict[str, str]:
-    """Return the key of whoever has logged in here, for workers elsewhere."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return {}
     import wandb
 
-    key = wandb.api.api_key
-    if not key:
-        raise UserError(
-            "`trackers` names wandb, and there is no key for it: set WANDB_API_KEY, use `wandb login`, or set "
-            "WANDB_MODE=offline"
-        )
-    return {"WANDB_API_KEY": key}
+    if key := wandb.api.api_key:
+        return {"WANDB_API_KEY": key}  # of whoever has logged in here, for workers elsewhere
+    raise UserError(
+        "`trackers` names wandb, and there is no key for it: set WANDB_API_KEY, use `wandb login`, or set "
+        "WANDB_MODE=offline"
+    )
 
 
 def _check_mlflow() -> None:
@@ -109,17 +102,12 @@ def _check_mlflow() -> None:
         MlflowClient(tracking_uri=place).search_experiments(max_results=1)
     except Exception as error:  # of sqlalchemy, of requests, of its own
         raise UserError(
-            f"`trackers` names mlflow, and MLFLOW_TRACKING_URI, {_without_key(place)}, does not work: {_line(error)}; "
-            "see that it is right and the server is up, or leave mlflow out"
+            f"`trackers` names mlflow, and MLFLOW_TRACKING_URI, {_without_password(place)}, does not work: "
+            f"{_without_password(first_line(error))}; see that it is right and the server is up, or leave mlflow out"
         ) from error
 
 
-def _line(error: Exception) -> str:
-    """Return the first line of an error, without user names and passwords in URIs."""
-    return _without_key(first_line(error))
-
-
-def _without_key(text: str) -> str:
+def _without_password(text: str) -> str:
     return re.sub(r"://[^/@\s]*@", "://", text)
 
 
@@ -137,6 +125,7 @@ class Guard:
             action()
         except Exception as error:  # of another's code and server
             self._has_failed = True
-            text = f"nothing more is logged to {self._tracker}: {_line(error)}; TensorBoard and the report have it all"
+            why = _without_password(first_line(error))
+            text = f"nothing more is logged to {self._tracker}: {why}; TensorBoard and the report have it all"
             logger.warning(text)
             self._on_error(text)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import with_key
+from conftest import with_keys as changed
 
 from qpruner.cli.main import main
 from qpruner.config.load import validate_config
@@ -21,10 +22,8 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.run import run
 from qpruner.runs.lock import hold_run
 
-pytestmark = pytest.mark.usefixtures("in_folder")
 
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -40,13 +39,6 @@ def check(raw: dict[str, Any], *options: str, code: int = 0, verb: str = "check"
 def facts(raw: dict[str, Any], *options: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(check(raw, "--json", *options).splitlines()[-1])
     return found
-
-
-def changed(raw: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    """The configuration with other keys; `section__key=value`."""
-    for key, value in keys.items():
-        raw = with_key(raw, key.replace("__", "."), value)
-    return raw
 
 
 def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) -> None:
@@ -83,14 +75,9 @@ def test_hours_are_estimated_where_steps_are_timed(tiny_raw: dict[str, Any]) -> 
 
 def test_gpus_elsewhere_are_not_refused_for_want_of_one_here(tiny_raw: dict[str, Any]) -> None:
     """What docs/cluster.md recommends for a cluster is checked on a laptop."""
-    raw = changed(
-        tiny_raw,
-        search__max_gpu_hours=2,
-        search__resources_per_trial={"cpu": 4, "gpu": 1},
-        finetune__num_workers=4,
-        training__micro_batch_size=1,
-        model__dtype="float16",
-    )
+    gpus = {"search__max_gpu_hours": 2, "search__resources_per_trial": {"cpu": 4, "gpu": 1}}
+    workers = {"finetune__num_workers": 4, "training__micro_batch_size": 1}
+    raw = changed(tiny_raw, **gpus, **workers, model__dtype="float16")
     told = facts(raw, "--gpu")
     assert told["concurrent_trials"] == 1 and told["memory_free"] is None
     halves = changed(raw, finetune__num_workers=1, search__resources_per_trial={"cpu": 4, "gpu": 0.5})
@@ -197,8 +184,7 @@ def test_a_plan_is_read_where_the_number_of_blocks_is_known(tiny_raw: dict[str, 
         preflight.inspect(validate_config(raw))
 
 
-@pytest.mark.parametrize("verb", ["check", "run"])
-@pytest.mark.parametrize("key", ["--plan", "search.plan"])
+@pytest.mark.parametrize(("key", "verb"), [("--plan", "run"), ("search.plan", "check")])
 def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     """By the name under which it was given, and with what else is wrong."""
     raw = with_key(tiny_raw, "prune.selection", "per_layer")

@@ -31,40 +31,43 @@ sys.path[:0] = sys.argv[1:3]
 from made_run import planned, trials
 from qpruner.runs import events
 from qpruner.cli.terminal import Terminal
+told = trials()
+begun = [events.StageSkipped("prepare", "48 rows", 3.0), planned(told[:5]), events.StageStarted("search", "20 trials")]
+begun += [events.SlotsFound(2), *map(events.TrialChanged, (told[5], told[3])), events.StepsSeen({5: 3})]
 with Terminal(quiet="quiet" in sys.argv) as terminal:
-    told = trials()
-    for event in (
-        events.StageSkipped("prepare", "48 rows", 3.0),
-        planned(told[:5]),
-        events.StageStarted("search", "20 trials"),
-        events.SlotsFound(2),
-        events.TrialChanged(told[5]),
-        events.TrialChanged(told[3]),
-        events.StepsSeen({5: 3}),
-    ):
+    for event in begun:
         terminal.emit(event)
     time.sleep(1)  # long enough for a refresh
 """
 TABLES = """
 import sys
-from qpruner.cli import run_verbs as run_verbs
 from qpruner import read_run
-from qpruner.report import tables
-from qpruner.wording import duration
+from qpruner.cli import run_verbs
 from qpruner.cli.terminal import Terminal
+from qpruner.report import tables
 run = sys.argv[3]
-run_verbs.trials(run, (), "trial", False, "text")
+run_verbs.trials(run, (), "trial", False, False, False)
 for table in tables.final_tables(read_run(run).results):
     Terminal(quiet=False).table(table.headings, table.rows)
 """
 TESTS = Path(__file__).resolve().parents[1] / "report"
 
 
-def on_a_terminal(*options: str, program: str = TELL, **environment: str) -> str:
+def command_of(program: str, *options: object) -> list[str]:
+    return [sys.executable, "-c", program, str(TESTS), str(TESTS.parent), *map(str, options)]
+
+
+def in_a_pipe(program: str, *options: object, **environment: str) -> str:
+    """All that a pipe received."""
+    command, variables = command_of(program, *options), os.environ | environment
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> str:
     """All that a pseudo-terminal of 120 columns received."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", **environment}
-    command = [sys.executable, "-c", program, str(TESTS), str(TESTS.parent), *options]
+    command = command_of(program, *options)
     process = subprocess.Popen(command, stdout=theirs, env=environment)
     os.close(theirs)
     received = b""
@@ -103,12 +106,7 @@ def test_sentences_are_broken_between_words() -> None:
     lines = [line.strip() for line in on_a_terminal(program=program.format("True"), COLUMNS="40").splitlines()]
     assert len(lines) > 2 and max(map(len, lines)) <= 40 and " ".join(lines) == text
     assert on_a_terminal(program=program.format("False"), COLUMNS="40").strip() == text
-    piped = subprocess.run([sys.executable, "-c", program.format("True")], capture_output=True, text=True, check=True)
-    assert piped.stdout == f"{text}\n"
-
-
-def test_a_quiet_terminal_shows_nothing() -> None:
-    assert on_a_terminal("quiet") == ""
+    assert in_a_pipe(program.format("True")) == f"{text}\n"
 
 
 PLAIN_LINES = [
@@ -119,18 +117,11 @@ PLAIN_LINES = [
 ]
 
 
-@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}])
-def test_a_pipe_gets_plain_lines_and_every_rung(variables: dict[str, str]) -> None:
-    """Whatever the environment says of colours: what reads the last line reads JSON."""
-    command = [sys.executable, "-c", TELL, str(TESTS), str(TESTS.parent)]
-    environment = {**os.environ, **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == PLAIN_LINES
-
-
-def test_a_dumb_terminal_gets_the_lines_of_a_pipe() -> None:
-    """rich draws no live part there."""
+def test_a_pipe_gets_plain_lines_and_every_rung() -> None:
+    """Whatever the environment says of colours: what reads the last line reads JSON. So does a dumb terminal."""
+    assert in_a_pipe(TELL, FORCE_COLOR="1", TTY_COMPATIBLE="1").splitlines() == PLAIN_LINES
     assert on_a_terminal(TERM="dumb", FORCE_COLOR="1").splitlines() == PLAIN_LINES
+    assert on_a_terminal("quiet") == ""
 
 
 def test_a_pipe_reports_progress_of_a_long_step(
@@ -166,9 +157,8 @@ def test_a_pipe_reports_progress_of_a_long_step(
 
 CUT = """
 import sys, time
-sys.path[:0] = sys.argv[1:]
-from qpruner.runs import events
 from qpruner.cli import terminal
+from qpruner.runs import events
 terminal.SILENCE_SECONDS = 0.1
 with terminal.Terminal(quiet=False) as shown:
     shown.emit(events.StageStarted("evaluate", "arc for 9 models"))
@@ -181,9 +171,8 @@ with terminal.Terminal(quiet=False) as shown:
 
 
 def test_a_command_ends_when_its_reader_has_gone() -> None:
-    command = [sys.executable, "-c", CUT, str(TESTS.parent)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command_of(CUT), text=True, **pipes) as process:  # type: ignore[call-overload]
         assert process.stdout.readline() == "[evaluate] arc for 9 models ...\n"
         process.stdout.close()
         process.stdin.write("\n")
@@ -235,29 +224,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     return made
 
 
-def final_cells(made: MadeRun) -> list[list[tuple[str, ...]]]:
-    """Headings and cells of the final table's parts."""
-    return [[each.headings, *each.rows] for each in tables.final_tables(read_snapshot(made.run).results)]
-
-
 def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
-    command = [sys.executable, "-c", TABLES, str(TESTS), str(TESTS.parent), str(made.run.root)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    lines = done.stdout.splitlines()
+    text = in_a_pipe(TABLES, made.run.root)
+    lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
     assert plans == [bar(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
     # Columns are as wide as their widest cell, and two spaces apart.
     told = []
-    for part in final_cells(made):
+    for final in tables.final_tables(read_snapshot(made.run).results):
+        part = [final.headings, *final.rows]
         widths = [max(map(len, column)) for column in zip(*part, strict=True)]
         told += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in part]
     assert lines[-len(told) :] == told
     assert max(map(len, told)) <= 120, "narrow enough for a page, whoever reads it"
-    assert done.stdout.replace("±", "").isascii(), "nothing drawn"
+    assert text.replace("±", "").isascii(), "nothing drawn"
 
 
 def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
-    colored = on_a_terminal(str(made.run.root), program=TABLES, COLUMNS="100")
+    colored = on_a_terminal(made.run.root, program=TABLES, COLUMNS="100")
     seen = re.sub(r"\x1b\[[0-9;]*m", "", colored)
     assert "\u2026" not in seen and max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
@@ -274,23 +258,20 @@ def test_a_picture_of_the_search(tmp_path: Path) -> None:
     assert made.state.search
     made.run.write_state(made.state.model_copy(update={"search": made.state.search.model_copy(update={"slots": 8})}))
     begun = min(trial.times[0] for trial in made.trials)
-
-    def line(seconds: float, text: str) -> str:
-        now = datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
-        return f"{now} INFO qpruner.pipeline: {text}\n"
-
+    lines = {
+        -100: "[prune] target 20.00% of all parameters, by fisher ...",
+        -10: "[prune] done in 90.0 s: 134.5M -> 107.6M parameters",
+        -1: "[search] 64 trials, gp ...",
+        1: "[search] trial   0 [" + "4" * 60 + "] 74.5 MB step 4/16 loss 4.3 (uniform-4)",
+        90_000: "[search] ended: all 64 trials were spent",
+    }
     log = tmp_path / "run" / "qpruner.log"
+    times = [datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3] for seconds in lines]
     log.write_text(
-        line(-100, "[prune] target 20.00% of all parameters, by fisher ...")
-        + line(-10, "[prune] done in 90.0 s: 134.5M -> 107.6M parameters")
-        + line(-1, "[search] 64 trials, gp ...")
-        + line(1, "[search] trial   0 [" + "4" * 60 + "] 74.5 MB step 4/16 loss 4.3 (uniform-4)")
-        + line(90_000, "[search] ended: all 64 trials were spent")
+        "".join(f"{at} INFO qpruner.pipeline: {text}\n" for at, text in zip(times, lines.values(), strict=True))
     )
     moment = moment_of(made.trials)
-    picture = terminal_picture(read_run(made.run.root), log)
-    (tmp_path / "terminal.svg").write_text(picture)
-    seen = picture.replace("&#160;", " ")
+    seen = (picture := terminal_picture(read_run(made.run.root), log)).replace("&#160;", " ")
     assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
     assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
     assert "of 64 trials: " in seen and "8 of 8 slots busy" in seen

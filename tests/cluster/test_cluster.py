@@ -1,121 +1,178 @@
-"""How many trials a cluster takes at once."""
+"""How many trials a cluster takes at once, and which cluster a run joins."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from raylets import raylets
+from raylets import Raylets, raylets
 
-from qpruner.cluster.connect import connect, disconnect, read_growth
-from qpruner.cluster.slots import LOOK_SECONDS, Growth, Node, Room, Slots, worker_resources
+from qpruner.cluster import ray_private
+from qpruner.cluster.connect import Cluster, connect, disconnect, read_growth
+from qpruner.cluster.slots import LOOK_SECONDS, Node, Room, Slots, worker_resources
 from qpruner.errors import UserError
 from qpruner.runs.events import Event, Message, SlotsFound
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = Node(2, 0)
-CLOUD = Growth(HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=2)
+CLOUD = Slots((HEAD,), HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=2)
 """A head without GPUs, and an autoscaler with two types: two machines at once, of the larger type one."""
 
 
 @pytest.mark.parametrize(
-    ("resources", "expected"),
+    ("slots", "resources", "expected"),
     [
-        pytest.param({"cpu": 1, "gpu": 1}, 3, id="one-gpu"),
-        pytest.param({"cpu": 1, "gpu": 0.5}, 6, id="halves"),
-        pytest.param({"cpu": 1, "gpu": 0.4}, 6, id="two-fit-on-each-gpu"),
-        pytest.param({"cpu": 1, "gpu": 2}, 1, id="two-gpus-of-one-machine"),
-        pytest.param({"cpu": 5}, 2, id="cores-of-one-machine"),
-        pytest.param({"cpu": 4, "gpu": 0.25}, 4, id="too-few-cores-for-the-gpus"),
+        pytest.param(TWO_NODES, {"cpu": 1, "gpu": 1}, 3, id="one-gpu"),
+        pytest.param(TWO_NODES, {"cpu": 1, "gpu": 0.5}, 6, id="halves"),
+        pytest.param(TWO_NODES, {"cpu": 1, "gpu": 0.4}, 6, id="two-fit-on-each-gpu"),
+        pytest.param(TWO_NODES, {"cpu": 1, "gpu": 2}, 1, id="two-gpus-of-one-machine"),
+        pytest.param(TWO_NODES, {"cpu": 5}, 2, id="cores-of-one-machine"),
+        pytest.param(TWO_NODES, {"cpu": 4, "gpu": 0.25}, 4, id="too-few-cores-for-the-gpus"),
+        pytest.param(CLOUD, {"cpu": 1, "gpu": 1}, 8 + 1, id="the-largest-two-of-three-that-may-start"),
+        pytest.param(CLOUD, {"cpu": 1, "gpu": 4}, 2, id="only-on-the-large-one-that-may-start"),
+        pytest.param(CLOUD, {"cpu": 2}, 1 + 32 + 4, id="the-head-too"),
+        pytest.param(
+            Slots((HEAD, Node(8, 1)), HEAD, CLOUD.workers, 2), {"cpu": 2}, 1 + 32 + 4, id="a-started-one-counts-once"
+        ),
     ],
 )
-def test_a_trials_resources_lie_on_one_machine(resources: dict[str, float], expected: int) -> None:
-    assert TWO_NODES.concurrent(resources, None) == expected
-
-
-def test_what_only_two_machines_together_have_is_refused() -> None:
-    """Ray would wait for ever."""
-    with pytest.raises(
-        UserError, match=r"'gpu': 3.* on one machine.* the largest of 2 has 8 CPUs and 2 GPUs: ask for less"
-    ):
-        TWO_NODES.concurrent({"cpu": 1, "gpu": 3}, None)
-
-
-def test_a_limit_is_kept_and_a_gpu_is_taken_where_there_is_one() -> None:
-    assert TWO_NODES.resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}
-    assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
-    assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
-    assert TWO_NODES.concurrent({"cpu": 1, "gpu": 1}, 2) == 2
-
-
-def test_workers_on_one_model_have_whole_gpus() -> None:
-    assert worker_resources({"cpu": 2, "gpu": 0.5}, 1) == {"cpu": 2, "gpu": 0.5}
-    assert worker_resources({"cpu": 2, "gpu": 0.5}, 2) == {"cpu": 2, "gpu": 1}
-    assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
-
-
-# ---- with an autoscaler
+def test_a_trials_resources_lie_on_one_machine(slots: Slots, resources: dict[str, float], expected: int) -> None:
+    assert slots.concurrent(resources, None) == expected
+    assert slots.concurrent(resources, 2) == min(2, expected)
 
 
 @pytest.mark.parametrize(
-    ("resources", "expected"),
-    [
-        pytest.param({"cpu": 1, "gpu": 1}, 8 + 1, id="the-largest-two-of-three"),
-        pytest.param({"cpu": 1, "gpu": 4}, 2, id="only-on-the-large-one"),
-        pytest.param({"cpu": 2}, 1 + 32 + 4, id="the-head-too"),
-    ],
+    ("slots", "largest"),
+    [(TWO_NODES, "2 has 8 CPUs and 2"), (CLOUD, "1 and of those that the autoscaler may start has 64 CPUs and 8")],
 )
-def test_trials_may_wait_for_what_can_be_started(resources: dict[str, float], expected: int) -> None:
-    for nodes in ((HEAD,), (HEAD, Node(8, 1))):
-        slots = Slots(nodes, CLOUD)
-        assert slots.concurrent(resources, None) == expected, "what is started already is not counted twice"
-        assert slots.concurrent(resources, 2) == min(2, expected)
-    assert Slots((HEAD,), CLOUD).fits({"gpu": 1}) == 0
+def test_a_trial_that_fits_on_no_machine_is_refused(slots: Slots, largest: str) -> None:
+    """Ray would wait for ever."""
+    with pytest.raises(UserError, match=rf"'gpu': 9.* on one machine.* the largest of {largest} GPUs: ask for less"):
+        slots.concurrent({"cpu": 1, "gpu": 9}, None)
 
 
-def test_a_trial_that_fits_on_no_machine_type_is_refused() -> None:
-    assert Slots((HEAD,), CLOUD).resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}, "a GPU may come"
-    expected = "the largest of 1 and of those that the autoscaler may start has 64 CPUs and 8 GPUs: ask for less"
-    with pytest.raises(UserError, match=expected):
-        Slots((HEAD,), CLOUD).concurrent({"cpu": 1, "gpu": 9}, None)
+def test_a_gpu_is_taken_where_there_is_one() -> None:
+    for slots in (TWO_NODES, CLOUD):
+        assert slots.resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}
+    assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
+    assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
+    assert CLOUD.fits({"gpu": 1}) == 0
+    for num_workers, gpu in ((1, 0.5), (2, 1)):
+        assert worker_resources({"cpu": 2, "gpu": 0.5}, num_workers) == {"cpu": 2, "gpu": gpu}, "whole for a group"
+    assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
 
 
 def test_the_cluster_file_says_what_may_be_started() -> None:
-    assert read_growth(ROOT / "cluster.yaml", HEAD) == Growth(HEAD, (Node(8, 1),) * 5, max_workers=4)
-    onprem = ROOT / "launch" / "cluster_onprem.yaml"
-    assert read_growth(onprem, HEAD) is None, "its machines do not say their size"
+    assert read_growth(ROOT / "cluster.yaml", HEAD) == Slots((), HEAD, (Node(8, 1),) * 5, max_workers=4)
+    assert not read_growth(ROOT / "launch" / "cluster_onprem.yaml", HEAD).workers, "its machines do not say their size"
     with pytest.raises(UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"):
         read_growth(ROOT / "nowhere.yaml", HEAD)
 
 
-# ---- without one, on real nodes
+def test_rays_private_names_stand_in_one_file_and_exist() -> None:
+    import qpruner.cluster.group  # chooses Ray Train's second API
+
+    private = re.compile(r"\bray(\.\w+)*\._(?!_)|from ray[\w.]* import [^\n]*\b_\w|import_module\(.ray")
+    files = Path(qpruner.__file__).parent.rglob("*.py")
+    assert {path.name for path in files if private.search(path.read_text(encoding="utf-8"))} == {"ray_private.py"}
+    assert all(getattr(ray_private, name) is not None for name in ray_private.NAMES)
 
 
-def test_workers_are_counted_as_they_come_and_go() -> None:
-    trial = {"cpu": 1.0, "gpu": 1.0}
+# ---- on real nodes
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[tuple[Raylets, Cluster]]:
+    """A head that can run nothing, which this process has joined."""
     with raylets(0) as cluster:
-        joined = connect(cluster.address)
+        yield cluster, connect(cluster.address)
+        disconnect()
+
+
+def test_a_process_that_has_joined_a_cluster_runs_in_no_other(joined: tuple[Raylets, Cluster]) -> None:
+    """As in a notebook, where somebody else works with Ray, too."""
+    present = joined[0].address
+    assert not joined[1].was_joined and connect(present).was_joined and connect("auto").was_joined
+    with pytest.raises(UserError, match=rf"joined the Ray cluster at {present} already.*`ray.shutdown"):
+        connect(None)
+    with pytest.raises(UserError, match=r"not the one at 127\.0\.0\.1:1; call"):
+        connect("127.0.0.1:1")
+
+
+def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]) -> None:
+    trial, (raylets, cluster) = {"cpu": 1.0, "gpu": 1.0}, joined
+    with pytest.raises(UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"):
+        cluster.slots().concurrent(trial, 2)
+    events: list[Event] = []
+    room = Room(cluster.slots, trial, 2, events.append)
+    assert room() == 0
+    node = raylets.add(num_gpus=1)
+    assert cluster.slots().concurrent(trial, 2) == 1
+    raylets.add(num_cpus=3, num_gpus=3)
+    time.sleep(LOOK_SECONDS)
+    assert room() == 2, "no more than `search.max_concurrent`"
+    raylets.cluster.remove_node(node)
+    raylets.nodes.remove(node)
+    assert cluster.slots().fits(trial) == 3
+    waiting = next(event for event in events if isinstance(event, Message))
+    assert "no machine is there that could run a trial" in waiting.text
+    assert events == [SlotsFound(0), waiting, SlotsFound(2)]
+
+
+LOCAL = """
+import json, sys
+import psutil, ray
+from qpruner.cluster.connect import connect, disconnect
+cluster = connect(None)
+us = [psutil.Process(), *psutil.Process().children(recursive=True)]
+sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+listens = sorted({each.laddr.ip for each in sockets})
+address = ray.get_runtime_context().gcs_address
+print(json.dumps([address, len(ray.nodes()), cluster.slots().largest.cpus > 0, listens]), flush=True)
+sys.stdin.readline()
+print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
+disconnect()
+"""
+"""Says which cluster it is in and where it listens, waits for a line, and says what a task there returned."""
+
+
+@contextmanager
+def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
+    # The other tests' word for loopback (conftest.py) is left out.
+    ours = ("RAY_AUTH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    known = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    command, pipe = [sys.executable, "-c", LOCAL], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=known | environment) as process:
         try:
-            with pytest.raises(
-                UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"
-            ):
-                joined.slots().concurrent(trial, 2)
-            told: list[Event] = []
-            room = Room(joined.slots, trial, 2, told.append)
-            assert room() == 0
-            node = cluster.add(num_gpus=1)
-            assert joined.slots().concurrent(trial, 2) == 1
-            cluster.add(num_cpus=3, num_gpus=3)
-            assert joined.slots().concurrent(trial, 2) == 2, "no more than `search.max_concurrent`"
-            time.sleep(LOOK_SECONDS)
-            assert room() == 2
-            cluster.cluster.remove_node(node)
-            cluster.nodes.remove(node)
-            assert joined.slots().fits(trial) == 3
-            waiting, *others = [event for event in told if isinstance(event, Message)]
-            assert "no machine is there that could run a trial" in waiting.text and not others
-            assert told == [SlotsFound(0), waiting, SlotsFound(2)]
+            yield process
         finally:
-            disconnect()
+            process.terminate()  # Ray's own handler ends what it has started
+
+
+def test_a_run_without_an_address_has_a_ray_of_its_own(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+    """Also where everything in the environment speaks of a cluster, as on its head, and beside another such run. It
+    listens on loopback alone; by itself Ray takes an address on which whoever gets through may run code. Until the
+    first run there is no token; each needs one that its own processes have, too."""
+    address = joined[0].address
+    head = {"RAY_ADDRESS": address, "RAY_GCS_SERVER_PORT": address.rpartition(":")[2], "HOME": str(tmp_path)}
+    with ExitStack() as stack:
+        both = [stack.enter_context(local_run(**head)) for _ in range(2)]
+        said = [json.loads(process.stdout.readline()) for process in both if process.stdout]
+        assert len({address, *(address for address, *_ in said)}) == 3
+        for _, nodes, has_cores, listens in said:
+            assert (nodes, has_cores) == (1, True)
+            assert listens and all(ip_address(each.removeprefix("::ffff:")).is_loopback for each in listens), listens
+        assert [process.communicate("\n")[0] for process in both] == ["42\n", "42\n"]
+    token = tmp_path / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and list(token.parent.iterdir()) == [token]

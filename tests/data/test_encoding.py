@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qpruner.data.encoding import (
+    alpaca_prompt,
     calibration_samples,
     collate,
     encode,
@@ -33,10 +34,6 @@ CHOICE = Example("multiple_choice", "Why?", "", "because")
 COLOUR = Example("instruction", "Name a colour.", "", "red")
 SUM = Example("instruction", "Add them.", "2 and 3", "5")
 TEXT = Example("text", "", "", "Just some words here.")
-ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n### Response:\n"
-)
 
 
 @pytest.fixture
@@ -61,17 +58,24 @@ def predicted(row: dict[str, list[int]]) -> list[int]:
     return [label for label in row["labels"] if label != IGNORED]
 
 
+def test_the_alpaca_prompt_is_that_of_stanford() -> None:
+    assert alpaca_prompt("Add them.", "2 and 3") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n"
+    )
+    assert alpaca_prompt("Name a colour.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a colour.\n\n### Response:\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("example", "template", "prompt", "response"),
     [
         (CHOICE, "alpaca", "Question: Why?\nAnswer:", " because"),
-        (COLOUR, "alpaca", ALPACA.format("", "Name a colour."), "red</s>"),
-        (
-            SUM,
-            "alpaca",
-            ALPACA.format(", paired with an input that provides further context", "Add them.\n\n### Input:\n2 and 3"),
-            "5</s>",
-        ),
+        (COLOUR, "alpaca", alpaca_prompt("Name a colour."), "red</s>"),
+        (SUM, "alpaca", alpaca_prompt("Add them.", "2 and 3"), "5</s>"),
         (COLOUR, "chat", "<s>[user]Name a colour.[assistant]", "red</s>"),
         (SUM, "chat", "<s>[user]Add them.\n\n2 and 3[assistant]", "5</s>"),
         (TEXT, "alpaca", "", "Just some words here."),
@@ -89,16 +93,13 @@ def test_the_loss_is_on_the_response(
     assert everything["labels"] == everything["input_ids"] == row["input_ids"]
 
 
-@pytest.mark.parametrize(
-    ("example", "template"),
-    [(CHOICE, "alpaca"), (COLOUR, "alpaca"), (TEXT, "alpaca"), (COLOUR, "chat"), (CHOICE, "chat")],
-)
+@pytest.mark.parametrize("example", [CHOICE, COLOUR, TEXT])
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
 def test_a_row_has_one_beginning_of_sequence(
     with_bos: PreTrainedTokenizerBase, example: Example, template: str
 ) -> None:
-    row = encode([example], with_bos, 512, template)[0]
-    assert row["input_ids"][0] == with_bos.bos_token_id
-    assert row["input_ids"].count(with_bos.bos_token_id) == 1
+    ids = encode([example], with_bos, 512, template)[0]["input_ids"]
+    assert ids[0] == with_bos.bos_token_id and ids.count(with_bos.bos_token_id) == 1
 
 
 def test_a_token_across_the_border_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,13 +123,12 @@ def test_chat_without_a_template_is_refused(tokenizer: PreTrainedTokenizerBase) 
 def test_long_rows_are_cut_or_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
     short = Example("multiple_choice", "Why?", "", "because of the rain")
     long_prompt = Example("multiple_choice", "Why " * 200, "", "because")
-    num_prompt = len(tokenizer("Question: Why?\nAnswer:")["input_ids"])
-    whole = encode([short], tokenizer, 512)[0]
-    (cut,) = encode([short, long_prompt], tokenizer, num_prompt + 2)
-    assert cut["input_ids"] == whole["input_ids"][: num_prompt + 2]
+    length = len(tokenizer("Question: Why?\nAnswer:")["input_ids"]) + 2
+    (cut,) = encode([short, long_prompt], tokenizer, length)
+    assert cut["input_ids"] == encode([short], tokenizer, 512)[0]["input_ids"][:length]
     assert len(predicted(cut)) == 2
-    with pytest.raises(UserError, match=f"`data.max_length` of {num_prompt} tokens"):
-        encode([short], tokenizer, num_prompt)
+    with pytest.raises(UserError, match=f"`data.max_length` of {length - 2} tokens"):
+        encode([short], tokenizer, length - 2)
 
 
 def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
@@ -140,8 +140,7 @@ def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
         {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
     ]
     # Chunks of 4: 10-13, 14 15 20 21, 22-25, 30-33, 40-43.
-    packed = pack(rows, 4)
-    assert packed == [
+    assert pack(rows, 4) == [
         {"input_ids": [14, 15, 20, 21], "labels": [IGNORED, 15, IGNORED, IGNORED]},
         {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
         {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
@@ -158,8 +157,7 @@ def test_calibration_predicts_responses_only(packing: bool, tokenizer: PreTraine
     rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
     samples = calibration_samples(rows, tokenizer, 3, 160, "alpaca", True, packing)
     words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
-    assert "purple" in words
-    assert "Name the colour" not in words and "Instruction" not in words
+    assert "purple" in words and "Name the colour" not in words and "Instruction" not in words
     read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
     assert "Instruction" in read, "prompts are read all the same"
 
@@ -185,28 +183,25 @@ def test_calibration_text_skips_blank_lines(packing: bool, with_bos: PreTrainedT
 
 def test_a_batch_is_padded_on_the_right() -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]}, {"input_ids": [9, 3], "labels": [9, 3]}]
-    batch = collate(rows, pad_id=1)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 3, 1, 1]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [9, 3, IGNORED, IGNORED]]
+    assert {name: tensor.tolist() for name, tensor in collate(rows, pad_id=1).items()} == {
+        "input_ids": [[5, 6, 7, 8], [9, 3, 1, 1]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "labels": [[IGNORED, IGNORED, 7, 8], [9, 3, IGNORED, IGNORED]],
+    }
 
 
 def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
-    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [9], "labels": [9]}]
+    """And offsets out of order are damage, without a list of digests too: such an offset leads out of the file."""
+    rows = [{"input_ids": [1] * 8, "labels": [1] * 8} for _ in range(3)]
+    rows.append({"input_ids": [5, 6, 7, 8, 9, 4, 3, 2], "labels": [IGNORED, 6, 7, 8, 9, 4, 3, 2]})
     save_encoded(rows, tmp_path / "train")
     found = load_encoded(tmp_path / "train")
-    assert list(found) == rows and len(found) == 2
-    assert found[-1] == rows[1] and found[1:] == rows[1:] and found[::2] == rows[:1]
-    assert found.lengths == row_lengths(rows) == [3, 1]
-
-
-def test_offsets_out_of_order_are_damage(tmp_path: Path) -> None:
-    """Without a list of digests beside the folder; followed, such an offset leads out of the file."""
-    save_encoded([{"input_ids": [1] * 8, "labels": [1] * 8} for _ in range(4)], tmp_path / "train")
+    assert list(found) == rows and len(found) == 4
+    assert found[-1] == rows[3] and found[1:] == rows[1:] and found[::2] == rows[::2]
+    assert found.lengths == row_lengths(rows) == [8] * 4
     (tmp_path / "train.files.json").unlink()
     (file,) = (tmp_path / "train").glob("*.arrow")
-    offsets = struct.pack("<5i", 0, 8, 16, 24, 32)
-    content = file.read_bytes()
+    offsets, content = struct.pack("<5i", 0, 8, 16, 24, 32), file.read_bytes()
     assert content.count(offsets) == 2, "those of both columns"
     file.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 8, 16, 7, 32)))
     with pytest.raises(CorruptFile, match="the encoded rows in"):

@@ -21,14 +21,9 @@ ARC = {
 PIQA = {"question": "goal", "choices": ("sol1", "sol2"), "answer": "label"}
 
 
-def rows_file(tmp_path: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
-    path = tmp_path / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def examples_of(tmp_path: Path, rows: list[dict[str, Any]], **source: Any) -> list[Example]:
-    return load_examples([DataSource(source=rows_file(tmp_path, rows), **source)], "data.train")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return examples_in(tmp_path / "rows.jsonl", **source)
 
 
 def examples_in(path: Path, **source: Any) -> list[Example]:
@@ -79,9 +74,8 @@ def test_multiple_choice_layouts(tmp_path: Path, row: dict[str, Any], columns: d
 
 @pytest.mark.parametrize("answer", ["E", 4, -1, "", "carbon dioxide"])
 def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, answer: int | str) -> None:
-    with pytest.raises(UserError, match=r"`data\.train\.0\.columns\.answer`.*A, B, C, D") as caught:
+    with pytest.raises(UserError, match=rf"`data\.train\.0\.columns\.answer`: {answer!r} is .*A, B, C, D"):
         examples_of(tmp_path, [ARC | {"answerKey": answer}], format="multiple_choice")
-    assert repr(answer) in str(caught.value)
 
 
 def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
@@ -97,10 +91,8 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
     for name in ("rows.parquet", "rows.json", "rows.csv", "rows.tsv"):
         assert examples_in(tmp_path / name) == expected
     (tmp_path / "plain.txt").write_text("The first line.\nThe second.\n")
-    assert [each.response for each in examples_in(tmp_path / "plain.txt", format="text")] == [
-        "The first line.",
-        "The second.",
-    ]
+    found = examples_in(tmp_path / "plain.txt", format="text")
+    assert [each.response for each in found] == ["The first line.", "The second."]
 
 
 def test_table_cells_stay_text(tmp_path: Path) -> None:
@@ -121,46 +113,15 @@ def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
     assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
     assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
-    for split in ("train[10:12]", "test"):
-        with pytest.raises(UserError, match=r"`data\.train\.0\.split`: .*rows\.jsonl.*name another part") as caught:
-            examples_of(tmp_path, rows, split=split)
-        assert split in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "source", "message"),
-    [
-        (
-            {"prompt": "Say it.", "completion": "it"},
-            {},
-            "`data.train.0.columns.instruction`: the data have no column instruction; they have prompt, completion; "
-            "name yours with, for example, `columns: {instruction: prompt}`",
-        ),
-        ({"instruction": "a", "output": "b"}, {"columns": {"input": "context"}}, "no column context"),
-        (
-            {"text": "a"},
-            {"format": "text", "columns": {"question": "text"}},
-            "names question; rows of format text have the columns text",
-        ),
-    ],
-)
-def test_columns_that_are_not_there(tmp_path: Path, row: dict[str, Any], source: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        examples_of(tmp_path, [row], **source)
-    assert message in str(caught.value)
+    with pytest.raises(UserError, match=r"`data\.train\.0\.source`: .*rows\.jsonl.*`split: train\[10:12\]`"):
+        examples_of(tmp_path, rows, split="train[10:12]")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone.jsonl", None, "does not exist"),
-        ("rows.xlsx", "PK", "give one of .jsonl, .json, .parquet, .csv, .tsv, .txt"),
-        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
-        (
-            "short.csv",
-            "instruction,input,output\na,b\n",
-            "line 2 has 2 cells, its header 3 (instruction, input, output): an empty cell has its ','",
-        ),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2: each column has a cell"),
+        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, its header 3: each column has a cell"),
         ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "it is no UTF-8: save the file as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
@@ -168,50 +129,33 @@ def test_columns_that_are_not_there(tmp_path: Path, row: dict[str, Any], source:
         ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file commas separate the cells"),
         ("empty.csv", "\n\n", "no row under its header"),
         ("header.csv", "instruction,output\n", "no row under its header"),
-        ("broken.jsonl", '{"instruction": "a", "outp', "line 1 is no JSON: Unterminated string"),
-        (
-            "second.jsonl",
-            '{"instruction": "a", "output": "b"}\n\n{"output": }\n',
-            "line 3 is no JSON: Expecting value at column 12",
-        ),
+        ("rows.csv", "Say it.,it\nSay that.,that\n", "rows.csv says: it is the header"),
+        ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is no JSON: Expecting value"),
         ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is no JSON object"),
         ("broken.parquet", "not parquet", "no rows can be read"),
-        ("rows.csv", "Say it.,it\nSay that.,that\n", "the first line of the file says: it is the header"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"`data\.train\.0\.") as caught:
         examples_in(path)
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value) or name == "rows.csv"
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_row_in_two_splits_is_refused() -> None:
     """Case, spacing and punctuation hide none."""
-    gas = normalized("Which gas do plants take in?")
-    splits = {
-        "a": ["one"],
-        "data.train": [gas, ""],
-        "evaluate.tasks": [normalized(" which  Gas, do plants TAKE in"), ""],
-    }
+    gas, again = normalized("Which gas do plants take in?"), normalized(" which  Gas, do plants TAKE in")
+    splits = {"a": ["one"], "data.train": [gas, ""], "evaluate.tasks": [again, ""]}
     with pytest.raises(UserError, match=r"data\.train and evaluate\.tasks share 1 row,.*which gas do plants take in"):
         check_disjoint(splits)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
+    for one, other in (
         ("Which gas do plants take in?", "Which gas do plants give off?"),
         ("What is 7 + 5?", "What is 7 * 5?"),
         ("What is C++?", "What is C#?"),
         ("Что это?", "Кто это?"),
-    ],
-)
-def test_different_questions_are_different_rows(one: str, other: str) -> None:
-    check_disjoint({"train": [normalized(one)], "test": [normalized(other)]})
+    ):
+        check_disjoint({"train": [normalized(one)], "test": [normalized(other)]})
 
 
 def test_what_identifies_a_row() -> None:

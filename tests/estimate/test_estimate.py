@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import raw_config, with_key
+from conftest import raw_config, with_keys
 
 from qpruner import estimate
 from qpruner.config.load import validate_config
 from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.estimate import hours, memory
-from qpruner.estimate.step_times import StepTimes
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_tokenizer
@@ -51,14 +50,7 @@ def inspection(raw: dict[str, Any]) -> Inspection:
 @pytest.fixture
 def changed(raw: dict[str, Any]) -> Changed:
     """The configuration with other keys; `section__key=value`."""
-
-    def change(**keys: Any) -> RunConfig:
-        config = raw
-        for key, value in keys.items():
-            config = with_key(config, key.replace("__", "."), value)
-        return validate_config(config)
-
-    return change
+    return lambda **keys: validate_config(with_keys(raw, **keys))
 
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
@@ -98,16 +90,9 @@ def test_activations_are_near_to_what_autograd_keeps(family: str) -> None:
     """Attention in float32, on a CPU without bfloat16 instructions, is not counted."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-    )
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = AutoConfig.for_model(family, **sizes, **heads)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     adapted = attach_adapters(model, {}, LoraConfig(rank=8), "block", seed=0).train()
     ids = torch.randint(0, 512, (2, 64))
@@ -231,11 +216,10 @@ def test_stops_are_those_of_asha(changed: Changed) -> None:
             if rung == 16 or score > np.quantile(seen[rung], 0.5):
                 steps += rung
                 break
-    expected = hours.expected_steps(config).steps
+    expected, _ = hours.expected_steps(config)
     assert expected <= steps <= 1.25 * expected
     assert expected < 400 * 16 / 2
-    controls = hours.expected_steps(changed(search__max_trials=3))
-    assert (controls.steps, controls.rungs) == (3 * 4, 3 * 3), "controls run to the end"
+    assert hours.expected_steps(changed(search__max_trials=3)) == (3 * 4, 3 * 3), "controls run to the end"
 
 
 def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Changed) -> None:
@@ -290,17 +274,12 @@ def test_padding_is_that_of_the_micro_batches() -> None:
 
 
 def test_the_head_is_counted_at_labelled_tokens(inspection: Inspection, changed: Changed) -> None:
-    """Prompts are not predicted unless `data.response_only` is false; a rate that was timed so is counted so, too."""
-    answers, all_tokens = changed(), changed(data__response_only=False)
-    some, every = (hours.slot_hours(config, inspection, RATES)["finetune"] for config in (answers, all_tokens))
+    """Prompts are not predicted unless `data.response_only` is false."""
+    configs = changed(), changed(data__response_only=False)
+    some, every = (hours.slot_hours(config, inspection, RATES)["finetune"] for config in configs)
     head = inspection.model_config.vocab_size * inspection.model_config.hidden_size
     whole = hours.multiply_adds(inspection.pruned, inspection.model_config)
-    assert hours.share_labelled(all_tokens, inspection) == 1
-    assert 0 < hours.share_labelled(answers, inspection) < 0.5
     assert (whole - head) / whole < some / every < 1 - head / whole / 2
-    times = StepTimes(1.0, 0.5, 1.0)
-    timed = [hours.measured_rates(config, inspection, times, "here") for config in (answers, all_tokens)]
-    assert timed[0].training / timed[1].training == pytest.approx(some / every, rel=0.1)
 
 
 def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspection, changed: Changed) -> None:
@@ -333,7 +312,7 @@ print(json.dumps({"peak": done.peak_memory_bytes, "seconds": done.seconds}))
 
 
 @pytest.fixture(scope="module")
-def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run up to its bank, of a model whose logits and activations stand out from what a process takes anyway."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -342,38 +321,27 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     config.update({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
-    raw = raw_config(folder / "model", folder / "run")
     # Packed rows are of full length, which is what the estimate is for.
-    for key, value in {
-        "data.max_length": 128,
-        "data.packing": True,
-        "training.batch_size": 16,
-        "training.micro_batch_size": 16,
-        "finetune.steps": 6,
-        "quantize.group": "block",
-    }.items():
-        raw = with_key(raw, key, value)
+    rows = {"data__max_length": 128, "data__packing": True}
+    batches = {"training__batch_size": 16, "training__micro_batch_size": 16, "finetune__steps": 6}
+    raw = with_keys(raw_config(folder / "model", folder / "run"), **rows, **batches, quantize__group="block")
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
-    checked = validate_config(raw)
-    run(checked, lambda event: None, until="bank")
-    return checked, path
+    run(validate_config(raw), lambda event: None, until="bank")
+    return path
 
 
 @pytest.mark.slow
-def test_a_fine_tune_takes_the_estimated_memory_and_time(real: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: Path) -> None:
     """Memory within a factor of 1.5; time, of which loading is no part and other work on the machine is, within 3."""
-    _, path = real
-    command = [sys.executable, "-c", FINETUNE, str(path), str(tmp_path / "row")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    took = json.loads(done.stdout.splitlines()[-1])
-    told = subprocess.run(
-        [sys.executable, "-m", "qpruner", "check", str(path), "--measure", "--json"],
-        capture_output=True, text=True, check=True, timeout=600,
-    )  # fmt: skip
-    facts = json.loads(told.stdout.splitlines()[-1])
-    expected = facts["memory"]["trial, training"]["total"]
-    seconds = facts["hours"]["stages"]["finetune"] * 3600
+
+    def last_line(*command: str) -> dict[str, Any]:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=600)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    took = last_line("-c", FINETUNE, str(real), str(tmp_path / "row"))
+    facts = last_line("-m", "qpruner", "check", str(real), "--measure", "--json")
+    expected, seconds = facts["memory"]["trial, training"]["total"], facts["hours"]["stages"]["finetune"] * 3600
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.5 < took["peak"] < expected * 1.5

@@ -34,8 +34,7 @@ from qpruner.export.generate import Sampling, sources
 from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import bucket as objects
-from qpruner.runs.storage import storage_at
+from qpruner.runs.storage import objects, storage_at
 
 PROMPT = "Question: which of these"
 GREEDY = Sampling(max_tokens=12, temperature=0.0, seed=0)
@@ -266,9 +265,9 @@ def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
             told = command(*(words.get(word, word) for word in shlex.split(line)))
             assert told.exit_code == 0, told.output
         assert printable(expected(tmp_path / "brought")).strip() in told.stdout
-        refused = command("generate", there.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
+        refused = command("generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
         assert "HUSH" not in refused.output
-        refused = command("generate", there.address, "--prompt", PROMPT)
+        refused = command("generate", there.storage.address, "--prompt", PROMPT)
         assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
 
 

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 from conftest import disk_of, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
 
+from qpruner.cli.main import _guarded
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.evaluate import Evaluate
@@ -29,7 +29,7 @@ from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import folder_digests, read_json
+from qpruner.runs.storage import folder_digests, list_path, read_json
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob, set_aside_damaged
 
@@ -85,28 +85,35 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
 # ---- damaged files
 
 
+def first_of(rows: Path) -> Path:
+    return next(rows.glob("*.arrow"))
+
+
 @pytest.mark.parametrize(
-    ("split", "damage"),
+    ("place", "damage"),
     [
-        pytest.param("train", lambda path: flip_a_byte(next(path.glob("*.arrow"))), id="flipped"),
-        pytest.param("sensitivity", lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="cut"),
-        pytest.param("train", shutil.rmtree, id="missing"),
+        # Trials alone read the rows of `train`: a search that met them would meet them again.
+        pytest.param("prepare/data/train", lambda rows: flip_a_byte(first_of(rows)), id="rows-flipped"),
+        pytest.param("prepare/data/sensitivity", lambda rows: os.truncate(first_of(rows), 200), id="rows-cut"),
+        pytest.param("prepare/data/train", shutil.rmtree, id="rows-missing"),
+        pytest.param("prune", lambda model: flip_a_byte(model / "model.safetensors"), id="weights-flipped"),
+        pytest.param("prune", lambda model: (model / "model.safetensors").unlink(), id="weights-missing"),
+        pytest.param("prune", lambda model: flip_a_byte(list_path(model)), id="list-flipped"),
     ],
 )
-def test_damaged_rows_alone_are_set_aside_and_made_again(
-    split: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
+def test_what_is_damaged_alone_is_set_aside_and_made_again(
+    place: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
-    """Trials alone read those of `train`: a search that met them would meet them again."""
     root = copy_of(banked, tiny_raw)
-    rows = root / "prepare" / "data" / split
-    whole = folder_digests(rows)
-    damage(rows)
+    folder, stage = root / place, place.partition("/")[0]
+    before = folder_digests(folder)
+    damage(folder)
     _, events = go(tiny_raw, "bank")
-    (told,) = [event.text for event in events if isinstance(event, Message) and str(rows) in event.text]
+    (told,) = [event.text for event in events if isinstance(event, Message) and str(folder) in event.text]
     for aside in (root / "damaged").glob("*[0-9]"):
-        assert str(aside) in told and aside.name.startswith(f"prepare-data-{split}-")
-    assert names(events, StageFinished) == ["prepare"]
-    assert folder_digests(rows) == whole
+        assert str(aside) in told and aside.name.startswith(f"{place.replace('/', '-')}-")
+    assert names(events, StageFinished) == [stage]
+    assert folder_digests(folder) == before
     assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
 
 
@@ -123,39 +130,6 @@ def test_rows_damaged_meanwhile_are_named_with_the_remedy(pruned: Path, tiny_raw
     assert str(rows) in error.cause
     assert error.remedy == "repeat the command: what is damaged is set aside, and that alone is made again"
     assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare", "and so it is"
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        pytest.param("prune/model.safetensors", flip_a_byte, id="weights-flipped"),
-        pytest.param("prune/model.safetensors", Path.unlink, id="weights-missing"),
-        pytest.param("prune.files.json", flip_a_byte, id="list-flipped"),
-    ],
-)
-def test_a_damaged_model_alone_is_set_aside_and_made_again(
-    file: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
-) -> None:
-    root = copy_of(banked, tiny_raw)
-    weights = root / "prune" / "model.safetensors"
-    whole = weights.read_bytes()
-    damage(root / file)
-    _, events = go(tiny_raw, "bank")
-    (told,) = [event.text for event in events if isinstance(event, Message) and "set aside" in event.text]
-    (aside,) = [path for path in (root / "damaged").iterdir() if path.is_dir()]
-    assert str(root / file) in told and str(aside) in told
-    assert names(events, StageFinished) == ["prune"]
-    assert weights.read_bytes() == whole
-    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
-
-
-def test_no_process_begins_with_a_model_damaged_meanwhile(pruned: Path, tiny_raw: dict[str, Any]) -> None:
-    folder = copy_of(pruned, tiny_raw) / "prune"
-    flip_a_byte(folder / "model.safetensors")
-    code = f"from pathlib import Path; from qpruner.runs.storage import fetch; fetch(Path({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr
 
 
 SET_ASIDE = "repeat the command: what is damaged is set aside, and "
@@ -252,28 +226,25 @@ def test_a_model_cut_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("stage", "damage"),
     [
-        pytest.param(lambda text: text[: len(text) // 2], id="truncated"),
-        pytest.param(lambda text: flipped(text, b'"digest": "'), id="digest-flipped"),
-        pytest.param(lambda text: flipped(text, re.search(rb'"seconds": \d+\.', text)[0]), id="number-flipped"),
+        ("prepare", lambda text: text[: len(text) // 2]),
+        ("prune", lambda text: flipped(text, b'"digest": "')),
+        ("bank", lambda text: flipped(text, re.search(rb'"seconds": \d+\.', text)[0])),
     ],
+    ids=["truncated", "digest-flipped", "number-flipped"],
 )
-@pytest.mark.parametrize("stage", ["prepare", "prune", "bank"])
 def test_a_corrupt_record_is_named_and_its_stage_run_again(
     stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
-    root = copy_of(banked, tiny_raw)
-    record = root / "records" / f"{stage}.json"
-    kind = RECORDS[stage]
-    before = RunDir(root).read_record(stage, kind)
+    run_dir, kind = RunDir(copy_of(banked, tiny_raw)), RECORDS[stage]
+    record, before = run_dir.record_path(stage), run_dir.read_record(stage, kind)
     record.write_bytes(damage(record.read_bytes()))
     _, events = go(tiny_raw, "bank")
-    told = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
-    assert len(told) == 1 and "run again" in told[0]
-    assert "\n" not in told[0], "a message is one line"
+    (told,) = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
+    assert "run again" in told and "\n" not in told, "a message is one line"
     assert names(events, StageFinished) == [stage], "what depends on it is as it was"
-    again = RunDir(root).read_record(stage, kind)
+    again = run_dir.read_record(stage, kind)
     assert before and again
     # What the machine measured is another figure each time.
     measured = {"seconds": 0} | ({"peak_memory_bytes": 0} if stage == "prune" else {})
@@ -303,7 +274,7 @@ def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dic
         go(with_key(tiny_raw, "output", str(disk / "run")), "bank")
 
 
-@pytest.mark.parametrize(("stage", "leave"), [("prune", 0), ("prune", 100_000), ("bank", 4096)])
+@pytest.mark.parametrize(("stage", "leave"), [("prune", 100_000), ("bank", 4096)])
 def test_a_disk_that_fills_up_costs_that_stage_only(
     stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
@@ -318,12 +289,8 @@ def test_a_disk_that_fills_up_costs_that_stage_only(
     assert "no space left" in error.cause and str(disk) in error.cause
     assert "make room, then repeat the command" in error.remedy
 
-    earlier = list(RECORDS)[: list(RECORDS).index(stage)]
-    run_dir = RunDir(disk / "run")
-    assert [run_dir.read_record(name, RECORDS[name]) is not None for name in RECORDS] == [
-        name in earlier for name in RECORDS
-    ]
-
+    earlier, run_dir = list(RECORDS)[: list(RECORDS).index(stage)], RunDir(disk / "run")
+    assert [name for name, kind in RECORDS.items() if run_dir.read_record(name, kind)] == earlier
     (disk / "filler").unlink()
     results, events = go(raw, "bank")
     assert names(events, StageSkipped) == earlier
@@ -331,7 +298,7 @@ def test_a_disk_that_fills_up_costs_that_stage_only(
     assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("prepare", StageStarted), ("prune", StageStarted), ("bank", Progress)])
+@pytest.mark.parametrize(("stage", "kind"), [("prune", StageStarted), ("bank", Progress)])
 def test_a_disk_full_for_a_while_costs_a_stage_only_time(
     stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
@@ -415,10 +382,21 @@ def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[st
     assert len(beats) > len(list((root / "prune").iterdir())) + len(job.plan)
 
 
-@pytest.mark.slow
-def test_a_search_of_diverging_trials_fails_with_the_reason(banked: Path, tiny_raw: dict[str, Any]) -> None:
-    copy_of(banked, tiny_raw)
-    error = failing(with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.max_trials", 2), "search")
-    assert error.stage == "search"
-    assert "none of 2 trials finished" in error.cause and "TrainingDiverged" in error.cause and "step" in error.cause
-    assert "`training.learning_rate`" in error.remedy
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize(("on_path", "program"), [(True, "qpruner"), (False, ".venv/bin/qpruner")])
+def test_the_command_to_go_on_with_is_found_by_this_shell(
+    on_path: bool, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    (tmp_path / "qpruner").write_text("#!/bin/sh\n")
+    (tmp_path / "qpruner").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) if on_path else "/nowhere")
+    monkeypatch.setattr(sys, "argv", [".venv/bin/qpruner", "run", "my config.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        _guarded(False, interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"interrupted; go on with: {program} run 'my config.yaml'\n"

@@ -11,33 +11,24 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import with_key
-from object_store import Gate, Store, object_store
+from object_store import Gate, Store, talk_to
 from real_driver import driver
 from test_run import MINUTES, command, comparable, kill_when, outcome, written_config
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with object_store() as found, pytest.MonkeyPatch.context() as patch:
-        for name, value in found.environment.items():
-            patch.setenv(name, value)
-        yield found
-
-
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test is a machine that has nothing of any run yet."""
+    talk_to(store, monkeypatch)
     monkeypatch.setenv("QPRUNER_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +79,7 @@ def taken_up(
     folder = tmp_path_factory.mktemp("killed")
     config = config_at(store.uri(KILLED), folder / "a", tiny_model)
     with pytest.MonkeyPatch.context() as patch:
+        talk_to(store, patch)
         patch.setenv("QPRUNER_CACHE", str(folder / "first"))
         kill_when(config, lambda: has_one_trial_behind_it(store, KILLED))
         before = trials_at(store, KILLED)
@@ -135,32 +127,22 @@ def test_verbs_that_look_at_a_run_take_its_uri(
     assert exported["status"] == "ok" and (merged / "config.json").is_file()
 
 
-def test_a_banks_damaged_object_alone_is_built_again(
+def test_damaged_objects_alone_are_set_aside_and_made_again(
     store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    key = f"{KILLED}/bank/4bit/layers.0.o.safetensors"
-    whole = store.read(key)
-    store.damage(key)
-    config = config_at(store.uri(KILLED), tmp_path / "a", tiny_model)
-    said = ended(config)
-    assert f"s3://runs/{key} is missing or damaged; it alone is built again" in said
-    assert "1 entries to build" in said and store.read(key) == whole
-    for stage in ("prepare", "prune", "sensitivity", "search", "finetune", "evaluate"):
-        assert f"[{stage}] already recorded" in said
-
-
-def test_damaged_weights_are_set_aside_and_made_again(
-    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
-) -> None:
-    store.copy(KILLED, "damaged/run", ("prepare", "prune", "records", "run.json"))
-    store.damage("damaged/run/prune/model.safetensors")
-    config = config_at(store.uri("damaged/run"), tmp_path / "a", tiny_model)
-    said = ended(config, verb="bank")
-    assert "[prune] done" in said
-    assert "s3://runs/damaged/run/prune/model.safetensors is damaged" in said
-    (aside,) = [key for key in store.keys("damaged/run/damaged") if key.endswith("/model.safetensors")]
-    assert f"set aside in s3://runs/damaged/run/damaged/{aside.partition('/')[0]}" in said
-    assert store.read("damaged/run/prune/model.safetensors") == store.read(f"{KILLED}/prune/model.safetensors")
+    run, entry = "damaged/run", "bank/4bit/layers.0.o.safetensors"
+    store.copy(KILLED, run, ("prepare", "prune", "bank", "records", "run.json"))
+    for name in ("prune/model.safetensors", entry):
+        store.damage(f"{run}/{name}")
+    said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), verb="bank")
+    (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
+    assert "[prepare] already recorded" in said and "[prune] done" in said
+    assert f"s3://runs/{run}/prune/model.safetensors is damaged" in said
+    assert f"set aside in s3://runs/{run}/damaged/{aside.partition('/')[0]}" in said
+    assert f"s3://runs/{run}/{entry} is missing or damaged; it alone is built again" in said
+    assert "1 entries to build" in said
+    for name in ("prune/model.safetensors", entry):
+        assert store.read(f"{run}/{name}") == store.read(f"{KILLED}/{name}")
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

@@ -20,12 +20,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import disk_of
+from conftest import away, disk_of, flip_a_byte, full
 from raylets import Raylets, raylets
 from real_driver import (
     Driver,
     between_rungs,
     driver,
+    pulse_of,
     rungs_of,
     search_config,
     search_record,
@@ -34,8 +35,8 @@ from real_driver import (
 from safetensors.torch import load_file, save_file
 
 from qpruner.cluster.tune.driver import MAX_KILLS
-from qpruner.quantization.bank import read_index, write_index
-from qpruner.runs.storage import file_digest
+from qpruner.quantization.bank import INDEX, read_index
+from qpruner.runs.storage import file_digest, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -103,10 +104,9 @@ def test_a_trial_that_dies_again_and_again_fails_alone(config: Path, tmp_path: P
     with driver(config) as process:
         killed = 0
         while trials_of(process.run).get(1, {}).get("status") != "failed":
-            pulse = next(process.run.glob("trials/*/0001/pulse.json"), None)
-            pid = json.loads(pulse.read_text())["pid"] if pulse else None
-            if pid and psutil.pid_exists(pid):
-                os.kill(pid, signal.SIGKILL)
+            pulse = pulse_of(process.run, 1)
+            if pulse and psutil.pid_exists(pulse["pid"]):
+                os.kill(pulse["pid"], signal.SIGKILL)
                 killed += 1
             assert killed < 20 and process.process.poll() is None, process.said()[-2000:]
             time.sleep(0.02)
@@ -134,7 +134,8 @@ def test_a_hanging_trial_is_killed_and_its_slot_freed(config: Path, undisturbed:
 # ---- Ctrl-C
 
 
-def test_ctrl_c_once_finishes_the_rung(config: Path, undisturbed: Path) -> None:
+def test_ctrl_c_once_finishes_the_rung_and_can_go_on(config: Path, undisturbed: Path) -> None:
+    """A checkpoint that is damaged meanwhile is named, and its trial run again."""
     with driver(config) as process:
         between(process, 1)
         process.interrupt()
@@ -148,8 +149,11 @@ def test_ctrl_c_once_finishes_the_rung(config: Path, undisturbed: Path) -> None:
     assert trial["status"] == "running" and 2 not in trials_of(process.run), "and nothing was begun after it"
     assert not (process.run / "records" / "search.json").exists()
     assert not (process.run / "driver.lock").exists()
+    (state,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
+    flip_a_byte(state)
     with driver(config) as process:
         record = finished(process)
+        assert f"{state.parent} is damaged: set aside in" in process.said()
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
     assert (record["sessions"], record["resumed"]) == (2, 2)
@@ -172,42 +176,10 @@ def test_ctrl_c_twice_leaves_at_once_and_can_go_on(config: Path, undisturbed: Pa
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_flipped_checkpoint_is_named_and_its_trial_rerun(config: Path, undisturbed: Path) -> None:
-    with driver(config) as process:
-        between(process, 1)
-        process.interrupt()
-        process.end()
-    (weights,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
-    flip_a_bit(weights)
-    with driver(config) as process:
-        finished(process)
-        assert f"{weights.parent} is damaged: set aside in" in process.said()
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-
-
 def fresh_scores(run: Path) -> dict[int, tuple[int, str]]:
     """When, and what, each finalist was scored on fresh rows, by its trial."""
     paths = run.glob("trials/*/*/fresh.json")
     return {int(path.parent.name): (path.stat().st_mtime_ns, path.read_text()) for path in paths}
-
-
-def test_scores_of_finalists_outlive_a_killed_driver(config: Path, undisturbed: Path) -> None:
-    with driver(config) as process:
-        process.wait_until(lambda: fresh_scores(process.run), "the first finalist's score")
-        process.process.send_signal(signal.SIGKILL)
-        process.end()
-    kept = fresh_scores(process.run)
-    with driver(config) as process:
-        record = finished(process)
-    assert 0 < len(kept) <= len(record["confirmations"]) == len(fresh_scores(process.run))
-    assert kept.items() <= fresh_scores(process.run).items(), "none of them was scored again"
-    assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
 def test_only_what_is_damaged_of_a_search_is_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -218,14 +190,12 @@ def test_only_what_is_damaged_of_a_search_is_made_again(undisturbed: Path, tiny_
     first, other = sorted(before)[:2]
     (weights,) = run.glob(f"trials/*/{first:04d}/checkpoint-*/adapter_model.safetensors")
     (weights.parent.parent / "fresh.json").unlink()  # made of the weights as they were
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 0x40
-    weights.write_bytes(content)
+    flip_a_byte(weights)
     (score,) = run.glob(f"trials/*/{other:04d}/fresh.json")
     score.write_text(before[other][1][:-3])
     third = max(set(trials_of(run)) - {first, other})
     (record,) = run.glob(f"trials/*/{third:04d}/trial.json")
-    flip_a_bit(record)
+    flip_a_byte(record)
     with driver(search_config(tiny_model, tmp_path)) as process:
         again = finished(process)
         said = process.said()
@@ -249,7 +219,7 @@ def spoil(bank: Path, name: str) -> None:
     save_file({key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path)
     index = read_index(bank)
     spoilt = index.files[name].model_copy(update={"sha256": file_digest(path)})
-    write_index(bank, index.model_copy(update={"files": index.files | {name: spoilt}}))
+    write_json(bank / INDEX, index.model_copy(update={"files": index.files | {name: spoilt}}))
 
 
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
@@ -325,7 +295,7 @@ def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path
     monitor = {"RAY_memory_usage_threshold": str(1 - limit / memory.total), "RAY_max_kill_memory_buffer_bytes": "0"}
     with driver(config, **monitor) as process:
         between(process, 1)
-        pids = [str(json.loads(path.read_text())["pid"]) for path in process.run.glob("trials/*/*/pulse.json")]
+        pids = [str(pulse["pid"]) for index in trials_of(process.run) if (pulse := pulse_of(process.run, index))]
         subprocess.run([sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids], check=True, timeout=120)
         record = finished(process)
         said = process.said()
@@ -347,8 +317,8 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
     with driver(config) as process:
-        pulse = process.wait_until(lambda: next(process.run.glob("trials/*/0000/pulse.json"), None), "the first pulse")
-        worker = psutil.Process(json.loads(pulse.read_text())["pid"])
+        pulse = process.wait_until(lambda: pulse_of(process.run, 0), "the first pulse")
+        worker = psutil.Process(pulse["pid"])
         limit = worker.memory_info().vms + 280 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
         code, said = process.end()
@@ -395,9 +365,8 @@ def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tin
     pids: list[int] = []
 
     def another() -> int | None:
-        pulse = next(process.run.glob("trials/*/0000/pulse.json"), None)
-        pid: int | None = json.loads(pulse.read_text())["pid"] if pulse else None
-        return None if pid in pids else pid
+        pulse = pulse_of(process.run, 0)
+        return pulse["pid"] if pulse and pulse["pid"] not in pids else None
 
     with driver(search_config(tiny_model, tmp_path, **BIG)) as process:
         group.write_text(str(20 * 2**20))
@@ -420,44 +389,28 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("room_again", [True, False])
-def test_a_full_disk_is_waited_for_then_told_with_its_remedy(
-    room_again: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
-) -> None:
-    shutil.copytree(measured, disk / "run")
-    config = search_config(tiny_model, disk)
-    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60" if room_again else "2") as process:
-        between(process, 1)
-        filler = disk / "filler"
-        filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
-        if room_again:
-            time.sleep(8)
-            filler.unlink()
-            finished(process)
-        else:
-            code, said = process.end(minutes=2)
-            assert code == 1, said[-3000:]
-            told = json.loads(said.splitlines()[-1])
-            assert told["kind"] == "StageError", "what Tune makes of it is no reason"
-            assert "no space left" in told["error"] and "make room" in told["error"]
-            filler.unlink()
-    if not room_again:
-        ended(config)
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-
-
-def test_a_storage_away_for_a_while_is_waited_for(
-    disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
+@pytest.mark.parametrize(("trouble", "passes"), [(full, True), (full, False), (away, True)])
+def test_a_full_or_missing_storage_is_waited_for_then_told(
+    trouble: Any, passes: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
 ) -> None:
     """Covered by an empty read-only file system, the run's own files cannot be reached."""
     shutil.copytree(measured, disk / "run")
     config = search_config(tiny_model, disk)
-    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60") as process:
+    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60" if passes else "2") as process:
         between(process, 1)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk / "run"], check=True)
-        time.sleep(8)
-        subprocess.run(["umount", disk / "run"], check=True)
-        finished(process)
+        with trouble(disk / "run" if trouble is away else disk) as end:
+            if passes:
+                time.sleep(8)
+                end()
+                finished(process)
+            else:
+                code, said = process.end(minutes=2)
+                assert code == 1, said[-3000:]
+                told = json.loads(said.splitlines()[-1])
+                assert told["kind"] == "StageError", "what Tune makes of it is no reason"
+                assert "no space left" in told["error"] and "make room" in told["error"]
+    if not passes:
+        ended(config)
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
@@ -466,8 +419,8 @@ def test_a_storage_away_for_a_while_is_waited_for(
 
 def node_of(cluster: Raylets, run: Path, index: int) -> Any:
     """The living node that a trial is at work on, if it is at work on one."""
-    pulse = json.loads(next(run.glob(f"trials/*/{index:04d}/pulse.json")).read_text())
-    return next((node for node in cluster.nodes if node.node_id == pulse["node"]), None)
+    pulse = pulse_of(run, index) or {}
+    return next((node for node in cluster.nodes if node.node_id == pulse.get("node")), None)
 
 
 def test_a_dead_machine_is_not_held_against_its_trial(config: Path, undisturbed: Path) -> None:
@@ -501,7 +454,7 @@ def test_a_machine_dead_before_any_pulse_is_no_strike(config: Path, tiny_model: 
             cluster.kill_machine(
                 process.wait_until(lambda: next(filter(begins, cluster.nodes), None), "a young worker")
             )
-            assert not list(process.run.glob("trials/*/0000/pulse.json"))
+            assert pulse_of(process.run, 0) is None
         finished(process)
         assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
     assert trials_of(process.run)[0]["status"] == "finished"
@@ -516,8 +469,8 @@ def test_trials_leave_a_machine_that_is_drained(config: Path, undisturbed: Path)
         cluster.drain(node.node_id, seconds=3600)
         record = finished(process)
         assert raylet.poll() is not None, "a machine that does nothing any more leaves the cluster before its time"
-        last = json.loads(next(process.run.glob("trials/*/0004/pulse.json")).read_text())["node"]
-    assert last != node.node_id
+        last = pulse_of(process.run, 4)
+    assert last and last["node"] != node.node_id
     assert rungs_of(process.run) == rungs_of(undisturbed) and record["failures"] == {}
     assert process.said().count("lost its worker and is resumed from step") == 1
 

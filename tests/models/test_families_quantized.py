@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +27,9 @@ from qpruner.pipeline.preflight import check_quantizable
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
-from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
+from qpruner.quantization.bank import INDEX, BankIndex, IndexEntry, build_entry, write_entry
 from qpruner.quantization.mixed import unpack
-from qpruner.runs.storage import file_digest
+from qpruner.runs.storage import file_digest, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,15 +68,15 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         if plan[name] == 16:
             continue
         weights = {path: dense.get_submodule(path).weight.detach() for path in paths}
-        entry = build_entry(weights, plan[name], EntrySettings(LORA, double_quant=False, seed=0))
-        file = write_entry(folder / "bank", name, plan[name], entry)
+        tensors, _ = build_entry(weights, plan[name], LORA, double_quant=False, seed=0)
+        file = write_entry(folder / "bank", name, plan[name], tensors)
         sha256 = file_digest(file)
         files[str(file.relative_to(folder / "bank"))] = IndexEntry(inputs="", sha256=sha256, residual_ratio=1.0)
         for path in paths:
-            packed = {key.removeprefix(f"{path}."): value for key, value in entry.tensors.items()}
+            packed = {key.removeprefix(f"{path}."): value for key, value in tensors.items()}
             own = {key: value for key, value in packed.items() if key in ("SCB", "weight") or key.startswith("weight.")}
             unpacked.get_submodule(path).weight.data = unpack(own, torch.float32)
-    write_index(folder / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
+    write_json(folder / "bank" / INDEX, BankIndex(digest="", files=files))
     return Quantized(dense, unpacked.eval(), put_together(folder, plan)[0], plan, folder)
 
 

@@ -201,7 +201,7 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
             attention_out.weight.view(HIDDEN, -1, width)[:, gone] = 0
             if family == "olmo2":
                 for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
-                    _leave_out_of_mean(norm, gone, attention_out.in_features // width)
+                    leave_out_of_mean(norm, gone, attention_out.in_features // width)
         if "expert" in units:
             _never_route_to(block.mlp.gate, _removed(units["expert"], EXPERTS))
         if "mlp" in units and mlp_out is not None:
@@ -224,7 +224,7 @@ def _removed(kept: Sequence[int], count: int) -> list[int]:
     return [unit for unit in range(count) if unit not in kept]
 
 
-def _leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
+def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
     """Give an RMS norm over all heads a mean over the heads that stay."""
     stays = torch.ones(units, norm.weight.numel() // units)
     stays[list(gone)] = 0

@@ -407,7 +407,7 @@ def test_a_token_id_of_the_models_vocabulary_is_none_of_the_tokenizers_business(
     raw = with_key(with_key(raw, "model.source", str(folder)), "calibration.token_ids", str(tmp_path / "ids.json"))
     pruned(raw)
     (tmp_path / "ids.json").write_text(json.dumps([[5, size + 8, 6]]))
-    with pytest.raises(UserError, match=rf"sample 0 of .* has {size + 8}, .* from 0 to {size + 7} for this model"):
+    with pytest.raises(UserError, match=rf"\[0\]\[1\] is {size + 8}: .* from 0 to {size + 7} for this model"):
         pruned(raw)
 
 

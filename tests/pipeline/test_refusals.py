@@ -85,10 +85,7 @@ MODEL = [
     ("prune.protected_layers=[0, -1]", "`prune.protected_layers` ... no block ... may be cut ... name fewer"),
     ("prune.round_to=320", "`prune.round_to` ... got 320 ... at most the 256 MLP channels"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
-    (
-        "prune={layer_rate: 0.999, round_to: 1}",
-        "would leave 0 of the 2 attention units of block 0 ... make it at most 0.992",
-    ),
+    ("prune={layer_rate: 0.999, round_to: 1}", "would leave 0 of the 2 attention units of block 0 ... lower it"),
     ("prune.round_to=256; prune.units=[mlp]", "`prune.rate` ... 0.2 ... at most 0 can ... lower the rate"),
     pytest.param(
         "prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`", marks=ON_CPU
@@ -300,7 +297,7 @@ DATA = [
         "`data.train.0.source` ... TMP/bad.jsonl ... line 1 is no JSON ... name another",
     ),
     ("data.train.0.source=TMP/empty.jsonl", "`data.train.0.source` ... TMP/empty.jsonl ... empty ... name another"),
-    ("data.train.0.split=trian", "`data.train.0.split` ... \"trian\" ... Unknown split ... ['train']"),
+    ("data.train.0.split=trian", "`data.train.0.source` ... `split: trian` ... Unknown split ... ['train']"),
     (
         "data.train.0.source=TMP/bare.jsonl",
         "`data.train.0.columns.question` ... no column ... they have q, choices, answerKey",
@@ -333,35 +330,38 @@ DATA = [
     ),
     (
         "calibration.num_sensitivity_samples=64",
-        "num_sensitivity_samples` ... 64 rows, but only 48 ... ask for fewer, give more",
+        "num_sensitivity_samples` ... 64 samples ... make 48 ... ask for fewer, give more",
     ),
     (
         "calibration.num_samples=64; calibration.packing=false",
-        "`calibration.num_samples` ... 64 rows, but only 48 ... ask for",
+        "`calibration.num_samples` ... 64 samples ... make 48 ... ask for",
     ),
     (
         "calibration.num_samples=4000",
-        "`calibration.num_samples` ... 4000 samples of 128 tokens ... `calibration.packing: false`",
+        "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing: false`",
     ),
     (
         "calibration.max_length=1000000",
-        "`calibration.num_samples` ... 8 samples of 1000000 tokens ... make `calibration.max_length`",
+        "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `calibration.max_length`",
     ),
     (
         f"calibration.data={TEXT}; calibration.packing=false; calibration.num_sensitivity_samples=8",
-        "`calibration.num_samples` ... 8 rows ... only 3 of the calibration rows have a token ... ask for fewer",
+        "`calibration.num_samples` ... 8 samples ... the calibration rows make 3 ... ask for fewer",
     ),
     (
         "calibration.token_ids=/no/ids.json",
         "`calibration.token_ids` ... /no/ids.json ... cannot be read ... No such file",
     ),
-    ("calibration.token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... cannot be read as"),
-    ("calibration.token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... a list of lists of token ids"),
-    ("calibration.token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... a list of lists ... such as [["),
-    ("calibration.token_ids=TMP/beyond.json", "`calibration.token_ids` ... sample 1 ... has 512 ... from 0 to 511"),
-    ("calibration.token_ids=TMP/fraction.json", "`calibration.token_ids` ... has 2.0 ... a whole number"),
-    ("calibration.token_ids=TMP/words.json", "`calibration.token_ids` ... has 'Hello' ... a whole number"),
-    ("calibration.token_ids=TMP/short.json", "`calibration.token_ids` ... sample 1 ... 1 token; ... two at least"),
+    ("calibration.token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... Invalid JSON"),
+    (
+        "calibration.token_ids=TMP/none.json",
+        "`calibration.token_ids` ... none.json ... at least 1 item ... lists of two token ids",
+    ),
+    ("calibration.token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... such as [["),
+    ("calibration.token_ids=TMP/beyond.json", "`calibration.token_ids` ... [1] ... is 512: ... from 0 to 511"),
+    ("calibration.token_ids=TMP/fraction.json", "`calibration.token_ids` ... is 2.0: ... a whole number"),
+    ("calibration.token_ids=TMP/words.json", "`calibration.token_ids` ... is 'Hello': ... a whole number"),
+    ("calibration.token_ids=TMP/short.json", "`calibration.token_ids` ... [1] is ... lists of two token ids or more"),
     (
         "evaluate.tasks=[qpruner_everyday_tset]",
         f"`evaluate.tasks` ... has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}",

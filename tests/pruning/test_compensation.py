@@ -6,13 +6,15 @@ The references run the whole model for every layer and keep all activations; wha
 from __future__ import annotations
 
 import copy
-import functools
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from tiny_decoders import FAMILIES, logits_of, samples_of, settings_of, stacked_inputs, tiny
+from tiny_families import leave_out_of_mean
 
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
@@ -30,11 +32,8 @@ KEPT = {
     2: {"attention": (1,), "mlp": tuple(range(48))},
 }
 """Of four heads and 48 channels; the MLP of block 2 keeps all."""
-OUTPUTS = {
-    "llama": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
-    "gemma2": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
-    "olmo2": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
-    "phi3": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
+ATTENTION_AND_MLP = ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj")
+OUTPUTS = dict.fromkeys(("llama", "gemma2", "olmo2", "phi3"), ATTENTION_AND_MLP) | {
     "opt": ("model.decoder.layers.{}", "self_attn.out_proj", "fc2"),
     "gpt_neox": ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h"),
 }
@@ -63,50 +62,34 @@ def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.
 
 def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
     """OLMo 2: the query and key norms of one block take their mean over the heads that stay."""
-    if name != "olmo2":
-        return
-    attention = model.model.layers[index].self_attn
-    for norm in (attention.q_norm, attention.k_norm):
-        stays = torch.zeros(4, norm.weight.numel() // 4)
-        stays[list(KEPT[index]["attention"])] = 1
-        norm.forward = functools.partial(normed_over, norm, stays.flatten())
-
-
-def normed_over(norm: Any, mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """An RMS norm whose mean is over the entries of a mask."""
-    mean_square = (hidden.square() * mask).sum(dim=-1, keepdim=True) / mask.sum()
-    normed: torch.Tensor = norm.weight * hidden * torch.rsqrt(mean_square + norm.variance_epsilon)
-    return normed
+    if name == "olmo2":
+        attention = model.model.layers[index].self_attn
+        for norm in (attention.q_norm, attention.k_norm):
+            leave_out_of_mean(norm, [unit for unit in range(4) if unit not in KEPT[index]["attention"]], 4)
 
 
 @torch.no_grad()
-def solved_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTrainedModel:
-    """Ridge regression on all activations at once, layer by layer, each on the model as it is pruned so far."""
+def made_up_by_hand(name: str, model: PreTrainedModel, method: str, samples: Samples) -> PreTrainedModel:
+    """On all activations at once, layer by layer, each on the model as it is pruned so far.
+
+    Ridge regression, or what the columns that go gave on average to the bias (FLAP).
+    """
     for index, path, stays in outputs_of(name, model):
         norms_as_cut(name, model, index)
         linear = model.get_submodule(path)
         inputs, weight = stacked_inputs(model, path, samples), linear.weight.double()
-        kept_inputs, kept_weight = inputs[:, stays], weight[:, stays]
-        root = (RIDGE * kept_inputs.square().sum(0).mean()).sqrt()
-        system = torch.cat([kept_inputs, root * torch.eye(len(stays), dtype=torch.float64)])
-        wanted = torch.cat([inputs @ weight.T, root * kept_weight.T])
-        solution = torch.linalg.lstsq(system, wanted).solution.T
-        linear.weight.zero_()
-        linear.weight[:, stays] = solution.float()
-    return model
-
-
-@torch.no_grad()
-def biased_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTrainedModel:
-    """FLAP: what the columns that go gave on average, to the bias."""
-    for index, path, stays in outputs_of(name, model):
-        norms_as_cut(name, model, index)
-        linear = model.get_submodule(path)
-        removed = torch.tensor([column for column in range(linear.in_features) if column not in stays.tolist()])
-        given = linear.weight[:, removed].double() @ stacked_inputs(model, path, samples)[:, removed].mean(0)
-        old = linear.bias if linear.bias is not None else torch.zeros(linear.out_features)
-        linear.bias = torch.nn.Parameter(old + given.float())
-        linear.weight[:, removed] = 0
+        gone = [column for column in range(linear.in_features) if column not in stays.tolist()]
+        if method == "bias":
+            given = weight[:, gone] @ inputs[:, gone].mean(0)
+            old = linear.bias if linear.bias is not None else torch.zeros(linear.out_features)
+            linear.bias = torch.nn.Parameter(old + given.float())
+        else:
+            kept = inputs[:, stays]
+            root = (RIDGE * kept.square().sum(0).mean()).sqrt()
+            system = torch.cat([kept, root * torch.eye(len(stays), dtype=torch.float64)])
+            wanted = torch.cat([inputs @ weight.T, root * weight[:, stays].T])
+            linear.weight[:, stays] = torch.linalg.lstsq(system, wanted).solution.T.float()
+        linear.weight[:, gone] = 0
     return model
 
 
@@ -114,53 +97,38 @@ def biased_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTr
 @pytest.mark.parametrize("method", ["least_squares", "bias"])
 def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> None:
     """Padded batches of different lengths, windows, blocks side by side: whatever the family does with its inputs."""
-    samples = samples_of(batch_size=2)
-    model, base = decoder(name), decoder(name)
-    by_hand = {"least_squares": solved_by_hand, "bias": biased_by_hand}[method](name, decoder(name), samples)
+    samples, model, base = samples_of(batch_size=2), decoder(name), decoder(name)
+    by_hand = made_up_by_hand(name, decoder(name), method, samples)
     compensate(model, KEPT, method, RIDGE, samples)
     for _, path, stays in outputs_of(name, model):
-        linear, expected = model.get_submodule(path), by_hand.get_submodule(path)
+        linear, expected, before = (each.get_submodule(path) for each in (model, by_hand, base))
         torch.testing.assert_close(linear.weight, expected.weight, rtol=1e-3, atol=1e-4)
-        gone = [column for column in range(linear.in_features) if column not in stays.tolist()]
-        assert not linear.weight[:, gone].any()
+        assert not linear.weight[:, [column not in stays for column in range(linear.in_features)]].any()
         if method == "bias":
             torch.testing.assert_close(linear.bias, expected.bias, rtol=1e-3, atol=1e-4)
-            assert torch.equal(linear.weight[:, stays], base.get_submodule(path).weight[:, stays])
+            assert torch.equal(linear.weight[:, stays], before.weight[:, stays])
         else:
-            moved = (linear.weight - base.get_submodule(path).weight)[:, stays].abs().max()
-            assert moved > 0.01, "something was solved"
-    for index in KEPT:
-        norms_as_cut(name, model, index)
-    torch.testing.assert_close(logits_of(model), logits_of(by_hand), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-@pytest.mark.parametrize("method", ["least_squares", "bias"])
-def test_the_cut_itself_then_changes_no_logit(name: str, method: str) -> None:
-    model = decoder(name)
-    before = logits_of(model)
-    compensate(model, KEPT, method, RIDGE, samples_of())
-    as_cut = copy.deepcopy(model)
-    for index in KEPT:
-        norms_as_cut(name, as_cut, index)
-    compensated = logits_of(as_cut)
-    cut(model, KEPT)
-    torch.testing.assert_close(logits_of(model), compensated, rtol=1e-4, atol=1e-4)
-    assert (before - compensated).abs().max() > 0.1
+            assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, "something was solved"
+    compensated = copy.deepcopy(model)
+    for each in (compensated, by_hand):
+        for index in KEPT:
+            norms_as_cut(name, each, index)
+    torch.testing.assert_close(logits_of(compensated), logits_of(by_hand), rtol=1e-3, atol=1e-3)
+    # The cut itself then changes no logit.
+    torch.testing.assert_close(logits_of(cut(model, KEPT)), logits_of(compensated), rtol=1e-4, atol=1e-4)
+    assert (logits_of(base) - logits_of(model)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("method", "name"), [("least_squares", "llama"), ("bias", "opt")])
 def test_the_pruned_model_is_nearer_to_the_base_model(method: str, name: str) -> None:
     """What it is for, on tokens it was not calibrated on; a bias helps where inputs are not centred, as behind ReLU."""
-    off = {}
-    for compensation in ("none", method):
-        for seed in range(2):
-            model, base = decoder(name, seed), decoder(name, seed)
-            ridge = {"ridge": RIDGE} if compensation == "least_squares" else {}
-            settings = settings_of(rate=0.15, importance="magnitude", compensation=compensation, **ridge)
-            pruned = prune(model, settings, samples_of((40,) * 30, seed=seed + 50))
-            error = (logits_of(pruned.model, seed=9) - logits_of(base, seed=9)).square().mean()
-            off[compensation] = off.get(compensation, 0.0) + float(error)
+    off = dict.fromkeys(("none", method), 0.0)
+    for compensation, seed in itertools.product(off, range(2)):
+        ridge = {"ridge": RIDGE} if compensation == "least_squares" else {}
+        settings = settings_of(rate=0.15, importance="magnitude", compensation=compensation, **ridge)
+        pruned = prune(decoder(name, seed), settings, samples_of((40,) * 30, seed=seed + 50))
+        difference = logits_of(pruned.model, seed=9) - logits_of(decoder(name, seed), seed=9)
+        off[compensation] += float(difference.square().mean())
     assert off[method] < 0.9 * off["none"]
 
 
@@ -211,15 +179,10 @@ def test_weights_that_cannot_be_solved_are_named() -> None:
 
 def test_a_biased_model_is_the_same_once_saved_and_loaded(tmp_path: Any) -> None:
     """Llama's blocks have no output bias: the folder says which got one."""
-    from transformers import AutoModelForCausalLM
-
-    import qpruner.hf  # noqa: F401 (what a user imports)
-
-    settings = settings_of(rate=0.2, compensation="bias")
-    pruned = prune(decoder(), settings, samples_of())
+    pruned = prune(decoder(), settings_of(rate=0.2, compensation="bias"), samples_of())
     biases = [name for name, _ in pruned.model.named_parameters() if name.endswith("bias")]
     assert len(biases) == 2 * 3
     assert any(pruned.model.get_parameter(name).abs().max() > 1e-3 for name in biases)
     pruned.model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits_of(loaded), logits_of(pruned.model))

@@ -77,26 +77,32 @@ def published(
     """Per layer, the key/value heads and channels that stay when `ratio` of a layer's own goes."""
     squares = accumulate(model, prompts, criterion)
     groups = model.config.num_key_value_heads
+    rows = groups * HEAD_DIM
+    heads_gone, channels_gone = (rows - int(rows * (1 - ratio))) // HEAD_DIM, CHANNELS - int(CHANNELS * (1 - ratio))
     kept = {}
     for index in range(model.config.num_hidden_layers):
-
-        def of(matrix: str, index: int = index) -> torch.Tensor:
-            return lines(f"model.layers.{index}.{matrix}.weight", model, squares, criterion)
-
-        heads = torch.zeros(groups)
-        for rows in (of(f"self_attn.{name}_proj") for name in ("q", "k", "v", "o")):
-            if query_heads == "modulo":  # its `imp.view(len(imp) // min_imp_size, min_imp_size).sum(0)`
-                rows = rows.view(-1, groups * HEAD_DIM).sum(0)
-            heads += rows.view(groups, -1).sum(1)
-        channels = of("mlp.gate_proj") + of("mlp.up_proj") + of("mlp.down_proj")
-        rows = groups * HEAD_DIM
-        heads_gone = (rows - int(rows * (1 - ratio))) // HEAD_DIM
-        channels_gone = CHANNELS - int(CHANNELS * (1 - ratio))
+        block = f"model.layers.{index}"
+        attention, mlp = (
+            [lines(f"{block}.{name}_proj.weight", model, squares, criterion) for name in names]
+            for names in (
+                ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+                ("mlp.gate", "mlp.up", "mlp.down"),
+            )
+        )
+        if query_heads == "modulo":  # its `imp.view(len(imp) // min_imp_size, min_imp_size).sum(0)`
+            attention = [each.view(-1, rows).sum(0) for each in attention]
+        heads, channels = sum(each.view(groups, -1).sum(1) for each in attention), sum(mlp)
         kept[index] = {
             "attention": tuple(sorted(torch.argsort(heads)[heads_gone:].tolist())),
             "mlp": tuple(sorted(torch.argsort(channels)[channels_gone:].tolist())),
         }
+    model.zero_grad(set_to_none=True)
     return kept
+
+
+def prompts_of(seed: int = 0) -> tuple[list[dict[str, list[int]]], torch.Tensor]:
+    rows = rows_of([LENGTH] * 5, seed=seed + 10)
+    return rows, torch.tensor([row["input_ids"] for row in rows])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -104,37 +110,28 @@ def published(
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_same_units_stay(criterion: str, heads: str, query_heads: str, seed: int) -> None:
-    model, groups = decoder(heads, seed), HEADS[heads][1]
-    rows = rows_of([LENGTH] * 5, seed=seed + 10)
-    ratio = (0.25, 0.4, 0.5)[seed]
-    expected = published(model, torch.tensor([row["input_ids"] for row in rows]), criterion, ratio, query_heads)
-    model.zero_grad(set_to_none=True)
+    model, groups, ratio = decoder(heads, seed), HEADS[heads][1], (0.25, 0.4, 0.5)[seed]
+    rows, prompts = prompts_of(seed)
+    expected = published(model, prompts, criterion, ratio, query_heads)
     settings = settings_of(layer_rate=ratio, query_heads=query_heads, **CRITERIA[criterion])
-    pruned = prune(model, settings, Samples(rows, PAD, batch_size=len(rows)))
-    assert pruned.kept == expected
+    assert prune(model, settings, Samples(rows, PAD, batch_size=len(rows))).kept == expected
     gone = [(groups - len(kinds["attention"]), CHANNELS - len(kinds["mlp"])) for kinds in expected.values()]
     assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (groups * ratio >= 1), "a real choice"
 
 
 @pytest.mark.parametrize("criterion", ["param_first", "l2"])
 def test_a_layer_rate_alone_keeps_the_published_units(criterion: str) -> None:
-    rows = rows_of([LENGTH] * 5, seed=10)
-    model = decoder("grouped")
-    expected = published(model, torch.tensor([row["input_ids"] for row in rows]), criterion, 0.4)
-    model.zero_grad(set_to_none=True)
+    model, (rows, prompts) = decoder("grouped"), prompts_of()
+    expected = published(model, prompts, criterion, 0.4)
     settings = PruneConfig.model_validate({"layer_rate": 0.4, "compensation": "none", **CRITERIA[criterion]})
     assert prune(model, settings, Samples(rows, PAD, batch_size=len(rows))).kept == expected
 
 
-@pytest.mark.parametrize(("heads", "differ"), [("multi-head", False), ("grouped", True)])
-def test_where_heads_are_shared_it_matters_which_they_count_for(heads: str, differ: bool) -> None:
-    prompts = torch.tensor([row["input_ids"] for row in rows_of([LENGTH] * 5, seed=10)])
-    kept = [published(decoder(heads), prompts, "l2", 0.4, query_heads) for query_heads in ("modulo", "served")]
-    assert (kept[0] != kept[1]) == differ
-
-
-def test_the_criteria_disagree() -> None:
-    """Six rows that agreed on everything would tell nothing apart."""
-    prompts = torch.tensor([row["input_ids"] for row in rows_of([LENGTH] * 5, seed=10)])
+def test_criteria_and_what_heads_count_for_make_a_difference() -> None:
+    """Rows that agreed on everything would tell nothing apart."""
+    prompts = prompts_of()[1]
     kept = [published(decoder("multi-head"), prompts, criterion, 0.5)[1]["mlp"] for criterion in CRITERIA]
     assert len(set(kept)) == len(kept)
+    for heads, differ in (("multi-head", False), ("grouped", True)):
+        modulo, served = (published(decoder(heads), prompts, "l2", 0.4, each) for each in ("modulo", "served"))
+        assert (modulo != served) == differ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, token_ids
 from transformers import AutoConfig, PreTrainedModel
 
+from qpruner.errors import CorruptFile
 from qpruner.models.layout import group_linears, layout_of
+from qpruner.models.loading import load_dense
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization import assembly
 from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
@@ -90,30 +93,36 @@ def test_only_groups_of_other_bits_are_exchanged(tiny_model: Path, banked: Banke
 
 def test_every_grouped_layer_gets_its_own_start(tiny_model: Path, banked: Banked) -> None:
     plan = mixed_plan(banked[1], (4, 8, 16))
-    starts = {}
+    plain, read = [], read_plan(banked[0], plan)
     for seed in (0, 1):
         torch.manual_seed(11 + seed)
         model = fresh_model(tiny_model, banked, plan, seed)
-        paths = {path: plan[name] for name, paths in group_linears(model.config, GROUP).items() for path in paths}
-        read = read_plan(banked[0], plan)
-        for path, bits in paths.items():
-            layer = model.base_model.model.get_submodule(path)
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            assert a.dtype == b.dtype == torch.float32
-            if bits == 16:
-                assert a.abs().max() > 0 and not b.any(), "an unquantized layer starts as it is"
-                starts[seed] = a
-            else:
-                assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(b, read[f"{path}.lora_B"])
-    assert not torch.equal(starts[0], starts[1]), "the seed reaches the plain starts"
+        for name, paths in group_linears(model.config, GROUP).items():
+            for path in paths:
+                layer = model.base_model.model.get_submodule(path)
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                assert a.dtype == b.dtype == torch.float32
+                if plan[name] == 16:
+                    assert a.abs().max() > 0 and not b.any(), "an unquantized layer starts as it is"
+                    plain.append(a)
+                else:
+                    assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(b, read[f"{path}.lora_B"])
+    assert not torch.equal(plain[0], plain[len(plain) // 2]), "the seed reaches the plain starts"
+
+
+def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, banked: Banked, tmp_path: Path) -> None:
+    load_dense(str(tiny_model), DTYPE).save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    os.truncate(shard, 100)
+    with pytest.raises(CorruptFile, match=shard.name):
+        fresh_model(tmp_path, banked, mixed_plan(banked[1], (16,)), seed=0)
 
 
 def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
     """As over several GPUs, all of which are the one CPU: accelerate's hooks move what goes into every module."""
     from accelerate import dispatch_model
 
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{index}": "cpu" for index in range(model.config.num_hidden_layers)}
+    places = dict.fromkeys([*(f"model.{name}" for name, _ in model.model.named_children()), "lm_head"], "cpu")
     spread: PreTrainedModel = dispatch_model(model, places, force_hooks=True)
     return spread
 
@@ -121,12 +130,11 @@ def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
 def test_groups_of_a_spread_model_are_exchanged(
     tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = banked[1]
-    plan = mixed_plan(names, (4, 16, 8))
+    plan = mixed_plan(banked[1], (4, 16, 8))
     expected = assembler_of(tiny_model, banked).model(plan, seed=0)
     monkeypatch.setattr(assembly, "_placed", spread_over_hooks)
     assembler = assembler_of(tiny_model, banked)
-    first = assembler.model(mixed_plan(names, (8, 4)), seed=0)
+    first = assembler.model(mixed_plan(banked[1], (8, 4)), seed=0)
     assert any(hasattr(module, "_hf_hook") for module in first.modules())
     train_a_little(first)
     found = assembler.model(plan, seed=0)

@@ -17,16 +17,10 @@ import qpruner.hf  # noqa: F401
 Model = torch.nn.Module
 
 
-@pytest.fixture(scope="module")
-def bank(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    folder = tmp_path_factory.mktemp("bank")
-    return folder, fill_bank(tiny_model, folder, double_quant=False)
-
-
 @pytest.fixture(params=[(8,), (4, 8, 16)], ids=["all-8", "mixed"])
-def model(request: pytest.FixtureRequest, tiny_model: Path, bank: tuple[Path, list[str]]) -> Model:
-    folder, names = bank
-    return mixed_model(tiny_model, folder, mixed_plan(names, request.param), double_quant=False)
+def model(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Model:
+    names = fill_bank(tiny_model, tmp_path / "bank", double_quant=False)
+    return mixed_model(tiny_model, tmp_path / "bank", mixed_plan(names, request.param), double_quant=False)
 
 
 def int8_layers(model: Model) -> dict[str, bnb.nn.Linear8bitLt]:
@@ -52,25 +46,50 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
     return moved
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
-def test_codes_follow_their_model(model: Model, used: bool) -> None:
+used_or_not = pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
+
+
+@used_or_not
+def test_codes_follow_their_model(model: Model, used: bool, tmp_path: Path) -> None:
+    """And it is saved as it was."""
     expected = logits_of(copy.deepcopy(model))
     if used:
         assert torch.equal(logits_of(model), expected)
     before = {name: layer.weight.data_ptr() for name, layer in int8_layers(model).items()}
+    model.save_pretrained(tmp_path / "before")
     with torch.no_grad():
         model._apply(elsewhere)
     for name, layer in int8_layers(model).items():
         assert layer.weight.data_ptr() != before[name], "nothing was moved"
         assert aliases(layer)
         assert all(codes.data_ptr() == layer.weight.data_ptr() for codes in aliases(layer))
-    assert torch.equal(logits_of(model), expected)
     # bitsandbytes puts its alias back as the weight after each pass; the next pass must be no other.
-    assert torch.equal(logits_of(model), expected)
+    assert torch.equal(logits_of(model), expected) and torch.equal(logits_of(model), expected)
+    model.save_pretrained(tmp_path / "after")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert one.keys() == other.keys() and any(name.endswith("SCB") for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@used_or_not
+def test_another_dtype_leaves_codes_and_scales_alone(model: Model, used: bool) -> None:
+    expected = logits_of(copy.deepcopy(model))
+    if used:
+        logits_of(model)
+    layers = int8_layers(model)
+    before = {name: (layer.weight.data.clone(), scales(layer)[0].clone()) for name, layer in layers.items()}
+    torch.nn.Sequential(model).to(torch.float32)
+    for name, layer in layers.items():
+        codes, scale = before[name]
+        assert layer.weight.dtype == torch.int8
+        assert all(torch.equal(each, codes) for each in (layer.weight.data, *aliases(layer)))
+        assert all(torch.equal(each, scale) for each in scales(layer))
+    distance = (logits_of(model).float() - expected.float()).norm() / expected.float().norm()
+    assert distance < 0.02, "bfloat16 rounds activations to 8 bits of mantissa"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
+@used_or_not
 def test_a_model_may_leave_the_gpu_and_return(model: Model, used: bool) -> None:
     parent = torch.nn.Sequential(model.to("cuda"))
     expected = model(input_ids=token_ids().cuda(), use_cache=False).logits if used else None
@@ -82,45 +101,12 @@ def test_a_model_may_leave_the_gpu_and_return(model: Model, used: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["to", "device_map"])
-def test_a_final_model_predicts_alike_on_the_gpu(how: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_final_model_predicts_alike_on_the_gpu(tiny_model: Path, tmp_path: Path) -> None:
     """As the snippets of the pages and of the model card bring it there; and by transformers' own placement."""
     final = final_model(tiny_model, tmp_path)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(final)).float()
-    if how == "to":
-        model = AutoModelForCausalLM.from_pretrained(final).to("cuda")
-    else:
-        model = AutoModelForCausalLM.from_pretrained(final, device_map="auto")
-    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
-    logits = model(input_ids=token_ids().cuda(), use_cache=False).logits.float().cpu()
-    assert (logits - expected).norm() < 0.1 * expected.norm()
-
-
-@pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
-def test_another_dtype_leaves_codes_and_scales_alone(model: Model, used: bool) -> None:
-    expected = logits_of(copy.deepcopy(model))
-    if used:
-        logits_of(model)
-    layers = int8_layers(model)
-    before = {name: (layer.weight.data.clone(), scales(layer)[0].clone()) for name, layer in layers.items()}
-    torch.nn.Sequential(model).to(torch.float32)
-    for name, layer in layers.items():
-        codes, scale = before[name]
-        assert layer.weight.dtype == torch.int8
-        assert torch.equal(layer.weight.data, codes)
-        assert all(torch.equal(alias, codes) for alias in aliases(layer))
-        assert all(torch.equal(each, scale) for each in scales(layer))
-    distance = (logits_of(model).float() - expected.float()).norm() / expected.float().norm()
-    assert distance < 0.02, "bfloat16 rounds activations to 8 bits of mantissa"
-
-
-def test_a_moved_model_is_saved_as_it_was(tiny_model: Path, bank: tuple[Path, list[str]], tmp_path: Path) -> None:
-    model = mixed_model(tiny_model, bank[0], mixed_plan(bank[1], (8,)), double_quant=False)
-    logits_of(model)
-    model.save_pretrained(tmp_path / "before")
-    with torch.no_grad():
-        model._apply(elsewhere)
-    model.save_pretrained(tmp_path / "after")
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
-    assert before.keys() == after.keys() and any(name.endswith("SCB") for name in before)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = AutoModelForCausalLM.from_pretrained(final).to("cuda")
+    for model in (moved, AutoModelForCausalLM.from_pretrained(final, device_map="auto")):
+        assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+        logits = model(input_ids=token_ids().cuda(), use_cache=False).logits.float().cpu()
+        assert (logits - expected).norm() < 0.1 * expected.norm()

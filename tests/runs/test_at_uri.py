@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import disk_of, raw_config, with_key
-from object_store import Store, object_store, talk_to
+from object_store import Store, talk_to
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
@@ -29,8 +29,7 @@ from qpruner.quantization.bank import read_plan
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import BankRecord, RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import FILES, children, fetch, files_in, published_folders, storage_at, write_text
-from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage import FILES, children, fetch, files_in, objects, published_folders, storage_at, write_text
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
@@ -66,10 +65,10 @@ def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen
 
 
 @pytest.fixture(scope="module")
-def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, Path]]:
+def config_file(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A configuration whose run has got as far as the bank; the machine that did it has left nothing."""
     folder = tmp_path_factory.mktemp("uri")
-    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         talk_to(store, patch)
         patch.setenv(objects.CACHE, str(folder / "first"))
         raw = with_key(raw_config(tiny_model, folder), "output", store.uri("run"))
@@ -77,16 +76,16 @@ def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         config = validate_config(raw)
         run(config, lambda event: None, until="bank")
         (folder / "config.json").write_text(config.model_dump_json())
-        yield store, folder / "config.json"
+        yield folder / "config.json"
 
 
 @pytest.fixture
-def machine(config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Goes to a machine of that name; returns a row's job as it is given there."""
 
     def go(name: str, row: str = "searched") -> CandidateJob:
         monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
-        return job_of(str(config_file[1]), row)
+        return job_of(str(config_file), row)
 
     return go
 
@@ -105,10 +104,10 @@ def job_of(config_file: str, row: str) -> CandidateJob:
     return CandidateJob(config, candidate, run_dir.stage("prepare") / "data", threads=1)
 
 
-def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: tuple[Store, Path]) -> None:
+def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: Path) -> None:
     whole = finetune_candidate(machine("whole", "whole"))
     job = machine("second")
-    with finetune_elsewhere(config_file[1], "searched") as process:
+    with finetune_elsewhere(config_file, "searched") as process:
         process.kill()
     job = machine("third")
     sent = [path.name for path in published_folders(job.candidate.checkpoints)]
@@ -121,35 +120,23 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: t
     assert (one.scores, one.text_loss) == (other.scores, other.text_loss)
 
 
-def test_a_fine_tunes_damaged_checkpoint_is_not_resumed(machine: Machine, config_file: tuple[Store, Path]) -> None:
-    store = config_file[0]
-    machine("first-half", "broken")
-    with finetune_elsewhere(config_file[1], "broken") as process:
-        process.kill()
-    job = machine("second-half", "broken")
-    (sent,) = published_folders(job.candidate.checkpoints)
-    assert not is_damaged(sent)
-    store.damage(f"run/candidates/broken/checkpoints/{sent.name}/optimizer.pt")
-    assert is_damaged(sent) and latest_checkpoint(job.candidate.checkpoints) is None
-    assert finetune_candidate(job).steps == 12
+def test_a_fine_tunes_damaged_checkpoint_is_not_resumed(machine: Machine, store: Store, tmp_path: Path) -> None:
+    checkpoints = machine("any", "broken").candidate.checkpoints
+    for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt"):
+        (tmp_path / name).write_text("{}")
+    storage_at(sent := checkpoints / "checkpoint-2").put_folder(tmp_path)
+    assert not is_damaged(sent) and latest_checkpoint(checkpoints) == sent
+    store.damage("run/candidates/broken/checkpoints/checkpoint-2/optimizer.pt")
+    assert is_damaged(sent) and latest_checkpoint(checkpoints) is None
 
 
-def adapter_at(store: Store, run: RunDir, folder: Path) -> Path:
-    """A row's adapter, with an object that is not as it was put."""
-    adapter = run.candidates / "0123abcd" / "adapter"
-    (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
-    storage_at(adapter).put_folder(folder)
+def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Store, tmp_path: Path) -> None:
+    run_dir = RunDir(machine("evaluating").config.output)
+    adapter = run_dir.candidates / "0123abcd" / "adapter"
+    (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    storage_at(adapter).put_folder(tmp_path)
     write_text(adapter.with_name("record.json"), "{}")
     store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
-    return adapter
-
-
-def test_a_row_with_a_damaged_adapter_is_set_aside(
-    machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
-) -> None:
-    run_dir = RunDir(machine("evaluating").config.output)
-    (folder := tmp_path / "adapter").mkdir()
-    adapter = adapter_at(config_file[0], run_dir, folder)
     with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
         fetch(adapter)
     (aside,) = children(run_dir.candidates / "damaged")
@@ -162,9 +149,7 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(
         fetch(run_dir.stage("nowhere"))
 
 
-def test_a_final_model_with_a_missing_object_is_incomplete(
-    machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
-) -> None:
+def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, store: Store, tmp_path: Path) -> None:
     """As an object is deleted that whoever fetched it found damaged."""
     config, events = machine("looking").config, list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
@@ -175,43 +160,24 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
         (folder / name).write_text(name)
     storage_at(final).put_folder(folder)
     assert Finetune(context)._has_final() and not events
-    config_file[0].delete("run/final/model.safetensors")
+    store.delete("run/final/model.safetensors")
     assert not Finetune(context)._has_final()
     (text,) = [event.text for event in events if isinstance(event, Message)]
     assert f"{context.run_dir.place}/final/model.safetensors is missing" in text and "set aside in" in text
 
 
-@pytest.mark.parametrize("place", ["uri", "folder"])
-def test_a_fine_tune_that_was_cut_off_writes_nothing_more(
-    place: str, machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
-) -> None:
+def test_a_fine_tune_that_was_cut_off_writes_nothing_more(machine: Machine, config_file: Path) -> None:
     """Its machine stands still from its first checkpoint on, until another one has ended what it began."""
-    job, path = machine("cut-off", "taken-over"), config_file[1]
-    if place == "folder":
-        job = job_of(str(path := in_a_folder(*config_file, tmp_path)), "taken-over")
-    with finetune_elsewhere(path, "taken-over") as process:
+    machine("cut-off", "taken-over")
+    with finetune_elsewhere(config_file, "taken-over") as process:
         process.send_signal(signal.SIGSTOP)
-        if place == "uri":
-            job = machine("other", "taken-over")
+        job = machine("other", "taken-over")
         finetune_candidate(job)
         before = written_in(job.candidate.folder)
         process.send_signal(signal.SIGCONT)
         said = process.communicate(timeout=240)[1]
     assert process.returncode and "TakenOver" in said, said[-2000:]
     assert written_in(job.candidate.folder) == before
-
-
-def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
-    """The configuration of a run in a folder that has got as far as the one at the URI."""
-    for key in store.keys("run"):
-        if key.startswith("candidates/"):
-            continue  # rows of the tests before
-        (file := folder / "run" / key).parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(store.read(f"run/{key}"))
-    config = RunConfig.model_validate_json(config_file.read_text())
-    path = folder / "config.json"
-    path.write_text(config.model_copy(update={"output": str(folder / "run")}).model_dump_json())
-    return path
 
 
 def written_in(folder: Path) -> dict[str, float]:
@@ -233,9 +199,9 @@ def test_a_trial_runs_on_a_machine_that_has_nothing(machine: Machine, tmp_path: 
 
 
 def test_room_is_asked_for_what_is_not_here_yet(
-    config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig.model_validate_json(config_file[1].read_text())
+    config = RunConfig.model_validate_json(config_file.read_text())
     with disk_of("48m", tmp_path / "disk") as disk:
         monkeypatch.setenv(objects.CACHE, str(disk / "cache"))
 

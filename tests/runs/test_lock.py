@@ -1,8 +1,9 @@
-"""One driver a run: who is refused, and which locks are stale. In a folder; a URI's is in `test_object_store.py`."""
+"""One driver a run: who is refused, and which locks are stale."""
 
 from __future__ import annotations
 
-import json
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -12,15 +13,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from conftest import away, with_key
+from conftest import away
 
 from qpruner.errors import StorageError, UserError
-from qpruner.runs.lock import HEARTBEAT_SECONDS, NAME, STALE_BEATS, hold_run, this_process
+from qpruner.runs.lock import HEARTBEAT_SECONDS, NAME, Holder, driver_of, hold_run, this_process
 from qpruner.runs.records import RUN_ID
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import files_in, storage_at, write_text
 
 HOLD = """
 import sys, time
@@ -39,6 +41,7 @@ EXIT_7 = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(
 ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child"]
 """Run in a process namespace of its own, as on another machine: whether it lives cannot be seen from here."""
 THEIRS = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"})
+HERE = socket.gethostname()
 
 
 @contextmanager
@@ -70,60 +73,63 @@ def held(root: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> list[str]:
     return notes
 
 
-def test_second_driver_is_refused_and_dead_ones_lock_taken(tmp_path: Path) -> None:
-    with holding(tmp_path) as first:
+def test_second_driver_is_refused_and_dead_ones_lock_taken(run_dir: RunDir) -> None:
+    root = run_dir.root
+    with holding(run_dir.place) as first:
         assert word(first) == "held"
-        with pytest.raises(UserError, match=rf"`output`.*process {first.pid} on {socket.gethostname()} since.*wait"):
-            held(tmp_path)
+        before = files_in(root)
+        by_whom = rf"`output`: {run_dir.place} is being worked on by process {first.pid} on {HERE} since.*wait"
+        with pytest.raises(UserError, match=by_whom):
+            held(root)
+        found = driver_of(root)
+        assert found and (found.holder.pid, found.state) == (first.pid, "alive")
+        assert files_in(root) == before, "who looks writes nothing"
         first.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # dead, and still listed: nobody has asked how it ended
-        assert held(tmp_path) == [
-            f"taking over from process {first.pid} on {socket.gethostname()}: that process is dead"
-        ]
-    assert held(tmp_path) == [] and list(tmp_path.iterdir()) == [], "a driver that is done leaves no lock"
+        assert held(root) == [f"taking over from process {first.pid} on {HERE}: that process is dead"]
+    assert held(root) == [] and files_in(root) == {} and driver_of(root) is None, "a driver that is done leaves no lock"
 
 
 @pytest.mark.parametrize(
-    ("lock", "taken"),
+    ("lock", "notes"),
     [
-        pytest.param(this_process().model_copy(update={"started": 1}), "that process is dead", id="reused-number"),
+        pytest.param(this_process().model_copy(update={"started": 1}), ["that process is dead"], id="reused-number"),
         # Its process number says nothing here: there is one like it, our own.
-        pytest.param(THEIRS, f"on gpu-7: no sign of life for {2 * STALE_BEATS * HEARTBEAT_SECONDS:.0f} s", id="silent"),
-        pytest.param(None, None, id="cut-short"),
+        pytest.param(THEIRS, ["gpu-7, which", "on gpu-7: no sign of life for 1 s"], id="silent"),
+        pytest.param(None, [], id="cut-short"),
     ],
 )
-def test_a_stale_lock_is_taken_at_once(lock: Any, taken: str | None, tmp_path: Path) -> None:
-    path = tmp_path / NAME
-    path.write_text(lock.model_dump_json() if lock else '{"host": "gpu')
-    then = time.time() - 2 * STALE_BEATS * HEARTBEAT_SECONDS
-    os.utime(path, (then, then))
-    notes = held(tmp_path)
-    assert [taken in note for note in notes] == [True] if taken else not notes
+def test_a_stale_lock_is_taken(lock: Holder | None, notes: list[str], tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(lock.model_dump_json() if lock else '{"host": "gpu')
+    found = held(tmp_path, 0.2)
+    assert len(found) == len(notes) and all(part in note for part, note in zip(notes, found, strict=True))
 
 
-def test_a_live_driver_elsewhere_is_refused_at_its_heartbeat(tmp_path: Path) -> None:
+def test_a_live_driver_elsewhere_holds_the_run_until_it_dies(run_dir: RunDir) -> None:
     notes: list[str] = []
-    with holding(tmp_path, 0.5, ELSEWHERE) as first:
+    with holding(run_dir.place, 0.5, ELSEWHERE) as first:
         assert word(first) == "held"
-        refused = pytest.raises(UserError, match=rf"by process 1 on {socket.gethostname()} since .*; wait")
-        with refused, hold_run(tmp_path, notes.append, 0.5):
+        refused = pytest.raises(UserError, match=rf"by process 1 on {HERE} since .*; wait")
+        with refused, hold_run(run_dir.root, notes.append, 0.5):
             pass
         assert first.poll() is None
-    (waiting,) = notes
-    assert waiting.startswith(f"waiting up to 3 s for a sign of life of process 1 on {socket.gethostname()}, which")
+        first.kill()
+    notes += held(run_dir.root, 0.5)
+    waiting = f"waiting up to 3 s for a sign of life of process 1 on {HERE}"
+    assert [note.partition(HERE)[0] + HERE for note in notes] == [waiting] * 2 + [
+        f"taking over from process 1 on {HERE}"
+    ]
 
 
 def test_of_two_that_wait_for_a_dead_driver_elsewhere_one_holds(tmp_path: Path) -> None:
     """As the next job of a chain meets the last one's, whose machine was lost."""
-    with holding(tmp_path, 0.5, ELSEWHERE) as first:
-        assert word(first) == "held"
-        first.kill()
-        with holding(tmp_path, 0.5) as one, holding(tmp_path, 0.5) as two:
-            said = []
-            for process in (one, two):
-                while (line := word(process)).startswith(("waiting up to 3 s", "taking over from process 1")):
-                    pass
-                said.append(line)
+    (tmp_path / NAME).write_text(THEIRS.model_dump_json())
+    with holding(tmp_path, 0.5) as one, holding(tmp_path, 0.5) as two:
+        said = []
+        for process in (one, two):
+            while (line := word(process)).startswith(("waiting up to 3 s", "taking over from process")):
+                pass
+            said.append(line)
     assert sorted(said) == ["held", "refused"]
 
 
@@ -137,8 +143,16 @@ def test_of_several_drivers_at_once_one_holds_the_run(tmp_path: Path) -> None:
     assert sorted(lines) == ["held", "refused", "refused"]
 
 
-def test_who_lost_the_run_ends_and_leaves_the_others_lock(tmp_path: Path) -> None:
-    """As after a laptop slept through another machine's taking over; a storage that is away is no such thing."""
+def test_who_lost_the_run_ends_and_leaves_the_others_lock(run_dir: RunDir) -> None:
+    with holding(run_dir.place, 0.1, program=EXIT_7 + HOLD) as process:
+        assert word(process) == "held"
+        write_text(run_dir.root / NAME, THEIRS.model_dump_json())
+        assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
+        assert process.wait(timeout=20) == 7
+    assert Holder.model_validate_json(storage_at(run_dir.root / NAME).read()) == THEIRS
+
+
+def test_a_storage_out_of_sight_for_a_while_costs_no_lock(tmp_path: Path) -> None:
     lock, run_id = tmp_path / NAME, tmp_path / RUN_ID
     run_id.write_text("this run")
     with holding(tmp_path, heartbeat_seconds=0.05) as process:
@@ -153,15 +167,10 @@ def test_who_lost_the_run_ends_and_leaves_the_others_lock(tmp_path: Path) -> Non
             time.sleep(0.5)
             for aside, path in reversed(out_of_sight):
                 aside.rename(path)
-        (new := lock.with_name("new")).write_text(THEIRS.model_dump_json())
-        new.rename(lock)
-        assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
-        assert process.wait(timeout=20) == -signal.SIGTERM
-    assert lock.read_text() == THEIRS.model_dump_json()
 
 
 def test_who_slept_through_anothers_whole_run_ends(tmp_path: Path) -> None:
-    """By then there is no lock to see, and there is no new one either."""
+    """As after a laptop slept. By then there is no lock to see, and there is no new one either."""
     (tmp_path / RUN_ID).write_text("this run")
     with holding(tmp_path, 0.5, ELSEWHERE, EXIT_7 + HOLD) as process:
         assert word(process) == "held"
@@ -175,25 +184,18 @@ def test_who_slept_through_anothers_whole_run_ends(tmp_path: Path) -> None:
 
 
 def test_a_storage_away_at_the_start_is_told_with_its_remedy(tmp_path: Path) -> None:
+    told = rf"{tmp_path}/.*{NAME}.* cannot be reached .*\n.*bring the storage back"
     with away(tmp_path) as back:
-        with pytest.raises(
-            StorageError, match=rf"{tmp_path}/.*{NAME}.* cannot be reached .*\n.*bring the storage back"
-        ):
+        with pytest.raises(StorageError, match=told):
             held(tmp_path)
         back()
 
 
-def test_the_command_is_refused_with_exit_code_2(tiny_raw: dict[str, Any], write_yaml: Any, tmp_path: Path) -> None:
-    """Also a quiet one says on stderr whom it waits for before."""
-    root = tmp_path / "run"
-    root.mkdir()
-    config = write_yaml(with_key(tiny_raw, "output", str(root)))
-    command = [sys.executable, "-m", "qpruner", "prepare", str(config), "--json"]
-    with holding(root, 0.5, ELSEWHERE) as first:
-        assert word(first) == "held"
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    waiting, refusal = done.stderr.splitlines()[:2]
-    assert waiting.startswith("[run] waiting up to 60 s for a sign of life of process 1 on ")
-    assert f"process 1 on {socket.gethostname()}" in refusal
-    assert done.returncode == 2 and json.loads(done.stdout)["status"] == "error"
-    assert not (root / "records").exists()
+def test_a_file_system_whose_locks_fail_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    told = rf"`output`: the locks of the file system of {tmp_path} fail \(No locks available\); mount it with locks"
+    with pytest.raises(UserError, match=told):
+        held(tmp_path)

@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
 import pytest
 import torch
-from conftest import away, disk_of, full_until_noticed
+from conftest import away, disk_of, full, full_until_noticed
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -25,15 +24,7 @@ from qpruner.cluster.node_check import check_node, versions
 from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
-from qpruner.quantization.bank import (
-    BankIndex,
-    EntrySettings,
-    IndexEntry,
-    build_entry,
-    read_plan,
-    write_entry,
-    write_index,
-)
+from qpruner.quantization.bank import INDEX, BankIndex, IndexEntry, build_entry, read_plan, write_entry
 from qpruner.runs.records import SearchClock
 from qpruner.runs.storage import (
     exists,
@@ -46,7 +37,6 @@ from qpruner.runs.storage import (
     retry_storage,
     storage_at,
     storage_error,
-    verify_folder,
     write_json,
     writing_folder,
 )
@@ -59,25 +49,16 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@contextmanager
-def full(disk: Path) -> Iterator[Callable[[], None]]:
-    """No byte is left until what is handed out is called."""
-    filler = disk / "filler"
-    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
-    yield filler.unlink
-    filler.unlink(missing_ok=True)
-
-
 def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
     """What tells that its machine has the storage, the rows and the plan's tensors."""
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
     save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
-    entry = build_entry({"mlp": torch.randn(8, 64)}, 8, EntrySettings(LoraConfig(), double_quant=False, seed=0))
-    file = write_entry(disk / "bank", "mlp", 8, entry)
-    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=entry.residual_ratio)
+    tensors, ratio = build_entry({"mlp": torch.randn(8, 64)}, 8, LoraConfig(), double_quant=False, seed=0)
+    file = write_entry(disk / "bank", "mlp", 8, tensors)
+    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=ratio)
     files = {str(file.relative_to(disk / "bank")): listed}
-    write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
+    write_json(disk / "bank" / INDEX, BankIndex(digest="", files=files))
     told = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
         (disk / "run", lambda: check_node(versions(), told)),
@@ -87,18 +68,6 @@ def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
         with away(place) as end:  # type: ignore[attr-defined]
             threading.Timer(0.3, end).start()
             read()  # raises where nobody waits
-
-
-@pytest.mark.parametrize("trouble", [full, away])
-def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., Iterator[None]], disk: Path) -> None:
-    path = disk / "record.json"
-    write_json(path, SearchClock(seconds=1.0))
-    with trouble(disk) as end:  # type: ignore[attr-defined]
-        threading.Timer(0.8, end).start()
-        started = time.monotonic()
-        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
-        assert time.monotonic() - started > 0.7
-    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
 def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
@@ -129,7 +98,7 @@ def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
         (away, r"cannot be reached \(Read-only.*\n.*bring the storage back"),
     ],
 )
-def test_storage_that_stays_so_is_told_and_the_record_kept(
+def test_a_full_or_missing_storage_is_told_or_waited_for(
     trouble: Callable[..., Iterator[None]], message: str, disk: Path
 ) -> None:
     path = disk / "trials" / "record.json"
@@ -139,8 +108,12 @@ def test_storage_that_stays_so_is_told_and_the_record_kept(
         with pytest.raises(StorageError, match=message.format(path)) as caught:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         assert caught.value.exit_code == 1
+        started = time.monotonic()
         threading.Timer(0.8, end).start()
         assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
+        assert time.monotonic() - started > 0.7
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
 @contextmanager
@@ -190,7 +163,7 @@ def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number
     with lost_answer(number, renamed):
         storage_at(target).publish(scratch)
     assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
-    verify_folder(target)
+    storage_at(target).verify()
 
 
 TENSOR = {"weight": torch.zeros(50_000)}

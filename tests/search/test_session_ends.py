@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import disk_of
+from made_searches import job_of
+from made_searches import trial as finished
 from raylets import Raylets, raylets
-from test_search_stage import job_of
-from test_search_stage import trial as finished
 from transformers import AutoConfig
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
@@ -177,35 +176,3 @@ def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster
     job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [("finished", None, 0)]
-
-
-def slow_to_end(folder: Path, seconds: float, **settings: object) -> SearchJob:
-    """A search of two trials, of which the first takes so long to leave its process."""
-
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        (checkpoint := folder / f"made-{os.getpid()}-{time.monotonic_ns()}").mkdir()
-        is_first = len(list(folder.glob("made-*"))) == 1
-        try:
-            report(LAST, checkpoint)
-        finally:
-            time.sleep(seconds if is_first else 0.0)
-
-    return replace(job_of(folder, max_trials=2, **settings), trial=trial, resources=HELD)
-
-
-def processes(folder: Path) -> set[str]:
-    """Those that trials of `slow_to_end` ran in."""
-    return {path.name.split("-")[1] for path in folder.glob("made-*")}
-
-
-def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    job = slow_to_end(tmp_path, seconds=10 * SECONDS, trial_timeout_seconds=20.0)
-    kills = []
-
-    def tell(event: Event) -> None:
-        if isinstance(event, Message) and "trial 1 lost its worker" in event.text:
-            kills.append(read_trials(job.trials)[1].kills)
-
-    outcome = search(job, within(lambda: 1), tell)
-    assert [trial.status for trial in outcome.trials] == ["finished"] * 2
-    assert kills == [0] and len(processes(tmp_path)) == 2

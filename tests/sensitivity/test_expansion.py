@@ -14,8 +14,6 @@ from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.expansion import expand, rises
 
-BITS = (4, 8)
-
 
 def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor]:
     """Each sample's loss, alone in its pass, so that there is no padding."""
@@ -27,32 +25,26 @@ def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor
     return losses
 
 
-def num_tokens(samples: Samples) -> int:
-    return sum(label != -100 for row in samples.rows for label in row["labels"])
-
-
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox"])
 def test_every_rise_is_that_of_each_samples_own_gradient(tmp_path: Path, name: str) -> None:
     subject = banked(tmp_path, name)
     samples = subject.samples()
     found = expand(subject.model, samples, subject.starts)
-    errors = {
-        (index, level): subject.errors(group, bits)
-        for index, group in enumerate(subject.groups)
-        for level, bits in enumerate(BITS)
-    }
     first, fisher = np.zeros(found.fisher.shape), np.zeros(found.fisher.shape)
     for loss in summed_losses(subject.model, samples):
         subject.model.zero_grad()
         loss.backward()
-        for (index, level), error in errors.items():
-            products = [subject.model.get_submodule(path).weight.grad * each for path, each in error.items()]
-            first[level, index] += sum(float(product.sum()) for product in products)
-            fisher[level, index] += sum(float(product.square().sum()) for product in products) / 2
-    count = num_tokens(samples)
-    assert found.first_order == pytest.approx(first / count, rel=1e-3, abs=1e-6)
-    assert found.fisher == pytest.approx(fisher / count, rel=1e-3)
-    assert found.second_order == pytest.approx((first + fisher) / count, rel=1e-3, abs=1e-6)
+        for index, group in enumerate(subject.starts.groups):
+            for level, bits in enumerate((4, 8)):
+                for path, error in subject.errors(group, bits).items():
+                    product = subject.model.get_submodule(path).weight.grad * error
+                    first[level, index] += float(product.sum())
+                    fisher[level, index] += float(product.square().sum()) / 2
+    assert found.num_tokens == sum(label != -100 for row in samples.rows for label in row["labels"])
+    first, fisher = first / found.num_tokens, fisher / found.num_tokens
+    assert found.first_order == pytest.approx(first, rel=1e-3, abs=1e-6)
+    assert found.fisher == pytest.approx(fisher, rel=1e-3)
+    assert found.second_order == pytest.approx(first + fisher, rel=1e-3, abs=1e-6)
 
 
 def test_sums_over_a_large_layer_are_not_short() -> None:
@@ -66,16 +58,14 @@ def test_sums_over_a_large_layer_are_not_short() -> None:
 def test_padding_and_batches_do_not_matter(tmp_path: Path) -> None:
     """And the model is left as it was."""
     llama = banked(tmp_path, "llama", "block")
-    model, seen = llama.model, list[tuple[int, int]]()
+    model = llama.model
     model.get_submodule("model.layers.1").requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = copy.deepcopy(model.state_dict())
-    alone = expand(model, llama.samples(1), llama.starts)
-    together = expand(model, llama.samples(5), llama.starts, on_samples=lambda *progress: seen.append(progress))
-    assert alone.num_tokens == together.num_tokens == num_tokens(llama.samples())
+    alone, together = (expand(model, llama.samples(batch_size), llama.starts) for batch_size in (1, 5))
+    assert alone.num_tokens == together.num_tokens
     for name in ("first_order", "fisher"):  # up to the order of the samples' own sums
         assert np.allclose(getattr(alone, name), getattr(together, name), rtol=1e-3, atol=1e-7)
-    assert seen == [(5, 5)]
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

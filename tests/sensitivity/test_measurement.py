@@ -16,7 +16,6 @@ from qpruner.errors import TrainingDiverged
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.sensitivity.measurement import Measurement, measure
 
-BITS = (4, 8)
 Predictions = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -56,8 +55,8 @@ def test_every_rise_is_that_of_an_exchanged_model(tmp_path: Path, name: str) -> 
     found = measure(subject.model, samples, subject.starts)
     kl, loss = found.mean(found.kl), found.mean(found.loss)
     before = predictions(subject.model, samples)
-    for index, group in enumerate(subject.groups):
-        for level, bits in enumerate(BITS):
+    for index, group in enumerate(subject.starts.groups):
+        for level, bits in enumerate((4, 8)):
             expected = rises(before, predictions(exchanged(subject, group, bits), samples))
             assert (kl[level, index], loss[level, index]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
     assert kl[0].min() > 10 * 2e-6, "the tolerance would hide everything"
@@ -69,8 +68,7 @@ def test_the_rise_is_that_of_a_trials_start(tmp_path: Path, init: str, double_qu
     subject = banked(tmp_path, "llama", "block", init, double_quant)
     samples = subject.samples()
     found = measure(subject.model, samples, subject.starts)
-    group = list(subject.groups)[1]
-    plan = {name: 4 if name == group else 16 for name in subject.groups}
+    plan = {name: 4 if index == 1 else 16 for index, name in enumerate(subject.starts.groups)}
     model, starts = assemble(tmp_path / "model", tmp_path, "block", plan, "float32", double_quant)
     trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
     kl, loss = rises(predictions(subject.model, samples), predictions(trial, samples))
@@ -85,20 +83,16 @@ def llama(tmp_path: Path) -> Banked:
 
 def test_a_pass_costs_no_block_before_the_group(llama: Banked) -> None:
     """And the model is left as it was."""
-    model, runs = llama.model, [0, 0, 0]
+    model, runs = llama.model, list[int]()
     places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
-
-    def count(index: int) -> None:
-        runs[index] += 1
-
     hooks = [
-        block.mlp.register_forward_hook(lambda module, inputs, output, index=index: count(index))
+        block.mlp.register_forward_hook(lambda module, inputs, output, index=index: runs.append(index))
         for index, block in enumerate(model.model.layers)
     ]
     measure(model, llama.samples(batch_size=5), llama.starts)
     # Once unquantized, then at two widths for each group up to its own.
-    assert runs == [1 + 2 * 1, 1 + 2 * 2, 1 + 2 * 3]
+    assert [runs.count(index) for index in range(3)] == [1 + 2 * 1, 1 + 2 * 2, 1 + 2 * 3]
     for hook in hooks:
         hook.remove()
     assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == places

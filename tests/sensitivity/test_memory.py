@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from banked_decoders import HEADS, PAD, Banked, banked, rows_of
-from conftest import raw_config, with_key
+from banked_decoders import Banked, banked, samples_of
+from conftest import changed_by, raw_config, with_key
 from torch.profiler import ProfilerActivity, profile
 
 from qpruner.config.load import validate_config
-from qpruner.config.schema import RunConfig
+from qpruner.config.schema import RunConfig, SensitivityConfig
 from qpruner.data.losses import mean_loss
 from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
@@ -30,11 +30,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "many words": {"vocab_size": 16000},
 }
 METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
-    "mutual_information": lambda banked, config: by_information(
-        banked.model, banked.subject, config.sensitivity, 0, lambda done, total: None
-    ),
-    "fisher": lambda banked, config: expand(banked.model, banked.samples(config.sensitivity.batch_size), banked.starts),
-    "kl": lambda banked, config: measure(banked.model, banked.samples(config.sensitivity.batch_size), banked.starts),
+    "mutual_information": lambda banked, config: by_information(banked.model, banked.subject, config.sensitivity, 0),
+    "fisher": lambda banked, config: expand(banked.model, banked.subject.samples, banked.starts),
+    "kl": lambda banked, config: measure(banked.model, banked.subject.samples, banked.starts),
 }
 
 
@@ -54,10 +52,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 @pytest.fixture(scope="module")
 def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("memory") / "run")
-    settings = {"quantize.group": "block", "data.max_length": LENGTH, "sensitivity.max_positions": 512}
-    for key, value in settings.items():
-        raw = with_key(raw, key, value)
-    return raw
+    return changed_by(f"quantize.group=block; data.max_length={LENGTH}; sensitivity.max_positions=512", raw)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +63,18 @@ def inspection(raw: dict[str, Any]) -> Inspection:
 @pytest.fixture(scope="module", params=SHAPES)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Banked:
     """A decoder in bfloat16, its bank, and samples of full length with a label at every token."""
-    sizes = HEADS | {"num_hidden_layers": 2} | SHAPES[request.param]
-    found = banked(tmp_path_factory.mktemp("bank"), "llama", "block", init="plain", **sizes)
+    folder = tmp_path_factory.mktemp("bank")
+    found = banked(folder, "llama", "block", init="plain", num_hidden_layers=2, **SHAPES[request.param])
     found.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
-    found = replace(found, subject=replace(found.subject, rows=rows_of([LENGTH] * 8, unlabelled=0)))
+    samples = replace(samples_of([LENGTH] * 8, unlabelled=0), batch_size=SensitivityConfig().batch_size)
+    found = replace(found, subject=replace(found.subject, samples=samples))
     assert found.starts, "its files are mapped, which the profiler takes for memory"
     return found
+
+
+def shapes_of(subject: Banked, inspection: Inspection) -> Inspection:
+    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
+    return replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,17 +82,14 @@ def test_check_counts_what_a_sensitivity_holds(
     raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str
 ) -> None:
     config = validate_config(with_key(raw, "sensitivity.methods", [method]))
-    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
-    found = sensitivity_memory(config, replace(inspection, model_config=subject.model.config, pruned=own))
+    found = sensitivity_memory(config, shapes_of(subject, inspection))
     beside = found.total - found.parts["weights"]
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
 
 
 def test_check_counts_what_scoring_holds(raw: dict[str, Any], inspection: Inspection, subject: Banked) -> None:
-    config = validate_config(raw)
-    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
-    shapes = replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
-    parts = scoring_memory(config, shapes).parts
+    config, samples = validate_config(raw), subject.subject.samples
+    parts = scoring_memory(config, shapes_of(subject, inspection)).parts
     beside = parts["activations"] + parts["logits"]
-    peak = peak_bytes(lambda: mean_loss(subject.model, subject.subject.rows, PAD, config.evaluate.batch_size))
+    peak = peak_bytes(lambda: mean_loss(subject.model, samples.rows, samples.pad_id, config.evaluate.batch_size))
     assert 0.4 * beside < peak <= beside

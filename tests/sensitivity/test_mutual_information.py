@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from banked_decoders import samples_of
 
 from qpruner.config.schema import SensitivityConfig
+from qpruner.data.calibration import Samples
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
@@ -121,53 +124,51 @@ def test_pooling_leaves_no_rare_label(seed: int) -> None:
         assert found == {label} if count >= minimum else len(found) == 1
 
 
-ROWS = 24
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(2, 400, (8 + index % 5,), generator=generator).tolist() for index in range(ROWS)]
-    return [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
-
-
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
     return load_dense(str(tiny_model), "float32").eval()
 
 
-def measured(model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str, **changes: int) -> MutualInformation:
-    settings = SensitivityConfig.model_validate({"batch_size": 8, "max_positions": 128, "num_shuffles": 2} | changes)
-    return measure(model, rows, group, settings, pad_id=1, seed=0)
+SAMPLES = samples_of([8 + index % 5 for index in range(24)])
 
 
-def test_every_group_gets_one_estimate_in_any_batches(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
-    found, before = measured(model, rows, "sublayer"), torch.get_rng_state()
-    assert found == measured(model, rows, "sublayer") and torch.equal(torch.get_rng_state(), before)
-    assert found.groups == tuple(group_linears(model.config, "sublayer"))
+def measured(model: PreTrainedModel, group: str, samples: Samples = SAMPLES, **changes: int) -> MutualInformation:
+    settings = SensitivityConfig.model_validate({"max_positions": 128, "num_shuffles": 2} | changes)
+    return measure(model, samples, group, settings, seed=0)
+
+
+def test_every_group_gets_one_estimate_in_any_batches(model: PreTrainedModel) -> None:
+    steps: list[tuple[int, int]] = []
+    samples = replace(SAMPLES, batch_size=8, on_progress=lambda *step: steps.append(step))
+    found, before = measured(model, "sublayer", samples), torch.get_rng_state()
+    groups = len(group_linears(model.config, "sublayer"))
+    assert steps == [(1, 3), (2, 3), (3, 3), *((done, groups) for done in range(1, groups + 1))]
+    assert found == measured(model, "sublayer", samples) and torch.equal(torch.get_rng_state(), before)
+    assert len(found.values) == groups
     # Each row of n tokens, three of them masked, predicts n - 3.
-    assert found.num_positions == min(128, sum(len(row["input_ids"]) - 3 for row in rows))
-    alone = measured(model, rows, "sublayer", batch_size=1)
+    assert found.num_positions == min(128, sum(len(row["input_ids"]) - 3 for row in SAMPLES.rows))
+    alone = measured(model, "sublayer", replace(SAMPLES, batch_size=1))
     assert found.num_positions == alone.num_positions
     assert found.values == pytest.approx(alone.values, abs=0.02)
     # The prediction is computed from the last block's output and nothing else.
-    assert measured(model, rows, "block", num_neighbors=1).values[-1] > 0.3
+    assert measured(model, "block", num_neighbors=1).values[-1] > 0.3
 
 
-def test_positions_come_from_rows_all_over(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
+def test_positions_come_from_rows_all_over(model: PreTrainedModel) -> None:
     """A first row of 60 positions has no more say than its share; a row that gives none does not run."""
-    long = torch.randint(2, 400, (61,), generator=torch.Generator().manual_seed(2)).tolist()
     passed: list[list[int]] = []
     heard = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: passed.extend(inputs[0].tolist())
     )
-    found = measured(model, [{"input_ids": long, "labels": long}, *rows], "block", max_positions=48, num_neighbors=1)
+    rows = [*samples_of([61], unlabelled=0).rows, *SAMPLES.rows]
+    found = measured(model, "block", replace(SAMPLES, rows=rows), max_positions=48, num_neighbors=1)
     heard.remove()
     assert found.num_positions == 48
-    assert len(passed) == found.num_samples and 12 < found.num_samples < 1 + ROWS
+    assert len(passed) == found.num_samples and 12 < found.num_samples < len(rows)
 
 
-def test_drawn_positions_keep_their_texts(rows: list[dict[str, list[int]]]) -> None:
+def test_drawn_positions_keep_their_texts() -> None:
+    rows = SAMPLES.rows
     kept = spread_positions(rows, 40, seed=3)
     assert kept == spread_positions(rows, 40, seed=3) != spread_positions(rows, 40, seed=4)
     assert sum(label != -100 for row in kept for label in row["labels"]) == 40
@@ -179,9 +180,9 @@ def test_drawn_positions_keep_their_texts(rows: list[dict[str, list[int]]]) -> N
     assert sorted(row["labels"] for row in whole) == sorted(row["labels"] for row in rows), "all, where they are few"
 
 
-def test_a_model_that_predicts_one_token_is_refused(tiny_model: Path, rows: list[dict[str, list[int]]]) -> None:
+def test_a_model_that_predicts_one_token_is_refused(tiny_model: Path) -> None:
     model = load_dense(str(tiny_model), "float32").eval()
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     with pytest.raises(UserError, match="predicts one token"):
-        measured(model, rows, "block")
+        measured(model, "block")

@@ -13,31 +13,32 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
-from transformers import AutoConfig
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded, save_encoded, text_windows
-from qpruner.data.losses import mean_loss
+from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
+from qpruner.quantization.assembly import measured_bytes
 from qpruner.runs.records import TaskScore
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
 from qpruner.training.evaluate import score_tasks
+from qpruner.training.inference import InferenceJob, measure_inference, take_turn
 from qpruner.training.table_rows import (
     Candidate,
     CandidateJob,
     FinetuneOutcome,
-    InferenceJob,
     build,
     confirm_trial,
     evaluate_candidate,
     finetune_candidate,
-    measure_inference,
 )
 
 Tuned = tuple[CandidateJob, FinetuneOutcome]
@@ -48,12 +49,8 @@ ADAPTER = "adapter_model.safetensors"
 def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A configuration whose run has got as far as the bank."""
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("candidates") / "run")
-    for key, value in (
-        ("evaluate.include_path", str(DEMO_DATA.parent / "tasks")),
-        ("training.learning_rate", 0.01),
-    ):
-        raw = with_key(raw, key, value)
-    config = validate_config(raw)
+    raw = with_key(raw, "evaluate.include_path", str(DEMO_DATA.parent / "tasks"))
+    config = validate_config(with_key(raw, "training.learning_rate", 0.01))
     run(config, lambda event: None, until="bank")
     return config
 
@@ -73,21 +70,29 @@ def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     return job, finetune_candidate(job)
 
 
+def changed(job: CandidateJob, **fields: Any) -> CandidateJob:
+    """The job with another row."""
+    return replace(job, candidate=replace(job.candidate, **fields))
+
+
 @pytest.fixture
 def copied(tuned: Tuned, tmp_path: Path) -> CandidateJob:
     """The row in a folder of its own, to be damaged."""
-    job = tuned[0]
-    folder = shutil.copytree(job.candidate.folder, tmp_path / "searched")
-    return replace(job, candidate=replace(job.candidate, folder=folder))
+    return changed(tuned[0], folder=shutil.copytree(tuned[0].candidate.folder, tmp_path / "searched"))
 
 
-def untuned(job: CandidateJob) -> CandidateJob:
-    return replace(job, candidate=replace(job.candidate, seed=None))
+def tuned_model(job: CandidateJob) -> PeftModel:
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    return model
 
 
-def validation_loss(job: CandidateJob, model: torch.nn.Module) -> float:
-    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
-    return mean_loss(model, load_encoded(job.data / "validation"), pad_id, job.config.evaluate.batch_size).mean
+def tokenizer_of(job: CandidateJob) -> Any:
+    return load_tokenizer(str(job.candidate.checkpoint))
+
+
+def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
+    return mean_loss(model, rows, int(tokenizer_of(job).pad_token_id), job.config.evaluate.batch_size)
 
 
 # Fine-tuning
@@ -98,9 +103,9 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     assert (job.candidate.adapter / ADAPTER).is_file()
     left = sorted(path.name for path in job.candidate.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
-    assert latest_checkpoint(job.candidate.checkpoints) == job.candidate.checkpoints / "checkpoint-4"
-    assert outcome.steps == 4
-    assert job.candidate.progress.read_text() == "4 4"
+    kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
+    assert kept == ["checkpoint-4", "checkpoint-4.files.json"]
+    assert (outcome.steps, job.candidate.progress.read_text()) == (4, "4 4")
     settings, model_config = job.config.quantize, AutoConfig.from_pretrained(job.candidate.checkpoint)
     layout = layout_of(model_config, settings.group, 2, settings.double_quant, job.config.lora.rank)
     plan = PrecisionPlan.from_dict({group.name: job.candidate.plan[group.name] for group in layout.groups})
@@ -119,70 +124,47 @@ def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: Can
 
 def test_the_outcome_is_that_of_the_saved_adapter(tuned: Tuned) -> None:
     job, outcome = tuned
-    start = build(job.config, job.candidate)
-    before = validation_loss(job, start)
-    load_adapter(start, job.candidate.adapter)
-    assert validation_loss(job, start) == pytest.approx(outcome.validation_loss, abs=1e-6)
-    assert outcome.validation_loss < before
+    rows = load_encoded(job.data / "validation")
+    assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.validation_loss, abs=1e-6)
+    assert outcome.validation_loss < loss_on(job, build(job.config, job.candidate), rows).mean
 
 
 def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     """Over training seeds the data order differs; starts drawn anew would be one more noise between plans."""
     job, outcome = tuned
-    other = replace(job, candidate=replace(job.candidate, folder=tmp_path / "other", seed=1))
+    other = changed(job, folder=tmp_path / "other", seed=1)
     assert finetune_candidate(other).validation_loss != outcome.validation_loss
     starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
-def checkpoint(folder: Path, step: int, *lacking: str) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    for name in {ADAPTER, "trainer_state.json", "rng_state.pth"} - set(lacking):
-        (path / name).write_text("{}")
-    return path
-
-
-def test_the_newest_complete_checkpoint_is_resumed(tmp_path: Path) -> None:
+def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
+    """One that a killed process did not list is not complete."""
     assert latest_checkpoint(tmp_path / "none") is None
-    checkpoint(tmp_path, 9)
-    newest = checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 11, "rng_state.pth")
-    checkpoint(tmp_path, 12, "trainer_state.json")
-    for step, written in ((13, ""), (14, '{"epoch": 1.0, "glob')):  # its process was killed meanwhile
-        (checkpoint(tmp_path, step) / "trainer_state.json").write_text(written)
-    assert latest_checkpoint(tmp_path) == newest
-    shared = checkpoint(tmp_path, 15, "rng_state.pth")
-    for rank in (0, 1):
-        (shared / f"rng_state_{rank}.pth").touch()
-    assert latest_checkpoint(tmp_path) == shared, "a group's workers leave a random state each"
-
-
-def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path) -> None:
-    older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
     claim = Ownership(tmp_path / "owner.json")
     claim.take()
-    for path in (older, newest):
-        (path / "optimizer.pt").write_bytes(b"moments of the gradients")
-        (path / ADAPTER).chmod(0o600)  # as safetensors leaves it
-        keep_checkpoint(path, tmp_path, claim)
-        assert (path / ADAPTER).stat().st_mode & 0o444 == path.stat().st_mode & 0o444, "a team goes on from it"
-    assert [path.name for path in tmp_path.glob("*.files.json")] == ["checkpoint-10.files.json"]
-    assert latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
+    steps = {}
+    for step in (9, 10, 11):
+        steps[step] = tmp_path / f"checkpoint-{step}"
+        steps[step].mkdir()
+        for name in (ADAPTER, "optimizer.pt"):
+            (steps[step] / name).write_bytes(b"moments of the gradients")
+        (steps[step] / ADAPTER).chmod(0o600)  # as safetensors leaves it
+        if step < 11:
+            keep_checkpoint(steps[step], tmp_path, claim)
+    newest = steps[10]
+    assert (newest / ADAPTER).stat().st_mode & 0o444 == newest.stat().st_mode & 0o444, "a team goes on from it"
+    assert not steps[9].exists() and latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
     flip_a_byte(newest / "optimizer.pt")
-    assert is_damaged(newest) and latest_checkpoint(tmp_path) == older
+    assert is_damaged(newest) and latest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-10.files.json").write_text('{"sha256"')
     assert is_damaged(newest), "what vouches for it is damaged"
-
-
-def in_folder(job: CandidateJob, folder: Path) -> CandidateJob:
-    return replace(job, candidate=replace(job.candidate, folder=folder))
 
 
 def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path: Path) -> None:
     job, undisturbed = tuned
     with disk_of("16m", tmp_path / "disk") as disk:
-        waits, fails = (in_folder(job, disk / name) for name in ("waits", "fails"))
+        waits, fails = (changed(job, folder=disk / name) for name in ("waits", "fails"))
         waits.candidate.folder.mkdir()
         with full_until_noticed(disk) as filler:
             assert finetune_candidate(waits).validation_loss == undisturbed.validation_loss
@@ -201,7 +183,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
 
 def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: Tuned) -> None:
     job = tuned[0]
-    with_adapter, without = evaluate_candidate(job), evaluate_candidate(untuned(job))
+    with_adapter, without = evaluate_candidate(job), evaluate_candidate(changed(job, seed=None))
     assert job.candidate.scoring_progress.read_text() == "32 32", "8 questions with 4 answers each"
     assert [score.task for score in with_adapter.scores] == ["qpruner_everyday_test"]
     tuned_score, untuned_score = with_adapter.scores[0], without.scores[0]
@@ -212,24 +194,22 @@ def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: Tuned) -> None:
 
 def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path) -> None:
     """Against transformers' own loss, a window at a time; the adapter counts."""
-    job = tuned[0]
-    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
-    rows = text_windows([row["question"] for row in demo_rows("questions_confirmation.jsonl")], tokenizer, 32)
+    job, tokenizer = tuned[0], tokenizer_of(tuned[0])
+    texts = [row["question"] for row in demo_rows("questions_confirmation.jsonl")]
+    rows = text_windows(texts, tokenizer, 32)
     save_encoded(rows, tmp_path / "text")
     found = evaluate_candidate(replace(job, text=tmp_path / "text")).text_loss
-    model = build(job.config, job.candidate)
-    load_adapter(model, job.candidate.adapter)
+    model = tuned_model(job)
     model.eval()
-    total, count = 0.0, 0
+    losses, weights = [], [len(row["input_ids"]) - 1 for row in rows]
     with torch.no_grad():
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-            count += ids.shape[1] - 1
-    assert found == pytest.approx(total / count, rel=1e-3)
-    assert [len(row["input_ids"]) for row in rows[:-1]] == [32] * (len(rows) - 1)
-    joined = "\n\n".join(row["question"] for row in demo_rows("questions_confirmation.jsonl"))
-    assert [token for row in rows for token in row["input_ids"]] == tokenizer(joined)["input_ids"], "nothing is cut off"
+            losses.append(float(model(input_ids=ids, labels=ids).loss))
+    assert found == pytest.approx(np.average(losses, weights=weights), rel=1e-3)
+    assert weights[:-1] == [31] * (len(rows) - 1)
+    every = [token for row in rows for token in row["input_ids"]]
+    assert every == tokenizer("\n\n".join(texts))["input_ids"], "nothing is cut off"
 
 
 def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
@@ -249,14 +229,22 @@ def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     assert full.memory_bytes >= layout.plan_bytes(layout.uniform(16))
 
 
-DAMAGES: tuple[Callable[[Path], object], ...] = (
-    shutil.rmtree,
-    lambda adapter: (adapter / ADAPTER).unlink(),
-    lambda adapter: os.truncate(adapter / ADAPTER, 1000),
-)
+def test_mapped_weights_are_counted_once(tmp_path: Path) -> None:
+    """A generation is what reads them first; they are among the model's own bytes already."""
+    config = LlamaConfig(hidden_size=512, num_hidden_layers=2, num_attention_heads=8)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    weights = measured_bytes(model)
+    assert weights > 50e6, "of which the generation's own part is little"
+    turn = take_turn(model, list(range(32)), 4)
+    assert weights <= turn.memory_bytes < 1.5 * weights
+    assert turn.memory_counter == "tensors of the model, and rise of resident memory"
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=["folder-missing", "file-missing", "truncated"])
+DAMAGES: tuple[Callable[[Path], object], ...] = (shutil.rmtree, lambda adapter: os.truncate(adapter / ADAPTER, 1000))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["missing", "truncated"])
 def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     copied: CandidateJob, damage: Callable[[Path], object]
 ) -> None:
@@ -268,13 +256,27 @@ def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     assert str(caught.value.path) in str(caught.value)
 
 
+def own_scores(job: CandidateJob, model: Any) -> tuple[TaskScore, ...]:
+    settings = job.config.evaluate
+    return score_tasks(model, tokenizer_of(job), settings.tasks, settings, settings.limit)
+
+
 def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: Tuned) -> None:
     """Neither an adapter that lies in its folder nor a start may touch the `no fine-tune` rows."""
     job = job_of(config, tuned[0].candidate.folder, bits=(16,), seed=None)
-    settings = config.evaluate
     model = load_dense(str(job.candidate.checkpoint), config.model.dtype)
-    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
-    assert evaluate_candidate(job).scores == score_tasks(model, tokenizer, settings.tasks, settings, settings.limit)
+    assert evaluate_candidate(job).scores == own_scores(job, model)
+
+
+def test_an_untuned_quantized_row_has_its_adapter_start(tuned: Tuned) -> None:
+    """With the adapter start, and not with the adapter that a fine-tune left in its folder."""
+    job = changed(tuned[0], seed=None)
+    assert (job.candidate.adapter / ADAPTER).is_file() and 4 in job.candidate.plan.values()
+    model = build(job.config, job.candidate)
+    model.eval()
+    found, expected = evaluate_candidate(job).scores, own_scores(job, model)
+    model.disable_adapter_layers()
+    assert found == expected != own_scores(job, model)
 
 
 def test_answers_are_scored_as_lm_eval_does(config: RunConfig, tiny_model: Path) -> None:
@@ -303,53 +305,29 @@ def test_answers_are_scored_as_lm_eval_does(config: RunConfig, tiny_model: Path)
     assert ours < sum(positions) / 2
 
 
-def test_an_untuned_quantized_row_has_its_adapter_start(config: RunConfig, tuned: Tuned) -> None:
-    """With the adapter start, and not with the adapter that a fine-tune left in its folder."""
-    job = untuned(tuned[0])
-    assert (job.candidate.adapter / ADAPTER).is_file() and 4 in job.candidate.plan.values()
-    model, settings = build(job.config, job.candidate), config.evaluate
-    model.eval()
-
-    def scored() -> tuple[TaskScore, ...]:
-        tokenizer = load_tokenizer(str(job.candidate.checkpoint))
-        return score_tasks(model, tokenizer, settings.tasks, settings, settings.limit)
-
-    found, expected = evaluate_candidate(job).scores, scored()
-    model.disable_adapter_layers()
-    assert found == expected != scored()
-
-
 def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
-    job = tuned[0]
-    confirmation = in_folder(job, job.candidate.adapter)
-    model = build(job.config, job.candidate)
-    load_adapter(model, job.candidate.adapter)
-    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
-    rows = load_encoded(job.data / "confirmation")
-    choosing, judging = (mean_loss(model, rows[part::2], pad_id, job.config.evaluate.batch_size) for part in (0, 1))
-    found = confirm_trial(confirmation)
+    job, outcome = tuned
+    model, rows = tuned_model(job), load_encoded(job.data / "confirmation")
+    choosing, judging = (loss_on(job, model, rows[part::2]) for part in (0, 1))
+    found = confirm_trial(changed(job, folder=job.candidate.adapter))
     assert (found.loss, found.stderr) == pytest.approx((choosing.mean, choosing.stderr), abs=1e-6)
     assert found.losses == pytest.approx(choosing.by_row, abs=1e-4), "so that finalists can be paired by row"
     # What the claim is told in is on rows that chose nothing.
-    assert tuned[1].confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
+    assert outcome.confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
     assert choosing.mean != pytest.approx(judging.mean)
-    by_row = tuned[1].confirmation_losses
-    assert by_row == pytest.approx(judging.by_row, abs=1e-4)
+    assert outcome.confirmation_losses == pytest.approx(judging.by_row, abs=1e-4)
     lengths = sorted(range(8), key=lambda index: len(rows[1::2][index]["input_ids"]))
     assert lengths != list(range(8)), "rows are batched by length, and yet told in their order"
-    alone = [mean_loss(model, [row], pad_id, 1).mean for row in rows[1::2]]
-    assert np.corrcoef(alone, by_row)[0, 1] > 0.9
-    assert found.loss != pytest.approx(tuned[1].validation_loss), "rows of its own"
+    alone = [loss_on(job, model, [row]).mean for row in rows[1::2]]
+    assert np.corrcoef(alone, outcome.confirmation_losses)[0, 1] > 0.9
+    assert found.loss != pytest.approx(outcome.validation_loss), "rows of its own"
     with pytest.raises(CorruptFile, match="adapter"):
         confirm_trial(job)
 
 
 def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:
     job, task = tuned[0], "qpruner_everyday_validation"
-    model = build(job.config, job.candidate)
-    load_adapter(model, job.candidate.adapter)
-    settings, tokenizer = job.config.evaluate, load_tokenizer(str(job.candidate.checkpoint))
-    (score,) = score_tasks(model, tokenizer, [task], settings, 60)
+    (score,) = score_tasks(tuned_model(job), tokenizer_of(job), [task], job.config.evaluate, 60)
 
     def accuracy(begin: int, end: int) -> float:
         return float(np.mean(score.correct[begin:end]))
@@ -358,5 +336,5 @@ def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:
     limit = next(n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60)))
     search = job.config.search.model_copy(update={"metric": "accuracy", "tasks": (task,), "limit": limit})
     config = job.config.model_copy(update={"search": search})
-    found = confirm_trial(replace(in_folder(job, job.candidate.adapter), config=config))
+    found = confirm_trial(replace(changed(job, folder=job.candidate.adapter), config=config))
     assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))

@@ -66,11 +66,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     Trials that lost their workers when no new plan was left are resumed in another session of Tune. Where Tune cannot
     write, the search waits for the storage, as in `retry_storage`.
 
-    Args:
-        job: The inputs.
-        room: Returns how many trials may be in flight now, those that wait for a machine among them.
-        emit: Gets every event.
-        trackers: Get every trial.
+    `room` returns how many trials may be in flight now, those that wait for a machine among them.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C; running trials are recorded up to their last rung.
@@ -176,14 +172,10 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
 def make_proposer(
     name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
 ) -> Proposer:
-    """Make the searcher that `search.searcher` names.
+    """Make the searcher that `search.searcher` names: `gp`, `hyperopt`, `bayesopt` or `random`.
 
-    Args:
-        name: `gp`, `hyperopt`, `bayesopt` or `random`.
-        space: The feasible plans.
-        seed: Seeds its proposals.
-        priors: Sensitivities by method, for a searcher that starts from them.
-        pareto: Whether the front of score against bytes is wanted instead of the best score.
+    It starts from `priors`, the sensitivities by method, where it can. With `pareto` the front of score against bytes
+    is wanted instead of the best score.
 
     Raises:
         UserError: If the searcher's extra is not installed.

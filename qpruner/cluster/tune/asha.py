@@ -21,13 +21,8 @@ from qpruner.search.trial_records import objective
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) that never stops controls and starts from the recorded rungs.
 
-    Args:
-        config: The run's configuration.
-        space: The feasible plans; recorded plans outside it are not compared with.
-        controls: Plans that run to the last rung.
-        recorded: The trials so far.
-        is_recalled: Returns, by Ray's id, whether a trial that waits for a machine is not to start any more.
-        on_error: Gets Ray's id of a trial that ends in an error and the error's text, before the searcher does.
+    Recorded plans outside the space are not compared with. `is_recalled` returns whether a trial that waits for a
+    machine is not to start any more. `on_error` gets a trial's error before the searcher does.
     """
 
     def __init__(

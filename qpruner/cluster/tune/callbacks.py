@@ -21,7 +21,8 @@ from qpruner.cluster.ray_private import RayActorManager
 from qpruner.cluster.tune.job import LivesInDriver, SearchJob
 from qpruner.errors import NodeDiffers, QprunerError
 from qpruner.runs.events import Emit, Message, StepsSeen
-from qpruner.search.trial_records import can_write_pulses, read_pulses
+from qpruner.runs.storage import for_each, write_progress
+from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
 KILLED_FOR_MEMORY = "Ray killed this worker because its machine ran out of memory"
@@ -104,16 +105,10 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
 
     Ray ends a process that does not answer by SIGKILL, so a stopped one goes too (5 s, Ray 2.60). Time counts from the
     last change of the trial's pulse that this process saw, not while it waits for the storage itself, nor while trials
-    cannot write pulses.
-
-    Args:
-        job: The search.
-        on_hung: Gets Ray's id of a trial before its worker is killed, and whether it runs; else it waits for a worker
-            that does not leave the trial before it.
-        emit: Gets the steps.
+    cannot write pulses. `on_hung` gets Ray's id of a trial before its worker is killed.
     """
 
-    def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
+    def __init__(self, job: SearchJob, on_hung: Callable[[str], None], emit: Emit) -> None:
         self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
         self._on_hung, self._emit = on_hung, emit
         self._seen: dict[str, tuple[object, float]] = {}
@@ -139,16 +134,17 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         at_work = {trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None}
         seen, self._seen = self._seen, {}
         indices = [trial.config["trial"] for trial in at_work.values()]
-        pulses = read_pulses(self._trials, indices)
+        pulses = for_each(lambda index: read_pulse(self._trials, index), indices)
         self._emit(StepsSeen({index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}))
         for trial_id, pulse in zip(at_work, pulses, strict=True):
             last, stood = seen.get(trial_id, (None, -self._pause))
             self._seen[trial_id] = (pulse, stood + self._pause if pulse == last else 0.0)
-        if any(stood > self._limit / 4 for _, stood in self._seen.values()) and not can_write_pulses(self._trials):
+        is_slow = any(stood > self._limit / 4 for _, stood in self._seen.values())
+        if is_slow and not write_progress(self._trials / "watch", "the driver looks for pulses"):  # full or away
             self._seen = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._seen.items()}
         for trial_id, trial in at_work.items():
             if self._seen[trial_id][1] >= self._limit:
-                self._on_hung(trial_id, trial.status == Trial.RUNNING)
+                self._on_hung(trial_id)
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

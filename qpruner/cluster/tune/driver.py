@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt
-from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, ending_of, observations_of, smaller_batch
+from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, observations_of, smaller_batch
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.models.memory import kernel_kills
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
@@ -75,7 +75,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         recorded = read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
-        self._clock = _Clock(job, recorded)
+        self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
+        self._earlier_seconds, self._started = read_seconds(job.trials, job.search), time.monotonic()
+        self._is_over, self._next_look = False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial's parameters, None while there is no room, or that the search is over."""
@@ -132,7 +134,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         record = read_trial(self._job.trials, suggestion.index)
         if is_new:
             self._failed_on.pop(record.node, None)
-        self._clock.tick(record)
+        self._save_time(record)
         self._emit(TrialChanged(record))
 
     @_ends_search
@@ -141,7 +143,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         suggestion = self._live.pop(trial_id)
         death = self._deaths.pop(trial_id, _Death())
         record = read_trial(self._job.trials, suggestion.index)
-        self._clock.tick(record)
+        self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
         if not error and not record.has_begun:  # deleted, as if it had not been proposed
@@ -173,7 +175,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 self._emit(Message("search", f"warning: an old checkpoint stays where it is: {error}"))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
-        self._ledger.close(suggestion, ending_of(record))
+        self._ledger.close(suggestion, record.plan_failed)
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.num_trials))
@@ -188,14 +190,33 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         waits = over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
         return self._halt.requested or bool(waits)
 
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    def _save_time(self, record: TrialRecord) -> None:
+        """Save the search's hours, of all sessions: this one may be killed at any instant."""
+        job = self._job
+        self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
+        if not write_seconds(job.trials, job.search, self._seconds(), job.session):
+            raise lock_lost("search", "it began a session of this search")
+
     def _is_out_of_hours(self) -> bool:
         """Return whether the search's hours are spent; where no machine is left to finish trials, end it at once."""
-        over = self._clock.is_over(self._ledger)
-        if over and not self._room():
+        now, settings = time.monotonic(), self._job.config.search
+        if not self._is_over and now >= self._next_look:
+            self._next_look = now + 1.0
+            for seconds, limit, what, key in (
+                (self._seconds(), settings.max_hours, "hours", "max_hours"),
+                (sum(self._gpu_seconds.values()), settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
+            ):
+                if not self._is_over and limit is not None and seconds / 3600 >= limit:
+                    self._is_over = True
+                    self._ledger.end(f"{seconds / 3600:.3g} {what} were spent (`search.{key}` is {limit:g})")
+        if self._is_over and not self._room():
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
             remedy = "bring machines back (`ray start` on them), then repeat the command: it resumes what was running"
             self._halt.end(StageError("search", cause, remedy))
-        return over
+        return self._is_over
 
     def on_error_text(self, trial_id: str, error: str) -> None:
         """Take the text of the error that a trial is about to end with."""
@@ -209,10 +230,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.storage = found[1] if found else death.storage
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
-    def on_hung(self, trial_id: str, has_begun: bool) -> None:
-        """Take that a worker is killed, since its trial made no progress, or since it does not leave the one before."""
-        death = self._deaths.setdefault(trial_id, _Death())
-        death.hung, death.never_started = has_begun, not has_begun
+    def on_hung(self, trial_id: str) -> None:
+        """Take that a worker is killed since its trial made no progress."""
+        self._deaths.setdefault(trial_id, _Death()).hung = True
 
     def _suspect(self, record: TrialRecord) -> None:
         """Halt where trials in a row failed on one machine, which takes the next plan as soon as it is free.
@@ -245,20 +265,16 @@ class _Death:
     storage: str = ""  # what its storage error said
     by_ray: bool = False  # for memory
     hung: bool = False
-    never_started: bool = False
 
 
 def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
     step = record.rungs[-1].step
-    if step >= job.config.search.steps:
-        return record.model_copy(update={"status": "finished"})
-    return record.model_copy(update={"status": "stopped", "reason": f"stopped by ASHA at step {step}"})
+    stopped = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
+    return record.model_copy(update={"status": "finished"} if step >= job.config.search.steps else stopped)
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
     """Return the record of a trial whose worker is dead: failed, or to be resumed elsewhere."""
-    if death.never_started:
-        return record
     pulse = read_pulse(job.trials, record.index)
     if pulse is not None:  # the memory and the time of its last sign of life
         last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
@@ -301,37 +317,3 @@ def _kernel_kills_on(node_id: str) -> int | None:
         kills: int | None = ray.get(asked, timeout=KERNEL_SECONDS)
         return kills
     return None
-
-
-class _Clock:
-    """Counts the hours of a search over all its sessions, and ends it when they are spent."""
-
-    def __init__(self, job: SearchJob, recorded: Sequence[TrialRecord]) -> None:
-        self._job = job
-        self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
-        self._before, self._started = read_seconds(job.trials, job.search), time.monotonic()
-        self._is_over, self._next_look = False, 0.0
-
-    def tick(self, record: TrialRecord) -> None:
-        """Save the time: a session may be killed at any instant."""
-        self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
-        if not write_seconds(self._job.trials, self._job.search, self._seconds(), self._job.session):
-            raise lock_lost("search", "it began a session of this search")
-
-    def is_over(self, ledger: Ledger) -> bool:
-        """Return whether the hours are spent, and end the search then; looks once a second."""
-        now, settings = time.monotonic(), self._job.config.search
-        if not self._is_over and now >= self._next_look:
-            self._next_look = now + 1.0
-            held = sum(self._gpu_seconds.values())
-            for seconds, limit, what, key in (
-                (self._seconds(), settings.max_hours, "hours", "max_hours"),
-                (held, settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
-            ):
-                if not self._is_over and limit is not None and seconds / 3600 >= limit:
-                    self._is_over = True
-                    ledger.end(f"{seconds / 3600:.3g} {what} were spent (`search.{key}` is {limit:g})")
-        return self._is_over
-
-    def _seconds(self) -> float:
-        return self._before + time.monotonic() - self._started

@@ -10,7 +10,7 @@ from typing import Any
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
-from qpruner.search.searchers import Ending, Ledger, Observation, Prior, Proposer, Suggestion
+from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
 from qpruner.search.trial_records import (
     Materials,
     Trial,
@@ -86,13 +86,6 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
     return next((size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None)
 
 
-def ending_of(record: TrialRecord) -> Ending:
-    """Return how a trial that is over ended, for the ledger."""
-    if record.plan_failed:
-        return "untrainable"
-    return "failed" if record.status == "failed" else "scored"
-
-
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
     """Return a trial's score at every rung it reached."""
     plan = PrecisionPlan.from_dict(record.plan)
@@ -119,13 +112,11 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
         suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
-        rungs = observations_of(record, job.config)
-        if not job.owns(record):
-            ledger.recall(suggestion, rungs, ending_of(record), counts=False)
-        elif record.status == "running":
-            ledger.resume(suggestion, rungs)
+        ledger.recall(suggestion, observations_of(record, job.config), counts=job.owns(record))
+        if job.owns(record) and not record.is_over:
+            ledger.hand_out_again(suggestion)
         else:
-            ledger.recall(suggestion, rungs, ending_of(record))
+            ledger.close(suggestion, record.plan_failed)
     return ledger, recorded
 
 

@@ -28,7 +28,6 @@ from qpruner.runs.storage import (
     progress_seconds,
     remove,
     retry_storage,
-    staging_path,
     storage_at,
     storage_error,
 )
@@ -106,12 +105,11 @@ class _RecordedTrial:
             raise
         except Exception as error:
             smaller = smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
-            if smaller is None and self._was_away(error):
-                return False
-            if smaller is None:
+            if smaller is not None:
+                self._write(micro_batch_size=smaller)
+            elif not self._was_away(error):
                 self._fail(error)
                 raise
-            self._write(micro_batch_size=smaller)
             return False
         return True
 
@@ -128,7 +126,7 @@ class _RecordedTrial:
     def _report(self, result: RungResult, checkpoint: Path) -> None:
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
         # Copied next to its place, so that the last step can be a rename.
-        aside = staging_path(target.with_name(f".{target.name}.{self._record.worker}"))
+        aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
 
         def copy() -> None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -180,18 +178,17 @@ class _RecordedTrial:
 
     def _was_away(self, error: Exception) -> bool:
         """Return whether an error came from a storage that was away and is back; libraries raise any type."""
-        record = trial_path(self._job.trials, self._record.index)
+        path = trial_path(self._job.trials, self._record.index)
         if diagnosis(error)[0] not in ("error", "damaged"):
             return False
         with contextlib.suppress(OSError, StorageError):
-            storage_at(record).read()
+            storage_at(path).read()
             return False
-        try:
-            retry_storage(storage_at(record).read, record, was_there=True)
-        except (OSError, StorageError):
-            return False
-        logger.warning("trial %d is resumed: the storage was away when it said %s", self._record.index, error)
-        return True
+        with contextlib.suppress(OSError, StorageError):
+            retry_storage(storage_at(path).read, path, was_there=True)
+            logger.warning("trial %d is resumed: the storage was away when it said %s", self._record.index, error)
+            return True
+        return False
 
     def _fail(self, error: Exception) -> None:
         if self._record.is_over:

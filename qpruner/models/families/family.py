@@ -39,6 +39,7 @@ class UnitKind:
     partitions: int = 1
     """Experts whose channels are stacked in one parameter ``(experts, rows, columns)``: unit
     ``expert * channels + channel``. Every expert keeps the same number of channels, each its own."""
+    least: int = 1  # units that must stay
 
     @property
     def units_per_partition(self) -> int:
@@ -71,8 +72,10 @@ class Family:
     blocks: str = "model.layers"  # path of the list of blocks in the model
     attention: str = "self_attn"  # path of the attention module in a block
     mlp: str = "mlp"  # path of the MLP in a block; '' where its layers lie in the block itself
-    layerwise_keys: tuple[str, ...] = ("layer_types",)  # config keys that hold a list with one entry a block
+    channels_key: str = "intermediate_size"  # config key of the MLP's width
+    down_adds_to_residual: bool = True  # False: a norm stands behind the MLP, or stacked experts in its place
     has_learned_positions: bool = False  # positions are a table, which ends; others can be computed for any
+    unquantizable: tuple[str, ...] = ()  # weights of a block that no group can hold, stacked in one parameter
 
     def block_path(self, index: int) -> str:
         """Return the path of block `index` in the model."""
@@ -80,15 +83,18 @@ class Family:
 
     # ---- what servers fuse
 
+    def attention_projections(self) -> dict[str, tuple[str, ...]]:
+        """Map `qkv` and `o` to the paths of linear layers inside a block."""
+        qkv = tuple(f"{self.attention}.{name}_proj" for name in "qkv")
+        return {"qkv": qkv, "o": (f"{self.attention}.o_proj",)}
+
+    def mlp_projections(self) -> dict[str, tuple[str, ...]]:
+        """Map the layers of the MLP as servers fuse them to their paths; the last is the output projection."""
+        return {"gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"), "down": (f"{self.mlp}.down_proj",)}
+
     def projections(self) -> dict[str, tuple[str, ...]]:
-        """Fused the way servers fuse them: name -> paths of linear layers inside a block; attention's are qkv and o."""
-        attention, mlp = self.attention, self.mlp
-        return {
-            "qkv": (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-            "o": (f"{attention}.o_proj",),
-            "gate_up": (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-            "down": (f"{mlp}.down_proj",),
-        }
+        """Map all that groups can hold of a block."""
+        return self.attention_projections() | self.mlp_projections()
 
     def groups(self, group: str) -> dict[str, tuple[str, ...]]:
         """List the linear layers of a block by group: `block`, `sublayer` or `projection`; '' is the whole block."""
@@ -109,46 +115,38 @@ class Family:
         outputs = {"": ("",), "attention": (self.attention,), "mlp": (self.mlp,) if self.mlp else down}
         return {name: outputs[name] for name in self.groups(group)}
 
-    def least_experts(self, layer_config: Any) -> int:
-        """Count the experts that a block must keep."""
-        return 1
-
-    @property
-    def unquantizable(self) -> tuple[str, ...]:
-        """Weights of a block that no group can hold, because they are stacked in one parameter."""
-        return ()
-
     # ---- what pruning removes
 
     def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
         """List the units of block `index` from that block's own config; whole experts before channels."""
         return (self.attention_kind(layer_config), self.mlp_kind(layer_config))
 
+    def key_value_heads(self, config: Any) -> int:
+        """Count the heads that have keys and values."""
+        return int(config.num_key_value_heads)
+
     def attention_kind(self, layer_config: Any) -> UnitKind:
         """Describe key/value heads with their query heads."""
-        head_dim = self.head_dim(layer_config)
-        heads = layer_config.num_attention_heads // layer_config.num_key_value_heads
-        attention = self.attention
+        head_dim, groups = self.head_dim(layer_config), self.key_value_heads(layer_config)
+        heads = layer_config.num_attention_heads // groups
+        (queries, keys, values), (output,) = self.attention_projections().values()
         slices = (
-            UnitSlice(f"{attention}.q_proj.weight", 0, heads * head_dim, heads=heads),
-            UnitSlice(f"{attention}.k_proj.weight", 0, head_dim),
-            UnitSlice(f"{attention}.v_proj.weight", 0, head_dim),
-            UnitSlice(f"{attention}.o_proj.weight", 1, heads * head_dim, heads=heads),
+            UnitSlice(f"{queries}.weight", 0, heads * head_dim, heads=heads),
+            UnitSlice(f"{keys}.weight", 0, head_dim),
+            UnitSlice(f"{values}.weight", 0, head_dim),
+            UnitSlice(f"{output}.weight", 1, heads * head_dim, heads=heads),
         )
-        return UnitKind(ATTENTION, layer_config.num_key_value_heads, slices)
+        return UnitKind(ATTENTION, groups, slices)
 
     def mlp_kind(self, layer_config: Any) -> UnitKind:
         """Describe channels: a row of gate and of up, a column of down."""
-        slices = (
-            UnitSlice(f"{self.mlp}.gate_proj.weight", 0, 1),
-            UnitSlice(f"{self.mlp}.up_proj.weight", 0, 1),
-            UnitSlice(f"{self.mlp}.down_proj.weight", 1, 1),
-        )
-        return UnitKind(MLP, layer_config.intermediate_size, slices)
+        *rows, output = (path for paths in self.mlp_projections().values() for path in paths)
+        slices = (*(UnitSlice(f"{path}.weight", 0, 1) for path in rows), UnitSlice(f"{output}.weight", 1, 1))
+        return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
         """Return the factor from the MLP's output to the residual stream; None behind a norm or for stacked experts."""
-        return 1.0
+        return float(getattr(config, "residual_multiplier", 1.0)) if self.down_adds_to_residual else None
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
         """Let a block that is not cut yet compute the units that stay as the cut one will."""
@@ -158,12 +156,9 @@ class Family:
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
         """Return the config keys of block `index` when it keeps `num_units` of each kind (channels of one expert)."""
-        heads_per_group = layer_config.num_attention_heads // layer_config.num_key_value_heads
-        return {
-            "num_key_value_heads": num_units[ATTENTION],
-            "num_attention_heads": num_units[ATTENTION] * heads_per_group,
-            "intermediate_size": num_units[MLP],
-        }
+        heads = num_units[ATTENTION] * (layer_config.num_attention_heads // layer_config.num_key_value_heads)
+        attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
+        return attention | {self.channels_key: num_units[MLP]}
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         """Whether the family's own code builds blocks of these widths when they are the global ones."""
@@ -175,10 +170,8 @@ class Family:
 
     def keep_blocks(self, config: Any, kept: list[int]) -> None:
         """Shorten what the config lists by block; `num_hidden_layers` is the caller's."""
-        for key in self.layerwise_keys:
-            values = getattr(config, key, None)
-            if values is not None:
-                setattr(config, key, [values[index] for index in kept])
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = [config.layer_types[index] for index in kept]
 
     # ---- how a block of other widths is built
 
@@ -195,10 +188,16 @@ class Family:
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
-    """Families whose block takes hidden size / heads for the head size.
+    """Families whose every head has keys and values, and whose block takes hidden size / heads for the head size.
 
     A block with fewer heads is built with all of them and resized; attention of fewer heads is never plain.
     """
+
+    def key_value_heads(self, config: Any) -> int:
+        return int(config.num_attention_heads)
+
+    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
+        return {"num_attention_heads": num_units[ATTENTION], self.channels_key: num_units[MLP]}
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         return bool(widths["num_attention_heads"] * self.head_dim(config) == config.hidden_size)
@@ -209,6 +208,15 @@ class DerivedHeadFamily(Family):
             layer_config.num_attention_heads = config.hidden_size // self.head_dim(config)
         return layer_config
 
+    def after_build(self, block: Any, config: Any, index: int) -> None:
+        columns = config.per_layer_config[index].num_attention_heads * self.head_dim(config)
+        rows, (output,) = self.attention_projections().values()
+        if columns == block.get_submodule(output).in_features:
+            return
+        for path in rows:
+            block.set_submodule(path, _resized(block.get_submodule(path), columns * 3 // len(rows), config.hidden_size))
+        block.set_submodule(output, _resized(block.get_submodule(output), config.hidden_size, columns))
+
 
 @dataclass(frozen=True)
 class DividedFamily(Family):
@@ -218,10 +226,9 @@ class DividedFamily(Family):
         return bool(config.hidden_size % widths["num_attention_heads"] == 0)
 
 
-def resized(linear: torch.nn.Linear, rows: int, columns: int) -> torch.nn.Linear:
+def _resized(linear: Any, rows: int, columns: int) -> torch.nn.Linear:
     """Make an empty layer of another size with the device, dtype and bias of the old one."""
     import torch
 
-    return torch.nn.Linear(
-        columns, rows, bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype
-    )
+    options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    return torch.nn.Linear(columns, rows, bias=linear.bias is not None, **options)

@@ -1,5 +1,6 @@
 """Gemma 3, text models: as Gemma 2, with query and key norms over one head."""
 
-from qpruner.models.families.gemma2 import Gemma
+from qpruner.models.families.family import DividedFamily
 
-GEMMA3 = Gemma("gemma3_text", ("transformers.models.gemma3.modeling_gemma3", "Gemma3DecoderLayer"))
+BLOCK = ("transformers.models.gemma3.modeling_gemma3", "Gemma3DecoderLayer")
+GEMMA3 = DividedFamily("gemma3_text", BLOCK, down_adds_to_residual=False)

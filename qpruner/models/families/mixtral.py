@@ -15,46 +15,34 @@ class MixtureFamily(Family):
     ``(experts, hidden, channels)``, the router `mlp.gate.weight` ``(experts, hidden)``.
     """
 
+    down_adds_to_residual: bool = False
+    unquantizable: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     experts_key: str = "num_local_experts"
-    channels_key: str = "intermediate_size"  # channels of one expert
+    expert_channels_key: str = "intermediate_size"  # channels of one expert
 
     def projections(self) -> dict[str, tuple[str, ...]]:
-        whole = super().projections()
-        return {name: whole[name] for name in ("qkv", "o")}
-
-    @property
-    def unquantizable(self) -> tuple[str, ...]:
-        return ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+        return self.attention_projections()
 
     def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
-        return (self.attention_kind(layer_config), self.expert_kind(layer_config), self.channel_kind(layer_config))
-
-    def expert_kind(self, layer_config: Any) -> UnitKind:
-        """Describe whole experts with their row of the router."""
+        """List attention, whole experts with their row of the router, and channels; each expert keeps its own."""
+        experts, channels = getattr(layer_config, self.experts_key), getattr(layer_config, self.expert_channels_key)
         names = ("mlp.experts.gate_up_proj", "mlp.gate.weight", "mlp.experts.down_proj")
-        return UnitKind(EXPERT, getattr(layer_config, self.experts_key), tuple(UnitSlice(name, 0, 1) for name in names))
-
-    def channel_kind(self, layer_config: Any) -> UnitKind:
-        """Describe channels of the experts; each expert keeps its own, all the same number."""
-        experts, channels = getattr(layer_config, self.experts_key), getattr(layer_config, self.channels_key)
-        slices = (
+        whole = tuple(UnitSlice(name, 0, 1) for name in names)
+        stacked = (
             UnitSlice("mlp.experts.gate_up_proj", 1, 1),
             UnitSlice("mlp.experts.gate_up_proj", 1, 1, offset=channels),
             UnitSlice("mlp.experts.down_proj", 2, 1),
         )
-        return UnitKind(MLP, experts * channels, slices, partitions=experts)
-
-    def residual_factor(self, config: Any) -> float | None:
-        return None
-
-    def least_experts(self, layer_config: Any) -> int:
-        """Count the experts that a token is sent to, which a block must keep."""
-        return int(layer_config.num_experts_per_tok)
+        return (
+            self.attention_kind(layer_config),
+            UnitKind(EXPERT, experts, whole, least=layer_config.num_experts_per_tok),  # what a token is sent to
+            UnitKind(MLP, experts * channels, stacked, partitions=experts),
+        )
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
         widths = super().widths(layer_config, index, num_units)
-        channels = widths.pop("intermediate_size")
-        return widths | {self.experts_key: num_units[EXPERT], self.channels_key: channels}
+        channels = widths.pop(self.channels_key)
+        return widths | {self.experts_key: num_units[EXPERT], self.expert_channels_key: channels}
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
         """Show the router's logits as wide as those of a whole block: the balancing loss adds them up over blocks."""

@@ -9,7 +9,7 @@ masked heads out of its mean.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,29 +27,18 @@ class Olmo2(Family):
     def attention_kind(self, layer_config: Any) -> UnitKind:
         kind = super().attention_kind(layer_config)
         queries, keys = kind.slices[0].width, kind.slices[1].width
-        norms = (
-            UnitSlice("self_attn.q_norm.weight", 0, queries),
-            UnitSlice("self_attn.k_norm.weight", 0, keys),
-        )
+        norms = UnitSlice("self_attn.q_norm.weight", 0, queries), UnitSlice("self_attn.k_norm.weight", 0, keys)
         return replace(kind, slices=(*norms, *kind.slices))
-
-    def residual_factor(self, config: Any) -> float | None:
-        return None
 
     @contextmanager
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
         """Give the norms a mean over the heads that stay."""
-        norms = kind.slices[:2] if kind.name == ATTENTION else ()
-        handles = []
-        for item in norms:
-            stays = [unit * item.width + row for unit in kept for row in range(item.width)]
-            norm = block.get_submodule(item.parameter.removesuffix(".weight"))
-            handles.append(norm.register_forward_hook(partial(_normed_over, stays=stays)))
-        try:
+        with ExitStack() as hooks:
+            for item in kind.slices[:2] if kind.name == ATTENTION else ():
+                stays = [unit * item.width + row for unit in kept for row in range(item.width)]
+                norm = block.get_submodule(item.parameter.removesuffix(".weight"))
+                hooks.callback(norm.register_forward_hook(partial(_normed_over, stays=stays)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, stays: list[int]) -> torch.Tensor:
@@ -60,4 +49,5 @@ def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, sta
     return normed.to(output.dtype)
 
 
-OLMO2 = Olmo2("olmo2", ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer"))
+BLOCK = ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer")
+OLMO2 = Olmo2("olmo2", BLOCK, down_adds_to_residual=False)

@@ -3,46 +3,25 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qpruner.models.families.family import ATTENTION, MLP, DerivedHeadFamily, UnitKind, UnitSlice, resized
+from qpruner.models.families.family import DerivedHeadFamily
 
 
 @dataclass(frozen=True)
 class Opt(DerivedHeadFamily):
-    """As many key/value heads as query heads; the MLP's width is `ffn_dim`."""
+    """Llama's names for q, k and v alone; OPT-350m has its norms behind the sublayers."""
 
-    def projections(self) -> dict[str, tuple[str, ...]]:
-        return {
-            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "o": ("self_attn.out_proj",),
-            "up": ("fc1",),
-            "down": ("fc2",),
-        }
+    def attention_projections(self) -> dict[str, tuple[str, ...]]:
+        return super().attention_projections() | {"o": ("self_attn.out_proj",)}
 
-    def attention_kind(self, layer_config: Any) -> UnitKind:
-        head_dim = self.head_dim(layer_config)
-        rows = tuple(UnitSlice(f"self_attn.{name}_proj.weight", 0, head_dim) for name in "qkv")
-        columns = UnitSlice("self_attn.out_proj.weight", 1, head_dim)
-        return UnitKind(ATTENTION, layer_config.num_attention_heads, (*rows, columns))
-
-    def mlp_kind(self, layer_config: Any) -> UnitKind:
-        slices = (UnitSlice("fc1.weight", 0, 1), UnitSlice("fc2.weight", 1, 1))
-        return UnitKind(MLP, layer_config.ffn_dim, slices)
+    def mlp_projections(self) -> dict[str, tuple[str, ...]]:
+        return {"up": ("fc1",), "down": ("fc2",)}
 
     def residual_factor(self, config: Any) -> float | None:
         return 1.0 if config.do_layer_norm_before else None
 
-    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        return {"num_attention_heads": num_units[ATTENTION], "ffn_dim": num_units[MLP]}
-
     def after_build(self, block: Any, config: Any, index: int) -> None:
-        heads = config.per_layer_config[index].num_attention_heads
-        attention, columns = block.self_attn, heads * self.head_dim(config)
-        if heads == attention.num_heads:
-            return
-        attention.num_heads = heads
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(attention, name, resized(getattr(attention, name), columns, config.hidden_size))
-        attention.out_proj = resized(attention.out_proj, config.hidden_size, columns)
+        super().after_build(block, config, index)
+        block.self_attn.num_heads = config.per_layer_config[index].num_attention_heads
 
 
 OPT = Opt(
@@ -50,5 +29,6 @@ OPT = Opt(
     ("transformers.models.opt.modeling_opt", "OPTDecoderLayer"),
     "model.decoder.layers",
     mlp="",
+    channels_key="ffn_dim",
     has_learned_positions=True,
 )

@@ -10,13 +10,11 @@ from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, Uni
 class Phi3(Family):
     """Rows of `qkv_proj` are all queries, then all keys, then all values; of `gate_up_proj` all gates, then all ups."""
 
-    def projections(self) -> dict[str, tuple[str, ...]]:
-        return {
-            "qkv": ("self_attn.qkv_proj",),
-            "o": ("self_attn.o_proj",),
-            "gate_up": ("mlp.gate_up_proj",),
-            "down": ("mlp.down_proj",),
-        }
+    def attention_projections(self) -> dict[str, tuple[str, ...]]:
+        return {"qkv": ("self_attn.qkv_proj",), "o": ("self_attn.o_proj",)}
+
+    def mlp_projections(self) -> dict[str, tuple[str, ...]]:
+        return {"gate_up": ("mlp.gate_up_proj",), "down": ("mlp.down_proj",)}
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
         head_dim, groups = self.head_dim(layer_config), layer_config.num_key_value_heads

@@ -39,5 +39,5 @@ QWEN3_MOE = Qwen3Moe(
     "qwen3_moe",
     ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeDecoderLayer"),
     experts_key="num_experts",
-    channels_key="moe_intermediate_size",
+    expert_channels_key="moe_intermediate_size",
 )

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.plans.pareto import non_dominated
 from qpruner.report import search_progress
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.search_progress import bar, cost, score, score_title
 from qpruner.runs.records import SearchState, TrialRecord
+from qpruner.search.choice import non_dominated
 
 SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
 COLORS = {

@@ -52,11 +52,10 @@ class StageState(Recorded):
     started: float
     """Unix seconds."""
     seconds: float | None = None
-    """None while it runs."""
     done: int | None = None
     total: int | None = None
     text: str = ""
-    """What it is about to do, what its present steps are, or what came out."""
+    """Its present steps, or what came out."""
 
 
 class SearchState(Recorded):
@@ -66,10 +65,9 @@ class SearchState(Recorded):
     search: str
     """As `TrialRecord.search`."""
     beside: str | None = None
-    """Of the search that the configuration asks for without a given plan, which that plan is shown beside."""
+    """Of the search without the given plan, which that plan is shown beside."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
-    """Task -> lm-eval's metric that `accuracy` is a mean of."""
     pareto: bool = False
     budget_bytes: int
     max_trials: int
@@ -86,7 +84,6 @@ class RunState(Recorded):
     """The last stage it was asked for."""
     command: str
     folder: str
-    """Where it was started."""
     environment: dict[str, str]
     """Versions of Python and packages, and the machine."""
     host: str
@@ -110,7 +107,7 @@ class RunState(Recorded):
 
     @property
     def compares(self) -> bool:
-        """Whether `finetune.compare` is set."""
+        """Whether every row of the final table is fine-tuned."""
         return bool(self.config.get("finetune", {}).get("compare"))
 
 
@@ -126,10 +123,7 @@ class ExportRecord(Recorded):
 
 
 class Results(Recorded):
-    """Every record of a run in the order of the flow; None for stages that have not run.
-
-    `pipeline/flow.py` has the stages: a field is named as its stage.
-    """
+    """Every record of a run in the order of the flow, a field a stage; None for stages that have not run."""
 
     prepare: PrepareRecord | None = None
     prune: PruneRecord | None = None

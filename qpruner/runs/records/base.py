@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas
 
 RUN_ID = "run.id"
-"""The file in a run folder that tells it from another of the same name, and shows that its storage is there."""
+"""The file that tells a run from another in a folder of this name, and shows that its storage is there."""
 
 StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
 """NaN over a single question or row, which JSON knows as null."""

@@ -28,7 +28,6 @@ class Begun(Recorded):
     search: str
     """Digest of the search that it was for."""
     session: int
-    """From 1."""
     time: float
     seconds: float
     """What the trial had taken before."""
@@ -55,8 +54,7 @@ class TrialRecord(Recorded):
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
     failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
-    """`lost`: its worker processes died. `storage`, `damaged` and `machine` (trial after trial failed there) are tried
-    again."""
+    """`lost`: its worker processes died. `storage`, `damaged` and `machine` are tried again."""
     seconds: float = 0.0
     """Of all sessions, up to the last rung."""
     gpu_seconds: float = 0.0
@@ -68,9 +66,9 @@ class TrialRecord(Recorded):
     checkpoint: dict[str, str] = {}
     """Of the last rung: file name -> sha256."""
     worker: str | None = None
-    """The latest process that worked on it: one that was taken for dead and is not must write nothing more."""
+    """The latest process that worked on it; an earlier one writes nothing more."""
     node: str | None = None
-    """Name of the machine that process is on."""
+    """The machine of that process."""
     micro_batch_size: int | None = None
     """Where want of memory forced it below `training.micro_batch_size`."""
     kills: int = 0
@@ -132,10 +130,7 @@ class TrialRecord(Recorded):
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs it again.
-
-        A trial that hung before its first rung waited for its files or its machine.
-        """
+        """Whether the next session runs it again; one that hung before its first rung waited for files or machine."""
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
@@ -223,7 +218,7 @@ class SearchRecord(Record):
     num_stopped: int
     num_failed: int
     failures: dict[str, int] = {}
-    """Failed trials by kind, as in `TrialRecord.failure`."""
+    """By `TrialRecord.failure`."""
     num_reused: int
     """Trials of other searches that this one started from."""
     ended: str
@@ -233,7 +228,7 @@ class SearchRecord(Record):
     gpu_seconds: float
     """Of trials."""
     confirmation_gpu_seconds: float = 0.0
-    """Of the finalists' scores on fresh rows, whichever command made them."""
+    """Of the finalists' scores on fresh rows."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
@@ -245,8 +240,8 @@ class SearchRecord(Record):
     front: tuple[FrontPoint, ...]
     """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows."""
     hypervolume: float | None = None
-    """With `search.pareto`: how much better the front's best plan inside a budget is than its smallest plan, on fresh
-    rows, in the mean over all budgets from that plan's bytes to `budget_bytes`."""
+    """How much better the front's best plan inside a budget is than its smallest, in the mean over budgets up to
+    `budget_bytes`."""
     resumed: int
     """Trials that an earlier, interrupted run had recorded."""
     sessions: int = 1

@@ -67,12 +67,10 @@ class MethodScores(Recorded):
 
     unit: str
     source: str
-    """What was computed, in words."""
     values: dict[int, tuple[float, ...]]
     """Bits -> predicted rise over the unquantized pruned model, a group; 0 at 16 bits."""
     seconds: float
     details: dict[str, Any]
-    """Figures of the method's own."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return a row a group, in the order of `SensitivityRecord.groups`."""
@@ -141,8 +139,7 @@ class CandidateRecord(Record):
     confirmation_loss: float
     """On the half of the confirmation rows that chose nothing, in nats per token."""
     confirmation_losses: tuple[float, ...] = ()
-    """A value for each of these rows, to pair two models by row: their mean is the loss, their spread its standard
-    error, although rows differ in tokens; they may lie below zero."""
+    """A value a row, to pair two models by row: their mean is the loss, their spread its standard error."""
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""
@@ -187,7 +184,7 @@ class TaskScore(Recorded):
 
 
 class Inference(Recorded):
-    """What a row's model takes to use, its adapter on, in a generation of one sequence."""
+    """What a row's model takes to generate one sequence, its adapter on."""
 
     memory_bytes: int
     prefill_tokens_per_second: tuple[float, ...]
@@ -205,10 +202,7 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """One row's scores on the held-out tasks, under one training seed.
-
-    Without a seed: before any fine-tune, with quantized layers and their adapter start.
-    """
+    """One row's scores on the held-out tasks, under one training seed; without a seed, before any fine-tune."""
 
     digest: str
     name: str

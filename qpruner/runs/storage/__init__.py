@@ -24,21 +24,19 @@ from pydantic import BaseModel, ValidationError
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.runs.records import digest_of
 from qpruner.runs.storage.base import Storage as Storage
-from qpruner.runs.storage.bucket import CACHE as CACHE
-from qpruner.runs.storage.bucket import cache_root as cache_root
-from qpruner.runs.storage.bucket import mirror_of
+from qpruner.runs.storage.base import keep_copy
 from qpruner.runs.storage.files import FILES as FILES
 from qpruner.runs.storage.files import FileList as FileList
 from qpruner.runs.storage.files import OnPiece as OnPiece
 from qpruner.runs.storage.files import empty_folder as empty_folder
 from qpruner.runs.storage.files import exclusive as exclusive
 from qpruner.runs.storage.files import for_each as for_each
-from qpruner.runs.storage.files import keep_copy
 from qpruner.runs.storage.files import list_path as list_path
-from qpruner.runs.storage.files import read_list as read_list
 from qpruner.runs.storage.files import share_files as share_files
 from qpruner.runs.storage.files import working_folder as working_folder
-from qpruner.runs.storage.objects import objects_at
+from qpruner.runs.storage.objects import CACHE as CACHE
+from qpruner.runs.storage.objects import cache_root as cache_root
+from qpruner.runs.storage.objects import mirror_of, objects_at
 from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
@@ -53,10 +51,8 @@ def storage_at(path: Path) -> Storage:
     return objects_at(path) or Storage(path)
 
 
-def run_path(output: str | Path, is_sought: bool = False) -> Path:
+def run_path(output: str | Path) -> Path:
     """Turn a run's folder or URI into its path on this machine; the storage is not asked.
-
-    With `is_sought` a person looks for it, so that it is not the `output` of a configuration.
 
     Raises:
         UserError: If the folder, or what should hold it, is a file; or if there is no such URI.
@@ -66,14 +62,14 @@ def run_path(output: str | Path, is_sought: bool = False) -> Path:
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
-        sought = f"{existing} is a file, and a run is a folder: of a configuration give the folder its `output` names"
-        raise UserError(sought if is_sought else f"`output`: {existing} is a file; name a folder")
+        what = "a run is a folder: name a folder, of a configuration the one that its `output` names"
+        raise UserError(f"`output`: {existing} is a file, and {what}")
     return root
 
 
-def run_root(output: str | Path, is_sought: bool = False) -> Path:
+def run_root(output: str | Path) -> Path:
     """Turn a run's folder or URI into its path, as `run_path` does, and check that its bucket answers."""
-    root = run_path(output, is_sought)
+    root = run_path(output)
     if not isinstance(output, Path):
         _check_reachable(root)
     return root
@@ -159,10 +155,7 @@ def progress_seconds(path: Path) -> float:
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Write progress to a file; return whether that worked.
-
-    It is not durable, since it says nothing after a crash, and waits for no room: results wait for that.
-    """
+    """Write progress to a file, which is not durable and waits for no room; return whether that worked."""
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)
         return True
@@ -196,7 +189,7 @@ def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
 
 
 def put_file(file: Path, target: Path) -> str:
-    """Move a file from the `staging_path` of a target there; return its sha256."""
+    """Move a file from where a target is staged to the target; return its sha256."""
     sha256 = retry_storage(lambda: storage_at(target).put(file), target)
     if file != target:
         file.unlink()
@@ -218,8 +211,7 @@ def files_in(folder: Path) -> dict[str, int]:
 
 def folder_digests(folder: Path) -> dict[str, str]:
     """Digest every file in a folder as the storage has it."""
-    names = sorted(files_in(folder))
-    return dict(zip(names, for_each(file_digest, [folder / name for name in names]), strict=True))
+    return storage_at(folder).digests()
 
 
 def published_folders(parent: Path) -> list[Path]:
@@ -240,11 +232,6 @@ def quarantine(path: Path, place: Path) -> str:
     target = place / "damaged" / f"{'-'.join(path.relative_to(place).parts)}-{time.time_ns()}"
     retry_storage(lambda: storage_at(path).move(target), path)
     return display_name(target)
-
-
-def staging_path(folder: Path) -> Path:
-    """Where a process writes what it sends file by file: the folder itself, or a folder of this machine for it."""
-    return storage_at(folder).staging
 
 
 @contextmanager
@@ -268,18 +255,13 @@ def writing_folder(target: Path) -> Iterator[Path]:
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
     """Have a folder of a run complete on this machine; return its path, which stays what it was.
 
-    Each process compares the folder with its list once. A copy that is damaged is fetched again.
+    Each process compares the folder with its list once. A damaged copy is fetched again.
 
     Raises:
         CorruptFile: Naming the file or object that is missing or not as it was written.
     """
     storage_at(folder).fetch(on_piece)
     return folder
-
-
-def verify_folder(folder: Path, on_piece: OnPiece = lambda: None) -> None:
-    """Compare a folder with its list, if it has one, whatever this process knows of it; raises as `fetch` does."""
-    storage_at(folder).verify(on_piece)
 
 
 def require_arrived(folder: Path) -> None:

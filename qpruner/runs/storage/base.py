@@ -6,28 +6,28 @@ import contextlib
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from qpruner.errors import CorruptFile
+from qpruner.runs.storage import files
 from qpruner.runs.storage.files import (
-    HASHED_BYTES,
-    PIECE_BYTES,
     FileList,
     OnPiece,
     copy_pieces,
+    for_each,
     list_path,
-    read_list,
     rename,
     share_files,
     sync,
     sync_tree,
     verified,
-    verify_files,
-    write_list,
-    writer_of,
 )
-from qpruner.runs.storage.retry import retry_storage
+from qpruner.runs.storage.retry import FULL, retry_storage
 
 
 class Stat(NamedTuple):
@@ -51,6 +51,9 @@ class Storage:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def __truediv__(self, name: str) -> Storage:
+        return Storage(self.path / name)
 
     @property
     def name(self) -> str:
@@ -77,20 +80,26 @@ class Storage:
         """Read the file as one writer wrote it."""
         return self.path.read_bytes()
 
-    def digest(self) -> str:
+    def digest(self, on_piece: OnPiece = lambda: None) -> str:
         """Digest the file as the storage has it."""
+        piece_bytes = files.HASHED_BYTES if self.fills_this_disk else files.PIECE_BYTES
         with self.open() as stream:
-            return copy_pieces(stream.read, piece_bytes=HASHED_BYTES if self.fills_this_disk else PIECE_BYTES)
+            return copy_pieces(stream.read, on_piece=on_piece, piece_bytes=piece_bytes)
 
-    def download(self, target: Path, on_piece: OnPiece) -> str:
+    def download(self, target: Path, on_piece: OnPiece = lambda: None) -> str:
         """Copy the file to one of this machine; return its sha256."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self.open() as stream, writer_of(target) as write:
-            return copy_pieces(stream.read, write, on_piece)
+        try:
+            with self.open() as stream, target.open("wb") as file:
+                return copy_pieces(stream.read, file.write, on_piece)
+        except OSError as error:
+            if error.errno in FULL:  # Python's own do not say which disk is full
+                error.filename = str(target)
+            raise
 
     def put(self, file: Path) -> str:
         """Copy a file of this machine here, if it is not this one; return its sha256."""
-        return self.digest() if file == self.path else Storage(file).download(self.path, lambda: None)
+        return self.digest() if file == self.path else Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
         """Write the file; a reader sees the old contents or the new, also after a crash if it is durable."""
@@ -130,6 +139,12 @@ class Storage:
         paths = [path for path in self.path.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.path)): path.stat().st_size for path in paths}
 
+    def digests(self) -> dict[str, str]:
+        """Digest every file in the folder and below."""
+        names = sorted(retry_storage(self.files, self.path))
+        found = for_each(lambda name: retry_storage((self / name).digest, self.path / name), names)
+        return dict(zip(names, found, strict=True))
+
     def delete(self) -> None:
         """Delete the file or folder; half a folder is never taken for a complete one."""
         if not self.path.is_dir():
@@ -153,38 +168,92 @@ class Storage:
         if folder != self.path:
             shutil.copytree(folder, self.path, dirs_exist_ok=True)
         share_files(self.path)
-        return retry_storage(lambda: write_list(self.path), self.path)
+        listed = FileList(sha256=self.digests())
+        retry_storage(lambda: write_list(self.path, listed), self.path)
+        return listed
 
     def publish(self, folder: Path) -> None:
         """Move a finished folder of this machine here, durably, over what an unfinished attempt left."""
         target = self.path
+        retry_storage(lambda: share_files(folder), folder)
 
-        def make_durable() -> None:
-            share_files(folder)
-            sync_tree(folder)
-            if list_path(folder).exists():
-                sync(list_path(folder))
-
-        def replace() -> None:
+        def move() -> None:
             if folder.exists():  # else an earlier attempt has renamed it
+                sync_tree(folder)
+                if list_path(folder).exists():
+                    sync(list_path(folder))
                 list_path(target).unlink(missing_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
             rename(folder, target)
-
-        def move_list() -> None:
-            if listed := read_list(folder):
+            if list_path(folder).exists():
                 rename(list_path(folder), list_path(target))
-                verified[target] = listed
+            sync(target.parent)
 
-        for step in (make_durable, replace, move_list, lambda: sync(target.parent)):
-            retry_storage(step, target)
+        retry_storage(move, target)
 
-    def fetch(self, on_piece: OnPiece) -> None:
+    # ---- lists
+
+    @property
+    def file_list(self) -> Storage:
+        """The list of the folder's files, which vouches for it."""
+        return Storage(list_path(self.path))
+
+    def read_list(self) -> FileList | None:
+        """Read the folder's list; None where there is none.
+
+        Raises:
+            CorruptFile: If it cannot be read as a list.
+        """
+        try:
+            return FileList.model_validate_json(retry_storage(self.file_list.read, self.path))
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise CorruptFile(f"{self.file_list.name} is damaged", self.path) from error
+
+    def fetch(self, on_piece: OnPiece = lambda: None) -> None:
         """Have the folder complete on this machine, compared with its list."""
-        if read_list(self.path) != verified.get(self.path):
+        if self.read_list() != verified.get(self.path):
             self.verify(on_piece)
 
-    def verify(self, on_piece: OnPiece) -> None:
-        """Compare the folder with its list, if it has one."""
-        if listed := read_list(self.path):
-            verify_files(listed, self.path, on_piece)
+    def verify(self, on_piece: OnPiece = lambda: None) -> None:
+        """Compare the folder with its list, if it has one, whatever this process knows of it.
+
+        Raises:
+            CorruptFile: Naming the file that is missing or not as it was written.
+        """
+        if listed := self.read_list():
+            self.compare(listed, lambda name: (self / name).digest(on_piece))
+            verified[self.path] = listed
+
+    def compare(self, listed: FileList, digest: Callable[[str], str]) -> None:
+        """Raise `CorruptFile` for the first file whose digest is not the listed one."""
+
+        def found(name: str) -> str:
+            try:
+                return retry_storage(lambda: digest(name), self.path / name)
+            except FileNotFoundError:
+                return ""
+
+        for name, sha256 in zip(listed.sha256, for_each(found, list(listed.sha256)), strict=True):
+            if sha256 != listed.sha256[name]:
+                state = "damaged" if sha256 else "missing"
+                cause = f"{self.name}/{name} is {state}: its sha256 is not the one in {self.file_list.name}"
+                raise CorruptFile(cause, self.path / name)
+
+
+def write_list(folder: Path, listed: FileList) -> None:
+    """Write the list of a folder of this machine that was just written."""
+    list_path(folder).write_text(listed.model_dump_json(), encoding="utf-8")
+    verified[folder] = listed
+
+
+def keep_copy(here: Path, path: Path, listed: FileList) -> None:
+    """Make a folder this machine's copy; its list is removed first, and written when the files are durable."""
+    list_path(path).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sync_tree(here)
+    here.rename(path)
+    sync(path.parent)
+    write_list(path, listed)

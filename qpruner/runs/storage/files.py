@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qpruner.errors import CorruptFile
-from qpruner.runs.storage.retry import retry_storage
+from qpruner.runs.records import Recorded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,16 +31,19 @@ OnPiece = Callable[[], object]
 """Called after each piece that was read, from any thread, and while another process fetches the same."""
 
 
-class FileList(BaseModel):
+class FileList(Recorded):
     """The digests of a folder's files; a file that differs is damaged."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: dict[str, str]
 
 
 verified: dict[Path, FileList] = {}
 """Folders of this machine that this process wrote or compared, with their lists then."""
+
+
+def list_path(folder: Path) -> Path:
+    """Name the list of a folder."""
+    return folder.with_name(folder.name + FILES)
 
 
 def for_each(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -64,28 +65,6 @@ def copy_pieces(
         write(piece)
         on_piece()
     return digest.hexdigest()
-
-
-@contextmanager
-def writer_of(file: Path) -> Iterator[Callable[[bytes], object]]:
-    """Open a file to write; errors name it, since Python's own do not say which disk is full."""
-
-    def write(piece: bytes) -> None:
-        try:
-            target.write(piece)
-            target.flush()
-        except OSError as error:
-            error.filename = str(file)
-            raise
-
-    with file.open("wb") as target:
-        yield write
-
-
-def sha256_of(file: Path, on_piece: OnPiece = lambda: None) -> str:
-    """Digest a file of this machine."""
-    with file.open("rb") as stream:
-        return copy_pieces(stream.read, on_piece=on_piece, piece_bytes=HASHED_BYTES)
 
 
 def sync(path: Path) -> None:
@@ -174,82 +153,3 @@ def working_folder(prefix: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         release(lock)
-
-
-# ---- lists
-
-
-def list_path(folder: Path) -> Path:
-    """Name the list of a folder."""
-    return folder.with_name(folder.name + FILES)
-
-
-def names_of_files(folder: Path) -> list[str]:
-    """Name every file of a folder of this machine, by its path from there."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def read_list(folder: Path) -> FileList | None:
-    """Read the list beside a folder of this machine; None where there is none.
-
-    Raises:
-        CorruptFile: If it cannot be read as a list.
-    """
-    file = list_path(folder)
-    try:
-        return FileList.model_validate_json(retry_storage(file.read_bytes, file))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise CorruptFile(f"{file} is damaged", file) from error
-
-
-def write_list(folder: Path, listed: FileList | None = None) -> FileList:
-    """Write the list of a folder of this machine that was just written, from its files unless it is given."""
-    if listed is None:
-        names = names_of_files(folder)
-        digests = for_each(lambda name: sha256_of(folder / name), names)
-        listed = FileList(sha256=dict(zip(names, digests, strict=True)))
-    list_path(folder).write_text(listed.model_dump_json(), encoding="utf-8")
-    verified[folder] = listed
-    return listed
-
-
-def keep_copy(here: Path, path: Path, listed: FileList) -> None:
-    """Make a folder this machine's copy; its list is removed first, and written when the files are durable."""
-    list_path(path).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sync_tree(here)
-    here.rename(path)
-    sync(path.parent)
-    write_list(path, listed)
-
-
-def verify_files(listed: FileList, folder: Path, on_piece: OnPiece = lambda: None) -> None:
-    """Compare the files of a folder of this machine with a list."""
-
-    def digest(name: str) -> str | None:
-        return none_if_missing(lambda: sha256_of(folder / name, on_piece), folder / name)
-
-    compare(listed, for_each(digest, list(listed.sha256)), folder, str(folder))
-    verified[folder] = listed
-
-
-def none_if_missing(read: Callable[[], Result], path: Path) -> Result | None:
-    """Read what may be missing, once the storage answers."""
-    try:
-        return retry_storage(read, path)
-    except FileNotFoundError:
-        return None
-
-
-def compare(listed: FileList, found: Sequence[str | None], folder: Path, name_of_folder: str) -> None:
-    """Raise `CorruptFile` for the first file whose digest is not the listed one."""
-    for (name, sha256), digest in zip(listed.sha256.items(), found, strict=True):
-        if digest != sha256:
-            state = "missing" if digest is None else "damaged"
-            raise CorruptFile(
-                f"{name_of_folder}/{name} is {state}: its sha256 is not the one in {name_of_folder}{FILES}",
-                folder / name,
-            )

@@ -18,7 +18,6 @@ from qpruner.errors import StorageError
 Result = TypeVar("Result")
 
 PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120"))
-"""How long a write waits for room or for the storage to come back."""
 PAUSES = wait_exponential(multiplier=0.5, max=20.0)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,40 +55,31 @@ def retry_storage(
         path: What to name where an error names no file.
         seconds: Pauses in all, `PATIENCE_SECONDS` by default.
         was_there: Whether a missing file means a storage that is away.
-        resumable: Whether pauses are counted anew after a long attempt, since the next continues where it ended.
+        resumable: Whether pauses are counted anew after long attempts, since the next continues where one ended.
 
     Raises:
         StorageError: When the storage is still full or away after that.
         FileNotFoundError: When what was there is still missing after that.
     """
-    limit, began = PATIENCE_SECONDS if seconds is None else seconds, 0.0
-
-    def note_begin(state: RetryCallState) -> None:
-        nonlocal began
-        began = time.monotonic()
+    limit = PATIENCE_SECONDS if seconds is None else seconds
 
     def is_over(state: RetryCallState) -> bool:
-        if resumable and time.monotonic() - began > limit:
-            state.idle_for = 0.0
+        if resumable and time.monotonic() - state.start_time - state.idle_for > limit:
+            state.start_time, state.idle_for = time.monotonic(), 0.0
         return state.idle_for >= limit
-
-    def is_repeated(error: BaseException) -> bool:
-        return storage_error(error, path) is not None or (was_there and isinstance(error, FileNotFoundError))
 
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         trouble = storage_error(error, path) if error else None
         logger.warning("%s; trying again in %.1f s", trouble.cause if trouble else error, state.upcoming_sleep)
 
-    retrying = Retrying(
-        retry=retry_if_exception(is_repeated),
-        stop=is_over,
-        wait=PAUSES,
-        before=note_begin,
-        before_sleep=log,
-        reraise=True,
-    )
+    def is_away(error: BaseException) -> bool:
+        return storage_error(error, path) is not None or (was_there and isinstance(error, FileNotFoundError))
+
     try:
+        retrying = Retrying(
+            retry=retry_if_exception(is_away), stop=is_over, wait=PAUSES, before_sleep=log, reraise=True
+        )
         return retrying(operation)
     except Exception as error:
         if trouble := storage_error(error, path):

@@ -1,4 +1,4 @@
-"""Random plans of equal bytes: they are equal, different, and no plan of the band is likelier than another."""
+"""Random plans of equal bytes, of which none is likelier than another, and Pareto fronts by bytes and score."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from botorch.utils.multi_objective.hypervolume import Hypervolume
 from scipy import stats
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.choice import random_plans
+from qpruner.search.choice import hypervolume, non_dominated, random_plans
 
 
 def space_of(num_groups: int, levels: tuple[int, ...], fixed_bytes: int) -> PlanSpace:
@@ -38,7 +40,6 @@ def test_random_plans_have_equal_bytes_and_differ(
     assert len({plan, *drawn}) == 6
     for other in drawn:
         assert abs(space.plan_bytes(other) - space.plan_bytes(plan)) <= 0.01 * space.plan_bytes(plan)
-    assert random_plans(space, plan, 0, seed=0) == []
     assert drawn == random_plans(space, plan, 5, seed=0)
     assert set(drawn) != set(random_plans(space, plan, 5, seed=1))
 
@@ -51,8 +52,7 @@ def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
     wanted = equal_plans(space, plan)
     counts = Counter(random_plans(space, plan, 1, seed)[0] for seed in range(20 * len(wanted)))
     assert set(counts) <= set(wanted)
-    observed = [counts[each] for each in wanted]
-    assert stats.chisquare(observed).pvalue > 1e-3
+    assert stats.chisquare([counts[each] for each in wanted]).pvalue > 1e-3
 
 
 def test_where_few_plans_have_equal_bytes_those_are_all() -> None:
@@ -61,3 +61,23 @@ def test_where_few_plans_have_equal_bytes_those_are_all() -> None:
     few = next(plan for plan in plans if len(equal_plans(space, plan)) == 2)
     assert set(random_plans(space, few, 5, seed=0)) == set(equal_plans(space, few))
     assert random_plans(space, space.uniform(4), 3, seed=0) == []
+
+
+def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats() -> None:
+    """Of points on a small grid, some of them equal in one figure or both."""
+    points = [(float(size), float(score)) for size, score in np.random.default_rng(0).integers(0, 6, (20, 2))]
+    expected = {
+        point for point in points if not any(o != point and o[0] <= point[0] and o[1] <= point[1] for o in points)
+    }
+    assert [points[position] for position in non_dominated(points)] == sorted(expected)
+
+
+@pytest.mark.parametrize("budget", [4.0, 5.0, 8.0])
+def test_the_hypervolume_is_botorchs(budget: float) -> None:
+    """Which maximizes, and asks for a corner instead of the smallest plan. Larger points are better in the mean."""
+    points = [(size, 6.0 - size + noise) for size, noise in np.random.default_rng(0).uniform(0, 5, (12, 2)).tolist()]
+    smallest = min(points)
+    corner = torch.tensor([-budget, -smallest[1]], dtype=torch.float64)
+    area = Hypervolume(corner).compute(-torch.tensor(points, dtype=torch.float64))
+    assert area > 0.1
+    assert hypervolume(points, smallest, budget) == pytest.approx(area / (budget - smallest[0]))
