@@ -7,8 +7,7 @@
 which is then loaded, cut on 10 samples of 64 tokens, saved and loaded again, by the functions that `qpruner prune`
 calls. Resident memory must stay below 22 GiB (LLM-Pruner holds weights and gradients of everything); it includes pages
 of weight files that are mapped.
-Prints peaks and seconds of each step, then one JSON line. Takes 27 GB of disk. Long: `pytest -m slow` runs it, the fast
-tests do not.
+Prints peaks and seconds of each step, then one JSON line. Takes 27 GB of disk.
 """
 
 from __future__ import annotations

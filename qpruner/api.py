@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 
 
 def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:
-    """Run a configuration, or go on with it, as `qpruner run` does; return what the run's folder tells.
+    """Run a YAML file, or go on with it, as `qpruner run` does; return what the run's folder tells.
 
-    Args:
-        config: Path of a YAML file.
-        overrides: `section.key=value` pairs.
-        until: The last stage to run, as `qpruner.pipeline.flow.STAGES` names them.
-        address: A running Ray cluster to join; without it Ray starts on this machine when it is needed.
+    Overrides are `section.key=value`. `until` is the last stage to run. `address` is a running Ray cluster to join;
+    without it Ray starts on this machine when it is needed.
 
     Raises:
         UserError: When the input cannot work.

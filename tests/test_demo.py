@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -26,10 +27,8 @@ def memory_bytes(driver: psutil.Process) -> int:
     """Proportional share of memory of a process and all it started; processes that end meanwhile count nothing."""
     total = 0
     for process in [driver, *driver.children(recursive=True)]:
-        try:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return total
 
 
@@ -52,8 +51,8 @@ def test_demo(tmp_path: Path) -> None:
     told = json.loads(text.splitlines()[-1])
     report = json.loads((run / "results.json").read_text())
     table = {row["name"]: row for row in told["table"]}
-    uniform, seeds = ["uniform 4-bit", "uniform 8-bit"], ["mutual-information seed", "best seed"]
-    assert list(table) == ["base", "pruned", *uniform, *seeds, "random", "searched"]
+    others = ["uniform 4-bit", "uniform 8-bit", "mutual-information seed", "best seed", "random"]
+    assert list(table) == ["base", "pruned", *others, "searched"]
     unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]

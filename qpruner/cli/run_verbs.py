@@ -24,7 +24,7 @@ from qpruner.report import liveness, run_views
 from qpruner.report.search_progress import score_with_step
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.logs import quiet_libraries
-from qpruner.runs.records import BankRecord, plan_group_bytes
+from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import REMEDIES
@@ -215,7 +215,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
         if sizes:
-            grouped = plan_group_bytes(sizes, trial.plan)
+            grouped = sum(sizes[str(bits)][group] for group, bits in trial.plan.items())
             others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB besides: embeddings, norms, head, adapter"
             click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -101,9 +100,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if text.strip():
         here[place] = value
     elif isinstance(here, dict) and place not in here:
-        raise UserError(
-            f"--set {override}: there is no `{key}` in the file to be taken out; what is not there has its default"
-        )
+        raise UserError(f"--set {override}: there is no `{key}` in the file to be taken out: it has its default")
     else:
         del here[place]
 
@@ -111,12 +108,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any:
     if isinstance(here, dict):
         return part
-    if not part.isdecimal():
-        raise UserError(f"--set {override}: `{part}` must be the number of an item, since it is of a list: 0, 1, ...")
-    if int(part) >= len(here):
+    if not part.isdecimal() or int(part) >= len(here):
         raise UserError(
-            f"--set {override}: there is no item {part} in a list of {counted(len(here), 'item')}, counted from 0; to "
-            "add one, give the whole list"
+            f"--set {override}: `{part}` must be the number of an item, counted from 0, of a list of "
+            f"{counted(len(here), 'item')}; to add one, give the whole list"
         )
     return int(part)
 
@@ -139,16 +134,7 @@ def _explain(problem: Any) -> str:
         "model_type": "must be a mapping of keys (a section)",
         "too_short": "must have at least 1 item",
     }.get(problem["type"], rule)
-    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}{_as_share(problem)}"
-
-
-def _as_share(problem: Any) -> str:
-    """Say how to write a share that was given in per cent."""
-    limits = problem.get("ctx", {})
-    most, given = limits.get("le", limits.get("lt", math.inf)), problem["input"]
-    if not (most <= 1 and isinstance(given, int | float) and 2 <= given <= 100 * most):
-        return ""
-    return f": a share, so {given:g} % is {given / 100:g}"
+    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}"
 
 
 def _explain_unknown_key(location: list[str | int]) -> str:

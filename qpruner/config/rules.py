@@ -12,8 +12,8 @@ from qpruner.config import schema
 from qpruner.config.pruning import REDUCING
 from qpruner.config.section import Idle
 
-OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
-"""Keys of `prune` about units inside blocks alone."""
+OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
+"""Keys of `prune` that need units inside blocks."""
 OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "patience", "pareto", "confirm")
 """Keys of `search` about several trials."""
 
@@ -153,7 +153,6 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
         (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
-        (blocks_only, only, ("depth_share",)),
         (not prune.drops_blocks, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
         (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
         (prune.importance != "taylor", importance, ("order",)),

@@ -51,13 +51,8 @@ def measure(
 ) -> StepTimes:
     """Time a micro-batch of rows of full length, and the packing of a layer of `LARGEST` rows and columns at most.
 
-    Args:
-        config: The run's configuration.
-        model_config: transformers config of the pruned model.
-        linear: The layer whose packing is timed.
-        share_high: Share of the weights at the highest bits, the others being at the lowest.
-        share_labelled: Share of the tokens that have a label, to which the head is applied.
-        threads: CPU cores of a slot.
+    A share of the pruned model's weights is at the highest bits, the others at the lowest. A share of the tokens has a
+    label, to which the head is applied.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
@@ -87,12 +82,9 @@ def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
     most = LARGEST // (2 if _is_exact(lora) else 1)
     rows, columns = min(linear.rows, most), min(linear.columns, most)
     weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
-
-    def build() -> None:
-        for bits in levels:
-            build_entry({"": weight}, bits, lora, config.quantize.double_quant, config.seed)
-
-    return packing_operations(rows, columns, lora, len(levels)) / _least(build)
+    double_quant, seed = config.quantize.double_quant, config.seed
+    seconds = _least(lambda: [build_entry({"": weight}, bits, lora, double_quant, seed) for bits in levels])
+    return packing_operations(rows, columns, lora, len(levels)) / seconds
 
 
 def _is_exact(lora: LoraConfig) -> bool:
@@ -131,7 +123,7 @@ def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
     return _least(train), _least(score)
 
 
-def _least(work: Callable[[], None]) -> float:
+def _least(work: Callable[[], object]) -> float:
     """Time some work: the least of a few tries, since what else the machine does only adds."""
     wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken = []

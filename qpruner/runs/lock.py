@@ -56,11 +56,7 @@ class Driver(NamedTuple):
 
 
 def driver_of(root: Path) -> Driver | None:
-    """Find who drives a run; None where nobody holds its lock. Nothing is written.
-
-    Raises:
-        StorageError: If the storage cannot be reached.
-    """
+    """Find who drives a run; None where nobody holds its lock. Nothing is written."""
     found = retry_storage(lambda: _last_beat(storage_at(root / NAME)), root / NAME)
     if found is None:
         return None
@@ -77,14 +73,11 @@ def hold_run(
 ) -> Iterator[Callable[[], bool]]:
     """Hold a run for this process; end the process (SIGTERM) when another took the run while this one was suspended.
 
-    Yields a callable: True while this process holds the lock, or the storage cannot be reached.
-
-    `notify` is called with one line when another machine's driver is waited for, a stale lock is taken, or this one was
-    lost.
+    Yields a callable: True while this process holds the lock, or the storage cannot be reached. `notify` gets a line
+    when another machine's driver is waited for, a stale lock is taken, or this one was lost.
 
     Raises:
         UserError: If another driver works on the run, with its host and process.
-        StorageError: If the storage is full or away.
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
     seen, deadline = None, time.monotonic() + limit
@@ -132,7 +125,7 @@ def hold_run(
 
 
 def lock_lost(stage: str, how: str) -> StageError:
-    """Explain why a stage ends whose driver slept, or was cut off, while another worked on its run; `how` shows it."""
+    """Explain why a stage ends whose driver slept while another worked on its run; `how` shows it."""
     return StageError(
         stage,
         f"another driver took this run over while this one gave no sign of life: {how}",
@@ -160,7 +153,7 @@ def _holder(lock: Storage) -> Holder | None:
 
 
 def _last_beat(lock: Storage) -> tuple[Holder, float] | None:
-    """Read who holds a lock, and its last heartbeat; None where there is no lock, or it goes just now."""
+    """Read who holds a lock, and its last heartbeat; None where nobody does."""
     try:
         holder, found = _holder(lock), lock.stat()
     except FileNotFoundError:

@@ -34,17 +34,13 @@ RULES = [
     ("prune.zzzz=1", "`prune.zzzz` is not a known key; known keys: aggregation, compensation, depth_importance"),
     ("model={}", "`model.source` is missing: it must be given"),
     ("lora.rank=eight", "`lora.rank` ... valid integer ... got 'eight'"),
-    ("search.max_trials=2.5", "`search.max_trials` ... valid integer ... got 2.5"),
     ("lora.rank=true", "`lora.rank`: must not be a boolean, got True; YAML reads yes, no"),
     ("seed=[1, 2]", "`seed` ... valid integer, got [1, 2]"),
     ("data.train={source: x}", "`data.train`: must be a list, got {'source': 'x'}"),
-    ("evaluate.tasks=arc_easy", "`evaluate.tasks`: must be a list, got 'arc_easy'"),
     ("prune=3", "`prune`: must be a mapping of keys (a section), got 3"),
-    ("lora=null", "`lora`: must be a mapping ... got None"),
     ("prune.uniform=3", "`prune.uniform` ... valid boolean ... got 3"),
     ("output=''", "`output` ... at least 1 character, got ''"),
     ("data.train=[]", "`data.train`: must have at least 1 item, got []"),
-    ("prune.units=[]", "`prune.units`: must have at least 1 item, got []"),
     # choices
     ("prune.importance=tailor", "`prune.importance` ... 'taylor', 'magnitude', ... got 'tailor'"),
     ("prune.units=[heads]", "`prune.units.0` ... 'attention', 'mlp' or 'expert', got 'heads'"),
@@ -54,41 +50,25 @@ RULES = [
     ("data.train.0.format=chat", "`data.train.0.format` ... 'instruction', 'multiple_choice' or 'text', got 'chat'"),
     # bounds
     ("prune.rate=-0.1", "`prune.rate` ... greater than or equal to 0, got -0.1"),
-    ("prune.rate=20", "`prune.rate` ... got 20: a share, so 20 % is 0.2"),
-    ("lora.dropout=5.5", "`lora.dropout` ... got 5.5: a share, so 5.5 % is 0.055"),
     ("prune.rate=0.95", "`prune.rate` ... less than or equal to 0.9, got 0.95"),
     ("prune={layer_rate: 1}", "`prune.layer_rate` ... less than 1, got 1"),
     ("prune.ridge=0", "`prune.ridge` ... greater than 0, got 0"),
     ("calibration.max_length=3", "`calibration.max_length` ... greater than or equal to 4, got 3"),
     ("quantize.budget={fraction: 1.5}", "`quantize.budget.fraction` ... less than or equal to 1, got 1.5"),
     ("quantize.budget={gib: .inf}", "`quantize.budget.gib` ... finite number, got inf"),
-    ("training.learning_rate=.inf", "`training.learning_rate` ... finite number, got inf"),
     ("search.resources_per_trial={gpu: -1}", "`search.resources_per_trial.gpu` ... greater than or equal to 0, got -1"),
     ("search.reduction_factor=1", "`search.reduction_factor` ... greater than or equal to 2, got 1"),
     ("finetune.num_workers=0", "`finetune.num_workers` ... greater than or equal to 1, got 0"),
     # within a section
-    (
-        "prune.layer_rate=0.25",
-        "`prune`: give `rate` or `layer_rate`, not both: take one out (on the command line",
-    ),
+    ("prune.layer_rate=0.25", "`prune`: give `rate` or `layer_rate`, not both: take one out (on the command line"),
     ("prune={rate: null}", "`prune`: give `rate` or `layer_rate`, got neither"),
-    (
-        "prune={layer_rate: 0.2, units: [block, mlp]}",
-        "`layer_rate` is about ... take `block` out of `units`",
-    ),
-    (
-        "prune={layer_rate: 0.2, selection: global}",
-        "`layer_rate` needs `selection: per_layer` ... got global",
-    ),
-    (
-        "prune={uniform: true, selection: global}",
-        "`uniform` needs `selection: per_layer` ... got global: take",
-    ),
+    ("prune={layer_rate: 0.2, units: [block, mlp]}", "`layer_rate` is about ... take `block` out of `units`"),
+    ("prune={layer_rate: 0.2, selection: global}", "`layer_rate` needs `selection: per_layer` ... got global"),
+    ("prune={uniform: true, selection: global}", "`uniform` needs `selection: per_layer` ... got global: take"),
     ("prune.reduction=product", "`reduction: product` needs `selection: per_layer` ... such as sum"),
     ("prune.units=[mlp, mlp]", "`units` names a kind twice: ['mlp', 'mlp']; name each once"),
     ("prune.units=[expert, mlp]", "`units` may name `expert` or `mlp`, not both"),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
-    ("quantize.bits=[4, 4]", "`bits` must be different bit-widths in ascending order, got [4, 4]"),
     ("quantize.budget={}", "`quantize.budget`: give exactly one of fraction, mean_bits, gib, bytes; got none"),
     ("quantize.budget={fraction: 0.5, mean_bits: 5}", "give exactly one of ... got fraction, mean_bits: take one out"),
     ("sensitivity.methods=[kl, kl]", "`methods` names a method twice, got kl, kl: name each once"),
@@ -96,7 +76,6 @@ RULES = [
     ("search.first_rung=9", "`first_rung` must be at most `steps` (4), got 9"),
     ("search.metric=accuracy", "`metric: accuracy` needs at least one task under `tasks`"),
     ("search={metric: accuracy, tasks: [piqa]}", "`metric: accuracy` needs a `limit` of at least 2 ... got None"),
-    ("search={metric: acc, tasks: [piqa], limit: 1}", "`metric: acc` needs a `limit` of at least 2 ... got 1"),
     ("search.resources_per_trial={gpu: 1.5}", "`gpu` must be a share of one GPU or a whole number of them, got 1.5"),
     ("finetune={steps: 4, epochs: 1}", "`finetune`: give exactly one of `steps` and `epochs`, got both: take one out"),
     ("finetune={}", "`finetune`: give exactly one of `steps` and `epochs`, got neither"),
@@ -105,10 +84,7 @@ RULES = [
     ("card.datasets=[me/rows, package:x]", "`card.datasets.1`: string should match pattern ... got 'package:x'"),
     ("card.license=Apache 2.0", "`card.license`: string should match pattern ... got 'Apache 2.0'"),
     # between sections
-    (
-        "search.plan=kl; sensitivity.methods=[fisher]",
-        "`search.plan` ... kl ... not measured: name it in ... ['fisher']",
-    ),
+    ("search.plan=kl; sensitivity.methods=[fisher]", "`search.plan` ... kl ... not measured ... ['fisher']"),
     ("search.plan=kl; quantize.bits=[4]", "`search.plan` ... not measured ... two bit-widths or more ... got [4]"),
     ("search.tasks=[qpruner_everyday_test]", "`evaluate.tasks` must not share ... both name qpruner_everyday_test"),
     ("finetune.num_workers=2", "`training.batch_size` must be a multiple of ... (2 x 4), got 4 ... take fewer workers"),
@@ -140,18 +116,16 @@ def test_every_problem_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"output: x\nseed: 1\nseed: 2\n", "`seed` is given twice ... line"),
         (b"lora:\n  rank: 4\n  rank: 8\n", "`rank` is given twice ... line 3"),
         (b"lora: [1\n", "not valid YAML ... expected ',' or ']' ... line ... see tune_configs/"),
         (b"lora:\n\trank: 1\n", "not valid YAML ... line 2, column 1 ... replace its tabs by spaces"),
-        (b"lora:\n  rank:\t1\n", "line 2, column 8 ... replace its tabs"),
         (b"- output\n- model\n", "mapping of sections, got list; see tune_configs/"),
         (b"", "mapping of sections"),
         (b"\xff\xfe\x00", "not valid YAML"),
         (b"? [a]\n: b\n", "not valid YAML ... unhashable key ... line"),
         (b"seed: !!python/object:os.system x\n", "not valid YAML ... python/object"),
     ],
-    ids=range(10),
+    ids=range(8),
 )
 def test_a_file_that_is_no_configuration_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
@@ -177,9 +151,9 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
         ("lora.rank=[", "lora.rank=[: the value is not valid YAML"),
         ("lora.rnak=3", "`lora.rnak` ... did you mean `lora.rank`"),
         ("lora.rank=null", "`lora.rank` ... valid integer, got None"),
-        ("serach.patience=", "no `serach.patience` in the file to be taken out; what is not there has"),
-        ("data.train.9.limit=3", "data.train.9.limit=3: there is no item 9 in a list of 1 item, counted from 0"),
-        ("data.train.first.limit=3", "`first` must be the number of an item ... 0, 1"),
+        ("serach.patience=", "no `serach.patience` in the file to be taken out: it has its default"),
+        ("data.train.9.limit=3", "data.train.9.limit=3: `9` must be the number of an item, counted from 0 ... 1 item"),
+        ("data.train.first.limit=3", "`first` must be the number of an item"),
         ("finetune.epochs=1", "exactly one ... both: take one out ... `--set finetune.steps=`"),
         ("quantize.budget.bytes=9", "exactly one ... bytes ... `--set quantize.budget.fraction=`"),
     ],
@@ -192,8 +166,7 @@ def test_a_wrong_override_is_refused(override: str, message: str, write_yaml: Ca
 
 
 def test_overrides_take_keys_out_and_change_items(write_yaml: Callable[..., Path]) -> None:
-    raw = raw_config(Path("model"), Path("run"))
-    raw = changed_by("prune.aggregation=vector; finetune.random_plans=1; calibration.data=null", raw)
+    raw = changed_by("finetune.random_plans=1", raw_config(Path("model"), Path("run")))
     path = write_yaml(raw)
 
     def load(*overrides: str) -> RunConfig:
@@ -211,6 +184,7 @@ def test_overrides_take_keys_out_and_change_items(write_yaml: Callable[..., Path
 # ---- the command line
 
 WITHOUT_BAYESOPT = pytest.mark.skipif(find_spec("bayes_opt") is not None, reason="the extra is installed")
+WORKERS = {"finetune.num_workers": 999, "training.batch_size": 999 * 4}
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="refused without a GPU only")
 COMMANDS = [
     pytest.param("check", {"lora.rnak": 8}, (), "did you mean `lora.rank`", id="unknown-key"),
@@ -220,13 +194,7 @@ COMMANDS = [
     pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
     pytest.param("run", {"output": "config.yaml"}, (), "name a folder", id="run-into-a-file"),
     pytest.param("run", {"search.searcher": "bayesopt"}, (), "qpruner[bayesopt]", id="extra", marks=WITHOUT_BAYESOPT),
-    pytest.param(
-        "run",
-        {"finetune.num_workers": 999, "training.batch_size": 999 * 4},
-        (),
-        "asks for 999 workers",
-        id="workers",
-    ),
+    pytest.param("run", WORKERS, (), "asks for 999 workers", id="workers"),
 ]
 
 

@@ -22,13 +22,6 @@ SECRETS = {name: f"secret-{number}-of-{name.lower()}" for number, name in enumer
 """What hubs, clouds, Ray and trackers read; none of them is asked for anything here."""
 
 
-def files_below(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """Every file that is there and can be read; Ray's sockets and what it deletes meanwhile are none."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            yield path, path.read_bytes()
-
-
 @pytest.fixture
 def ray_files() -> Iterator[Path]:
     """Where Ray writes; the names of its sockets must be short."""
@@ -55,7 +48,8 @@ def test_no_file_of_a_run_or_of_ray_has_a_token(tiny_model: Path, ray_files: Pat
     environment = os.environ | SECRETS | {"HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_files)}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=480)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = {**dict(files_below(tmp_path / "run")), **dict(files_below(ray_files))}
+    files = [path for folder in (tmp_path / "run", ray_files) for path in folder.rglob("*") if path.is_file()]
+    told = {path: path.read_bytes() for path in files if not path.is_symlink()}
     kinds = {"qpruner.log", "results.json", "prune.json", "trial.json"}
     assert kinds <= {path.name for path in told}, "the run's files were looked at"
     assert any("tfevents" in path.name for path in told), "TensorBoard's were"

@@ -26,7 +26,7 @@ from qpruner.errors import StageError, UserError
 from qpruner.export.compare import compare
 from qpruner.export.forms import export
 from qpruner.pipeline.run import run as run_pipeline
-from qpruner.quantization.mixed import unpack
+from qpruner.quantization.mixed import layer_tensors, unpack
 from qpruner.runs.run_dir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
@@ -105,19 +105,21 @@ def test_what_does_not_predict_the_same_leaves_no_folder(finished: Path, tmp_pat
 def faint(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose adapters are a hundredth of each layer: one of them is lost among the rounding of the rest."""
     root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("faint") / "run"))
-    scale_adapters(root / "final" / ADAPTER, 1 / 800, "lora_B")
+    parts = load_file(root / "final" / ADAPTER)
+    fainter = {name: part / 800 if "lora_B" in name else part for name, part in parts.items()}
+    save_file(fainter, root / "final" / ADAPTER)
+    export(RunDir(root), "merged", root / "merged")
     return root
 
 
-def scale_adapters(file: Path, factor: float, which: str) -> None:
-    parts = load_file(file)
-    assert any(which in name for name in parts)
-    save_file({name: part * factor if which in name else part for name, part in parts.items()}, file)
-
-
-@pytest.fixture(scope="module")
-def merged(faint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(RunDir(faint), "merged", tmp_path_factory.mktemp("merged") / "out").folder
+def compared_with(run: Path, tensor: str, value: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> None:
+    """Compare a final model with its merged export after one tensor of the export was changed."""
+    shutil.copytree(run / "merged", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[tensor] = value(weights[tensor])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    rows = load_encoded(run / "prepare" / "data" / "confirmation")
+    compare(run / "final", folder, [row["input_ids"] for row in rows])
 
 
 LAYERS = {4: "self_attn.q_proj", 8: "self_attn.o_proj", 16: "mlp.up_proj"}
@@ -133,32 +135,21 @@ DAMAGES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], s
     ("damage", "bits"),
     [("adapter lost", 4), ("adapter twice", 8), ("another base", 8), ("not a number", 16)],
 )
-def test_one_damaged_layer_is_noticed(damage: str, bits: int, faint: Path, merged: Path, tmp_path: Path) -> None:
+def test_one_damaged_layer_is_noticed(damage: str, bits: int, faint: Path, tmp_path: Path) -> None:
     layer = f"model.layers.0.{LAYERS[bits]}"
     state, adapter = load_file(faint / "final" / "model.safetensors"), load_file(faint / "final" / ADAPTER)
-    parts = {name.removeprefix(f"{layer}."): part for name, part in state.items() if name.startswith(f"{layer}.")}
+    parts = layer_tensors(state, layer)
     base = parts["weight"].float() if bits == 16 else unpack(parts, torch.float32)
     lora_a, lora_b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
     change, message = DAMAGES[damage]
-    folder = Path(shutil.copytree(merged, tmp_path / "out"))
-    weights = load_file(folder / "model.safetensors")
-    weights[f"{layer}.weight"] = change(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    damaged = change(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
     with pytest.raises(StageError, match=rf"`{layer}` {message}"):
-        compare(faint / "final", folder, rows_of(faint))
+        compared_with(faint, f"{layer}.weight", lambda _: damaged, tmp_path / "out")
 
 
-def rows_of(run: Path) -> list[list[int]]:
-    return [row["input_ids"] for row in load_encoded(run / "prepare" / "data" / "confirmation")]
-
-
-def test_other_damage_shows_in_the_predictions(faint: Path, merged: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(merged, tmp_path / "out"))
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3.0)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def test_other_damage_shows_in_the_predictions(faint: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"diverges by \S+ nats a token, more than 0\.05"):
-        compare(faint / "final", folder, rows_of(faint))
+        compared_with(faint, "model.norm.weight", lambda norm: torch.full_like(norm, 3.0), tmp_path / "out")
 
 
 def test_exports_say_what_is_missing_or_in_the_way(finished: Path, tmp_path: Path) -> None:

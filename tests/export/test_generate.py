@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import raw_config
+from made_rows import STATE
 from mixed_models import finished_run
 from object_store import object_store, talk_to
 from peft import PeftModel
@@ -32,56 +32,39 @@ from qpruner.errors import UserError
 from qpruner.export.forms import export
 from qpruner.export.generate import Sampling, sources
 from qpruner.runs.lock import hold_run
-from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.records import PrepareRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import objects, storage_at
 
 PROMPT = "Question: which of these"
-GREEDY = Sampling(max_tokens=12, temperature=0.0, seed=0)
 
 
-@pytest.fixture(scope="module")
-def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with layers that count: as it is, it repeats the last token for ever."""
-    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("lively") / "model"))
-    scale_layers(folder, 40)
-    return folder
-
-
-def scale_layers(folder: Path, factor: float) -> None:
-    """Change what every block adds."""
+def scale_layers(model: Path, factor: float, folder: Path) -> Path:
+    """Copy a model and change what every block adds."""
+    shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     for name in weights:
         if name.endswith(("down_proj.weight", "o_proj.weight")):
             weights[name] *= factor
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with layers that count: as it is, it repeats the last token for ever."""
+    return scale_layers(tiny_model, 40, tmp_path_factory.mktemp("lively") / "model")
 
 
 @pytest.fixture(scope="module")
 def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its three models, all different."""
     root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
-    pruned = Path(shutil.copytree(lively, root / "prune"))
-    scale_layers(pruned, -0.5)
-    folder = RunDir(root)
-    folder.write_record(
-        "prepare",
-        PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={}),
-    )
-    folder.write_state(
-        RunState(
-            config=raw_config(lively, root),
-            until="report",
-            command="qpruner run config.yaml",
-            folder=str(lively.parent),
-            environment={},
-            host=socket.gethostname(),
-            pid=1,
-            started=0.0,
-            updated=0.0,
-            outcome="done",
-        )
-    )
+    scale_layers(lively, -0.5, root / "prune")
+    record = PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={})
+    RunDir(root).write_record("prepare", record)
+    changes = {"config": raw_config(lively, root), "folder": str(lively.parent), "host": socket.gethostname()}
+    RunDir(root).write_state(STATE.model_copy(update=changes))
     return root
 
 
@@ -115,11 +98,8 @@ def expected(folder: Path, prompt: str = PROMPT) -> str:
 
 def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path, tmp_path: Path) -> None:
     said = answers(run)
-    assert said == {
-        "base": expected(lively),
-        "pruned": expected(run / "prune"),
-        "final": expected(run / "final"),
-    }
+    folders = {"base": lively, "pruned": run / "prune", "final": run / "final"}
+    assert said == {name: expected(folder) for name, folder in folders.items()}
     assert len(set(said.values())) == 3
     assert list(answers(run, "--which", "final,base")) == ["final", "base"]
     export(RunDir(run), "peft", tmp_path / "peft")
@@ -134,19 +114,16 @@ def test_prompts_of_a_file_are_answered_in_turn(
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nAnswer: the\n")
     asked = ("generate", run, "--which", "base,final", "--file", tmp_path / "prompts.txt", "--max-tokens", 12)
     told = command(*asked)
-    assert told.stdout == "".join(
-        f"> {prompt}\n" + "".join(f"[{name}]\n{printable(expected(folder, prompt))}\n" for name, folder in models)
-        for models in [(("base", lively), ("final", run / "final"))]
-        for prompt in (PROMPT, "Answer: the")
-    )
+    lines = []
+    for prompt in (PROMPT, "Answer: the"):
+        lines.append(f"> {prompt}\n")
+        for name, folder in (("base", lively), ("final", run / "final")):
+            lines.append(f"[{name}]\n{printable(expected(folder, prompt))}\n")
+    assert told.stdout == "".join(lines)
     assert re.search(r"\[generate\] loading weights: (\d+) of \1\n", told.stderr)
     answered = json.loads(command(*asked, "--json").stdout)["answers"]
-    assert [(each["prompt"], each["model"]) for each in answered] == [
-        (0, "base"),
-        (1, "base"),
-        (0, "final"),
-        (1, "final"),
-    ]
+    order = [(0, "base"), (1, "base"), (0, "final"), (1, "final")]
+    assert [(each["prompt"], each["model"]) for each in answered] == order
 
 
 def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path) -> None:
@@ -155,31 +132,30 @@ def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    [source] = sources(folder, ())
-    generator = source.load()
-    assert generator.answer("which", GREEDY).text == expected(lively, "<user>which\n<assistant>")
-    plain = generator.answer("which", replace(GREEDY, template="none"))
-    assert plain.text == expected(lively, "which"), "as it is, whatever the tokenizer has"
-    told = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", "alpaca", "--json")
-    (answer,) = json.loads(told.stdout)["answers"]
-    assert answer["text"] == expected(lively, alpaca_prompt("which")) != plain.text
+    for template, prompt in (
+        ("chat", "<user>which\n<assistant>"),
+        ("none", "which"),
+        ("alpaca", alpaca_prompt("which")),
+    ):
+        told = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", template, "--json")
+        (answer,) = json.loads(told.stdout)["answers"]
+        assert answer["text"] == expected(lively, prompt), template
 
 
 def test_an_answer_ends_where_the_model_ends_it(lively: Path, tmp_path: Path) -> None:
     """The model's own generation_config.json names another end than the tokenizer: both count."""
     [source] = sources(lively, ())
     generator = source.load()
-    plain = generator.answer(PROMPT, GREEDY).text
+    plain = generator.answer(PROMPT, Sampling(12, 0.0, 0)).text
     # And a draw depends on the seed alone.
     once, again, other = (generator.answer(PROMPT, Sampling(12, 1.0, seed)).text for seed in (1, 1, 2))
     assert once == again and len({plain, once, other}) == 3
     folder = Path(shutil.copytree(lively, tmp_path / "ending"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    third = tokenizer(plain)["input_ids"][2]
+    third = AutoTokenizer.from_pretrained(folder)(plain)["input_ids"][2]
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [third]}))
     [ending] = sources(folder, ())
-    said = ending.load().answer(PROMPT, GREEDY)
+    said = ending.load().answer(PROMPT, Sampling(12, 0.0, 0))
     assert said.ended == "end" and said.num_tokens <= 3
 
 
@@ -201,27 +177,24 @@ def test_what_cannot_be_answered_says_what_to_do(run: Path, arguments: list[str]
 
 def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    shutil.rmtree(copy / "final")
+    adapted = Path(shutil.move(copy / "final", tmp_path / "final"))
     assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
     asked = ("--prompt", PROMPT, "--max-tokens", 2)
     assert "final: not there yet; `qpruner run` makes them" in command("generate", copy, *asked).stderr
     assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
-    with pytest.raises(UserError, match="repeat `qpruner run` to make it; `--which base,pruned` is there"):
-        sources(copy, ["final"])
+    (adapted / "adapter_model.safetensors").rename(adapted / "adapter_model.bin")
     weights = copy / "prune" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"the pruned model: weight file \S+ is truncated or damaged"):
-        sources(copy, ())
-    with pytest.raises(UserError, match="`--which` chooses among the models of a run"):
-        sources(lively, ["final"])
-    with pytest.raises(UserError, match="name a run folder, or a model's"):
-        sources(tmp_path / "nothing", ())
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        sources(tmp_path, ())
-    folder = Path(shutil.copytree(run / "final", tmp_path / "final"))
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(UserError, match="pickled adapters are not read"):
-        sources(folder, ())
+    for place, which, message in (
+        (copy, ["final"], "repeat `qpruner run` to make it; `--which base,pruned` is there"),
+        (copy, [], r"the pruned model: weight file \S+ is truncated or damaged"),
+        (lively, ["final"], "`--which` chooses among the models of a run"),
+        (tmp_path / "nothing", [], "name a run folder, or a model's"),
+        (tmp_path, [], r"has no config\.json"),
+        (adapted, [], "pickled adapters are not read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources(place, which)
 
 
 def test_a_copied_run_finds_the_base_model_it_wrote(run: Path, lively: Path, tmp_path: Path) -> None:

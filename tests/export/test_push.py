@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from hub_server import TOKEN, Hub, Repository, serving
 from huggingface_hub import constants
-from mixed_models import finished_run
+from mixed_models import finished_run, logits_of
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
@@ -24,28 +24,23 @@ from qpruner.export.forms import export
 from qpruner.runs.records import MARK
 from qpruner.runs.run_dir import RunDir
 
-CARD = f"""---
-license: mit
----
-
-# mine
-
-{loading_section("packed")}
-## Measured
-
-A note of its owner.
-"""
+CARD = f"---\nlicense: mit\n---\n\n# mine\n\n{loading_section('packed')}\n## Measured\n\nA note of its owner.\n"
 REPO = "someone/mine"
-IDS = [list(range(5, 29))]
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a final model, its card and a peft export."""
     root = finished_run(tiny_model, tmp_path_factory.mktemp("push") / "run")
     (root / "final" / "README.md").write_text(CARD)
     export(RunDir(root), "peft", root / "export" / "peft")
     return root
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +68,10 @@ def hub(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     return served
 
 
-def push(run: Path, *options: str) -> Result:
-    return CliRunner().invoke(main, ["push", str(run), REPO, *options])
+def push(run: Path, *options: str, code: int = 0) -> Result:
+    done = CliRunner().invoke(main, ["push", str(run), REPO, *options])
+    assert done.exit_code == code, done.output
+    return done
 
 
 def loaded(card: bytes) -> Any:
@@ -85,44 +82,37 @@ def loaded(card: bytes) -> Any:
     return names["model"]
 
 
-def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub, tmp_path: Path) -> None:
-    done = push(run, "--json")
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout.splitlines()[-1])
-    repository = hub.repositories[REPO]
+def test_the_hub_has_the_final_model_and_nobody_else_sees_it(finished: Path, hub: Hub, tmp_path: Path) -> None:
+    done = push(finished, "--json")
+    told, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
     assert repository.private and told["is_private"]
     size = f"{told['num_bytes'] / 1e6:.1f} MB"
     assert f"[push] {told['num_files']} files, {size}, on their way to {REPO} ...\n" in done.stderr
     assert told["num_bytes"] == sum(map(len, repository.files.values()))
     assert told["card_lacks"] == ["base_model", "datasets"]
     assert "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat" in done.stderr
-    local = {path.name: path.read_bytes() for path in (run / "final").iterdir()}
+    local = {path.name: path.read_bytes() for path in (finished / "final").iterdir()}
     assert set(repository.files) == set(local) and told["num_files"] == len(local)
     changed = {name for name in local if local[name] != repository.files[name]}
     assert changed == {"README.md", "adapter_config.json"}
     assert f'from_pretrained("{REPO}")' in repository.files["README.md"].decode()
-    assert str(run.parent) not in "".join(repository.files[name].decode() for name in changed)
+    assert str(finished.parent) not in "".join(repository.files[name].decode() for name in changed)
     assert TOKEN not in done.output
     # By its name, as anybody loads it who may: packed layers and the adapter both come from the hub.
-    models = (
-        AutoModelForCausalLM.from_pretrained(place, cache_dir=tmp_path / "cache") for place in (REPO, run / "final")
-    )
-    found, expected = (model(torch.tensor(IDS)).logits for model in models)
+    places = (REPO, finished / "final")
+    found, expected = (logits_of(AutoModelForCausalLM.from_pretrained(each, cache_dir=tmp_path)) for each in places)
     assert torch.equal(found, expected)
 
 
-def test_a_merged_model_takes_the_place_of_the_final_one(run: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_merged_model_takes_the_place_of_the_final_one(run: Path, hub: Hub) -> None:
     """In one repository: transformers would attach an adapter that was pushed before to what has it merged in."""
-    run = Path(shutil.copytree(run, tmp_path / "run"))
+    assert "has no merged model: `qpruner export" in push(run, "--what", "merged", code=2).stderr
     merged = export(RunDir(run), "merged", run / "export" / "merged").folder
     files = {".gitattributes": b"*.safetensors filter=lfs", "notes/mine.txt": b"", "adapter_config.json": b"{}"}
     hub.repositories[REPO] = Repository(private=True, files=files)
-    done = push(run, "--what", "merged")
-    assert done.exit_code == 0, done.output
-    assert "MB, 2 earlier files removed, private" in done.stdout
+    assert "MB, 2 earlier files removed, private" in push(run, "--what", "merged").stdout
     names = {path.name for path in merged.iterdir()} - {MARK}
     assert set(files) == {*names, "README.md", ".gitattributes"}
-
     card = files["README.md"].decode()
     assert "qpruner" not in card and "A note of its owner." in card
     model = loaded(card.replace(REPO, str(merged)).encode())
@@ -130,44 +120,37 @@ def test_a_merged_model_takes_the_place_of_the_final_one(run: Path, hub: Hub, tm
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "config.json"])
-def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, hub: Hub, name: str) -> None:
     """Under the card of the present one."""
-    run = Path(shutil.copytree(run, tmp_path / "run"))
     (run / "final" / name).write_bytes((run / "final" / name).read_bytes() + b" ")
-    done = push(run, "--what", "peft")
-    assert done.exit_code == 2 and not hub.repositories
+    done = push(run, "--what", "peft", code=2)
     assert re.search(r"delete it, then repeat `qpruner export \S+run --to peft`", done.stderr)
+    assert not hub.repositories
 
 
-@torch.no_grad()
-def test_a_peft_export_is_loaded_as_its_card_says(run: Path, hub: Hub) -> None:
-    done = push(run, "--what", "peft")
-    assert done.exit_code == 0, done.output
+def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> None:
+    push(finished, "--what", "peft")
     files = hub.repositories[REPO].files
-    assert {"adapter_config.json", "adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(
-        files
-    )
+    assert {"adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
-    assert not [name for name, content in files.items() if str(run.parent).encode() in content]
-    found = loaded(files["README.md"])(torch.tensor(IDS)).logits.float()
-    model, ids = AutoModelForCausalLM.from_pretrained(run / "final"), torch.tensor(IDS)
-    expected = model(ids).logits.float()
+    assert not [name for name, content in files.items() if str(finished.parent).encode() in content]
+    found = logits_of(loaded(files["README.md"])).float()
+    model = AutoModelForCausalLM.from_pretrained(finished / "final")
+    expected = logits_of(model).float()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
     # Activations of 8-bit layers are rounded to integers: where one falls the other way, a logit moves by 0.08.
-    assert (found - expected).norm() < 0.3 * (model(ids).logits.float() - expected).norm()
+    assert (found - expected).norm() < 0.3 * (logits_of(model).float() - expected).norm()
 
 
-def test_what_is_public_takes_nothing_private(run: Path, hub: Hub) -> None:
+def test_what_is_public_takes_nothing_private(finished: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
-    refused = push(run)
-    assert "on their way" not in refused.stderr
-    assert refused.exit_code == 2 and f"{REPO} is there and public: give `--public`" in refused.stderr
+    refused = push(finished, code=2)
+    assert f"{REPO} is there and public: give `--public`" in refused.stderr and "on their way" not in refused.stderr
     assert not hub.repositories[REPO].files and not hub.objects
-    done = push(run, "--public")
-    assert done.exit_code == 0, done.output
-    assert done.stdout.rstrip().endswith("public") and "model.safetensors" in hub.repositories[REPO].files
+    assert push(finished, "--public").stdout.rstrip().endswith("public")
+    assert "model.safetensors" in hub.repositories[REPO].files
 
 
 @pytest.mark.parametrize(
@@ -181,21 +164,15 @@ def test_what_is_public_takes_nothing_private(run: Path, hub: Hub) -> None:
     ids=["no-token", "wrong-token", "no-hub", "offline"],
 )
 def test_what_is_in_the_way(
-    variable: str, value: Any, code: int, told: str, run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    variable: str, value: Any, code: int, told: str, finished: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable == "HF_TOKEN":
         monkeypatch.setenv(variable, value)
     else:
         monkeypatch.setattr(constants, variable, value)
-    done = push(run)
-    assert (done.exit_code, told in done.stderr) == (code, True), done.output
+    assert told in push(finished, code=code).stderr
     assert not hub.repositories and not hub.objects
 
 
-def test_there_has_to_be_something_to_push(run: Path, hub: Hub, tmp_path: Path) -> None:
-    for folder, options, told in (
-        (run, ("--what", "merged"), "has no merged model: `qpruner export"),
-        (tmp_path, (), "has no final model: repeat `qpruner run`"),
-    ):
-        done = push(folder, *options)
-        assert done.exit_code == 2 and told in done.stderr
+def test_there_has_to_be_something_to_push(hub: Hub, tmp_path: Path) -> None:
+    assert "has no final model: repeat `qpruner run`" in push(tmp_path, code=2).stderr

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from qpruner.training.finetune import Listener, Schedule, finetune
 from qpruner.training.tracked_finetune import tracked
 from qpruner.training.trackers import Trackers, check_trackers
 
-WITHOUT = {name: importlib.util.find_spec(name) is None for name in ("wandb", "mlflow")}
-WITH_WANDB = pytest.mark.skipif(WITHOUT["wandb"], reason="wandb is not installed")
-WITH_MLFLOW = pytest.mark.skipif(WITHOUT["mlflow"], reason="mlflow is not installed")
+WITHOUT = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
+WITH_BOTH = pytest.mark.skipif(bool(WITHOUT), reason=f"not installed: {WITHOUT}")
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -55,110 +53,84 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def mlflow_rows(folder: Path, experiment: str = "run") -> dict[str, Any]:
-    """MLflow's runs by name."""
+def mlflow_rows(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
+    """MLflow's runs by name, each with the curve of its loss."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
-    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    return {run.info.run_name: run for run in found}
+    found = client.search_runs([client.get_experiment_by_name("run").experiment_id])
+    curves = [client.get_metric_history(run.info.run_id, "loss") for run in found]
+    return {
+        run.info.run_name: (run, [(each.step, each.value) for each in curve])
+        for run, curve in zip(found, curves, strict=True)
+    }
 
 
-def mlflow_curve(folder: Path, run: Any, metric: str) -> list[tuple[int, float]]:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
-    return [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, metric)]
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
+def wandb_records(file: Path) -> list[Any]:
     """What an offline run's file holds: protobuf records in LevelDB's log format behind seven bytes of header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, position, parts = file.read_bytes(), 7, b""
+    data, position, parts, found = file.read_bytes(), 7, b"", []
     while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
+        if (left := 32768 - position % 32768) < 7:
             position += left
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        if position + 7 + length > len(data):
-            return  # still being written
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(parts)
+        if kind in (1, 4) and position <= len(data):  # whole, or the last part
+            found.append(Record.FromString(parts))
             parts = b""
-            yield record
-
-
-def wandb_has_ended(file: Path) -> bool:
-    """Whether the file of an offline run has its last record."""
-    return any(record.HasField("exit") for record in wandb_records(file))
-
-
-def wandb_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """Configuration and lines of every row, by name."""
-    rows: dict[str, dict[str, Any]] = {}
-    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        row: dict[str, Any] = {}
-        for record in wandb_records(file):
-            if record.HasField("run"):
-                row = rows.setdefault(record.run.display_name, {"lines": []})
-                row["config"] = {each.key: json.loads(each.value_json) for each in record.run.config.update}
-            if record.HasField("history"):
-                line = {each.key or each.nested_key[-1]: json.loads(each.value_json) for each in record.history.item}
-                row["lines"].append(line)
-    return rows
-
-
-def mentions(folder: Path, text: str) -> list[Path]:
-    """The files below a folder that hold a text."""
-    found = []
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            if path.is_file() and text.encode() in path.read_bytes():
-                found.append(path)
     return found
 
 
-@pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """For Ray's files: a socket's path has at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def wandb_rows(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Configuration and lines of every row, by name."""
+    rows: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    deadline = time.monotonic() + 60
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        # Its service may still be writing when `finish` returns (wandb 0.31).
+        records = wandb_records(file)
+        while not any(record.HasField("exit") for record in records):
+            assert time.monotonic() < deadline, "its last record is missing"
+            time.sleep(0.1)
+            records = wandb_records(file)
+        [run] = [record.run for record in records if record.HasField("run")]
+        lines = [
+            {each.key or each.nested_key[-1]: json.loads(each.value_json) for each in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        rows[run.display_name] = {each.key: json.loads(each.value_json) for each in run.config.update}, lines
+    return rows
 
 
 @pytest.mark.slow
-@WITH_WANDB
-@WITH_MLFLOW
-def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path: Path, short_folder: Path) -> None:
-    config = search_config(
-        tiny_model,
-        tmp_path,
-        **{"trackers": ["wandb", "mlflow"], "search.max_trials": 2, "finetune.compare": False},
-    )
-    variables = environment(tmp_path) | {"RAY_TMPDIR": str(short_folder)}
-    with driver(config, verb="finetune", **variables) as command:
-        code, said = command.end()
-        assert code == 0, said
-        assert "pid=" not in said, "what workers print is no line of the run"
+@WITH_BOTH
+def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path: Path) -> None:
+    settings = {"trackers": ["wandb", "mlflow"], "search.max_trials": 2, "finetune.compare": False}
+    config = search_config(tiny_model, tmp_path, **settings)
+    # For Ray's files: a socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short_folder:
+        with driver(config, verb="finetune", **environment(tmp_path), RAY_TMPDIR=short_folder) as command:
+            code, said = command.end()
+            assert code == 0, said
+            assert "pid=" not in said, "what workers print is no line of the run"
+        told = subprocess.run(["grep", "-rlF", SECRET, tmp_path, short_folder], capture_output=True, text=True)
+        assert told.stdout == "", "recorded or logged"
     rungs, trials = rungs_of(command.run), trials_of(command.run)
     by_mlflow, by_wandb = mlflow_rows(tmp_path), wandb_rows(command.run)
     names = {index: f"trial-{index:04d}-{trials[index]['origin']}" for index in range(2)}
     [tuned] = by_mlflow.keys() - set(names.values())
     assert by_mlflow.keys() == by_wandb.keys()
     for index, name in names.items():
+        (run, curve), (about, lines) = by_mlflow[name], by_wandb[name]
         expected = [(rung["step"], pytest.approx(rung["loss"])) for rung in rungs[index]]
-        assert mlflow_curve(tmp_path, by_mlflow[name], "loss") == expected
-        assert [(line["_step"], line["loss"]) for line in by_wandb[name]["lines"]] == expected
-        size = trials[index]["plan_bytes"]
-        assert int(by_mlflow[name].data.params["plan_bytes"]) == by_wandb[name]["config"]["plan_bytes"] == size
-        assert by_mlflow[name].info.status == "FINISHED"
-    assert [step for step, _ in mlflow_curve(tmp_path, by_mlflow[tuned], "loss")] == [1, 2, 3, 4]
-    assert [line["train/global_step"] for line in by_wandb[tuned]["lines"]] == [1, 2, 3, 4]
-    assert [place for place in (tmp_path, short_folder) if mentions(place, SECRET)] == [], "recorded or logged"
+        assert curve == [(line["_step"], line["loss"]) for line in lines] == expected
+        assert int(run.data.params["plan_bytes"]) == about["plan_bytes"] == trials[index]["plan_bytes"]
+        assert run.info.status == "FINISHED"
+    assert [step for step, _ in by_mlflow[tuned][1]] == [1, 2, 3, 4]
+    assert [line["train/global_step"] for line in by_wandb[tuned][1]] == [1, 2, 3, 4]
 
 
 @pytest.fixture
@@ -170,56 +142,43 @@ def build(tiny_model: Path) -> Callable[[], PeftModel]:
     return build
 
 
-def trackers_in(folder: Path, *names: str) -> Trackers:
-    return Trackers(names, "run", folder, environment(folder))
+SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
 
 
-@pytest.mark.parametrize(
-    "tracker", [pytest.param("wandb", marks=WITH_WANDB), pytest.param("mlflow", marks=WITH_MLFLOW)]
-)
-def test_a_tracker_gets_every_step_of_a_fine_tune(
-    tracker: str, build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
+@WITH_BOTH
+def test_trackers_get_every_step_of_a_fine_tune(
+    build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
 ) -> None:
     examples = [Example("multiple_choice", row["question"], "", "yes") for row in demo_rows("questions_train.jsonl")]
     rows = encode(examples[:24], load_tokenizer(str(tiny_model)), 64)
-    settings = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
     losses: dict[int, float] = {}
     listener = Listener(on_step=lambda step, total, loss: losses.update({step: loss}))
-    with tracked(trackers_in(tmp_path, tracker), "searched, training seed 0", {"row": "searched"}) as now:
+    trackers = Trackers(("wandb", "mlflow"), "run", tmp_path, environment(tmp_path))
+    with tracked(trackers, "searched, training seed 0", {"row": "searched"}) as now:
         torch.manual_seed(0)
-        finetune(build(), rows, settings, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
+        finetune(build(), rows, SETTINGS, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert now.errors == []
-    if tracker == "mlflow":
-        row = mlflow_rows(tmp_path)["searched, training seed 0"]
-        curve = mlflow_curve(tmp_path, row, "loss")
-        assert row.data.params["row"] == "searched"
-    else:
-        # Its service may still be writing when `finish` returns (wandb 0.31).
-        deadline = time.monotonic() + 60
-        while not all(map(wandb_has_ended, tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        row = wandb_rows(tmp_path)["searched, training seed 0"]
-        curve = [(line["train/global_step"], line["train/loss"]) for line in row["lines"] if "train/loss" in line]
-        assert row["config"]["row"] == "searched"
-    assert [step for step, _ in curve] == [1, 2, 3, 4]
-    assert dict(curve) == pytest.approx(losses, rel=1e-3)
+    run, curve = mlflow_rows(tmp_path)["searched, training seed 0"]
+    about, lines = wandb_rows(tmp_path)["searched, training seed 0"]
+    assert run.data.params["row"] == about["row"] == "searched"
+    for each in (curve, [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]):
+        assert [step for step, _ in each] == [1, 2, 3, 4]
+        assert dict(each) == pytest.approx(losses, rel=1e-3)
 
 
-@WITH_MLFLOW
+@WITH_BOTH
 def test_a_tracker_that_goes_away_stops_no_fine_tune(
     build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
 ) -> None:
     rows = encode([Example("text", "", "", "some words")] * 8, load_tokenizer(str(tiny_model)), 32)
-    settings = TrainingConfig(batch_size=4, micro_batch_size=4)
 
     def on_step(step: int, total: int, loss: float) -> None:
         if step == 1:
             (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
 
-    with tracked(trackers_in(tmp_path, "mlflow"), "row", {}) as now:
-        listener = Listener(on_step=on_step)
-        done = finetune(build(), rows, settings, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
+    listener = Listener(on_step=on_step)
+    with tracked(Trackers(("mlflow",), "run", tmp_path, environment(tmp_path)), "row", {}) as now:
+        done = finetune(build(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert done.steps == 3
     (trouble,) = now.errors
     assert trouble.startswith("nothing more is logged to mlflow: ")
@@ -231,7 +190,7 @@ def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.Monke
         check_trackers(("wandb",))
 
 
-@WITH_WANDB
+@WITH_BOTH
 def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     hidden = {"HOME": str(tmp_path)}  # where a login would be
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
@@ -240,12 +199,12 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     assert done.returncode and "UserError: `trackers` names wandb, and there is no key for it" in done.stderr
 
 
-@WITH_MLFLOW
-@pytest.mark.parametrize("place", [None, "http://me:{secret}@127.0.0.1:9"])
+@WITH_BOTH
+@pytest.mark.parametrize("place", [None, f"http://me:{SECRET}@127.0.0.1:9"])
 def test_mlflow_without_address_is_refused_without_password(place: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if place:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", place.format(secret=SECRET))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as caught:
         check_trackers(("mlflow",))

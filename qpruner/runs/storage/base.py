@@ -40,9 +40,8 @@ class Stat(NamedTuple):
 class Storage:
     """A file or folder of a run, bound to its path on this machine; here on a disk that may be shared with others.
 
-    What concerns one file raises `FileNotFoundError` where it is not there, and an `OSError` with a number where the
-    storage is full or away; the functions of `qpruner.runs.storage` repeat those. `put_folder`, `publish`, `fetch` and
-    `verify` do so themselves.
+    What concerns one file raises `FileNotFoundError` where it is not there, and an `OSError` where the storage is full
+    or away, which the functions of `qpruner.runs.storage` repeat; what concerns folders and lists repeats it itself.
     """
 
     fills_this_disk = True
