@@ -32,7 +32,7 @@ import pytest
 import yaml
 
 # A machine with the kit of benchmarks/gpu_7b.py has no Ray.
-pytest_plugins = ["object_store", *(["searched_runs"] if find_spec("ray") else [])]
+pytest_plugins = ["object_store", *(["searched_runs", "whole_runs"] if find_spec("ray") else [])]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 

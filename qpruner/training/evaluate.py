@@ -11,13 +11,15 @@ import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from qpruner.config.schema import AccuracyMetric, EvaluateConfig
 from qpruner.data import measures
-from qpruner.data.calibration import OnProgress
 from qpruner.errors import UserError, first_line
 from qpruner.runs.records import MetricScore, TaskScore
+
+if TYPE_CHECKING:
+    from qpruner.data.calibration import OnProgress
 
 METRICS: tuple[str, ...] = get_args(AccuracyMetric)
 """In order of preference."""
