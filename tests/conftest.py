@@ -68,6 +68,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def fresh(tiny_model: Path) -> Callable[..., Any]:
+    """Builds the same unquantized model with plain adapters each time."""
+    from qpruner.config.schema import LoraConfig
+    from qpruner.quantization.assembly import assemble, attach_adapters
+
+    def build(dtype: str = "bfloat16", dropout: float = 0.0) -> Any:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, dtype, False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, dropout=dropout, init="plain"), "block", seed=3)
+
+    return build
+
+
 def raw_config(model: Path, output: Path) -> dict[str, Any]:
     """A small but complete configuration as plain data."""
     source = "package:qpruner/demo/data"
