@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import bitsandbytes as bnb
 import pytest
 import torch
+from mixed_models import seal
 from tiny_families import (
     FAMILY_NAMES,
     MIXTURES,
@@ -27,9 +28,8 @@ from qpruner.pipeline.preflight import check_quantizable
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
-from qpruner.quantization.bank import INDEX, BankIndex, IndexEntry, build_entry, write_entry
+from qpruner.quantization.bank import build_entry, write_entry
 from qpruner.quantization.mixed import unpack
-from qpruner.runs.storage import file_digest, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,20 +63,17 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     groups = group_linears(dense.config, GROUP)
     plan = {name: PATTERN[position % len(PATTERN)] for position, name in enumerate(groups)}
     unpacked: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    files: dict[str, IndexEntry] = {}
     for name, paths in groups.items():
         if plan[name] == 16:
             continue
         weights = {path: dense.get_submodule(path).weight.detach() for path in paths}
         tensors, _ = build_entry(weights, plan[name], LORA, double_quant=False, seed=0)
-        file = write_entry(folder / "bank", name, plan[name], tensors)
-        sha256 = file_digest(file)
-        files[str(file.relative_to(folder / "bank"))] = IndexEntry(inputs="", sha256=sha256, residual_ratio=1.0)
+        write_entry(folder / "bank", name, plan[name], tensors)
         for path in paths:
             packed = {key.removeprefix(f"{path}."): value for key, value in tensors.items()}
             own = {key: value for key, value in packed.items() if key in ("SCB", "weight") or key.startswith("weight.")}
             unpacked.get_submodule(path).weight.data = unpack(own, torch.float32)
-    write_json(folder / "bank" / INDEX, BankIndex(digest="", files=files))
+    seal(folder / "bank")
     return Quantized(dense, unpacked.eval(), put_together(folder, plan)[0], plan, folder)
 
 
