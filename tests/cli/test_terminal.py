@@ -9,21 +9,18 @@ import re
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 from made_run import TRIALS, MadeRun
 from rich.console import Console
 
-from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
 from qpruner.report import tables
 from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
 from qpruner.search.trial_records import write_trial
-from qpruner.wording import duration
 
 TELL = """
 import sys, time
@@ -236,32 +233,3 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
     assert "".join(part for part in plan if set(part) <= {"4", "8"}) == bar(made.trials[0]), "whole, in several lines"
-
-
-def test_a_picture_of_the_search(tmp_path: Path) -> None:
-    """`docs/pictures.py` tells a run again up to a moment of its search, with nothing that asks another host."""
-    sys.path.insert(0, str(TESTS.parent.parent / "docs"))
-    from pictures import moment_of, terminal_picture
-
-    made = MadeRun(tmp_path / "run", num_trials=64)
-    assert made.state.search
-    made.run.write_state(made.state.model_copy(update={"search": made.state.search.model_copy(update={"slots": 8})}))
-    begun = min(trial.times[0] for trial in made.trials)
-    lines = {
-        -100: "[prune] target 20.00% of all parameters, by fisher ...",
-        -10: "[prune] done in 90.0 s: 134.5M -> 107.6M parameters",
-        -1: "[search] 64 trials, gp ...",
-        90_000: "[search] ended: all 64 trials were spent",
-    }
-    log = tmp_path / "run" / "qpruner.log"
-    with log.open("w") as file:
-        for seconds, text in lines.items():
-            at = datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
-            print(f"{at} INFO qpruner.pipeline: {text}", file=file)
-    moment = moment_of(made.trials)
-    seen = (picture := terminal_picture(read_run(made.run.root), log)).replace("&#160;", " ")
-    assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
-    assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
-    assert "of 64 trials: " in seen and "8 of 8 slots busy" in seen
-    assert "all 64 trials" not in seen, "what came later"
-    assert "url(" not in picture.replace("url(#", "")
