@@ -176,11 +176,9 @@ def blocks_of(model: PreTrainedModel) -> Any:
 
 def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
     """What the attention and a plain MLP end in; the second is None where there are experts."""
-    if family == "gpt_neox":
-        return block.get_submodule("attention.dense"), block.get_submodule("mlp.dense_4h_to_h")
-    if family == "opt":
-        return block.get_submodule("self_attn.out_proj"), block.get_submodule("fc2")
-    return block.get_submodule("self_attn.o_proj"), getattr(block.get_submodule("mlp"), "down_proj", None)
+    paths = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_attn.out_proj", "fc2")}
+    attention, mlp = paths.get(family, ("self_attn.o_proj", "mlp.down_proj"))
+    return block.get_submodule(attention), dict(block.named_modules()).get(mlp)
 
 
 @torch.no_grad()
@@ -250,10 +248,6 @@ def _never_route_to(router: Any, gone: Sequence[int]) -> None:
     router.forward = forward
 
 
-def num_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 # ---- looking at models
 
 
@@ -273,17 +267,3 @@ def generated_scores(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
     found = model.generate(prompt(), use_cache=use_cache, return_dict_in_generate=True, **options)
     return torch.stack(found.logits)
-
-
-def training_losses(model: torch.nn.Module, steps: int = 2, rate: float = 0.5) -> list[float]:
-    """Losses on the prompt before each of some steps of gradient descent on what requires a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=rate)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=prompt(), labels=prompt(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
