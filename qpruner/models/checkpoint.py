@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from qpruner.config.schema import ModelConfig
 
 
-SHARD_SIZE = "1GB"
-"""Of a weight file, after which progress is reported."""
-
-
 @dataclass(frozen=True)
 class Base:
     """The folder of the base model, and whether its files were written for this run."""
@@ -112,7 +108,7 @@ def save_checkpoint(
 ) -> None:
     """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
     with reporting_tensors(on_progress):
-        retry_storage(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
+        retry_storage(lambda: model.save_pretrained(folder, max_shard_size="1GB"), folder)
     retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
 
 

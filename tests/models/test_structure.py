@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from tiny_families import (
+    BLOCKS,
     EXPERTS,
     EXPERTS_PER_TOKEN,
     FAMILY_NAMES,
@@ -168,18 +169,12 @@ def test_every_linear_layer_of_a_block_is_in_one_group(name: str, group: str) ->
     assert len(groups) == LAYERS * of_block[group]
 
 
-SUBLAYERS = {
-    "gpt_neox": ("gpt_neox.layers.1.attention", "gpt_neox.layers.1.mlp"),
-    "opt": ("model.decoder.layers.1.self_attn", "model.decoder.layers.1.fc2"),
-}
-
-
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_group_is_measured_where_its_output_leaves(name: str) -> None:
     """Sensitivity listens to these modules: all of them must exist and be called with the group's result."""
-    config = family_model(name).config
-    attention, mlp = SUBLAYERS.get(name, ("model.layers.1.self_attn", "model.layers.1.mlp"))
-    block = attention.rpartition(".")[0]
+    config, block = family_model(name).config, f"{BLOCKS.get(name, 'model.layers')}.1"
+    attention = f"{block}.{'attention' if name == 'gpt_neox' else 'self_attn'}"
+    mlp = f"{block}.{'fc2' if name == 'opt' else 'mlp'}"
     assert output_modules(config, "block")["layers.1"] == (block,)
     by_sublayer = output_modules(config, "sublayer")
     assert by_sublayer["layers.1.attention"] == (attention,)

@@ -31,6 +31,11 @@ HEADWISE = ("gpt_neox", "opt")
 MIXTURES = ("mixtral", "qwen3_moe")
 DENSE = tuple(name for name in FAMILY_NAMES if name not in MIXTURES)
 
+BLOCKS = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+LLAMA_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+OUTPUTS = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_attn.out_proj", "fc2")}
+"""Paths of the blocks in a model and of the output projections in a block, where they are not Llama's."""
+
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
 EXPERTS_OF = {"head_dim": HEAD_DIM, "num_experts_per_tok": EXPERTS_PER_TOKEN}
@@ -116,10 +121,8 @@ def family_model(name: str, **others: Any) -> PreTrainedModel:
 
 def with_output_biases(name: str) -> PreTrainedModel:
     """As `compensation: bias` leaves a model: biases on o and down, where the family has none, named in the config."""
-    model = family_model(name)
+    model, linears = family_model(name), OUTPUTS.get(family_name(name), LLAMA_OUTPUTS)
     for block in blocks_of(model):
-        paths = {id(module): path for path, module in block.named_modules()}
-        linears = [paths[id(module)] for module in output_projections(block, family_name(name))]
         ragged.add_output_biases(block, linears)
         for path in linears:
             torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3)
@@ -170,14 +173,12 @@ def has_experts(name: str, index: int) -> bool:
 
 def blocks_of(model: PreTrainedModel) -> Any:
     """The list of blocks, as transformers names it."""
-    paths = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
-    return model.get_submodule(paths.get(model.config.model_type, "model.layers"))
+    return model.get_submodule(BLOCKS.get(model.config.model_type, "model.layers"))
 
 
 def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
     """What the attention and a plain MLP end in; the second is None where there are experts."""
-    paths = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_attn.out_proj", "fc2")}
-    attention, mlp = paths.get(family, ("self_attn.o_proj", "mlp.down_proj"))
+    attention, mlp = OUTPUTS.get(family, LLAMA_OUTPUTS)
     return block.get_submodule(attention), dict(block.named_modules()).get(mlp)
 
 

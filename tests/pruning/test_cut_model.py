@@ -57,10 +57,9 @@ def is_inside(inner: Kept, outer: Kept) -> bool:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
-def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], rate: float, selection: str) -> None:
-    model = decoder()
+def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], selection: str) -> None:
+    model, rate = decoder(), 0.5
     before = num_parameters(model)
     pruned = prune(model, settings_of(rate=rate, selection=selection, **criterion), samples_of())
     assert pruned.model is model
