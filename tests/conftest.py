@@ -32,7 +32,7 @@ import pytest
 import yaml
 
 # A machine with the kit of benchmarks/gpu_7b.py has no Ray.
-pytest_plugins = ["object_store", *(["searched_runs"] if find_spec("ray") else [])]
+pytest_plugins = ["object_store", *(["searched_runs", "whole_runs"] if find_spec("ray") else [])]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 
@@ -66,6 +66,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(**sizes, **heads, **tokens, tie_word_embeddings=True, dtype="bfloat16")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fresh(tiny_model: Path) -> Callable[..., Any]:
+    """Builds the same unquantized model with plain adapters each time."""
+    from qpruner.config.schema import LoraConfig
+    from qpruner.quantization.assembly import assemble, attach_adapters
+
+    def build(dtype: str = "bfloat16", dropout: float = 0.0) -> Any:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, dtype, False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, dropout=dropout, init="plain"), "block", seed=3)
+
+    return build
 
 
 def raw_config(model: Path, output: Path) -> dict[str, Any]:

@@ -237,24 +237,29 @@ def test_messages_in_troubleshooting_are_the_code_s() -> None:
 
 def strings(file: Path) -> list[str]:
     """Return the texts of a module, joined as Python joins them; what is filled in is left out."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
-    plain = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    return [
-        *(
-            "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
-            for node in joined
-        ),
-        *(str(node.value) for node in plain if id(node) not in inside),
-    ]
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    joined = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = [[str(part.value) if isinstance(part, ast.Constant) else "\0" for part in values] for values in joined]
+    return [*map("".join, parts), *(str(node.value) for node in nodes if isinstance(node, ast.Constant))]
 
 
 @each_page
 def test_links_lead_to_files(page: Path) -> None:
-    """Who reads the repository follows them from file to file; MkDocs looks at their anchors (`test_docs_site.py`)."""
+    """Who reads the repository follows them from file to file; MkDocs looks at their anchors."""
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # the theme's word on its own future is none on these pages
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text())
+        assert [place for place in loaded if re.match(r"(?:https?:)?//", place)] == [], page
 
 
 # ---- everything that can run

@@ -21,11 +21,10 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import budget_text
 from qpruner.report import liveness, run_views
-from qpruner.report.between_runs import against, against_text, shared_stages
 from qpruner.report.search_progress import score_with_step
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.logs import quiet_libraries
-from qpruner.runs.records import BankRecord, plan_group_bytes
+from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import REMEDIES
@@ -216,7 +215,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
         if sizes:
-            grouped = plan_group_bytes(sizes, trial.plan)
+            grouped = sum(sizes[str(bits)][group] for group, bits in trial.plan.items())
             others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB besides: embeddings, norms, head, adapter"
             click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
@@ -241,7 +240,7 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     results = [run.results for run in views]
-    apart, shared = [against(each, results[0]) for each in results[1:]], shared_stages(results)
+    apart = [run_views.against(each, results[0]) for each in results[1:]]
     if not as_json:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
@@ -250,12 +249,8 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
         names = [place.rsplit("/", 1)[-1] for place in places]
         headings = ["", *(names if len(set(names)) == len(set(places)) else places)]
         terminal.table(headings, body)
-        if shared:
-            terminal.say(
-                f"Of stages that ran once for several of these runs the hours count in each: {', '.join(shared)}."
-            )
         for name, found in zip(headings[2:], apart, strict=True):
-            terminal.say(f"{name} less {headings[1]}: {against_text(found)}.", is_prose=True)
+            terminal.say(f"{name} less {headings[1]}: {run_views.against_text(found)}.", is_prose=True)
         if settings:
             terminal.say("Settings that differ:")
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])

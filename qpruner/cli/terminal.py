@@ -6,6 +6,8 @@ The live part shows the stages, the steps inside one, and the search. The log is
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +51,7 @@ class Terminal:
         self._bars: dict[str, progress.TaskID] = {}
         self._stages: dict[str, float | str] = {}
         self._counts: dict[str, str] = {}
-        self._last_line, self._is_cut = time.monotonic(), False
+        self._last_line = time.monotonic()
         self._lock, self._closed = threading.RLock(), threading.Event()
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
@@ -90,8 +92,6 @@ class Terminal:
         if self._quiet:
             return
         with self._lock:
-            if self._is_cut:
-                raise SystemExit(1)
             self._show(event)
 
     def _show(self, event: events.Event) -> None:
@@ -170,8 +170,8 @@ class Terminal:
                         began, count = self._stages.get(stage), self._counts.get(stage, "running")
                         if not isinstance(began, str):
                             self.say(f"[{stage}] {count}" + (f", {duration(now - began)}" if began else ""))
-                except SystemExit:  # rich found the pipe closed; to end is for the command's own thread
-                    self._is_cut = True
+                except SystemExit:  # rich found the pipe closed
+                    os.kill(os.getpid(), signal.SIGINT)
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome

@@ -1,7 +1,6 @@
 """Run calibration samples through a model and visit gradients, inputs and outputs, batch by batch.
 
-Nothing is kept longer than its visit: a gradient is dropped in its own hook, inputs are reduced as they come. Outputs
-are collected, and the head runs, only where a labelled token is predicted.
+Nothing is kept longer than its visit: a gradient is dropped in its own hook, inputs are reduced as they come.
 """
 
 from __future__ import annotations
@@ -60,10 +59,9 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Run the loss backward batch by batch and visit each parameter's gradient before it is dropped.
+    """Run the loss, the mean over a batch's tokens, backward; visit each parameter's gradient before it is dropped.
 
-    A batch's loss is the mean over its tokens. The peak above the weights is one parameter's gradient plus the
-    activations of one batch. `visit` is called with name, parameter and gradient ``(rows, columns)`` once per batch.
+    The peak above the weights is one parameter's gradient plus the activations of one batch.
     """
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
@@ -120,11 +118,9 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit linear layers' inputs and the gradients at their outputs, batch by batch.
+    """Visit linear layers' inputs ``(samples, seq, columns)`` and the gradients at their outputs ``(..., rows)``.
 
-    The weight's gradient of sample s is ``gradients[s].T @ inputs[s]``: every sample's own, from one backward pass.
-    The loss of a sample is the sum over its labelled tokens; at padding the gradient is zero. `visit` is called per
-    batch with name, inputs ``(samples, seq, columns)`` and gradients ``(samples, seq, rows)``.
+    ``gradients[s].T @ inputs[s]`` is the weight's gradient of sample s, whose loss is the sum over its labelled tokens.
     """
     places = {name: (linear, True, False) for name, linear in linears.items()}
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
@@ -137,10 +133,9 @@ def _visit_activations(
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit values and gradients ``(samples, seq, features)`` at linear layers, batch by batch.
+    """Visit values and gradients ``(samples, seq, features)`` at linear layers; no weight gets a gradient.
 
     For each layer: whether the values are its inputs, not its outputs, and whether the gradients are those at them.
-    Gradients reach activations, from the embeddings on, but no weight.
     """
     num_rows = 0
 
@@ -174,15 +169,15 @@ def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss
 @contextmanager
 def _gradients_of(model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Let these parameters alone have gradients for a while."""
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = {id(parameter) for parameter in parameters}
     try:
-        for parameter in model.parameters():
+        for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in wanted)
         yield
     finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -262,10 +257,9 @@ def visit_outputs(
     samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit each module's output where the model predicts a labelled token.
+    """Visit each module's output ``(positions, features)`` float32 where the model predicts a labelled token.
 
-    `visit` is called per batch with name -> outputs ``(positions, features)`` float32 and the model's predicted token
-    ids ``(positions,)``.
+    `visit` also gets the tokens that the model predicts there, ``(positions,)``.
     """
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,9 +29,6 @@ Row = dict[str, list[int]]
 """`input_ids` and `labels` of one sample."""
 IGNORED_LABEL = -100
 """Label of a token without a loss, as in torch's cross entropy."""
-IMPORTANCE_KEYS = ("calibration.num_samples", "calibration.max_length")
-SENSITIVITY_KEYS = ("calibration.num_sensitivity_samples", "data.max_length")
-"""Configuration keys for the number of calibration rows and their length."""
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -56,32 +54,40 @@ def encode(
     return encoded
 
 
-def shuffled(examples: Iterable[Example], seed: int) -> list[Example]:
-    """Shuffle the rows into the order in which calibration takes them."""
-    rows = list(examples)
-    random.Random(seed).shuffle(rows)
-    return rows
-
-
-def calibration_samples(
-    examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    length: int,
-    template: str,
-    response_only: bool,
-    packing: bool = False,
-    keys: tuple[str, str] = IMPORTANCE_KEYS,
+def importance_samples(
+    config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Row]:
-    """Take the first `count` samples that have a token to predict.
+    """Make the samples that importance is measured on: given token ids, or packed samples or rows in shuffled order."""
+    settings, keys = config.calibration, ("calibration.num_samples", "calibration.max_length")
+    if settings.token_ids:
+        return load_token_ids(Path(settings.token_ids), vocabulary_size)
+    return _calibration_samples(config, examples, tokenizer, *keys, config.data.response_only, settings.packing)
 
-    They are rows cut at `length` tokens; with `packing` exactly `length` tokens from the rows joined together. `keys`
-    are the configuration's for `count` and `length`.
-    """
-    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
+
+def sensitivity_samples(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """Make the samples of sensitivities: they are about the target task, whatever importance is measured on."""
+    keys = ("calibration.num_sensitivity_samples", "data.max_length")
+    return _calibration_samples(config, examples, tokenizer, *keys, response_only=True, packing=False)
+
+
+def _calibration_samples(
+    config: RunConfig,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    number: str,
+    limit: str,
+    response_only: bool,
+    packing: bool,
+) -> list[Row]:
+    """Take the first samples of the shuffled rows that have a token to predict, as many and as long as two keys say."""
+    count, length = (attrgetter(key)(config) for key in (number, limit))
+    taken = list(examples)
+    random.Random(config.seed).shuffle(taken)
+    rows = (_labelled(example, tokenizer, config.data.template, response_only) for example in taken)
     samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
     if len(samples) < count:
-        number, limit = keys
         shape, remedy = "at most", "longer"
         if packing:
             shape, remedy = "exactly", "shorter, or set `calibration.packing: false`, which takes a row for a sample"
@@ -91,25 +97,6 @@ def calibration_samples(
             f"`{limit}` {remedy}"
         )
     return samples
-
-
-def importance_samples(
-    config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
-    """Make the samples that importance is measured on: given token ids, or packed samples or rows in shuffled order."""
-    settings, data = config.calibration, config.data
-    if settings.token_ids:
-        return load_token_ids(Path(settings.token_ids), vocabulary_size)
-    size, written = (settings.num_samples, settings.max_length), (data.template, data.response_only)
-    return calibration_samples(shuffled(examples, config.seed), tokenizer, *size, *written, settings.packing)
-
-
-def sensitivity_samples(
-    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
-    """Make the samples of sensitivities: they are about the target task, whatever importance is measured on."""
-    rows, size = shuffled(examples, config.seed), (config.calibration.num_sensitivity_samples, config.data.max_length)
-    return calibration_samples(rows, tokenizer, *size, config.data.template, True, keys=SENSITIVITY_KEYS)
 
 
 def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:

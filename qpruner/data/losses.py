@@ -18,10 +18,9 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Loss in nats per predicted token.
+    """Loss in nats per predicted token, and the rows' shares: their mean is `mean`, their spread its standard error.
 
-    Rows have more and fewer tokens, so `by_row` holds shares whose mean is `mean` and whose spread is its standard
-    error (a ratio estimator), in the order of the rows.
+    Rows have more and fewer tokens: it is a ratio estimator.
     """
 
     mean: float
@@ -84,10 +83,7 @@ def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) 
 
 @contextmanager
 def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Run the head of a causal language model only where one of the labels ``(batch, seq)`` is predicted.
-
-    Logits are ``(positions, vocabulary)`` meanwhile.
-    """
+    """Run a model's head only where a label ``(batch, seq)`` is predicted: logits are ``(positions, vocabulary)``."""
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])

@@ -34,10 +34,9 @@ without any adapter (0.20). One lost adapter does not show in it: of five tried 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How near an export is to the final model.
+    """The divergence (KL) of an export's predictions from the final model's, in nats a token.
 
-    `divergence` is the mean Kullback-Leibler divergence from the final model's next-token distribution in nats,
-    `agreement` the share of the `num_positions` compared positions at which both predict the same token.
+    `agreement` is the share of positions at which both predict the same token.
     """
 
     divergence: float

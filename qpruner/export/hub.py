@@ -27,11 +27,7 @@ HUBS_OWN = ".gitattributes"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What the hub has now.
-
-    `url` is that of the commit. `num_removed` files of an earlier push are gone; the repository's history has them.
-    `card_lacks` names the configuration's keys in `card` for what the card does not state.
-    """
+    """What the hub has now; `url` is that of the commit, and `card_lacks` names keys of the configuration's `card`."""
 
     url: str
     num_files: int

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.errors import CorruptFile, StageError
+from qpruner.cluster.executor import ModelCache
+from qpruner.errors import CorruptFile
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import check_quantizable
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
 from qpruner.runs.events import Emit, Progress
@@ -17,8 +21,6 @@ from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, files_in, remove, write_json
 
 if TYPE_CHECKING:
-    from qpruner.cluster.executor import ModelCache
-    from qpruner.pipeline.context import Context
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
 
@@ -50,16 +52,10 @@ class Bank(Stage[BankRecord]):
         return (*self._made_from(), self._levels)
 
     def check(self) -> None:
-        from qpruner.pipeline.preflight import check_quantizable
-
         check_quantizable(self.context.inspection.model_config)
 
     def begin(self) -> None:
-        """Forget the record of a bank with a missing or damaged file, so that this file is built again.
-
-        Raises:
-            StageError: If the folder holds a bank that is not the recorded one.
-        """
+        """Forget the record of a bank with a missing or damaged file, so that this file is built again."""
         from qpruner.quantization import bank as store
 
         bank = self.context.bank
@@ -69,19 +65,12 @@ class Bank(Stage[BankRecord]):
             return
         if record is None:
             return
-        try:
-            index = store.read_index(bank)
-        except CorruptFile as error:
-            self.notify(f"{error}; it is made again from the stage's record")
-            index = self._index_of(record)
+        index, found = self._index_of(record), None
+        with suppress(CorruptFile):
+            found = store.read_index(bank)
+        if found != index:
+            self.notify(f"{display_name(bank / store.INDEX)} is damaged or another bank's; it is made again")
             write_json(bank / store.INDEX, index)
-        if index.digest != record.digest:
-            raise StageError(
-                self.name,
-                f"{display_name(bank)} was built for other weights, settings or versions (digest {index.digest}, "
-                f"not {record.digest})",
-                "delete that folder, then repeat the command",
-            )
         intact = store.intact_files(bank, index)
         damaged = [name for name in index.files if name not in intact]
         for name in damaged:

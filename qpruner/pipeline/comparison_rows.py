@@ -11,20 +11,13 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.cluster.slots import worker_resources
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
-from qpruner.report.results import (
-    BASE,
-    BEST_SEED,
-    MUTUAL_INFORMATION,
-    PRUNED,
-    RANDOM,
-    SEARCHED,
-    UNIFORM,
-    title_of,
-)
+from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
@@ -33,10 +26,6 @@ from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
-
-if TYPE_CHECKING:
-    from qpruner.pipeline.context import Context
-    from qpruner.pipeline.stage import Stage
 
 
 @dataclass(frozen=True)

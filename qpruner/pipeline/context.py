@@ -180,11 +180,7 @@ class Context:
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for one trial; it stays the same when machines leave.
-
-        Raises:
-            UserError: If it fits on no machine that there is or may be.
-        """
+        """What Ray reserves for one trial; it stays the same when machines leave."""
         asked, slots = self.config.search.resources_per_trial, self.known_slots
         resources = slots.resources_per_trial(asked.model_dump() if asked else None)
         slots.concurrent(resources, None)
@@ -219,11 +215,7 @@ class Context:
         return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)
 
     def check_ours(self, stage: str) -> None:
-        """Check the lock before a record is written or removed: this process may have slept.
-
-        Raises:
-            StageError: If another driver has the run.
-        """
+        """Check the lock before a record is written or removed: this process may have slept."""
         if not self.holds_run():
             raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} is another's, or gone")
 

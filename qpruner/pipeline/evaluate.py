@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
+from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.comparison_rows import candidates_for, gpus_held, job_progress, untuned_candidates, worker_jobs
+from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
 from qpruner.report.results import BASE, SEARCHED
@@ -23,9 +26,6 @@ from qpruner.runs.records import (
 from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.training.table_rows import Candidate, evaluate_candidate
 from qpruner.wording import counted, error_text
-
-if TYPE_CHECKING:
-    from qpruner.pipeline.context import Context
 
 
 class Evaluate(Stage[EvalRecord]):
@@ -77,9 +77,6 @@ class Evaluate(Stage[EvalRecord]):
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """Encode the text that perplexity is measured on, and describe it; answers to questions are no text."""
-    from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
-    from qpruner.models.loading import load_tokenizer
-
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
         tokenizer = load_tokenizer(str(context.checkpoint))

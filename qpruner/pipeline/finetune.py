@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qpruner.cluster.executor import ModelCache
 from qpruner.cluster.slots import worker_resources
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.loading import load_tokenizer, reporting_tensors
 from qpruner.pipeline.comparison_rows import (
     RowJob,
     distinct,
@@ -22,6 +25,8 @@ from qpruner.pipeline.comparison_rows import (
     winner_row,
     worker_jobs,
 )
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import layout_for
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
@@ -45,10 +50,6 @@ from qpruner.runs.storage import (
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
 from qpruner.training.table_rows import Candidate, FinetuneOutcome, finetune_candidate
 from qpruner.wording import counted
-
-if TYPE_CHECKING:
-    from qpruner.cluster.executor import ModelCache
-    from qpruner.pipeline.context import Context
 
 
 class Finetune(Stage[FinetuneRecord]):
@@ -183,8 +184,6 @@ def _finetuned(
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
-    from qpruner.pipeline.preflight import layout_for
-
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
     if job.checkpoint != context.checkpoint:
         layout = layout_for(context.config, context.inspection.model_config)
@@ -213,20 +212,15 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        if isinstance(_recorded(row), CandidateRecord):
-            raise StageError(
-                stage,
-                f"{error}; seen from the driver's machine it is whole",
-                "let the machine that read it see `output` again, or leave it out, then repeat the command",
-            ) from error
-        cause = f"{error}; set aside in {quarantine(row, run.candidates)}"
-        raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
+        # One that the driver sees whole took hours: the machine that read it may not see the storage.
+        is_whole = isinstance(_recorded(row), CandidateRecord)
+        state = "the driver sees it whole" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
+        remedy = "see that the machine that read it sees `output`" if is_whole else "that row alone is fine-tuned anew"
+        raise StageError(stage, f"{error}; {state}", f"repeat the command: {remedy}") from error
 
 
 def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
-    from qpruner.models.checkpoint import save_checkpoint
-    from qpruner.models.loading import load_tokenizer, reporting_tensors
     from qpruner.quantization.assembly import assemble
 
     told, quantize = loading_progress(emit, "finetune"), config.quantize

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.prepare import Prepare
@@ -28,9 +29,6 @@ from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, exists, storage_error
-
-if TYPE_CHECKING:
-    from qpruner.pipeline.context import Context
 
 STAGES: tuple[type[Stage[Any]], ...] = (
     *(Prepare, Prune, Bank, Sensitivity, Search),
@@ -55,9 +53,6 @@ def run_stage(stage: Stage[Any]) -> None:
     """Run one stage unless it is recorded, and add its record to those of the context.
 
     Its files go into a scratch folder; the folder is published first, its record last.
-
-    Raises:
-        StageError: If the stage cannot go on.
     """
     context, run = stage.context, stage.context.run_dir
     stage.begin()

@@ -16,7 +16,7 @@ from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import amount, check_device, check_gpu
 from qpruner.plans.plan import FULL_BITS, Layout
-from qpruner.runs.events import Message, TableMade
+from qpruner.runs.events import TableMade
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import BANK_CACHE, RunDir
 from qpruner.runs.storage import CACHE, cache_root, read_progress, remove, storage_at, write_text
@@ -26,11 +26,7 @@ HEADINGS = ("node", "CPUs", "GPUs", "state")
 
 
 def look_at_nodes(context: Context) -> None:
-    """Ask every node what it is, and show the answers in one table.
-
-    Raises:
-        UserError: Naming each node that the run could not use, why, and the remedy.
-    """
+    """Ask every node what it is, and show the answers in one table."""
     config, resources, inspection = context.config, context.trial_resources, context.inspection
     root = context.run_dir.root
     with _left_in(root) as (folder, driver):
@@ -44,9 +40,6 @@ def look_at_nodes(context: Context) -> None:
         raise UserError(f"{counted(len(problems), 'problem')} with the cluster's nodes:\n{lines}")
     # Ray itself counts no GPUs where there is no driver: somebody declared them.
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
-    for report in declared:
-        text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
-        context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
         check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
 

@@ -21,8 +21,7 @@ from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
 from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
-from qpruner.pruning.prune import Cut, planned_cut
-from qpruner.pruning.settings import are_alike, cuttable_layers
+from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -60,12 +59,7 @@ class Inspection(Shapes, Rows):
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
-    """Validate a configuration against the model, the data, the tasks and, if it works here, this machine's device.
-
-    Raises:
-        UserError: For what cannot work: of the folder, the model, each source of rows and the tasks all that is found,
-            of what rests on them the first.
-    """
+    """Validate a configuration against model, data, tasks and, if it works here, this machine's device."""
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(
@@ -79,7 +73,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples, vocabulary)
     samples = {"importance": num_samples, "sensitivity": calibration.num_sensitivity_samples}
-    warnings = (*rows.warnings, *_warnings(config, shapes))
+    warnings = (*rows.warnings, *_few_trials(config))
     parts = {**vars(shapes), **vars(rows), "warnings": warnings}
     return Inspection(**parts, samples=samples, sample_length=sample_length)
 
@@ -109,7 +103,7 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     cuts = cuts_in_effect(config.prune, model_config)
     plan = _plan_in_file(config, model_config, cuts[0])
     if works_here:
-        check_device(own_capability(), config, model_config, cuts, packs)
+        check_device(_own_capability(), config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     is_estimate = any(
@@ -130,17 +124,8 @@ def _plan_in_file(config: RunConfig, model_config: Any, cut: Cut) -> PrecisionPl
     return read_plan(file, [group.name for group in layout_for(config, cut.expected).groups], config.quantize.bits)
 
 
-def _warnings(config: RunConfig, shapes: Shapes) -> Iterator[str]:
-    """Warn of a rate without effect, and of trials that may end before the searcher begins."""
-    prune, source = config.prune, config.model.source
-    key = "rate" if prune.layer_rate is None else "layer_rate"
-    rate = getattr(prune, key)
-    if is_pruned(shapes.model_config) and rate and key in prune.model_fields_set:
-        also = "" if key == "rate" else " and take out `prune.layer_rate` (`--set prune.layer_rate=`)"
-        yield (
-            f"`prune.{key}` is {rate:g}, but {source} was pruned earlier, so that the cut is skipped: set "
-            f"`prune.rate: 0`{also}, or name the unpruned model"
-        )
+def _few_trials(config: RunConfig) -> Iterator[str]:
+    """Warn that the trials may end before the searcher begins."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -167,6 +152,8 @@ def is_pruned(model_config: Any) -> bool:
 
 def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
     """Plan the cut of this model; one that was pruned earlier is not cut again."""
+    from qpruner.pruning.prune import planned_cut
+
     if is_pruned(model_config):
         return (Cut(settings.model_copy(update={"rate": 0.0, "layer_rate": None}), model_config),)
     try:
@@ -188,12 +175,7 @@ def check_quantizable(model_config: Any) -> None:
 
 
 def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """Return the budget in bytes; a search of a front may have all that the largest plan takes.
-
-    Raises:
-        UserError: If no plan meets it, or, of several bit-widths, only the smallest plan does or every plan does; the
-            smallest and the largest that work are named.
-    """
+    """Return the budget in bytes; a search of a front may have all that the largest plan takes."""
     budget, levels = quantize.budget, quantize.bits
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
     size = _asked_bytes(budget, levels, [layout.plan_bytes(layout.uniform(bits)) for bits in levels])
@@ -282,25 +264,20 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
             continue
         columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
         multiple = prune.round_to if kind.name == MLP else 1
-        left = [*range(multiple, kind.num_units, multiple), kind.num_units]
-        wrong = next((units for units in left if decodes_wrongly(units * columns)), None)
+        left = (units * columns for units in (*range(multiple, kind.num_units, multiple), kind.num_units))
+        wrong = next(filter(decodes_wrongly, left), None)
         if wrong is None:
             continue
         linear = f"{family.block_path(index)}.{kind.output_linear}"
-        if kind.name == MLP and wrong < kind.num_units:
-            raise UserError(
-                f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, got "
-                f"{prune.round_to}: {linear} may be left with {wrong * columns} columns, {WRONGLY_DECODED}"
-            )
+        remedy = "make `prune.round_to` a multiple of 64, " if kind.name == MLP else ""
         raise UserError(
-            f"`prune.selection: global` may leave {linear} with {wrong * columns} columns, {WRONGLY_DECODED}: use "
-            f"`quantize.bits` 8 and 16, set `prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or `selection: "
+            f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
+            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, use `quantize.bits` 8 and 16, or `selection: "
             "per_layer`, whose widths are known before the cut"
         )
 
 
-def own_capability() -> tuple[int, int] | None:
-    """Return the compute capability of this machine's GPU; None without one."""
+def _own_capability() -> tuple[int, int] | None:
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

@@ -52,12 +52,7 @@ class Rows:
 
 
 def check_rows(config: RunConfig) -> Rows:
-    """Read every row and question that the run will use.
-
-    Raises:
-        UserError: For sources and tasks that cannot be read or have too few rows, all of them; for rows that two uses
-            share.
-    """
+    """Read every row and question that the run will use."""
     loaded: tuple[dict[str, list[Example]], list[str]]
     tasks: dict[str, dict[str, TaskQuestions]]
     loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
+from qpruner.data.encoding import encode, importance_samples, pack, save_encoded, sensitivity_samples
+from qpruner.models.checkpoint import Base, prepare_base
+from qpruner.models.loading import OnLoading, load_tokenizer, resolve_source
+from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import PrepareRecord
 from qpruner.runs.storage import fetch, file_digest, require_arrived, writing_folder
-
-if TYPE_CHECKING:
-    from qpruner.cluster.executor import ModelCache
-    from qpruner.models.checkpoint import Base
-    from qpruner.models.loading import OnLoading
-    from qpruner.pipeline.context import Context
 
 
 class Prepare(Stage[PrepareRecord]):
@@ -63,8 +62,6 @@ class Prepare(Stage[PrepareRecord]):
 
 def _bring_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
     """Bring the base model into a folder: its own, or `target` where it is converted."""
-    from qpruner.models.checkpoint import prepare_base
-
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base
@@ -77,9 +74,6 @@ def loading_progress(emit: Emit, stage: str) -> OnLoading:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; return rows by split."""
-    from qpruner.data.encoding import encode, importance_samples, pack, save_encoded, sensitivity_samples
-    from qpruner.models.loading import load_tokenizer
-
     config, settings = context.config, context.config.data
     tokenizer, examples = load_tokenizer(model_path), context.inspection.examples
     splits = {
@@ -98,8 +92,6 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 
 def _source_digests(config: RunConfig) -> list[str]:
     """List the sha256 of every local file that is read; the configuration identifies hub sources."""
-    from qpruner.models.loading import resolve_source
-
     sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
     sources += config.calibration.data or ()
     names = [source.source for source in sources] + [config.model.source]

@@ -5,28 +5,31 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import PruneConfig, RunConfig
-from qpruner.errors import UserError
+from qpruner.data.encoding import importance_samples, load_encoded
+from qpruner.data.sources import Example
+from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
+from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
+from qpruner.models.memory import PeakMemory, copy_weights
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
+from qpruner.pruning.settings import settled
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
 from qpruner.runs.storage import Storage, fetch, require_arrived, retry_storage, writing_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from qpruner.cluster.executor import ModelCache
-    from qpruner.data.calibration import Samples
     from qpruner.data.losses import Rows
-    from qpruner.data.sources import Example
-    from qpruner.pipeline.context import Context
     from qpruner.pruning.prune import Pruned
 
 
@@ -41,21 +44,8 @@ class Prune(Stage[PruneRecord]):
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
     def inputs(self) -> tuple[Any, ...]:
-        from qpruner.pruning.settings import settled
-
         settings = settled(self.context.inspection.model_config, self.config.prune)
         return (self.context.record(PrepareRecord).digest, settings)
-
-    def warnings(self) -> Iterator[str]:
-        from qpruner.pipeline.preflight import check_device, own_capability
-
-        found = self.context.inspection
-        if found.packs or self.context.address:
-            return
-        try:
-            check_device(own_capability(), self.config, found.model_config, found.cuts, packs=True)
-        except UserError as error:
-            yield f"nothing but the cut can be done on this machine: {error}"
 
     def detail(self) -> str:
         return describe(_settings(self.context))
@@ -90,10 +80,8 @@ class Prune(Stage[PruneRecord]):
         return PruneRecord(digest="", **fields)
 
     def _report_earlier_cut(self) -> None:
-        from qpruner.pipeline import preflight
-
-        if preflight.is_pruned(self.context.inspection.model_config):
-            self.notify(f"the model was {preflight.PRUNED_EARLIER}")
+        if is_pruned(self.context.inspection.model_config):
+            self.notify(f"the model was {PRUNED_EARLIER}")
 
 
 def _settings(context: Context) -> PruneConfig:
@@ -104,18 +92,15 @@ def cut_and_save(
     config: RunConfig, settings: PruneConfig, base: Path, rows: Path, scratch: Path, cache: ModelCache, emit: Emit
 ) -> dict[str, Any]:
     """Cut the base model, save it in `scratch` and keep it in the cache; return the record's fields."""
-    from qpruner.data.encoding import load_encoded
-    from qpruner.models.checkpoint import save_checkpoint
-    from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.plots.model import save_importance
 
     source, on_weights = str(fetch(base)), loading_progress(emit, "prune")
     tokenizer = load_tokenizer(source)
     # As lists: an error that is kept would keep a mapped file open, and its disk busy.
-    samples = _samples(list(load_encoded(rows)), tokenizer, config.calibration.batch_size)
+    samples = list(load_encoded(rows))
     cache.clear()
     model = load_dense(source, config.model.dtype, config.model, on_weights)
-    pruned, fields = _cut(config, settings, model, samples, emit)
+    pruned, fields = _cut(config, settings, model, samples, int(tokenizer.pad_token_id), emit)
     with writing_folder(scratch) as folder:
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
@@ -130,36 +115,24 @@ def cut_in_memory(
     config: RunConfig, settings: PruneConfig, examples: list[Example], cache: ModelCache, emit: Emit
 ) -> dict[str, Any]:
     """Cut the base model and drop it; return the record's fields."""
-    from qpruner.data.encoding import importance_samples
-    from qpruner.models.checkpoint import prepare_base
-    from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
-
     with tempfile.TemporaryDirectory() as scratch:
         base = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
-        vocabulary = load_model_config(config.model).vocab_size
-        rows = importance_samples(config, examples, vocabulary, tokenizer)
-        samples = _samples(rows, tokenizer, config.calibration.batch_size)
+        samples = importance_samples(config, examples, load_model_config(config.model).vocab_size, tokenizer)
         started = time.monotonic()  # what was prepared is another stage's
         model = load_dense(base.path, config.model.dtype, config.model, loading_progress(emit, "prune"))
-        _, fields = _cut(config, settings, model, samples, emit)
+        _, fields = _cut(config, settings, model, samples, int(tokenizer.pad_token_id), emit)
         return fields | {"seconds": time.monotonic() - started}
 
 
-def _samples(rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Samples:
-    from qpruner.data.calibration import Samples
-
-    return Samples(rows, int(tokenizer.pad_token_id), batch_size)
-
-
 def _cut(
-    config: RunConfig, settings: PruneConfig, model: PreTrainedModel, samples: Samples, emit: Emit
+    config: RunConfig, settings: PruneConfig, model: PreTrainedModel, rows: Rows, pad_id: int, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
     """Cut a model in place; returns it with the record's fields."""
-    from qpruner.models.memory import PeakMemory, copy_weights
-    from qpruner.pipeline.preflight import DTYPE_BYTES
+    from qpruner.data.calibration import Samples
     from qpruner.pruning.prune import block_sizes, prune
 
+    samples = Samples(rows, pad_id, config.calibration.batch_size)
     copy_weights(model)
     base_config = copy.deepcopy(model.config)
     block_parameters = block_sizes(model, range(base_config.num_hidden_layers))

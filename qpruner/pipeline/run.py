@@ -22,7 +22,6 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.report.search_progress import event_line
-from qpruner.report.tensorboard import FOLDER, Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
@@ -50,9 +49,6 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     """Find what `run` would refuse before its first stage, and what it would do.
 
     Without an `address` it looks at this machine, or at one assumed to have the GPUs that a trial asks for.
-
-    Raises:
-        UserError: For what cannot work.
     """
     inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
@@ -83,17 +79,10 @@ def run(
 ) -> Results:
     """Run the flow up to a stage, skipping what is recorded; return the records so far.
 
-    Args:
-        config: The configuration.
-        emit: Receives every event.
-        address: A running Ray cluster to join; None starts Ray on this machine when it is needed.
-        until: Name of the last stage to run.
-        command: What repeats it in a shell; None takes this process's command line.
-
-    Raises:
-        UserError: Before any weight is loaded, when the input cannot work.
-        StageError: When a stage cannot go on.
+    Without an `address` Ray is started on this machine when it is needed. `command` is what repeats it in a shell.
     """
+    from qpruner.report.tensorboard import FOLDER, Board  # loads torch
+
     stages = stages_until(until)
     inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
     with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
@@ -131,11 +120,7 @@ def run(
 
 
 def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
-    """Return what the prune stage would record, with nothing written; without an `address` it is cut in this process.
-
-    Raises:
-        UserError: When the input cannot work.
-    """
+    """Return what the prune stage would record; nothing is written."""
     inspection = preflight.inspect(config, works_here=address is None, packs=False)
     run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
@@ -145,11 +130,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
 
 
 def _check_room(context: Context) -> tuple[int, int]:
-    """Refuse a disk that cannot hold the large files that a run has still to write.
-
-    Returns:
-        About the bytes that are needed at most, and those that are free.
-    """
+    """Refuse a disk too small for the large files still to write; return about the bytes needed at most, and free."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]

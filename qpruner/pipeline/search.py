@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.comparison_rows import worker_jobs
+from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Progress, SearchPlanned
@@ -36,6 +37,7 @@ from qpruner.runs.records import (
 )
 from qpruner.runs.storage import for_each, write_json
 from qpruner.search.choice import controls_of, finalist_positions, hypervolume, non_dominated, winner_position
+from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
     Materials,
@@ -48,11 +50,11 @@ from qpruner.search.trial_records import (
 )
 from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.table_rows import Candidate, confirm_trial
+from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
-    from qpruner.pipeline.context import Context
 
 FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
@@ -126,9 +128,6 @@ class Search(Stage[SearchRecord]):
         return self.context.inspection.warnings
 
     def check(self) -> None:
-        from qpruner.search.searchers import check_searcher
-        from qpruner.training.trackers import check_trackers
-
         settings = self.config.search
         check_searcher(settings.searcher)
         if not self.context.trial_resources.get("gpu") and settings.max_gpu_hours is not None:
@@ -296,11 +295,7 @@ def plan_of(trial: TrialRecord) -> PrecisionPlan:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials and every finished control; for a front, all trials that could be on it.
-
-    Raises:
-        StageError: If no trial finished, with the first reason.
-    """
+    """Choose the best finished trials and every finished control; for a front, all trials that could be on it."""
     if not trials:
         cause = "its hours were over before any machine took a trial"
         raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")

@@ -9,7 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT
+from qpruner.data.encoding import load_encoded
+from qpruner.models.loading import load_tokenizer
+from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
@@ -17,8 +21,6 @@ from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, Sensitiv
 from qpruner.runs.storage import children, exists, read_json, remove, write_json
 
 if TYPE_CHECKING:
-    from qpruner.cluster.executor import ModelCache
-    from qpruner.pipeline.context import Context
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
 
@@ -91,8 +93,6 @@ def _range(method: str, scores: MethodScores) -> str:
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
     """Compute the scores of the missing methods, and of those that come from the same passes."""
     from qpruner.data.calibration import Samples
-    from qpruner.data.encoding import load_encoded
-    from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
 
     config = context.config

@@ -5,18 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
+from qpruner.pipeline.context import Context
 from qpruner.runs.events import Message
 from qpruner.runs.records import Record, digest_of
 from qpruner.runs.storage import FILES, files_in, quarantine, read_json, storage_at
-
-if TYPE_CHECKING:
-    from qpruner.pipeline.context import Context
 
 RecordType = TypeVar("RecordType", bound=Record)
 FileType = TypeVar("FileType", bound=BaseModel)
@@ -97,11 +95,7 @@ class Stage(ABC, Generic[RecordType]):
         return 0
 
     def matching_record(self, digest: str) -> RecordType | None:
-        """Read the record if it has this digest and the stage's folder is there.
-
-        Raises:
-            CorruptFile: If the record cannot be read.
-        """
+        """Read the record if it has this digest and its folder is there; `CorruptFile` if it cannot be read."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
         return record if record and record.digest == digest and run.has_folder(self.name) else None

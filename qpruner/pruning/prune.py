@@ -20,7 +20,7 @@ from qpruner.models.layout import skeleton
 from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
 from qpruner.pruning.importance import Scores, block_importance, check_weights, score, unit_kinds_of
 from qpruner.pruning.selection import select, select_rate
-from qpruner.pruning.settings import check_settings, cuttable_layers, new_biases, settled
+from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, new_biases, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
 from qpruner.pruning.units import Kept, TooMuch, unit_sizes
 
@@ -84,14 +84,6 @@ class Criteria:
 
     def _samples_for(self, work: str) -> Samples | None:
         return self._samples and replace(self._samples, on_progress=self.progress_of(work))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A planned cut: the settings as this model takes them, and the config that is expected after it."""
-
-    settings: PruneConfig
-    expected: Any
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 GROUPED_MATMUL_MULTIPLE = 8
 """Channels of a stacked expert come in multiples of this: `torch._grouped_mm` (2.13) refuses strides that are no
 multiple of 16 bytes."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A planned cut: the settings as this model takes them, and the config that is expected after it."""
+
+    settings: PruneConfig
+    expected: Any
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:

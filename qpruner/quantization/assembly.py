@@ -127,7 +127,6 @@ class PlanAssembler:
     """Assemble one plan after the other, exchanging only the groups whose bits differ.
 
     All adapters are set to their start, and so is the random state: a plan gives the same model as in a fresh process.
-    The arguments are those of `assemble`, and the settings of the adapters.
     """
 
     def __init__(

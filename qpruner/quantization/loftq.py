@@ -19,16 +19,14 @@ OVERSAMPLING = 8
 
 @dataclass(frozen=True)
 class LoftqStart:
-    """A packed weight and the adapter that starts from its error.
-
-    `lora_a` is ``(rank, columns)`` and `lora_b` ``(rows, rank)``, both float32. `plain_error` is the Frobenius norm of
-    ``W - dequantize(quantize(W))``, `error` that of ``W - dequantize(Q) - scaling * B A``.
-    """
+    """A packed weight and the adapter that starts from its error."""
 
     packed: dict[str, torch.Tensor]
     lora_a: torch.Tensor
+    """``(rank, columns)`` float32, and `lora_b` ``(rows, rank)``."""
     lora_b: torch.Tensor
     plain_error: float
+    """``|W - dequantize(quantize(W))|`` (Frobenius), and `error` ``|W - dequantize(Q) - scaling * B A|``."""
     error: float
 
 

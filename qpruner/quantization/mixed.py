@@ -25,7 +25,6 @@ from qpruner.plans.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu
 
 METHOD = "qpruner"
 
-
 # bitsandbytes repeats at every call that 8-bit layers cast to float16.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
@@ -78,21 +77,6 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
             if getattr(holder, "SCB", None) is not None and not holder.SCB.is_meta:
                 holder.SCB = holder.SCB.to(self.weight.device)
         return self
-
-
-def replace_linears(
-    model: torch.nn.Module, bits_by_linear: dict[str, int], dtype: torch.dtype, double_quant: bool
-) -> None:
-    """Replace each named `nn.Linear` of a meta-device model by an empty bitsandbytes layer of its width, in place."""
-    for path, bits in bits_by_linear.items():
-        linear: Any = model.get_submodule(path)
-        if bits == 4 and not torch.cuda.is_available():
-            check_cpu_widths([LinearShape(path, linear.out_features, linear.in_features)])
-        with torch.device("meta"):
-            replacement = _empty_layer(linear, bits, dtype, double_quant)
-        replacement.source_cls = torch.nn.Linear  # type: ignore[assignment]
-        replacement.requires_grad_(False)
-        model.set_submodule(path, replacement)
 
 
 def packed_layer(
@@ -156,13 +140,10 @@ class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Pass a layer's packed tensors to transformers' own 4- or 8-bit reader.
-
-    transformers leaves the dtypes of packed tensors alone only if the op has an attribute named `hf_quantizer`;
-    otherwise the 8-bit scales (SCB) are cast to int8 (seen with 5.24).
-    """
+    """Pass a layer's packed tensors to transformers' own 4- or 8-bit reader."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        # Without an attribute of that name transformers casts packed tensors, and the 8-bit scales to int8 (5.24).
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
@@ -190,8 +171,15 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and name != "bias"
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
-        replace_linears(model, config.bits, model.dtype, config.double_quant)
+        # The model is on the meta device: its weights come later.
+        for path, bits in self.quantization_config.bits.items():
+            linear = model.get_submodule(path)
+            if bits == 4 and not torch.cuda.is_available():
+                check_cpu_widths([LinearShape(path, linear.out_features, linear.in_features)])
+            with torch.device("meta"):
+                layer = _empty_layer(linear, bits, model.dtype, self.quantization_config.double_quant)
+            layer.source_cls = torch.nn.Linear  # type: ignore[assignment]
+            model.set_submodule(path, layer.requires_grad_(False))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # peft picks its 4- or 8-bit LoRA class per layer only where the model says that it may have such layers.

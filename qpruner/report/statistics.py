@@ -88,10 +88,10 @@ def difference_text(found: Difference) -> str:
         about.append(f"± {found.spread:.4f} over seeds")
     if found.num_pairs:
         about.append(counted(found.num_pairs, "row" if found.measure == CONFIRMATION_LOSS else "question"))
-    interval = "no interval"
-    if found.half_width is not None:
-        interval = f"95 % interval {found.mean - found.half_width:+.4f} to {found.mean + found.half_width:+.4f}"
-    return f"{found.measure} {found.mean:+.4f}{unit} ({', '.join([*about, interval])}), {found.verdict}"
+    half_width = found.half_width
+    ends = None if half_width is None else f"{found.mean - half_width:+.4f} to {found.mean + half_width:+.4f}"
+    about.append(f"95 % interval {ends}" if ends else "no interval")
+    return f"{found.measure} {found.mean:+.4f}{unit} ({', '.join(about)}), {found.verdict}"
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -2,8 +2,8 @@
 
 A lock is stale when its process is dead, where this machine can see that. A driver on another machine is watched until
 it beats again, or should have: machines' clocks need not agree. `filelock` keeps two processes from judging one lock at
-once; an object store knows no such locks (pyarrow 26 has no conditional put), so of two drivers that start there in the
-same instant the first heartbeat ends one.
+once, of a run at a URI those of this machine (pyarrow 26 has no conditional put): of two drivers elsewhere that start
+in the same instant the first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -56,11 +56,7 @@ class Driver(NamedTuple):
 
 
 def driver_of(root: Path) -> Driver | None:
-    """Find who drives a run; None where nobody holds its lock. Nothing is written.
-
-    Raises:
-        StorageError: If the storage cannot be reached.
-    """
+    """Find who drives a run; None where nobody holds its lock. Nothing is written."""
     found = retry_storage(lambda: _last_beat(storage_at(root / NAME)), root / NAME)
     if found is None:
         return None
@@ -77,14 +73,11 @@ def hold_run(
 ) -> Iterator[Callable[[], bool]]:
     """Hold a run for this process; end the process (SIGTERM) when another took the run while this one was suspended.
 
-    Yields a callable: True while this process holds the lock, or the storage cannot be reached.
-
-    `notify` is called with one line when another machine's driver is waited for, a stale lock is taken, or this one was
-    lost.
+    Yields a callable: True while this process holds the lock, or the storage cannot be reached. `notify` gets a line
+    when another machine's driver is waited for, a stale lock is taken, or this one was lost.
 
     Raises:
         UserError: If another driver works on the run, with its host and process.
-        StorageError: If the storage is full or away.
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
     seen, deadline = None, time.monotonic() + limit
@@ -126,13 +119,13 @@ def hold_run(
     finally:
         done.set()
         beating.join()
-        with contextlib.suppress(OSError, StorageError), _alone(lock):
+        with contextlib.suppress(OSError, StorageError), exclusive(lock.path):
             if _holder(lock) == me:
                 lock.delete()
 
 
 def lock_lost(stage: str, how: str) -> StageError:
-    """Explain why a stage ends whose driver slept, or was cut off, while another worked on its run; `how` shows it."""
+    """Explain why a stage ends whose driver slept while another worked on its run; `how` shows it."""
     return StageError(
         stage,
         f"another driver took this run over while this one gave no sign of life: {how}",
@@ -160,7 +153,7 @@ def _holder(lock: Storage) -> Holder | None:
 
 
 def _last_beat(lock: Storage) -> tuple[Holder, float] | None:
-    """Read who holds a lock, and its last heartbeat; None where there is no lock, or it goes just now."""
+    """Read who holds a lock, and its last heartbeat; None where nobody does."""
     try:
         holder, found = _holder(lock), lock.stat()
     except FileNotFoundError:
@@ -172,7 +165,7 @@ def _take(
     lock: Storage, me: Holder, notify: Callable[[str], None], silent: tuple[Holder, float] | None, limit: float
 ) -> tuple[Holder, float] | None:
     """Take the lock from nobody, the dead or the `silent`; return who else holds it, and its last heartbeat."""
-    with _alone(lock):
+    with exclusive(lock.path):
         if found := _last_beat(lock):
             holder, _ = found
             is_here = holder.machine == me.machine
@@ -182,11 +175,6 @@ def _take(
             notify(f"taking over from process {holder.pid} on {holder.host}: {why}")
         lock.write(me.model_dump_json().encode())
     return None
-
-
-def _alone(lock: Storage) -> AbstractContextManager[None]:
-    """Keep other processes from judging or changing a lock in a folder meanwhile."""
-    return exclusive(lock.path) if lock.fills_this_disk else contextlib.nullcontext()
 
 
 def _is_alive(holder: Holder) -> bool:

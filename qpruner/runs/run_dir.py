@@ -32,11 +32,7 @@ BANK_CACHE = "QPRUNER_BANK_CACHE"
 
 
 class RunDir:
-    """Paths and records of one run.
-
-    Args:
-        root: The folder or URI, or the path that `run_root` makes of it.
-        create: Whether to make a missing folder.
+    """Paths and records of one run: `root` is its folder or URI, or the path that `run_root` makes of it.
 
     Raises:
         UserError: If it is a file, or a URI that cannot be one of a run or does not answer.

@@ -73,7 +73,7 @@ class GaussianProcessProposer:
         known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
         seen = {row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()}
         if not len(known):
-            return Proposal(self._plans.space.plan_of(self._plans.random(1, generator)[0]))
+            return Proposal(self._plans.space.plan_of(self._plans.random(generator)))
         posterior = self._posterior(history, pending)
         goal = _goal(posterior, self._plans, known, self._pareto)
         candidates, values = self._candidates(posterior, goal, seen, generator)
@@ -232,12 +232,11 @@ class Plans:
                 fresh.append(at)
         return inside[fresh]
 
-    def random(self, number: int, generator: np.random.Generator) -> Tensor:
-        """Draw plans that leave no room for any raise, where more bytes are better."""
-        worth = torch.tensor(generator.exponential(size=(number, *self.bytes.shape)))
-        rank = self.bytes.argsort(1).argsort(1).expand(number, -1, -1)
-        costs = -worth.cumsum(2).gather(2, rank)
-        return self.knapsacks(costs, torch.full((number,), float(self.capacity), dtype=torch.float64))
+    def random(self, generator: np.random.Generator) -> Tensor:
+        """Draw a plan that leaves no room for any raise, where more bytes are better."""
+        worth = torch.tensor(generator.exponential(size=self.bytes.shape))
+        costs = -worth.cumsum(1).gather(1, self.bytes.argsort(1).argsort(1))
+        return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64))[0]
 
     def knapsacks(self, costs: Tensor, capacities: Tensor) -> Tensor:
         """Find plans ``(s, groups)`` of nearly least cost ``(s, groups, levels)``, each inside a capacity ``(s,)``.

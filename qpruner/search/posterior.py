@@ -82,11 +82,7 @@ class Posterior:
 
     def mean(self, plans: Tensor) -> Tensor:
         """Return the expected scores of ``(n, groups)`` plans."""
-        return self._expected(plans, self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans))))
-
-    def _expected(self, plans: Tensor, cross: Tensor) -> Tensor:
-        prior = self._model.features(plans) @ self._effect_mean(self.hyper)
-        return self._center + self.unit * (prior + self._weights @ cross)
+        return self.marginals(plans)[0]
 
     def marginals(self, plans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean ``(n,)``, whitened covariance with the known plans ``(known, n)`` and variance ``(n,)``."""
@@ -94,7 +90,8 @@ class Posterior:
         cross = self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans)))
         additive = (features @ self._covariance * features).sum(1)
         prior = self._shape(self.hyper, additive, torch.zeros_like(additive)) + CONSTANT_VARIANCE
-        return self._expected(plans, cross), solve_triangular(self._factor, cross, upper=False), prior
+        mean = self._center + self.unit * (features @ self._effect_mean(self.hyper) + self._weights @ cross)
+        return mean, solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance ``(references, n)`` of how much plans score above each reference plan."""

@@ -50,10 +50,7 @@ class Expansion:
 
 
 def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
-    """Run the samples forward and backward once through the pruned, unquantized model.
-
-    Memory above the weights: the activations of a batch, and `BYTES_A_WEIGHT` for each weight of one layer.
-    """
+    """Run the samples forward and backward once through the pruned, unquantized model."""
     owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
     linears = {path: model.get_submodule(path) for path in owner}
     first_order = np.zeros((len(starts.levels), len(starts.groups)))
@@ -85,10 +82,7 @@ def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> t
 
 
 def _sums_over_samples(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the samples' weight gradients, and their squares: two ``(rows, columns)`` float32.
-
-    Inputs of the layer are ``(samples, seq, columns)``, gradients at its output ``(samples, seq, rows)``.
-    """
+    """Sum the samples' weight gradients, and their squares: two ``(rows, columns)`` float32."""
     slope = torch.empty(gradients.shape[-1], inputs.shape[-1], device=inputs.device)
     slopes, squares = torch.zeros_like(slope), torch.zeros_like(slope)
     for sample, gradient in zip(inputs, gradients, strict=True):

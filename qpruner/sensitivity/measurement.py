@@ -70,8 +70,8 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measure
     In bfloat16 any change costs some KL by rounding alone: 0.0009 to 0.0015 nats on pruned SmolLM2 with one weight
     moved by one unit in the last place (2026-11), about what 8 bits cost there. Fisher tells such groups apart.
 
-    Memory above the weights: every block's output for one batch, the unquantized model's log-probabilities at the
-    batch's predicted positions in float32, a group's weights once more, and one layer's while it is unpacked.
+    Memory above the weights: every block's output for one batch, its float32 log-probabilities, a group's weights once
+    more, and one layer's while it is unpacked.
     """
     every = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
     total = len(every) * len(starts.groups) * len(starts.levels)

@@ -1,7 +1,6 @@
 """Compute every sensitivity in one shape: the predicted rise of each (group, bits) over the unquantized pruned model.
 
-Methods that need the same passes over the samples share them; the record of each has their seconds and the methods that
-shared them.
+Methods that need the same passes over the samples share them, as their records say.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups and bank to score with.
-
-    `levels` are the plans' bit-widths in ascending order, `scaling` is the factor of the adapters' product.
-    """
+    """Samples, groups and bank to score with; `levels` ascend, `scaling` is the factor of the adapters' product."""
 
     samples: Samples
     group: str

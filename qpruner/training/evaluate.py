@@ -11,13 +11,15 @@ import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from qpruner.config.schema import AccuracyMetric, EvaluateConfig
 from qpruner.data import measures
-from qpruner.data.calibration import OnProgress
 from qpruner.errors import UserError, first_line
 from qpruner.runs.records import MetricScore, TaskScore
+
+if TYPE_CHECKING:
+    from qpruner.data.calibration import OnProgress
 
 METRICS: tuple[str, ...] = get_args(AccuracyMetric)
 """In order of preference."""
@@ -86,10 +88,6 @@ def _counting_model(on_progress: OnProgress) -> Any:
 
         def add_partial(self, attr: str, req: Any, res: Any) -> None:
             self.done += 1
-            if self.done >= self.total:
-                self.report()
-
-        def report(self) -> None:
             on_progress(self.done, max(self.done, self.total))
 
     class CountingModel(HFLM):  # type: ignore[misc]
@@ -103,15 +101,10 @@ def _counting_model(on_progress: OnProgress) -> Any:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            self.counter.report()
             ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)  # padding is 0
             padding = inps.shape[1] - int(ends.min())
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
-
-        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-            self.counter.report()
-            return super()._model_generate(*args, **kwargs)
 
         def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.counter.total += len(requests)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
@@ -50,7 +50,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     begin_job(job.threads)
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
-    turns: list[list[Turn]] = [[] for _ in job.candidates]
+    turns: list[list[tuple[float, float, int]]] = [[] for _ in job.candidates]
     progress, num_turns = ProgressFile(job.progress), NUM_TURNS * len(job.candidates)
     progress.write(0, num_turns)
     for turn in range(num_turns):
@@ -63,25 +63,17 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core"),
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
-        memory_counter=turns[0][0].memory_counter,
+        memory_counter=("" if torch.cuda.is_available() else "tensors of the model, and ") + PeakMemory().counter,
     )
-    return setting, [
-        Inference(
-            memory_bytes=max(turn.memory_bytes for turn in taken),
-            prefill_tokens_per_second=tuple(turn.prefill for turn in taken),
-            decode_tokens_per_second=tuple(turn.decode for turn in taken),
+    found = []
+    for taken in turns:
+        prefill, decode, memory_bytes = zip(*taken, strict=True)
+        found.append(
+            Inference(
+                memory_bytes=max(memory_bytes), prefill_tokens_per_second=prefill, decode_tokens_per_second=decode
+            )
         )
-        for taken in turns
-    ]
-
-
-class Turn(NamedTuple):
-    """One generation of one sequence: tokens a second, peak memory with the model's own, and what that counts."""
-
-    prefill: float
-    decode: float
-    memory_bytes: int
-    memory_counter: str
+    return setting, found
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
@@ -107,10 +99,10 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> 
     return prompt.numel() / (read - started), (num_tokens - 1) / (written - read)
 
 
-def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Turn:
-    """Generate from one sequence, after a short generation that warms up.
+def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> tuple[float, float, int]:
+    """Generate from one sequence, after a short warm-up; return tokens a second of prefill and decode, and the memory.
 
-    Memory is CUDA's peak on a GPU; on a CPU the packed tensors and the rise of resident memory above the loaded model.
+    That is CUDA's peak on a GPU; on a CPU the packed tensors and the rise of resident memory above the loaded model.
     """
     ids = torch.tensor([prompt], device=model.device)
     model.eval()
@@ -119,6 +111,4 @@ def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Tur
     memory = PeakMemory()
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_bytes(model)
     _generate(model, ids[:, :WARM_UP_TOKENS], 2)
-    prefill, decode = _generate(model, ids, num_tokens)
-    counter = "tensors of the model, and " + memory.counter
-    return Turn(prefill, decode, held + memory.bytes(), memory.counter if torch.cuda.is_available() else counter)
+    return *_generate(model, ids, num_tokens), held + memory.bytes()

@@ -129,7 +129,7 @@ def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> N
         assert trials in lines and "begun:         trial 5 (gp), step 2/8" in lines
         assert not any("under way" in line or "waiting for" in line for line in lines)
         snapshot = read_snapshot(RunDir(run))
-        assert "1 failed, 2 begun." in render(snapshot, sections(snapshot, ""))
+        assert "1 failed, 2 begun." in render(snapshot, sections(snapshot))
 
     check()
     with hold_run(run, print):
@@ -351,7 +351,6 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = printed("compare", *runs)
     assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
-    assert "hours count in each: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison." in text
 
 
 def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:

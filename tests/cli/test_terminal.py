@@ -90,10 +90,7 @@ def test_a_terminal_shows_the_search_live() -> None:
     assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
     assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
     assert "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
-
-
-def test_a_narrow_terminal_folds_what_it_shows_live() -> None:
-    """What stands behind the edge is what is happening now."""
+    # Folded on a narrow one: what stands behind the edge is what is happening now.
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
     assert "1 of 2 slots busy; about 14 min 30 s left" in seen
@@ -162,23 +159,15 @@ from qpruner.runs import events
 terminal.SILENCE_SECONDS = 0.1
 with terminal.Terminal(quiet=False) as shown:
     shown.emit(events.StageStarted("evaluate", "arc for 9 models"))
-    sys.stdin.readline()
-    time.sleep(1)
-    shown.emit(events.StageStarted("report", "of the run"))
-    time.sleep(1)
-    print("went on", file=sys.stderr)
+    time.sleep(100)
 """
 
 
 def test_a_command_ends_when_its_reader_has_gone() -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command_of(CUT), text=True, **pipes) as process:  # type: ignore[call-overload]
-        assert process.stdout.readline() == "[evaluate] arc for 9 models ...\n"
+    with subprocess.Popen(command_of(CUT), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout and process.stdout.readline() == b"[evaluate] arc for 9 models ...\n"
         process.stdout.close()
-        process.stdin.write("\n")
-        process.stdin.close()
-        said = process.stderr.read()
-        assert process.wait(timeout=60) == 1 and "went on" not in said, said
+        assert process.wait(timeout=60), "interrupted, while it waits for something"
 
 
 def live_part(terminal: Terminal) -> str:
@@ -262,18 +251,17 @@ def test_a_picture_of_the_search(tmp_path: Path) -> None:
         -100: "[prune] target 20.00% of all parameters, by fisher ...",
         -10: "[prune] done in 90.0 s: 134.5M -> 107.6M parameters",
         -1: "[search] 64 trials, gp ...",
-        1: "[search] trial   0 [" + "4" * 60 + "] 74.5 MB step 4/16 loss 4.3 (uniform-4)",
         90_000: "[search] ended: all 64 trials were spent",
     }
     log = tmp_path / "run" / "qpruner.log"
-    times = [datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3] for seconds in lines]
-    log.write_text(
-        "".join(f"{at} INFO qpruner.pipeline: {text}\n" for at, text in zip(times, lines.values(), strict=True))
-    )
+    with log.open("w") as file:
+        for seconds, text in lines.items():
+            at = datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
+            print(f"{at} INFO qpruner.pipeline: {text}", file=file)
     moment = moment_of(made.trials)
     seen = (picture := terminal_picture(read_run(made.run.root), log)).replace("&#160;", " ")
     assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
     assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
     assert "of 64 trials: " in seen and "8 of 8 slots busy" in seen
-    assert "step 4/16" not in seen and "all 64 trials" not in seen, "a live view shows rungs; and what came later"
+    assert "all 64 trials" not in seen, "what came later"
     assert "url(" not in picture.replace("url(#", "")

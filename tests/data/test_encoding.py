@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qpruner.config.load import validate_config
 from qpruner.data.encoding import (
     alpaca_prompt,
-    calibration_samples,
     collate,
     encode,
+    importance_samples,
     load_encoded,
     pack,
     row_lengths,
@@ -152,30 +153,40 @@ def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
     assert pack(plain, 8) == [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}]
 
 
+def samples_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase, raw: dict[str, Any], **calibration: Any) -> Any:
+    return importance_samples(validate_config(raw | {"calibration": calibration}), rows, len(tokenizer), tokenizer)
+
+
 @pytest.mark.parametrize("packing", [True, False])
-def test_calibration_predicts_responses_only(packing: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_calibration_predicts_responses_only(
+    packing: bool, tokenizer: PreTrainedTokenizerBase, tiny_raw: dict[str, Any]
+) -> None:
     rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
-    samples = calibration_samples(rows, tokenizer, 3, 160, "alpaca", True, packing)
+    samples = samples_of(rows, tokenizer, tiny_raw, num_samples=3, max_length=160, packing=packing)
     words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
     assert "purple" in words and "Name the colour" not in words and "Instruction" not in words
     read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
     assert "Instruction" in read, "prompts are read all the same"
 
 
-def test_packed_samples_without_a_response_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_packed_samples_without_a_response_are_left_out(
+    tokenizer: PreTrainedTokenizerBase, tiny_raw: dict[str, Any]
+) -> None:
     rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
-    samples = calibration_samples(rows, tokenizer, 4, 16, "alpaca", True, packing=True)
+    samples = samples_of(rows, tokenizer, tiny_raw, num_samples=4, max_length=16, packing=True)
     assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
     assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
     with pytest.raises(UserError, match="make 4 with a token to predict"):
-        calibration_samples(rows, tokenizer, 5, 16, "alpaca", True, packing=True)
+        samples_of(rows, tokenizer, tiny_raw, num_samples=5, max_length=16, packing=True)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_calibration_text_skips_blank_lines(packing: bool, with_bos: PreTrainedTokenizerBase) -> None:
+def test_calibration_text_skips_blank_lines(
+    packing: bool, with_bos: PreTrainedTokenizerBase, tiny_raw: dict[str, Any]
+) -> None:
     """Half the rows of WikiText are blank: each would be a beginning of sequence and nothing else."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
-    samples = calibration_samples(rows, with_bos, 2, 8, "alpaca", True, packing)
+    samples = samples_of(rows, with_bos, tiny_raw, num_samples=2, max_length=8, packing=packing)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one for each row with words"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"

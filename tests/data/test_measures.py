@@ -26,14 +26,12 @@ def test_every_task_counts_the_same_however_large() -> None:
     variances = [np.var(values, ddof=1) / len(values) for values in tasks]
     assert found.stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
 
+    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]], "question by question"
+
 
 def test_one_question_has_no_standard_error() -> None:
     assert over_questions([1.0]).mean == 1.0 and math.isnan(over_questions([1.0]).stderr)
     assert math.isnan(over_tasks([[1.0, 0.0], [1.0]]).stderr), "nor has a mean over tasks of which one has it"
-
-
-def test_models_are_averaged_question_by_question() -> None:
-    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]]
 
 
 def test_the_prediction_interval_holds_one_more_draw() -> None:

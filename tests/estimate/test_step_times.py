@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import changed_by, raw_config
 from tiny_families import family_model, kept_of
 
 from qpruner.config.load import validate_config
@@ -18,9 +18,8 @@ from qpruner.pruning.surgery import cut
 @pytest.mark.parametrize("name", ["gemma2", "opt", "phi3"])
 def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
     """Layers of two kinds, a family with biases and one with fused projections; how long it takes is the machine's."""
-    raw = raw_config(Path("a-model"), Path("a-run"))
-    for key, value in {"data.max_length": 16, "lora.dropout": 0.1, "training.gradient_checkpointing": True}.items():
-        raw = with_key(raw, key, value)
+    changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
+    raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))
     config = cut(family_model(name), kept_of(name)).config
     linear = LinearShape("layer", 128, 64)
     times = measure(validate_config(raw), config, linear, share_high=0.5, share_labelled=0.25, threads=1)

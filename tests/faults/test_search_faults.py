@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -436,28 +435,6 @@ def test_a_dead_machine_is_not_held_against_its_trial(config: Path, undisturbed:
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
     assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
-
-
-def test_a_machine_dead_before_any_pulse_is_no_strike(config: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A worker imports for seconds before it can say where it is."""
-    config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
-
-    def begins(node: Any) -> bool:
-        for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children():
-            with suppress(psutil.NoSuchProcess):  # also of one that has just ended
-                if "ImplicitFunc" in " ".join(worker.cmdline()):
-                    return True
-        return False
-
-    with raylets(MAX_KILLS + 1) as cluster, driver(config, "--address", cluster.address) as process:
-        for _ in range(MAX_KILLS):
-            cluster.kill_machine(
-                process.wait_until(lambda: next(filter(begins, cluster.nodes), None), "a young worker")
-            )
-            assert pulse_of(process.run, 0) is None
-        finished(process)
-        assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
-    assert trials_of(process.run)[0]["status"] == "finished"
 
 
 def test_trials_leave_a_machine_that_is_drained(config: Path, undisturbed: Path) -> None:

@@ -78,8 +78,9 @@ def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Pat
 
 
 @pytest.fixture(scope="session")
-def sensed_raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A configuration whose run has got as far as the sensitivities."""
+def sensed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Event]]:
+    """A configuration whose run has got as far as the sensitivities, and what was told meanwhile."""
+    events: list[Event] = []
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("finish") / "run")
     for key, value in (
         ("sensitivity.methods", ["mutual_information", "fisher"]),
@@ -88,8 +89,13 @@ def sensed_raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         ("evaluate.limit", 2),
     ):
         raw = with_key(raw, key, value)
-    run(validate_config(raw), ignore, until="sensitivity")
-    return raw
+    run(validate_config(raw), events.append, until="sensitivity")
+    return raw, events
+
+
+@pytest.fixture(scope="session")
+def sensed_raw(sensed: tuple[dict[str, Any], list[Event]]) -> dict[str, Any]:
+    return sensed[0]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import (
-    Row,
     candidates_for,
     distinct,
     job_progress,
@@ -29,7 +28,7 @@ from qpruner.pipeline.comparison_rows import (
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event
-from qpruner.runs.records import GIVEN, PrepareRecord, SensitivityRecord
+from qpruner.runs.records import GIVEN, SensitivityRecord
 from qpruner.sensitivity.seeds import seed_plan
 
 MI_ROW = "mutual-information seed"
@@ -77,16 +76,6 @@ def test_the_best_seed_is_the_best_confirmed_one(
     assert origins.get("best seed") == (f"{method} at the winner's bytes" if method else None)
     assert origins[MI_ROW] == "seed-mutual-information at the winner's bytes", "the paper's ablation stays"
     assert found["searched"].origin == "gp, trial 7"
-
-
-@pytest.mark.parametrize("name", ["uniform-8", "seed-mutual-information"])
-def test_a_seed_equal_to_a_uniform_plan_is_found(name: str, context: Context, sensed_raw: dict[str, Any]) -> None:
-    """Where all groups fit at their highest bits, every seed plan has them there."""
-    everything = with_key(with_key(sensed_raw, "quantize.budget", {"fraction": 1.0}), "search.pareto", True)
-    front = replace(context, config=validate_config(everything))
-    found = rows_of(front, a_winner(context), {"uniform-4": 1.0, name: 2.0})
-    assert found["best seed"].origin == "seed-mutual-information at the winner's bytes"
-    assert "best seed" not in rows_of(front, a_winner(context), {"uniform-4": 1.0})
 
 
 def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: Callable[[str, Any], Context]) -> None:
@@ -165,30 +154,17 @@ def test_check_counts_the_fine_tunes_without_a_search(
     assert len(distinct(jobs_of(given, rows))) - 1 == num_compared(given.config) == number
 
 
-def test_the_winners_fine_tune_is_one_of_its_row(context: Context) -> None:
-    """Whatever is compared with it afterwards: its fine-tune is one of its row in the comparison."""
-    winner = context.space.uniform(4)
-    alone = winner_row(with_winner(context, winner))
-    assert alone == Row("searched", "gp, trial 7", ((1, winner),))
-    row = rows_of(context, winner)["searched"]
-    assert (row.name, row.origin, row.plans[0]) == (alone.name, alone.origin, alone.plans[0])
-
-
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
-    found = folders(context, rows_of(context, context.space.uniform(8)))
+    """The winner's own fine-tune is one of its row, whatever is compared with it afterwards."""
+    winner = context.space.uniform(8)
+    rows = rows_of(context, winner)
+    assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
+    found = folders(context, rows)
     assert found["searched", 1] == found["uniform 8-bit", 1]
     assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
     assert found["base", 1] != found["pruned", 1]
-    untuned = {each.folder for each in untuned_candidates(context, context.space.uniform(8).as_dict())}
+    untuned = {each.folder for each in untuned_candidates(context, winner.as_dict())}
     assert len(untuned) == 3 and not untuned & set(found.values())
-
-
-def test_the_base_row_uses_the_model_in_the_run(context: Context) -> None:
-    """Wherever the run was when `prepare` wrote it."""
-    prepared = context.record(PrepareRecord).model_copy(update={"model_path": "/gone/prepare/model", "converted": True})
-    moved = with_records(context, prepare=prepared)
-    base = untuned_candidates(moved, context.space.uniform(8).as_dict())[0]
-    assert base.checkpoint == context.run_dir.root / "prepare" / "model"
 
 
 @pytest.mark.parametrize(

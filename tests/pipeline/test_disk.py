@@ -15,14 +15,8 @@ from conftest import disk_of, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.flow import recorded
-from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import check, run
-from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event
-from qpruner.runs.run_dir import RunDir
-from qpruner.search.trial_records import trial_path
 
 MIB = 2**20
 
@@ -80,18 +74,3 @@ def test_what_a_killed_stage_left_is_paid_for(raw: dict[str, Any]) -> None:
     half_written.parent.mkdir()
     half_written.write_bytes(b"\0" * (MIB // 4))
     assert needed(raw) < left - MIB // 8
-
-
-def test_a_damaged_trial_record_is_no_reason_to_look_no_further(raw: dict[str, Any]) -> None:
-    """The search sets it aside when it begins; until then its trial counts as one to be run."""
-    config = validate_config(raw)
-    run(config, ignore, until="sensitivity")
-    run_dir = RunDir(config.output)
-    context = Context(config, run_dir, ignore, None, inspect(config))
-    recorded(context)
-    trials = Search(context).folder
-    trial_path(trials, 0).parent.mkdir(parents=True)
-    trial_path(trials, 0).write_text('{"index": 0, "dig')
-    left = needed(raw)
-    with with_free(raw, left + MIB // 10):
-        assert check(config, ignore).done["search"] == 0

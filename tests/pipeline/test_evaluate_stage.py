@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +72,23 @@ def test_gpu_seconds_of_each_job_are_counted_once(
             context.run_dir.forget(stage.name)
 
 
-def test_the_text_is_described(sensed_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_the_text_is_described(context: Context, sensed_raw: dict[str, Any], tmp_path: Path) -> None:
     """Answers to questions are none; responses are, and so is a text that is named."""
     source = "package:qpruner/demo/data"
     text = {"source": f"{source}/questions_test.jsonl", "format": "text", "columns": {"text": "question"}}
-    instructions = {"source": f"{source}/instructions.jsonl", "limit": 16}
 
-    def found(name: str, **keys: Any) -> tuple[str | None, Path | None]:
-        changed = with_key(sensed_raw, "output", str(tmp_path / name))
-        for key, value in keys.items():
-            changed = with_key(changed, key.replace("__", "."), value)
-        config = validate_config(changed)
-        run(config, ignore, until="prune")
-        own = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
-        return held_out_text(own, tmp_path / f"{name}-text")
+    def found(raw: dict[str, Any], name: str) -> tuple[str | None, Path | None]:
+        config = validate_config(raw)
+        run_dir = RunDir(Path(config.output))
+        own = replace(context, config=config, run_dir=run_dir, inspection=preflight.inspect(config))
+        return held_out_text(own, tmp_path / name)
 
-    assert found("questions") == (None, None)
-    told, folder = found("text", evaluate__text=[text])
+    assert found(sensed_raw, "none") == (None, None)
+    told, folder = found(with_key(sensed_raw, "evaluate.text", [text]), "text")
     assert folder and told == f"`evaluate.text` in {len(load_encoded(folder))} windows of 64 tokens"
-    told, folder = found("responses", data__confirmation=[instructions], data__max_length=256)
+    raw = with_key(with_key(sensed_raw, "output", str(tmp_path / "responses")), "data.max_length", 256)
+    raw = with_key(raw, "data.confirmation", [{"source": f"{source}/instructions.jsonl", "limit": 16}])
+    run(validate_config(raw), ignore, until="prepare")
+    told, folder = found(raw, "rows")
     assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows that chose nothing"
     assert len(load_encoded(folder)) == 8, "half of 16"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import changed_by, raw_config, with_key
 from transformers import AutoConfig
 
 from qpruner.config.load import validate_config
@@ -42,59 +42,36 @@ def test_heads_that_a_cpu_would_decode_wrongly_are_refused(tmp_path: Path) -> No
         assert told in str(caught.value)
     check_on_cpu(model_config, config_of(tmp_path, [8, 16], rate=0.1, selection="global", units=units))
     check_on_cpu(model_config, config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=["mlp"]))
-    for share, is_even in ((0.5, True), (0.25, False)):
-        known = config_of(tmp_path, [4, 8], layer_rate=share, units=units, round_to=64)
-        if is_even:
-            check_on_cpu(model_config, known)
-            continue
-        with pytest.raises(
-            UserError, match=r"o_proj has 288 columns, .* `prune\.units: \[mlp\]` where the size of heads"
-        ):
-            check_on_cpu(model_config, known)
+    check_on_cpu(model_config, config_of(tmp_path, [4, 8], layer_rate=0.5, units=units, round_to=64))
+    with pytest.raises(UserError, match=r"o_proj has 288 columns, .* `prune\.units: \[mlp\]` where the size of heads"):
+        check_on_cpu(model_config, config_of(tmp_path, [4, 8], layer_rate=0.25, units=units, round_to=64))
 
 
 def test_a_block_that_loses_nothing_keeps_its_width(tmp_path: Path) -> None:
     llama = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
-    for width, is_refused in ((176, True), (192, False)):
-        model_config = AutoConfig.for_model("llama", **SHAPES, **llama, intermediate_size=width)
-        config = config_of(tmp_path, [4, 8], rate=0.2, selection="global", units=["mlp"])
-        if is_refused:
-            with pytest.raises(UserError, match=r"may leave model\.layers\.0\.mlp\.down_proj with 176 columns"):
-                check_on_cpu(model_config, config)
-        else:
-            check_on_cpu(model_config, config)
+    config = config_of(tmp_path, [4, 8], rate=0.2, selection="global", units=["mlp"])
+    check_on_cpu(AutoConfig.for_model("llama", **SHAPES, **llama, intermediate_size=192), config)
+    with pytest.raises(UserError, match=r"may leave model\.layers\.0\.mlp\.down_proj with 176 columns"):
+        check_on_cpu(AutoConfig.for_model("llama", **SHAPES, **llama, intermediate_size=176), config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"data.max_length": 65}, r"`data\.max_length`: 65 tokens are more than the 64 positions that this opt model"),
-        ({"calibration.max_length": 128}, r"`calibration\.max_length`: 128 tokens .* give at most 64"),
-        ({"calibration.token_ids": [[1] * 70]}, r"`calibration\.token_ids`: 70 tokens are more"),
-        ({}, None),
-    ],
-    ids=str,
-)
-def test_more_tokens_than_learned_positions_are_refused(
-    changes: dict[str, Any], told: str | None, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_more_tokens_than_learned_positions_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     sizes = {"hidden_size": 64, "num_attention_heads": 1, "ffn_dim": 256, "word_embed_proj_dim": 64}
     shapes = SHAPES | sizes | {"vocab_size": vocabulary, "max_position_embeddings": 64}
     AutoConfig.for_model("opt", architectures=["OPTForCausalLM"], **shapes).save_pretrained(folder)
-    raw = raw_config(folder, tmp_path / "run")
-    for key, value in ({"data.max_length": 64, "calibration.max_length": 64} | changes).items():
-        if key == "calibration.token_ids":
-            (tmp_path / "ids.json").write_text(str(value))
-            value = str(tmp_path / "ids.json")
-        raw = with_key(raw, key, value)
-    raw = with_key(with_key(raw, "prune.rate", 0.05), "quantize.bits", [8, 16])
-    if told:
+    (tmp_path / "ids.json").write_text(str([[1] * 70]))
+    fits = "data.max_length=64; calibration.max_length=64; prune.rate=0.05; quantize.bits=[8, 16]"
+    raw = changed_by(fits, raw_config(folder, tmp_path / "run"))
+    assert inspect(validate_config(raw)).sample_length == 64
+    for change, told in (
+        ("data.max_length=65", r"`data\.max_length`: 65 tokens are more than the 64 positions that this opt model"),
+        ("calibration.max_length=128", r"`calibration\.max_length`: 128 tokens .* give at most 64"),
+        (f"calibration.token_ids={tmp_path}/ids.json", r"`calibration\.token_ids`: 70 tokens are more"),
+    ):
         with pytest.raises(UserError, match=told):
-            inspect(validate_config(raw))
-    else:
-        assert inspect(validate_config(raw)).sample_length == 64
+            inspect(validate_config(changed_by(change, raw)))
 
 
 def test_given_samples_are_counted_as_long_as_they_are(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import DEMO_DATA, changed_by, demo_rows, disk_of, raw_config, said, with_key
+from conftest import DEMO_DATA, changed_by, demo_rows, said, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import DataSource, RunConfig
@@ -27,13 +27,11 @@ from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
 from qpruner.pipeline.preflight import Inspection, inspect
 from qpruner.pipeline.preflight_rows import num_cut
-from qpruner.pipeline.run import check
 from qpruner.plans.plan import PrecisionPlan
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
 TEST_TASK, SEARCH_TASK = "qpruner_everyday_test", "qpruner_everyday_validation"
 BY_ACCURACY = f"search.metric=accuracy; search.tasks=[{SEARCH_TASK}]; search.limit="
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a CPU only")
 
 
 @pytest.fixture(autouse=True)
@@ -80,66 +78,29 @@ def test_the_configuration_that_the_rows_spoil_is_accepted(inspected: Any, tmp_p
 MODEL = [
     ("prune.rate=0.6; prune.first_layer=1", "`prune.rate` ... 0.6 ... at least one unit ... lower the rate, widen"),
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
-    ("prune.first_layer=1; prune.last_layer=0", "`prune.first_layer` 1 ... `prune.last_layer` 0 ... must be a range"),
-    ("prune.protected_layers=[0, 2]", "`prune.protected_layers` ... no block 2 ... the model has 2 ... 0 to 1"),
-    ("prune.protected_layers=[0, -1]", "`prune.protected_layers` ... no block ... may be cut ... name fewer"),
-    ("prune.round_to=320", "`prune.round_to` ... got 320 ... at most the 256 MLP channels"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
-    ("prune={layer_rate: 0.999, round_to: 1}", "would leave 0 of the 2 attention units of block 0 ... lower it"),
-    ("prune.round_to=256; prune.units=[mlp]", "`prune.rate` ... 0.2 ... at most 0 can ... lower the rate"),
-    pytest.param(
-        "prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`", marks=ON_CPU
-    ),
-    pytest.param(
-        "prune.round_to=32; prune.selection=global; prune.rate=0.1",
-        "`prune.round_to` must be a multiple of 64 ... 4-bit layers on a CPU, got 32",
-        marks=ON_CPU,
-    ),
-    (
-        "prune.rate=0.5; prune.units=[attention]",
-        "`prune.rate` ... at least one unit of each kind ... name more `prune.units`",
-    ),
-    (
-        "prune.units=[attention, expert]",
-        "`prune.units` ... expert ... no block of this llama model has such ... leave it out",
-    ),
-    ("prune.rate=0.1; prune.units=[block]", "`prune.rate` ... 10.00% ... but one block has 42.85% ... raise the rate"),
-    ("prune.rate=0.5; prune.units=[block]; prune.first_layer=1", "`prune.units` ... one must stay ... widen"),
-    ("prune.uniform=true; prune.first_layer=1", "`prune.uniform` ... only 1 may be cut ... `uniform: false`"),
-    (
-        "prune.uniform=true; prune.compensation=bias",
-        "`prune.compensation` ... no place for output biases ... least_squares",
-    ),
-    (
-        "quantize.budget={bytes: 1000}",
-        "`quantize.budget.bytes` ... every group at 4 ... the smallest that works is ... 1000",
-    ),
-    (
-        "quantize.budget={bytes: 1000}; quantize.bits=[4]",
-        "`quantize.budget.bytes` is below the pruned model with every group",
-    ),
+    ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... leave it out"),
+    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... the smallest that works is ... got 1000"),
+    ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
     ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
-    (
-        "quantize.budget={fraction: 1}",
-        "`quantize.budget.fraction` ... every group fits at 8 bits ... the largest ... got 1.0",
-    ),
-    (
-        "quantize.budget={gib: 1}",
-        "`quantize.budget.gib` ... every group fits at 8 bits ... got 1.0 ... `search.pareto`",
-    ),
+    ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
+    ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... every group fits at 8 bits ... got 1.0"),
     ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the lowest ... 4 and 8, got 9"),
-    pytest.param(
-        "model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16", marks=ON_CPU
-    ),
     ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name a folder"),
     ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name a folder"),
 ]
+ON_CPU = [
+    ("prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`"),
+    (
+        "prune.round_to=32; prune.selection=global; prune.rate=0.1",
+        "`prune.selection: global` ... mlp.down_proj with 32 columns ... `prune.round_to` a multiple of 64",
+    ),
+    ("model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16"),
+]
+MODEL += [] if torch.cuda.is_available() else ON_CPU
 SOURCES = [
     ("TMP/none", "TMP/none ... does not exist ... name a model folder"),
-    (
-        "nobody/no-such-model",
-        "no model config can be read from 'nobody/no-such-model' ... see that the hub has this id",
-    ),
+    ("nobody/no-such-model", "no model config can be read from 'nobody/no-such-model' ... see that the hub has"),
     ("runs/mine/prune", "CWD/runs/mine/prune ... is no hub id ... name a model folder"),
     ("../mine", "CWD/../mine ... does not exist ... name a model folder"),
     ("~/no-such-model", "HOME/no-such-model ... does not exist ... name a model folder"),
@@ -149,26 +110,7 @@ SOURCES = [
     ("TMP/none.gguf", "TMP/none.gguf ... does not exist ... name"),
     ("TMP/text.gguf", "TMP/text.gguf ... not a GGUF file"),
 ]
-
-
-def filled(text: str, folder: Path) -> str:
-    return text.replace("TMP", str(folder)).replace("CWD", str(Path.cwd())).replace("HOME", str(Path.home()))
-
-
-@pytest.mark.parametrize(("change", "message"), MODEL)
-def test_a_cut_or_budget_that_cannot_be_is_refused(
-    change: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    refused_with(message, filled(change, tmp_path), tiny_raw)
-
-
-@pytest.mark.parametrize(("source", "message"), SOURCES)
-def test_a_source_of_no_model_is_refused(source: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "text.gguf").write_text("hello world")
-    change = {"model.source": filled(source, tmp_path)}
-    refused_with(f"`model.source` ... {filled(message, tmp_path)}", change, tiny_raw)
+SOURCES = [(f"model.source={source}", f"`model.source` ... {message}") for source, message in SOURCES]
 
 
 def _config_keys(folder: Path, **keys: Any) -> None:
@@ -206,11 +148,7 @@ def _mixtral(folder: Path) -> None:
 SPOILT: list[tuple[Callable[[Path], object], str, str]] = [
     (lambda folder: (folder / "config.json").unlink(), "", "no config.json ... name a model folder"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "", "not a valid JSON file"),
-    (
-        lambda folder: _config_keys(folder, num_attention_heads=3),
-        "",
-        "not a multiple of the number of attention heads (3)",
-    ),
+    (lambda folder: _config_keys(folder, num_attention_heads=3), "", "not a multiple of the number of attention heads"),
     (_pickled_only, "", "pickled .bin weights are not read ... save_pretrained"),
     (_second_shard_missing, "", "model-00002-of-00002.safetensors ... lacks ... fetch"),
     (_index_not_json, "", "model.safetensors.index.json ... not valid JSON ... fetch"),
@@ -218,16 +156,7 @@ SPOILT: list[tuple[Callable[[Path], object], str, str]] = [
     (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "", "tokenizer"),
     (lambda folder: _config_keys(folder, quantization_config={"bits": 4}), "", "already quantized ... full-precision"),
     (_gpt2, "", f"`gpt2` ... not supported ... supported: {', '.join(families())}"),
-    (
-        _mixtral,
-        "prune.importance=fluctuation",
-        "mlp.experts.gate_up_proj ... stacked in one parameter ... taylor, magnitude",
-    ),
-    (
-        _mixtral,
-        "prune={importance: magnitude, compensation: none, round_to: 12}",
-        "`prune.round_to` ... got 12 ... a multiple of 8 ... experts of a mixtral model",
-    ),
+    (_mixtral, "prune.importance=fluctuation", "mlp.experts.gate_up_proj ... stacked in one ... taylor, magnitude"),
 ]
 
 
@@ -241,8 +170,7 @@ def test_a_spoilt_model_folder_is_refused(
     refused_with(message if change else f"`model.source` ... {message}", change, raw)
 
 
-@pytest.mark.parametrize("size", [slice(100), slice(-5000)], ids=["header", "weights"])
-def test_a_truncated_gguf_file_is_refused(size: slice, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_truncated_gguf_file_is_refused(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     import numpy as np
     from gguf import GGUFWriter
 
@@ -258,8 +186,9 @@ def test_a_truncated_gguf_file_is_refused(size: slice, tiny_raw: dict[str, Any],
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    path.write_bytes(path.read_bytes()[size])
-    refused_with(f"`model.source` ... {path} ... truncated ... fetch", {"model.source": str(path)}, tiny_raw)
+    for size in (-5000, 100):  # weights, and header
+        path.write_bytes(path.read_bytes()[:size])
+        refused_with(f"`model.source` ... {path} ... truncated ... fetch", {"model.source": str(path)}, tiny_raw)
 
 
 # ---- what is wrong with rows and tasks
@@ -269,13 +198,9 @@ def jsonl(*rows: dict[str, Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-QUESTION = {"question": "Is water wet?", "choices": {"text": ["no", "yes"], "label": ["A", "B"]}, "answerKey": "B"}
 FILES = {
-    "rows.xlsx": "PK",
-    "bad.jsonl": "{not json\n",
     "empty.jsonl": "",
-    "bare.jsonl": jsonl({"q": "?", "choices": ["a"], "answerKey": "A"}),
-    "label.jsonl": jsonl(QUESTION, QUESTION | {"answerKey": "E"}),
+    "text.gguf": "hello world",
     "text.txt": "\n\n\n\n".join(f"Paragraph {number} of a text." for number in range(3)) + "\n",
     "cut.json": "[[1, 2",
     "none.json": "[]",
@@ -286,101 +211,53 @@ FILES = {
     "short.json": "[[1, 2], [3]]",
 }
 TEXT = "[{source: TMP/text.txt, format: text}]"
-DATA = [
+ROWS = [
     ("data.train.0.source=/no/such.jsonl", "`data.train.0.source` ... /no/such.jsonl ... does not exist ... name"),
-    (
-        "data.train.0.source=TMP/rows.xlsx",
-        "`data.train.0.source` ... no data file ... .jsonl, .json, .parquet, .csv, .tsv",
-    ),
-    (
-        "data.train.0.source=TMP/bad.jsonl",
-        "`data.train.0.source` ... TMP/bad.jsonl ... line 1 is no JSON ... name another",
-    ),
     ("data.train.0.source=TMP/empty.jsonl", "`data.train.0.source` ... TMP/empty.jsonl ... empty ... name another"),
-    ("data.train.0.split=trian", "`data.train.0.source` ... `split: trian` ... Unknown split ... ['train']"),
-    (
-        "data.train.0.source=TMP/bare.jsonl",
-        "`data.train.0.columns.question` ... no column ... they have q, choices, answerKey",
-    ),
-    (
-        "data.train.0.columns={answer: solution}",
-        "`data.train.0.columns.answer` ... solution ... no column ... they have id",
-    ),
     (
         "data.train.0.columns={quetsion: x}",
-        "`data.train.0.columns` ... quetsion ... have the columns question, choices, answer",
+        "`data.train.0.columns` ... quetsion ... have the columns question, choices",
     ),
-    (
-        "data.train.0.columns={question: [question, topic]}",
-        "`data.train.0.columns.question` ... question, topic ... one column",
-    ),
+    ("data.train.0.columns={question: [question, topic]}", "`data.train.0.columns.question` ... one column"),
     ("data.train.0.columns={choices: question}", "`data.train.0.columns.choices` ... question ... list"),
-    (
-        "data.train.0.source=TMP/label.jsonl",
-        "`data.train.0.columns.answer` ... 'E' ... one of the labels A, B ... from 0 to 1",
-    ),
     ("data.max_length=8", "`data.max_length` ... 8 ... no row a token to predict ... make it longer"),
-    (
-        "data.confirmation.0.limit=1",
-        "`data.confirmation` must have at least 2 rows that differ ... got 1 ... raise its `limit`",
-    ),
+    ("data.confirmation.0.limit=1", "`data.confirmation` must have at least 2 rows ... got 1 ... raise its `limit`"),
     (
         "data.template=chat; data.train.0={source: package:qpruner/demo/data/instructions.jsonl}",
         "`data.template: chat` ... needs a tokenizer with a chat template ... use alpaca",
     ),
+]
+CALIBRATION = [
     (
-        "calibration.num_sensitivity_samples=64",
-        "num_sensitivity_samples` ... 64 samples ... make 48 ... ask for fewer, give more",
+        "num_sensitivity_samples=64",
+        "`calibration.num_sensitivity_samples` ... 64 samples ... make 48 ... ask for fewer",
     ),
+    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... make 48 ... ask for"),
+    ("num_samples=4000", "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing"),
+    ("max_length=1000000", "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `cali"),
     (
-        "calibration.num_samples=64; calibration.packing=false",
-        "`calibration.num_samples` ... 64 samples ... make 48 ... ask for",
+        f"data={TEXT}; calibration.packing=false",
+        "`calibration.num_samples` ... 8 samples ... rows make 3 ... ask for fewer",
     ),
-    (
-        "calibration.num_samples=4000",
-        "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing: false`",
-    ),
-    (
-        "calibration.max_length=1000000",
-        "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `calibration.max_length`",
-    ),
-    (
-        f"calibration.data={TEXT}; calibration.packing=false; calibration.num_sensitivity_samples=8",
-        "`calibration.num_samples` ... 8 samples ... the calibration rows make 3 ... ask for fewer",
-    ),
-    (
-        "calibration.token_ids=/no/ids.json",
-        "`calibration.token_ids` ... /no/ids.json ... cannot be read ... No such file",
-    ),
-    ("calibration.token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... Invalid JSON"),
-    (
-        "calibration.token_ids=TMP/none.json",
-        "`calibration.token_ids` ... none.json ... at least 1 item ... lists of two token ids",
-    ),
-    ("calibration.token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... such as [["),
-    ("calibration.token_ids=TMP/beyond.json", "`calibration.token_ids` ... [1] ... is 512: ... from 0 to 511"),
-    ("calibration.token_ids=TMP/fraction.json", "`calibration.token_ids` ... is 2.0: ... a whole number"),
-    ("calibration.token_ids=TMP/words.json", "`calibration.token_ids` ... is 'Hello': ... a whole number"),
-    ("calibration.token_ids=TMP/short.json", "`calibration.token_ids` ... [1] is ... lists of two token ids or more"),
-    (
-        "evaluate.tasks=[qpruner_everyday_tset]",
-        f"`evaluate.tasks` ... has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}",
-    ),
-    (
-        "search.tasks=[qpruner_everyday_tset]",
-        f"`search.tasks` ... has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}",
-    ),
-    (
-        f"search.metric=acc_norm; search.tasks=[{SEARCH_TASK}]; search.limit=8",
-        f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... name one that all",
-    ),
+    ("token_ids=/no/ids.json", "`calibration.token_ids` ... /no/ids.json ... cannot be read ... No such file"),
+    ("token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... Invalid JSON"),
+    ("token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... at least 1 item ... lists of two token ids"),
+    ("token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... such as [["),
+    ("token_ids=TMP/beyond.json", "`calibration.token_ids` ... [1] ... is 512: ... from 0 to 511"),
+    ("token_ids=TMP/fraction.json", "`calibration.token_ids` ... is 2.0: ... a whole number"),
+    ("token_ids=TMP/words.json", "`calibration.token_ids` ... is 'Hello': ... a whole number"),
+    ("token_ids=TMP/short.json", "`calibration.token_ids` ... [1] is ... lists of two token ids or more"),
+]
+UNKNOWN = f"has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}"
+TASKS = [
+    ("evaluate.tasks=[qpruner_everyday_tset]", f"`evaluate.tasks` ... {UNKNOWN}"),
+    ("search.tasks=[qpruner_everyday_tset]", f"`search.tasks` ... {UNKNOWN}"),
+    (f"{BY_ACCURACY}8; search.metric=acc_norm", f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... name one"),
     (f"{BY_ACCURACY}61", "`search.limit` ... leave as many questions of every task ... 120, got 61 ... lower it to 60"),
     ("evaluate.include_path=/no/tasks", "`evaluate.include_path` ... /no/tasks ... does not exist ... name"),
-    (
-        "evaluate.include_path=package:qpruner/demo/__init__.py",
-        "`evaluate.include_path` ... is a file ... name a folder",
-    ),
+    ("evaluate.include_path=package:qpruner/demo/__init__.py", "`evaluate.include_path` ... is a file ... name"),
 ]
+DATA = [*ROWS, *((f"calibration.{change}", message) for change, message in CALIBRATION), *TASKS]
 OVERLAPS = [
     ("data.validation.0.source", "train", "`data.train` ... `data.validation` share 16"),
     ("data.confirmation.0.source", "validation", "`data.validation` ... `data.confirmation` share 16"),
@@ -390,8 +267,12 @@ OVERLAPS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), DATA)
-def test_bad_rows_and_tasks_are_refused(change: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def filled(text: str, folder: Path) -> str:
+    return text.replace("TMP", str(folder)).replace("CWD", str(Path.cwd())).replace("HOME", str(Path.home()))
+
+
+@pytest.mark.parametrize(("change", "message"), [*MODEL, *SOURCES, *DATA])
+def test_bad_input_is_refused(change: str, message: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     refused_with(filled(message, tmp_path), filled(change, tmp_path), tiny_raw)
@@ -404,13 +285,6 @@ def test_rows_of_two_uses_must_not_overlap(key: str, split: str, message: str, t
     text = [{"source": source, "format": "text", "columns": {"text": "question"}}]
     value: Any = {"calibration.data": rows, "evaluate.text": text}.get(key, source)
     refused_with(f"{message} ... must not overlap ... take other rows", {key: value}, tiny_raw)
-
-
-def test_no_row_of_the_demo_is_shared() -> None:
-    """The overlaps above mean something only if the demo's own files are disjoint."""
-    names = ("train", "validation", "confirmation", "test")
-    questions = [{row["question"] for row in demo_rows(f"questions_{name}.jsonl")} for name in names]
-    assert sum(map(len, questions)) == len(set().union(*questions))
 
 
 @pytest.fixture
@@ -479,36 +353,27 @@ def test_model_rows_and_tasks_are_refused_at_once(tiny_raw: dict[str, Any], tmp_
 # ---- budgets that the errors name
 
 
-def test_the_smallest_budget_that_the_error_names_works(inspected: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        inspected("quantize.budget={bytes: 1}")
-    found = re.search(r"smallest that works is (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
-    assert found, str(caught.value)
-    smallest = int(found[1])
-    inspection = inspected(f"quantize.budget={{bytes: {smallest}}}")
-    layout = inspection.pruned
+def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
+    """The smallest leaves a choice, the largest cannot hold every group at 8 bits; a front may have all of it."""
+
+    def named(change: str, bound: str) -> tuple[int, str]:
+        with pytest.raises(UserError) as caught:
+            inspected(change)
+        found = re.search(rf"{bound} (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
+        assert found, str(caught.value)
+        return int(found[1]), found[2]
+
+    smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest that works is")
+    layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
     names = layout.uniform(4).groups
     every = itertools.product((4, 8), repeat=len(layout.groups))
     weights = sorted(layout.plan_bytes(PrecisionPlan(names, bits)) for bits in every)
-    assert weights[0] < smallest == weights[1] == inspection.budget_bytes, "the first budget that leaves a choice"
-    assert inspected(f"quantize.budget={{gib: {found[2]}}}").budget_bytes >= smallest
-    with pytest.raises(UserError, match="smallest that works"):
-        inspected(f"quantize.budget={{bytes: {smallest - 1}}}")
-    with pytest.raises(UserError, match=f"leaves no choice but .* every group at 4 bits, {weights[0]} bytes"):
-        inspected(f"quantize.budget={{bytes: {weights[0]}}}; search.pareto=true")
-
-
-def test_the_largest_budget_that_the_error_names_works(inspected: Any) -> None:
-    """And a front may have all of it."""
-    with pytest.raises(UserError) as caught:
-        inspected("quantize.budget={fraction: 1.0}")
-    found = re.search(r"the largest (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
-    assert found, str(caught.value)
-    largest = int(found[1])
-    assert inspected(f"quantize.budget={{bytes: {largest}}}").budget_bytes == largest
-    assert inspected(f"quantize.budget={{gib: {found[2]}}}").budget_bytes <= largest
-    with pytest.raises(UserError, match="leaves nothing to choose"):
-        inspected(f"quantize.budget={{bytes: {largest + 1}}}")
+    assert weights[0] < smallest == weights[1], "the first budget that leaves a choice"
+    assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes >= smallest
+    assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest that works is")[0] == smallest
+    largest, in_gib = named("quantize.budget={fraction: 1.0}", "the largest")
+    assert inspected(f"quantize.budget={{bytes: {largest}}}").budget_bytes == largest == weights[-1] - 1
+    assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes <= largest
     assert inspected("quantize.budget={fraction: 1.0}; search.pareto=true").budget_bytes == largest + 1
 
 
@@ -606,23 +471,3 @@ def test_a_question_that_scores_and_chooses_is_a_warning(inspected: Any, demo_ta
     warning = inspected(f"{BY_ACCURACY}2; evaluate.include_path={demo_tasks}").warnings[0]
     asked = normalized(questions[0]["question"])
     assert said(f"`search.tasks` repeat 1 question ... {asked} ... `search.limit`", warning)
-
-
-# ---- a disk too small
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real disk of one MiB."""
-    with disk_of("1m", tmp_path / "disk") as folder:
-        yield folder
-
-
-def test_a_disk_too_small_is_refused(small_disk: Path, tiny_model: Path) -> None:
-    # Enough trials that their checkpoints alone do not fit.
-    config = config_of("search.max_trials=50", raw_config(tiny_model, small_disk / "run"))
-    with pytest.raises(UserError) as caught:
-        check(config, lambda event: None)
-    assert said(f"`output` ... {small_disk} ... needs about ... make room", str(caught.value))
-    amounts = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?) [KMG]i?B", str(caught.value))]
-    assert len(amounts) == 2 and all(amounts), "both amounts are told in a unit that shows them"

@@ -1,4 +1,4 @@
-"""A plan's model: its bytes are those that the budget counts, and the next plan's is that of a fresh process."""
+"""A plan's model: the next plan's is that of a fresh process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, t
 from transformers import AutoConfig, PreTrainedModel
 
 from qpruner.errors import CorruptFile
-from qpruner.models.layout import group_linears, layout_of
+from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
-from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization import assembly
-from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
+from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters
 from qpruner.quantization.bank import read_plan
 
 Banked = tuple[Path, list[str], bool]
@@ -52,17 +51,6 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
     assert torch.equal(logits_of(found.eval()), logits_of(expected.eval()))
-
-
-def test_a_model_weighs_what_its_plan_says(tiny_model: Path, banked: Banked) -> None:
-    folder, names, double_quant = banked
-    layout = layout_of(AutoConfig.from_pretrained(tiny_model), GROUP, 2, double_quant, LORA.rank)
-    for pattern in PATTERNS[:4]:
-        plan = mixed_plan(names, pattern)
-        model, starts = assemble(tiny_model, folder, GROUP, plan, DTYPE, double_quant)
-        promised = layout.plan_bytes(PrecisionPlan.from_dict(plan))
-        assert measured_bytes(model) == promised - layout.adapter_bytes
-        assert measured_bytes(attach_adapters(model, starts, LORA, GROUP, seed=0)) == promised
 
 
 def test_the_next_plan_is_the_model_of_a_fresh_process(tiny_model: Path, banked: Banked) -> None:

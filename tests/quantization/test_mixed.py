@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import LORA, fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import qpruner.hf  # noqa: F401
 from qpruner.errors import UserError
-from qpruner.models.layout import group_linears
-from qpruner.plans.plan import LinearShape, check_cpu_widths
+from qpruner.models.layout import group_linears, layout_of
+from qpruner.plans.plan import LinearShape, PrecisionPlan, check_cpu_widths
 from qpruner.quantization.assembly import measured_bytes
 from qpruner.quantization.mixed import pack, unpack
 
@@ -56,7 +55,9 @@ def test_a_saved_model_loads_bit_for_bit(
     assert written.keys() == again.keys()
     assert all(torch.equal(written[name], again[name]) for name in written)
     tensors = (part for name, part in written.items() if ".quant_state." not in name and "weight_format" not in name)
-    assert sum(tensor.nbytes for tensor in tensors) == measured_bytes(model), "what the budget counts"
+    layout = layout_of(model.config, "projection", 2, double_quant, LORA.rank)
+    promised = layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
+    assert sum(tensor.nbytes for tensor in tensors) == measured_bytes(model) == promised, "what the budget counts"
     config = json.loads((tmp_path / "once" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["double_quant"]) == ("qpruner", double_quant)
     assert config["bits"] == {path: bits for path, bits in bits_of.items() if bits != 16}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import disk_of, raw_config, with_key
+from conftest import raw_config, with_key
 from object_store import Store, talk_to
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import Finetune, row_set_aside_if_damaged
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.pipeline.run import check, run
-from qpruner.quantization.bank import read_plan
+from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import BankRecord, RungResult
 from qpruner.runs.run_dir import RunDir
@@ -154,14 +151,14 @@ def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, sto
     config, events = machine("looking").config, list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
-    assert not Finetune(context)._has_final()
+    assert final not in published_folders(context.run_dir.root)
     (folder := tmp_path / "final").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     storage_at(final).put_folder(folder)
-    assert Finetune(context)._has_final() and not events
+    assert final in published_folders(context.run_dir.root) and Finetune(context).is_whole(final) and not events
     store.delete("run/final/model.safetensors")
-    assert not Finetune(context)._has_final()
+    assert not Finetune(context).is_whole(final)
     (text,) = [event.text for event in events if isinstance(event, Message)]
     assert f"{context.run_dir.place}/final/model.safetensors is missing" in text and "set aside in" in text
 
@@ -196,33 +193,3 @@ def test_a_trial_runs_on_a_machine_that_has_nothing(machine: Machine, tmp_path: 
     # One file a group of the plan, by its contents; the bank's others stay where they are.
     copies = list((tmp_path / "fifth" / "bank").iterdir())
     assert len(copies) == len(candidate.plan)
-
-
-def test_room_is_asked_for_what_is_not_here_yet(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = RunConfig.model_validate_json(config_file.read_text())
-    with disk_of("48m", tmp_path / "disk") as disk:
-        monkeypatch.setenv(objects.CACHE, str(disk / "cache"))
-
-        def needed() -> float:
-            filler = disk / "filler"
-            with filler.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 8192)
-            with pytest.raises(UserError, match=f"name another folder by {objects.CACHE}") as caught:
-                check(config, lambda event: None)
-            filler.unlink()
-            found = re.search(r"needs about ([\d.]+) MiB more", str(caught.value))
-            assert found, str(caught.value)
-            return float(found[1])
-
-        run_dir = RunDir(config.output)
-        nothing = needed()
-        fetch(run_dir.stage("prune"))
-        model = needed()
-        assert model < nothing - 0.1
-        record = run_dir.read_record("bank", BankRecord)
-        assert record is not None
-        for bits, groups in record.residual_ratio.items():
-            read_plan(run_dir.stage("bank"), dict.fromkeys(groups, int(bits)))
-        assert needed() < model - record.bytes / 2**20 + 0.2

@@ -28,6 +28,7 @@ from qpruner.runs.logs import Uploader, logging_to
 from qpruner.runs.records import BankRecord, SearchClock
 from qpruner.runs.run_dir import LOG, RunDir
 from qpruner.runs.storage import (
+    base,
     display_name,
     exclusive,
     fetch,
@@ -43,7 +44,6 @@ from qpruner.runs.storage import (
     write_progress,
     writing_folder,
 )
-from qpruner.runs.storage import files as file_parts
 from qpruner.runs.storage.objects import mirror_of, objects_at
 
 
@@ -165,7 +165,7 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
     named = calls.index("rename")
     assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}, "durable before its list"
     assert num_pieces() == 0
-    file_parts.verified.clear()  # as another process has it
+    base.verified.clear()  # as another process has it
     with exclusive(target):  # whoever compares waits for nobody
         assert (num_pieces(), num_pieces()) == (2, 0)
 
@@ -175,9 +175,9 @@ def test_who_waits_for_a_folder_hears_of_every_piece(
 ) -> None:
     """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
     for name in ("PIECE_BYTES", "HASHED_BYTES"):
-        monkeypatch.setattr(file_parts, name, 2**16)
+        monkeypatch.setattr(base, name, 2**16)
     pieces = {"one": 3, "other": 2}
-    files = {name: "w" * (number * file_parts.PIECE_BYTES - 1) for name, number in pieces.items()}
+    files = {name: "w" * (number * base.PIECE_BYTES - 1) for name, number in pieces.items()}
     storage_at(run.stage("prune")).publish(folder_of(tmp_path, **files))
     target, heard = machine("second").stage("prune"), list[int]()
     begun, fetched = threading.Event(), threading.Event()

@@ -16,6 +16,7 @@ from types import FrameType
 import pytest
 import torch
 from conftest import away, disk_of, full, full_until_noticed
+from mixed_models import seal
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -24,16 +25,16 @@ from qpruner.cluster.node_check import check_node, versions
 from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
-from qpruner.quantization.bank import INDEX, BankIndex, IndexEntry, build_entry, read_plan, write_entry
+from qpruner.quantization.bank import build_entry, read_plan, write_entry
 from qpruner.runs.records import SearchClock
 from qpruner.runs.storage import (
     exists,
-    file_digest,
     files_in,
     folder_digests,
     read_existing,
     read_json,
     remove,
+    require_arrived,
     retry_storage,
     storage_at,
     storage_error,
@@ -54,11 +55,9 @@ def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
     save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
-    tensors, ratio = build_entry({"mlp": torch.randn(8, 64)}, 8, LoraConfig(), double_quant=False, seed=0)
+    tensors, _ = build_entry({"mlp": torch.randn(8, 64)}, 8, LoraConfig(), double_quant=False, seed=0)
     file = write_entry(disk / "bank", "mlp", 8, tensors)
-    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=ratio)
-    files = {str(file.relative_to(disk / "bank")): listed}
-    write_json(disk / "bank" / INDEX, BankIndex(digest="", files=files))
+    seal(disk / "bank")
     told = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
         (disk / "run", lambda: check_node(versions(), told)),
@@ -197,3 +196,8 @@ def test_another_error_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         retry_storage(lambda: (tmp_path / "nothing").read_text(), tmp_path)
     assert storage_error(caught.value) is None
+
+
+def test_a_folder_left_on_another_machines_disk_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"prune was written on another machine and is not here\n.*mount the folder"):
+        require_arrived(tmp_path / "prune")

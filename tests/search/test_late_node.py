@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from made_searches import job_of
@@ -20,17 +19,18 @@ from raylets import Raylets, raylets
 
 import qpruner
 from qpruner.cluster.connect import connect, disconnect
-from qpruner.cluster.executor import ClusterExecutor, GpuTime, ModelCache
+from qpruner.cluster.executor import ClusterExecutor, GpuTime
 from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.tasks import run_tasks
-from qpruner.cluster.tune import SearchJob, search
+from qpruner.cluster.tune import search
 from qpruner.errors import NodeDiffers
-from qpruner.runs.events import Emit, Event, Message
+from qpruner.runs.events import Event, Message
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
+from qpruner.search.trial_records import Progress, Report, Trial, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
+CPU, HELD = {"cpu": 1.0}, {"cpu": 1.0, "gpu": 1.0}
 
 
 @pytest.fixture
@@ -69,96 +69,78 @@ def with_a_gpu_that_torch_does_not_see(cluster: Raylets, folder: Path) -> Any:
     return cluster.add_apart(CARD, num_gpus=1)
 
 
-def standing_in(folder: Path) -> Callable[..., None]:
+def standing_in(run: Path) -> Trial:
     """A trial that says that it has begun, and ends when it may."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        (folder / "run" / f"began-{time.monotonic_ns()}").touch()
+        (run / f"began-{time.monotonic_ns()}").touch()
         deadline = time.monotonic() + 120
-        while not (folder / "run" / "go").exists():
+        while not (run / "go").exists():
             assert time.monotonic() < deadline, "nobody says go"
             time.sleep(0.05)
-        checkpoint = folder / "run" / f"made-{time.monotonic_ns()}"
-        checkpoint.mkdir()
+        (checkpoint := run / f"made-{time.monotonic_ns()}").mkdir()
         report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
 
     return trial
 
 
-class Work(Protocol):
-    """Work that returns 1, on one process of the cluster."""
-
-    def __call__(self, resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int: ...
+Work = Callable[[dict[str, float], bytes, Path], int]
+"""Returns 1, on one process of the cluster with these resources that has passed the check."""
 
 
-def as_task(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
-    def task(job: int) -> int:
-        return job
-
-    ((_, found),) = run_tasks(task, [1], resources, 1, True, check_node)
+def as_task(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
+    ((_, found),) = run_tasks(lambda job: job, [1], resources, 1, True, check_node)
     return found
 
 
-def in_workshop(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
-    def work(job: int, cache: ModelCache, emit: Emit) -> int:
-        return job
-
+def in_executor(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
     place = ClusterExecutor(resources, GpuTime(), check_node)
     try:
-        return place.run(partial(work, 1), lambda event: None)
+        return place.run(lambda cache, emit: 1, lambda event: None)
     finally:
         place.close()
 
 
-def in_group(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
+def in_group(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
     from qpruner.cluster.group import run_groups
 
-    def task(job: int) -> int:
-        return job
-
-    ((_, found),) = run_groups(task, [1], resources, 1, 1, scratch, check_node)
+    ((_, found),) = run_groups(lambda job: job, [1], resources, 1, 1, scratch, check_node)
     return found
 
 
-def job_with_two_in_flight(folder: Path) -> SearchJob:
-    job = job_of(folder, max_trials=2, searcher="random")
-    run = RunDir(folder / "run")
-    held = {"cpu": 1.0, "gpu": 1.0}
-    return replace(
-        job, trials=run.trials, trial=standing_in(folder), resources=held, check_node=packed_check(versions(), run)
-    )
-
-
-def test_a_gpu_that_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
-    """It would go on for days on the CPU. Where GPUs are only counted, that is what was asked for. Groups need no look:
-    they have no way to connect."""
-    held, check = {"cpu": 1.0, "gpu": 1.0}, packed_check({}, None)
-    assert as_task(held, check) == in_workshop(held, check) == 1
-    late = with_a_gpu_that_torch_does_not_see(cluster, tmp_path)
-    cluster.kill_machine(cluster.nodes[0])
-    for begun in (as_task, in_workshop):
-        with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): a GPU is reserved for work there, but torch"):
-            begun(held, check)
+EVERY: tuple[Work, ...] = (as_task, in_executor, in_group)
 
 
 @pytest.mark.parametrize(
-    ("join", "what"),
+    ("join", "what", "works", "held"),
     [
-        (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here"),
-        (with_a_folder_of_its_own, "`output`: {run} is not shared with it"),
+        (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here", EVERY, CPU),
+        (with_a_folder_of_its_own, "`output`: {run} is not shared", EVERY, CPU),
+        # It would go on for days on the CPU. Groups need no look: they have no way to connect.
+        (
+            with_a_gpu_that_torch_does_not_see,
+            "a GPU is reserved for work there, but torch",
+            (as_task, in_executor),
+            HELD,
+        ),
     ],
 )
-@pytest.mark.parametrize("begun", [as_task, in_workshop, in_group])
 def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
-    begun: Work, join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
+    join: Callable[[Raylets, Path], Any],
+    what: str,
+    works: tuple[Work, ...],
+    held: dict[str, float],
+    cluster: Raylets,
+    tmp_path: Path,
 ) -> None:
     check = packed_check(versions(), RunDir(tmp_path / "run"))
-    assert begun({"cpu": 1.0}, check, tmp_path / "train") == 1
+    assert {begun(held, check, tmp_path / "train") for begun in works} == {1}
     late = join(cluster, tmp_path)
     cluster.kill_machine(cluster.nodes[0])
-    with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): {what.format(run=tmp_path / 'run')}") as caught:
-        begun({"cpu": 1.0}, check, tmp_path / "train")
-    assert "repeat the command" in str(caught.value)
+    for begun in works:
+        with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): {what.format(run=tmp_path / 'run')}") as caught:
+            begun(held, check, tmp_path / "train")
+        assert "repeat the command" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +153,9 @@ def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
 def test_a_late_node_that_differs_is_named_and_not_retried(
     join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
 ) -> None:
-    job = job_with_two_in_flight(tmp_path)
+    job, check = job_of(tmp_path, max_trials=2, searcher="random"), packed_check(versions(), RunDir(tmp_path / "run"))
     run, late = tmp_path / "run", []
+    job = replace(job, trials=run / "trials", trial=standing_in(run), resources=HELD, check_node=check)
 
     def join_once_the_first_has_begun() -> None:
         while not list(run.glob("began-*")):

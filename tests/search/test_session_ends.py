@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,19 +13,20 @@ from pathlib import Path
 import pytest
 from conftest import disk_of
 from made_searches import job_of
-from made_searches import trial as finished
+from ray.cloudpickle import register_pickle_by_value
 from raylets import Raylets, raylets
 from transformers import AutoConfig
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room
-from qpruner.cluster.tune import SearchJob, search
+from qpruner.cluster.tune import search
 from qpruner.errors import StageError, StorageError
 from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.runs.records import RungResult
-from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials, write_trial
+from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
+register_pickle_by_value(sys.modules[__name__])  # workers have no such module
 HELD = {"cpu": 1.0, "gpu": 1.0}
 LAST = RungResult(step=4, loss=3.0)
 SECONDS = 180.0
@@ -51,19 +53,17 @@ def within(room: Callable[[], int]) -> Callable[[], int]:
     return timed
 
 
-def one_trial_on(disk: Path, folder: Path, once: str) -> SearchJob:
-    """A search of one trial, on a file system of its own, that reports its last rung once there is a file `once`."""
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        deadline = time.monotonic() + SECONDS
-        (folder / "begun").touch()
-        while not (folder / once).exists():
-            assert time.monotonic() < deadline, f"nobody says {once}"
-            time.sleep(0.02)
-        (checkpoint := folder / f"made-{time.monotonic_ns()}").mkdir()
-        report(LAST, checkpoint)
 
-    return replace(job_of(folder, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
+def reported(folder: Path, report: Report, result: RungResult) -> None:
+    """Report a rung with a checkpoint."""
+    (checkpoint := folder / f"made-{time.monotonic_ns()}").mkdir()
+    report(result, checkpoint)
 
 
 def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
@@ -72,15 +72,9 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Rayl
     told: list[str] = []
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        for step in (1, 4):
-            if start and step == 1:
-                continue
-            (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
-            report(RungResult(step=step, loss=3.0), checkpoint)
-            deadline = time.monotonic() + SECONDS
-            while not (tmp_path / "back").exists():
-                assert time.monotonic() < deadline, "its machine does not go"
-                time.sleep(0.05)
+        for step in (4,) if start else (1, 4):
+            reported(tmp_path, report, RungResult(step=step, loss=3.0))
+            until((tmp_path / "back").exists, "its machine does not go")
 
     def tell(event: Event) -> None:
         if isinstance(event, TrialChanged) and event.trial.rungs and len(cluster.nodes) and not told:
@@ -117,47 +111,26 @@ def test_a_full_disk_of_the_driver_ends_the_search(
 ) -> None:
     """It fills up when the trial has recorded its last rung and the driver has not heard of it; with room for another
     trial Tune knows by then that there is none, and hearing of it is its last step."""
-    job = one_trial_on(disk, tmp_path, once="go")
-    filler, deadline = disk / "filler", time.monotonic() + SECONDS
+    filler = disk / "filler"
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (tmp_path / "begun").touch()
+        until((tmp_path / "go").exists, "nobody says go")
+        reported(tmp_path, report, LAST)
+
+    job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
 
     def tell(event: Event) -> None:
-        assert time.monotonic() < deadline, "the search does not end"
         if isinstance(event, StepsSeen) and (tmp_path / "begun").exists() and not filler.exists():
             (tmp_path / "go").touch()
-            while not read_trials(job.trials)[0].is_over:
-                assert time.monotonic() < deadline, "the trial does not finish"
-                time.sleep(0.02)
+            until(lambda: read_trials(job.trials)[0].is_over, "the trial does not finish")
             filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
 
     with pytest.raises(StorageError, match="no space left"):
-        search(job, lambda: room, tell)
+        search(job, within(lambda: room), tell)
     filler.unlink()
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
-
-
-def test_a_search_that_lost_its_lock_leaves_others_trials(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    """It slept while the other did the trial after the one under way, which ends, and gives its slot to the next."""
-
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not read_trials(trials)[-1].index:
-            assert time.monotonic() < deadline, "nobody takes over"
-            time.sleep(0.05)
-        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
-        report(LAST, checkpoint)
-
-    job = replace(job_of(tmp_path, max_trials=4), trial=trial, resources=HELD)
-    trials, theirs = job.trials, finished(1, "844444", [3.5, 3.4, 3.3])
-
-    def tell(event: Event) -> None:
-        if isinstance(event, TrialChanged) and not (trials / "0001").exists():
-            write_trial(trials, theirs)
-
-    with pytest.raises(StageError, match=r"another driver took this run over .*/0001/trial\.json"):
-        search(job, within(lambda: 1), tell)
-    first, second = read_trials(trials)
-    assert (first.status, second) == ("finished", theirs)
 
 
 def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:
@@ -170,8 +143,7 @@ def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster
             subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], check=True)
             subprocess.Popen(["sh", "-c", f"sleep 1; umount {disk}"])
         AutoConfig.from_pretrained(disk)
-        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
-        report(LAST, checkpoint)
+        reported(tmp_path, report, LAST)
 
     job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
     outcome = search(job, within(lambda: 1), lambda event: None)

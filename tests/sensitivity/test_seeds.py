@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -18,38 +17,27 @@ def space_of(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8), st
     """Groups of `SIZES` bytes, each `step` larger than the one before; a budget between lowest and highest."""
     sizes = tuple(tuple(SIZES[bits] + step * index for bits in levels) for index in range(num_groups))
     lowest, highest = (sum(size[index] for size in sizes) for index in (0, -1))
-    return PlanSpace(
-        groups=tuple(f"layers.{index}" for index in range(num_groups)),
-        levels=levels,
-        group_bytes=sizes,
-        fixed_bytes=500,
-        budget_bytes=500 + lowest + int(share * (highest - lowest)),
-    )
-
-
-def random_values(num_groups: int, levels: Sequence[int], seed: int) -> dict[int, tuple[float, ...]]:
-    """Rises that shrink with bits, to 0 at the highest level; spread over three orders of magnitude."""
-    generator = np.random.default_rng(seed)
-    scale = 10.0 ** generator.uniform(-3, 0, num_groups)
-    shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, num_groups)), axis=0)[::-1]
-    return {bits: tuple(row) for bits, row in zip(levels, [*(shares * scale), np.zeros(num_groups)], strict=True)}
-
-
-def rise(values: Mapping[int, Sequence[float]], plan: PrecisionPlan) -> float:
-    return sum(values[bits][index] for index, bits in enumerate(plan.bits))
+    names = tuple(f"layers.{index}" for index in range(num_groups))
+    return PlanSpace(names, levels, sizes, fixed_bytes=500, budget_bytes=500 + lowest + int(share * (highest - lowest)))
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1e6])
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16), (8, 16)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_plan_inside_the_budget_is_predicted_better(levels: tuple[int, ...], seed: int, unit: float) -> None:
-    space = space_of(6, 0.45, levels, step=7)
-    values = random_values(6, levels, seed)
+    """Rises that shrink with bits, to 0 at the highest level; spread over three orders of magnitude."""
+    space, generator = space_of(6, 0.45, levels, step=7), np.random.default_rng(seed)
+    shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, 6)), axis=0)[::-1]
+    rows = [*(shares * 10.0 ** generator.uniform(-3, 0, 6)), np.zeros(6)]
+    values = {bits: (unit * row).tolist() for bits, row in zip(levels, rows, strict=True)}
+
+    def rise(plan: PrecisionPlan) -> float:
+        return sum(values[bits][index] for index, bits in enumerate(plan.bits))
+
     plans = (PrecisionPlan(space.groups, bits) for bits in itertools.product(levels, repeat=6))
-    least = min(rise(values, plan) for plan in plans if space.is_feasible(plan))
-    found = seed_plan({bits: [unit * value for value in row] for bits, row in values.items()}, space)
+    found = seed_plan(values, space)
     assert space.is_feasible(found)
-    assert rise(values, found) == pytest.approx(least, rel=1e-6)
+    assert rise(found) == pytest.approx(min(rise(plan) for plan in plans if space.is_feasible(plan)), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import demo_rows
-from peft import PeftModel
 from transformers import TrainerCallback
 
-from qpruner.config.schema import LoraConfig, TrainingConfig
+from qpruner.config.schema import TrainingConfig
 from qpruner.data.encoding import EncodedRows, encode, load_encoded, save_encoded
 from qpruner.data.sources import Example
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune
 
 Rows = list[dict[str, list[int]]]
-Fresh = Callable[[], PeftModel]
+Fresh = Callable[..., Any]
+"""Takes dtype and dropout."""
+NORM = "base_model.model.model.norm"
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2)
 
 
@@ -37,18 +36,7 @@ def rows(tiny_model: Path) -> Rows:
     return encode(examples, load_tokenizer(str(tiny_model)), 64)
 
 
-@pytest.fixture
-def fresh(tiny_model: Path) -> Fresh:
-    """Builds the same model with plain adapters each time."""
-
-    def build() -> PeftModel:
-        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "bfloat16", False)
-        return attach_adapters(model, starts, LoraConfig(rank=4, dropout=0.1, init="plain"), "block", seed=3)
-
-    return build
-
-
-def losses(model: PeftModel, rows: Rows, output: Path, start: Path | None = None, **changes: Any) -> list[float]:
+def losses(model: Any, rows: Rows, output: Path, start: Path | None = None, **changes: Any) -> list[float]:
     seen: list[float] = []
     schedule, settings = Schedule(steps=6, rungs=(3, 6)), SETTINGS.model_copy(update=changes)
     listener = Listener(on_step=lambda step, total, loss: seen.append(loss))
@@ -57,9 +45,9 @@ def losses(model: PeftModel, rows: Rows, output: Path, start: Path | None = None
 
 
 def test_going_on_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    whole = losses(fresh(), rows, tmp_path / "whole")
+    whole = losses(fresh(dropout=0.1), rows, tmp_path / "whole")
     assert len(whole) == 6
-    resumed = losses(fresh(), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
+    resumed = losses(fresh(dropout=0.1), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
     assert resumed == whole[3:]
     one = torch.load(tmp_path / "whole" / "checkpoint-6" / "optimizer.pt", weights_only=True)
     other = torch.load(tmp_path / "resumed" / "checkpoint-6" / "optimizer.pt", weights_only=True)
@@ -69,15 +57,18 @@ def test_going_on_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: 
     )
 
 
-def test_rungs_are_called_in_order_with_whole_checkpoints(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+def test_rungs_have_whole_checkpoints_and_adapters_alone_change(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     called: list[tuple[int, bool]] = []
 
     def on_rung(step: int, checkpoint: Path, loss: float) -> None:
         called.append((step, (checkpoint / "adapter_model.safetensors").is_file()))
 
-    schedule = Schedule(steps=4, rungs=(1, 2, 4))
-    finetune(fresh(), rows, SETTINGS, schedule, tmp_path, seed=0, pad_id=1, listener=Listener(on_rung=on_rung))
+    model, schedule = fresh(), Schedule(steps=4, rungs=(1, 2, 4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    finetune(model, rows, SETTINGS, schedule, tmp_path, seed=0, pad_id=1, listener=Listener(on_rung=on_rung))
     assert called == [(1, True), (2, True), (4, True)]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("lora_" in name for name in changed)
 
 
 def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
@@ -86,17 +77,12 @@ def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_pa
     assert found == pytest.approx(plain, rel=1e-3)
 
 
-def test_a_halved_micro_batch_is_the_same_training(tiny_model: Path, rows: Rows, tmp_path: Path) -> None:
+def test_a_halved_micro_batch_is_the_same_training(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     """What a trial that ran out of memory goes on with."""
-
-    def build() -> PeftModel:
-        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
-        return attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
-
-    expected = losses(build(), rows, tmp_path / "whole", micro_batch_size=4)
+    expected = losses(fresh("float32"), rows, tmp_path / "whole", micro_batch_size=4)
     assert len({round(loss, 3) for loss in expected}) == 6
-    found = losses(build(), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", micro_batch_size=2)
-    assert found == pytest.approx(expected[3:], rel=1e-4)
+    half = losses(fresh("float32"), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", micro_batch_size=2)
+    assert half == pytest.approx(expected[3:], rel=1e-4)
 
 
 def some_lengths(num_rows: int) -> list[int]:
@@ -104,10 +90,12 @@ def some_lengths(num_rows: int) -> list[int]:
     return np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
 
 
-@pytest.mark.parametrize("num_rows", [1, 24, 30])
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize(("num_rows", "processes"), [(1, 3), (24, 1), (70, 3)])
 def test_processes_share_the_batches_of_a_random_order(num_rows: int, processes: int) -> None:
-    """A batch of twelve: what the processes take for a step are the next rows of the epoch's order, each once."""
+    """A batch of twelve: what the processes take for a step are the next rows of the epoch's order, each once.
+
+    All rows of a turn, whatever process takes them, are as long as any of the next turn of the same batch.
+    """
     size, batch = 2, 12
     settings, lengths = TrainingConfig(batch_size=batch, micro_batch_size=size), some_lengths(num_rows)
     every = [_Batches(lengths, settings, 5, Share(rank, processes)) for rank in range(processes)]
@@ -122,19 +110,9 @@ def test_processes_share_the_batches_of_a_random_order(num_rows: int, processes:
             own = [row for each in turns for turn in each[step * each_step : (step + 1) * each_step] for row in turn]
             taken = [row for row in own if row != num_rows]  # but for the blank row
             assert sorted(taken) == sorted(order[begin : begin + batch])
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_rows_of_one_turn_are_of_like_length(processes: int) -> None:
-    """All rows of a turn, whatever process takes them, are as long as any of the next turn of the same batch."""
-    settings, lengths = TrainingConfig(batch_size=16, micro_batch_size=2), some_lengths(70)
-    every = [list(_Batches(lengths, settings, 5, Share(rank, processes))) for rank in range(processes)]
-    turns = [[lengths[row] for own in turn for row in own if row < 70] for turn in zip(*every, strict=True)]
-    in_batch = 16 // 2 // processes
-    for first in range(0, len(turns), in_batch):
-        batch = turns[first : first + in_batch]
-        for longer, shorter in itertools.pairwise(batch):
-            assert min(longer) >= max(shorter)
+            by_turn = list(zip(*(each[step * each_step : (step + 1) * each_step] for each in turns), strict=True))
+            long = [[lengths[row] for own in turn for row in own if row != num_rows] for turn in by_turn]
+            assert all(min(longer) >= max(shorter) for longer, shorter in itertools.pairwise(long))
 
 
 class Gradients(TrainerCallback):
@@ -149,13 +127,12 @@ class Gradients(TrainerCallback):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, fresh: Fresh, tmp_path: Path) -> None:
     """The mean over all labelled tokens of the optimizer batch, in float32, however its rows are dealt."""
     generator = np.random.default_rng(0)
     ids = [generator.integers(2, 500, length).tolist() for length in (6, 60, 8, 33, 7, 12, 51, 9)]
     rows = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
-    model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
-    peft_model: Any = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+    peft_model = fresh("float32")
     for row in rows:
         logits = peft_model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum").backward()
@@ -179,17 +156,14 @@ def test_only_the_rows_of_a_step_are_read(
     assert len(read) == len(set(read)) == 2 * SETTINGS.batch_size < len(rows)
 
 
-def test_every_epoch_has_an_order_of_its_own(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+def test_every_epoch_of_every_seed_has_its_own_order(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+    """Training seeds that share orders would be no independent ones."""
     model, seen = fresh(), []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
     one_each = SETTINGS.model_copy(update={"micro_batch_size": 1})
     finetune(model, rows[:8], one_each, Schedule(steps=4), tmp_path, seed=5, pad_id=1)
     first, second = seen[:8], seen[8:]
     assert len(second) == 8 and sorted(first) == sorted(second) and first != second
-
-
-def test_no_two_epochs_of_any_seeds_share_an_order() -> None:
-    """Training seeds that share orders would be no independent ones."""
     orders = set()
     for seed in range(4):
         settings = TrainingConfig(batch_size=2, micro_batch_size=2)
@@ -199,22 +173,12 @@ def test_no_two_epochs_of_any_seeds_share_an_order() -> None:
     assert len(orders) == 16
 
 
-def test_only_adapters_change(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    model = fresh()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses(model, rows, tmp_path)
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed
-    assert all("lora_" in name for name in changed)
-
-
-def test_a_loss_far_above_the_first_stops_the_run(tiny_model: Path, rows: Rows, tmp_path: Path) -> None:
+def test_a_loss_far_above_the_first_stops_the_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     """A model that has learnt its four rows meets a learning rate far too high; its logits are ten times as large as
     those of a fresh one, so that a wrong guess costs something."""
-    model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+    peft_model = fresh("float32")
     with torch.no_grad():
-        model.get_submodule("model.norm").weight.fill_(10.0)
-    peft_model = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+        peft_model.get_submodule(NORM).weight.fill_(10.0)
     seen = losses(peft_model, rows[:4], tmp_path / "well", learning_rate=0.02)
     assert seen[-1] < 6.0
     with pytest.raises(
@@ -226,7 +190,6 @@ def test_a_loss_far_above_the_first_stops_the_run(tiny_model: Path, rows: Rows, 
 def test_a_diverging_run_stops_and_names_the_step(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     model = fresh()
     with torch.no_grad():
-        model.get_submodule("base_model.model.model.norm").weight.fill_(float("nan"))
+        model.get_submodule(NORM).weight.fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match="at step 1"):
         losses(model, rows, tmp_path)
-    shutil.rmtree(tmp_path, ignore_errors=True)

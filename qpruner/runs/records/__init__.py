@@ -41,7 +41,6 @@ from qpruner.runs.records.stages import PruneRecord as PruneRecord
 from qpruner.runs.records.stages import RowScores as RowScores
 from qpruner.runs.records.stages import SensitivityRecord as SensitivityRecord
 from qpruner.runs.records.stages import TaskScore as TaskScore
-from qpruner.runs.records.stages import plan_group_bytes as plan_group_bytes
 
 
 class StageState(Recorded):

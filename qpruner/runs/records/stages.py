@@ -114,11 +114,6 @@ class BankRecord(Record):
         return list(rows.values())
 
 
-def plan_group_bytes(group_bytes: dict[str, dict[str, int]], plan: dict[str, int]) -> int:
-    """Sum the bytes of a plan's groups, by `BankRecord.group_bytes`; what is in no group is left out."""
-    return sum(group_bytes[f"{bits}"][group] for group, bits in plan.items())
-
-
 class CandidateRecord(Record):
     """One row of the final table under one training seed, fine-tuned."""
 

@@ -1,0 +1,120 @@
+"""A run may be killed at any instant and repeated: same plans, same losses, same report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_runs import comparable, has_claim, kill_when, outcome, said, written_config
+
+from qpruner.config.load import load_config
+from qpruner.pipeline.flow import STAGES
+from qpruner.pipeline.run import run
+
+
+def test_killed_in_a_stage_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    undisturbed, killed = (written_config(tmp_path / name, tiny_model) for name in ("undisturbed", "killed"))
+    kill_when(killed, (killed.parent / "run" / ".scratch-prune").exists)
+    found = [run(load_config(config), lambda event: None, until="prune") for config in (killed, undisturbed)]
+    one, other = (comparable(records.model_dump(mode="json")) for records in found)
+    assert one == other
+    assert not list(killed.parent.glob("run/.scratch-*")), "nothing half-made is left"
+
+
+@pytest.mark.slow
+def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """By Ctrl-C, too: Tune's own handler would end the search early and let it pass for a finished one."""
+    config = written_config(tmp_path / "killed", tiny_model)
+    root = config.parent / "run"
+    kills = 0
+    for stage in (stage.name for stage in STAGES if stage.record and stage.help):
+        kill_when(config, (root / f".scratch-{stage}").exists)
+        kills += 1
+        for index, number in enumerate((signal.SIGKILL, signal.SIGINT) if stage == "search" else ()):
+            kill_when(config, lambda index=index: trial_is_between_rungs(root, index), number)
+            assert not (root / "records" / "search.json").exists()
+            kills += 1
+    kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 2)
+    said(config)
+    assert outcome(root) == outcome(undisturbed)
+    assert not list(root.glob(".scratch-*")), "nothing half-made is left"
+    told = (root / "report.md").read_text()
+    assert re.search(r" Resumed: \d sessions; the last began with \d trials? recorded before\.", told)
+    assert f"Finished; resumed {kills + 1} times after a command that did not come to its end." in told
+
+
+def trial_is_between_rungs(root: Path, index: int) -> bool:
+    for path in root.glob(f"trials/*/{index:04d}/trial.json"):
+        trial = json.loads(path.read_text())
+        return bool(trial["rungs"]) and trial["status"] == "running"
+    return False
+
+
+def search_of(root: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The search's record, and the trials of its folder by number."""
+    record = json.loads((root / "records" / "search.json").read_text())
+    paths = (root / "trials" / record["trials_digest"]).glob("*/trial.json")
+    trials = [json.loads(path.read_text()) for path in paths]
+    return record, {trial["index"]: trial for trial in trials}
+
+
+@pytest.mark.slow
+def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_path: Path) -> None:
+    """It measures and packs nothing."""
+    root = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    first, before = search_of(root)
+    other = ("quantize.budget={fraction: 0.8}", "search.searcher=random", "search.max_trials=3", f"output={root}")
+    told = said(undisturbed.parent / "config.yaml", *(f"--set={key}" for key in other), verb="search")
+    assert told.count("already recorded") == 4
+    second, after = search_of(root)
+    assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
+    assert (second["num_trials"], second["num_reused"]) == (3, len(before))
+    assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
+    assert {index: after[index] for index in before} == before, "what was taken over is as it was"
+    assert len({tuple(trial["plan"].values()) for trial in after.values()}) == len(after) == len(before) + 3
+    controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
+    assert controls["uniform-4"]["reused"]
+    losses = {each["index"]: each["loss"] for each in second["confirmations"]}
+    assert losses[second["best_index"]] == min(losses.values())
+
+
+@pytest.mark.slow
+def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """And may be killed: what the winner has is there before, stays meanwhile, and is not made again."""
+    config = written_config(tmp_path / "added", tiny_model)
+    root, compared = config.parent / "run", ("--set", "finetune.compare=true")
+
+    def written() -> dict[Path, int]:
+        paths = (*(root / "records").iterdir(), root / "final" / "config.json")
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    def table() -> list[str]:
+        return [row["name"] for row in json.loads((root / "results.json").read_text())["table"]]
+
+    assert "--set finetune.compare=true" in said(config, "--set", "finetune.compare=false")
+    before = written()
+    search, trials = search_of(root)
+    assert {each["index"] for each in search["confirmations"] if each["control"]} == {
+        index for index, trial in trials.items() if trial["origin"].startswith(("uniform-", "seed-"))
+    }, "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
+    assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
+    kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 3, signal.SIGKILL, *compared)
+    assert table() == ["searched"] and written() == before
+    page = (root / "report.html").read_text()
+    assert "The winner is finished, its comparison is not. Unfinished in stage comparison: " in page
+    claim = json.loads((root / "results.json").read_text())["claim"]
+    assert has_claim(root, claim)
+
+    told = said(config, *compared)
+    assert told.count("already recorded") == 7
+    title = json.loads((root / "results.json").read_text())["table"][-1]["title"]
+    assert f"[comparison] {title}, training seed 1: " not in told, "it is neither trained nor scored again"
+    assert {path: time for path, time in written().items() if path in before} == before
+    assert outcome(root) == outcome(undisturbed)
+    before = written()
+    assert said(config, *compared).count("already recorded") == 8 and written() == before

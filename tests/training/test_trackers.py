@@ -1,0 +1,198 @@
+"""Weights & Biases and MLflow as they really are: what they got, read back by their own packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import demo_rows
+from real_driver import driver, rungs_of, search_config, trials_of
+
+from qpruner.config.schema import TrainingConfig
+from qpruner.data.encoding import encode
+from qpruner.data.sources import Example
+from qpruner.errors import UserError
+from qpruner.models.loading import load_tokenizer
+from qpruner.training.finetune import Listener, Schedule, finetune
+from qpruner.training.tracked_finetune import tracked
+from qpruner.training.trackers import Trackers, check_trackers
+
+WITHOUT = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
+WITH_BOTH = pytest.mark.skipif(bool(WITHOUT), reason=f"not installed: {WITHOUT}")
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """What a worker is given stays in its process; here the tests share one."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Both trackers on this machine."""
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": SECRET,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+    }
+
+
+def mlflow_rows(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
+    """MLflow's runs by name, each with the curve of its loss."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
+    found = client.search_runs([client.get_experiment_by_name("run").experiment_id])
+    curves = [client.get_metric_history(run.info.run_id, "loss") for run in found]
+    return {
+        run.info.run_name: (run, [(each.step, each.value) for each in curve])
+        for run, curve in zip(found, curves, strict=True)
+    }
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """What an offline run's file holds: protobuf records in LevelDB's log format behind seven bytes of header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts, found = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):  # whole, or the last part
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def wandb_rows(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Configuration and lines of every row, by name."""
+    rows: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    deadline = time.monotonic() + 60
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        # Its service may still be writing when `finish` returns (wandb 0.31).
+        records = wandb_records(file)
+        while not any(record.HasField("exit") for record in records):
+            assert time.monotonic() < deadline, "its last record is missing"
+            time.sleep(0.1)
+            records = wandb_records(file)
+        [run] = [record.run for record in records if record.HasField("run")]
+        lines = [
+            {each.key or each.nested_key[-1]: json.loads(each.value_json) for each in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        rows[run.display_name] = {each.key: json.loads(each.value_json) for each in run.config.update}, lines
+    return rows
+
+
+@pytest.mark.slow
+@WITH_BOTH
+def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path: Path) -> None:
+    settings = {"trackers": ["wandb", "mlflow"], "search.max_trials": 2, "finetune.compare": False}
+    config = search_config(tiny_model, tmp_path, **settings)
+    # For Ray's files: a socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short_folder:
+        with driver(config, verb="finetune", **environment(tmp_path), RAY_TMPDIR=short_folder) as command:
+            code, said = command.end()
+            assert code == 0, said
+            assert "pid=" not in said, "what workers print is no line of the run"
+        told = subprocess.run(["grep", "-rlF", SECRET, tmp_path, short_folder], capture_output=True, text=True)
+        assert told.stdout == "", "recorded or logged"
+    rungs, trials = rungs_of(command.run), trials_of(command.run)
+    by_mlflow, by_wandb = mlflow_rows(tmp_path), wandb_rows(command.run)
+    names = {index: f"trial-{index:04d}-{trials[index]['origin']}" for index in range(2)}
+    [tuned] = by_mlflow.keys() - set(names.values())
+    assert by_mlflow.keys() == by_wandb.keys()
+    for index, name in names.items():
+        (run, curve), (about, lines) = by_mlflow[name], by_wandb[name]
+        expected = [(rung["step"], pytest.approx(rung["loss"])) for rung in rungs[index]]
+        assert curve == [(line["_step"], line["loss"]) for line in lines] == expected
+        assert int(run.data.params["plan_bytes"]) == about["plan_bytes"] == trials[index]["plan_bytes"]
+        assert run.info.status == "FINISHED"
+    assert [step for step, _ in by_mlflow[tuned][1]] == [1, 2, 3, 4]
+    assert [line["train/global_step"] for line in by_wandb[tuned][1]] == [1, 2, 3, 4]
+
+
+SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
+
+
+@WITH_BOTH
+def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
+    examples = [Example("multiple_choice", row["question"], "", "yes") for row in demo_rows("questions_train.jsonl")]
+    rows = encode(examples[:24], load_tokenizer(str(tiny_model)), 64)
+    losses: dict[int, float] = {}
+    listener = Listener(on_step=lambda step, total, loss: losses.update({step: loss}))
+    trackers = Trackers(("wandb", "mlflow"), "run", tmp_path, environment(tmp_path))
+    with tracked(trackers, "searched, training seed 0", {"row": "searched"}) as now:
+        torch.manual_seed(0)
+        finetune(fresh(), rows, SETTINGS, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
+    assert now.errors == []
+    run, curve = mlflow_rows(tmp_path)["searched, training seed 0"]
+    about, lines = wandb_rows(tmp_path)["searched, training seed 0"]
+    assert run.data.params["row"] == about["row"] == "searched"
+    for each in (curve, [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]):
+        assert [step for step, _ in each] == [1, 2, 3, 4]
+        assert dict(each) == pytest.approx(losses, rel=1e-3)
+
+
+@WITH_BOTH
+def test_a_tracker_that_goes_away_stops_no_fine_tune(
+    fresh: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = encode([Example("text", "", "", "some words")] * 8, load_tokenizer(str(tiny_model)), 32)
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        if step == 1:
+            (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
+
+    listener = Listener(on_step=on_step)
+    with tracked(Trackers(("mlflow",), "run", tmp_path, environment(tmp_path)), "row", {}) as now:
+        done = finetune(fresh(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
+    assert done.steps == 3
+    (trouble,) = now.errors
+    assert trouble.startswith("nothing more is logged to mlflow: ")
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'`trackers` names wandb, .*pip install "qpruner\[wandb\]"'):
+        check_trackers(("wandb",))
+
+
+@WITH_BOTH
+def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
+    hidden = {"HOME": str(tmp_path)}  # where a login would be
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
+    done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
+    assert done.returncode and "UserError: `trackers` names wandb, and there is no key for it" in done.stderr
+
+
+@WITH_BOTH
+@pytest.mark.parametrize("place", [None, f"http://me:{SECRET}@127.0.0.1:9"])
+def test_mlflow_without_address_is_refused_without_password(place: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if place:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as caught:
+        check_trackers(("mlflow",))
+    assert SECRET not in str(caught.value)
