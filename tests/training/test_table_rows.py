@@ -279,32 +279,6 @@ def test_an_untuned_quantized_row_has_its_adapter_start(tuned: Tuned) -> None:
     assert found == expected != own_scores(job, model)
 
 
-def test_answers_are_scored_as_lm_eval_does(config: RunConfig, tiny_model: Path) -> None:
-    """As lm-eval's own model scores them, which computes logits at every token of the questions, too."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    from qpruner.training.evaluate import _task_manager
-
-    model, tokenizer = load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
-    positions: list[int] = []
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda _, inputs, __: positions.append(inputs[0][..., 0].numel()))
-    settings = config.evaluate
-    (score,) = score_tasks(model, tokenizer, settings.tasks, settings.model_copy(update={"batch_size": 7}), 12)
-    ours = sum(positions)
-    positions.clear()
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7, softmax_dtype="float32")
-    manager = _task_manager(settings.include_path, settings.tasks)
-    asked = {"limit": 12, "bootstrap_iters": 0, "log_samples": True, "task_manager": manager}
-    found: Any = simple_evaluate(model=lm, tasks=list(settings.tasks), **asked)
-    (samples,) = found["samples"].values()
-    expected = [-sample["filtered_resps"][int(sample["target"])][0] for sample in samples]
-    assert score.answer_loss == pytest.approx(expected, rel=1e-5)
-    assert score.correct == tuple(sample["acc"] for sample in samples)
-    assert ours < sum(positions) / 2
-
-
 def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
     job, outcome = tuned
     model, rows = tuned_model(job), load_encoded(job.data / "confirmation")
