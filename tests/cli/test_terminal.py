@@ -15,12 +15,15 @@ import pytest
 from made_run import TRIALS, MadeRun
 from rich.console import Console
 
+from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
 from qpruner.report import tables
 from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
+from qpruner.runs.records import RunState, StageState
 from qpruner.search.trial_records import write_trial
+from qpruner.wording import duration
 
 TELL = """
 import sys, time
@@ -233,3 +236,27 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
     assert "".join(part for part in plan if set(part) <= {"4", "8"}) == bar(made.trials[0]), "whole, in several lines"
+
+
+def test_a_picture_of_the_search(tmp_path: Path) -> None:
+    """`docs/pictures.py` tells a run again up to a moment of its search, with nothing that asks another host."""
+    sys.path.insert(0, str(TESTS.parent.parent / "docs"))
+    from pictures import moment_of, terminal_picture
+
+    made = MadeRun(tmp_path / "run", num_trials=64)
+    made.change_search(slots=8)
+    state = made.run.read_state(RunState)
+    assert state
+    begun = min(trial.times[0] for trial in made.trials)
+    stages = {
+        "prune": StageState(state="done", started=begun - 100, seconds=90, text="134.5M -> 107.6M parameters"),
+        "search": StageState(state="done", started=begun - 1, seconds=90_000, text="all 64 trials were spent"),
+    }
+    made.run.write_state(state.model_copy(update={"stages": stages}))
+    moment = moment_of(made.trials)
+    seen = (picture := terminal_picture(read_run(made.run.root))).replace("&#160;", " ")
+    assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
+    assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
+    assert "of 64 trials: " in seen and "8 of 8 slots busy" in seen
+    assert "all 64 trials" not in seen, "what came later"
+    assert "url(" not in picture.replace("url(#", "")
