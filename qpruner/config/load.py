@@ -66,12 +66,9 @@ def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_explain(problem) for problem in error.errors() if not _repeats(problem)], source) from error
-
-
-def _repeats(problem: Any) -> bool:
-    """Whether a problem only repeats that items of a list are wrong: pydantic counts the right ones."""
-    return problem["type"] == "too_short" and bool(problem["input"])
+        # Where items of a list are wrong pydantic also finds too few right ones.
+        problems = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+        raise ConfigError(map(_explain, problems), source) from error
 
 
 def config_schema() -> str:
