@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import qpruner.hf  # noqa: F401
 from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
@@ -76,6 +77,16 @@ def final_model(tiny_model: Path, root: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     adapted.save_pretrained(str(root / "final"))
     return root / "final"
+
+
+def off_by(logits: torch.Tensor, final: Path) -> float:
+    """How far logits are from a final model's, as a share of what its adapter changes."""
+    model = AutoModelForCausalLM.from_pretrained(final)
+    expected = logits_of(model).float()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return float((logits.float() - expected).norm() / (logits_of(model).float() - expected).norm())
 
 
 def finished_run(tiny_model: Path, root: Path) -> Path:

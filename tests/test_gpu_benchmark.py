@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import hashlib
 import importlib.util
 import json
 import os
@@ -14,7 +11,6 @@ import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import pytest
 
@@ -66,42 +62,6 @@ def test_a_part_out_of_time_is_ended_and_says_so(tmp_path: Path) -> None:
     assert "took longer" in first["error"] and "--minutes" in second["error"]
     assert json.loads(done.stdout.splitlines()[-1])["parts"] == [first, second]
     assert not (tmp_path / "pruned").exists()
-
-
-def hashed(content: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-
-
-def made_wheel(folder: Path) -> Path:
-    """Named and laid out as bitsandbytes' own, with a few bytes for every library."""
-    info, kinds = "bitsandbytes-0.1.dist-info", ("cpu", "cuda118", "cuda128", "rocm70", "xpu2025")
-    files = {f"bitsandbytes/libbitsandbytes_{kind}.so": kind for kind in kinds} | {
-        "bitsandbytes/__init__.py": "",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.1\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    rows = [f"{name},sha256={hashed(text.encode())},{len(text)}" for name, text in files.items()]
-    files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,"]) + "\n"
-    wheel = folder / "bitsandbytes-0.1-py3-none-any.whl"
-    with ZipFile(wheel, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return wheel
-
-
-def test_the_kit_keeps_one_cuda_library(tmp_path: Path) -> None:
-    kit, wheel = script("gpu_kit"), made_wheel(tmp_path)
-    with pytest.raises(SystemExit, match="no library for CUDA 999: give one of 118, 128"):
-        kit.keep_one_library(wheel, "999")
-    kit.keep_one_library(wheel, "128")
-    with ZipFile(wheel) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    libraries = {Path(name).stem for name in files if name.endswith(".so")}
-    assert libraries == {"libbitsandbytes_cpu", "libbitsandbytes_cuda128"}
-    (record,) = (name for name in files if name.endswith("RECORD"))
-    listed = {name: sha256 for name, sha256, _ in csv.reader(files.pop(record).decode().splitlines())}
-    assert listed.pop(record) == ""
-    assert listed == {name: f"sha256={hashed(content)}" for name, content in files.items()}
 
 
 @pytest.mark.slow

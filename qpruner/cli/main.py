@@ -218,7 +218,7 @@ _verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)
 def schema(results: bool) -> None:
     """Print the JSON schema of the configuration, for editors."""
     if results:
-        from qpruner.report.results_json import summary_schema
+        from qpruner.report.files import summary_schema
 
         click.echo(summary_schema(), nl=False)
     else:

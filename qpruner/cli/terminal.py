@@ -151,13 +151,9 @@ class Terminal:
             if before is None:
                 self._bars[stage] = self._progress.add_task(stage, total=total)
             self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
-        count = f"{detail or 'done'}: {done} of {total}"
-        if self._is_plain and time.monotonic() - self._last_line >= SILENCE_SECONDS:
-            self.say(f"[{stage}] {count}")
-        if done < total:
-            self._counts[stage] = count
-        else:
-            self._counts.pop(stage, None)
+        self._counts[stage] = f"{detail or 'done'}: {done} of {total}"
+        if done >= total:
+            del self._counts[stage]
 
     def _break_silence(self) -> None:
         """Report the stages under way whenever nothing was printed for long."""

@@ -68,8 +68,7 @@ class Generator:
             raise UserError(f"the prompt has {length} tokens, and the model's context {context}: shorten the prompt")
         # What ends an answer: the tokenizer's end token, and those of the model's generation_config.json.
         own = self._model.generation_config.eos_token_id
-        found = [*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id]
-        ends = sorted({token for token in found if token is not None})
+        ends = sorted({*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id} - {None})
         how: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
         torch.manual_seed(sampling.seed)
         written = self._model.generate(
@@ -89,16 +88,14 @@ class Generator:
 
     def _encoded(self, prompt: str, template: Template) -> torch.Tensor:
         """Return the token ids ``(1, seq)`` of a prompt with its template."""
-        if template == "alpaca":
-            encoded = self._tokenizer(alpaca_prompt(prompt), return_tensors="pt")
-        elif template == "none" or not self._tokenizer.chat_template:
-            encoded = self._tokenizer(prompt, return_tensors="pt")
-        else:
+        has_chat = template == "chat" and self._tokenizer.chat_template
+        if has_chat:
             messages = [{"role": "user", "content": prompt}]
-            encoded = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        ids: torch.Tensor = encoded["input_ids"]
+            prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        elif template == "alpaca":
+            prompt = alpaca_prompt(prompt)
+        # A chat template writes its own special tokens.
+        ids: torch.Tensor = self._tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")["input_ids"]
         return ids
 
 
@@ -167,10 +164,8 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     if prepared:
         there = {BASE: Source(BASE, run.base_model(prepared), dense), **there}
     there = {name: source for name, source in there.items() if (source.folder / "config.json").is_file()}
-    for name in which or there:
-        if name not in there:
-            chosen = f"; `--which {','.join(there)}` is there" if there else ""
-            raise UserError(f"{run.root} has no {name} model (any more): repeat `qpruner run` to make it{chosen}")
-    if not there:
-        raise UserError(f"{run.root} has no model yet: repeat `qpruner run` until it has one")
-    return [there[name] for name in which or there]
+    wanted = which or list(there) or WHICH
+    if missing := [name for name in wanted if name not in there]:
+        chosen = f"; `--which {','.join(there)}` is there" if there else ""
+        raise UserError(f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{chosen}")
+    return [there[name] for name in wanted]

@@ -22,7 +22,6 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.report.search_progress import event_line
-from qpruner.report.tensorboard import FOLDER, Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
@@ -82,6 +81,8 @@ def run(
 
     Without an `address` Ray is started on this machine when it is needed. `command` is what repeats it in a shell.
     """
+    from qpruner.report.tensorboard import FOLDER, Board  # loads torch
+
     stages = stages_until(until)
     inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
     with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,27 @@ from qpruner.report.markdown import code, parts_text, prose
 from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import GIVEN
+from qpruner.runs.records import GIVEN, SearchRecord
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """lm-eval's names to the hub's."""
-SPDX_ON_HUB = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-2.0", "unlicense", "cc0-1.0")
-"""SPDX identifiers, in lower case, that are the hub's as well; what a package says in other words is not guessed at."""
 
 
-def model_card(run: Snapshot, base_card: str | None) -> str:
-    """Write the card of a whole run's final model; `base_card` is the base model's own, where it is at hand."""
-    assert run.results.evaluate and run.results.search
+def model_card(run: Snapshot) -> str:
+    """Write the card of a whole run's final model, with the licence of the base model's own card."""
+    assert run.results.evaluate and run.results.search and run.results.prepare
     config = run.state.config
-    base, stated = config["model"]["source"], _stated(config)
+    base = config["model"]["source"]
+    stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
+    base_card = ""
+    if "license" not in stated:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # it is not ours, and must not cost the report
+            base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
+    known = _known(config, Path(run.state.folder), base_card)
     data = ModelCardData(
-        **_known(config, Path(run.state.folder), base_card or "") | stated,
+        **known | stated,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],
@@ -41,28 +45,17 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     expanded = ""
-    if (prepared := run.results.prepare) and prepared.source_bytes is not None:  # from a .gguf file, mostly quantized
-        size = f"{prepared.source_bytes / 1e6:.1f} MB"
+    if run.results.prepare.source_bytes is not None:  # from a .gguf file, mostly quantized
+        size = f"{run.results.prepare.source_bytes / 1e6:.1f} MB"
         expanded = f" The base's weights were expanded from {code(Path(base).name)}, a file of {size}."
-    return "\n".join(
-        [
-            "---",
-            data.to_yaml(),
-            "---",
-            "",
-            f"# {prose(run.name)}",
-            "",
-            f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
-            f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the fine-tunes "
-            f"below it is that of training seed {winner.seeds[0]}.{expanded}",
-            "",
-            loading_section("packed"),
-            "## Measured",
-            "",
-            "\n\n".join(parts_text(measured(run.results))),
-            "",
-        ]
+    about = (
+        f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run.results.search)} and "
+        f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the "
+        f"fine-tunes below it is that of training seed {winner.seeds[0]}.{expanded}"
     )
+    head = f"---\n{data.to_yaml()}\n---"
+    title, parts = f"# {prose(run.name)}", parts_text(measured(run.results))
+    return "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts]) + "\n"
 
 
 def _measured(run: Snapshot) -> Iterator[EvalResult]:
@@ -80,15 +73,11 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
         )
 
 
-def _chosen(run: Snapshot) -> str:
+def _chosen(search: SearchRecord) -> str:
     """Name where the plan came from, for people who know nothing of the run."""
-    search = run.results.search
-    assert search
     if search.best_origin == GIVEN:
         return "a plan that was given, not searched for,"
-    if search.control_won:
-        return f"the plan {search.best_origin}, which no searched plan beat,"
-    return "a searched plan"
+    return f"the plan {search.best_origin}, which no searched plan beat," if search.control_won else "a searched plan"
 
 
 def other_base_remark(config: RunConfig) -> str | None:
@@ -112,46 +101,14 @@ def _is_hub_id(source: str, folder: Path) -> bool:
     )
 
 
-def base_card(run: Snapshot) -> str | None:
-    """Read the base model's own card, which lies beside its files; None where it has none or they are gone."""
-    assert run.results.prepare
-    try:
-        return read_text(run.run_dir.base_model(run.results.prepare) / "README.md")
-    except (OSError, UnicodeDecodeError):  # it is not ours: what is wrong with it must not cost the report
-        return None
-
-
-def _stated(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what the user states."""
-    return {key: value for key, value in config.get("card", {}).items() if value is not None}
-
-
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
-    """Return what the sources tell; a licence that is stated replaces all that is known of one."""
+    """Return what the sources tell of base model, data sets and licence."""
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
-    licence = {} if "license" in _stated(config) else _license(base_card, base) or _package_license(source)
     data = dict.fromkeys(each["source"] for each in config["data"]["train"])
-    return {"base_model": base, "datasets": [each for each in data if _is_hub_id(each, folder)] or None, **licence}
-
-
-def _license(card: str, base: str | None) -> dict[str, Any]:
-    """Return the licence of the base model's card; a file that it names is one of its repository, if it has one."""
-    metadata = front_matter(card)
+    metadata = front_matter(base_card)
     licence = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
     link = licence.get("license_link")
-    if link and "://" not in str(link) and base:
+    if link and "://" not in str(link) and base:  # a file of its repository
         licence["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
-    return licence
-
-
-def _package_license(base: str) -> dict[str, Any]:
-    """Return the licence in the metadata of the installed package that a model lies in."""
-    if not base.startswith("package:"):
-        return {}
-    package = base.removeprefix("package:").partition("/")[0]
-    owners = set(importlib.metadata.packages_distributions().get(package, ()))
-    metadata = [importlib.metadata.metadata(owner) for owner in owners]
-    keys = ("License-Expression", "License")
-    licence = {next((each[key] for key in keys if key in each), "").lower() for each in metadata}
-    return {"license": licence.pop()} if len(licence) == 1 and licence <= set(SPDX_ON_HUB) else {}
+    return {"base_model": base, "datasets": [each for each in data if _is_hub_id(each, folder)] or None, **licence}

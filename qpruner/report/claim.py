@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.data.measures import Z_95, accuracy_in_full
+from qpruner.data.measures import Z_95, accuracy_in_full, over_tasks
 from qpruner.report.results import (
     BASE,
     BEST_SEED,
@@ -14,17 +14,14 @@ from qpruner.report.results import (
     RANDOM,
     SEARCHED,
     UNIFORM,
-    beside_base,
     fine_tunes,
     rows,
     title_of,
     under_first_seed,
-    untuned_accuracies,
 )
 from qpruner.report.search_progress import cost, score, score_name
 from qpruner.report.statistics import (
     Difference,
-    Pair,
     difference_text,
     more_bytes,
     over_confirmation_rows,
@@ -72,12 +69,12 @@ def claim(results: Results) -> str:
     """
     assert results.search
     found, winner = comparisons(results), _winner(results, results.search)
-    if not found:
-        fresh = [f"- On the search's fresh rows, before this fine-tune: {each}" for each in margins(results.search)]
-        alone = "- No other plan had this fine-tune, so nothing is claimed at equal bytes."
-        return "\n".join([f"{winner}{_alone(results)}", *fresh, alone])
-    lead = f"{winner}{_lost(results)}{_beside_uniform(results)}{_verdicts(found)}"
-    return "\n".join([lead, *map(_item, found)])
+    if found:
+        return "\n".join([f"{winner}{_beside_rows(results)}{_verdicts(found)}", *map(_item, found)])
+    fresh = margin(results.search)
+    items = [f"On the search's fresh rows, before this fine-tune: i{fresh[1:]}"] if fresh else []
+    items.append("No other plan had this fine-tune, so nothing is claimed at equal bytes.")
+    return "\n- ".join([f"{winner}{_alone(results)}", *items])
 
 
 def how_to_compare(command: str) -> str:
@@ -103,7 +100,11 @@ def _alone(results: Results) -> str:
     """Describe a winner that was compared with nothing after its fine-tune."""
     assert results.prune and results.evaluate
     [row] = rows(results)
-    untuned = "".join(f", {name} {accuracy:.3f}" for name, accuracy in untuned_accuracies(results).items())
+    untuned = "".join(
+        f", {each.name} {over_tasks([score.correct for score in each.scores]).mean:.3f}"
+        for each in results.scores
+        if each.seed is None and each.name != SEARCHED
+    )
     return (
         f" It is {results.prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model. "
         f"After its fine-tune its validation loss is {row.validation_loss:.4f} and its confirmation loss "
@@ -112,17 +113,17 @@ def _alone(results: Results) -> str:
     )
 
 
-def margins(search: SearchRecord) -> Iterator[str]:
-    """Yield by how much the winner beat the best of the other kind on fresh rows; nothing where there was none."""
+def margin(search: SearchRecord) -> str:
+    """Tell by how much the winner beat the best of the other kind on fresh rows; empty where there was none."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
     others = [each for each in search.confirmations if each.control != search.control_won and each != best]
-    rival = min(others, key=lambda each: (cost(each, search.metric), each.index), default=None)
-    if rival is None:
-        return
+    if not others:
+        return ""
+    rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
     ours, theirs = (score(each, search.metric) for each in (best, rival))
     is_behind = cost(best, search.metric) > cost(rival, search.metric)
-    yield (
-        f"its selection {score_name(search)} is {ours:.4f}, that of the best "
+    return (
+        f"Its selection {score_name(search)} is {ours:.4f}, that of the best "
         f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
         f"{rival.origin}): {'behind by' if is_behind else 'a margin of'} {abs(ours - theirs):.4f}"
         f"{_margin_error(best, rival, search.metric)}."
@@ -130,15 +131,14 @@ def margins(search: SearchRecord) -> Iterator[str]:
 
 
 def _margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
-    """Describe the standard error of a margin: of its rows where they are known, else of each score."""
+    """Describe the standard error of a margin of losses, paired by row; else those of both scores."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:
         verdict = ", so it may be chance" if abs(apart.mean) < Z_95 * apart.stderr else ""
         return f" (standard error {apart.stderr:.4f}, paired over {len(one.losses)} rows{verdict})"
     errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
     known = [f"{error:.4f}" for error in errors if error is not None and not math.isnan(error)]
-    over = "rows" if metric == "loss" else "questions"
-    return f" (standard errors {' and '.join(known)}, over the same {over})" if len(known) == 2 else ""
+    return f" (standard errors {' and '.join(known)})" if len(known) == 2 else ""
 
 
 def _compared(results: Results, other: str) -> Comparison:
@@ -148,49 +148,45 @@ def _compared(results: Results, other: str) -> Comparison:
         given = results.search is not None and results.search.best_origin == GIVEN
         reason = "a plan was given, and no seed plan of this budget has finished in this folder"
         return Comparison(other, "", (), None, reason if given else "no seed plan was confirmed", ())
-    share, origin = more_bytes(pairs), pairs[0][1][0].origin
-    no_claim = _why_no_claim(pairs, share)
-    found = [] if no_claim else [*over_questions(pairs), over_confirmation_rows(pairs)]
-    return Comparison(other, origin, seeds_of(pairs), share, no_claim, tuple(found))
-
-
-def _why_no_claim(pairs: Sequence[Pair], share: float) -> str | None:
+    share, origin, seeds = more_bytes(pairs), pairs[0][1][0].origin, seeds_of(pairs)
+    reason = ""
     if all(ours.plan == theirs.plan for (ours, _), (theirs, _) in pairs):
-        return "it is the winner's plan itself, so there is no gain to claim"
-    if abs(share) > SAME_BYTES:
-        return f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
-    return None
+        reason = "it is the winner's plan itself, so there is no gain to claim"
+    elif abs(share) > SAME_BYTES:
+        reason = f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
+    found = () if reason else (*over_questions(pairs), over_confirmation_rows(pairs))
+    return Comparison(other, origin, seeds, share, reason or None, found)
 
 
-def _lost(results: Results) -> str:
-    """State the winner's bytes, accuracy and answer loss beside base and pruned model; nothing without these rows."""
-    three, under = beside_base(results)
-    if [row.name for row in three] != [SEARCHED, BASE, PRUNED]:
-        return ""
+def _beside_rows(results: Results) -> str:
+    """State the winner beside base and pruned model, and beside uniform bits, where such rows exist.
+
+    All are under the first training seed, which every row had.
+    """
     assert results.evaluate
-    figures = f"test {accuracy_in_full(results.evaluate.metrics)}"
-    figures += " is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
-    losses = [row.answer_loss for row in three if row.answer_loss is not None]
-    if len(losses) == len(three):
-        figures += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
-    return (
-        f" At {three[0].measured_bytes / three[1].measured_bytes:.1%} of the bytes of the base with such an adapter, "
-        f"its {figures}, all after the same fine-tune{under}."
-    )
-
-
-def _beside_uniform(results: Results) -> str:
-    """State the winner's confirmation loss beside uniform bits; nothing without such rows."""
     alike = {row.name: row for row in under_first_seed(results)}
-    winner = alike[SEARCHED]
+    winner, text = alike[SEARCHED], ""
+    if BASE in alike and PRUNED in alike:
+        three = [winner, alike[BASE], alike[PRUNED]]
+        figures = f"test {accuracy_in_full(results.evaluate.metrics)}"
+        figures += " is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
+        losses = [row.answer_loss for row in three if row.answer_loss is not None]
+        if len(losses) == len(three):
+            figures += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
+        several = any(len(row.seeds) > 1 for row in rows(results))
+        under = f" under training seed {winner.seeds[0]}" if several else ""
+        text = (
+            f" At {winner.measured_bytes / three[1].measured_bytes:.1%} of the bytes of the base with such an adapter, "
+            f"its {figures}, all after the same fine-tune{under}."
+        )
     uniform = [row for row in alike.values() if row.origin == UNIFORM and row.plans != winner.plans]
-    if not uniform:
-        return ""
-    others = [f"{row.title} {row.confirmation_loss:.3f} at {row.measured_bytes / 1e6:.1f} MB" for row in uniform]
-    return (
-        f" Its confirmation loss is {winner.confirmation_loss:.3f} at {winner.measured_bytes / 1e6:.1f} MB "
-        f"({', '.join(others)}), under the same training seed."
-    )
+    if uniform:
+        others = [f"{row.title} {row.confirmation_loss:.3f} at {row.measured_bytes / 1e6:.1f} MB" for row in uniform]
+        text += (
+            f" Its confirmation loss is {winner.confirmation_loss:.3f} at {winner.measured_bytes / 1e6:.1f} MB "
+            f"({', '.join(others)}), under the same training seed."
+        )
+    return text
 
 
 def _verdicts(found: Sequence[Comparison]) -> str:

@@ -50,14 +50,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Terms and their meanings, which the page folds under the title."""
-
-    title: str
-    terms: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
 class Code:
     """A text as it is; with a `summary` the page folds it."""
 
@@ -66,7 +58,7 @@ class Code:
     summary: str = ""
 
 
-Part = Paragraph | Items | Table | Terms | Code | Chart
+Part = Paragraph | Items | Table | Code | Chart
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
+from pydantic import BaseModel, ConfigDict
 
 from qpruner.report import html, markdown, tensorboard
-from qpruner.report.card import base_card, model_card
+from qpruner.report.card import model_card
+from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.model import IMPORTANCE_FILE, load_importance
-from qpruner.report.results_json import summary_of, summary_text
+from qpruner.report.results import Row, rows, under_first_seed
 from qpruner.report.sections import sections
-from qpruner.report.snapshot import read_snapshot
+from qpruner.report.snapshot import Snapshot, read_snapshot
+from qpruner.runs.records import Results, RunState, TrialRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import exists, fetch_file, published_folders, storage_at, write_text
+from qpruner.wording import without_nan
 
 CARD = "final/README.md"
 PICTURES = "pictures"
@@ -30,30 +34,76 @@ def write_report(run_dir: RunDir) -> Path:
         CorruptFile: If a record cannot be read.
         OSError: If a file cannot be written.
     """
-    run = read_snapshot(run_dir)
-    scratch = run_dir.scratch(PICTURES)
-    importances = _importances(run_dir, scratch) if run.results.prune else {}
-    listed = sections(run, yaml.safe_dump(run.state.config, sort_keys=False), importances)
+    run, importances = read_snapshot(run_dir), None
+    scratch, kept = run_dir.scratch(PICTURES), run_dir.stage("prune") / IMPORTANCE_FILE
+    if run.results.prune and exists(kept):
+        fetch_file(kept, scratch / IMPORTANCE_FILE)
+        importances = load_importance(scratch)
+        (scratch / IMPORTANCE_FILE).unlink()
+    listed = sections(run, importances)
     for plot in (part for section in listed for part in section.parts if isinstance(part, Chart)):
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
     storage_at(run_dir.root / PICTURES).publish(scratch)
-    write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
+    write_text(run_dir.root / "results.json", summary_text(run))
     write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
     if run.is_whole:
         if run_dir.root / "final" in published_folders(run_dir.root):
-            write_text(run_dir.root / CARD, model_card(run, base_card(run)))
+            write_text(run_dir.root / CARD, model_card(run))
         tensorboard.write_result(run_dir.root, run.results)
     target = run_dir.root / "report.html"
     write_text(target, html.render(run, listed))
     return target
 
 
-def _importances(run_dir: RunDir, scratch: Path) -> dict[str, Any]:
-    """Read the importance of every unit from the prune stage, by way of a folder for scratch files."""
-    kept = run_dir.stage("prune") / IMPORTANCE_FILE
-    if not exists(kept):
-        return {}
-    fetch_file(kept, scratch / IMPORTANCE_FILE)
-    found = load_importance(scratch)
-    (scratch / IMPORTANCE_FILE).unlink()
-    return found
+class Summary(BaseModel):
+    """A run's figures, whole or not. What a stage that has not run would tell is null or empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    format: Literal[1] = 1
+    """Of this file; another number where a field changed its meaning or went."""
+    standing: str
+    """How far the run is, in a sentence."""
+    claim: str | None
+    """What the searched plan lost against the base and the pruned model, and what can be said of it at equal bytes."""
+    comparisons: tuple[Comparison, ...]
+    """The differences behind the claim."""
+    first_seed_table: tuple[Row, ...]
+    """The rows of `table` under the first training seed alone, which every row had."""
+    table: tuple[Row, ...]
+    """The final table; losses in nats per token, means over training seeds."""
+    records: Results
+    """What every stage recorded."""
+    trials: tuple[TrialRecord, ...]
+    """Every trial, in order of suggestion."""
+    state: RunState
+    """What the run's latest command did."""
+    config: dict[str, Any]
+    """The configuration, every key."""
+    environment: dict[str, str]
+    """Versions and hardware."""
+
+
+def summary_text(run: Snapshot) -> str:
+    """Write `results.json`: all that the run's folder holds."""
+    results, is_whole = run.results, run.is_whole
+    summary = Summary(
+        standing=run.standing,
+        claim=claim(results) if is_whole else None,
+        comparisons=tuple(comparisons(results)) if is_whole else (),
+        first_seed_table=tuple(under_first_seed(results)) if is_whole else (),
+        table=tuple(rows(results)) if is_whole else (),
+        records=results,
+        trials=run.trials,
+        state=run.state,
+        config=run.state.config,
+        environment=run.state.environment,
+    )
+    return json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
+
+
+def summary_schema() -> str:
+    """Return the JSON schema of `results.json`, which `qpruner schema --results` prints."""
+    schema = Summary.model_json_schema(mode="serialization")
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:qpruner:results:1"}
+    return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"

@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table, Terms
+from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.plots.chart import Chart
 from qpruner.report.snapshot import Snapshot
 
 
 def render(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
     """Render a report from its sections; `pictures` is the folder of the plots' PNG files, seen from it."""
-    blocks = [f"# qpruner: {prose(run.name)}"]
-    if run.state.resumed or run.missing:
-        blocks.append(prose(run.standing))
-    blocks += [run.missing] if run.missing else []
+    blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing), *filter(None, [run.missing])]
     for section in listed:
         blocks += [f"## {section.heading}", *parts_text(section.parts, pictures)]
     return "\n\n".join(blocks) + "\n"
@@ -34,26 +31,21 @@ def _part(part: Part, pictures: str) -> list[str]:
             return ["\n".join(f"- {prose(item)}" for item in items)]
         case Table() if not part.is_on_page_only:
             return [f"{prose(part.caption)}:", pipe_table(part.headings, part.rows)]
-        case Terms(title, terms):
-            return [f"{title}:", "\n".join(f"- **{prose(term)}**: {prose(meaning)}" for term, meaning in terms)]
         case Chart():
             title = prose(part.title)
             return [f"![{title}]({pictures}/{part.name}.png)", f"{title}. {prose(part.caption)}"]
         case Code(text, language, summary):
-            return [*([f"{summary}:"] if summary else []), fenced(text, language)]
+            # Between fences longer than any run of backticks in it.
+            fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+            return [*([f"{summary}:"] if summary else []), f"{fence}{language}\n{text.rstrip()}\n{fence}"]
     return []
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Render a table; no text in a cell can end it."""
-    first, *others = ("| " + " | ".join(map(_cell, row)) + " |" for row in (headings, *body))
+    lines = [[_inline(cell).replace("|", "\\|") for cell in row] for row in (headings, *body)]
+    first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
-
-
-def fenced(text: str, language: str) -> str:
-    """Render a text as it is, between fences longer than any run of backticks in it."""
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def prose(text: str) -> str:
@@ -64,21 +56,12 @@ def prose(text: str) -> str:
 
 def code(text: str) -> str:
     """Render words as code, without backticks, which would end it."""
-    plain = text.replace("`", "'")
-    return f"`{plain}`"
+    return "`" + text.replace("`", "'") + "`"
 
 
 def _inline(text: str) -> str:
     parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
-    escaped = (part if index % 2 else _escaped(part) for index, part in enumerate(parts))
-    return "".join(escaped).replace("\n", " ")
-
-
-def _escaped(text: str) -> str:
-    # An underscore inside a word is none of Markdown's.
-    marked = re.sub(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
-    return marked.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _cell(text: str) -> str:
-    return _inline(text).replace("|", "\\|")
+    for index in range(0, len(parts), 2):  # between words of code; an underscore inside a word is none of Markdown's
+        marked = re.sub(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", parts[index])
+        parts[index] = marked.replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(parts).replace("\n", " ")

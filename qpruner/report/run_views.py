@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
-from qpruner.report import results as table
 from qpruner.report.liveness import RUNNING
-from qpruner.report.results import SEARCHED
+from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import (
     bar,
     best_of,
@@ -22,6 +22,16 @@ from qpruner.report.search_progress import (
     search_progress,
 )
 from qpruner.report.snapshot import Snapshot
+from qpruner.report.statistics import (
+    Difference,
+    difference_text,
+    more_bytes,
+    over_confirmation_rows,
+    over_questions,
+    paired,
+    seeds_of,
+    seeds_text,
+)
 from qpruner.runs.records import GIVEN, Results, TrialRecord, flat
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
@@ -66,18 +76,21 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
     search, record = run.state.search, run.results.search
     if search is None:
         return None
-    now, is_running = search_progress(search, run.trials), run.liveness.outcome == RUNNING
+    now = search_progress(search, run.trials)
+    # With room and no worker yet, whose process is being started; the rest of those that have not begun has no room.
+    # What the command left unfinished when it ended waits for nothing.
+    begun, is_running = sum(trial.has_begun for trial in now.running), run.liveness.outcome == RUNNING
+    starting = min(len(now.running) - begun, max(0, (search.slots or 0) - begun)) if is_running else 0
     return {
         **search.model_dump(),
         "score_title": score_title(search),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
-        # What the command left unfinished when it ended waits for nothing.
-        "waiting": now.waiting if is_running else 0,
-        "starting": now.starting if is_running else 0,
+        "waiting": len(now.running) - begun - starting if is_running else 0,
+        "starting": starting,
         "trials": len(now.trials),
         "under_way": [trial_row(run, trial) for trial in now.running],
         "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],
-        "reused": len(now.others),
+        "reused": len(run.trials) - len(now.trials),
         "seconds_left": now.seconds_left,
         "best": trial_row(run, now.best) if now.best else None,
         "best_control": trial_row(run, now.best_control) if now.best_control else None,
@@ -209,7 +222,7 @@ def _final(results: Results) -> dict[str, float | str | None]:
         "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),
     }
     if results.evaluate:
-        row = next(each for each in table.rows(results) if each.name == SEARCHED)
+        row = next(each for each in rows(results) if each.name == SEARCHED)
         turns = {name: getattr(row, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
         facts |= {
             "test_metric": accuracy_in_full(results.evaluate.metrics),
@@ -237,3 +250,49 @@ def _by_place(setting: Any) -> Any:
     if isinstance(setting, list) and setting and isinstance(setting[0], dict):
         setting = {f"{place}": item for place, item in enumerate(setting)}
     return {key: _by_place(value) for key, value in setting.items()} if isinstance(setting, dict) else setting
+
+
+@dataclass(frozen=True)
+class Against:
+    """A run's searched row less another run's, both after their fine-tunes, under the training seeds both have.
+
+    `no_figures` says why there is no difference, `differ` what the two were measured on and is not the same.
+    """
+
+    seeds: tuple[int, ...]
+    more_bytes: float | None
+    no_figures: str | None
+    differ: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+
+
+def against(run: Results, other: Results) -> Against:
+    """Pair two runs by training seed, and by question or confirmation row; they are compared where digests agree."""
+    if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
+        return Against((), None, "the final table of one of them is not there yet")
+    pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
+    if not pairs:
+        return Against((), None, "they have no training seed in common")
+    seeds, share = seeds_of(pairs), more_bytes([(theirs, ours) for ours, theirs in pairs])
+    same = [(one.plan, one.adapter_sha256) == (two.plan, two.adapter_sha256) for (one, _), (two, _) in pairs]
+    if all(same) and all(one.adapter_sha256 for (one, _), _ in pairs):
+        return Against(seeds, share, "it is the same fine-tuned model")
+    prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
+    measured: dict[str, list[Difference]] = {}
+    if run.evaluate.tested == other.evaluate.tested:
+        measured["test questions"] = over_questions(pairs)
+    if prepared[0] == prepared[1]:
+        measured["confirmation rows"] = [over_confirmation_rows(pairs)]
+    differ = tuple(name for name in ("test questions", "confirmation rows") if name not in measured)
+    if not measured:
+        return Against(seeds, share, f"{' and '.join(differ)} are others")
+    return Against(seeds, share, None, differ, tuple(each for found in measured.values() for each in found))
+
+
+def against_text(found: Against) -> str:
+    """Describe the differences."""
+    if found.no_figures:
+        return f"nothing to pair, {found.no_figures}"
+    differences = "; ".join(map(difference_text, found.differences))
+    differ = "".join(f"; their {name} are others, so they are not compared" for name in found.differ)
+    return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}{differ}"

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs import events
-from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
-from qpruner.search.choice import Point
+from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecord, SearchState, TrialRecord
 
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """A search at one moment: its trials, by number, and `others` that another search left in the same folder.
+    """A search at one moment: its trials, by number, and the best finished ones, of which `best` is no control.
 
-    The best ones are finished, `best` is no control. `seconds_left` is estimated from the mean time of trials that are
-    over; `slots` is how many trials machines have room for.
+    `seconds_left` is estimated from the mean time of trials that are over.
     """
 
     trials: tuple[TrialRecord, ...]
-    others: tuple[TrialRecord, ...]
     best: TrialRecord | None
     best_control: TrialRecord | None
     seconds_left: float | None
-    slots: int
 
     def count(self, status: str) -> int:
         """Count the trials of this search with a status."""
@@ -35,17 +31,6 @@ class SearchProgress:
     def running(self) -> list[TrialRecord]:
         """Trials under way."""
         return [trial for trial in self.trials if not trial.is_over]
-
-    @property
-    def waiting(self) -> int:
-        """How many of these no machine has room for."""
-        return sum(not trial.has_begun for trial in self.running) - self.starting
-
-    @property
-    def starting(self) -> int:
-        """How many of these have room, and no worker yet: its process is being started."""
-        begun = sum(trial.has_begun for trial in self.running)
-        return min(len(self.running) - begun, max(0, self.slots - begun))
 
 
 def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> SearchProgress:
@@ -58,14 +43,11 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
     if over and search.slots and len(over) < len(trials):
         under_way = sum(trial.seconds for trial in trials if not trial.is_over)
         left = max(0.0, (search.max_trials - len(over)) * sum(over) / len(over) - under_way) / search.slots
-    return SearchProgress(
-        trials=trials,
-        others=tuple(trial for trial in ordered if trial.search != search.search),
-        best=best_of((trial for trial in finished if not trial.is_control), search.metric),
-        best_control=best_of((trial for trial in finished if trial.is_control), search.metric),
-        seconds_left=left,
-        slots=search.slots or 0,
+    best, control = (
+        best_of((trial for trial in finished if trial.is_control == is_control), search.metric)
+        for is_control in (False, True)
     )
+    return SearchProgress(trials, best, control, left)
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -94,11 +76,6 @@ def cost(rung: RungResult | FreshScore, metric: str) -> float:
     return score(rung, metric) if metric == "loss" else -score(rung, metric)
 
 
-def front_point(trial: TrialRecord, metric: str) -> Point:
-    """Return a scored trial as a point of a front: its bytes, and what is minimized."""
-    return trial.plan_bytes, cost(trial.rungs[-1], metric)
-
-
 def score(rung: RungResult | FreshScore, metric: str) -> float:
     """Return the score as people read it."""
     if metric == "loss":
@@ -117,12 +94,14 @@ def control_name(control: TrialRecord) -> str:
     return "given plan" if control.is_given else "best control"
 
 
-def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
-    """Return the best score of the searched plans that finished among the first 1, 2, ... of the trials given."""
+def best_so_far(
+    over: Iterable[TrialRecord], metric: str, counts: Callable[[TrialRecord], bool] = lambda trial: not trial.is_control
+) -> list[float | None]:
+    """Return the best score among the first 1, 2, ... trials, of finished ones that count: those of searched plans."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:
-        if trial.status == "finished" and not trial.is_control:
+        if trial.status == "finished" and counts(trial):
             best = best_of([trial] if best is None else [best, trial], metric)
         curve.append(score(best.rungs[-1], metric) if best else None)
     return curve
@@ -133,7 +112,7 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
 
 
-def bar(trial: TrialRecord) -> str:
+def bar(trial: TrialRecord | FrontPoint) -> str:
     """Write the plan as one character a group."""
     return str(PrecisionPlan.from_dict(trial.plan))
 
@@ -150,12 +129,7 @@ def trial_line(trial: TrialRecord, steps: int) -> str:
 
 
 def event_line(event: events.Event, steps: int) -> str | None:
-    """Describe an event in a line for terminal and log; None for what is no news by itself.
-
-    Args:
-        event: What happened.
-        steps: Optimizer steps of a trial that runs to its end.
-    """
+    """Describe an event in a line for terminal and log; None for what is no news by itself."""
     match event:
         case events.StageStarted(stage, detail):
             return f"[{stage}] {detail} ..."

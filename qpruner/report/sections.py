@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.report import legend, tables
-from qpruner.report.claim import claim, margins
-from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table, Terms
+from qpruner.report import tables
+from qpruner.report.claim import claim, margin
+from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.plots.model import importance, plan_map
 from qpruner.report.plots.search import Shown, best_so_far, front
 from qpruner.report.search_progress import score, score_title, shown_together
@@ -19,26 +19,18 @@ from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
-STEPS_NOTE = (
-    "The model as each step leaves it: base, pruned, quantized by the winner's plan (with the adapter start that its "
-    "fine-tune begins with), fine-tuned; last, where it is a row, the base after the same fine-tune, with which the "
-    "winner is to be compared. The answer loss is finer than the accuracy."
+QUALITY_NOTE = (
+    "First base, pruned, and pruned and quantized by the winner's plan, with the adapter start that its fine-tune "
+    "begins with; then the rows of the final table. The answer loss is finer than the accuracy."
 )
 STAGES_NOTE = (
-    "Seconds are what the stage took; busy seconds add up its parallel jobs; GPU seconds are those of its jobs times "
-    "the GPUs that were held for them, busy or not: of stages before the search in the command that recorded them, of "
-    "the others in all commands whose results stand."
+    "GPU seconds are those of a stage's jobs times the GPUs that were held for them, busy or not: of stages before the "
+    "search in the command that recorded them, of the others in all commands whose results stand."
 )
 
 
-def sections(run: Snapshot, config: str, importances: Mapping[str, Any] | None = None) -> list[Section]:
-    """List the sections that the run has something to show in.
-
-    Args:
-        run: What the run's folder holds.
-        config: The configuration as YAML.
-        importances: The scores of every unit, as pruning kept them.
-    """
+def sections(run: Snapshot, importances: Mapping[str, Any] | None = None) -> list[Section]:
+    """List the sections that the run has something to show in; `importances` are those of every unit."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", "The answer", answer(run)),
         ("quality", "Quality by task", _quality(run)),
@@ -46,7 +38,7 @@ def sections(run: Snapshot, config: str, importances: Mapping[str, Any] | None =
         ("search", "The search", _search(run)),
         ("pruning", "Pruning", _pruning(run, importances)),
         ("cost", "Cost", iter((tables.stages(run), Paragraph(STAGES_NOTE, is_note=True)))),
-        ("repeat", "To repeat it", _repeat(run, config)),
+        ("repeat", "To repeat it", _repeat(run)),
     ]
     found = [Section(name, heading, list(parts)) for name, heading, parts in listed]
     return [section for section in found if section.parts]
@@ -67,25 +59,21 @@ def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
     if remark:
         yield Paragraph(remark)
     yield from tables.final_tables(results)
-    yield Terms(legend.TITLE, tuple(legend.terms(results)))
+    yield tables.legend(results)
 
 
 def _quality(run: Snapshot) -> Iterator[Part]:
     if run.results.evaluate:
-        yield tables.steps(run.results)
-        yield Paragraph(STEPS_NOTE, is_note=True)
         yield tables.by_task(run.results)
+        yield Paragraph(QUALITY_NOTE, is_note=True)
 
 
 def _plan(run: Snapshot) -> Iterator[Part]:
-    if run.best_plan is None:
-        return
-    yield plan_map(run)
-    if run.sensitivity:
-        yield tables.methods(run.sensitivity)
-        if numbering := tables.group_numbering(run.results.prune):
-            yield Paragraph(numbering, is_note=True)
-        yield tables.groups(run.sensitivity, run.best_plan)
+    if run.best_plan:
+        yield plan_map(run, run.best_plan)
+        if run.sensitivity:
+            yield tables.methods(run.sensitivity)
+            yield tables.groups(run.sensitivity, run.best_plan)
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
@@ -95,11 +83,9 @@ def _search(run: Snapshot) -> Iterator[Part]:
     yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
     if state:
         together = shown_together(state, run.trials)
-        charts = [
-            draw(Shown(state, trials, run.best_trial, run.best_title))
-            for draw, trials in ((front, run.trials), (best_so_far, together))
-        ]
-        yield from (chart for chart in charts if chart)
+        for draw, trials in ((front, run.trials), (best_so_far, together)):
+            if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
+                yield chart
     if search:
         yield tables.finalists(search)
         if search.front:
@@ -111,13 +97,11 @@ def search_text(search: SearchRecord) -> list[str]:
     """Tell what ran and why it ended; then who was best on fresh rows, by how much."""
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
+    gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""
     text = (
-        f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
-        f"{counted(search.num_trials, 'trial')}, "
+        f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: {counted(search.num_trials, 'trial')}, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
-        f"{duration(search.total_seconds)}"
-        + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
-        + f". It ended because {search.ended}."
+        f"{duration(search.total_seconds)}{gpus}. It ended because {search.ended}."
     )
     if search.num_reused:
         text += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
@@ -127,19 +111,14 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.failures:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         text += f" Failed: {', '.join(failed)}."
-    return [text, _who_won(search)]
-
-
-def _who_won(search: SearchRecord) -> str:
     if search.best_origin == GIVEN:
         controls = len(search.confirmations) - 1
         beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
-        scored = beside if controls else "the only one scored on fresh rows"
-        given = f"Trial {search.best_index} is the plan that was given, {scored}"
-        return f"{given}; where this report speaks of a winner, it is meant."
+        given = f"Trial {search.best_index} is the plan that was given, "
+        return [text, f"{given}{beside if controls else 'the only one scored on fresh rows'}."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    return " ".join([best, *(f"I{margin[1:]}" for margin in margins(search))])
+    return [text, f"{best} {margin(search)}".strip()]
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
@@ -165,7 +144,7 @@ def _pruning(run: Snapshot, importances: Mapping[str, Any] | None) -> Iterator[P
         yield tables.kept_of_blocks(record)
 
 
-def _repeat(run: Snapshot, config: str) -> Iterator[Part]:
+def _repeat(run: Snapshot) -> Iterator[Part]:
     search = run.results.search
     is_given = search is not None and search.best_origin == GIVEN
     plan = ", let `search.plan` name a file with the plan below" if is_given else ""
@@ -177,6 +156,6 @@ def _repeat(run: Snapshot, config: str) -> Iterator[Part]:
     if run.results.inference:  # of a worker, which a cluster has elsewhere
         facts.append(("rows measured on", run.results.inference.device))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
-    yield Code(config, "yaml", "The configuration")
+    yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
     if search and is_given:  # its file may be gone or changed
         yield Code(yaml.safe_dump(search.best_plan, sort_keys=False), "yaml", "The plan")

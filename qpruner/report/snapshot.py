@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.claim import how_to_compare
 from qpruner.report.liveness import RUNNING, Liveness, read_liveness
-from qpruner.report.results import read_results
 from qpruner.report.search_progress import best_of
 from qpruner.runs.lock import driver_of
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     import pandas
 
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
-MOST_RUNS = 10
-"""Runs that are named where a folder of runs is taken for one."""
 
 
 @dataclass(frozen=True)
@@ -172,38 +169,27 @@ def read_snapshot(run: RunDir) -> Snapshot:
     """
     liveness = read_liveness(run)
     if liveness is None:
-        driver = driver_of(run.root)
-        if driver and driver.state == "alive":
-            process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
-            raise UserError(f"{run.place} has no {STATE} yet: a command is starting there ({process}); look again soon")
         raise UserError(_no_run(run))
-    search = liveness.state.search
+    state, search = liveness.state, liveness.state.search
+    # Other records are of an older configuration.
+    ended = [name for name in Results.model_fields if name in state.stages and state.stages[name].state != "running"]
+    kinds = {name: get_args(Results.model_fields[name].annotation)[0] for name in ended}
+    results = Results.model_validate({name: run.read_record(name, kind) for name, kind in kinds.items()})
     trials = read_trials(run.trials / search.trials_digest) if search else []
-    return Snapshot(run, liveness, read_results(run, liveness.state), tuple(trials))
+    return Snapshot(run, liveness, results, tuple(trials))
 
 
 def _no_run(run: RunDir) -> str:
     """Tell why a place is no run, and what to name instead."""
-
-    def may_be_run(folder: Path) -> bool:
-        try:
-            return exists(folder / STATE)
-        except OSError:  # a folder that may not be entered, a link that loops
-            return False
-
+    driver = driver_of(run.root)
+    if driver and driver.state == "alive":
+        process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
+        return f"{run.place} has no {STATE} yet: a command is starting there ({process}); look again soon"
     names = children(run.root)
-    are_runs = for_each(may_be_run, [run.root / name for name in names])
-    runs = [name for name, is_run in zip(names, are_runs, strict=True) if is_run]
-    remedy = "name the `output` of a configuration that `qpruner run` was given"
-    if runs:
-        more = f" and {len(runs) - MOST_RUNS} more" if len(runs) > MOST_RUNS else ""
-        listed = f"{'runs' if len(runs) > 1 else 'run'} {', '.join(runs[:MOST_RUNS])}{more}"
-        return f"{run.place} is no run folder, but has the {listed}: name one of them"
-    if LOG in names:
-        return (
-            f"{run.place} has no {STATE} yet, only {LOG}: a command that has just started looks at its input first, so "
-            "look again soon; if none works on it, that file tells why the last one ended"
-        )
-    if names or run.root.is_dir():
-        return f"{run.place} is no run folder, it has no {STATE}: {remedy}"
-    return f"{run.place} does not exist or is empty: {remedy}"
+    are_runs = for_each(lambda name: exists(run.root / name / STATE), names)
+    if runs := [name for name, is_run in zip(names, are_runs, strict=True) if is_run]:
+        listed = f"{', '.join(runs[:10])}{', ...' if len(runs) > 10 else ''}"
+        return f"{run.place} is no run folder, but has the runs {listed}: name one of them"
+    what = f"is no run folder, it has no {STATE}" if names else "does not exist or is empty"
+    log = f"; {LOG} there tells how the last command ended" if LOG in names else ""
+    return f"{run.place} {what}{log}: name the `output` of a configuration that `qpruner run` was given"

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 
-from qpruner.config.schema import EXPANSION, MEASUREMENT
 from qpruner.data import measures
-from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.content import Table
-from qpruner.report.results import (
-    BASE,
-    SEARCHED,
-    Row,
-    Turns,
-    model_title,
-    rows,
-    task_accuracies,
-    under_first_seed,
-    untuned_accuracies,
-)
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, Row, Turns, rows, title_of, under_first_seed
 from qpruner.report.search_progress import bar, score, score_name, score_title
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.statistics import paired_losses
 from qpruner.runs.records import (
-    Confirmation,
+    FinalistScore,
     FreshScore,
     LayerWidths,
     PruneRecord,
@@ -33,7 +22,9 @@ from qpruner.runs.records import (
     RowScores,
     SearchRecord,
     SensitivityRecord,
+    TaskScore,
 )
+from qpruner.search.choice import SAME_BYTES
 from qpruner.wording import counted, error_text
 
 TEST_ACCURACY = "test accuracy"
@@ -50,30 +41,53 @@ FINAL = (
 )
 """The final table in parts of which each fits 120 columns."""
 ALIKE = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
+ROWS = {
+    "uniform": "the pruned model, every group at the same bits.",
+    "seed": "the plan that a sensitivity finds by itself, without a search, at the winner's bytes.",
+    BEST_SEED: "that of the sensitivity whose plan was best on fresh rows.",
+    RANDOM: f"plans drawn at random among those of the winner's bytes, to within {SAME_BYTES:.0%}.",
+    SEARCHED: "the plan that was best on fresh rows; `winner (...)` where that is a control, `given plan` where it was "
+    "given.",
+}
+"""By what rows' names hold."""
+FIGURES = {
+    "seeds": "training seeds: how many, and in brackets which; none is the trials', so a plan's loss as a trial does "
+    "not compare with its loss here. With several, figures are means ± standard deviation.",
+    "bytes": "the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights.",
+    "test accuracy": "the share of right answers on the held-out tasks, which have chosen nothing: the mean over tasks "
+    "of the mean over a task's questions; se is its standard error over questions. Right is the answer of the highest "
+    "log-likelihood (acc), of the highest a character (acc_norm), or what the model writes (exact_match).",
+    "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
+    "token), a mean over tasks: lower is better, and finer than the accuracy.",
+    "validation loss": "in nats per token, on the rows that trials are scored on.",
+    "selection loss": "in nats per token, on the half of the confirmation rows that chose best seed and winner.",
+    "confirmation loss": "in nats per token, on the other half of these rows, which chose nothing.",
+}
+INTERVAL = (
+    "in the claim, against the best seed the wider of Student's over seeds and the paired one over questions or "
+    "confirmation rows; against random plans the one in which a further random plan would lie. Under one training seed "
+    "it leaves out that seed's luck. Each is at 95 % by itself, so of several one may leave zero out by chance."
+)
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
 
 def winner(run: Snapshot) -> Table:
     """Show a whole run's winner in figures: its size, its accuracy, its plan."""
     assert run.results.search and run.results.prune and run.results.evaluate
-    table, search, prune = rows(run.results), run.results.search, run.results.prune
-    row = next(row for row in table if row.name == SEARCHED)
+    search, prune = run.results.search, run.results.prune
+    row = next(row for row in rows(run.results) if row.name == SEARCHED)
     asked = [f"{name} {value}" for name, value in run.state.config["quantize"]["budget"].items() if value is not None]
     base, pruned, budget = map(_megabytes, (prune.bytes_before, prune.bytes_after, search.budget_bytes))
     size = (
         f"{prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {pruned} after "
         f"pruning; budget {budget} (quantize.budget: {', '.join(asked)}), adapter included"
     )
-    half_width = measures.Z_95 * row.accuracy_stderr
-    low, high = max(0.0, row.accuracy - half_width), min(1.0, row.accuracy + half_width)
-    untuned = untuned_accuracies(run.results).items()
-    accuracy = [f"95 % interval over questions {low:.3f} to {high:.3f}"]
-    accuracy += [f"{name}, not fine-tuned: {value:.3f}" for name, value in untuned if len(table) == 1]
+    accuracy = f"95 % interval over questions {_interval(row.accuracy, row.accuracy_stderr)}"
     levels = list(search.best_plan.values())
     counts = ", ".join(f"{levels.count(level)} at {level} bits" for level in sorted(set(levels)))
     body = [
         ("size", _megabytes(row.measured_bytes), size),
-        (f"test {measures.accuracy_name(run.results.evaluate.metrics)}", f"{row.accuracy:.3f}", "; ".join(accuracy)),
+        (f"test {measures.accuracy_name(run.results.evaluate.metrics)}", f"{row.accuracy:.3f}", accuracy),
         ("plan", f"{row.mean_bits:.2f} mean bits", f"{len(levels)} groups: {counts}; from {row.origin}"),
     ]
     return Table(f"The {run.best_title}", ("what", "figure", "about it"), body)
@@ -81,6 +95,12 @@ def winner(run: Snapshot) -> Table:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
+
+
+def _interval(mean: float, stderr: float) -> str:
+    """Format the 95 % interval of a share, which one question leaves open."""
+    half_width = 1.0 if math.isnan(stderr) else measures.Z_95 * stderr
+    return f"{max(0.0, mean - half_width):.3f} to {min(1.0, mean + half_width):.3f}"
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -100,8 +120,8 @@ def cells(row: Row) -> dict[str, str]:
         "parameters": f"{row.num_parameters / 1e6:.1f} M",
         "peak memory": f"{row.peak_memory_bytes / 1e6:.0f} MB",
         "inference memory": "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
-        "prefill tokens/s": turns_text(row.prefill_tokens_per_second),
-        "decode tokens/s": turns_text(row.decode_tokens_per_second),
+        "prefill tokens/s": _turns_text(row.prefill_tokens_per_second),
+        "decode tokens/s": _turns_text(row.decode_tokens_per_second),
     }
 
 
@@ -129,7 +149,7 @@ def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: S
     return Table(caption, shown, [tuple(line[heading] for heading in headings) for line in body])
 
 
-def turns_text(figures: Turns | None) -> str:
+def _turns_text(figures: Turns | None) -> str:
     """Format a median and, in brackets, the least and the most."""
     if figures is None:
         return "-"
@@ -143,51 +163,69 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
-def steps(results: Results) -> Table:
-    """Show the model as each step leaves it: base, pruned, quantized, fine-tuned; last the base fine-tuned."""
-    tuned = {row.name: row for row in reversed(results.scores) if row.seed is not None}
-    body = [(model_title(row, results.search), *_step(row)) for row in results.scores if row.seed is None]
-    for row in (tuned[name] for name in (SEARCHED, BASE) if name in tuned):
-        body.append((f"{model_title(row, results.search)}, training seed {row.seed}", *_step(row)))
-    return Table("Step by step", ("model", "scores", "answer loss", "perplexity"), body).without_empty_columns()
-
-
-def _step(row: RowScores) -> tuple[str, str, str]:
-    scores = ", ".join(
-        f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)} "
-        f"({counted(each.num_questions, 'question')})"
-        for each in row.scores
+def legend(results: Results) -> Table:
+    """Explain the final table: the rows that exist, and the figures with what they were measured on."""
+    assert results.evaluate
+    names, text, setting = [row.name for row in rows(results)], results.evaluate.text, results.inference
+    terms = {term: meaning for term, meaning in ROWS.items() if any(term in name for name in names)} | FIGURES
+    terms["perplexity"] = (
+        f"the exponential of the mean loss a token on {text}."
+        if text
+        else "none: the confirmation rows are multiple-choice; `evaluate.text` names a text to measure it on."
     )
-    losses = [score.answer_loss for score in row.scores]
-    answer_loss = f"{measures.over_tasks(losses).mean:.4f}" if all(losses) else "-"
-    return scores, answer_loss, "-" if row.text_loss is None else f"{math.exp(row.text_loss):.2f}"
+    if len(names) > 1:
+        terms["interval"] = INTERVAL
+    if setting:
+        terms["inference memory and tokens/s"] = (
+            f"those of a generation of one sequence on {setting.device}, adapter on: {setting.prompt_tokens} tokens "
+            f"read (prefill), {setting.new_tokens} written (decode). The rows took turns: the median, in brackets the "
+            f"least and the most. The memory is the {setting.memory_counter}."
+        )
+    return Table("How to read the table", ("term", "meaning"), list(terms.items()), "How to read the table")
 
 
 def by_task(results: Results) -> Table:
-    """Show every row's accuracy on every held-out task with its interval."""
-    found = task_accuracies(results)
-    headings = [
-        f"{task} {metric} ({counted(of_rows[0].num_questions, 'question')})"
-        for (task, metric), of_rows in found.items()
+    """Show every model, before any fine-tune and after, on every held-out task and in its losses over all of them."""
+    models: dict[str, list[RowScores]] = {}
+    for row in results.scores:
+        title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
+        models.setdefault(title, []).append(row)
+    tasks = [
+        f"{each.task} {each.metric} ({counted(each.num_questions, 'question')})" for each in results.scores[0].scores
     ]
-    body: dict[str, list[str]] = {}
-    for of_rows in found.values():
-        for each in of_rows:
-            body.setdefault(each.row, []).append(f"{each.value:.3f} ({each.low:.3f} to {each.high:.3f})")
-    caption = "Accuracy on each held-out task; in brackets its 95 % interval over questions"
-    return Table(caption, ("row", *headings), [(row, *line) for row, line in body.items()], "Every row on every task")
+    body = [
+        (title, *map(_accuracy, zip(*(row.scores for row in found), strict=True)), *_losses(found))
+        for title, found in models.items()
+    ]
+    caption = "Each held-out task, in brackets the accuracy's 95 % interval over questions"
+    return Table(caption, ("model", *tasks, "answer loss", "perplexity"), body).without_empty_columns()
+
+
+def _accuracy(scores: Sequence[TaskScore]) -> str:
+    """Format a model's accuracy on a task: the mean over training seeds, and its interval."""
+    value = statistics.fmean(score.value for score in scores)
+    stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
+    return f"{value:.3f} ({_interval(value, stderr)})"
+
+
+def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
+    losses = [[score.answer_loss for score in row.scores] for row in found]
+    answer_loss = "-"
+    if all(map(all, losses)):
+        answer_loss = f"{statistics.fmean(measures.over_tasks(tasks).mean for tasks in losses):.4f}"
+    texts = [math.exp(row.text_loss) for row in found if row.text_loss is not None]
+    return answer_loss, f"{statistics.fmean(texts):.2f}" if texts else "-"
 
 
 def kept_of_blocks(record: PruneRecord) -> Table:
     """Show what is left of each block; where whole blocks were removed, with its number in the pruned model."""
-    headings = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
-    table = Table("Kept of each block", headings, [block_cells(layer) for layer in record.layers], "Every block")
-    if not record.dropped_blocks:
-        return table
-    kept = iter(range(len(record.layers)))
-    places = ["-" if layer.layer in record.dropped_blocks else f"{next(kept)}" for layer in record.layers]
-    body = [(line[0], place, *line[1:]) for line, place in zip(table.rows, places, strict=True)]
-    return replace(table, headings=(headings[0], "in the pruned model", *headings[1:]), rows=body)
+    body, numbers = [], itertools.count()
+    for layer in record.layers:
+        is_numbered = record.dropped_blocks and layer.layer not in record.dropped_blocks
+        index, *kept = block_cells(layer)
+        body.append((index, f"{next(numbers)}" if is_numbered else "-", *kept))
+    headings = ("block", "in the pruned model", "query heads", "key/value heads", "MLP channels", "kept parameters")
+    return Table("Kept of each block", headings, body, "Every block").without_empty_columns()
 
 
 def block_cells(layer: LayerWidths) -> tuple[str, ...]:
@@ -217,15 +255,6 @@ def prune_summary(record: PruneRecord) -> str:
         f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
         f"above the loaded model ({record.memory_counter})."
     )
-
-
-def group_numbering(record: PruneRecord | None) -> str:
-    """Tell that groups are not numbered as the base's blocks are; empty where no whole block was removed."""
-    if record is None or not record.dropped_blocks:
-        return ""
-    *others, last = map(str, record.dropped_blocks)
-    gone = f"blocks {', '.join(others)} and {last} are" if others else f"block {last} is"
-    return f"Blocks are numbered as in the pruned model; the base's {gone} gone."
 
 
 def trials(run: Snapshot) -> Table:
@@ -259,16 +288,16 @@ def finalists(search: SearchRecord) -> Table:
     Each loss's own error is mostly of which rows there are, which is in both.
     """
     best = next((each for each in search.confirmations if each.index == search.best_index), None)
-    body = []
-    for each in search.confirmations:
-        origin = each.origin + (", reused" if each.reused else "")
-        body.append((f"{each.index}", origin, *_fresh(each), "-" if best in (None, each) else _less(each, best)))
+    body = [
+        (f"{each.index}", f"{each.origin}{', reused' if each.reused else ''}", *_fresh(each), _less(each, best))
+        for each in search.confirmations
+    ]
     headings = ("trial", "from", *_fresh_headings(search), "loss less the winner's, paired by row")
     return Table("Finalists on fresh rows", headings, body).without_empty_columns()
 
 
-def _less(each: Confirmation, best: Confirmation) -> str:
-    apart = paired_losses(each, best)
+def _less(each: FinalistScore, best: FinalistScore | None) -> str:
+    apart = paired_losses(each, best) if best not in (None, each) else None
     return "-" if apart is None else f"{apart.mean:+.4f}{error_text(apart.stderr, 4)}"
 
 
@@ -278,18 +307,10 @@ def front(search: SearchRecord) -> Table:
     if search.hypervolume is not None:
         unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
         caption += (
-            f"; hypervolume {search.hypervolume:.4f} {unit}: so much better than the smallest is the best plan inside "
-            "a budget, in the mean over all budgets from the smallest's bytes to the run's"
+            f"; by {search.hypervolume:.4f} {unit} better than the smallest, in the mean over budgets (hypervolume)"
         )
     body = [
-        (
-            f"{each.index}",
-            each.origin,
-            f"{each.plan_bytes / 1e6:.1f} MB",
-            str(PrecisionPlan.from_dict(each.plan)),
-            *_fresh(each),
-        )
-        for each in search.front
+        (f"{each.index}", each.origin, _megabytes(each.plan_bytes), bar(each), *_fresh(each)) for each in search.front
     ]
     headings = ("trial", "from", "bytes", "plan", *_fresh_headings(search))
     return Table(caption, headings, body).without_empty_columns()
@@ -306,16 +327,12 @@ def _fresh(score: FreshScore) -> tuple[str, str]:
 
 def methods(measured: SensitivityRecord) -> Table:
     """Show every sensitivity and what it took."""
-    caption = "Sensitivities"
-    for together in (EXPANSION, MEASUREMENT):
-        *others, last = [name for name in together if name in measured.methods] or [""]
-        if others:
-            caption += f"; {', '.join(others)} and {last} come from one pass, and each has the seconds of all of it"
     body = [(name, each.source, each.unit, f"{each.seconds:.1f}") for name, each in measured.methods.items()]
+    caption = "Sensitivities; each that came from one pass with others has the seconds of all of it"
     return Table(caption, ("method", "what", "unit", "seconds"), body)
 
 
-def groups(measured: SensitivityRecord, plan: dict[str, int] | None) -> Table:
+def groups(measured: SensitivityRecord, plan: dict[str, int]) -> Table:
     """Show the plan's bits of each group beside what methods predict that fewer bits cost."""
     rises: dict[str, Sequence[float]] = {}
     *lower, highest = sorted({bits for method in measured.methods.values() for bits in method.values})
@@ -324,7 +341,7 @@ def groups(measured: SensitivityRecord, plan: dict[str, int] | None) -> Table:
             pairs = zip(method.values[bits], method.values[highest], strict=True)
             rises[f"{name}, {bits} less {highest} bits"] = [low - high for low, high in pairs]
     body = [
-        (group, f"{plan[group]}" if plan else "-", *(f"{value:.3g}" for value in values))
+        (group, f"{plan[group]}", *(f"{value:.3g}" for value in values))
         for group, *values in zip(measured.groups, *rises.values(), strict=True)
     ]
     caption = "What a method predicts that fewer bits cost, over the most bits a group may take"
@@ -334,20 +351,14 @@ def groups(measured: SensitivityRecord, plan: dict[str, int] | None) -> Table:
 def stages(run: Snapshot) -> Table:
     """Show every stage that was begun, its state and what it took; then all together."""
     # Of the trials that other searches left, too.
-    busy = {"search": sum(trial.seconds for trial in run.trials)}
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
         gpu["search"] += run.results.search.confirmation_gpu_seconds
-    own = {each.digest for each in run.results.finetune.candidates} if run.results.finetune else set()
-    taken = {each.digest: each.seconds for each in run.results.candidates}  # rows of one model share a fine-tune
-    busy["finetune"] = sum(seconds for digest, seconds in taken.items() if digest in own)
-    busy["comparison"] = sum(taken.values()) - busy["finetune"]
     begun = {name: stage.state for name, stage in run.state.stages.items() if name in Results.model_fields}
-    figures = (run.results.seconds, busy, gpu)
+    figures = (run.results.seconds, gpu)
     body = [(name, STATES[state], *(_seconds(each.get(name)) for each in figures)) for name, state in begun.items()]
-    seconds, _, held = (_seconds(sum(each.get(name, 0.0) for name in begun)) for each in figures)
-    headings = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
-    return Table("Stages", headings, [*body, ("all stages", "-", seconds, "-", held)])
+    sums = (_seconds(sum(each.get(name, 0.0) for name in begun)) for each in figures)
+    return Table("Stages", ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)])
 
 
 def _seconds(value: float | None) -> str:

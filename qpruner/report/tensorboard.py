@@ -1,36 +1,57 @@
 """Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
-HParams has a row a trial that is over; Scalars its curves, and the best so far beside the controls; Images the front as
-it grows; Text the configuration and the final table. All of it is made from the records by `event_files`, as the search
-runs and again when it is lost.
+HParams has a row a trial that is over; Scalars its curves, and the best so far beside the controls; Text the
+configuration and the final table.
+
+A file is a function of the records that it shows, so writing twice changes nothing. While a search runs it grows at the
+end, which a TensorBoard that is open follows; after a crash, a resume or a loss the same call completes or rewrites it.
+tensorboardX's `SummaryWriter` only appends, with its own times and file names, so messages are made here.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
-from qpruner.report.search_progress import in_order_of_end, shown_together
+from qpruner.data.measures import accuracy_name
+from qpruner.report import markdown, sections
+from qpruner.report.search_progress import bar, best_so_far, in_order_of_end, score, score_name, shown_together
 from qpruner.runs import events
-from qpruner.runs.records import Results, SearchRecord, SearchState, TrialRecord
-from qpruner.runs.run_dir import RunDir
+from qpruner.runs.records import Results, SearchState, TrialRecord
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
 RESULT = "result"
+FILE = "events.out.tfevents"
+"""How the names of event files begin, for TensorBoard to see them."""
+TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
+"""DataType and Status of the HParams plugin's api.proto."""
+RUNGS = "validation by rung"
+"""Group of the tags that are columns of the HParams table, named so that Scalars begins with the curves."""
+BEST = "search/best so far"
+MOST_POINTS = 1000
+"""Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
 
 
 class Board:
     """Follows a search's events and keeps its TensorBoard files in the run folder `root`."""
 
     def __init__(self, root: Path, config: RunConfig) -> None:
-        from qpruner.report import event_files  # loads torch
-
-        self._files = event_files
-        self._run, self._folder, self._config = RunDir(root, create=False), root / FOLDER, config
+        self._folder, self._config = root / FOLDER, config
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
 
@@ -47,48 +68,184 @@ class Board:
         match event:
             case events.SearchPlanned(search, trials):
                 self._search, self._trials = search, {trial.index: trial for trial in trials}
-                self._drop_others(search)
+                # What an earlier search on this folder left and this one does not compare with.
+                kept = {run_name(trial) for trial in trials}
+                kept |= {control_name(trial) for trial in shown_together(search, trials)}
+                for folder in (*self._folder.glob("trial-*"), *self._folder.glob("control-*")):
+                    if folder.name not in kept:
+                        shutil.rmtree(folder)
                 for trial in trials:
-                    self._files.write_trial(self._folder, search, trial)
+                    write_trial(self._folder, search, trial)
                 self._write_curves(search)
             case events.StageStarted(stage) if stage not in ("comparison", "report"):
                 # Of what an earlier command ended with; this one's follows once the winner is done.
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
-                self._files.write_trial(self._folder, self._search, trial)
+                write_trial(self._folder, self._search, trial)
                 if trial.is_over:
-                    over = self._write_curves(self._search)
-                    if len(over) % self._files.picture_every(self._config) == 0:
-                        self._files.write_picture(self._folder, self._search, over, None)
-            case events.StageFinished("search") | events.StageSkipped("search") if self._search:
-                record = self._run.read_record("search", SearchRecord)
-                over = self._write_curves(self._search)
-                self._files.write_picture(self._folder, self._search, over, record.best_index if record else None)
+                    self._write_curves(self._search)
 
-    def _drop_others(self, search: SearchState) -> None:
-        """Delete what an earlier search on this folder left and this one does not compare with."""
-        trials = self._trials.values()
-        kept = {self._files.run_name(trial) for trial in trials}
-        kept |= {self._files.control_name(trial) for trial in shown_together(search, trials)}
-        for folder in (*self._folder.glob("trial-*"), *self._folder.glob("control-*")):
-            if folder.name not in kept:
-                shutil.rmtree(folder)
-        for picture in self._folder.glob("pictures/*"):
-            if not picture.name.endswith((search.search, search.beside or search.search)):
-                picture.unlink()
-
-    def _write_curves(self, search: SearchState) -> list[TrialRecord]:
-        """Write what all trials show together; returns those that are over, in the order of their ends."""
-        over = in_order_of_end(shown_together(search, self._trials.values()))
-        listed = in_order_of_end(self._trials.values())[:1]
-        self._files.write_curves(self._folder, search, over, listed, self._config)
-        return over
+    def _write_curves(self, search: SearchState) -> None:
+        """Write best so far, a line a control, the columns of the HParams table and the configuration."""
+        config, trials = self._config, in_order_of_end(self._trials.values())
+        over = shown_together(search, trials)
+        found = [_text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")]
+        if trials:  # all have the columns of the first; an empty table has none
+            found.append(_experiment(_columns(search, trials[0]), _metrics(search, config)))
+        for count, (value, trial) in enumerate(zip(best_so_far(over, search.metric), over, strict=True), 1):
+            if value is not None:
+                found.append(_scalar(BEST, value, count, _end(trial)))
+        write_events(self._folder / "search", found)
+        for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
+            value = score(control.rungs[-1], search.metric)
+            # Two points: with more, TensorBoard takes the best trials for outliers and leaves them outside the chart.
+            line = [_scalar(BEST, value, count, _end(control)) for count in (1, config.search.max_trials)]
+            write_events(self._folder / control_name(control), line)
 
 
 def write_result(root: Path, results: Results) -> None:
     """Write the claim and the final table as a text."""
-    from qpruner.report import event_files, markdown, sections
-
     table = "\n\n".join(markdown.parts_text(sections.measured(results)))
-    event_files.write_events(root / FOLDER / RESULT, [event_files.text("final table", table)])
+    write_events(root / FOLDER / RESULT, [_text("final table", table)])
+
+
+def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
+    """Write a trial's curves and, once it is over, its row of the HParams table."""
+    if not trial.rungs and not trial.is_over:
+        return
+    started, *moments = trial.times or (0.0,)
+    moments += [started] * (len(trial.rungs) + 1 - len(moments))
+    every = math.ceil(search.steps / MOST_POINTS)
+    found: list[Any] = []
+    step = 0
+    for rung, moment in zip(trial.rungs, moments, strict=False):
+        for loss in rung.train_losses:
+            step += 1
+            if step % every == 0:
+                found.append(_scalar("train/loss", loss, step, moment))
+        for name, value in (("loss", rung.loss), (accuracy_name(search.metrics), rung.accuracy)):
+            if value is not None:
+                found.append(_scalar(f"validation/{name}", value, rung.step, moment))
+                found.append(_scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
+    if trial.is_over:
+        # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
+        title = f"{trial.index:04d} of {folder.parent.name}"
+        found += _session(title, _columns(search, trial), trial.status != "failed", (started, moments[-1]))
+    write_events(folder / run_name(trial), found)
+
+
+def run_name(trial: TrialRecord) -> str:
+    """Name a trial's run in TensorBoard."""
+    return f"trial-{trial.index:04d}-{trial.origin}"
+
+
+def control_name(trial: TrialRecord) -> str:
+    """Name a control's run in TensorBoard; of plans that were given there may be several."""
+    return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
+
+
+def _end(trial: TrialRecord) -> float:
+    return trial.times[-1] if trial.times else 0.0
+
+
+def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
+    """Return the columns of a trial's row; TensorBoard shows the first five at first, in the order of ASCII."""
+    return {
+        "#": f"{trial.index:04d}",  # numbers are shown with four decimals
+        "From": trial.origin,
+        "MB": trial.plan_bytes / 1e6,
+        "Mean bits": trial.mean_bits,
+        "Status": trial.status,
+        "plan": bar(trial),
+        "search": "this" if trial.search == search.search else "another",
+        **{f"bits {group}": bits for group, bits in trial.plan.items()},
+    }
+
+
+def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
+    """Map tags to columns of the HParams table, first what trials are compared by.
+
+    Every trial that reached all rungs has all of them: the parallel coordinates leave out whoever lacks one.
+    """
+    scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
+    steps = config.search.rungs
+    rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
+    last = f"{RUNGS}/{score_name(search)} at step {steps[-1]}"
+    return {last: rungs[last]} | rungs
+
+
+# ---- messages and files
+
+
+def write_events(folder: Path, messages: Sequence[Any]) -> None:
+    """Make the event file of a run, as TensorBoard calls the folder, hold these messages and no others."""
+    version = Event(wall_time=messages[0].wall_time, file_version="brain.Event:2")
+    path, wanted = folder / f"{FILE}.0", _framed([version, *messages])
+    found = path.read_bytes() if path.is_file() else b""
+    if found == wanted:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if found and wanted.startswith(found):
+        with path.open("ab") as file:
+            file.write(wanted[len(found) :])
+        return
+    aside = folder / ".0"
+    aside.write_bytes(wanted)
+    aside.replace(path)
+
+
+def _framed(messages: Sequence[Any]) -> bytes:
+    with TemporaryDirectory() as folder:  # tensorboardX's writer knows files alone
+        file = Path(folder) / FILE
+        writer = RecordWriter(str(file))
+        for message in messages:
+            writer.write(message.SerializeToString(deterministic=True))
+        writer.close()
+        return file.read_bytes()
+
+
+def _text(tag: str, markup: str) -> Any:
+    return Event(wall_time=0.0, summary=text_summary(tag, markup))
+
+
+def _scalar(tag: str, value: float, step: int, time: float) -> Any:
+    return _event(Summary.Value(tag=tag, simple_value=value), step, time)
+
+
+def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
+    """Make the HParams table's columns: of parameters, with a value of each, and of metrics, tag -> title."""
+    content = HParamsPluginData(version=0)
+    for name, value in columns.items():
+        content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)
+    for tag, title in metrics.items():
+        content.experiment.metric_infos.add(name={"tag": tag}, display_name=title)
+    return _hparams("experiment", content, 0.0)
+
+
+def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
+    """Make a row of the HParams table, whose metrics are the run's last scalars; rows of one title are merged.
+
+    tensorboardX's own `hparams` has neither titles nor times.
+    """
+    start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
+    start.session_start_info.start_time_secs = times[0]
+    start.session_start_info.group_name = title
+    for name, value in parameters.items():
+        column = start.session_start_info.hparams[name]
+        if isinstance(value, str):
+            column.string_value = value
+        else:
+            column.number_value = value
+    end.session_end_info.status = SUCCESS if is_success else FAILURE
+    end.session_end_info.end_time_secs = times[1]
+    return [_hparams("session_start_info", start, times[1]), _hparams("session_end_info", end, times[1])]
+
+
+def _hparams(name: str, content: Any, time: float) -> Any:
+    data = SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString(deterministic=True))
+    return _event(Summary.Value(tag=f"_hparams_/{name}", metadata=SummaryMetadata(plugin_data=data)), 0, time)
+
+
+def _event(value: Any, step: int, time: float) -> Any:
+    return Event(wall_time=time, step=step, summary=Summary(value=[value]))

@@ -2,8 +2,8 @@
 
 A lock is stale when its process is dead, where this machine can see that. A driver on another machine is watched until
 it beats again, or should have: machines' clocks need not agree. `filelock` keeps two processes from judging one lock at
-once; an object store knows no such locks (pyarrow 26 has no conditional put), so of two drivers that start there in the
-same instant the first heartbeat ends one.
+once, of a run at a URI those of this machine (pyarrow 26 has no conditional put): of two drivers elsewhere that start
+in the same instant the first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -119,7 +119,7 @@ def hold_run(
     finally:
         done.set()
         beating.join()
-        with contextlib.suppress(OSError, StorageError), _alone(lock):
+        with contextlib.suppress(OSError, StorageError), exclusive(lock.path):
             if _holder(lock) == me:
                 lock.delete()
 
@@ -165,7 +165,7 @@ def _take(
     lock: Storage, me: Holder, notify: Callable[[str], None], silent: tuple[Holder, float] | None, limit: float
 ) -> tuple[Holder, float] | None:
     """Take the lock from nobody, the dead or the `silent`; return who else holds it, and its last heartbeat."""
-    with _alone(lock):
+    with exclusive(lock.path):
         if found := _last_beat(lock):
             holder, _ = found
             is_here = holder.machine == me.machine
@@ -175,11 +175,6 @@ def _take(
             notify(f"taking over from process {holder.pid} on {holder.host}: {why}")
         lock.write(me.model_dump_json().encode())
     return None
-
-
-def _alone(lock: Storage) -> AbstractContextManager[None]:
-    """Keep other processes from judging or changing a lock in a folder meanwhile."""
-    return exclusive(lock.path) if lock.fills_this_disk else contextlib.nullcontext()
 
 
 def _is_alive(holder: Holder) -> bool:

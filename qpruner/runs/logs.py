@@ -62,7 +62,6 @@ def logging_to(root: Path) -> Iterator[None]:
         yield
     except QprunerError as error:
         logger.error("%s", error)
-        logger.debug("failed", exc_info=True)
         raise
     except Exception as error:
         note_defect(error, f"{display_name(root).rstrip('/')}/{LOG}, which has all of it")

@@ -129,7 +129,7 @@ def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> N
         assert trials in lines and "begun:         trial 5 (gp), step 2/8" in lines
         assert not any("under way" in line or "waiting for" in line for line in lines)
         snapshot = read_snapshot(RunDir(run))
-        assert "1 failed, 2 begun." in render(snapshot, sections(snapshot, ""))
+        assert "1 failed, 2 begun." in render(snapshot, sections(snapshot))
 
     check()
     with hold_run(run, print):
@@ -171,13 +171,8 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
     assert heading.split()[:3] == ["trial", "winner", "from"]
     assert [line.split()[1] for line in lines[:6]] == ["-", "-", "yes", "-", "-", "-"]
     assert listed(over, "--where", "winner=yes") == [2]
-    rows = csv.DictReader(io.StringIO(printed("trials", over, "--csv")))
+    rows = list(csv.DictReader(io.StringIO(printed("trials", over, "--csv"))))
     assert [row["winner"] for row in rows] == ["", "", "yes", "", "", ""]
-
-
-def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(printed("trials", run, "--csv"))))
-    assert len(rows) == len(trials())
     assert [rows[1][f"bits {group}"] for group in GROUPS] == ["8", "8", "4", "4", "4", "4"]
     assert rows[4]["reason"] == "TrainingDiverged: the loss is nan"
     assert printed("trials", run, "--where", "loss<1") == "no trials match\n"
@@ -351,7 +346,6 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = printed("compare", *runs)
     assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
-    assert "hours count in each: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison." in text
 
 
 def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:

@@ -45,10 +45,6 @@ def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
         load_config(path, RECIPES["overrides_of"](line))
 
 
-def test_recipes_write_into_folders_of_their_own() -> None:
-    assert len({load_config(path).output for path in CONFIGS}) == len(CONFIGS)
-
-
 @pytest.mark.parametrize("path", FOR_GPUS, ids=named)
 def test_a_header_tells_the_memory_that_check_counts(path: Path) -> None:
     """`python docs/recipes.py` writes the lines anew."""

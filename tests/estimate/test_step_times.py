@@ -15,9 +15,9 @@ from qpruner.plans.plan import LinearShape
 from qpruner.pruning.surgery import cut
 
 
-@pytest.mark.parametrize("name", ["gemma2", "opt", "phi3"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
-    """Layers of two kinds, a family with biases and one with fused projections; how long it takes is the machine's."""
+    """Layers of two kinds, and fused projections; how long it takes is the machine's."""
     changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
     raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))
     config = cut(family_model(name), kept_of(name)).config

@@ -23,7 +23,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qpruner.hf  # noqa: F401
 from qpruner.cli.flow_verbs import where_next
 from qpruner.cli.main import main
 from qpruner.cli.model_verbs import printable

@@ -14,10 +14,9 @@ import torch
 from click.testing import CliRunner, Result
 from hub_server import TOKEN, Hub, Repository, serving
 from huggingface_hub import constants
-from mixed_models import finished_run, logits_of
+from mixed_models import finished_run, logits_of, off_by
 from transformers import AutoModelForCausalLM
 
-import qpruner.hf  # noqa: F401
 from qpruner.cli.main import main
 from qpruner.export.card import loading_section
 from qpruner.export.forms import export
@@ -43,29 +42,22 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Hub]:
-    with serving() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """An empty hub, the only one there is, for who has a token."""
-    served.repositories.clear()
-    served.objects.clear()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    changes = {
-        "ENDPOINT": served.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-    }
-    for name, value in changes.items():
-        monkeypatch.setattr(constants, name, value)
-    return served
+    with serving() as served:
+        changes = {
+            "ENDPOINT": served.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        yield served
 
 
 def push(run: Path, *options: str, code: int = 0) -> Result:
@@ -134,14 +126,8 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
     assert {"adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
     assert not [name for name, content in files.items() if str(finished.parent).encode() in content]
-    found = logits_of(loaded(files["README.md"])).float()
-    model = AutoModelForCausalLM.from_pretrained(finished / "final")
-    expected = logits_of(model).float()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()
     # Activations of 8-bit layers are rounded to integers: where one falls the other way, a logit moves by 0.08.
-    assert (found - expected).norm() < 0.3 * (logits_of(model).float() - expected).norm()
+    assert off_by(logits_of(loaded(files["README.md"])), finished / "final") < 0.3
 
 
 def test_what_is_public_takes_nothing_private(finished: Path, hub: Hub) -> None:

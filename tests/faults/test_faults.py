@@ -29,7 +29,8 @@ from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import folder_digests, list_path, read_json
+from qpruner.runs.storage import folder_digests, read_json
+from qpruner.runs.storage.base import list_path
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob, set_aside_damaged
 

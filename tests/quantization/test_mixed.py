@@ -16,7 +16,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import qpruner.hf  # noqa: F401
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.plans.plan import LinearShape, PrecisionPlan, check_cpu_widths

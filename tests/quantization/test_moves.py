@@ -12,8 +12,6 @@ from mixed_models import fill_bank, final_model, logits_of, mixed_model, mixed_p
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import qpruner.hf  # noqa: F401
-
 Model = torch.nn.Module
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from conftest import raw_config, with_key
 from made_records import made_confirmation, made_layer, made_prune, made_search
-from made_rows import candidate, score
+from made_rows import STATE, candidate, score
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
@@ -36,8 +36,6 @@ from qpruner.runs.records import (
     Record,
     RowScores,
     RungResult,
-    RunState,
-    SearchRecord,
     SearchState,
     SensitivityRecord,
     StageState,
@@ -107,21 +105,14 @@ class MadeRun:
         search = SearchState(
             trials_digest=TRIALS, search=SEARCH, metric="loss", budget_bytes=BUDGET, max_trials=num_trials, steps=16
         )
-        self.state = RunState(
-            config=config,
-            until="report",
-            command="qpruner run my.yaml --set search.max_trials=200",
-            folder="/home/me",
-            environment=_environment() | {"torch": "2.13.0", "cpu": "AMD EPYC 9555"},
-            host="here",
-            pid=1,
-            started=STARTED,
-            updated=STARTED + 60,
-            outcome=outcome,  # type: ignore[arg-type]
-            error=error,
-            stages=made | (stages or {}),
-            search=search if self.trials else None,
-        )
+        told = {
+            "config": config,
+            "command": "qpruner run my.yaml --set search.max_trials=200",
+            "stages": made | (stages or {}),
+        }
+        told |= {"environment": _environment() | {"torch": "2.13.0", "cpu": "AMD EPYC 9555"}}
+        told |= {"started": STARTED, "updated": STARTED + 60, "outcome": outcome, "error": error}
+        self.state = STATE.model_copy(update=told | {"search": search if self.trials else None})
         self.run.write_state(self.state)
 
     def write(self, trial: TrialRecord, **changes: Any) -> None:
@@ -185,16 +176,8 @@ class MadeRun:
     def _begin(self, num_blocks: int, noises: Mapping[str, float]) -> dict[str, Record]:
         """Records of the stages before the search."""
         prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
-        layers = [
-            made_layer(block, 3, channels).model_copy(
-                update={
-                    "base_mlp_channels": 1536,
-                    "base_parameters": 3_539_000,
-                    "kept_parameters": int(884_000 * 2 / 3 + 2_655_000 * channels / 1536),
-                }
-            )
-            for block, channels in enumerate(self._random.integers(600, 1500, num_blocks).tolist())
-        ]
+        channels = self._random.integers(60, 150, num_blocks).tolist()
+        layers = [made_layer(block, 3, each) for block, each in enumerate(channels)]
         sizes = {"bytes_before": SIZES[BASE], "bytes_after": SIZES[PRUNED]}
         methods = {}
         for name, noise in noises.items():
@@ -349,21 +332,6 @@ def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
     return SearchPlanned(search_state(**fields), tuple(records), measured)
 
 
-def search_record(best: TrialRecord) -> SearchRecord:
-    return made_search(
-        best.plan,
-        trials_digest=DIGEST,
-        budget_bytes=32 * MEGABYTE,
-        num_trials=6,
-        num_finished=3,
-        num_stopped=1,
-        confirmations=(made_confirmation(best.index, best.origin, best.rungs[-1].loss + 0.05),),
-        best_index=best.index,
-        best_origin=best.origin,
-        best_control=1,
-    )
-
-
 def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, **settings: Any) -> Path:
     """A run in its search, or with the search behind it, as this process would have left it."""
     run, records = RunDir(root), trials()
@@ -371,21 +339,14 @@ def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, *
         write_trial(run.trials / DIGEST, record)
     stage = StageState(state="running", started=STARTED, done=5, total=8, text="8 trials")
     if is_over:
-        run.write_record("search", search_record(records[2]))
+        best, ended = records[2], {"num_trials": 6, "num_finished": 3, "num_stopped": 1, "best_control": 1}
+        chosen = {"best_index": 2, "trials_digest": DIGEST, "budget_bytes": 32 * MEGABYTE}
+        fresh = (made_confirmation(2, best.origin, best.rungs[-1].loss + 0.05),)
+        run.write_record("search", made_search(best.plan, confirmations=fresh, **ended, **chosen))
         stage = StageState(state="done", started=STARTED, seconds=600.0, text="3 finished")
-    state = RunState(
-        config=config_of(root, **settings).model_dump(mode="json"),
-        until="report",
-        command="qpruner run config.yaml",
-        folder="/somewhere",
-        environment={},
-        host=socket.gethostname(),
-        pid=os.getpid() if pid is None else pid,
-        started=STARTED,
-        updated=STARTED + 400,
-        outcome="done" if is_over else "running",
-        stages={"prepare": StageState(state="recorded", started=STARTED, text="48 rows"), "search": stage},
-        search=search_state(),
-    )
-    run.write_state(state)
+    told = {"config": config_of(root, **settings).model_dump(mode="json"), "command": "qpruner run config.yaml"}
+    told |= {"folder": "/somewhere", "host": socket.gethostname(), "pid": os.getpid() if pid is None else pid}
+    told |= {"started": STARTED, "updated": STARTED + 400, "outcome": "done" if is_over else "running"}
+    stages = {"prepare": StageState(state="recorded", started=STARTED, text="48 rows"), "search": stage}
+    run.write_state(STATE.model_copy(update=told | {"stages": stages, "search": search_state()}))
     return root

@@ -104,24 +104,27 @@ def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
 
 
 def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
+    """A first command looks at the cluster and the model before it writes `run.json`."""
     root = recorded_run(tmp_path / "run", pid=2**22 + 1)
     with hold_run(root, print):
         lines = status(root)
+        (root / "run.json").unlink()
+        said = CliRunner().invoke(main, ["status", str(root)])
     assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
     assert "cut off" in stage_line(lines)
+    assert said.exit_code == 2
+    assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
 
 
-def test_a_first_command_is_named_before_its_first_stage(tmp_path: Path) -> None:
-    """It holds the folder, and looks at the cluster and the model before it writes `run.json`."""
-    root = tmp_path / "run"
-    root.mkdir()
-    with hold_run(root, print):
-        said = CliRunner().invoke(main, ["status", str(root)])
-        assert said.exit_code == 2
-        assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
-    lock_of = this_process().model_copy(update={"started": 1})
-    (root / NAME).write_text(lock_of.model_dump_json())
+def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> None:
+    """It gave its lock back, but its disk was full; or another process has its number now."""
+    root = recorded_run(tmp_path / "run")
+    assert status(root)[0].endswith(f"cut off; {GO_ON}")
+    (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
+    assert status(root)[0].endswith(f"cut off; {GO_ON}")
+    (root / "run.json").unlink()
     assert "is no run folder" in CliRunner().invoke(main, ["status", str(root)]).stderr, "that process is dead"
+    assert status(recorded_run(tmp_path / "over", is_over=True))[0].endswith(": done")
 
 
 def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
@@ -131,16 +134,13 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
         return done.stderr
 
     (tmp_path / "runs" / "notes").mkdir(parents=True)
-    (tmp_path / "runs" / "list.txt").touch()
-    (tmp_path / "runs" / "loop").symlink_to("loop")
     assert f"{tmp_path}/runs/demo does not exist" in said(tmp_path / "runs" / "demo")
     assert "runs is no run folder, it has no run.json: name the `output`" in said(tmp_path / "runs")
-    recorded_run(tmp_path / "runs" / "demo")
-    assert "runs is no run folder, but has the run demo: name one" in said(tmp_path / "runs")
-    recorded_run(tmp_path / "runs" / "mine")
+    for name in ("demo", "mine"):
+        recorded_run(tmp_path / "runs" / name)
     assert "runs is no run folder, but has the runs demo, mine: name one" in said(tmp_path / "runs")
     (tmp_path / "runs" / "notes" / "qpruner.log").touch()
-    assert "notes has no run.json yet, only qpruner.log" in said(tmp_path / "runs" / "notes")
+    assert "no run.json; qpruner.log there tells how the last" in said(tmp_path / "runs" / "notes")
 
 
 def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:
@@ -157,12 +157,3 @@ def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> No
     ended = threading.Timer(MOMENT_SECONDS / 3, run.write_state, [state.model_copy(update={"outcome": "interrupted"})])
     ended.start()
     assert standing(root).startswith("Interrupted")
-
-
-def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> None:
-    """It gave its lock back, but its disk was full; or another process has its number now."""
-    root = recorded_run(tmp_path / "run")
-    assert status(root)[0].endswith(f"cut off; {GO_ON}")
-    (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
-    assert status(root)[0].endswith(f"cut off; {GO_ON}")
-    assert status(recorded_run(tmp_path / "over", is_over=True))[0].endswith(": done")

@@ -36,11 +36,8 @@ def test_what_a_configuration_names_is_text_and_no_markup(text: str) -> None:
     assert shown(prose(text)) == text
 
 
-def test_a_text_of_several_lines_is_one_paragraph() -> None:
+def test_lines_are_one_paragraph_and_words_in_backticks_code() -> None:
     assert shown(prose("it failed:\n# why\n- so\n\n    and so")) == "it failed: # why - so      and so"
-
-
-def test_words_inside_backticks_are_code() -> None:
     assert MARKDOWN.render(prose("set `finetune.compare`")) == "<p>set <code>finetune.compare</code></p>\n"
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from made_rows import Scored, candidate, results_of, score
 
 from qpruner.report.claim import comparisons
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows
 from qpruner.report.statistics import SAME, Difference
-from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, Results, RowScores, TaskScore
+from qpruner.runs.records import Results
 
 QUESTIONS = {
     "boolq": 330,
@@ -26,43 +27,14 @@ QUESTIONS = {
 """A tenth of those of the seven tasks of the recipes."""
 
 
-def scored(name: str, seed: int, plan: int, answers: Mapping[str, Any]) -> tuple[CandidateRecord, RowScores]:
-    """A fine-tune whose margins of the right answer over the others are `answers`, by task; those of `rows` are losses.
-    Records are not validated, so that thousands take seconds."""
-    losses = answers.get("rows", np.zeros(2))
-    tuned = CandidateRecord.model_construct(
-        name=name,
-        origin="",
-        seed=seed,
-        plan={"layers.0": plan},
-        measured_bytes=10**8,
-        mean_bits=float(plan),
-        num_parameters=10**8,
-        peak_memory_bytes=10**9,
-        validation_loss=2.0,
-        confirmation_loss=float(losses.mean()),
-        confirmation_losses=tuple(losses.tolist()),
+def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
+    """A fine-tune by its margins of the right answer over the others, a task each; those of `rows` are losses."""
+    losses = margins.get("rows", np.zeros(2))
+    tuned = candidate(name, {"layers.0": plan}, seed=seed, confirmation_loss=float(losses.mean()))
+    tasks = (
+        score(list((each > 0).astype(float)), list(-each), task) for task, each in margins.items() if task != "rows"
     )
-    scores = tuple(
-        TaskScore.model_construct(
-            task=task,
-            metric="acc",
-            value=float((margins > 0).mean()),
-            stderr=0.0,
-            correct=tuple((margins > 0).astype(float).tolist()),
-            answer_loss=tuple((-margins).tolist()),
-        )
-        for task, margins in answers.items()
-        if task != "rows"
-    )
-    return tuned, RowScores.model_construct(name=name, seed=seed, scores=scores, text_loss=None, inference=None)
-
-
-def results_of(fine_tunes: list[tuple[CandidateRecord, RowScores]]) -> Results:
-    tuned, measured = zip(*fine_tunes, strict=True)
-    return Results.model_construct(
-        finetune=FinetuneRecord.model_construct(candidates=tuned), evaluate=EvalRecord.model_construct(rows=measured)
-    )
+    return tuned.model_copy(update={"confirmation_losses": tuple(losses.tolist())}), tuple(tasks)
 
 
 def differences(results: Results, other: str) -> dict[str, Difference]:
@@ -88,36 +60,30 @@ def test_the_claim_never_contradicts_the_table() -> None:
     assert loss.mean == pytest.approx(-np.mean(list(gains.values())))
 
 
-def null_draws(
-    number: int, spread: float, num_random: int, num_seeds: int, tasks: Mapping[str, int]
-) -> Iterator[Results]:
-    """Runs whose searched plan is one more random plan. Questions are hard or easy for all, plans and seeds better or
-    worse, each plan is lucky with single questions, and with single seeds, and each fine-tune with single questions."""
+@pytest.mark.parametrize(("spread", "num_random", "num_seeds"), [(0.05, 3, 2), (0.2, 5, 1)])
+def test_one_more_random_plan_is_told_apart_in_5_percent(spread: float, num_random: int, num_seeds: int) -> None:
+    """Where plans differ little beside seeds and questions, and where they differ more.
+
+    Questions are hard or easy for all, plans and seeds better or worse, each plan is lucky with single questions, and
+    with single seeds, and each fine-tune with single questions. The searched plan is one more random plan.
+    """
     generator = np.random.default_rng(num_random + num_seeds)
-    plans, seeds = num_random + 1, num_seeds
+    plans, number = num_random + 1, 2000
 
     def margins(count: int) -> np.ndarray[Any, Any]:
-        of_all = [(spread, (plans, 1, 1)), (0.04, (1, seeds, 1)), (0.03, (plans, seeds, 1))]
-        of_questions = [(1.0, (1, 1, count)), (0.2, (plans, 1, count)), (0.1, (plans, seeds, count))]
+        of_all = [(spread, (plans, 1, 1)), (0.04, (1, num_seeds, 1)), (0.03, (plans, num_seeds, 1))]
+        of_questions = [(1.0, (1, 1, count)), (0.2, (plans, 1, count)), (0.1, (plans, num_seeds, count))]
         return 0.3 + sum(generator.normal(0, size, shape) for size, shape in [*of_all, *of_questions])
 
+    spoke: Counter[str] = Counter()
     for _ in range(number):
-        drawn = {task: margins(count) for task, count in tasks.items()}
+        drawn = {task: margins(count) for task, count in {"rows": 20, "arc": 20, "boolq": 50}.items()}
         own = [
             scored(RANDOM if plan else SEARCHED, seed, plan, {task: each[plan, seed] for task, each in drawn.items()})
             for plan in (*range(1, plans), 0)
-            for seed in range(seeds)
+            for seed in range(num_seeds)
         ]
-        yield results_of(own)
-
-
-@pytest.mark.parametrize(("spread", "num_random", "num_seeds"), [(0.05, 3, 2), (0.2, 5, 1)])
-def test_one_more_random_plan_is_told_apart_in_5_percent(spread: float, num_random: int, num_seeds: int) -> None:
-    """Where plans differ little beside seeds and questions, and where they differ more."""
-    tasks, number = {"rows": 20, "arc": 20, "boolq": 50}, 2000
-    spoke: Counter[str] = Counter()
-    for results in null_draws(number, spread, num_random, num_seeds, tasks):
-        found = differences(results, RANDOM)
+        found = differences(results_of(own), RANDOM)
         spoke.update({measure: each.verdict != SAME for measure, each in found.items()})
     assert set(spoke) == {"acc", "answer loss", "confirmation loss"}
     shares = {measure: count / number for measure, count in spoke.items()}

@@ -46,15 +46,12 @@ def test_a_stage_s_record_has_a_row_for_each_that_it_lists(
     assert not any(isinstance(cell, dict | list) for column in frame for cell in frame[column])
 
 
-def test_a_bank_has_a_row_a_group() -> None:
+def test_a_bank_has_a_row_a_group_and_a_trial_one_of_the_run_s_table(run: Snapshot) -> None:
     by_group = {"4": {"a": 10, "b": 20}, "8": {"a": 30, "b": 40}}
     fields = {"digest": "", "seconds": 1.0, "files": {}, "bytes": 1, "residual_ratio": {"4": {"a": 0.5, "b": 0.6}}}
     frame = BankRecord(**fields, group_bytes=by_group).to_dataframe()
     assert frame["group"].tolist() == ["a", "b"] and frame["group_bytes at 8 bits"].tolist() == [30, 40]
     assert frame["residual_ratio at 4 bits"].tolist() == [0.5, 0.6]
-
-
-def test_a_trial_is_a_row_of_the_run_s_table(run: Snapshot) -> None:
     trial = run.trials[0]
     row = trial.to_dataframe().iloc[0]
     stages = "prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison"
@@ -65,20 +62,16 @@ def test_a_trial_is_a_row_of_the_run_s_table(run: Snapshot) -> None:
     assert len(trial.rungs[0].to_dataframe()) == 1
 
 
-def test_a_score_has_a_row_a_question_and_results_a_row_a_stage(run: Snapshot) -> None:
-    assert run.results.evaluate
-    frame = run.results.evaluate.rows[0].scores[0].to_dataframe()
-    assert len(frame) == 400 and frame["correct"].mean() == run.results.evaluate.rows[0].scores[0].value
-    assert run.results.to_dataframe()["stage"].tolist()[-3:] == ["finetune", "evaluate", "comparison"]
-    assert run.results.sensitivity
-    method = run.results.sensitivity.methods["kl"].to_dataframe()
-    assert method["at 4 bits"].tolist() == list(run.results.sensitivity.methods["kl"].values[4])
-
-
-def test_a_notebook_shows_a_record_as_its_table(run: Snapshot) -> None:
-    assert run.results.prune
-    shown = run.results.prune._repr_html_()
-    assert shown.count("<tr") == 1 + len(run.results.prune.to_dataframe()) and "<th>kept_parameters</th>" in shown
-    assert run.results._repr_html_() == run.results.to_dataframe()._repr_html_()
+def test_records_inside_records_are_tables_and_show_themselves(run: Snapshot) -> None:
+    results = run.results
+    assert results.evaluate and results.sensitivity and results.prune
+    questions = results.evaluate.rows[0].scores[0]
+    frame = questions.to_dataframe()
+    assert len(frame) == 400 and frame["correct"].mean() == questions.value
+    assert results.to_dataframe()["stage"].tolist()[-3:] == ["finetune", "evaluate", "comparison"]
+    method = results.sensitivity.methods["kl"]
+    assert method.to_dataframe()["at 4 bits"].tolist() == list(method.values[4])
+    shown = results.prune._repr_html_()
+    assert shown.count("<tr") == 1 + len(results.prune.to_dataframe()) and "<th>kept_parameters</th>" in shown
     markup = run.trials[0].model_copy(update={"origin": "<b>mine</b>"})._repr_html_()
     assert "&lt;b&gt;mine&lt;/b&gt;" in markup and "<b>" not in markup

@@ -11,8 +11,8 @@ from made_rows import (
     ORIGINS,
     PLAN,
     SEED_PLAN,
-    UNTUNED,
     answers,
+    candidate,
     results_of,
     row_of,
     score,
@@ -25,9 +25,7 @@ from made_rows import (
 from qpruner.report import markdown, tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim
-from qpruner.report.legend import terms
-from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows, task_accuracies
-from qpruner.report.results_json import summary_of
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows, under_first_seed
 from qpruner.report.sections import sections
 from qpruner.runs.records import GIVEN, FrontPoint, Results, TaskScore
 
@@ -37,22 +35,18 @@ def whole() -> Results:
     return whole_results()
 
 
-def report(results: Results, config: str = "output: x\n") -> str:
+def report(results: Results) -> str:
     """The Markdown report."""
     run = snapshot(results)
-    return markdown.render(run, sections(run, config), "pictures")
+    return markdown.render(run, sections(run), "pictures")
 
 
-def test_the_winner_is_shown_beside_base_and_pruned() -> None:
-    """An accuracy alone says nothing; what was measured has no fine-tune."""
-    untuned = [(name, (score(answers(40, right)),)) for name, right in zip(UNTUNED, (25, 24, 20), strict=True)]
-    size, accuracy, plan = tables.winner(snapshot(results_of(searched_row([1.0]), untuned))).rows
+def test_the_winner_is_shown_in_figures() -> None:
+    size, accuracy, plan = tables.winner(snapshot(results_of(searched_row([1.0])))).rows
     assert size[:2] == ("size", "100.0 MB") and size[2].startswith("3.0 times smaller than the base model's 300.0 MB")
     assert "budget 101.5 MB (quantize.budget: fraction 0.5), adapter included" in size[2]
-    assert accuracy[:2] == ("test acc", "0.400") and "; base, not fine-tuned: 0.625; pruned, not" in accuracy[2]
+    assert accuracy == ("test acc", "0.400", "95 % interval over questions 0.263 to 0.537")
     assert plan == ("plan", "6.00 mean bits", "2 groups: 1 at 4 bits, 1 at 8 bits; from gp, trial 11")
-    tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *searched_row([1.0])]
-    assert "not fine-tuned" not in tables.winner(snapshot(results_of(tuned, untuned))).rows[1][2]
 
 
 def test_finalists_stand_beside_the_winner_row_by_row() -> None:
@@ -66,16 +60,6 @@ def test_finalists_stand_beside_the_winner_row_by_row() -> None:
     apart = [row[found.headings.index("loss less the winner's, paired by row")] for row in found.rows]
     errors = [float((rows_of[index] - rows_of[7]).std(ddof=1) / 2) for index in (2, 3)]
     assert apart == [f"+0.2500 (se {errors[0]:.4f})", f"+0.4000 (se {errors[1]:.4f})", "-"]
-    older = tuple(each.model_copy(update={"losses": ()}) for each in scored)
-    table = tables.finalists(made_search(PLAN, confirmations=older))
-    assert table.headings == ("trial", "from", "selection loss")
-
-
-def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
-    """Its file may be gone, and the configuration only names it."""
-    text = report(results_of(searched_row([1.0]), best_origin=GIVEN))
-    assert "The plan:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in text[text.index("## To repeat it") :]
-    assert "`search.plan`" not in report(results_of(searched_row([1.0])))
 
 
 def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:
@@ -106,8 +90,8 @@ def test_a_rows_standard_error_is_that_of_its_mean() -> None:
     assert row.accuracy == pytest.approx(np.mean(by_seed))
     expected = np.mean(by_seed, axis=0).std(ddof=1) / 2
     assert row.accuracy_stderr == pytest.approx(expected)
-    (told,) = [each for each in task_accuracies(results)["arc", "acc"] if each.row == SEARCHED]
-    assert (told.value, told.value - told.low) == pytest.approx((row.accuracy, 1.96 * expected))
+    low, high = row.accuracy - 1.96 * expected, row.accuracy + 1.96 * expected
+    assert tables.by_task(results).rows[-1][1] == f"{row.accuracy:.3f} ({low:.3f} to {min(1.0, high):.3f})"
 
 
 @pytest.mark.parametrize(
@@ -119,23 +103,17 @@ def test_a_rows_standard_error_is_that_of_its_mean() -> None:
 )
 def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str], name: str, in_full: str) -> None:
     """acc and acc_norm of one model lie as far apart as models do (HellaSwag 53 and 69)."""
-    scores = tuple(
-        score(answers(50, 20), [1.0] * 50, task, metric) for task, metric in zip(("arc", "boolq"), metrics, strict=True)
-    )
+    asked = list(zip(("arc", "boolq"), metrics, strict=True))
+    scores = tuple(score(answers(50, 20), [1.0] * 50, task, metric) for task, metric in asked)
     tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
     results = results_of([(row, scores) for row, _ in tuned])
     first = tables.final_tables(results)[0]
     assert f"test {name}" in first.headings and first.caption.endswith(f"; {in_full}") == (name == "accuracy")
     assert f"its test {in_full} is 0.400 (base 0.400, pruned 0.400)" in claim(results)
-    assert f"\n- Against the best seed ({ORIGINS[BEST_SEED]}, +0.00% bytes)" in claim(results)
     assert f": {name} +0.0000 (100 questions, " in claim(results)
     assert tables.winner(snapshot(results)).rows[1][0] == f"test {name}"
-    legend = dict(terms(results))[f"test {in_full}"]
-    assert all(f"({metric})" in legend for metric in metrics) and "has the highest log-likelihood" in legend
-    assert tables.by_task(results).headings[1:] == tuple(
-        f"{task} {metric} (50 questions)" for task, metric in zip(("arc", "boolq"), metrics, strict=True)
-    )
-    card = model_card(snapshot(results), None)
+    assert tables.by_task(results).headings[1:3] == tuple(f"{task} {metric} (50 questions)" for task, metric in asked)
+    card = model_card(snapshot(results))
     assert all(f"name: {metric}\n" in card for metric in metrics), "in what the hub reads"
     assert f"| test {name} |" in card
 
@@ -150,91 +128,50 @@ def test_rows_of_unequal_seeds_are_shown_alike(whole: Results) -> None:
     assert alike["base"]["confirmation loss"] == told["base"]["confirmation loss"]
     assert told[SEARCHED]["confirmation loss"] == "2.5000 ± 0.7071"
     assert alike[SEARCHED]["confirmation loss"] == "2.0000"
-    assert {row.seeds for row in summary_of(snapshot(whole)).first_seed_table} == {(0,)}
+    assert {row.seeds for row in under_first_seed(whole)} == {(0,)}
     equal = results_of([*row_of(BEST_SEED, [2.0, 2.1]), *searched_row([1.0, 1.1])])
     assert len(tables.final_tables(equal)) == 3
 
 
-def test_a_seed_plan_that_is_the_best_seed_says_so() -> None:
-    """Else one plan stands there with two sets of figures."""
-    seed = row_of("mutual-information seed", [2.0], plan=SEED_PLAN)
-    base = row_of("base", [1.0], plan=SEED_PLAN)
-    same = results_of([*base, *seed, *row_of(BEST_SEED, [2.0, 2.1], plan=SEED_PLAN), *searched_row([1.0, 1.1])])
-    titles = [row.title for row in rows(same)]
-    assert titles == ["base", "mutual-information seed = best seed", BEST_SEED, SEARCHED]
-    other = results_of([*seed, *row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
-    assert [row.title for row in rows(other)] == ["mutual-information seed", BEST_SEED, SEARCHED]
-
-
-def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) -> None:
-    lost = (
-        "At 100.7% of the bytes of the base with such an adapter, its test acc is 0.545 (base 0.475, pruned "
-        "0.485) and its answer loss 1.500 (base 1.500, pruned 1.500), all after the same fine-tune under "
-        "training seed 0."
-    )
-    card = model_card(snapshot(whole), None)
-    assert f" {lost} Its confirmation loss is 2.000 " in claim(whole).splitlines()[0]
-    assert lost in report(whole) and lost in card
-    alike = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
-    assert "after the same fine-tune. It" in claim(results_of(alike)), "one seed each"
-    wordless = [(tuned, (score(answers(50, 20)),)) for tuned, _ in alike]
-    assert " (base 0.400, pruned 0.400), all after" in claim(results_of(wordless))
-    assert "base" not in claim(results_of(alike[1:])), "there is no such row"
-
-
-def test_the_claim_says_what_uniform_bits_know_for_their_bytes() -> None:
-    """The winner beside fewer bytes and beside more, each under the one seed that all had."""
-    four, eight = dict.fromkeys(PLAN, 4), dict.fromkeys(PLAN, 8)
-    uniform = [
-        *row_of("uniform 4-bit", [1.75], plan=four, measured_bytes=80_000_000),
-        *row_of("uniform 8-bit", [1.25], plan=eight, measured_bytes=120_000_000),
-    ]
-    told = claim(results_of([*uniform, *row_of(BEST_SEED, [2.0, 2.1]), *searched_row([1.5, 1.0])]))
-    assert (
-        " Its confirmation loss is 1.500 at 100.0 MB (uniform 4-bit 1.750 at 80.0 MB, uniform 8-bit 1.250 at 120.0 "
-        "MB), under the same training seed." in told
-    )
-    won = claim(results_of([*uniform, *searched_row([1.5], plan=four)]))
-    assert "(uniform 8-bit 1.250 at 120.0 MB)" in won, "the winner is no row beside itself"
-    assert "confirmation loss is" not in claim(results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]))
-
-
 def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results) -> None:
-    config = "output: runs/demo\nlora:\n  rank: 8\n"
-    text = report(whole, config=config)
+    text = report(whole)
     lines = text.splitlines()
-    for each in tables.final_tables(whole):
-        start = lines.index(f"{each.caption}:")
-        table = ["| " + " | ".join(cells) + " |" for cells in (each.headings, *each.rows)]
-        assert [line for line in lines[start + 2 : start + 3 + len(table)] if "---" not in line] == table
+    for each in (*tables.final_tables(whole), tables.legend(whole), tables.by_task(whole)):
+        assert f"{each.caption}:" in lines
+        for cells in (each.headings, *each.rows):
+            assert f"| {' | '.join(cells)} |".replace("*", "\\*") in lines
     assert " | gp, trial 11 | 2 (0-1) | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 |" in text
     assert "\n\n".join(claim(whole).split("\n", 1)) in text
-    assert f"```yaml\n{config}```" in text and "| python | 3.11.9 |" in lines
-    told = dict(terms(whole))
-    assert list(told)[:7] == ["base", "pruned", "uniform", "seed", BEST_SEED, RANDOM, SEARCHED]
-    assert all(f"\n- **{term}**: {meaning}\n" in text for term, meaning in told.items())
-    assert terms(results_of(searched_row([1.0])))[0][0] == SEARCHED, "there are no other rows to explain"
-    steps = tables.steps(whole).rows
-    scored = "arc acc 0.100 (se 0.043) (50 questions), piqa acc 0.150 (se 0.057) (40 questions)"
-    tuned = "arc acc 0.340 (se 0.068) (50 questions), piqa acc 0.750 (se 0.069) (40 questions)"
-    assert [row[:2] for row in steps[:3]] == [(f"{name} (no fine-tune)", scored) for name in UNTUNED]
-    assert steps[3] == ("searched, training seed 0", tuned, "1.5000") and steps[4][0] == "base, training seed 0"
+    assert claim(whole).splitlines()[0] in model_card(snapshot(whole))
+    assert "```yaml\nmodel:\n  source: me/base\n" in text and "| python | 3.11.9 |" in lines
+    assert "`search.plan`" not in text
+    assert [row[0] for row in tables.legend(whole).rows][:5] == ["uniform", "seed", BEST_SEED, RANDOM, SEARCHED]
+    assert tables.legend(results_of(searched_row([1.0]))).rows[0][0] == SEARCHED, "there are no other rows to explain"
+    given = report(results_of(searched_row([1.0]), best_origin=GIVEN))
+    assert "The plan:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in given, "its file may be gone"
 
 
-def test_each_step_tells_its_finer_losses() -> None:
+def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
     """By accuracies of 48 questions alone a pruned model may look better than its base."""
 
     def of_losses(accuracy: int, *losses: float) -> tuple[TaskScore, ...]:
-        return tuple(score(answers(48, accuracy), [loss] * 48 if loss else []) for loss in losses)
+        tasks = zip(("arc", "piqa"), losses, strict=False)
+        return tuple(score(answers(48, accuracy), [loss] * 48 if loss else [], task) for task, loss in tasks)
 
     untuned = [("base", of_losses(30, 11.0, 12.0)), ("pruned", of_losses(31, 12.0, 13.0))]
-    results = results_of(searched_row([1.0], of_losses(33, 8.0)), untuned)
-    found, with_text = tables.steps(results), tables.steps(with_figures(results))
-    assert found.headings == ("model", "scores", "answer loss"), "no text, no perplexity"
-    assert [row[2] for row in found.rows] == ["11.5000", "12.5000", "8.0000"]
-    assert with_text.headings[3] == "perplexity" and [row[3] for row in with_text.rows] == ["8.00"] * 3
-    wordless = results_of(searched_row([1.0], of_losses(33, 0.0)), [("base", of_losses(30, 11.0, 0.0))])
-    assert tables.steps(wordless).headings == ("model", "scores"), "of some tasks alone it is no mean over all"
+    results = results_of([(candidate(SEARCHED, PLAN), of_losses(33, 8.0, 9.0))], untuned)
+    found, with_text = tables.by_task(results), tables.by_task(with_figures(results))
+    assert found.headings[3:] == ("answer loss",), "no text, no perplexity"
+    assert [(row[0], row[3]) for row in found.rows] == [
+        *[("base (no fine-tune)", "11.5000"), ("pruned (no fine-tune)", "12.5000"), ("searched", "8.5000")]
+    ]
+    assert with_text.headings[4] == "perplexity" and [row[4] for row in with_text.rows] == ["8.00"] * 3
+    wordless = results_of([(candidate(SEARCHED, PLAN), of_losses(33, 0.0, 1.0))])
+    assert len(tables.by_task(wordless).headings) == 3, "of some tasks alone it is no mean over all"
+    one = results_of([(candidate(SEARCHED, PLAN), (score([1.0]),))])
+    assert tables.by_task(one).rows[0][1] == "1.000 (0.000 to 1.000)", "one question leaves all open"
+    [random] = [row for row in tables.by_task(whole).rows if row[0] == RANDOM]
+    assert random[1:] == ("0.370 (0.242 to 0.498)", "0.750 (0.614 to 0.886)", "1.7500"), "a mean over fine-tunes"
 
 
 def test_a_row_tells_what_its_model_takes_to_use(whole: Results) -> None:
@@ -249,7 +186,11 @@ def test_a_row_tells_what_its_model_takes_to_use(whole: Results) -> None:
     shown = tables.cells(table["base"])
     assert list(shown.values())[-3:] == ["300 MB", "110 (100-150)", "12.0 (10.0-20.0)"]
     assert shown["perplexity"] == "8.00"
-    assert "mean loss a token on the text." in dict(terms(with_figures(whole)))["perplexity"]
+    legend = dict(tables.legend(with_figures(whole)).rows)
+    assert (
+        "mean loss a token on the text." in legend["perplexity"]
+        and "on NVIDIA X" in legend["inference memory and tokens/s"]
+    )
     without = tables.cells(rows(whole)[0])
     assert list(without.values())[-3:] == ["-", "-", "-"] and without["perplexity"] == "-"
 

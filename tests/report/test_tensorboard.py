@@ -28,43 +28,34 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from tensorboard_server import serving
 
-from qpruner.report.event_files import BEST, run_name, write_trial
 from qpruner.report.snapshot import read_snapshot
-from qpruner.report.tensorboard import Board, write_result
-from qpruner.runs.events import StageFinished, StageSkipped, StageStarted, TrialChanged
-from qpruner.runs.records import RungResult, TrialRecord
-
-OVER = StageFinished("search", 1.0, "")
+from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
+from qpruner.runs.events import StageSkipped, StageStarted, TrialChanged
+from qpruner.runs.records import RungResult
 
 
-def board_of(root: Path) -> Board:
-    return Board(root, config_of(Path("runs/demo"), search__max_trials=20))
-
-
-def show(root: Path, *events: Any) -> Board:
+def show(root: Path, *events: Any, max_trials: int = 20) -> Board:
     """Tell a board of these events."""
-    board = board_of(root)
+    board = Board(root, config_of(Path("runs/demo"), search__max_trials=max_trials))
     for event in events:
         board.listen(event)
     return board
 
 
 def read(root: Path, run: str) -> EventAccumulator:
-    return EventAccumulator(str(root / "tensorboard" / run), size_guidance={"images": 0, "scalars": 0}).Reload()
+    return EventAccumulator(str(root / "tensorboard" / run), size_guidance={"scalars": 0}).Reload()
 
 
 def points(root: Path, run: str, tag: str) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 4)) for event in read(root, run).Scalars(tag)]
 
 
-def pictures(root: Path) -> list[int]:
-    """After how many trials the front was drawn."""
-    return [image.step for image in read(root, "pictures").Images("search/bytes and score")]
+def config_text(root: Path) -> str:
+    return str(read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode())
 
 
 def files(root: Path) -> dict[Path, bytes]:
-    """What lies there, without the pictures."""
-    found = (path for path in (root / "tensorboard").rglob("*") if path.is_file() and path.parent.name != "pictures")
+    found = (path for path in (root / "tensorboard").rglob("*") if path.is_file())
     return {path.relative_to(root): path.read_bytes() for path in found}
 
 
@@ -79,7 +70,7 @@ def row(root: Path, run: str) -> dict[str, Any]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose search is over but for a trial; only to be read."""
     root = tmp_path_factory.mktemp("written") / "run"
-    show(root, planned(trials()), OVER)
+    show(root, planned(trials()))
     return root
 
 
@@ -103,57 +94,42 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     assert (ends[2].status, ends[4].status) == (1, 2)
     assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
     running = read(written, run_name(trials()[5]))
-    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
-    assert running.Scalars("validation/loss")
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"] and running.Scalars("validation/loss")
 
-
-def test_hparams_columns_begin_with_what_tells_trials_apart(written: Path) -> None:
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
     steps = (RUNGS[-1], *RUNGS[:-1])
     assert [metric.display_name for metric in columns.metric_infos] == [f"loss at step {step}" for step in steps]
-    named = {info.name for info in columns.hparam_infos}
-    assert named == set(row(written, run_name(trials()[0])))
-    assert sorted(named)[:5] == ["#", "From", "MB", "Mean bits", "Status"]
+    assert {info.name for info in columns.hparam_infos} == set(rows[0])
+    assert sorted(rows[0])[:5] == ["#", "From", "MB", "Mean bits", "Status"], "what tells trials apart comes first"
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
-def test_curves_have_every_training_step_and_rung(written: Path) -> None:
+def test_curves_have_every_step_and_controls_are_lines_beside(written: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
-    trained = [4.7] * 2 + [4.6] * 2 + [4.4] * 4
-    assert points(written, run, "train/loss") == list(enumerate(trained, 1))
+    assert points(written, run, "train/loss") == list(enumerate([4.7] * 2 + [4.6] * 2 + [4.4] * 4, 1))
     walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
-
-
-def test_controls_are_lines_beside_the_best_so_far(written: Path) -> None:
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
     assert points(written, "control-uniform-4", BEST) == [(1, 3.2), (20, 3.2)]
     assert points(written, "control-seed-kl", BEST) == [(1, 3.0), (20, 3.0)]
-    text = read(written, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "max_trials: 20" in text
-
-
-def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:
-    """Tell a board of each trial at each rung and at its end, in the order of time."""
-    told = []
-    for record in records:
-        for count in range(len(record.rungs) + 1):
-            part = {"rungs": record.rungs[:count], "times": record.times[: 1 + count], "status": "running"}
-            told.append((record.times[count], record.model_copy(update=part)))
-        if record.is_over:
-            told.append((record.times[-1], record))
-    in_order = [TrialChanged(record) for _, record in sorted(told, key=lambda item: item[0])]
-    return show(root, planned([]), *in_order, OVER)
+    assert "max_trials: 20" in config_text(written)
 
 
 def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Path) -> None:
-    as_it_goes(tmp_path / "run", trials())
+    """A board is told of each trial at each rung and at its end, in the order of time."""
+    told = []
+    for record in trials():
+        for count in range(len(record.rungs) + 1):
+            part = {"rungs": record.rungs[:count], "times": record.times[: 1 + count], "status": "running"}
+            told.append((record.times[count], TrialChanged(record.model_copy(update=part))))
+        if record.is_over:
+            told.append((record.times[-1], TrialChanged(record)))
+    show(tmp_path / "run", planned([]), *(event for _, event in sorted(told, key=lambda item: item[0])))
     assert files(tmp_path / "run") == files(written)
-    assert (pictures(tmp_path / "run"), pictures(written)) == ([2, 4, 5], [5])
 
 
 @pytest.mark.parametrize("damage", ["none", "cut short", "gone", "overwritten"])
@@ -165,54 +141,39 @@ def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str
         elif damage != "none":
             (shown / path).write_bytes(content[:-7] if damage == "cut short" else b"\0" + content[1:])
     before = {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")}
-    show(shown, planned(trials()), OVER)
+    show(shown, planned(trials()))
     assert files(shown) == whole
     after = {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")}
     assert damage != "none" or after == before, "nothing is written again"
 
 
-def test_trials_of_another_search_are_gone(shown: Path) -> None:
-    other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4")
-    show(shown, planned([other], search="b" * 16))
-    runs = {path.name for path in (shown / "tensorboard").iterdir()}
-    assert {run for run in runs if run.startswith(("trial", "control"))} == {run_name(other)}
-    assert not list((shown / "tensorboard" / "pictures").iterdir())
-
-
-def test_a_new_search_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
-    """From its first moment: no curve, no final table, and its own configuration."""
-    made = MadeRun(tmp_path / "run", num_trials=5)
-    root, result = made.run.root, made.run.root / "tensorboard" / "result"
-    show(root, planned(trials()))
-    write_result(root, read_snapshot(made.run).results)
-    assert "final table/text_summary" in read(root, "result").Tags()["tensors"]
-    board = Board(root, config_of(Path("runs/demo"), search__max_trials=4))
-    for event in (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html")):
-        board.listen(event)
-    assert result.is_dir(), "nothing was searched anew"
-    assert read(root, "search").Tags()["scalars"] == []
-    text = read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "max_trials: 4" in text
+def test_a_new_search_shows_nothing_of_the_last_one(shown: Path, tmp_path: Path) -> None:
+    """From its first moment: no trial, no curve, no final table, and its own configuration."""
+    write_result(shown, read_snapshot(MadeRun(tmp_path / "made", num_trials=5).run).results)
+    assert "final table/text_summary" in read(shown, "result").Tags()["tensors"]
+    events = (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html"))
+    board = show(shown, *events, max_trials=4)
+    assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search", "result"}, (
+        "nothing was searched anew"
+    )
+    assert read(shown, "search").Tags()["scalars"] == [] and "max_trials: 4" in config_text(shown)
     board.listen(StageStarted("search", "4 trials"))
-    assert not result.exists()
+    assert not (shown / "tensorboard" / "result").exists()
 
 
 def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
     known = trials()
     for index, plan, last in ((6, "844448", 3.05), (7, "484448", 2.95)):
         given = trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
-        begun = planned(known, search=given.search, beside=MINE, max_trials=1)
-        show(shown, begun, TrialChanged(given), OVER)
+        show(shown, planned(known, search=given.search, beside=MINE, max_trials=1), TrialChanged(given))
         known.append(given)
     assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
     levels = {"uniform-4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
     for control, level in levels.items():
         assert points(shown, f"control-{control}", BEST) == [(1, level), (20, level)]
     assert [row(shown, run_name(record))["search"] for record in (known[2], known[-1])] == ["another", "this"]
-    assert pictures(shown) == [5, 7], "those of the search are still there"
-
-    show(shown, planned(known), OVER)
-    assert pictures(shown) == [5], "the search itself is as it was"
+    show(shown, planned(known))
+    assert points(shown, "search", BEST) == [(5, 2.9)], "the search itself is as it was"
     assert not list((shown / "tensorboard").glob("control-given*"))
 
 
@@ -250,7 +211,7 @@ def test_a_full_disk_stops_no_search_and_is_made_up_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
     root = recorded_run(tmp_path / "run")
-    show(root, planned(trials()), OVER)
+    show(root, planned(trials()))
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={root}"]
     with serving(command, "trial-0003") as address, chromium() as browser:
         page = browser.new_page(viewport={"width": 1300, "height": 620})
@@ -263,6 +224,3 @@ def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
         assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names), "each trial once"
         cut = "cell => [cell, cell.parentElement].some(each => each.scrollWidth > each.clientWidth)"
         assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names), "each name whole"
-        page.goto(f"{address}/#images")
-        page.reload()
-        page.get_by_text("search/bytes and score").first.wait_for()

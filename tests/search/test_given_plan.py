@@ -109,20 +109,6 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.slow
-def test_check_sizes_a_plan_and_refuses_what_run_does(searched: Path) -> None:
-    file, plan = plan_file(searched)
-    file.write_text(yaml.safe_dump(dict.fromkeys(plan, 4)))
-    told = qpruner("check", searched, "--plan", file, "--json")
-    facts = json.loads(told.splitlines()[-1])
-    assert facts["bytes_plan"] == facts["bytes_all_4"]
-    assert "your plan:  " in told and "left of the budget" in told
-    file.write_text(yaml.safe_dump(dict.fromkeys(plan, 8)))
-    refused = [call(verb, searched, "--plan", file) for verb in ("check", "search")]
-    assert [each.returncode for each in refused] == [2, 2]
-    assert refused[0].stderr.endswith(f" ...\n{refused[1].stderr}"), "after the line that tells what it does"
-
-
 # ---- a plan that the configuration gives without a file
 
 

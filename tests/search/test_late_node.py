@@ -30,7 +30,7 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import Progress, Report, Trial, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
-HELD = {"cpu": 1.0, "gpu": 1.0}
+CPU, HELD = {"cpu": 1.0}, {"cpu": 1.0, "gpu": 1.0}
 
 
 @pytest.fixture
@@ -108,36 +108,38 @@ def in_group(resources: dict[str, float], check_node: bytes, scratch: Path) -> i
     return found
 
 
-def test_a_gpu_that_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
-    """It would go on for days on the CPU. Where GPUs are only counted, that is what was asked for. Groups need no look:
-    they have no way to connect."""
-    check = packed_check({}, None)
-    assert as_task(HELD, check, tmp_path) == in_executor(HELD, check, tmp_path) == 1
-    late = with_a_gpu_that_torch_does_not_see(cluster, tmp_path)
-    cluster.kill_machine(cluster.nodes[0])
-    for begun in (as_task, in_executor):
-        with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): a GPU is reserved for work there, but torch"):
-            begun(HELD, check, tmp_path)
+EVERY: tuple[Work, ...] = (as_task, in_executor, in_group)
 
 
 @pytest.mark.parametrize(
-    ("join", "what"),
+    ("join", "what", "works", "held"),
     [
-        (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here"),
-        (with_a_folder_of_its_own, "`output`: {run} is not shared with it"),
+        (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here", EVERY, CPU),
+        (with_a_folder_of_its_own, "`output`: {run} is not shared", EVERY, CPU),
+        # It would go on for days on the CPU. Groups need no look: they have no way to connect.
+        (
+            with_a_gpu_that_torch_does_not_see,
+            "a GPU is reserved for work there, but torch",
+            (as_task, in_executor),
+            HELD,
+        ),
     ],
 )
 def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
-    join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
+    join: Callable[[Raylets, Path], Any],
+    what: str,
+    works: tuple[Work, ...],
+    held: dict[str, float],
+    cluster: Raylets,
+    tmp_path: Path,
 ) -> None:
     check = packed_check(versions(), RunDir(tmp_path / "run"))
-    works: tuple[Work, ...] = (as_task, in_executor, in_group)
-    assert [begun({"cpu": 1.0}, check, tmp_path / "train") for begun in works] == [1] * 3
+    assert {begun(held, check, tmp_path / "train") for begun in works} == {1}
     late = join(cluster, tmp_path)
     cluster.kill_machine(cluster.nodes[0])
     for begun in works:
         with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): {what.format(run=tmp_path / 'run')}") as caught:
-            begun({"cpu": 1.0}, check, tmp_path / "train")
+            begun(held, check, tmp_path / "train")
         assert "repeat the command" in str(caught.value)
 
 

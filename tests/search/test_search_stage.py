@@ -115,19 +115,19 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Hopeless:
-    """A searcher that has nothing better to expect."""
+    """A searcher that has nothing better to expect from its second proposal on."""
 
     space: PlanSpace
     name: str = "gp"
 
     def propose(self, index: int, history: History) -> Proposal:
-        return Proposal(self.space.uniform(8), expected_improvement=0.001, noise=0.01)
+        return Proposal(self.space.uniform(8), expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
 
 
 def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
-    """Killed and repeated after every trial, the search is over after as many as without: 2 controls and 2 more."""
-    job = job_of(tmp_path, searcher="gp", patience=3)
-    for index in (0, 1, 2, 3, "FINISHED"):
+    """Killed and repeated after every trial, the search is over after as many as without: 2 controls and 3 more."""
+    job = job_of(tmp_path, searcher="gp", patience=3, max_trials=9)
+    for index in (0, 1, 2, 3, 4, "FINISHED"):
         search = Searching(job, proposer=Hopeless(job.space))
         assert search.suggest("a") == index
         write_trial(job.trials, read_trials(job.trials)[-1].model_copy(update={"status": "finished"}))
@@ -278,6 +278,16 @@ def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
     search.suggest("a")
     search.fail("a", failure="storage", reason="no space")
     assert search.halt.requested and not search.halt.interrupted
+
+
+def test_a_number_that_another_driver_took_ends_the_search(tmp_path: Path) -> None:
+    """It slept while the other did the trial after the one under way."""
+    search, theirs = Searching(job_of(tmp_path)), trial(0, "844444", [3.5, 3.4, 3.3])
+    write_trial(search.job.trials, theirs)
+    search.suggest("a")
+    with pytest.raises(StageError, match=r"another driver took this run over .*/0000/trial\.json"):
+        search.halt.on_step_begin(1, [])
+    assert read_trials(search.job.trials) == [theirs]
 
 
 def test_a_broken_machine_ends_the_search(tmp_path: Path) -> None:

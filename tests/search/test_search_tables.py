@@ -18,14 +18,12 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import search_regret  # noqa: E402
-import search_replay  # noqa: E402
 from search_replay import BadTable, EndedTrial, Replay, Table, Task, replay  # noqa: E402
 from search_results import NEVER, asha_against_full, summarize  # noqa: E402
 from search_tables import LORA, Evaluator, Job, build_bank  # noqa: E402
 
 from qpruner.data.losses import mean_loss  # noqa: E402
 from qpruner.quantization.assembly import PlanAssembler  # noqa: E402
-from qpruner.search.searchers import History, Proposal, RandomProposer  # noqa: E402
 
 MAIN = [0.03, 0.005, 0.08, 0.06, 0.02]
 LYING = [0.01, 0.06, 0.005, 0.02, 0.08]
@@ -104,25 +102,6 @@ def replayed(of: Task, losses: Sequence[float]) -> Replay:
     """A search whose trials ended in order, scores without noise, none a control."""
     trials = [EndedTrial(at, loss, loss, loss, False, True, 8 * (at + 1)) for at, loss in enumerate(losses)]
     return Replay(of, trials, best_seed=None, promises={}, proposals=len(losses), wasted=1, seconds=0.1)
-
-
-@pytest.mark.parametrize("in_flight", [1, 4])
-def test_a_searcher_is_told_what_is_in_flight_and_every_rung(
-    table: Path, in_flight: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    histories = []
-
-    class Listener(RandomProposer):
-        def propose(self, index: int, history: History) -> Proposal:
-            histories.append(history)
-            return super().propose(index, history)
-
-    monkeypatch.setattr(search_replay, "make_proposer", lambda name, space, seed, priors: Listener(space, seed))
-    replay(task(table, in_flight=in_flight))
-    # The first trials start together; later there is one place free whenever the searcher is asked.
-    assert [len(history.pending) for history in histories[:in_flight]] == list(range(in_flight))
-    assert {len(history.pending) for history in histories[in_flight:-in_flight]} == {in_flight - 1}
-    assert {item.step for item in histories[-1].observations} == {4, 8}
 
 
 @pytest.mark.parametrize(("searcher", "in_flight"), [("random", 1), ("gp", 16)])

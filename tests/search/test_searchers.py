@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
@@ -190,26 +189,6 @@ def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
     assert [again.next(), again.next()] == [begun[3], begun[5]]
     rest = run(again)
     assert [item.index for item in rest] == [7, 8, 9] and rest == run(ledger)
-
-
-@dataclass(frozen=True)
-class Hopeless:
-    """A searcher that sees nothing to win from its third proposal on."""
-
-    space: PlanSpace
-    name: str = "hopeless"
-
-    def propose(self, index: int, history: History) -> Proposal:
-        plan = RandomProposer(self.space, 0).propose(index, history).plan
-        return Proposal(plan, expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
-
-
-def test_patience_ends_a_search_and_says_so() -> None:
-    space = space_of(8)
-    ledger = Ledger(space, Hopeless(space), [], max_trials=50, patience=3)
-    assert len(run(ledger)) == 3 + 2
-    assert ledger.ended is not None and "0.001" in ledger.ended and "search.patience" in ledger.ended
-    assert len(run(Ledger(space, Hopeless(space), [], max_trials=20))) == 20
 
 
 def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:

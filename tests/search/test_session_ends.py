@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import disk_of
 from made_searches import job_of
-from made_searches import trial as finished
 from ray.cloudpickle import register_pickle_by_value
 from raylets import Raylets, raylets
 from transformers import AutoConfig
@@ -24,7 +23,7 @@ from qpruner.cluster.tune import search
 from qpruner.errors import StageError, StorageError
 from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.runs.records import RungResult
-from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials, write_trial
+from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
 register_pickle_by_value(sys.modules[__name__])  # workers have no such module
@@ -132,26 +131,6 @@ def test_a_full_disk_of_the_driver_ends_the_search(
     filler.unlink()
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
-
-
-def test_a_search_that_lost_its_lock_leaves_others_trials(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    """It slept while the other did the trial after the one under way, which ends, and gives its slot to the next."""
-
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        until(lambda: read_trials(trials)[-1].index, "nobody takes over")
-        reported(tmp_path, report, LAST)
-
-    job = replace(job_of(tmp_path, max_trials=4), trial=trial, resources=HELD)
-    trials, theirs = job.trials, finished(1, "844444", [3.5, 3.4, 3.3])
-
-    def tell(event: Event) -> None:
-        if isinstance(event, TrialChanged) and not (trials / "0001").exists():
-            write_trial(trials, theirs)
-
-    with pytest.raises(StageError, match=r"another driver took this run over .*/0001/trial\.json"):
-        search(job, within(lambda: 1), tell)
-    first, second = read_trials(trials)
-    assert (first.status, second) == ("finished", theirs)
 
 
 def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:

@@ -24,18 +24,10 @@ from qpruner.report.snapshot import Snapshot
 
 def render(run: Snapshot, listed: Sequence[Section]) -> str:
     """Render the page of a run from its sections."""
-    return (
-        _environment()
-        .from_string(_own("template.html"))
-        .render(
-            run=run,
-            sections=listed,
-            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            style=_own("style.css"),
-            script=_own("page.js"),
-            runtime=_runtime(),
-        )
-    )
+    template = _environment().from_string(_own("template.html"))
+    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    parts = {"style": _own("style.css"), "script": _own("page.js"), "runtime": _runtime()}
+    return template.render(run=run, sections=listed, written=written, **parts)
 
 
 def notebook_view(run: Snapshot) -> str:

@@ -10,10 +10,8 @@ import numpy as np
 
 from qpruner.report.plots.chart import Chart, Spec, Values, by_bits, quantity, tooltip
 from qpruner.report.results import MUTUAL_INFORMATION
-from qpruner.report.search_progress import cost
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import LayerWidths, PruneRecord, SensitivityRecord
-from qpruner.sensitivity.seeds import seed_origin
+from qpruner.runs.records import PruneRecord, SensitivityRecord
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +25,14 @@ UNITS = {
     "expert": ("experts", "kept_experts", "base_experts"),
 }
 """Kind of unit -> its title, and the fields of what was kept and of what there was."""
+BLOCK: Spec = {"field": "block", "type": "ordinal", "axis": {"title": "block"}}
 IMPORTANCE_FILE = "importance.npz"
 
 
-def plan_map(run: Snapshot) -> Chart:
-    """Draw the best plan's bits over the model's layers and, beside them, how much each group suffers from fewer."""
-    assert run.best_plan
+def plan_map(run: Snapshot, plan: Mapping[str, int]) -> Chart:
+    """Draw a plan's bits over the model's layers and, beside them, how much each group suffers from fewer."""
     cells: Values = []
-    for group, bits in run.best_plan.items():
+    for group, bits in plan.items():
         _, block, *part = group.split(".")  # ``layers.07.mlp`` is block 7, part mlp
         cells.append({"block": int(block), "part": ".".join(part) or "block", "group": group, "bits": bits})
     record = run.results.prune
@@ -43,35 +41,19 @@ def plan_map(run: Snapshot) -> Chart:
     if run.sensitivity is None:
         return Chart("winner", "Bits by layer", f"One cell a group.{numbering}", {"hconcat": maps})
     maps.append(_sensitivity_map(cells, run.sensitivity))
-    bind = {"input": "select", "options": list(run.sensitivity.methods), "name": "Sensitivity by "}
+    methods = list(run.sensitivity.methods)
+    # Mutual information predicts no quantization error.
+    first = min(methods, key=lambda name: name == MUTUAL_INFORMATION)
+    bind = {"input": "select", "options": methods, "name": "Sensitivity by "}
     return Chart(
         "winner",
         "Bits and sensitivity by layer",
         "Left: each group's bits in the plan. Right: what fewer bits are predicted to cost, as a share of the largest "
         "such figure: orange groups suffer, purple ones are predicted to gain; where none gains, the shades begin at "
         f"the least.{numbering}",
-        {
-            "params": [{"name": "method", "value": first_method(run), "bind": bind}],
-            "hconcat": maps,
-            "spacing": 28,
-        },
+        {"params": [{"name": "method", "value": first, "bind": bind}], "hconcat": maps, "spacing": 28},
         "Point at a cell for its value.",
     )
-
-
-def first_method(run: Snapshot) -> str:
-    """Choose the sensitivity to show first: the one whose seed plan was best on fresh rows.
-
-    Where none was scored there, it is the first that predicts quantization errors.
-    """
-    assert run.sensitivity
-    methods = run.sensitivity.methods
-    by_origin = {seed_origin(name): name for name in methods}
-    confirmed = run.results.search.confirmations if run.results.search else ()
-    seeds = [each for each in confirmed if each.control and each.origin in by_origin]
-    if seeds:
-        return by_origin[min(seeds, key=lambda each: (cost(each, run.metric), each.index)).origin]
-    return min(methods, key=lambda name: name == MUTUAL_INFORMATION)
 
 
 def _grid(cells: Values, is_first: bool = True) -> Spec:
@@ -174,7 +156,8 @@ def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
             for index, value in scores["block"]
         ]
         color = {"condition": {"test": "datum.gone", "value": "var(--failed)"}, "value": "var(--stopped)"}
-        panels.append(_bars("whole blocks", blocks, quantity("value", "importance", zero=True), color))
+        panels.append(_bars("whole blocks", blocks, quantity("value", "importance", zero=True)))
+        panels[-1]["encoding"]["color"] = color
     numbering = " Blocks are numbered as in the base model." if record.dropped_blocks else ""
     caption = (
         "What pruning cuts by, block by block from the least to the most important unit; beside it the share of them "
@@ -192,6 +175,7 @@ def _panels(kind: str, record: PruneRecord, scores: Mapping[str, Any]) -> Iterat
             shown = round(float(np.log10(value)), 3) if value > 0 else None
             values.append({"block": layer.layer, "column": column, "importance": shown})
     scale = {"scale": {"scheme": "viridis"}, "legend": {"title": "log10 importance"}}
+    blocks = BLOCK | {"scale": {"domain": [layer.layer for layer in record.layers]}}
     yield {
         "title": title,
         "width": 6 * NUM_COLUMNS,
@@ -202,29 +186,25 @@ def _panels(kind: str, record: PruneRecord, scores: Mapping[str, Any]) -> Iterat
         "mark": "rect",
         "encoding": {
             "x": {"field": "column", "type": "ordinal", "axis": None},
-            "y": _blocks(record.layers),
+            "y": blocks,
             "color": {"field": "importance", "type": "quantitative"} | scale,
         },
     }
-    bars = [{"block": each.layer, "value": kept_share(each, kept, base)} for each in record.layers]
+    # A block without such units lost none.
+    counts = [(each.layer, len(getattr(each, kept) or ()), getattr(each, base)) for each in record.layers]
+    bars = [{"block": block, "value": num_kept / there if there else 1.0} for block, num_kept, there in counts]
     share = quantity("value", "kept", zero=True, format=".0%", values=[0, 1]) | {"scale": {"domain": [0, 1]}}
-    yield _bars("kept", bars, share, {"value": "var(--stopped)"}, record.layers)
+    yield _bars("kept", bars, share)
 
 
-def _blocks(layers: Sequence[LayerWidths]) -> Spec:
-    """Encode blocks along the vertical axis: these, or those that there are."""
-    scale = {"scale": {"domain": [layer.layer for layer in layers]}} if layers else {}
-    return {"field": "block", "type": "ordinal", "axis": {"title": "block"}} | scale
-
-
-def _bars(title: str, values: Values, x: Spec, color: Spec, layers: Sequence[LayerWidths] = ()) -> Spec:
+def _bars(title: str, values: Values, x: Spec) -> Spec:
     return {
         "title": title,
         "width": 60,
         "height": {"step": CELL_HEIGHT},
         "data": {"values": values},
-        "mark": "bar",
-        "encoding": {"x": x, "y": _blocks(layers), "color": color},
+        "mark": {"type": "bar", "color": "var(--stopped)"},
+        "encoding": {"x": x, "y": BLOCK},
     }
 
 
@@ -236,9 +216,3 @@ def ranked(scores: Any) -> Sequence[float]:
     if len(ordered) < NUM_COLUMNS:
         return [float(each) for each in ordered[np.arange(NUM_COLUMNS) * len(ordered) // NUM_COLUMNS]]
     return [float(part.mean()) for part in np.array_split(ordered, NUM_COLUMNS)]
-
-
-def kept_share(layer: LayerWidths, kept: str, base: str) -> float:
-    """Return the share of a block's units that was kept; all where it had none."""
-    there = getattr(layer, base)
-    return len(getattr(layer, kept)) / there if there else 1.0

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qpruner.report import search_progress
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
-from qpruner.report.search_progress import bar, best_of, front_point, score, score_title
+from qpruner.report.search_progress import bar, cost, score, score_title
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.search.choice import non_dominated
 
@@ -22,6 +23,7 @@ COLORS = {
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 REACH = 6.0
 """An axis of scores reaches as many times as far from the best as the median lies."""
+LINE = {"type": "line", "interpolate": "step-after"}
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,19 @@ class Shown:
     @property
     def scored(self) -> list[TrialRecord]:
         """Every trial that was scored and is over."""
-        return [trial for trial in self.trials if trial.rungs and trial.status != "running"]
+        return [trial for trial in self.trials if trial.rungs and trial.is_over]
 
     @property
     def score_title(self) -> str:
         """What the scores are called, with their unit."""
         return score_title(self.search) + (" (nats per token)" if self.search.metric == "loss" else "")
 
-    def remarks(self, num_beyond: int) -> str:
-        """Explain a winner that has not the best score, and scores that are drawn at the end of the axis."""
-        text = " The winner was chosen on fresh rows, so another trial may have a better score."
-        beyond = f" {num_beyond} far worse {'score is' if num_beyond == 1 else 'scores are'} drawn at the edge."
-        return (text if self.best_title == "winner" else "") + (beyond if num_beyond else "")
+    @property
+    def remarks(self) -> str:
+        """Explain scores at the end of the axis, and a winner that has not the best score."""
+        edge = " Scores far worse than the rest are drawn at the edge."
+        fresh = " The winner was chosen on fresh rows, so another trial may have a better score."
+        return edge + (fresh if self.best_title == "winner" else "")
 
     def point(self, trial: TrialRecord) -> Spec:
         """Return a trial at its last rung, as plots and tooltips show it."""
@@ -67,7 +70,7 @@ class Shown:
 def kind_of(trial: TrialRecord) -> str:
     """Return what a trial is, in the legend's words."""
     if trial.status in ("stopped", "failed"):
-        return {"stopped": STOPPED, "failed": FAILED}[trial.status]
+        return STOPPED if trial.status == "stopped" else FAILED
     if trial.is_given:
         return GIVEN
     return CONTROL if trial.is_control else SEARCHED
@@ -75,17 +78,14 @@ def kind_of(trial: TrialRecord) -> str:
 
 def front(shown: Shown) -> Chart | None:
     """Draw score against bytes, with the front of the finished trials and the budget."""
-    if not shown.scored:
-        return None
-    metric = shown.search.metric
     points = [shown.point(trial) for trial in shown.scored]
-    scores, num_beyond = score_axis([point["score"] for point in points], shown.score_title, metric)
-    place = {"x": quantity("megabytes", "size in MB", tickCount=6), "y": scores}
+    if not points:
+        return None
+    place = {"x": quantity("megabytes", "size in MB", tickCount=6), "y": _score_axis(shown, points)}
     finished = [trial for trial in shown.scored if trial.status == "finished"]
-    best = [finished[at] for at in non_dominated([front_point(trial, metric) for trial in finished])]
-    line = {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5}
+    costs = [(trial.plan_bytes, cost(trial.rungs[-1], shown.search.metric)) for trial in finished]
+    best = [shown.point(finished[at]) for at in non_dominated(costs)]
     budget = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
-    opacity = {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}
     layers = [
         {
             "data": {"values": [{"megabytes": shown.search.budget_bytes / 1e6, "text": "budget"}]},
@@ -95,19 +95,16 @@ def front(shown: Shown) -> Chart | None:
                 {"mark": budget, "encoding": {"text": {"field": "text"}}},
             ],
         },
-        {"data": {"values": [shown.point(trial) for trial in best]}, "mark": line, "encoding": place},
-        {
-            "params": [{"name": "kinds", "select": {"type": "point", "fields": ["kind"]}, "bind": "legend"}],
-            "mark": {"type": "point", "filled": True, "size": 75},
-            "encoding": place | _by_kind(points) | _details(shown) | {"opacity": opacity},
-        },
-        *_ring(shown, points, place),
+        {"data": {"values": best}, "mark": LINE | {"color": "var(--muted)", "strokeWidth": 1.5}, "encoding": place},
+        *_points(shown, points, place),
     ]
+    layers[2]["params"] = [{"name": "kinds", "select": {"type": "point", "fields": ["kind"]}, "bind": "legend"}]
+    layers[2]["encoding"]["opacity"] = {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}
     return Chart(
         "pareto",
         "Score against size",
         "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
-        f"equal bytes beats. A cross was stopped early, so its score is of fewer steps.{shown.remarks(num_beyond)}",
+        f"equal bytes beats. A cross was stopped early, so its score is of fewer steps.{shown.remarks}",
         {"height": 340, "data": {"values": points}, "layer": layers},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
@@ -118,75 +115,59 @@ def best_so_far(shown: Shown) -> Chart | None:
     points = [shown.point(trial) for trial in shown.scored if trial.status == "finished"]
     if not points:
         return None
-    metric = shown.search.metric
-    scores, num_beyond = score_axis([point["score"] for point in points], shown.score_title, metric)
-    lines: Values = []
-    for kind in (SEARCHED, CONTROL):
-        best: TrialRecord | None = None
-        for trial in (each for each in shown.trials if each.is_over):  # of one that was stopped the best stays
-            if kind_of(trial) == kind:
-                best = best_of([trial] if best is None else [best, trial], metric)
-            if best:
-                lines.append({"trial": trial.index, "kind": kind, "score": score(best.rungs[-1], metric)})
-    place = {"x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1), "y": scores}
-    line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5}
-    point = {"type": "point", "filled": True, "size": 45, "opacity": 0.75}
-    kinds = _by_kind(points)
-    layers = [
-        {"data": {"values": lines}, "mark": line, "encoding": place | {"color": kinds["color"]}},
-        {"mark": point, "encoding": place | kinds | _details(shown)},
-        *_ring(shown, points, place),
-    ]
+    lines = [*_best_line(shown, SEARCHED), *_best_line(shown, CONTROL)]
+    x = quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1)
+    place = {"x": x, "y": _score_axis(shown, points)}
+    marks = _points(shown, points, place)
+    color = {"color": marks[0]["encoding"]["color"]}
+    layers = [{"data": {"values": lines}, "mark": LINE | {"strokeWidth": 2.5}, "encoding": place | color}, *marks]
     return Chart(
         "progress",
         "Best so far",
         "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials."
-        f"{shown.remarks(num_beyond)}",
+        f"{shown.remarks}",
         {"height": 260, "data": {"values": points}, "layer": layers},
     )
 
 
-def score_axis(scores: Sequence[float], title: str, metric: str) -> tuple[Spec, int]:
-    """Encode the field `score`, on an axis that ends before scores that would press the others together.
+def _best_line(shown: Shown, kind: str) -> Values:
+    over = [trial for trial in shown.trials if trial.is_over]  # of one that was stopped the best stays
+    curve = search_progress.best_so_far(over, shown.search.metric, lambda trial: kind_of(trial) == kind)
+    found = zip(over, curve, strict=True)
+    return [{"trial": trial.index, "kind": kind, "score": value} for trial, value in found if value is not None]
 
-    Returns:
-        The encoding, and how many scores lie beyond the axis; they are drawn at its end.
+
+def _score_axis(shown: Shown, points: Values) -> Spec:
+    """Encode the score, on an axis that ends before scores that would press the others together.
+
+    Scores beyond it are drawn at its end.
     """
-    sign = -1 if metric == "accuracy" else 1
-    costs = sorted(sign * score for score in scores)
+    sign = -1 if shown.search.metric == "accuracy" else 1
+    costs = sorted(sign * point["score"] for point in points)
     best, reach = costs[0], REACH * (statistics.median(costs) - costs[0])
     near = [cost for cost in costs if cost <= best + reach] if reach else costs
-    axis = quantity("score", title)
+    axis = quantity("score", shown.score_title)
     if near[-1] - best >= (costs[-1] - best) / 2:  # there is room for all
-        return axis, 0
+        return axis
     end = near[-1] + 0.06 * (near[-1] - best)
-    domain = sorted((sign * best, sign * end))
-    return axis | {"scale": {"zero": False, "domain": domain, "clamp": True}}, len(costs) - len(near)
+    return axis | {"scale": {"zero": False, "domain": sorted((sign * best, sign * end)), "clamp": True}}
 
 
-def _ring(shown: Shown, points: Values, place: Spec) -> list[Spec]:
-    """Mark the best trial and name it, on the side where the plot has room, where it is among the points."""
-    if not any(point["best"] for point in points):
-        return []
-    is_best = [{"filter": "datum.best"}]
-    ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
-    is_right = f"scale('x', datum.{place['x']['field']}) > width / 2"
-    sides = {"align": {"expr": f"{is_right} ? 'right' : 'left'"}, "dx": {"expr": f"{is_right} ? -15 : 15"}}
-    label = {"type": "text", "fontWeight": "bold"} | sides
-    text = place | {"text": {"value": shown.best_title}}
-    return [
-        {"transform": is_best, "mark": ring, "encoding": place},
-        {"transform": is_best, "layer": [{"mark": label | HALO}, {"mark": label}], "encoding": text},
-    ]
-
-
-def _by_kind(values: Values) -> Spec:
-    there = {value["kind"] for value in values}
+def _points(shown: Shown, points: Values, place: Spec) -> list[Spec]:
+    """Mark every trial by its kind, and the best one by a ring with its name on the side where the plot has room."""
+    there = {point["kind"] for point in points}
     color, shape = ({kind: each for kind, each in found.items() if kind in there} for found in (COLORS, SHAPES))
-    return {"color": by_word("kind", color), "shape": by_word("kind", shape)}
-
-
-def _details(shown: Shown) -> Spec:
     figures = {"megabytes": "MB|.2f", "mean_bits": "mean bits|.2f", "score": f"{shown.score_title}|.4f"}
-    fields = tooltip(trial="trial", origin="from", kind="kind", plan="plan", **figures, step="at step")
-    return {"tooltip": fields}
+    details = tooltip(trial="trial", origin="from", kind="kind", plan="plan", **figures, step="at step")
+    kinds = {"color": by_word("kind", color), "shape": by_word("kind", shape), "tooltip": details}
+    marks: list[Spec] = [{"mark": {"type": "point", "filled": True, "size": 60}, "encoding": place | kinds}]
+    if any(point["best"] for point in points):
+        is_best = [{"filter": "datum.best"}]
+        ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
+        is_right = f"scale('x', datum.{place['x']['field']}) > width / 2"
+        sides = {"align": {"expr": f"{is_right} ? 'right' : 'left'"}, "dx": {"expr": f"{is_right} ? -15 : 15"}}
+        label = {"type": "text", "fontWeight": "bold"} | sides
+        text = place | {"text": {"value": shown.best_title}}
+        marks.append({"transform": is_best, "mark": ring, "encoding": place})
+        marks.append({"transform": is_best, "layer": [{"mark": label | HALO}, {"mark": label}], "encoding": text})
+    return marks

@@ -23,17 +23,14 @@ from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.runs.records import digest_of
+from qpruner.runs.storage.base import FILES as FILES
+from qpruner.runs.storage.base import OnPiece as OnPiece
 from qpruner.runs.storage.base import Storage as Storage
-from qpruner.runs.storage.base import keep_copy
-from qpruner.runs.storage.files import FILES as FILES
-from qpruner.runs.storage.files import FileList as FileList
-from qpruner.runs.storage.files import OnPiece as OnPiece
-from qpruner.runs.storage.files import empty_folder as empty_folder
-from qpruner.runs.storage.files import exclusive as exclusive
-from qpruner.runs.storage.files import for_each as for_each
-from qpruner.runs.storage.files import list_path as list_path
-from qpruner.runs.storage.files import share_files as share_files
-from qpruner.runs.storage.files import working_folder as working_folder
+from qpruner.runs.storage.base import empty_folder as empty_folder
+from qpruner.runs.storage.base import exclusive as exclusive
+from qpruner.runs.storage.base import for_each as for_each
+from qpruner.runs.storage.base import keep_copy, list_path
+from qpruner.runs.storage.base import working_folder as working_folder
 from qpruner.runs.storage.objects import CACHE as CACHE
 from qpruner.runs.storage.objects import cache_root as cache_root
 from qpruner.runs.storage.objects import mirror_of, objects_at

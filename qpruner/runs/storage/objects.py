@@ -23,15 +23,17 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs.storage.base import Stat, Storage, keep_copy
-from qpruner.runs.storage.files import (
+from qpruner.runs.storage.base import (
     FILES,
     FileList,
     OnPiece,
+    Stat,
+    Storage,
     copy_pieces,
     empty_folder,
     exclusive,
     for_each,
+    keep_copy,
     list_path,
 )
 from qpruner.runs.storage.retry import retry_storage

@@ -16,15 +16,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import demo_rows
-from peft import PeftModel
 from real_driver import driver, rungs_of, search_config, trials_of
 
-from qpruner.config.schema import LoraConfig, TrainingConfig
+from qpruner.config.schema import TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.data.sources import Example
 from qpruner.errors import UserError
 from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.training.finetune import Listener, Schedule, finetune
 from qpruner.training.tracked_finetune import tracked
 from qpruner.training.trackers import Trackers, check_trackers
@@ -133,22 +131,11 @@ def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path
     assert [line["train/global_step"] for line in by_wandb[tuned][1]] == [1, 2, 3, 4]
 
 
-@pytest.fixture
-def build(tiny_model: Path) -> Callable[[], PeftModel]:
-    def build() -> PeftModel:
-        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "bfloat16", False)
-        return attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
-
-    return build
-
-
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
 
 
 @WITH_BOTH
-def test_trackers_get_every_step_of_a_fine_tune(
-    build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
     examples = [Example("multiple_choice", row["question"], "", "yes") for row in demo_rows("questions_train.jsonl")]
     rows = encode(examples[:24], load_tokenizer(str(tiny_model)), 64)
     losses: dict[int, float] = {}
@@ -156,7 +143,7 @@ def test_trackers_get_every_step_of_a_fine_tune(
     trackers = Trackers(("wandb", "mlflow"), "run", tmp_path, environment(tmp_path))
     with tracked(trackers, "searched, training seed 0", {"row": "searched"}) as now:
         torch.manual_seed(0)
-        finetune(build(), rows, SETTINGS, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
+        finetune(fresh(), rows, SETTINGS, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert now.errors == []
     run, curve = mlflow_rows(tmp_path)["searched, training seed 0"]
     about, lines = wandb_rows(tmp_path)["searched, training seed 0"]
@@ -168,7 +155,7 @@ def test_trackers_get_every_step_of_a_fine_tune(
 
 @WITH_BOTH
 def test_a_tracker_that_goes_away_stops_no_fine_tune(
-    build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
+    fresh: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     rows = encode([Example("text", "", "", "some words")] * 8, load_tokenizer(str(tiny_model)), 32)
 
@@ -178,7 +165,7 @@ def test_a_tracker_that_goes_away_stops_no_fine_tune(
 
     listener = Listener(on_step=on_step)
     with tracked(Trackers(("mlflow",), "run", tmp_path, environment(tmp_path)), "row", {}) as now:
-        done = finetune(build(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
+        done = finetune(fresh(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert done.steps == 3
     (trouble,) = now.errors
     assert trouble.startswith("nothing more is logged to mlflow: ")
