@@ -75,12 +75,9 @@ def test_without_its_comparison_the_winner_is_reported_whole(tmp_path: Path) -> 
     last = [(each["stage"], each["state"]) for each in facts["stages"]][-2:]
     assert last == [("comparison", "interrupted"), ("report", "waiting")]
 
-
-def test_a_compared_run_goes_by_its_comparison(tmp_path: Path) -> None:
-    """The winner's row has all its training seeds, and the memory and speed that were measured beside the others."""
-    run = read_snapshot(MadeRun(tmp_path / "run", num_trials=6, num_blocks=2).run)
-    assert run.results.comparison and run.results.evaluate
-    assert run.results.candidates == run.results.comparison.candidates
-    assert run.results.scores == (*run.results.evaluate.rows[:3], *run.results.comparison.rows)
-    assert run.results.inference == run.results.comparison.inference
-    assert run.how_to_compare is None and run.standing == "Finished."
+    compared = read_snapshot(MadeRun(tmp_path / "compared", num_trials=6, num_blocks=2).run)
+    found = compared.results
+    assert found.comparison and found.evaluate and found.candidates == found.comparison.candidates
+    assert found.scores == (*found.evaluate.rows[:3], *found.comparison.rows)
+    assert found.inference == found.comparison.inference, "memory and speed as measured beside the others"
+    assert compared.how_to_compare is None and compared.standing == "Finished."
