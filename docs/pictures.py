@@ -2,8 +2,8 @@
 
     python docs/pictures.py runs/demo
 
-`terminal.svg` is the run's search shown again: the lines of its log, and its trials' records as they stood at one
-moment, go through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
+`terminal.svg` is the run's search shown again: its stages, and its trials' records as they stood at one moment, go
+through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
 run, for `report.png`, `pareto.png` and `winner.png` its report.
 """
 
@@ -14,7 +14,6 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +27,10 @@ from qpruner.cli import terminal
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs import events
 from qpruner.runs.records import TrialRecord
-from qpruner.runs.run_dir import LOG
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 COLUMNS, LINES = 118, 40
-LOG_LINE = re.compile(r"(\S+ \S+) INFO qpruner\.pipeline: \[(\w+)\] (.*)")
 FONT = re.compile(r"@font-face \{\{.*?\}\}", re.DOTALL)
 """Rich's format would ask another host for one."""
 TimedEvent = tuple[float, events.Event]
@@ -43,7 +40,7 @@ TimedEvent = tuple[float, events.Event]
 def main(root: Path) -> None:
     """Write the pictures."""
     run = read_run(root)
-    (IMAGES / "terminal.svg").write_text(terminal_picture(run, root / LOG), encoding="utf-8")
+    (IMAGES / "terminal.svg").write_text(terminal_picture(run), encoding="utf-8")
     browser_pictures(run, root)
 
 
@@ -57,10 +54,10 @@ class Screen(io.StringIO):
         return True
 
 
-def terminal_picture(run: Snapshot, log: Path) -> str:
+def terminal_picture(run: Snapshot) -> str:
     """Draw the search as `qpruner run` showed it when most trials were past their first rung and not over, as SVG."""
     moment = moment_of(run.own_trials)
-    timed = sorted((*events_in_log(log, moment), *events_of_trials(run, moment)), key=lambda each: each[0])
+    timed = sorted((*events_of_stages(run, moment), *events_of_trials(run, moment)), key=lambda each: each[0])
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
         view = terminal.Terminal(quiet=False)
@@ -88,24 +85,13 @@ def moment_of(trials: Sequence[TrialRecord]) -> float:
     return max((begin for begin, _ in spans), key=lambda now: (sum(begin <= now < end for begin, end in spans), now))
 
 
-def events_in_log(log: Path, until: float) -> Iterator[TimedEvent]:
-    """Yield the events of the log's lines; those of trials are in their records."""
-    for line in log.read_text(encoding="utf-8").splitlines():
-        parts = LOG_LINE.fullmatch(line)
-        if parts is None or re.match(r"trial +\d+ \[", parts[3]):
-            continue
-        now = datetime.strptime(parts[1], "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
-        if now <= until:
-            yield now, event_of(parts[2], parts[3])
-
-
-def event_of(stage: str, text: str) -> events.Event:
-    """Return the event whose line this is."""
-    if begun := re.fullmatch(r"(.*) \.\.\.", text):
-        return events.StageStarted(stage, begun[1])
-    if done := re.fullmatch(r"done in ([\d.]+) s: (.*)", text):
-        return events.StageFinished(stage, float(done[1]), done[2])
-    return events.Message(stage, text)
+def events_of_stages(run: Snapshot, until: float) -> Iterator[TimedEvent]:
+    """Yield when stages began and ended; the search has no end yet."""
+    for name, stage in run.state.stages.items():
+        if stage.started <= until:
+            yield stage.started, events.StageStarted(name, "begun")
+            if stage.seconds is not None and stage.started + stage.seconds <= until:
+                yield stage.started + stage.seconds, events.StageFinished(name, stage.seconds, stage.text)
 
 
 def events_of_trials(run: Snapshot, until: float) -> Iterator[TimedEvent]:

@@ -88,13 +88,10 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
         "output": str(output),
         "model": {"source": str(model)},
         "data": {
-            "train": [{"source": f"{source}/questions_train.jsonl", "format": "multiple_choice", "limit": 48}],
-            "validation": [
-                {"source": f"{source}/questions_validation.jsonl", "format": "multiple_choice", "limit": 16}
-            ],
-            "confirmation": [
-                {"source": f"{source}/questions_confirmation.jsonl", "format": "multiple_choice", "limit": 16}
-            ],
+            **{
+                name: [{"source": f"{source}/questions_{name}.jsonl", "format": "multiple_choice", "limit": limit}]
+                for name, limit in {"train": 48, "validation": 16, "confirmation": 16}.items()
+            },
             "max_length": 64,
         },
         "calibration": {"num_samples": 8, "num_sensitivity_samples": 32},
@@ -114,15 +111,18 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
     }
 
 
+def _mount(option: str, folder: Path) -> None:
+    """Mount a file system in memory on a folder; skips the test where that is not permitted."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "qpruner-test", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+
+
 @contextmanager
 def disk_of(size: str, folder: Path) -> Iterator[Path]:
     """A real file system of that size, as `mount` counts it, on a new folder."""
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "qpruner-test", folder], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    _mount(f"size={size}", folder)
     try:
         yield folder
     finally:
@@ -132,9 +132,7 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
 @contextmanager
 def away(disk: Path) -> Iterator[Callable[[], None]]:
     """Covered by an empty read-only file system until what is handed out is called."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    _mount("ro", disk)
     yield lambda: subprocess.run(["umount", disk], check=True) and None
 
 

@@ -66,12 +66,9 @@ def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_explain(problem) for problem in error.errors() if not _repeats(problem)], source) from error
-
-
-def _repeats(problem: Any) -> bool:
-    """Whether a problem only repeats that items of a list are wrong: pydantic counts the right ones."""
-    return problem["type"] == "too_short" and bool(problem["input"])
+        # Where items of a list are wrong pydantic also finds too few right ones.
+        problems = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+        raise ConfigError(map(_explain, problems), source) from error
 
 
 def config_schema() -> str:
@@ -93,9 +90,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         place = _place_in(here, section, override)
         here = here[place] if isinstance(here, list) else here.setdefault(place, {})
         if not isinstance(here, dict | list):
-            raise UserError(
-                f"--set {override}: `{section}` is not a section; `qpruner check --show-config` prints every key"
-            )
+            about = "is not a section; `qpruner check --show-config` prints every key"
+            raise UserError(f"--set {override}: `{section}` {about}")
     place = _place_in(here, last, override)
     if text.strip():
         here[place] = value

@@ -23,7 +23,7 @@ from qpruner.wording import counted
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Row = dict[str, list[int]]
 """`input_ids` and `labels` of one sample."""
@@ -38,7 +38,7 @@ ALPACA = (
 
 def encode(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int,
     template: str = "alpaca",
     response_only: bool = True,
@@ -55,7 +55,7 @@ def encode(
 
 
 def importance_samples(
-    config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: Tokenizer
 ) -> list[Row]:
     """Make the samples that importance is measured on: given token ids, or packed samples or rows in shuffled order."""
     settings, keys = config.calibration, ("calibration.num_samples", "calibration.max_length")
@@ -64,9 +64,7 @@ def importance_samples(
     return _calibration_samples(config, examples, tokenizer, *keys, config.data.response_only, settings.packing)
 
 
-def sensitivity_samples(
-    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
+def sensitivity_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
     """Make the samples of sensitivities: they are about the target task, whatever importance is measured on."""
     keys = ("calibration.num_sensitivity_samples", "data.max_length")
     return _calibration_samples(config, examples, tokenizer, *keys, response_only=True, packing=False)
@@ -75,7 +73,7 @@ def sensitivity_samples(
 def _calibration_samples(
     config: RunConfig,
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     number: str,
     limit: str,
     response_only: bool,
@@ -117,7 +115,7 @@ def _cut(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[R
 
 
 def _labelled(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, response_only: bool
+    example: Example, tokenizer: Tokenizer, template: str, response_only: bool
 ) -> tuple[list[int], list[int]]:
     """Tokenize a row; with `response_only` the prompt has no labels."""
     prompt, response = _render(example, tokenizer, template)
@@ -130,7 +128,7 @@ def _labelled(
     return ids, [IGNORED_LABEL] * prompt_length + ids[prompt_length:]
 
 
-def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str, str]:
     """Write prompt and response as the model reads them."""
     if example.format == "text":
         return "", example.response
@@ -164,7 +162,7 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
     return list(_cut(chunks, length))
 
 
-def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Row]:
+def text_windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Row]:
     """Join texts by blank lines and cut windows of `length` tokens; all but a window's first token are predicted."""
     ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     parts = [ids[start : start + length] for start in range(0, len(ids), length)]

@@ -131,15 +131,14 @@ def margin(search: SearchRecord) -> str:
 
 
 def _margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
-    """Describe the standard error of a margin: of its rows where they are known, else of each score."""
+    """Describe the standard error of a margin of losses, paired by row; else those of both scores."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:
         verdict = ", so it may be chance" if abs(apart.mean) < Z_95 * apart.stderr else ""
         return f" (standard error {apart.stderr:.4f}, paired over {len(one.losses)} rows{verdict})"
     errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
     known = [f"{error:.4f}" for error in errors if error is not None and not math.isnan(error)]
-    over = "rows" if metric == "loss" else "questions"
-    return f" (standard errors {' and '.join(known)}, over the same {over})" if len(known) == 2 else ""
+    return f" (standard errors {' and '.join(known)})" if len(known) == 2 else ""
 
 
 def _compared(results: Results, other: str) -> Comparison:

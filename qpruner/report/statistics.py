@@ -61,8 +61,16 @@ def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
     """Compare accuracy, and the answer loss where every task has choices, over the questions of every task."""
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
-    found = (_over_questions(accuracy, pairs, "correct"), _over_questions(ANSWER_LOSS, pairs, "answer_loss"))
-    return [each for each in found if each]
+    found = []
+    for measure, values in ((accuracy, "correct"), (ANSWER_LOSS, "answer_loss")):
+        by_pair = []
+        for (_, ours), (_, theirs) in pairs:
+            tasks = zip(ours.scores, theirs.scores, strict=True)
+            by_pair.append([(getattr(one, values), getattr(other, values)) for one, other in tasks])
+        if all(one and other for tasks in by_pair for one, other in tasks):
+            less = [[_less(*both) for both in tasks] for tasks in by_pair]
+            found.append(_difference(measure, pairs, [measures.over_tasks(tasks).mean for tasks in less], less))
+    return found
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
@@ -99,17 +107,6 @@ def seeds_text(seeds: Sequence[int]) -> str:
     if len(seeds) > 1:
         return f"{len(seeds)} training seeds, paired"
     return "one training seed, whose luck the intervals leave out, paired by question and row"
-
-
-def _over_questions(measure: str, pairs: Sequence[Pair], values: str) -> Difference | None:
-    by_pair = []
-    for (_, ours), (_, theirs) in pairs:
-        tasks = zip(ours.scores, theirs.scores, strict=True)
-        both = [(getattr(one, values), getattr(other, values)) for one, other in tasks]
-        if not all(one and other for one, other in both):
-            return None
-        by_pair.append([_less(one, other) for one, other in both])
-    return _difference(measure, pairs, [measures.over_tasks(tasks).mean for tasks in by_pair], by_pair)
 
 
 def _less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -62,7 +62,6 @@ FIGURES = {
     "validation loss": "in nats per token, on the rows that trials are scored on.",
     "selection loss": "in nats per token, on the half of the confirmation rows that chose best seed and winner.",
     "confirmation loss": "in nats per token, on the other half of these rows, which chose nothing.",
-    "peak memory": "that of the fine-tune, in a process of its own.",
 }
 INTERVAL = (
     "in the claim, against the best seed the wider of Student's over seeds and the paired one over questions or "
@@ -308,8 +307,7 @@ def front(search: SearchRecord) -> Table:
     if search.hypervolume is not None:
         unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
         caption += (
-            f"; hypervolume {search.hypervolume:.4f} {unit}: so much better than the smallest is the best plan inside "
-            "a budget, in the mean over all budgets from the smallest's bytes to the run's"
+            f"; by {search.hypervolume:.4f} {unit} better than the smallest, in the mean over budgets (hypervolume)"
         )
     body = [
         (f"{each.index}", each.origin, _megabytes(each.plan_bytes), bar(each), *_fresh(each)) for each in search.front

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from qpruner.report import tables
 from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
+from qpruner.runs.records import RunState, StageState
 from qpruner.search.trial_records import write_trial
 from qpruner.wording import duration
 
@@ -244,22 +244,17 @@ def test_a_picture_of_the_search(tmp_path: Path) -> None:
     from pictures import moment_of, terminal_picture
 
     made = MadeRun(tmp_path / "run", num_trials=64)
-    assert made.state.search
-    made.run.write_state(made.state.model_copy(update={"search": made.state.search.model_copy(update={"slots": 8})}))
+    made.change_search(slots=8)
+    state = made.run.read_state(RunState)
+    assert state
     begun = min(trial.times[0] for trial in made.trials)
-    lines = {
-        -100: "[prune] target 20.00% of all parameters, by fisher ...",
-        -10: "[prune] done in 90.0 s: 134.5M -> 107.6M parameters",
-        -1: "[search] 64 trials, gp ...",
-        90_000: "[search] ended: all 64 trials were spent",
+    stages = {
+        "prune": StageState(state="done", started=begun - 100, seconds=90, text="134.5M -> 107.6M parameters"),
+        "search": StageState(state="done", started=begun - 1, seconds=90_000, text="all 64 trials were spent"),
     }
-    log = tmp_path / "run" / "qpruner.log"
-    with log.open("w") as file:
-        for seconds, text in lines.items():
-            at = datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
-            print(f"{at} INFO qpruner.pipeline: {text}", file=file)
+    made.run.write_state(state.model_copy(update={"stages": stages}))
     moment = moment_of(made.trials)
-    seen = (picture := terminal_picture(read_run(made.run.root), log)).replace("&#160;", " ")
+    seen = (picture := terminal_picture(read_run(made.run.root))).replace("&#160;", " ")
     assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
     assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
     assert "of 64 trials: " in seen and "8 of 8 slots busy" in seen

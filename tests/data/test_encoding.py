@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from qpruner.errors import CorruptFile, UserError
 from qpruner.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IGNORED = -100
 CHAT_TEMPLATE = (
@@ -38,14 +39,14 @@ TEXT = Example("text", "", "", "Just some words here.")
 
 
 @pytest.fixture
-def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+def tokenizer(tiny_model: Path) -> Tokenizer:
     found = load_tokenizer(str(tiny_model))
     found.chat_template = CHAT_TEMPLATE
     return found
 
 
 @pytest.fixture
-def with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_bos(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer as Llama's: a text begins with the beginning-of-sequence token."""
     from tokenizers.processors import TemplateProcessing
 
@@ -83,7 +84,7 @@ def test_the_alpaca_prompt_is_that_of_stanford() -> None:
     ],
 )
 def test_the_loss_is_on_the_response(
-    tokenizer: PreTrainedTokenizerBase, example: Example, template: str, prompt: str, response: str
+    tokenizer: Tokenizer, example: Example, template: str, prompt: str, response: str
 ) -> None:
     row = encode([example], tokenizer, 512, template)[0]
     num_prompt = len(tokenizer(prompt)["input_ids"]) if prompt else 0
@@ -96,14 +97,12 @@ def test_the_loss_is_on_the_response(
 
 @pytest.mark.parametrize("example", [CHOICE, COLOUR, TEXT])
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_a_row_has_one_beginning_of_sequence(
-    with_bos: PreTrainedTokenizerBase, example: Example, template: str
-) -> None:
+def test_a_row_has_one_beginning_of_sequence(with_bos: Tokenizer, example: Example, template: str) -> None:
     ids = encode([example], with_bos, 512, template)[0]["input_ids"]
     assert ids[0] == with_bos.bos_token_id and ids.count(with_bos.bos_token_id) == 1
 
 
-def test_a_token_across_the_border_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_token_across_the_border_is_one(tokenizer: Tokenizer) -> None:
     """A prompt that ends in a space: the space belongs to the word after it wherever both are one text."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
     prompt, response = "Name a gas. Answer: ", "oxygen"
@@ -114,14 +113,14 @@ def test_a_token_across_the_border_is_one(tokenizer: PreTrainedTokenizerBase) ->
     assert row["labels"] == [IGNORED] * num_prompt + row["input_ids"][num_prompt:]
 
 
-def test_chat_without_a_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chat_without_a_template_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = tokenizer.eos_token = None
     assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", "no end is invented"
     with pytest.raises(UserError, match="this one has none"):
         encode([SUM], tokenizer, 512, template="chat")
 
 
-def test_long_rows_are_cut_or_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_long_rows_are_cut_or_dropped(tokenizer: Tokenizer) -> None:
     short = Example("multiple_choice", "Why?", "", "because of the rain")
     long_prompt = Example("multiple_choice", "Why " * 200, "", "because")
     length = len(tokenizer("Question: Why?\nAnswer:")["input_ids"]) + 2
@@ -153,40 +152,41 @@ def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
     assert pack(plain, 8) == [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}]
 
 
-def samples_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase, raw: dict[str, Any], **calibration: Any) -> Any:
-    return importance_samples(validate_config(raw | {"calibration": calibration}), rows, len(tokenizer), tokenizer)
+@pytest.fixture
+def samples_of(tokenizer: Tokenizer, tiny_raw: dict[str, Any]) -> Callable[..., Any]:
+    """Makes importance samples of rows by some keys of `calibration`."""
+
+    def make(rows: list[Example], **calibration: Any) -> Any:
+        config = validate_config(tiny_raw | {"calibration": calibration})
+        return importance_samples(config, rows, len(tokenizer), tokenizer)
+
+    return make
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_calibration_predicts_responses_only(
-    packing: bool, tokenizer: PreTrainedTokenizerBase, tiny_raw: dict[str, Any]
-) -> None:
+def test_calibration_predicts_responses_only(packing: bool, samples_of: Any, tokenizer: Tokenizer) -> None:
     rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
-    samples = samples_of(rows, tokenizer, tiny_raw, num_samples=3, max_length=160, packing=packing)
+    samples = samples_of(rows, num_samples=3, max_length=160, packing=packing)
     words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
     assert "purple" in words and "Name the colour" not in words and "Instruction" not in words
     read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
     assert "Instruction" in read, "prompts are read all the same"
 
 
-def test_packed_samples_without_a_response_are_left_out(
-    tokenizer: PreTrainedTokenizerBase, tiny_raw: dict[str, Any]
-) -> None:
+def test_packed_samples_without_a_response_are_left_out(samples_of: Any) -> None:
     rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
-    samples = samples_of(rows, tokenizer, tiny_raw, num_samples=4, max_length=16, packing=True)
+    samples = samples_of(rows, num_samples=4, max_length=16, packing=True)
     assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
     assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
     with pytest.raises(UserError, match="make 4 with a token to predict"):
-        samples_of(rows, tokenizer, tiny_raw, num_samples=5, max_length=16, packing=True)
+        samples_of(rows, num_samples=5, max_length=16, packing=True)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_calibration_text_skips_blank_lines(
-    packing: bool, with_bos: PreTrainedTokenizerBase, tiny_raw: dict[str, Any]
-) -> None:
+def test_calibration_text_skips_blank_lines(packing: bool, samples_of: Any, with_bos: Tokenizer) -> None:
     """Half the rows of WikiText are blank: each would be a beginning of sequence and nothing else."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
-    samples = samples_of(rows, with_bos, tiny_raw, num_samples=2, max_length=8, packing=packing)
+    samples = samples_of(rows, num_samples=2, max_length=8, packing=packing)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one for each row with words"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"

@@ -108,27 +108,25 @@ def compared_with(run: Path, tensor: str, value: Callable[[torch.Tensor], torch.
     compare(run / "final", folder, [row["input_ids"] for row in rows])
 
 
-LAYERS = {4: "self_attn.q_proj", 8: "self_attn.o_proj", 16: "mlp.up_proj"}
-DAMAGES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
-    "adapter lost": (lambda base, added: base, r"has -?\d?\d% of its adapter"),
-    "adapter twice": (lambda base, added: base + 2 * added, r"has (1[5-9]|2[0-4])\d% of its adapter"),
-    "another base": (lambda base, added: 1.1 * base + added, r"answers 1\d% off"),
-    "not a number": (lambda base, added: base + torch.nan, "answers nan% off"),
-}
-
-
 @pytest.mark.parametrize(
-    ("damage", "bits"),
-    [("adapter lost", 4), ("adapter twice", 8), ("another base", 8), ("not a number", 16)],
+    ("layer", "bits", "damage", "message"),
+    [
+        ("self_attn.q_proj", 4, lambda base, added: base, r"has -?\d?\d% of its adapter"),
+        ("self_attn.o_proj", 8, lambda base, added: base + 2 * added, r"has (1[5-9]|2[0-4])\d% of its adapter"),
+        ("self_attn.o_proj", 8, lambda base, added: 1.1 * base + added, r"answers 1\d% off"),
+        ("mlp.up_proj", 16, lambda base, added: base + torch.nan, "answers nan% off"),
+    ],
+    ids=["adapter lost", "adapter twice", "another base", "not a number"],
 )
-def test_one_damaged_layer_is_noticed(damage: str, bits: int, faint: Path, tmp_path: Path) -> None:
-    layer = f"model.layers.0.{LAYERS[bits]}"
+def test_one_damaged_layer_is_noticed(
+    layer: str, bits: int, damage: Callable[..., torch.Tensor], message: str, faint: Path, tmp_path: Path
+) -> None:
+    layer = f"model.layers.0.{layer}"
     state, adapter = load_file(faint / "final" / "model.safetensors"), load_file(faint / "final" / ADAPTER)
     parts = layer_tensors(state, layer)
     base = parts["weight"].float() if bits == 16 else unpack(parts, torch.float32)
     lora_a, lora_b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
-    change, message = DAMAGES[damage]
-    damaged = change(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
+    damaged = damage(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
     with pytest.raises(StageError, match=rf"`{layer}` {message}"):
         compared_with(faint, f"{layer}.weight", lambda _: damaged, tmp_path / "out")
 

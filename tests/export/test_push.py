@@ -42,29 +42,22 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Hub]:
-    with serving() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """An empty hub, the only one there is, for who has a token."""
-    served.repositories.clear()
-    served.objects.clear()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    changes = {
-        "ENDPOINT": served.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-    }
-    for name, value in changes.items():
-        monkeypatch.setattr(constants, name, value)
-    return served
+    with serving() as served:
+        changes = {
+            "ENDPOINT": served.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        yield served
 
 
 def push(run: Path, *options: str, code: int = 0) -> Result:

@@ -41,23 +41,18 @@ def drawn(made: MadeRun, name: str, width: int = 640) -> str:
     return str(vl_convert.vegalite_to_svg(json.dumps(chart_of(made, name).complete | {"width": width})))
 
 
-def test_every_trial_is_in_the_plot_and_the_best_is_marked(tmp_path: Path) -> None:
+def test_every_trial_is_in_the_plot_with_the_front_and_the_best(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", num_trials=80, num_blocks=2)
     points = values_of(made, "pareto")
     assert len(points) == sum(1 for trial in made.trials if trial.rungs) == 79
     assert [point["trial"] for point in points if point["best"]] == [made.record("search").best_index]
     kinds = Counter(point["kind"] for point in points)
     assert kinds["control"] == 3 and kinds["stopped early"] == sum(trial.status == "stopped" for trial in made.trials)
-
-
-def test_the_front_joins_what_none_of_fewer_bytes_beats(made: MadeRun) -> None:
+    finished = [(trial.plan_bytes / 1e6, trial.rungs[-1].loss) for trial in made.trials if trial.status == "finished"]
+    expected = [
+        each for each in sorted(finished) if all(other >= each[1] for size, other in finished if size <= each[0])
+    ]
     line = chart_of(made, "pareto").spec["layer"][1]["data"]["values"]
-    finished = [trial for trial in made.trials if trial.status == "finished"]
-    best, expected = float("inf"), []
-    for trial in sorted(finished, key=lambda trial: (trial.plan_bytes, trial.rungs[-1].loss)):
-        if trial.rungs[-1].loss < best:
-            best = trial.rungs[-1].loss
-            expected.append((trial.plan_bytes / 1e6, best))
     np.testing.assert_allclose([(each["megabytes"], each["score"]) for each in line], expected)
 
 
@@ -94,21 +89,18 @@ def test_one_far_control_does_not_press_the_others_together(
     assert chart.png().startswith(b"\x89PNG")
 
 
-def test_the_best_so_far_goes_on_to_the_last_trial(made: MadeRun) -> None:
+def test_the_best_so_far_goes_on_and_the_winner_is_marked(made: MadeRun) -> None:
+    """Fresh rows chose it: beside the best score so far it looks like a mistake, and unmarked it is not found."""
+    made.win(made.trials[9])
+    for name in ("pareto", "progress"):
+        assert [point["trial"] for point in values_of(made, name) if point["best"]] == [9]
+        assert "another trial may have a better score" in chart_of(made, name).caption
+        assert drawn(made, name).count(">winner</text>") == 2, "and its halo"
     for status in ("finished", "stopped"):
         made.write(made.trials[-1], status=status)
         line = chart_of(made, "progress").spec["layer"][0]["data"]["values"]
         assert {each["kind"]: each["trial"] for each in line} == {"searched": 11, "control": 11}
         assert len(line) == len({(each["kind"], each["trial"]) for each in line})
-
-
-@pytest.mark.parametrize("name", ["pareto", "progress"])
-def test_the_winner_is_marked_though_another_scored_better(made: MadeRun, name: str) -> None:
-    """Fresh rows chose it: beside the best score so far it looks like a mistake, and unmarked it is not found."""
-    made.win(made.trials[9])
-    assert [point["trial"] for point in values_of(made, name) if point["best"]] == [9]
-    assert "another trial may have a better score" in chart_of(made, name).caption
-    assert drawn(made, name).count(">winner</text>") == 2, "and its halo"
 
 
 def test_a_given_plan_is_shown_beside_the_trials_of_the_search(made: MadeRun) -> None:
@@ -127,17 +119,13 @@ def test_a_given_plan_is_shown_beside_the_trials_of_the_search(made: MadeRun) ->
 # ---- the model
 
 
-def test_shades_begin_at_the_least_where_none_is_below_zero() -> None:
+def test_shades_begin_at_the_least_where_none_is_below_zero(made: MadeRun) -> None:
     """Else a measure that is nearly the same for all groups is one dark field, whatever plan it suggests."""
     assert shares([0.7, 0.8, 0.9]) == pytest.approx([0.0, 0.5, 1.0])
     assert shares([-0.1, 0.0, 0.2]) == pytest.approx([-0.5, 0.0, 1.0])
     assert shares([0.3, 0.3]) == [1.0, 1.0] and not any(shares([0.0, 0.0]))
-
-
-def test_a_run_without_sensitivities_has_its_bits(made: MadeRun) -> None:
-    """As one with a single bit-width, or with `sensitivity.methods: []`."""
     made.change("sensitivity", methods={})
-    assert chart_of(made, "winner").title == "Bits by layer"
+    assert chart_of(made, "winner").title == "Bits by layer", "with a single bit-width, say"
 
 
 def panels_of(record: Any, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

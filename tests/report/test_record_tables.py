@@ -46,15 +46,12 @@ def test_a_stage_s_record_has_a_row_for_each_that_it_lists(
     assert not any(isinstance(cell, dict | list) for column in frame for cell in frame[column])
 
 
-def test_a_bank_has_a_row_a_group() -> None:
+def test_a_bank_has_a_row_a_group_and_a_trial_one_of_the_run_s_table(run: Snapshot) -> None:
     by_group = {"4": {"a": 10, "b": 20}, "8": {"a": 30, "b": 40}}
     fields = {"digest": "", "seconds": 1.0, "files": {}, "bytes": 1, "residual_ratio": {"4": {"a": 0.5, "b": 0.6}}}
     frame = BankRecord(**fields, group_bytes=by_group).to_dataframe()
     assert frame["group"].tolist() == ["a", "b"] and frame["group_bytes at 8 bits"].tolist() == [30, 40]
     assert frame["residual_ratio at 4 bits"].tolist() == [0.5, 0.6]
-
-
-def test_a_trial_is_a_row_of_the_run_s_table(run: Snapshot) -> None:
     trial = run.trials[0]
     row = trial.to_dataframe().iloc[0]
     stages = "prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison"

@@ -313,8 +313,9 @@ def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", None)
     foreign = tmp_path / f"{PREFIX}foreign"
     foreign.mkdir()
-    foreign.with_suffix(".lock").touch()
-    os.chown(foreign.with_suffix(".lock"), 12345, -1)
+    lock = tmp_path / f".{foreign.name}.lock"
+    lock.touch()
+    os.chown(lock, 12345, -1)
     with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
         assert process.stdout
         theirs = Path(process.stdout.readline().decode().strip())
@@ -326,4 +327,4 @@ def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: p
     assert (theirs / "rung").is_dir()
     with working_folder(PREFIX) as ours:
         assert {path for path in tmp_path.iterdir() if path.is_dir()} == {ours, foreign}
-    assert set(tmp_path.iterdir()) == {foreign, foreign.with_suffix(".lock")}
+    assert set(tmp_path.iterdir()) == {foreign, lock}

@@ -145,21 +145,19 @@ def working_folder(prefix: str) -> Iterator[Path]:
     temporary files.
     """
     place = Path(tempfile.gettempdir())
-    for left in place.glob(f"{prefix}*.lock"):
+    for left in place.glob(f".{prefix}*.lock"):
         with contextlib.suppress(OSError):  # in use, or gone just now
             if left.lstat().st_uid == os.getuid():
                 (lock := FileLock(left)).acquire(timeout=0)
-                shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+                shutil.rmtree(place / left.name[1:].removesuffix(".lock"), ignore_errors=True)
                 release(lock)
     folder = place / f"{prefix}{uuid.uuid4().hex}"
-    lock = FileLock(folder.with_suffix(".lock"))
-    lock.acquire()
-    folder.mkdir(mode=0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        release(lock)
+    with exclusive(folder):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Stat(NamedTuple):
