@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -102,15 +103,16 @@ def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:
     assert token.stat().st_mode & 0o077 == 0, "the token is its owner's alone"
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
     wrong, without = right | {"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}
-    for command in (
-        ("ray", "status", "--address", f"{head}:6379"),
-        ("python", "-c", CLIENT, f"ray://{head}:10001"),
-    ):
+
+    def is_let_in(*command: str, **given: str) -> bool:
+        return cluster.laptop(*command, **given).returncode == 0
+
+    for command in (("ray", "status", "--address", f"{head}:6379"), ("python", "-c", CLIENT, f"ray://{head}:10001")):
         # On a busy machine the client server may give up before it has started one's process.
-        wait_for(lambda: cluster.laptop(*command, **right).returncode == 0, f"an answer to {command}", PATIENCE_SECONDS)
-        assert 0 not in [cluster.laptop(*command, **given).returncode for given in (wrong, without)], command
+        wait_for(partial(is_let_in, *command, **right), f"an answer to {command}", PATIENCE_SECONDS)
+        assert not is_let_in(*command, **wrong) and not is_let_in(*command, **without), command
     # The job server listens on the head's loopback only, and asks for the token there, too.
-    assert cluster.laptop("ray", "job", "list", "--address", f"http://{head}:8265", **right).returncode != 0
+    assert not is_let_in("ray", "job", "list", "--address", f"http://{head}:8265", **right)
     ask = "import urllib.request as r; r.urlopen('http://127.0.0.1:8265/api/jobs/')"
     there = cluster.laptop("ray", "exec", str(cluster.file), f'python -c "{ask}"')
     assert "HTTP Error 401" in there.stdout, there.stdout
