@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,22 +58,28 @@ def slots(joined: tuple[Raylets, Cluster]) -> Slots:
     return joined[1].slots()
 
 
-def wait_for_files(folder: Path, pattern: str, number: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob(pattern))) < number:
-        assert time.monotonic() < deadline, f"never {number} times {pattern}"
-        time.sleep(0.05)
+def waiting(folder: Path, pattern: str, number: int) -> Callable[[], None]:
+    """What waits for files; made here, it is sent whole to workers, which cannot import this file."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob(pattern))) < number:
+            assert time.monotonic() < deadline, f"never {number} times {pattern}"
+            time.sleep(0.05)
+
+    return wait
 
 
 def standing_in(folder: Path, at_once: int) -> Trial:
     """A trial that says where it runs and from when to when; none ends before so many have run at once."""
+    wait = waiting(folder, "began-*", at_once)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         import ray
 
         began, name = time.time(), f"{os.getpid()}-{time.monotonic_ns()}"
         (folder / f"began-{name}").touch()
-        wait_for_files(folder, "began-*", at_once)
+        wait()
         time.sleep(0.2)
         node, devices = ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
         said = {"node": node, "devices": devices, "began": began, "ended": time.time(), "pid": os.getpid()}
@@ -138,6 +144,7 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
 ) -> None:
     """Elsewhere none ends before as many have failed there as may."""
     broken, whole = joined[0].nodes[1].node_id, standing_in(tmp_path, 0)
+    wait = waiting(tmp_path, "failed-*", MAX_ERRORS)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         import ray
@@ -145,7 +152,7 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
         if ray.get_runtime_context().get_node_id() == broken and not (tmp_path / "mended").exists():
             (tmp_path / f"failed-{time.monotonic_ns()}").touch()
             raise RuntimeError("CUDA error: unspecified launch failure")
-        wait_for_files(tmp_path, "failed-*", MAX_ERRORS)
+        wait()
         whole(job, start, report, progress)
 
     job = replace(search_of(tmp_path, slots), trial=trial)
