@@ -36,7 +36,7 @@ from qpruner.search.searchers import History, Proposal, Proposer, RandomProposer
 from qpruner.search.trial_records import (
     begin_session,
     begin_trial,
-    read_seconds,
+    read_clock,
     read_trial,
     read_trials,
     restart_if_damaged,
@@ -329,7 +329,7 @@ def test_a_driver_that_slept_changes_no_others_trial(tmp_path: Path) -> None:
     write_seconds(job.trials, job.search, 7.0)
     for name in "ab":
         search.searcher.on_trial_complete(name, error=True)
-    assert read_trials(job.trials) == [finished, goes_on] and read_seconds(job.trials, job.search) == 7.0
+    assert read_trials(job.trials) == [finished, goes_on] and read_clock(job.trials, job.search).seconds == 7.0
     with pytest.raises(StageError, match="another driver took this run over"):
         search.halt.on_step_begin(1, [])
 
@@ -431,7 +431,7 @@ def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
     for _ in range(2):  # the second finds it whole
         set_aside_damaged(trials, MINE, told.append)
         assert len(told) == 1 and str(clock) in told[0] and "count from zero" in told[0]
-        assert read_seconds(trials, MINE) == 0.0
+        assert read_clock(trials, MINE).seconds == 0.0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "away", None])
