@@ -1,8 +1,9 @@
-"""What transformers alone makes of model folders, in a process where qpruner cannot be imported."""
+"""Programs in processes of their own, and what transformers alone makes of model folders where qpruner is not."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,13 +51,23 @@ assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
 """
 
 
+def run_python(program: str, *arguments: str, folder: Path | None = None, **variables: str) -> str:
+    """Return what a program writes in a process of its own, which must end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def plain_transformers_answers(
     prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path
 ) -> list[dict[str, Any]]:
     """Return of each folder the logits in float32, the likeliest next tokens and the number of layers, or the error."""
-    arguments = json.dumps([prompt, *map(str, folders)])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, arguments], cwd=working_folder, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    written = run_python(PROGRAM, json.dumps([prompt, *map(str, folders)]), folder=working_folder)
+    return [json.loads(line) for line in written.splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from qpruner.config.schema import ModelConfig
 
 
-SHARD_SIZE = "1GB"
-"""Of a weight file, after which progress is reported."""
-
-
 @dataclass(frozen=True)
 class Base:
     """The folder of the base model, and whether its files were written for this run."""
@@ -48,9 +45,9 @@ def prepare_base(
 ) -> Base:
     """Make the base model a local safetensors folder.
 
-    A local folder is used as it is; a hub model is the hub's cached snapshot, with its card, which names the licence; a
-    .gguf file is dequantized into `folder` once a run (15 to 25 s). With `is_shared` a hub model is written there too:
-    other machines do not see this one's cache.
+    A local folder is used as it is, a hub model from the hub's cache, with its card, which names the licence; a .gguf
+    file is dequantized into `folder` (15 to 25 s). With `is_shared` a hub model is written there, too: other machines
+    do not see this one's cache.
 
     Raises:
         UserError: If the source is no model, lacks safetensors weights, or is here in part while the hub is away.
@@ -66,8 +63,8 @@ def prepare_base(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
-    try:
+    patterns, fetched = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"], folder
+    with suppress(LocalEntryNotFoundError):
         path = snapshot_download(
             source,
             revision=model.revision,
@@ -75,24 +72,17 @@ def prepare_base(
             local_dir=folder if is_shared else None,
             tqdm_class=_reporting_bar(on_progress),
         )
-    except LocalEntryNotFoundError as error:
-        raise _incomplete(model) from error
-    fetched = Path(path).absolute()
+        fetched = Path(path).absolute()
     if not any(fetched.glob("*.safetensors")):
         check_hub_files(model)
-        raise _incomplete(model)
+        revision = f" --revision {model.revision}" if model.revision else ""
+        raise UserError(
+            f"`model.source`: the hub does not answer, and this machine has not all that is read of {model.source} "
+            "(.safetensors weights, config, tokenizer); fetch it where the hub is reached: `qpruner prepare CONFIG`, "
+            f"or `hf download {model.source}{revision}` into a cache (`HF_HOME`) that this machine sees"
+        )
     check_folder(fetched, "`model.source`")
     return Base(str(fetched), converted=is_shared)
-
-
-def _incomplete(model: ModelConfig) -> UserError:
-    """Make the error for a hub model that is not all here while the hub does not answer."""
-    revision = f" --revision {model.revision}" if model.revision else ""
-    return UserError(
-        f"`model.source`: the hub does not answer, and this machine has not all that is read of {model.source} "
-        "(.safetensors weights, config, tokenizer); fetch it where the hub is reached: `qpruner prepare CONFIG`, or "
-        f"`hf download {model.source}{revision}` into a cache (`HF_HOME`) that this machine sees"
-    )
 
 
 def _reporting_bar(on_progress: OnLoading) -> Any:
@@ -118,7 +108,7 @@ def save_checkpoint(
 ) -> None:
     """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
     with reporting_tensors(on_progress):
-        retry_storage(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
+        retry_storage(lambda: model.save_pretrained(folder, max_shard_size="1GB"), folder)
     retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
 
 

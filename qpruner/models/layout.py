@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qpruner.models import ragged
@@ -27,15 +28,21 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 def group_linears(config: Any, group: str) -> dict[str, tuple[str, ...]]:
     """Map each group to the full paths of its linear layers, in model order."""
+    return {name: linears for name, linears, _ in _groups(config, group)}
+
+
+def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
+    """Map each group to the modules whose outputs are its output, in model order."""
+    return {name: outputs for name, _, outputs in _groups(config, group)}
+
+
+def _groups(config: Any, group: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
     family, count = family_of(config), config.num_hidden_layers
-    width = len(str(count - 1))
-    return {
-        ".".join(part for part in (f"layers.{index:0{width}d}", name) if part): tuple(
-            f"{family.block_path(index)}.{linear}" for linear in linears
-        )
-        for index in range(count)
-        for name, linears in family.groups(group).items()
-    }
+    for index in range(count):
+        layer, block = f"layers.{index:0{len(str(count - 1))}d}", family.block_path(index)
+        for name, of_group in family.groups(group).items():
+            linears, outputs = (tuple(f"{block}.{path}".rstrip(".") for path in paths) for paths in of_group)
+            yield f"{layer}.{name}".rstrip("."), linears, outputs
 
 
 def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
@@ -57,14 +64,3 @@ def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lor
         double_quant=double_quant,
         num_parameters=num_parameters,
     )
-
-
-def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
-    """Map each group to the modules whose outputs are its output, in model order."""
-    family = family_of(config)
-    outputs = [
-        tuple(".".join(part for part in (family.block_path(index), path) if part) for path in paths)
-        for index in range(config.num_hidden_layers)
-        for paths in family.group_outputs(group).values()
-    ]
-    return dict(zip(group_linears(config, group), outputs, strict=True))

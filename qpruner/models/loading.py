@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from qpruner.config.schema import ModelConfig
 
 
-HUB_SECONDS = 10
-"""How long a hub may take to list a model's files."""
 CONVERT = (
     "convert them with transformers' save_pretrained (with `safe_serialization=True`, which transformers 5 always does)"
 )
@@ -116,23 +114,19 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def check_hub_files(model: ModelConfig) -> None:
-    """Refuse a hub model without safetensors weights before gigabytes are fetched.
-
-    Where no hub answers, nothing is refused: what is fetched is checked later.
-    """
+    """Refuse a hub model without safetensors weights, where a hub answers, before anything is fetched."""
     from huggingface_hub import HfApi
 
     try:
-        listed = HfApi().model_info(model.source, revision=model.revision, timeout=HUB_SECONDS).siblings
+        listed = HfApi().model_info(model.source, revision=model.revision, timeout=10).siblings
     except Exception:  # the client's errors change their types from release to release
         return
     names = [file.rfilename for file in listed or ()]
     if listed is not None and not any(name.endswith(".safetensors") and "/" not in name for name in names):
-        revision = f"revision {model.revision}" if model.revision else "its newest revision"
         raise UserError(
-            f"`model.source`: the hub's {model.source} has no .safetensors weights in {revision} (pickled .bin weights "
-            "are not read); name another one with `model.revision` if the hub has one with them, or "
-            f"{CONVERT} and name that folder"
+            f"`model.source`: the hub's {model.source} has no .safetensors weights in revision "
+            f"{model.revision or 'main'} (pickled .bin weights are not read); name one that has with `model.revision`, "
+            f"or {CONVERT} and name that folder"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qpruner.errors import OutOfMemory
+from qpruner.errors import OutOfMemory, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,7 @@ def kernel_kills() -> int | None:
 
 def shortage_text(error: BaseException) -> str:
     """Describe an out-of-memory error in a few words."""
-    lines = str(error).strip().splitlines()
-    return f"out of memory ({lines[0][:120] if lines else type(error).__name__})"
+    return f"out of memory ({first_line(error)[:120]})"
 
 
 @contextlib.contextmanager

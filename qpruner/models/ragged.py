@@ -33,15 +33,14 @@ def install(family: Family | None = None) -> None:
     Without a family those of every supported one, whose modules take 0.2 s to import.
     """
     for each in families().values() if family is None else (family,):
-        _install_family(each)
+        module_name, class_name = each.decoder_layer
+        block_class = getattr(importlib.import_module(module_name), class_name)
+        if not getattr(block_class.__init__, "reads_per_layer_config", False):
+            block_class.__init__ = _ragged(each, block_class.__init__)
 
 
-def _install_family(family: Family) -> None:
-    module_name, class_name = family.decoder_layer
-    block_class = getattr(importlib.import_module(module_name), class_name)
-    original = block_class.__init__
-    if getattr(original, "reads_per_layer_config", False):
-        return
+def _ragged(family: Family, original: Any) -> Any:
+    """Make a block's constructor that builds it from its own layer config."""
 
     @functools.wraps(original)
     def build(self: Any, config: Any, layer_idx: int) -> None:
@@ -50,7 +49,7 @@ def _install_family(family: Family) -> None:
         add_output_biases(self, getattr(config, OUTPUT_BIASES, ()))
 
     build.reads_per_layer_config = True  # type: ignore[attr-defined]
-    block_class.__init__ = build
+    return build
 
 
 def _following(layer_config: Any, config: Any) -> Any:

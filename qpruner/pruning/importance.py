@@ -56,20 +56,15 @@ def score(
     if settings.looks_at_linears:
         return _by_output(model, kinds, samples, "variance" if importance == "fluctuation" else "mean_square")
     if importance == "magnitude":
-        scores = _magnitude(model, kinds, settings.norm)
+        scores = UnitScores(model, kinds)
+        for name, parameter in scores.matrices.items():
+            weight = parameter.detach().float()
+            # Of l2 no root is taken, as in LLM-Pruner.
+            scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
     else:
         order = "second" if importance == "fisher" else settings.order
         scores = _taylor(model, kinds, samples, order, settings.aggregation)
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
-
-
-def _magnitude(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
-    """Sum ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner) over a unit's weights."""
-    scores = UnitScores(model, kinds)
-    for name, parameter in scores.matrices.items():
-        weight = parameter.detach().float()
-        scores.add(name, weight.abs() if norm == "l1" else weight.square())
-    return scores
 
 
 def _taylor(
@@ -189,13 +184,14 @@ class UnitScores:
     """
 
     def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
-        self._kinds = kinds
-        self._scores: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {}
+        self._scores: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {
+            (index, kind): {} for index, some in kinds.items() for kind in some
+        }
         self._owners: dict[str, list[tuple[int, UnitKind, int]]] = {}
         self.matrices: dict[str, torch.nn.Parameter] = {}
         self.dims: dict[str, int] = {}
         path = family_of(model.config).block_path
-        for index, kind in ((index, kind) for index, some in kinds.items() for kind in some):
+        for index, kind in self._scores:
             for position, item in enumerate(kind.slices):
                 name = f"{path(index)}.{item.parameter}"
                 parameter = model.get_parameter(name)
@@ -213,7 +209,7 @@ class UnitScores:
             owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
             by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
             check_finite(by_head, f"the importance of {name}")
-            scores = self._scores.setdefault((index, kind), {})
+            scores = self._scores[index, kind]
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
@@ -221,13 +217,13 @@ class UnitScores:
 
         With `modulo` query head h counts for key/value head h modulo their number, not for the one that serves it.
         """
-        scores: Scores = {index: {} for index in self._kinds}
+        scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
                 heads.view(-1, kind.num_units).sum(dim=0) if modulo else heads.view(kind.num_units, -1).sum(dim=1)
                 for _, heads in sorted(by_matrix.items())
             ]
-            scores[index][kind.name] = REDUCTIONS[reduction](torch.stack(by_unit))
+            scores.setdefault(index, {})[kind.name] = REDUCTIONS[reduction](torch.stack(by_unit))
         return scores
 
 

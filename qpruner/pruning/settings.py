@@ -78,28 +78,20 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     """
     family = family_of(model_config)
     name, layers, stacked = family.model_type, cuttable_layers(model_config, settings), _stacked(model_config, settings)
-    by_linear = [
-        f"{key} {value} ({remedy})"
-        for key, value, remedy, looks_at_linears in (
-            ("importance", settings.importance, "fisher, taylor, magnitude or random", settings.looks_at_linears),
-            ("aggregation", settings.aggregation, "element", settings.aggregation == "vector"),
-            ("compensation", settings.compensates_by, "none", settings.compensates_by != "none"),
-        )
-        if looks_at_linears
-    ]
-    if stacked and by_linear:
+    importance, aggregation, compensation = settings.importance, settings.aggregation, settings.compensates_by
+    if stacked and (settings.looks_at_linears or aggregation == "vector" or compensation != "none"):
         raise UserError(
             f"`prune`: the experts of a {name} model are stacked in one parameter ({stacked[0].slices[0].parameter}), "
-            "which no linear layer holds; what looks at linear layers cannot be used: "
-            f"{', '.join(by_linear)}; take the ones in brackets, or `prune.units: [attention]`"
+            f"which no linear layer holds: take `importance` fisher, taylor, magnitude or random (got {importance}), "
+            f"`aggregation` element (got {aggregation}) and `compensation` none (got {compensation}), or `units` "
+            "[attention]"
         )
     if any(kind.name == MLP for kind in stacked) and settings.round_to % GROUPED_MATMUL_MULTIPLE:
         raise UserError(
             f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a {name} model, got "
             f"{settings.round_to}: torch's grouped matrix product takes rows of whole 16 bytes only"
         )
-    least_squares = settings.compensates_by == "least_squares"
-    if least_squares and not settings.width_units and family.residual_factor(model_config) is None:
+    if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
             f"`prune.compensation`: the whole blocks of a {name} model cannot have least squares, for behind its MLP "
             "there is a norm, or experts stand in its place: take it out, or name `attention` in `prune.units`, too"

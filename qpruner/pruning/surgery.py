@@ -80,9 +80,8 @@ def unit_indices(item: UnitSlice, units: Sequence[int]) -> torch.Tensor:
 def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) -> int:
     """Cut one kind's units out of a block; returns how many stay (of one expert, where channels are stacked)."""
     size = kind.units_per_partition
-    by_partition = [
-        [unit % size for unit in group] for _, group in itertools.groupby(sorted(units), key=lambda unit: unit // size)
-    ]
+    groups = itertools.groupby(sorted(units), key=lambda unit: unit // size)
+    by_partition = [[unit % size for unit in group] for _, group in groups]
     slices: dict[str, list[UnitSlice]] = {}
     for item, _ in owned_parameters(block, kind):
         slices.setdefault(item.parameter, []).append(item)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 import signal
 import threading
 import time
@@ -17,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import raw_config, with_key
+from made_searches import job_of as made_job
 from raylets import Raylets, raylets
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.driver import MAX_ERRORS
-from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event, SlotsFound, TrialChanged, TrialWithdrawn
 from qpruner.runs.records import RungResult
 from qpruner.search.trial_records import (
-    Materials,
     Progress,
     Report,
     Trial,
@@ -44,8 +40,6 @@ from qpruner.search.trial_records import (
 GPUS = (2, 1)
 """Of two nodes; the head, the third, has none and no core."""
 NUM_TRIALS = 8
-GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
-LAYOUT = Layout(GROUPS, 1000, 300, 2, double_quant=False, num_parameters=10**5)
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +102,9 @@ def broken_on(node: str, folder: Path) -> Trial:
 
 def job_of(folder: Path, slots: Slots, at_once: int, **settings: Any) -> SearchJob:
     """A search of random plans whose trials take what they do by default, and end once so many have run at once."""
-    raw = with_key(raw_config(Path("model"), folder / "run"), "search.searcher", "random")
-    raw = with_key(with_key(raw, "search.max_trials", NUM_TRIALS), "search.first_rung", 4)
-    for key, value in settings.items():
-        raw = with_key(raw, f"search.{key}", value)
-    resources = slots.resources_per_trial(None)
-    return SearchJob(
-        config=validate_config(raw),
-        materials=Materials(folder, folder, folder),
-        layout=LAYOUT,
-        space=PlanSpace.of(LAYOUT, (4, 8), LAYOUT.plan_bytes(LAYOUT.uniform(8))),
-        controls=[],
-        priors={},
-        trials=folder / "trials",
-        scratch=folder / "tune",
-        digest="0" * 16,
-        search="1" * 16,
-        resources=resources,
-        check_node=pickle.dumps(dict),
-        trial=standing_in(folder, at_once),
-    )
+    job = made_job(folder, **{"searcher": "random", "max_trials": NUM_TRIALS, "first_rung": 4} | settings)
+    job = replace(job, space=replace(job.space, budget_bytes=10**9), controls=[])
+    return replace(job, resources=slots.resources_per_trial(None), trial=standing_in(folder, at_once))
 
 
 def overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,13 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
 
-@pytest.fixture
-def positions() -> Iterator[Callable[[torch.nn.Module], list[int]]]:
-    """Notes at how many positions a model's head is run, a number for every pass."""
-    handles = []
-
-    def note(model: Any) -> list[int]:
-        seen: list[int] = []
-        head = model.get_output_embeddings()
-        handles.append(head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel())))
-        return seen
-
-    yield note
-    for handle in handles:
-        handle.remove()
+def assert_same_gradients(
+    model: torch.nn.Module, loss: torch.Tensor, expected: torch.Tensor, relative: float, absolute: float
+) -> None:
+    found, wanted = gradients(model, loss), gradients(model, expected)
+    assert found.keys() == wanted.keys() and found
+    for key, gradient in wanted.items():
+        assert torch.linalg.norm(found[key] - gradient) <= relative * torch.linalg.norm(gradient) + absolute, key
 
 
 @pytest.mark.parametrize(
@@ -82,29 +75,22 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> 
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     model = family_model(name).to(getattr(torch, dtype))
     batch = collate(rows(), PAD)
-    expected = reference_losses(model, batch)
-    found = token_losses(model, batch)
+    expected, found = reference_losses(model, batch), token_losses(model, batch)
     assert (found != 0).sum() == sum(LABELLED)
     torch.testing.assert_close(found[:, :-1], expected, rtol=tolerance, atol=tolerance)
-    before, after = gradients(model, expected.sum()), gradients(model, found.sum())
-    assert before.keys() == after.keys()
-    for key, gradient in before.items():
-        assert torch.linalg.norm(after[key] - gradient) <= tolerance * torch.linalg.norm(gradient) + 1e-6, key
+    assert_same_gradients(model, found.sum(), expected.sum(), tolerance, 1e-6)
 
 
 @pytest.mark.parametrize("name", ARCHETYPES)
-def test_the_head_runs_at_labelled_tokens_only(
-    name: str, positions: Callable[[torch.nn.Module], list[int]], tmp_path: Path
-) -> None:
+def test_the_head_runs_at_labelled_tokens_only(name: str, tmp_path: Path) -> None:
     """In every pass that reads losses or predictions, and in training."""
-    model = family_model(name)
-    seen = positions(model)
-    samples = Samples(rows(), PAD, batch_size=3)
-    linears: Any = {
-        path: model.get_submodule(path) for path in next(iter(group_linears(model.config, "block").values()))
-    }
-    weights = {path: linear.weight for path, linear in linears.items()}
-    last = blocks_of(model)[-1]
+    model, seen = family_model(name), list[int]()
+    head: Any = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel()))
+    samples, last = Samples(rows(), PAD, batch_size=3), blocks_of(model)[-1]
+    paths = next(iter(group_linears(model.config, "block").values()))
+    linears: Any = {path: model.get_submodule(path) for path in paths}
+    weights, masks = {path: linears[path].weight for path in paths}, {path: (linears[path], 0) for path in paths}
 
     def ignore(*_: Any) -> None:
         pass
@@ -117,9 +103,7 @@ def test_the_head_runs_at_labelled_tokens_only(
     passes: dict[str, Callable[[], object]] = {
         "scoring": lambda: mean_loss(model, rows(), PAD, 3),
         "gradients": lambda: visit_gradients(model, weights, samples, ignore),
-        "masks": lambda: visit_mask_gradients(
-            model, {path: (each, 0) for path, each in linears.items()}, samples, ignore
-        ),
+        "masks": lambda: visit_mask_gradients(model, masks, samples, ignore),
         "every sample's gradients": lambda: visit_linear_gradients(model, linears, samples, ignore),
         "outputs": lambda: visit_outputs(model, {"last": last}, samples, ignore),
         "training": train,
@@ -151,10 +135,7 @@ def test_a_training_step_has_the_models_own_loss(name: str, tmp_path: Path) -> N
     own, expected = found
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
     assert expected > 0.1
-    before, after = gradients(adapted, expected), gradients(adapted, own)
-    assert before.keys() == after.keys() and before
-    for key, gradient in before.items():
-        assert torch.linalg.norm(after[key] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-7, key
+    assert_same_gradients(adapted, own, expected, 1e-5, 1e-7)
     blank = trainer.compute_loss(adapted, dict(collate([BLANK], PAD)), num_items_in_batch=tokens)
     if family_name(name) not in MIXTURES:  # a router has a loss of its own on any row
         assert blank == 0

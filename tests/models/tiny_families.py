@@ -31,6 +31,11 @@ HEADWISE = ("gpt_neox", "opt")
 MIXTURES = ("mixtral", "qwen3_moe")
 DENSE = tuple(name for name in FAMILY_NAMES if name not in MIXTURES)
 
+BLOCKS = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+LLAMA_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+OUTPUTS = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_attn.out_proj", "fc2")}
+"""Paths of the blocks in a model and of the output projections in a block, where they are not Llama's."""
+
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
 EXPERTS_OF = {"head_dim": HEAD_DIM, "num_experts_per_tok": EXPERTS_PER_TOKEN}
@@ -116,10 +121,8 @@ def family_model(name: str, **others: Any) -> PreTrainedModel:
 
 def with_output_biases(name: str) -> PreTrainedModel:
     """As `compensation: bias` leaves a model: biases on o and down, where the family has none, named in the config."""
-    model = family_model(name)
+    model, linears = family_model(name), OUTPUTS.get(family_name(name), LLAMA_OUTPUTS)
     for block in blocks_of(model):
-        paths = {id(module): path for path, module in block.named_modules()}
-        linears = [paths[id(module)] for module in output_projections(block, family_name(name))]
         ragged.add_output_biases(block, linears)
         for path in linears:
             torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3)
@@ -170,17 +173,13 @@ def has_experts(name: str, index: int) -> bool:
 
 def blocks_of(model: PreTrainedModel) -> Any:
     """The list of blocks, as transformers names it."""
-    paths = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
-    return model.get_submodule(paths.get(model.config.model_type, "model.layers"))
+    return model.get_submodule(BLOCKS.get(model.config.model_type, "model.layers"))
 
 
 def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
     """What the attention and a plain MLP end in; the second is None where there are experts."""
-    if family == "gpt_neox":
-        return block.get_submodule("attention.dense"), block.get_submodule("mlp.dense_4h_to_h")
-    if family == "opt":
-        return block.get_submodule("self_attn.out_proj"), block.get_submodule("fc2")
-    return block.get_submodule("self_attn.o_proj"), getattr(block.get_submodule("mlp"), "down_proj", None)
+    attention, mlp = OUTPUTS.get(family, LLAMA_OUTPUTS)
+    return block.get_submodule(attention), dict(block.named_modules()).get(mlp)
 
 
 @torch.no_grad()
@@ -250,10 +249,6 @@ def _never_route_to(router: Any, gone: Sequence[int]) -> None:
     router.forward = forward
 
 
-def num_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 # ---- looking at models
 
 
@@ -273,17 +268,3 @@ def generated_scores(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
     found = model.generate(prompt(), use_cache=use_cache, return_dict_in_generate=True, **options)
     return torch.stack(found.logits)
-
-
-def training_losses(model: torch.nn.Module, steps: int = 2, rate: float = 0.5) -> list[float]:
-    """Losses on the prompt before each of some steps of gradient descent on what requires a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=rate)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=prompt(), labels=prompt(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses

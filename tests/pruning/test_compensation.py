@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from tiny_decoders import FAMILIES, logits_of, samples_of, settings_of, stacked_inputs, tiny
-from tiny_families import leave_out_of_mean
+from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, leave_out_of_mean
 
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
@@ -32,11 +32,7 @@ KEPT = {
     2: {"attention": (1,), "mlp": tuple(range(48))},
 }
 """Of four heads and 48 channels; the MLP of block 2 keeps all."""
-ATTENTION_AND_MLP = ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj")
-OUTPUTS = dict.fromkeys(("llama", "gemma2", "olmo2", "phi3"), ATTENTION_AND_MLP) | {
-    "opt": ("model.decoder.layers.{}", "self_attn.out_proj", "fc2"),
-    "gpt_neox": ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h"),
-}
+NAMES = ("llama", "gemma2", "olmo2", "phi3", "opt", "gpt_neox")
 
 
 def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
@@ -47,11 +43,11 @@ def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
 
 def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.Tensor]]:
     """In model order, each output projection of which something is cut, its block, and the columns that stay."""
-    block, attention, mlp = OUTPUTS[name]
+    attention, mlp = OUTPUTS.get(name, LLAMA_OUTPUTS)
     found = []
     for index, kinds in KEPT.items():
         for linear, units in ((attention, kinds["attention"]), (mlp, kinds["mlp"])):
-            path = f"{block.format(index)}.{linear}"
+            path = f"{BLOCKS.get(name, 'model.layers')}.{index}.{linear}"
             features = model.get_submodule(path).in_features
             width = features // (4 if linear == attention else 48)
             columns = torch.cat([torch.arange(unit * width, (unit + 1) * width) for unit in units])
@@ -93,7 +89,7 @@ def made_up_by_hand(name: str, model: PreTrainedModel, method: str, samples: Sam
     return model
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["least_squares", "bias"])
 def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> None:
     """Padded batches of different lengths, windows, blocks side by side: whatever the family does with its inputs."""

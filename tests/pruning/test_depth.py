@@ -9,11 +9,10 @@ import pytest
 import tiny_decoders
 import torch
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, stacked_inputs, tiny
-from tiny_families import blocks_of, skip_blocks
+from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, blocks_of, skip_blocks
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
-from qpruner.data.losses import mean_loss
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.compensation import compensate_blocks
 from qpruner.pruning.importance import block_importance
@@ -104,12 +103,10 @@ def test_the_least_important_blocks_go_and_the_rest_stays(name: str, method: str
 
 # ---- what makes up for them
 
-FRONTS = {
-    "llama": "model.layers.2.mlp.down_proj",
-    "granite": "model.layers.2.mlp.down_proj",
-    "opt": "model.decoder.layers.2.fc2",
-    "gpt_neox": "gpt_neox.layers.2.mlp.dense_4h_to_h",
-}
+
+def front_of(name: str) -> str:
+    """The output projection of block 2."""
+    return f"{BLOCKS.get(name, 'model.layers')}.2.{OUTPUTS.get(name, LLAMA_OUTPUTS)[1]}"
 
 
 @torch.no_grad()
@@ -120,18 +117,18 @@ def made_up_by_hand(model: PreTrainedModel, name: str) -> torch.Tensor:
         blocks_of(model)[index].register_forward_hook(
             lambda module, args, output, seen=seen: seen.append((output[0] if isinstance(output, tuple) else output)[0])
         )
-    features = stacked_inputs(model, FRONTS[name], samples_of())
+    features = stacked_inputs(model, front_of(name), samples_of())
     added = (torch.cat(states[4]) - torch.cat(states[2])).double() / (0.4 if name == "granite" else 1.0)
     gram = features.T @ features
     penalty = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    weight = model.get_parameter(f"{FRONTS[name]}.weight").double()
+    weight = model.get_parameter(f"{front_of(name)}.weight").double()
     return weight + torch.linalg.solve(gram + penalty, features.T @ added).T
 
 
-@pytest.mark.parametrize("name", FRONTS)
+@pytest.mark.parametrize("name", ["llama", "granite", "opt", "gpt_neox"])
 def test_the_block_in_front_adds_what_went(name: str) -> None:
     """By least squares over the calibration tokens, padding left out; nothing else changes."""
-    model, front = decoder(name), f"{FRONTS[name]}.weight"
+    model, front = decoder(name), f"{front_of(name)}.weight"
     compensate_blocks(model, {3, 4}, (1, 2, 3, 4), 0.05, samples_of())
     expected = made_up_by_hand(decoder(name), name)
     torch.testing.assert_close(model.get_parameter(front).double(), expected, rtol=1e-3, atol=1e-4)
@@ -146,22 +143,11 @@ def test_no_block_outside_the_range_is_changed(gone: set[int], layers: Sequence[
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_least_squares_loses_less_than_nothing_when_blocks_go() -> None:
-    losses = {}
-    for compensation in ("none", "least_squares"):
-        pruned = prune(decoder(), PruneConfig(rate=0.3, units=("block",), compensation=compensation), samples_of())
-        losses[compensation] = mean_loss(pruned.model, samples_of().rows, PAD, 8).mean
-    assert PruneConfig(units=("block",)).compensates_by == "least_squares"
-    assert losses["least_squares"] < losses["none"] - 0.05
-
-
 @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_blocks_behind_a_norm_or_experts_go_uncompensated(name: str) -> None:
     model_config = decoder(name).config
     asked, unsaid = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
-    with pytest.raises(
-        UserError, match=rf"`prune\.compensation`: the whole blocks of a {name} model cannot have least"
-    ):
+    with pytest.raises(UserError, match=f"the whole blocks of a {name} model cannot have least squares"):
         planned_cut(model_config, asked)
     assert settled(model_config, unsaid).compensates_by == "none"
     model = decoder(name)
@@ -169,13 +155,6 @@ def test_blocks_behind_a_norm_or_experts_go_uncompensated(name: str) -> None:
     compensate_blocks(model, {2, 4}, range(NUM_BLOCKS), 0.3, samples_of())
     assert torch.equal(logits_of(model), expected), "beside units that least squares makes up for, blocks go without"
     assert logits_of(prune(model, unsaid, samples_of()).model).isfinite().all()
-
-
-def test_only_blocks_of_the_range_go() -> None:
-    settings = settings_of(rate=0.3, first_layer=1, last_layer=-2, protected_layers=(2, -3))
-    pruned = prune(decoder(), settings, samples_of())
-    assert set(pruned.block_scores) == {1, 4}
-    assert set(pruned.dropped_blocks) < {1, 4}
 
 
 @pytest.mark.parametrize(("selection", "depth_share"), [("per_layer", 0.5), ("global", 0.6)])

@@ -91,15 +91,16 @@ def assert_same(scores: Scores, expected: Scores) -> None:
 
 
 @pytest.mark.parametrize(("aggregation", "batch_size"), [("element", 8), ("vector", 2), ("vector", 8)])
-@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+@pytest.mark.parametrize("order", ["first", "second", "mixed", "fisher"])
 def test_taylor_is_that_of_gradients(
     model: PreTrainedModel, samples: Samples, order: str, aggregation: str, batch_size: int
 ) -> None:
-    """Second order is the mean of each sample's square, not the square of one gradient of all samples.
+    """Second order, Fisher information, is the mean of each sample's square, not the square of one gradient of all.
 
     By vector, signs cancel within a row or column, never between two of them; batches make no difference there.
     """
-    settings = settings_of(importance="taylor", aggregation=aggregation, order=order)
+    criterion = {"importance": "fisher"} if order == "fisher" else {"importance": "taylor", "order": order}
+    settings = settings_of(aggregation=aggregation, **criterion)
     scores = score(model, LAYERS, settings, Samples(samples.rows, PAD, batch_size))
     each, whole = [gradients(model, [row]) for row in samples.rows], gradients(model, samples.rows)
     salience = {}
@@ -109,15 +110,8 @@ def test_taylor_is_that_of_gradients(
             dim = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             first, *singles = (matrix.sum(dim, keepdim=True) for matrix in (first, *singles))
         second = sum(one**2 for one in singles) / len(singles)
-        salience[name] = {"first": first.abs(), "second": second, "mixed": (first - 0.5 * second).abs()}[order]
+        salience[name] = {"first": first.abs(), "mixed": (first - 0.5 * second).abs()}.get(order, second)
     assert_same(scores, by_unit(model, salience))
-
-
-@pytest.mark.parametrize("aggregation", ["element", "vector"])
-def test_fisher_is_second_order(model: PreTrainedModel, samples: Samples, aggregation: str) -> None:
-    """Two names of one thing: the mean square of each sample's own salience."""
-    named = score(model, LAYERS, settings_of(importance="fisher", aggregation=aggregation), samples)
-    assert_same(named, score(model, LAYERS, settings_of(order="second", aggregation=aggregation), samples))
 
 
 def test_over_several_batches_the_absolute_values_are_summed(model: PreTrainedModel, samples: Samples) -> None:

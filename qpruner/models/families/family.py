@@ -14,6 +14,10 @@ ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
 """Kinds of unit: a key/value head with its query heads, an MLP channel, a whole expert with its row of the router."""
 
 
+Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+"""Name of a group -> its linear layers, and the modules whose outputs are its own."""
+
+
 @dataclass(frozen=True)
 class UnitSlice:
     """The part of one parameter that a unit owns.
@@ -96,24 +100,19 @@ class Family:
         """Map all that groups can hold of a block."""
         return self.attention_projections() | self.mlp_projections()
 
-    def groups(self, group: str) -> dict[str, tuple[str, ...]]:
-        """List the linear layers of a block by group: `block`, `sublayer` or `projection`; '' is the whole block."""
+    def groups(self, group: str) -> Groups:
+        """List the groups of a block by `block`, `sublayer` or `projection`; '' is the whole block."""
         projections = self.projections()
         if group == "projection":
-            return projections
-        attention = projections["qkv"] + projections["o"]
-        mlp = tuple(path for name, paths in projections.items() if name not in ("qkv", "o") for path in paths)
+            return {name: (paths, paths) for name, paths in projections.items()}
+        attention = projections.pop("qkv") + projections.pop("o")
+        mlp = tuple(path for paths in projections.values() for path in paths)
         if group == "block":
-            return {"": attention + mlp}
-        return {"attention": attention, "mlp": mlp} if mlp else {"attention": attention}
-
-    def group_outputs(self, group: str) -> dict[str, tuple[str, ...]]:
-        """List the modules whose outputs are a group's output, in the order of `groups`; '' is the block itself."""
-        if group == "projection":
-            return self.projections()
-        down = list(self.projections().values())[-1]
-        outputs = {"": ("",), "attention": (self.attention,), "mlp": (self.mlp,) if self.mlp else down}
-        return {name: outputs[name] for name in self.groups(group)}
+            return {"": (attention + mlp, ("",))}
+        sublayers: Groups = {"attention": (attention, (self.attention,))}
+        if mlp:
+            sublayers["mlp"] = (mlp, (self.mlp,) if self.mlp else mlp[-1:])
+        return sublayers
 
     # ---- what pruning removes
 
