@@ -28,8 +28,8 @@ from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
+    read_clock,
     read_pulse,
-    read_seconds,
     read_trial,
     read_trials,
     remove_old_checkpoints,
@@ -75,7 +75,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
-        self._earlier_seconds, self._started = read_seconds(job.trials, job.search), time.monotonic()
+        self._earlier_seconds, self._started = read_clock(job.trials, job.search).seconds, time.monotonic()
         self._is_over, self._next_look = False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
