@@ -69,7 +69,7 @@ def bank(setup: Setup) -> Figures:
     levels, dtype, peak, laps = config.quantize.bits, config.model.dtype, PeakMemory(), Laps()
     settings = (dtype, config.lora, config.quantize.double_quant, config.seed)
     for name, paths in setup.groups.items():
-        files |= build_group(GroupJob(setup.pruned, setup.bank, name, paths, levels, *settings))
+        files |= build_group(GroupJob(name, paths, levels, setup.pruned, setup.bank, *settings))
     write_json(setup.bank / INDEX, BankIndex(digest="benchmark", files=files))
     laps.end("pack")
     size = sum((setup.bank / name).stat().st_size for name in files)

@@ -255,7 +255,7 @@ def build_bank(job: Job) -> None:
     levels = tuple(bits for bits in job.levels if bits != FULL_BITS)
     files: dict[str, IndexEntry] = {}
     for name, paths in group_linears(AutoConfig.from_pretrained(job.model), job.base_group).items():
-        files |= build_group(GroupJob(Path(job.model), bank, name, paths, levels, DTYPE, LORA, False, 0, job.model))
+        files |= build_group(GroupJob(name, paths, levels, Path(job.model), bank, DTYPE, LORA, False, 0, job.model))
     write_json(bank / INDEX, BankIndex(digest=job.model, files=files))
 
 
@@ -267,7 +267,7 @@ def sensitivities(job: Job) -> dict[str, Any]:
     model = load_dense(job.model, DTYPE)
     rows = job.windows(job.num_train + job.num_validation, NUM_CALIBRATION)
     bank, scaling = Path(job.bank), LORA.alpha / LORA.rank
-    subject = Subject(Samples(rows, 0, 16), job.base_group, job.levels, bank, scaling)
+    subject = Subject(Samples(rows, 0, 16), job.levels, job.base_group, bank, scaling)
 
     scores = by_information(model, subject, SensitivityConfig(), 0)
     scores |= by_expansion(model, subject)

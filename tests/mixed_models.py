@@ -33,7 +33,7 @@ def fill_bank(
     """Write every (group, 4 and 8 bits) of a checkpoint; returns the names of the groups."""
     groups = group_linears(AutoConfig.from_pretrained(checkpoint), group)
     for name, paths in groups.items():
-        build_group(GroupJob(checkpoint, bank, name, paths, (4, 8), dtype, lora, double_quant, seed=0))
+        build_group(GroupJob(name, paths, (4, 8), checkpoint, bank, dtype, lora, double_quant, seed=0))
     seal(bank)
     return list(groups)
 

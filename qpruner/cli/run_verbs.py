@@ -10,7 +10,7 @@ import operator
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -72,18 +72,14 @@ def _headline(facts: dict[str, Any]) -> str:
     match facts["outcome"]:
         case "done":
             return text
+        case "failed":
+            return f"{text}: {facts['error']}"
         case liveness.RUNNING:
             begun = "" if facts["has_begun"] else "; it has begun no stage yet, below is what the command before left"
             return f"{text} {process}, last sign of life {quiet} ago{begun}"
         case liveness.GONE:
-            text = (
-                f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone; repeat the command to go on"
-            )
-        case "failed":
-            return f"{text}: {facts['error']}"
-        case _:
-            text += "; repeat the command to go on"
-    return f"{text}, in {facts['folder']}: {facts['command']}"
+            text = f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone"
+    return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
 
 
 def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
@@ -102,11 +98,9 @@ def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
             size = f"{best['bytes'] / 1e6:.1f} MB"
             lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
     word = "under way:" if is_running else "begun:"
-    lines += _first_lines(
-        f"{word:<15}trial {each['trial']} ({each['from']}), step {each['step']}/{search['steps']}"
-        for each in search["under_way"]
-    )
-    lines += _first_lines(map(_failed, search["failures"]))
+    for each in search["under_way"][:MOST_LINES]:
+        lines.append(f"{word:<15}trial {each['trial']} ({each['from']}), step {each['step']}/{search['steps']}")
+    lines += map(_failed, search["failures"][:MOST_LINES])
     if search["winner"] is not None:
         chosen, name = search["winner"], search["score_title"].removeprefix("validation ")
         fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
@@ -122,13 +116,6 @@ def _slots(search: dict[str, Any]) -> str:
     awaited = {"starting": "a worker process to start", "waiting": "a machine"}
     without = [f"{search[name]} of them waiting for {what}" for name, what in awaited.items() if search[name]]
     return slots + (f" ({', '.join(without)})" if without else "")
-
-
-def _first_lines(every: Iterable[str]) -> list[str]:
-    """Return the first few, and how many more there are."""
-    lines = list(every)
-    more = len(lines) - MOST_LINES
-    return [*lines[:MOST_LINES], f"... and {more} more: `qpruner trials` lists them"] if more > 0 else lines
 
 
 def _failed(trial: dict[str, Any]) -> str:

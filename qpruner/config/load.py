@@ -90,9 +90,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         place = _place_in(here, section, override)
         here = here[place] if isinstance(here, list) else here.setdefault(place, {})
         if not isinstance(here, dict | list):
-            raise UserError(
-                f"--set {override}: `{section}` is not a section; `qpruner check --show-config` prints every key"
-            )
+            about = "is not a section; `qpruner check --show-config` prints every key"
+            raise UserError(f"--set {override}: `{section}` {about}")
     place = _place_in(here, last, override)
     if text.strip():
         here[place] = value

@@ -174,12 +174,13 @@ def _group_jobs(
     from qpruner.quantization import bank as store
 
     config, jobs = context.config, []
-    settings = (config.model.dtype, config.lora, config.quantize.double_quant, config.seed, inputs)
+    made = (config.model.dtype, config.lora, config.quantize.double_quant, config.seed, inputs)
+    settings = (context.checkpoint, scratch, *made)
     for group in context.layout.groups:
         left = tuple(bits for bits in levels if str(store.entry_file(Path(), group.name, bits)) not in kept)
         if left:
             paths = tuple(linear.name for linear in group.linears)
-            jobs.append(store.GroupJob(context.checkpoint, scratch, group.name, paths, left, *settings))
+            jobs.append(store.GroupJob(group.name, paths, left, *settings))
     return jobs
 
 

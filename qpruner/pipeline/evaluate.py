@@ -112,7 +112,7 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
     left = [job for job in jobs if job.folder not in found]
     if left:
         tasks, resources, concurrent = worker_jobs(context, left, text=text)
-        signs = [job.scoring_progress for job in left]
+        signs = [job.progress for job in left]
         for_each(remove, signs)  # of a session that was interrupted
         on_tick = job_progress(stage, signs, len(jobs), "answers")
         for position, scored in context.run_tasks(evaluate_candidate, tasks, resources, concurrent, on_tick=on_tick):

@@ -139,8 +139,10 @@ def _check_room(context: Context) -> tuple[int, int]:
     if free < needed:  # what is recorded, or left by a killed command, takes time to find out
         shares = recorded(context)
         left = {name: round(size * (1 - shares[name])) for name, size in sizes.items()}
-        held = {name: sum(Storage(run.scratch_path(name)).files().values()) for name in sizes}
-        needed = SMALL_FILES + sum(max(0, left[name] - held[name]) for name in sizes)
+        for name in left:
+            with contextlib.suppress(FileNotFoundError):  # another driver may be at work
+                left[name] -= sum(Storage(run.scratch_path(name)).files().values())
+        needed = SMALL_FILES + sum(max(0, size) for size in left.values())
     if free < needed:
         other = "" if run.storage.fills_this_disk else f" by {CACHE}"
         raise UserError(

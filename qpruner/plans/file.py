@@ -31,16 +31,7 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
     if not isinstance(bits, dict):
         got = "an empty file" if raw is None else type(bits).__name__
         raise PlanRefused(f"{path} must map every group to its bits, got {got}; `qpruner plan RUN` prints one")
-    allowed = ", ".join(map(str, levels))
-    problems = [
-        *_about_groups(bits, groups),
-        *(
-            f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}"
-            for name, value in bits.items()
-            if name in groups and (isinstance(value, bool) or value not in levels)
-        ),
-    ]
-    if problems:
+    if problems := _problems(bits, groups, levels):
         raise PlanRefused(f"{path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
     return PrecisionPlan(tuple(groups), tuple(int(bits[group]) for group in groups))
 
@@ -48,21 +39,22 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
 def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
     """Refuse a file's plan over the budget."""
     if plan_bytes > budget_bytes:
-        size, budget = plan_bytes / 1e6, budget_bytes / 1e6
-        decimals = 2 if plan_bytes - budget_bytes > 1e6 else 4
-        over = math.ceil((plan_bytes - budget_bytes) / 1e6 * 10**decimals) / 10**decimals
+        over = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
-            f"the plan in {path} takes {size:.2f} MB, {over:.{decimals}f} MB more than the budget of {budget:.2f} MB: "
-            "give groups fewer bits, or raise `quantize.budget`"
+            f"the plan in {path} takes {plan_bytes / 1e6:.2f} MB, {over:.4f} MB more than the budget of "
+            f"{budget_bytes / 1e6:.2f} MB: give groups fewer bits, or raise `quantize.budget`"
         )
 
 
-def _about_groups(bits: dict[Any, Any], groups: Sequence[str]) -> list[str]:
-    problems = []
-    for name in (name for name in bits if name not in groups):
-        nearest = difflib.get_close_matches(str(name), groups, n=1)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else f"they are {groups[0]} to {groups[-1]}"
-        problems.append(f"`{name}` is no group of this model; {hint}")
+def _problems(bits: dict[Any, Any], groups: Sequence[str], levels: Sequence[int]) -> list[str]:
+    problems, allowed = [], ", ".join(map(str, levels))
+    for name, value in bits.items():
+        if name not in groups:
+            nearest = difflib.get_close_matches(str(name), groups, n=1)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"they are {groups[0]} to {groups[-1]}"
+            problems.append(f"`{name}` is no group of this model; {hint}")
+        elif isinstance(value, bool) or value not in levels:
+            problems.append(f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}")
     missing = [name for name in groups if name not in bits]
     if missing:
         named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -13,18 +13,13 @@ from dataclasses import dataclass
 
 from qpruner.errors import SolverFailed, UserError
 
-NF4_BLOCK_SIZE = 64
-"""Weights that share one absmax scale."""
-NESTED_BLOCK_SIZE = 256
-"""Scales that share one nested scale under double quantization."""
-FULL_BITS = 16
-"""A group at this level keeps the model's own floating-point weights."""
+NF4_BLOCK_SIZE = 64  # weights that share one absmax scale
+NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
+FULL_BITS = 16  # keeps the model's own floating-point weights
 SHADES = {4: "#d3e5f5;color:#14324d", 8: "#2a73b0;color:#fff", FULL_BITS: "#0c3357;color:#fff"}
 """Colours of the bit-widths in notebooks, as in the report."""
-SOLVER_SECONDS = 60.0
-"""What one knapsack may take; 120 groups take 0.1 s (2026-11)."""
-MAX_EXCLUDED = 64
-"""Plans over the budget by less than the solver's tolerance that are excluded one by one."""
+SOLVER_SECONDS = 60.0  # for one knapsack; 120 groups take 0.1 s (2026-11)
+MAX_EXCLUDED = 64  # plans over the budget by less than the solver's tolerance, excluded one by one
 
 
 @contextmanager
@@ -116,10 +111,6 @@ class Group:
         """Count the weights."""
         return sum(linear.num_weights for linear in self.linears)
 
-    def bytes_at(self, bits: int, element_bytes: int, double_quant: bool) -> int:
-        """Count the packed bytes, see `packed_bytes`."""
-        return sum(packed_bytes(linear, bits, element_bytes, double_quant) for linear in self.linears)
-
 
 @dataclass(frozen=True)
 class PrecisionPlan:
@@ -172,15 +163,13 @@ class Layout:
 
     def group_bytes(self, bits: int) -> list[int]:
         """Return the bytes of each group at ``bits``, in model order."""
-        return [group.bytes_at(bits, self.element_bytes, self.double_quant) for group in self.groups]
+        each = (self.element_bytes, self.double_quant)
+        return [sum(packed_bytes(linear, bits, *each) for linear in group.linears) for group in self.groups]
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
         """Count the bytes of the whole model under ``plan``: packed groups, unquantized rest, adapters."""
-        grouped = sum(
-            group.bytes_at(bits, self.element_bytes, self.double_quant)
-            for group, bits in zip(self.groups, plan.bits, strict=True)
-        )
-        return grouped + self.ungrouped_bytes + self.adapter_bytes
+        sizes = {bits: self.group_bytes(bits) for bits in set(plan.bits)}
+        return sum(sizes[bits][at] for at, bits in enumerate(plan.bits)) + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
         """Return the nominal bits per grouped weight (scales and the unquantized rest not counted)."""

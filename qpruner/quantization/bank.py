@@ -107,13 +107,15 @@ def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class GroupJob:
-    """One group (its layers are `paths`) to be packed at some bit-widths below 16, here or on a worker."""
+    """One group to be packed at some bit-widths, here or on a worker."""
 
-    checkpoint: Path
-    bank: Path
     group: str
     paths: tuple[str, ...]
+    """Of the group's layers."""
     bits: tuple[int, ...]
+    """Below 16."""
+    checkpoint: Path
+    bank: Path
     dtype: str
     lora: LoraConfig
     double_quant: bool

@@ -16,7 +16,7 @@ from qpruner.report.markdown import code, parts_text, prose
 from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import GIVEN, SearchRecord
+from qpruner.runs.records import GIVEN
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
@@ -27,7 +27,7 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 def model_card(run: Snapshot) -> str:
     """Write the card of a whole run's final model, with the licence of the base model's own card."""
     assert run.results.evaluate and run.results.search and run.results.prepare
-    config = run.state.config
+    config, search = run.state.config, run.results.search
     base = config["model"]["source"]
     stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
     base_card = ""
@@ -48,8 +48,11 @@ def model_card(run: Snapshot) -> str:
     if run.results.prepare.source_bytes is not None:  # from a .gguf file, mostly quantized
         size = f"{run.results.prepare.source_bytes / 1e6:.1f} MB"
         expanded = f" The base's weights were expanded from {code(Path(base).name)}, a file of {size}."
+    chosen = f"the plan {search.best_origin}, which no searched plan beat," if search.control_won else "a searched plan"
+    if search.best_origin == GIVEN:
+        chosen = "a plan that was given, not searched for,"
     about = (
-        f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run.results.search)} and "
+        f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
         f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the "
         f"fine-tunes below it is that of training seed {winner.seeds[0]}.{expanded}"
     )
@@ -71,13 +74,6 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             metric_name=score.metric,
             metric_value=round(score.value, 4),
         )
-
-
-def _chosen(search: SearchRecord) -> str:
-    """Name where the plan came from, for people who know nothing of the run."""
-    if search.best_origin == GIVEN:
-        return "a plan that was given, not searched for,"
-    return f"the plan {search.best_origin}, which no searched plan beat," if search.control_won else "a searched plan"
 
 
 def other_base_remark(config: RunConfig) -> str | None:

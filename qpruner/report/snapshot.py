@@ -129,10 +129,8 @@ class Snapshot:
             return self._unfinished
         if self.lacks_comparison:
             return f"The winner is finished, its comparison is not. {self._unfinished}"
-        times = self.state.resumed
-        return "Finished" + (
-            f"; resumed {counted(times, 'time')} after a command that did not come to its end." if times else "."
-        )
+        resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not come to its end"
+        return f"Finished{resumed if self.state.resumed else ''}."
 
     @property
     def _unfinished(self) -> str:

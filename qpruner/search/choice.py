@@ -13,8 +13,7 @@ from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.searchers import Prior
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
 
-SAME_BYTES = 0.01
-"""Plans whose bytes differ by at most this share count as equal bytes."""
+SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
 Point = tuple[float, float]
 """Bytes, and what is minimized beside them."""

@@ -29,14 +29,10 @@ from qpruner.search.plan_model import Data, PlanModel, informative, settled
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior, Proposal
 
-MAX_ENUMERATED = 4096
-"""Spaces of at most this many plans, over budget or not, are enumerated."""
-NUM_SAMPLES = 12
-"""Samples of the effects whose knapsacks become candidates."""
-NUM_CENTERS = 6
-"""Best known plans, and best candidates, whose neighbours become candidates."""
-NUM_SWAPS = 100
-"""Swaps around one plan."""
+MAX_ENUMERATED = 4096  # spaces of at most so many plans, over budget or not, are enumerated
+NUM_SAMPLES = 12  # of the effects, whose knapsacks become candidates
+NUM_CENTERS = 6  # best known plans, and best candidates, whose neighbours become candidates
+NUM_SWAPS = 100  # around one plan
 NUM_ASCENTS = 4
 NUM_CLIMBS = 3
 
@@ -89,8 +85,6 @@ class GaussianProcessProposer:
         steps = {item.step for item in history.observations}
         fitted_to = settled(history)
         data = Data.of(self._plans.space, informative(history.observations), steps)
-        if fitted_to is history.observations:
-            return Posterior(self._model, data, pending)
         if self._fit is None or self._fit[0] != (steps, fitted_to):
             fitted = Posterior(self._model, Data.of(self._plans.space, informative(fitted_to), steps), pending[:0])
             self._fit = (steps, fitted_to), fitted

@@ -18,10 +18,8 @@ from torch import Tensor
 from qpruner.plans.plan import PlanSpace
 from qpruner.search.searchers import History, Observation, Prior
 
-NUM_FITTED = 100
-"""Observations that the hyperparameters are fitted to; more cost time and change little."""
-NUM_RUNG_PAIRS = 24
-"""Trials whose lower rungs are kept once they have a higher one: enough to learn how rungs relate."""
+NUM_FITTED = 100  # observations that the hyperparameters are fitted to; more cost time and change little
+NUM_RUNG_PAIRS = 24  # trials whose lower rungs are kept once they have a higher one
 SHARES = {
     "sublayer": (0.1, 1.0),
     "size": (0.05, 1.0),
@@ -43,8 +41,7 @@ OTHERS = {
 }
 """The other hyperparameters: variance of the interactions, and the share of groups over which they reach; variance of a
 repeat; decay of the rungs' correlation, for each rung apart; scale of the prior mean."""
-AMPLITUDE = (1.2, 0.4)
-"""Of the effects at a lower rung against the last."""
+AMPLITUDE = (1.2, 0.4)  # of the effects at a lower rung against the last
 
 
 class PlanModel:

@@ -19,12 +19,9 @@ from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, OTHERS, SHARES, Dat
 
 JITTER = 1e-8
 MIN_VARIANCE = 1e-9
-CONSTANT_VARIANCE = 100.0
-"""Of a rung's level, in units of the scores' variance: as good as unknown."""
-FREEDOM, NUM_STEPS = 1.0, 10
-"""Degrees of freedom of the groups' own effects, and steps of expectation maximization to find their scales."""
-OWN = ("group", "sensitive")
-"""Parts in which every group has an effect of its own."""
+CONSTANT_VARIANCE = 100.0  # of a rung's level, in units of the scores' variance: as good as unknown
+FREEDOM, NUM_STEPS = 1.0, 10  # of the groups' own effects, and of expectation maximization to find their scales
+OWN = ("group", "sensitive")  # parts in which every group has an effect of its own
 
 
 class Posterior:

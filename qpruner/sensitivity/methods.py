@@ -42,8 +42,8 @@ class Subject:
     """Samples, groups and bank to score with; `levels` ascend, `scaling` is the factor of the adapters' product."""
 
     samples: Samples
-    group: str
     levels: tuple[int, ...]
+    group: str
     bank: Path
     scaling: float
 

@@ -36,13 +36,14 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MutualInformation:
-    """Estimates in nats, one a group, in model order."""
+    """Estimates, one a group in model order, and what they are from."""
 
+    raw_nats: tuple[float, ...]
+    baseline_nats: tuple[float, ...]
+    """Of shuffled labels."""
     num_samples: int
     num_positions: int
     num_classes: int
-    raw_nats: tuple[float, ...]
-    baseline_nats: tuple[float, ...]
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -83,7 +84,7 @@ def measure(
         raw.append(estimate(components, labels, settings.num_neighbors))
         baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
         samples.on_progress(len(raw), len(modules))
-    return MutualInformation(len(samples.rows), len(labels), num_classes, tuple(raw), tuple(baseline))
+    return MutualInformation(tuple(raw), tuple(baseline), len(samples.rows), len(labels), num_classes)
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:

@@ -30,8 +30,7 @@ from qpruner.runs.storage import retry_storage
 if TYPE_CHECKING:
     from peft import PeftModel
 
-DIVERGED_BY = 1.0
-"""Nats per token."""
+DIVERGED_BY = 1.0  # nats per token
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ def finetune(
     trainer.batches, trainer.before_save = batches, listener.before_save
     trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
     if share.processes > 1:
-        _share_adapters_only(model)
-        start = _agreed(start)
+        start = _shared(model, start)
     if share.rank:
         # Dropout of its own, and none that another seed's process has; Trainer has seeded all processes alike.
         torch.manual_seed(int(np.random.SeedSequence([seed, share.rank]).generate_state(1)[0]))
@@ -136,17 +134,16 @@ def _losses(state: TrainerState) -> list[float]:
     return [float(each["loss"]) for each in state.log_history if "loss" in each]
 
 
-def _share_adapters_only(model: PeftModel) -> None:
-    """Exchange adapters alone between the processes: each has read the same weights from the bank."""
+def _shared(model: PeftModel, start: Path | None) -> Path | None:
+    """Have the processes exchange adapters alone, as each has read the bank, and return the first one's checkpoint.
+
+    Other machines may see an older listing of a shared folder.
+    """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
         model, [name for name, _ in tensors if name not in trained]
     )
-
-
-def _agreed(start: Path | None) -> Path | None:
-    """Take the first process's checkpoint: other machines may see an older listing of a shared folder."""
     agreed: list[str | None] = [str(start) if start else None]
     distributed.broadcast_object_list(agreed, src=0)
     return Path(agreed[0]) if agreed[0] else None
@@ -244,16 +241,18 @@ def _arguments(
     )
 
 
+@dataclass(eq=False)
 class _Callback(TrainerCallback):  # type: ignore[misc]
     """Set the epoch, save at rungs, call the listener, and stop a diverging run.
 
     Loss and gradient norm are those of all processes, so all of them stop at the same step.
     """
 
-    def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float, batches: _Batches) -> None:
-        self.rungs, self.listener = frozenset(rungs), listener
-        self.blind_loss, self.batches = blind_loss, batches
-        self.train_loss = math.nan
+    rungs: Sequence[int]
+    listener: Listener
+    blind_loss: float
+    batches: _Batches
+    train_loss: float = math.nan
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.batches.epoch = int(state.epoch or 0)

@@ -59,13 +59,8 @@ class Candidate:
 
     @property
     def progress(self) -> Path:
-        """`step total` of a fine-tune under way."""
+        """`done total` of the steps of a fine-tune under way, then of the answers to the held-out tasks."""
         return self.folder / "progress"
-
-    @property
-    def scoring_progress(self) -> Path:
-        """`done total` of its answers to the held-out tasks."""
-        return self.folder / "scoring"
 
 
 @dataclass(frozen=True)
@@ -196,7 +191,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     tokenizer, loss = _tokenizer(candidate), None
     if job.text:
         loss = mean_loss(model, load_encoded(job.text), int(tokenizer.pad_token_id), settings.batch_size).mean
-    report = ProgressFile(candidate.scoring_progress).write
+    report = ProgressFile(candidate.progress).write
     few, limit = settings.num_fewshot, settings.limit
     scores = score_tasks(model, tokenizer, settings.tasks, settings, limit, few, on_progress=report)
     return Evaluation(scores, loss, time.monotonic() - started)

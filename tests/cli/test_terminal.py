@@ -30,7 +30,6 @@ import sys, time
 sys.path[:0] = sys.argv[1:3]
 from made_run import planned, trials
 from qpruner.runs import events
-from qpruner.runs.records import RunState, StageState
 from qpruner.cli.terminal import Terminal
 told = trials()
 begun = [events.StageSkipped("prepare", "48 rows", 3.0), planned(told[:5]), events.StageStarted("search", "20 trials")]
@@ -157,7 +156,6 @@ CUT = """
 import sys, time
 from qpruner.cli import terminal
 from qpruner.runs import events
-from qpruner.runs.records import RunState, StageState
 terminal.SILENCE_SECONDS = 0.1
 with terminal.Terminal(quiet=False) as shown:
     shown.emit(events.StageStarted("evaluate", "arc for 9 models"))

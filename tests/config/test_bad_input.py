@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 from conftest import changed_by, raw_config, said, with_key
@@ -185,14 +184,9 @@ def test_overrides_take_keys_out_and_change_items(write_yaml: Callable[..., Path
 
 WITHOUT_BAYESOPT = pytest.mark.skipif(find_spec("bayes_opt") is not None, reason="the extra is installed")
 WORKERS = {"finetune.num_workers": 999, "training.batch_size": 999 * 4}
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="refused without a GPU only")
 COMMANDS = [
     pytest.param("check", {"lora.rnak": 8}, (), "did you mean `lora.rank`", id="unknown-key"),
-    pytest.param("check", {"data.train.0.source": "/no/rows.jsonl"}, (), "does not exist", id="no-rows"),
-    pytest.param("run", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="resources"),
-    pytest.param("check", {"search.max_gpu_hours": 1}, (), "use `search.max_hours`", id="gpu-hours", marks=ON_CPU),
     pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
-    pytest.param("run", {"output": "config.yaml"}, (), "name a folder", id="run-into-a-file"),
     pytest.param("run", {"search.searcher": "bayesopt"}, (), "qpruner[bayesopt]", id="extra", marks=WITHOUT_BAYESOPT),
     pytest.param("run", WORKERS, (), "asks for 999 workers", id="workers"),
 ]

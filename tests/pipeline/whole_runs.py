@@ -41,7 +41,7 @@ def command(config: Path, *options: str, verb: str = "run") -> list[str]:
 
 def said(config: Path, *options: str, verb: str = "run") -> str:
     """What a command that ends well writes on its stdout."""
-    ended = subprocess.run(command(config, *options, verb=verb), capture_output=True, text=True, timeout=8 * MINUTES)
+    ended = subprocess.run(command(config, *options, verb=verb), capture_output=True, text=True, timeout=15 * MINUTES)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 

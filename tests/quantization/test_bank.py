@@ -124,7 +124,7 @@ def test_a_group_built_by_a_worker_is_the_group_built_here(tiny_model: Path, tmp
     """Workers read the layers they need from the checkpoint's files; no model is loaded."""
     model = load_dense(str(tiny_model), DTYPE)
     name, paths = next(iter(group_linears(model.config, GROUP).items()))
-    built = build_group(GroupJob(tiny_model, tmp_path, name, paths, (4, 8), DTYPE, LORA, False, seed=0))
+    built = build_group(GroupJob(name, paths, (4, 8), tiny_model, tmp_path, DTYPE, LORA, False, seed=0))
     seal(tmp_path)
     for bits in (4, 8):
         tensors, ratio = entry_of(bits, {path: model.get_submodule(path).weight for path in paths})

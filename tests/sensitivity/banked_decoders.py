@@ -64,4 +64,4 @@ def banked(
     model = tiny(name, **WIDE | options)
     model.save_pretrained(folder / "model")
     fill_bank(folder / "model", folder, double_quant, LORA.model_copy(update={"init": init}), "float32", group)
-    return Banked(model, Subject(samples_of(), group, LEVELS, folder, LORA.alpha / LORA.rank))
+    return Banked(model, Subject(samples_of(), LEVELS, group, folder, LORA.alpha / LORA.rank))

@@ -7,7 +7,6 @@ through Jinja's escaping, and a content security policy keeps the page from load
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -37,8 +36,7 @@ def notebook_view(run: Snapshot) -> str:
 
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    kind = {"kind": lambda part: type(part).__name__}
-    environment.filters |= kind | {"code": _code, "script_json": _script_json, "unbroken": _unbroken}
+    environment.filters |= {"kind": lambda part: type(part).__name__, "code": _code, "script_json": _script_json}
     return environment
 
 
@@ -54,11 +52,6 @@ def _runtime() -> Markup:
 
 def _own(name: str) -> Markup:
     return Markup((files(__name__) / name).read_text(encoding="utf-8"))  # noqa: S704 (our own files)
-
-
-def _unbroken(cell: str) -> str:
-    """Keep a figure and its unit or spread on one line."""
-    return re.sub(r" (?=MB?$)|(?<=±) |(?<=\(se) ", "\u00a0", cell)
 
 
 def _code(text: str) -> Markup:
