@@ -125,7 +125,7 @@ def test_a_solver_that_finds_only_plans_over_budget_is_an_error(monkeypatch: pyt
     monkeypatch.setattr(plan_module, "MAX_EXCLUDED", 1)
     sizes = ((500_000_000, 500_000_001),) * 3
     space = PlanSpace(tuple("abc"), (4, 8), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
-    with pytest.raises(SolverFailed, match=r"budget of \d+ bytes .*\(1 of them\): raise `quantize.budget` .*`quantize.group`"):
+    with pytest.raises(SolverFailed, match=r"budget .*\(1 of them\): raise `quantize.budget` .*`quantize.group`"):
         space.best_by_gain([[0.0, 1.0]] * 3)
 
 
