@@ -98,7 +98,7 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
         elif record and not record.is_over:
             restart_if_damaged(folder, record, notify)
     try:
-        _read_clock(folder, search)
+        read_clock(folder, search)
     except CorruptFile as error:
         where = quarantine(_clock_path(folder, search), folder)
         notify(f"{error}; set aside in {where}, and the search's hours count from zero")
@@ -200,14 +200,14 @@ def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None
     for_each(clean, list(last))
 
 
-def read_seconds(trials: Path, search: str) -> float:
-    """Return the seconds that a search has taken, all sessions together."""
-    return _read_clock(trials, search).seconds
+def read_clock(trials: Path, search: str) -> SearchClock:
+    """Return what a search has taken, all sessions together."""
+    return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
 
 
 def write_seconds(trials: Path, search: str, seconds: float, session: int | None = None) -> bool:
     """Save a search's time; return False if another session has begun since."""
-    clock = _read_clock(trials, search)
+    clock = read_clock(trials, search)
     if session is not None and clock.sessions > session:
         return False
     write_json(_clock_path(trials, search), clock.model_copy(update={"seconds": seconds}))
@@ -216,7 +216,7 @@ def write_seconds(trials: Path, search: str, seconds: float, session: int | None
 
 def begin_session(trials: Path, search: str) -> int:
     """Count a session of the search; return its number, from 1."""
-    clock = _read_clock(trials, search)
+    clock = read_clock(trials, search)
     write_json(_clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1}))
     return clock.sessions + 1
 
@@ -232,10 +232,6 @@ def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
         return result.loss
     assert result.accuracy is not None
     return 1.0 - result.accuracy
-
-
-def _read_clock(trials: Path, search: str) -> SearchClock:
-    return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
 
 
 def _clock_path(trials: Path, search: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from conftest import raw_config, with_key
 from made_records import made_confirmation, made_layer, made_prune, made_search
-from made_rows import STATE, candidate, score
+from made_rows import STATE, Scored, candidate, results_of, score, with_figures
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
@@ -25,20 +25,15 @@ from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     BankRecord,
-    CandidateRecord,
     ComparisonRecord,
-    EvalRecord,
-    FinetuneRecord,
-    Inference,
-    InferenceSetting,
     MethodScores,
     PrepareRecord,
     Record,
-    RowScores,
     RungResult,
     SearchState,
     SensitivityRecord,
     StageState,
+    TaskScore,
     TrialRecord,
 )
 from qpruner.runs.run_dir import RunDir
@@ -57,9 +52,6 @@ CONTROLS = {"uniform-4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
 """The first trials' origins, and the share of groups with 8 bits."""
 LEVELS = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
 SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
-SETTING = InferenceSetting(
-    device="2 CPU cores", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
-)
 
 
 class MadeRun:
@@ -195,46 +187,38 @@ class MadeRun:
         statuses = [trial.status for trial in self.trials]
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
-        search = made_search(
-            best.plan,
-            **self._stage,
-            trials_digest=TRIALS,
-            budget_bytes=BUDGET,
-            num_trials=len(self.trials),
-            num_finished=statuses.count("finished"),
-            num_stopped=statuses.count("stopped"),
-            num_failed=statuses.count("failed"),
-            ended=f"all {len(self.trials)} trials were spent (`search.max_trials`)",
-            search_seconds=1800.0,
-            confirmations=tuple(
+        search = {
+            "trials_digest": TRIALS,
+            "budget_bytes": BUDGET,
+            "num_trials": len(self.trials),
+            **{f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")},
+            "ended": f"all {len(self.trials)} trials were spent (`search.max_trials`)",
+            "search_seconds": 1800.0,
+            "confirmations": tuple(
                 made_confirmation(each.index, each.origin, each.rungs[-1].loss - 0.1)
                 for each in (*self.trials[:3], best)
             ),
-            best_index=best.index,
-            best_origin=best.origin,
-            best_control=1,
-            resumed=3,
-            sessions=2,
-        )
-        tuned = self._candidates(best.plan)
-        scored = self._scores([(row.name, row.seed) for row in tuned])
-        is_first = [(row.name, row.seed) == (SEARCHED, 0) for row in tuned]
-        untuned = self._scores([(BASE, None), (PRUNED, None), (SEARCHED, None)])
+            "best_index": best.index,
+            "best_origin": best.origin,
+            "best_control": 1,
+        }
+        untuned = [(name, self._scores(name)) for name in (BASE, PRUNED, SEARCHED)]
+        made = with_figures(results_of(self._scored(best.plan), untuned, **search))
+        assert made.finetune and made.evaluate
+        tuned, (base, pruned, quantized, *rows) = made.finetune.candidates, made.evaluate.rows
+        given: dict[str, Any] = {"inference": made.evaluate.inference, **self._stage}
+        won = {"candidates": (tuned[-3],), **self._stage}
+        scored = {"rows": (base, pruned, quantized, rows[-3]), **self._stage}
         return self._begin(num_blocks, noises) | {
-            "search": search,
-            "finetune": FinetuneRecord(**self._stage, winner=SEARCHED, candidates=(tuned[is_first.index(True)],)),
-            "evaluate": EvalRecord(
-                **self._stage,
-                rows=(*untuned, scored[is_first.index(True)]),
-                text="`evaluate.text` in 12 windows of 128 tokens",
-                inference=SETTING,
-                tested="asked",
-            ),
-            "comparison": ComparisonRecord(**self._stage, candidates=tuned, rows=scored, inference=SETTING),
+            "search": made_search(best.plan, **search, resumed=3, sessions=2, **self._stage),
+            "finetune": made.finetune.model_copy(update=won),
+            "evaluate": made.evaluate.model_copy(update=scored),
+            "comparison": ComparisonRecord(candidates=tuned, rows=tuple(rows), **given),
         }
 
-    def _candidates(self, best: dict[str, int]) -> tuple[CandidateRecord, ...]:
-        rows: list[CandidateRecord] = []
+    def _scored(self, best: dict[str, int]) -> list[Scored]:
+        """Fine-tunes of every row, three of the searched one, which comes last."""
+        found: list[Scored] = []
         for name in (*LEVELS, BEST_SEED, RANDOM, SEARCHED):
             plan = dict.fromkeys(self.groups, LEVELS[name]) if name in LEVELS else best
             if name in (BEST_SEED, RANDOM):
@@ -242,29 +226,15 @@ class MadeRun:
             for seed in range(1 if name in LEVELS else 3):
                 loss = 3.9 + self._random.normal(0, 0.02) + {4: 0.3, 8: 0.1}.get(LEVELS.get(name, 0), 0.0)
                 row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss, loss - 0.05)
-                rows.append(row.model_copy(update={"digest": f"{len(rows):016d}", "seconds": 40.0}))
-        return tuple(rows)
+                row = row.model_copy(update={"digest": f"{len(found):016d}", "seconds": 40.0})
+                found.append((row, self._scores(name)))
+        return found
 
-    def _scores(self, wanted: list[tuple[str, int | None]]) -> tuple[RowScores, ...]:
-        shares = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}
-        found = []
-        for name, seed in wanted:
-            scores = []
-            for task, count in self._tasks.items():
-                correct = (self._random.random(count) < shares.get(name, 0.69)).astype(float).tolist()
-                scores.append(score(correct, self._random.gamma(2.0, 1.0, count).tolist(), task))
-            text_loss, taken = 3.3 + self._random.normal(0, 0.01), None
-            if seed is not None:
-                fast = {BASE: 1.0, PRUNED: 1.2}.get(name, 0.7)
-                taken = Inference(
-                    memory_bytes={BASE: 331_000_000, PRUNED: 270_000_000}.get(name, 140_000_000),
-                    prefill_tokens_per_second=tuple(self._random.uniform(500 * fast, 600 * fast, 3).tolist()),
-                    decode_tokens_per_second=tuple(self._random.uniform(20 * fast, 24 * fast, 3).tolist()),
-                )
-            found.append(
-                RowScores(digest="0", name=name, seed=seed, scores=tuple(scores), text_loss=text_loss, inference=taken)
-            )
-        return tuple(found)
+    def _scores(self, name: str) -> tuple[TaskScore, ...]:
+        share = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}.get(name, 0.69)
+        correct = {task: (self._random.random(count) < share).astype(float) for task, count in self._tasks.items()}
+        losses = {task: self._random.gamma(2.0, 1.0, count).tolist() for task, count in self._tasks.items()}
+        return tuple(score(right.tolist(), losses[task], task) for task, right in correct.items())
 
 
 # ---- a search of six trials

@@ -36,7 +36,7 @@ from qpruner.search.searchers import History, Proposal, Proposer, RandomProposer
 from qpruner.search.trial_records import (
     begin_session,
     begin_trial,
-    read_seconds,
+    read_clock,
     read_trial,
     read_trials,
     restart_if_damaged,
@@ -166,26 +166,22 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
     assert [index for index, *_ in Searching(job, record.model_copy(update={"status": "finished"})).rest()] == [2]
 
 
-@pytest.mark.parametrize(("plan", "goes_on"), [("848444", True), ("888848", False)])
-def test_what_another_search_was_cut_off_in_goes_on_if_it_fits(plan: str, goes_on: bool, tmp_path: Path) -> None:
-    job = job_of(tmp_path)
-    first = Searching(job, trial(0, plan, [3.5], ANOTHER, status="running")).rest()[0]
-    assert first == ((0, "random", plan) if goes_on else (1, "uniform-4", "444444"))
-    assert read_trials(job.trials)[0].search == (MINE if goes_on else ANOTHER)
-
-
 @pytest.mark.parametrize(
-    ("failure", "losses", "is_retried"),
-    [("storage", [3.5], True), ("diverged", [3.5], False), ("hung", [], True), ("hung", [3.5], False)],
+    ("record", "goes_on"),
+    [
+        (trial(0, "848444", [3.5], ANOTHER, status="running"), True),
+        (trial(0, "888848", [3.5], ANOTHER, status="running"), False),  # does not fit
+        (trial(0, "484444", [3.5], status="failed", failure="storage"), True),
+        (trial(0, "484444", [3.5], status="failed", failure="diverged"), False),
+        (trial(0, "484444", [], status="failed", failure="hung"), True),  # it may have waited for its files
+        (trial(0, "484444", [3.5], status="failed", failure="hung"), False),
+    ],
 )
-def test_what_failed_for_no_fault_of_its_own_is_retried(
-    failure: str, losses: list[float], is_retried: bool, tmp_path: Path
-) -> None:
-    """What hung before its first rung may have waited for its files; after one it is no better the next time."""
+def test_what_was_cut_off_or_failed_for_no_fault_goes_on(record: TrialRecord, goes_on: bool, tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    failed = trial(0, "444444", losses, origin="uniform-4", status="failed", failure=failure)
-    assert Searching(job, failed).rest()[0][1] == ("uniform-4" if is_retried else "seed-kl")
-    assert read_trials(job.trials)[0].status == ("running" if is_retried else "failed")
+    assert Searching(job, record).rest()[0][0] == (0 if goes_on else 1)
+    (found,) = read_trials(job.trials)
+    assert (found.search, found.status) == ((MINE, "running") if goes_on else (record.search, record.status))
 
 
 # ---- trials that do not end by themselves
@@ -329,7 +325,7 @@ def test_a_driver_that_slept_changes_no_others_trial(tmp_path: Path) -> None:
     write_seconds(job.trials, job.search, 7.0)
     for name in "ab":
         search.searcher.on_trial_complete(name, error=True)
-    assert read_trials(job.trials) == [finished, goes_on] and read_seconds(job.trials, job.search) == 7.0
+    assert read_trials(job.trials) == [finished, goes_on] and read_clock(job.trials, job.search).seconds == 7.0
     with pytest.raises(StageError, match="another driver took this run over"):
         search.halt.on_step_begin(1, [])
 
@@ -431,7 +427,7 @@ def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
     for _ in range(2):  # the second finds it whole
         set_aside_damaged(trials, MINE, told.append)
         assert len(told) == 1 and str(clock) in told[0] and "count from zero" in told[0]
-        assert read_seconds(trials, MINE) == 0.0
+        assert read_clock(trials, MINE).seconds == 0.0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "away", None])

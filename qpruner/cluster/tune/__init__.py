@@ -46,7 +46,7 @@ from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.storage import retry_storage, storage_error
 from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
-from qpruner.search.trial_records import REMEDIES, begin_session, read_seconds, read_trials, wait_for_storage
+from qpruner.search.trial_records import REMEDIES, begin_session, read_clock, read_trials, wait_for_storage
 from qpruner.training.trackers import Trackers
 
 # Tune would hand the driver's keys to its actors in their runtime environment, which Ray's agents write to their logs
@@ -163,7 +163,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
         trials=trials,
         reused=[trial for trial in recorded if not job.owns(trial)],
         ended=ended,
-        seconds=read_seconds(job.trials, job.search),
+        seconds=read_clock(job.trials, job.search).seconds,
         sessions=sessions,
         gpu_seconds=sum(trial.gpu_seconds_of(job.search) for trial in recorded),
     )

@@ -28,8 +28,8 @@ from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
+    read_clock,
     read_pulse,
-    read_seconds,
     read_trial,
     read_trials,
     remove_old_checkpoints,
@@ -40,8 +40,7 @@ from qpruner.search.trial_records import (
 )
 
 MAX_KILLS = 3
-"""Worker deaths in a row, without a rung between them and on machines that stay, at which a trial fails. Those for want
-of memory are counted apart."""
+"""Worker deaths in a row, without a rung between them and on machines that stay, at which a trial fails."""
 MAX_ERRORS = 3
 """Trials in a row that may end in an error on one machine before the machine counts as broken."""
 KERNEL_SECONDS = 20.0
@@ -76,7 +75,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
-        self._earlier_seconds, self._started = read_seconds(job.trials, job.search), time.monotonic()
+        self._earlier_seconds, self._started = read_clock(job.trials, job.search).seconds, time.monotonic()
         self._is_over, self._next_look = False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -290,7 +289,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
-    counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
+    failure, reason = "lost", "its worker process died {} times in a row"
     if death.by_ray or (
         pulse and pulse.node == node and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
     ):
@@ -298,10 +297,9 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         if smaller is not None:
             return record.model_copy(update={"micro_batch_size": smaller})
         by = "Ray" if death.by_ray else "the kernel"
-        counter, failure = "memory_kills", "infeasible"
-        reason = f"out of memory: {by} killed its worker {{}} times in a row"
-    kills = getattr(record, counter) + 1
-    record = record.model_copy(update={counter: kills})
+        failure, reason = "infeasible", f"out of memory: {by} killed its worker {{}} times in a row"
+    kills = record.kills + 1
+    record = record.model_copy(update={"kills": kills})
     return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
 
 
