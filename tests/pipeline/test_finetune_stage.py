@@ -34,7 +34,7 @@ def test_the_comparison_changes_nothing_of_the_winner(
     """`finetune` and `evaluate` of a finished run stay recorded when a comparison is added or taken away."""
     other = changed("finetune", {"steps": 4} | settings)
     assert Finetune(context).digest == Finetune(other).digest
-    assert Finetune(context).detail().endswith(", so its loss is not that of a trial"), "it may be 0.3 worse"
+    assert Finetune(context).detail().endswith(", so its loss differs from its trial's"), "it may be 0.3 worse"
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
-    for is_there, cause in ((True, "the driver sees it whole"), (False, "set aside in")):
+    for is_there, cause in ((True, "on the driver it is intact"), (False, "set aside in")):
         if not is_there:
             weights.unlink()
         with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):

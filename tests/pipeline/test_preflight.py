@@ -67,7 +67,7 @@ def test_more_tokens_than_learned_positions_are_refused(tiny_model: Path, tmp_pa
     assert inspect(validate_config(raw)).sample_length == 64
     for change, told in (
         ("data.max_length=65", r"`data\.max_length`: 65 tokens are more than the 64 positions that this opt model"),
-        ("calibration.max_length=128", r"`calibration\.max_length`: 128 tokens .* give at most 64"),
+        ("calibration.max_length=128", r"`calibration\.max_length`: 128 tokens .* use at most 64"),
         (f"calibration.token_ids={tmp_path}/ids.json", r"`calibration\.token_ids`: 70 tokens are more"),
     ):
         with pytest.raises(UserError, match=told):

@@ -20,8 +20,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.prepare import Prepare
-from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
-from qpruner.pipeline.run import run
+from qpruner.pipeline.run import PACKAGES, RunProgress, _cpu_model, _environment, run
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
 from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import PrepareRecord, RunState
@@ -155,7 +154,7 @@ def test_a_record_of_another_driver_is_left(tiny_raw: dict[str, Any]) -> None:
             (scratch / "model").touch()
             return {"model_path": "", "converted": False, "num_rows": {}}
 
-    lost = r"another driver took this run over .*driver\.lock is another's, or gone"
+    lost = r"another driver took this run over .*driver\.lock belongs to another driver, or is missing"
     for attempt in (lambda: run_stage(LosingPrepare(context)),) * 2 + (lambda: context.forget("prepare"),):
         with pytest.raises(StageError, match=lost):
             attempt()
