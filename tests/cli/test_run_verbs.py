@@ -257,10 +257,10 @@ ALL_4 = dict.fromkeys(GROUPS, 4)
     ("text", "problem"),
     [
         (yaml.safe_dump(ALL_4 | {"layers.5": 6}), r"`layers.5` must have one of 4, 8 bits \(`quantize.bits`\), got 6"),
-        (yaml.safe_dump(ALL_4 | {"layer.5": 4}), "`layer.5` is no group of this model; did you mean `layers.5`?"),
+        (yaml.safe_dump(ALL_4 | {"layer.5": 4}), "`layer.5` is not a group of this model; did you mean `layers.5`?"),
         (yaml.safe_dump(dict.fromkeys(GROUPS[1:], 4)), "1 of 6 groups are missing: layers.0"),
-        ("", "must map every group to its bits, got an empty file; `qpruner plan RUN` prints one"),
-        ("[4, 4, 4, 4, 4, 4]", "must map every group to its bits, got list; `qpruner plan RUN` prints one"),
+        ("", "must map every group to its bits, got an empty file; `qpruner plan RUN` prints a plan"),
+        ("[4, 4, 4, 4, 4, 4]", "must map every group to its bits, got list; `qpruner plan RUN` prints a plan"),
         (yaml.safe_dump(ALL_4) + "layers.0: 4", r"key `layers.0` is given twice\s.*line 7"),
     ],
 )
