@@ -41,6 +41,13 @@ class Store:
     def uri(self, name: str) -> str:
         return f"s3://{BUCKET}/{name}"
 
+    def client(self, service: str, region: str = "us-east-1") -> Any:
+        """AWS's own client of the stand-in."""
+        import boto3
+
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": region}
+        return boto3.client(service, endpoint_url=f"http://127.0.0.1:{self.port}", **keys)
+
     def suspend(self) -> None:
         """It takes connections and answers nobody."""
         self.process.send_signal(signal.SIGSTOP)
@@ -50,11 +57,7 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """An object, past qpruner and past pyarrow, whose reads are of two requests."""
-        import boto3
-
-        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", **keys)
-        found: bytes = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        found: bytes = self.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read()
         return found
 
     def write(self, key: str, data: bytes) -> None:

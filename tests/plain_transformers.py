@@ -59,7 +59,7 @@ def run_python(program: str, *arguments: str, folder: Path | None = None, **vari
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

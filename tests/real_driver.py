@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,6 @@ import yaml
 from conftest import raw_config, with_key
 
 MINUTES = 60.0
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's agents notice their raylet's death by themselves, but only after up to 95 s (measured, Ray 2.60)."""
 
 
 def search_config(model: Path, folder: Path, **keys: Any) -> Path:
@@ -71,15 +69,18 @@ class Driver:
 
 
 @contextmanager
-def driver(config: Path, *options: str, verb: str = "search", **environment: str) -> Iterator[Driver]:
-    """Start the command; at the end nothing of it is left, also when the test fails."""
-    raw = yaml.safe_load(config.read_text())
+def driver(
+    config: Path, *options: str, verb: str = "search", inside: Sequence[str] = (), **environment: str
+) -> Iterator[Driver]:
+    """Start the command, `inside` another machine if that is given; at the end nothing of it is left, also when the
+    test fails."""
+    run = Path(yaml.safe_load(config.read_text())["output"])
     # Beside the folder, which may be a file system of its own that a test fills.
     out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
-    command = [sys.executable, "-m", "qpruner", verb, str(config), "--json", *options]
     with out.open("w") as file:
         process = subprocess.Popen(
-            command,
+            [*inside, sys.executable, "-m", "qpruner", verb, str(config), "--json", *options],
+            stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
@@ -88,26 +89,29 @@ def driver(config: Path, *options: str, verb: str = "search", **environment: str
             # Tests that were started in the background ignore Ctrl-C, and what they start would, too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    descendants: dict[int, psutil.Process] = {}
+    descendants: set[psutil.Process] = set()
     try:
-        yield Driver(process, Path(raw["output"]), out)
+        yield Driver(process, run, out)
         with suppress(psutil.NoSuchProcess):
-            descendants = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+            descendants.update(psutil.Process(process.pid).children(recursive=True))
     finally:
         with suppress(psutil.NoSuchProcess):
-            descendants |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
-        if process.poll() is None:
-            process.kill()
+            descendants.update(psutil.Process(process.pid).children(recursive=True))
+        process.kill()
         process.wait()
-        for child in descendants.values():
+        for child in descendants:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
 
 
 def trials_of(run: Path) -> dict[int, dict[str, Any]]:
     """The trials' records by number."""
-    found = [json.loads(path.read_text()) for path in sorted(run.glob("trials/*/*/trial.json"))]
-    return {trial["index"]: trial for trial in found}
+    found = {}
+    for path in sorted(run.glob("trials/*/*/trial.json")):
+        with suppress(FileNotFoundError):  # withdrawn meanwhile
+            trial = json.loads(path.read_text())
+            found[trial["index"]] = trial
+    return found
 
 
 def rungs_of(run: Path) -> dict[int, list[dict[str, Any]]]:

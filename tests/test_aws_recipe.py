@@ -13,12 +13,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkouts import copy_checkout
 from doc_blocks import blocks
-from object_store import KEYS, Store, object_store
+from object_store import Store, object_store
 
 pytestmark = pytest.mark.docs
 
@@ -46,26 +45,19 @@ class Account:
     checkout: Path
     environment: dict[str, str]
 
-    def runs(self, command: list[str]) -> str:
-        """Run something in the checkout and return what it says."""
+    def run(self, *command: str, code: int = 0) -> str:
+        """Run something in the checkout, which must exit with this code; return its errors."""
         done = subprocess.run(
             command, cwd=self.checkout, env=self.environment, capture_output=True, text=True, timeout=180
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stderr
 
     def follow(self, *starts: str, options: tuple[str, ...] = ("-euo", "pipefail")) -> None:
         """Run blocks of the page, found by how they begin, in one shell."""
         found = [block for block in blocks() if block.page == "docs/cluster.md"]
         texts = [next(block.text for block in found if block.first.startswith(start)) for start in starts]
-        self.runs(["bash", *options, "-c", "\n".join(texts)])
-
-    def client(self, service: str) -> Any:
-        import boto3
-
-        keys = {name.lower(): value for name, value in KEYS.items() if "KEY" in name}
-        place = {"region_name": REGION, "endpoint_url": self.store.environment["AWS_ENDPOINT_URL"]}
-        return boto3.client(service, **place, **keys)
+        self.run("bash", *options, "-c", "\n".join(texts))
 
 
 @pytest.fixture
@@ -86,7 +78,7 @@ def account(tmp_path: Path) -> Iterator[Account]:
 
 
 def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_path: Path) -> None:
-    ec2, iam, s3 = (account.client(service) for service in ("ec2", "iam", "s3"))
+    ec2, iam, s3 = (account.store.client(service, REGION) for service in ("ec2", "iam", "s3"))
     before = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
     account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak")
     (bucket,) = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} - set(before)
@@ -105,8 +97,8 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
         edited,
     ), "who begins anew ends with the same"
     if shutil.which("rsync"):  # which `up.sh` asks for before it looks at the file
-        account.runs([sys.executable, "launch/check_cluster.py", "cluster.yaml"])
-    account.runs([sys.executable, "-c", START])
+        account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")
+    account.run(sys.executable, "-c", START)
     machines = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]]
     tags = [{tag["Key"]: tag["Value"] for tag in machine["Tags"]} for machine in machines]
     roles = {
@@ -130,24 +122,18 @@ def test_results_in_a_bucket_are_fetched(account: Account, tmp_path: Path) -> No
     of_a_run |= {"final/adapter/weights"}
     for name in (*of_a_run, "bank/large", "records.txt", "finals/x"):
         account.store.write(f"runs/mine/{name}", name.encode())
-    fetch = ["bash", "launch/fetch.sh", "cluster.yaml"]
-    account.runs([*fetch, account.store.uri("runs/mine/"), str(tmp_path / "mine")])
-    here = {str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*") if path.is_file()}
-    assert here == of_a_run
-
-    def refused(*given: str) -> str:
-        done = subprocess.run(
-            [*fetch, *given], cwd=account.checkout, env=account.environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 1, done.stdout
-        return done.stderr
-
-    mistyped = account.store.uri("runs/mien")
-    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused(
-        mistyped, str(tmp_path / "mine"), "report.html", "final"
-    ), "what an earlier fetch brought does not count"
-    assert "not fetched: record; " in refused(account.store.uri("runs/mine"), str(tmp_path / "part"), "final", "record")
-    assert (tmp_path / "part" / "final" / "adapter" / "weights").is_file()
-    run, endpoint = account.store.uri("runs/mine"), "https://minio.example:9000"
-    elsewhere = f"{run}?endpoint_override={endpoint}&region=here"
-    assert f"AWS_ENDPOINT_URL={endpoint} bash launch/fetch.sh cluster.yaml {run} x" in refused(elsewhere, "x")
+    run, mistyped, mine, part = (
+        *map(account.store.uri, ("runs/mine", "runs/mien")),
+        tmp_path / "mine",
+        tmp_path / "part",
+    )
+    fetch = ("bash", "launch/fetch.sh", "cluster.yaml")
+    account.run(*fetch, f"{run}/", str(mine))
+    assert {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()} == of_a_run
+    refused = account.run(*fetch, mistyped, str(mine), "report.html", "final", code=1)
+    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused, "whatever was fetched before"
+    assert "not fetched: record; " in account.run(*fetch, run, str(part), "final", "record", code=1)
+    assert (part / "final" / "adapter" / "weights").is_file()
+    endpoint = "https://minio.example:9000"
+    refused = account.run(*fetch, f"{run}?endpoint_override={endpoint}&region=here", "x", code=1)
+    assert f"AWS_ENDPOINT_URL={endpoint} bash launch/fetch.sh cluster.yaml {run} x" in refused

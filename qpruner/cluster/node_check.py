@@ -28,8 +28,6 @@ from qpruner.runs.run_dir import RunDir
 ANSWER_SECONDS = 120.0
 """A node answers within this time; importing torch from a cold network file system can take a minute."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")
-"""Paths of GPU drivers: NVIDIA's, AMD's, that of Windows' Linux."""
 DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
 """Where Linux lists devices, and the vendor and the class prefix of a GPU there."""
 MISSING = "not installed"
@@ -208,9 +206,7 @@ def _unseen_gpus() -> str:
 
 
 def _has_hardware() -> bool:
-    """Return whether there is a GPU driver, or a card without one; GPUs may also be declared to Ray."""
-    if any(Path(path).exists() for path in DRIVERS):
-        return True
+    """Return whether there is an NVIDIA card, with a driver or without; GPUs may also be declared to Ray."""
     for device in Path(DEVICES).glob("*"):
         with contextlib.suppress(OSError):
             kind = (device / "class").read_text()

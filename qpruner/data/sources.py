@@ -33,6 +33,8 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 """Suffixes of the files that are read, and their builders in datasets."""
 OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Files that are refused; a relative path of theirs would otherwise be looked up on the hub."""
+SPLIT_REFUSALS = ("Unknown split", "corresponds to no data", "Unrecognized instruction", "Percent slice", "Split name")
+"""Parts of the messages with which datasets (5.2) refuses a split."""
 LARGEST_CELL = 2**30
 """Characters; Python's own limit of 131072 is less than a long text."""
 
@@ -100,9 +102,13 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
         reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(error.__cause__ or error)
+        if any(words in reason for words in SPLIT_REFUSALS):
+            raise UserError(
+                f"`{key}.split`: {source.split!r} selects no rows of {source.source!r} ({reason}); name a split that "
+                "it has, such as `train` or `train[:100]`"
+            ) from error
         raise UserError(
-            f"`{key}.source`: no rows can be read from {source.source!r} (`split: {source.split}`): {reason}; mend it "
-            "or name another"
+            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; correct it or name another"
         ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from qpruner.config.schema import HUB_ID
 from qpruner.errors import CorruptFile, UserError, first_line
@@ -81,12 +82,9 @@ def check_source(model: ModelConfig) -> str:
         check_folder(path, "`model.source`")
     elif path.exists():
         raise UserError(f"`model.source`: {source} is a file, but no .gguf; {remedy}")
-    elif source.startswith((".", "/")):
-        raise UserError(f"`model.source`: folder {path.absolute()} does not exist; {remedy}")
     elif not HUB_ID.fullmatch(source):
         raise UserError(
-            f"`model.source`: there is no folder {path.absolute()}, and {source} is no hub id (OWNER/NAME) either; "
-            f"{remedy}"
+            f"`model.source`: folder {path.absolute()} does not exist, and {source} is no hub id (OWNER/NAME); {remedy}"
         )
     return source
 
@@ -150,7 +148,6 @@ def load_dense(
         UserError: If `device_map: auto` finds no room on the devices for all of it.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from qpruner.models import cpu
@@ -171,8 +168,7 @@ def load_dense(
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not transformers' "no such file"
             raise
-        path = damaged_file(Path(source))
-        raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
+        raise _damaged(Path(source), error) from error
     if not is_spread:
         return loaded.to(device())
     check_reachable(loaded)
@@ -197,27 +193,22 @@ def reporting_tensors(on_progress: OnLoading) -> Iterator[None]:
     """Report the tensors that transformers reads and the weight files that it writes, through its progress bars."""
     from transformers.utils import logging
 
-    before = logging.set_tqdm_hook(lambda factory, args, kwargs: _ReportingBar(on_progress, *args, **kwargs))
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: _reported(on_progress, *args, **kwargs))
     try:
         yield
     finally:
         logging.set_tqdm_hook(before)
 
 
-class _ReportingBar:
-    """Stand in for a progress bar and report instead."""
-
-    def __init__(
-        self, on_progress: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
-    ) -> None:
-        self._on_progress, self._items = on_progress, items
-        named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
-        self._what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
-
-    def __iter__(self) -> Iterator[Any]:
-        for done, item in enumerate(self._items, 1):
-            yield item
-            self._on_progress(self._what, done, len(self._items))
+def _reported(
+    on_progress: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
+) -> Iterator[Any]:
+    """Stand in for a progress bar."""
+    named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
+    what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
+    for done, item in enumerate(items, 1):
+        yield item
+        on_progress(what, done, len(items))
 
 
 def checkpoint_config(folder: Path) -> Any:
@@ -227,20 +218,20 @@ def checkpoint_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        path = damaged_file(folder)
-        raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
+        raise _damaged(folder, error) from error
 
 
-def damaged_file(folder: Path) -> Path:
-    """Find the first file of a checkpoint that cannot be read; the folder itself when all can."""
+def _damaged(folder: Path, error: Exception) -> CorruptFile:
+    """Make the error that names the first file of a checkpoint that cannot be read; the folder itself when all can."""
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    path = next((file for file in weights if not _is_complete(file)), folder)
     try:
         json.loads(config.read_bytes())
     except (OSError, ValueError):
-        return config
-    if not weights:
-        return folder / "model.safetensors"
-    return next((file for file in weights if not _is_complete(file)), folder)
+        path = config
+    if not weights and path == folder:
+        path = folder / "model.safetensors"
+    return CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path)
 
 
 def device() -> str:
@@ -283,16 +274,12 @@ def check_folder(path: Path, named: str) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says; the weights are neither read nor mapped."""
-    size = file.stat().st_size
+    """Whether a safetensors file is as long as its header says; no weights are read."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, size)))
-        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        with safe_open(file, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
         return False
-    return bool(end == size)
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
 from qpruner.models.families import family_of
 from qpruner.pruning.surgery import unit_indices
-from qpruner.pruning.units import Kept
+from qpruner.pruning.units import Kept, unit_kinds_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ def compensate_blocks(
     for index in (index for index in range(count) if index not in gone):
         behind = list(itertools.takewhile(lambda other: other in gone, range(index + 1, count)))
         if behind and index in layers:
-            linear = family.unit_kinds(model.config.per_layer_config[index], index)[-1].output_linear
+            linear = unit_kinds_of(model.config, [index])[index][-1].output_linear
             assert linear is not None, "a residual factor says that there is one"
             gram = _Gram()
             stream.visit(index, linear, gram.add, behind)
@@ -166,11 +166,11 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
     stream = BlockStream(model, samples)
     biased: set[str] = set()
     for index in range(model.config.num_hidden_layers):
-        kinds = family.unit_kinds(model.config.per_layer_config[index], index) if index in kept else ()
+        kinds = unit_kinds_of(model.config, [index], kept.get(index, ()))[index]
         block = model.get_submodule(family.block_path(index))
         with ExitStack() as as_cut:
             # Attention first: the MLP's inputs are those behind the pruned attention.
-            for kind in (kind for kind in kinds if kind.name in kept[index]):
+            for kind in kinds:
                 units, linear = kept[index][kind.name], kind.output_linear
                 assert linear is not None, "preflight refuses to compensate what has no output projection"
                 module = block.get_submodule(linear)
@@ -180,43 +180,38 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
                     continue
                 as_cut.enter_context(family.as_cut(block, kind, units))
                 output = next(item for item in kind.slices if item.parameter == f"{linear}.weight")
-                stays = unit_indices(output, units)
+                stays, weight = unit_indices(output, units), module.weight.data
+                is_removed = torch.ones(module.in_features, dtype=torch.bool)
+                is_removed[stays] = False
+                removed = is_removed.nonzero().flatten()
                 if method == "bias":
+                    # What the removed columns gave on average: ``b += W_R mean(x_R)`` (FLAP, eq. 5).
                     moments = InputMoments()
                     stream.visit(index, linear, moments.add)
                     ragged.add_output_biases(block, [linear])
-                    _shift_bias(module, stays, moments.mean)
+                    given = weight[:, removed].float() @ moments.mean[removed].float().to(weight.device)
+                    module.bias.data.add_(given.to(module.bias.dtype))
                 else:
                     gram = _Gram()
                     stream.visit(index, linear, gram.add)
-                    _solve(module, stays, gram.matrix, ridge, f"{family.block_path(index)}.{linear}")
+                    _solve(weight, stays, removed, gram.matrix, ridge, f"{family.block_path(index)}.{linear}")
+                weight[:, removed] = 0
             stream.advance(index)
     declare_biases(model, sorted(biased))
 
 
-@torch.no_grad()
-def _shift_bias(linear: torch.nn.Linear, stays: torch.Tensor, mean: torch.Tensor) -> None:
-    """Put what the removed columns gave on average into the bias: ``b += W_R mean(x_R)`` (FLAP, eq. 5)."""
-    removed = _others(stays, linear.in_features)
-    weight = linear.weight.data
-    given = weight[:, removed].float() @ mean[removed].float().to(weight.device)
-    linear.bias.add_(given.to(linear.bias.dtype))
-    weight[:, removed] = 0
-
-
-@torch.no_grad()
-def _solve(linear: torch.nn.Linear, stays: torch.Tensor, gram: torch.Tensor, ridge: float, name: str) -> None:
-    """Solve the columns that stay anew and zero the others.
+def _solve(
+    weight: torch.Tensor, stays: torch.Tensor, removed: torch.Tensor, gram: torch.Tensor, ridge: float, name: str
+) -> None:
+    """Solve the columns that stay anew.
 
     With ``G = X^T X`` over the calibration tokens, S the columns that stay and R those that go, the weights ``W'`` that
     minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
     """
-    kept, removed = stays.to(gram.device), _others(stays, linear.in_features).to(gram.device)
-    weight = linear.weight.data
-    given = weight[:, removed].float() @ gram[removed][:, kept]
-    change = _ridge_solution(gram[kept][:, kept], given, ridge, name)
-    weight[:, kept] = (weight[:, kept].float() + change).to(weight.dtype)
-    weight[:, removed] = 0
+    stays, removed = stays.to(gram.device), removed.to(gram.device)
+    given = weight[:, removed].float() @ gram[removed][:, stays]
+    change = _ridge_solution(gram[stays][:, stays], given, ridge, name)
+    weight[:, stays] = (weight[:, stays].float() + change).to(weight.dtype)
 
 
 def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
@@ -230,12 +225,6 @@ def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name:
             f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or give more text"
         )
     return change
-
-
-def _others(stays: torch.Tensor, length: int) -> torch.Tensor:
-    others = torch.ones(length, dtype=torch.bool)
-    others[stays] = False
-    return others.nonzero().flatten()
 
 
 def declare_biases(model: PreTrainedModel, linears: Sequence[str]) -> None:

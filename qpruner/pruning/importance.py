@@ -27,7 +27,8 @@ from qpruner.data.calibration import (
 )
 from qpruner.data.losses import predicting
 from qpruner.errors import TrainingDiverged
-from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
+from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
+from qpruner.pruning.units import unit_kinds_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ def score(
     Raises:
         TrainingDiverged: Naming the parameter whose gradient or importance is NaN or infinite.
     """
-    kinds, importance = unit_kinds_of(model, layers, settings.width_units), settings.importance
+    kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
     if importance == "random":
         generator = torch.Generator().manual_seed(seed)
         return {
@@ -166,17 +167,6 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
     return scores
 
 
-def unit_kinds_of(
-    model: PreTrainedModel, layers: Sequence[int], units: Sequence[str] = (ATTENTION, EXPERT, MLP)
-) -> dict[int, tuple[UnitKind, ...]]:
-    """List the kinds of unit that may go, by block."""
-    family, configs = family_of(model.config), model.config.per_layer_config
-    return {
-        index: tuple(kind for kind in family.unit_kinds(configs[index], index) if kind.name in units)
-        for index in layers
-    }
-
-
 class UnitScores:
     """Add up scores of units by matrix, until they are reduced to one; of key/value groups, head by head.
 
@@ -266,7 +256,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     else:
         # Each matrix counts once: whole experts and the router, not their channels too.
         kinds = {}
-        for index, some in unit_kinds_of(model, layers).items():
+        for index, some in unit_kinds_of(model.config, layers).items():
             has_experts = any(kind.name == EXPERT for kind in some)
             kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
         by_unit = _taylor(model, kinds, samples).reduce("sum")

@@ -18,11 +18,11 @@ from qpruner.errors import UserError
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton
 from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
-from qpruner.pruning.importance import Scores, block_importance, check_weights, score, unit_kinds_of
+from qpruner.pruning.importance import Scores, block_importance, check_weights, score
 from qpruner.pruning.selection import select, select_rate
 from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, new_biases, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
-from qpruner.pruning.units import Kept, TooMuch, unit_sizes
+from qpruner.pruning.units import Kept, TooMuch, unit_kinds_of, unit_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ class Criteria:
         """Score every unit that may go by `importance`."""
         self._step += 1
         if (samples := self._samples_for("importance")) is None:
-            kinds = unit_kinds_of(model, layers, self._settings.width_units)
+            kinds = unit_kinds_of(model.config, layers, self._settings.width_units)
             return {index: {kind.name: torch.zeros(kind.num_units) for kind in some} for index, some in kinds.items()}
         return score(model, layers, self._settings, samples, self._seed)
 

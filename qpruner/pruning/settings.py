@@ -10,7 +10,7 @@ from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
 from qpruner.models.layout import skeleton
-from qpruner.pruning.units import plain_counts
+from qpruner.pruning.units import plain_counts, unit_kinds_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,27 +104,22 @@ def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[i
     """List the output projections that compensation gives a bias where the family has none."""
     if settings.compensates_by != "bias":
         return []
-    family, first = family_of(model.config), layers[0]
-    block, kinds = model.get_submodule(family.block_path(first)), _unit_kinds(model.config)[first]
-    linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units and kind.output_linear]
+    block = model.get_submodule(family_of(model.config).block_path(layers[0]))
+    (kinds,) = unit_kinds_of(model.config, layers[:1], settings.width_units).values()
+    linears = [kind.output_linear for kind in kinds if kind.output_linear]
     return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
 
 
 def are_alike(model_config: Any) -> bool:
     """Whether all blocks of a model have the same units."""
-    first, *others = _unit_kinds(model_config)
+    first, *others = unit_kinds_of(model_config, range(model_config.num_hidden_layers)).values()
     return all(kinds == first for kinds in others)
-
-
-def _unit_kinds(model_config: Any) -> list[tuple[UnitKind, ...]]:
-    family, count = family_of(model_config), model_config.num_hidden_layers
-    return [family.unit_kinds(model_config.per_layer_config[index], index) for index in range(count)]
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
     """List the kinds of unit that may go, block by block, whose weights no linear layer holds."""
-    kinds = [kind for of_block in _unit_kinds(model_config) for kind in of_block if kind.name in settings.width_units]
-    return [kind for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
+    by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
+    return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:

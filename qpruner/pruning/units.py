@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families import ATTENTION, MLP, family_of, owned_parameters
+from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of, owned_parameters
 
 Kept = dict[int, dict[str, tuple[int, ...]]]
 """Block index -> kind of unit -> indices of the units that stay, ascending."""
@@ -49,6 +49,17 @@ class TooMuch(UserError):
         self.most = most
 
 
+def unit_kinds_of(
+    config: Any, layers: Iterable[int], units: Collection[str] = (ATTENTION, EXPERT, MLP)
+) -> dict[int, tuple[UnitKind, ...]]:
+    """List some kinds of unit of some blocks."""
+    family, configs = family_of(config), config.per_layer_config
+    return {
+        index: tuple(kind for kind in family.unit_kinds(configs[index], index) if kind.name in units)
+        for index in layers
+    }
+
+
 def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
     """Compute the sizes of the units that may go; the model may be on the meta device.
 
@@ -57,21 +68,20 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
     """
     family = family_of(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
-    for index, of_block in sizes.items():
+    for index, kinds in unit_kinds_of(model.config, layers, units).items():
         block, layer_config = model.get_submodule(family.block_path(index)), model.config.per_layer_config[index]
-        for kind in family.unit_kinds(layer_config, index):
-            if kind.name in units:
-                is_attention, owned = kind.name == ATTENTION, owned_parameters(block, kind)
-                of_block[kind.name] = KindSize(
-                    sum(parameter.numel() // parameter.shape[item.dim] * item.width for item, parameter in owned),
-                    kind.units_per_partition,
-                    least=kind.least,
-                    partitions=kind.partitions,
-                    rows=family.head_dim(layer_config) if is_attention else 1,
-                    plain=plain_counts(model.config, index) if is_attention else (),
-                )
+        for kind in kinds:
+            is_attention, owned = kind.name == ATTENTION, owned_parameters(block, kind)
+            sizes[index][kind.name] = KindSize(
+                sum(parameter.numel() // parameter.shape[item.dim] * item.width for item, parameter in owned),
+                kind.units_per_partition,
+                least=kind.least,
+                partitions=kind.partitions,
+                rows=family.head_dim(layer_config) if is_attention else 1,
+                plain=plain_counts(model.config, index) if is_attention else (),
+            )
     for name in units:
-        if not any(name in kinds for kinds in sizes.values()):
+        if not any(name in of_block for of_block in sizes.values()):
             raise UserError(
                 f"`prune.units` names {name}, but no block of this {family.model_type} model has such units: leave it "
                 "out"

@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ Found = TypeVar("Found")
 
 TOOLS = ("ip", "hostname", "nsenter", "unshare", "setpriv", "mount")
 SSH = ("ssh-keygen", "rsync", "/usr/sbin/sshd")
-"""What `Machines` and Ray's launcher take besides."""
+"""What machines that are reached over ssh take besides."""
 PRIVATE = ["--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child"]
 UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", *PRIVATE]
 NETWORK = "10.77.0"
@@ -55,18 +56,10 @@ def skip_where_impossible(*tools: str) -> None:
         pytest.skip(f"this machine lacks {', '.join(missing)}")
 
 
-def frozen_versions() -> bytes:
-    """What a head writes to `versions.txt`, as its setup commands do, in the environment that runs this test."""
-    freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
-    return subprocess.run(freeze, check=True, capture_output=True).stdout
-
-
 def link_environment(folder: Path, constraints: bytes = b"") -> None:
     """Make `folder/.venv` what `launch/setup.sh cluster` makes there, out of the environment that runs this test.
 
-    Args:
-        folder: The checkout.
-        constraints: Content of the file that `PIP_CONSTRAINT` names there: a worker's `versions.txt`.
+    `constraints` is the content of the file that `PIP_CONSTRAINT` names there: a worker's `versions.txt`.
     """
     venv = folder / ".venv"
     venv.mkdir(parents=True)
@@ -92,52 +85,41 @@ def small_config(path: Path, model: Path, output: Path) -> Path:
     return path
 
 
-def trials_of(run: Path) -> list[str]:
-    """How each trial of a finished run ended."""
-    assert (run / "report.md").exists(), "the run came to its end"
-    return [json.loads(path.read_text())["status"] for path in run.glob("trials/*/*/trial.json")]
+def num_trials(run: Path) -> int:
+    """Count the trials of a run that has come to its end."""
+    assert (run / "report.md").exists()
+    return sum(json.loads(path.read_text())["status"] != "running" for path in run.glob("trials/*/*/trial.json"))
 
 
 class Machine:
-    """One set of namespaces and the process that holds them.
+    """One set of namespaces and the process that holds them; `home` is what it sees as /root.
 
-    Attributes:
-        home: What the machine sees as /root.
+    Its private folders go to `folder`, whose name is the machine's. It shares `visible`, folders below /tmp or /root,
+    with the real machine. Its first process becomes `command`, and the machine ends with it.
     """
 
     def __init__(self, folder: Path, visible: Iterable[Path], command: str) -> None:
-        """Start it.
-
-        Args:
-            folder: Where its private folders go; its name is the machine's.
-            visible: Folders below /tmp or /root that it shares with the real machine.
-            command: What its first process becomes; the machine ends with it.
-        """
-        self.home = folder / "root"
+        self.home, self.log = folder / "root", folder / "log"
         temporary = folder / "tmp"
         for path in (self.home, temporary):
             path.mkdir(parents=True)
         private = {Path("/root"): self.home, Path("/tmp"): temporary}
-        script = ["set -e"]
+        # Its own name must resolve: without, each look-up of Ray's waits for a name server.
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {folder.name}\n")
+        mounts = [("--bind", folder / "hosts", Path("/etc/hosts"))]
         for path in visible:
             for mounted, own in private.items():
                 if path.is_relative_to(mounted):
                     target = own / path.relative_to(mounted)
                     target.mkdir(parents=True, exist_ok=True)
-                    script.append(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(target))}")
-        script += [f"mount --rbind {shlex.quote(str(own))} {mounted}" for mounted, own in private.items()]
+                    mounts.append(("--bind", path, target))
+        mounts += [("--rbind", own, mounted) for mounted, own in private.items()]
+        script = [shlex.join(["mount", kind, str(one), str(other)]) for kind, one, other in mounts]
         script += ["mount -t tmpfs tmpfs /dev/shm", "mount -t tmpfs tmpfs /run", "mkdir /run/sshd", "ip link set lo up"]
-        # Its own name must resolve: without, each look-up of Ray's waits for a name server.
-        (folder / "hosts").write_text(f"127.0.0.1 localhost {folder.name}\n")
-        script += [f"mount --bind {shlex.quote(str(folder / 'hosts'))} /etc/hosts", f"hostname {folder.name}"]
-        script += [f"exec {command}"]
-        self.log = folder / "log"
+        script = ["set -e", *script, f"hostname {folder.name}", f"exec {command}"]
         with self.log.open("w") as log:
             self.holder = subprocess.Popen(
-                [*UNSHARE, "bash", "-c", "\n".join(script)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                [*UNSHARE, "bash", "-c", "\n".join(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self.first = wait_for(lambda: next(iter(psutil.Process(self.holder.pid).children()), None), "a first process")
 
@@ -186,7 +168,7 @@ class Machines:
     """A laptop and hosts that it reaches over ssh with `~/.ssh/id_ed25519`."""
 
     def __init__(self, folder: Path, visible: Iterable[Path], num_hosts: int) -> None:
-        visible = list(visible)
+        visible = [*visible, Path(sys.prefix), Path(sys.base_prefix)]
         self.laptop = Machine(folder / "laptop", visible, "sleep infinity")
         self.hosts: list[Machine] = []
         self.addresses = [f"{NETWORK}.{number}" for number in range(1, num_hosts + 1)]
@@ -224,6 +206,17 @@ class Machines:
         """End all machines."""
         for machine in [*self.hosts, self.laptop]:
             machine.end()
+
+
+@contextmanager
+def machines(folder: Path, visible: Iterable[Path], num_hosts: int, *tools: str) -> Iterator[Machines]:
+    """A laptop and hosts, gone afterwards; skips the test where they or more tools are impossible."""
+    skip_where_impossible(*SSH, *tools)
+    made = Machines(folder, visible, num_hosts)
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 def new_key(path: Path) -> None:

@@ -42,25 +42,15 @@ Losses = dict[int, float]
 
 @dataclass(frozen=True)
 class Training:
-    """What `train` does.
-
-    Attributes:
-        model: Folder of the base model.
-        rows: Encoded rows.
-        output: Where checkpoints and `steps` go: a line for every step, its number and its loss.
-        micro_batch_size: Rows of a forward pass.
-        dropout: Of the adapters.
-        start: A checkpoint; None takes the newest in `output`.
-        killed_at: The forward pass at which the second process gets a SIGKILL, once.
-    """
+    """What `train` does."""
 
     model: Path
-    rows: list[dict[str, list[int]]]
-    output: Path
+    rows: list[dict[str, list[int]]]  # encoded
+    output: Path  # of checkpoints and `steps`: a line for every step, its number and its loss
     micro_batch_size: int
     dropout: float = 0.0
-    start: Path | None = None
-    killed_at: int = 0
+    start: Path | None = None  # a checkpoint; None takes the newest in `output`
+    killed_at: int = 0  # the forward pass at which the second process gets a SIGKILL, once
 
 
 def train(job: Training) -> Losses:
@@ -106,45 +96,10 @@ def train(job: Training) -> Losses:
     return losses
 
 
-def train_each(jobs: list[Training]) -> list[Losses]:
-    """Several trainings by the same processes, one after the other."""
-    return [train(job) for job in jobs]
-
-
-def fail(folder: Path) -> None:
-    """The second process has a mistake in its own part, while the first waits for it."""
-    (folder / f"tried-{os.getpid()}").touch()
-    if torch.distributed.get_rank() == 1:
-        raise TrainingDiverged("the second process's own words")
-    torch.distributed.barrier()
-
-
-def die(folder: Path) -> None:
-    """The second process dies whenever it is run."""
-    if torch.distributed.get_rank() == 1:
-        time.sleep(1)
-        (folder / f"died-{os.getpid()}").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    torch.distributed.barrier()
-
-
-def add_up(job: float) -> float:
-    """One collective operation."""
-    own = torch.tensor(job * (1 + torch.distributed.get_rank()))
-    torch.distributed.all_reduce(own)
-    return float(own)
-
-
 def steps_of(job: Training) -> list[tuple[int, float]]:
     """Every step that was taken in a job's folder, in order, those of a process that was killed included."""
     lines = [line.split() for line in (job.output / "steps").read_text().splitlines()]
     return [(int(step), float(loss)) for step, loss in lines]
-
-
-def adapter(job: Training) -> dict[str, torch.Tensor]:
-    """What was learned."""
-    found: dict[str, torch.Tensor] = load_file(job.output / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
-    return found
 
 
 Run = Callable[[Callable[[Any], Any], Path, Any], Any]
@@ -190,7 +145,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, run: Run
         "dropout": replace(one, output=folder / "dropout", dropout=0.1),
     }
     found = {"one": (one, train(one))}
-    losses = run(train_each, folder, list(jobs.values()))
+    losses = run(lambda each: [train(job) for job in each], folder, list(jobs.values()))
     return found | dict(zip(jobs, zip(jobs.values(), losses, strict=True), strict=True))
 
 
@@ -202,13 +157,11 @@ def test_two_processes_take_the_steps_of_one(name: str, trained: dict[str, tuple
     assert len({round(loss, 4) for loss in one.values()}) == STEPS, "the losses move"
     assert two == pytest.approx(one, rel=1e-5)
     assert steps_of(together) == list(two.items()), "one of them tells"
-    for name, tensor in adapter(alone).items():
-        torch.testing.assert_close(adapter(together)[name], tensor, rtol=1e-3, atol=1e-5)
+    learned = [load_file(each.output / f"checkpoint-{STEPS}/adapter_model.safetensors") for each in (alone, together)]
+    torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_resume_in_the_middle_of_an_epoch(
-    trained: dict[str, tuple[Training, Losses]],
-) -> None:
+def test_two_processes_resume_in_the_middle_of_an_epoch(trained: dict[str, tuple[Training, Losses]]) -> None:
     """From their own, and from one that a single process left."""
     expected = {step: loss for step, loss in trained["two"][1].items() if step > 8}
     assert trained["resumed"][1] == expected
@@ -231,30 +184,45 @@ def test_a_killed_group_resumes_from_its_checkpoint(
 
 
 def test_an_error_of_one_process_is_raised_as_it_was(run: Run, tmp_path: Path) -> None:
+    """While the other process waits for it."""
+
+    def fail(folder: Path) -> None:
+        (folder / f"tried-{os.getpid()}").touch()
+        if torch.distributed.get_rank() == 1:
+            raise TrainingDiverged("the second process's own words")
+        torch.distributed.barrier()
+
     with pytest.raises(TrainingDiverged, match=r"^the second process's own words$"):
         run(fail, tmp_path, tmp_path)
     assert len(list(tmp_path.glob("tried-*"))) == 2
 
 
 def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: Path) -> None:
-    """Its slots are free again; Ray Train alone would wait for them."""
+    """Ray Train alone would wait for them."""
     killed: list[int] = []
 
+    def add_up(job: float) -> float:
+        own = torch.tensor(job * (1 + torch.distributed.get_rank()))
+        torch.distributed.all_reduce(own)
+        return float(own)
+
+    def listens(process: psutil.Process) -> bool:
+        """Whether the others meet at this process: torch listens on every address, Ray's own ports on loopback."""
+        everywhere = ("::", "0.0.0.0")
+        with suppress(psutil.Error, OSError):
+            return "RayTrainWorker" in " ".join(process.cmdline()) and any(
+                each.status == psutil.CONN_LISTEN and each.laddr.ip in everywhere
+                for each in process.net_connections("tcp")
+            )
+        return False
+
     def kill() -> None:
-        """A SIGKILL to the process at which the others meet, as soon as it waits for them there."""
         deadline = time.monotonic() + 200
         while not killed and time.monotonic() < deadline:
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error, OSError):
-                    named = "RayTrainWorker" in " ".join(process.cmdline())
-                    # Torch's rendezvous listens on every address, Ray's own ports on loopback.
-                    if named and any(
-                        each.status == psutil.CONN_LISTEN and each.laddr.ip in ("::", "0.0.0.0")
-                        for each in process.net_connections("tcp")
-                    ):
-                        process.kill()
-                        killed.append(process.pid)
-                        return
+            for process in filter(listens, psutil.Process().children(recursive=True)):
+                process.kill()
+                killed.append(process.pid)
+                return
             time.sleep(0.05)
 
     killer = threading.Thread(target=kill)
@@ -265,6 +233,13 @@ def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: P
 
 
 def test_a_job_whose_processes_die_again_and_again_is_given_up(run: Run, tmp_path: Path) -> None:
+    def die(folder: Path) -> None:
+        if torch.distributed.get_rank() == 1:
+            time.sleep(1)
+            (folder / f"died-{os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.barrier()
+
     with pytest.raises(WorkerDied, match=f"{MAX_DEATHS} workers died under the same piece of work"):
         run(die, tmp_path, tmp_path)
     assert len(list(tmp_path.glob("died-*"))) == MAX_DEATHS

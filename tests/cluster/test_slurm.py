@@ -13,17 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from machines import (
-    ROOT,
-    SSH,
-    Machine,
-    Machines,
-    link_environment,
-    skip_where_impossible,
-    small_config,
-    trials_of,
-    wait_for,
-)
+from machines import ROOT, Machine, link_environment, machines, num_trials, small_config, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -76,25 +66,26 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Both nodes idle."""
-    skip_where_impossible(*SSH, "munged", "slurmctld", "slurmd", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
-    checkout = folder / "checkout"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("qpruner", "launch"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
-    link_environment(checkout)
-    visible = [tmp_path_factory.getbasetemp(), Path(sys.prefix), Path(sys.base_prefix)]
-    machines = Machines(folder / "machines", visible, num_hosts=2)
-    try:
-        key, conf = folder / "munge.key", folder / "slurm.conf"
+    checkout, key, conf = folder / "checkout", folder / "munge.key", folder / "slurm.conf"
+    tools, visible = ("munged", "slurmctld", "slurmd", "sbatch"), [tmp_path_factory.getbasetemp()]
+    with machines(folder / "machines", visible, 2, *tools) as made:
+        for name in ("qpruner", "launch"):
+            shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+        link_environment(checkout)
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        conf.write_text(SLURM_CONF.format(addresses=machines.addresses))
+        conf.write_text(SLURM_CONF.format(addresses=made.addresses))
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
-        path = f"/usr/sbin:/sbin:{os.environ['PATH']}"
-        environment = {"PATH": path, "HOME": "/root", "SLURM_CONF": str(conf), "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
-        cluster = Slurm(machines.hosts, checkout, environment)
+        environment = {
+            "PATH": f"/usr/sbin:/sbin:{os.environ['PATH']}",
+            "HOME": "/root",
+            "SLURM_CONF": str(conf),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(checkout),
+            "HF_HUB_OFFLINE": "1",
+        }
+        cluster = Slurm(made.hosts, checkout, environment)
         munge = f"mkdir -p /run/munge && munged --force --key-file={key} --pid-file=/run/munge/pid"
         for node in range(2):
             cluster.run("sh", "-c", f"{munge} --log-file=/tmp/munged.log --seed-file=/tmp/munged.seed", node=node)
@@ -104,8 +95,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         idle = lambda: cluster.run("sinfo", "--noheader", "--format=%D %t") == "2 idle"  # noqa: E731
         wait_for(idle, "two idle nodes", seconds=5 * MINUTES)
         yield cluster
-    finally:
-        machines.end()
 
 
 def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
@@ -115,7 +104,7 @@ def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
     assert state == "COMPLETED", text[-5000:]
     assert "== ray symmetric-run on 2 nodes" in text
     assert "2/2" in text or "Ray runtime started" in text, text[:3000]
-    assert len(trials_of(output)) == 3
+    assert num_trials(output) == 3
     assert not list(slurm.checkout.glob(".ray-token-*")), "the token goes with the job"
     left = [line for node in slurm.nodes for line in node.processes() if "raylet" in line or "gcs_server" in line]
     assert not left

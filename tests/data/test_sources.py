@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,10 @@ def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
     assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
     assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
-    with pytest.raises(UserError, match=r"`data\.train\.0\.source`: .*rows\.jsonl.*`split: train\[10:12\]`"):
-        examples_of(tmp_path, rows, split="train[10:12]")
+    for split in ("train[10:12]", "tran", "train[:5"):
+        message = f"`data.train.0.split`: {split!r} selects no rows of '{tmp_path}/rows.jsonl' ("
+        with pytest.raises(UserError, match=rf"^{re.escape(message)}.*; name a split that it has, such as `train`"):
+            examples_of(tmp_path, rows, split=split)
 
 
 @pytest.mark.parametrize(

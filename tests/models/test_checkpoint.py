@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from qpruner.pruning.units import Kept
 
-NEW_TOKENS = 8
+NEW_TOKENS = 4
 
 FRESH_PROCESS = f"""{WITHOUT_QPRUNER}
 from pathlib import Path

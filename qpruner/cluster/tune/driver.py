@@ -40,8 +40,7 @@ from qpruner.search.trial_records import (
 )
 
 MAX_KILLS = 3
-"""Worker deaths in a row, without a rung between them and on machines that stay, at which a trial fails. Those for want
-of memory are counted apart."""
+"""Worker deaths in a row, without a rung between them and on machines that stay, at which a trial fails."""
 MAX_ERRORS = 3
 """Trials in a row that may end in an error on one machine before the machine counts as broken."""
 KERNEL_SECONDS = 20.0
@@ -290,7 +289,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
-    counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
+    failure, reason = "lost", "its worker process died {} times in a row"
     if death.by_ray or (
         pulse and pulse.node == node and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
     ):
@@ -298,10 +297,9 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         if smaller is not None:
             return record.model_copy(update={"micro_batch_size": smaller})
         by = "Ray" if death.by_ray else "the kernel"
-        counter, failure = "memory_kills", "infeasible"
-        reason = f"out of memory: {by} killed its worker {{}} times in a row"
-    kills = getattr(record, counter) + 1
-    record = record.model_copy(update={counter: kills})
+        failure, reason = "infeasible", f"out of memory: {by} killed its worker {{}} times in a row"
+    kills = record.kills + 1
+    record = record.model_copy(update={"kills": kills})
     return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
 
 

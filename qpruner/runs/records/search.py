@@ -72,9 +72,7 @@ class TrialRecord(Recorded):
     micro_batch_size: int | None = None
     """Where want of memory forced it below `training.micro_batch_size`."""
     kills: int = 0
-    """Times since its last rung that its worker process died, except for want of memory."""
-    memory_kills: int = 0
-    """Times since its last rung that it was killed for want of memory, and fewer rows at once were no answer."""
+    """Times since its last rung that its worker process died; for want of memory, where fewer rows were no answer."""
     times: tuple[float, ...] = ()
     """Unix seconds of its begin, of each rung, and of its end."""
     begun: tuple[Begun, ...] = ()
