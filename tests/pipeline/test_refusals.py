@@ -232,7 +232,7 @@ CALIBRATION = [
         "num_sensitivity_samples=64",
         "`calibration.num_sensitivity_samples` ... 64 samples ... give only 48 ... ask for fewer",
     ),
-    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... give only 48 ... ask for"),
+    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... give only 48"),
     ("num_samples=4000", "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing"),
     ("max_length=1000000", "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `cali"),
     (
