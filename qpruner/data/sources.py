@@ -229,7 +229,7 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
         index = int(answer)
     else:
         raise UserError(
-            f"`{key}.columns.answer`: {answer!r} must be one of the labels {', '.join(labels)} or a position from 0 to "
+            f"`{key}.columns.answer`: {answer!r} is none of the labels {', '.join(labels)} and no position from 0 to "
             f"{len(choices) - 1}; correct the row with the question {value('question')[:90]!r}"
         )
     return Example("multiple_choice", value("question"), "", choices[index])

@@ -82,7 +82,7 @@ def test_what_does_not_predict_the_same_leaves_no_folder(finished: Path, tmp_pat
     adapter = load_file(file)
     next(iter(adapter.values()))[0, 0] = torch.nan
     save_file(adapter, file)
-    with pytest.raises(StageError, match="answers nan% off"):
+    with pytest.raises(StageError, match="has outputs with an error of nan%"):
         export(RunDir(root), "merged", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
@@ -113,8 +113,8 @@ def compared_with(run: Path, tensor: str, value: Callable[[torch.Tensor], torch.
     [
         ("self_attn.q_proj", 4, lambda base, added: base, r"has -?\d?\d% of its adapter"),
         ("self_attn.o_proj", 8, lambda base, added: base + 2 * added, r"has (1[5-9]|2[0-4])\d% of its adapter"),
-        ("self_attn.o_proj", 8, lambda base, added: 1.1 * base + added, r"answers 1\d% off"),
-        ("mlp.up_proj", 16, lambda base, added: base + torch.nan, "answers nan% off"),
+        ("self_attn.o_proj", 8, lambda base, added: 1.1 * base + added, r"has outputs with an error of 1\d%"),
+        ("mlp.up_proj", 16, lambda base, added: base + torch.nan, "has outputs with an error of nan%"),
     ],
     ids=["adapter lost", "adapter twice", "another base", "not a number"],
 )
@@ -132,7 +132,7 @@ def test_one_damaged_layer_is_noticed(
 
 
 def test_other_damage_shows_in_the_predictions(faint: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"diverges by \S+ nats a token, more than 0\.05"):
+    with pytest.raises(StageError, match=r"diverges by \S+ nats per token, more than 0\.05"):
         compared_with(faint, "model.norm.weight", lambda norm: torch.full_like(norm, 3.0), tmp_path / "out")
 
 

@@ -187,7 +187,7 @@ def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path:
     for place, which, message in (
         (copy, ["final"], "repeat `qpruner run` to make it; `--which base,pruned` is there"),
         (copy, [], r"the pruned model: weight file \S+ is truncated or damaged"),
-        (lively, ["final"], "`--which` chooses among the models of a run"),
+        (lively, ["final"], "`--which` selects models of a run"),
         (tmp_path / "nothing", [], "name a run folder, or a model's"),
         (tmp_path, [], r"has no config\.json"),
         (adapted, [], "pickled adapters are not read"),
@@ -240,7 +240,7 @@ def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
         refused = command("generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
         assert "HUSH" not in refused.output
         refused = command("generate", there.storage.address, "--prompt", PROMPT)
-        assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
+        assert refused.exit_code == 2 and f"download the final model with `qpruner {bring}`" in refused.stderr
 
 
 def test_control_characters_are_replaced() -> None:
