@@ -151,8 +151,6 @@ class Room:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
                 if not self._room:
-                    text = (
-                        "warning: no machine of the cluster can run a trial, and no autoscaler may start one: add one"
-                    )
-                    self._emit(Message("search", text))
+                    text = "no machine of the cluster can run a trial, and no autoscaler may start one: add a machine"
+                    self._emit(Message("search", f"warning: {text}"))
         return self._room
