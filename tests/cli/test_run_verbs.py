@@ -242,7 +242,7 @@ def test_a_given_plan_is_no_search_that_could_be_over(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
     refused = qpruner("plan", run)
     assert refused.exit_code == 2
-    assert "was given a plan (mine.yaml), which is not scored yet, and searches for none: `qpruner" in refused.stderr
+    assert "(mine.yaml) is not scored yet, so there is no winner yet: `qpruner" in refused.stderr
     assert yaml.safe_load(printed("plan", run, "--trial", 0)) == trials()[0].plan
     over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
     assert yaml.safe_load(printed("plan", over)) == trials()[2].plan
@@ -372,12 +372,12 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
     for line, end in zip(
         lines,
         [
-            "; their test questions are others, so they are not compared.",
-            "; their confirmation rows are others, so they are not compared.",
-            "nothing to pair, test questions and confirmation rows are others.",
+            "; their test questions differ, so they are not compared.",
+            "; their confirmation rows differ, so they are not compared.",
+            "nothing to compare, their test questions and confirmation rows differ.",
             "",
-            "nothing to pair, it is the same fine-tuned model.",
-            "nothing to pair, the final table of one of them is not there yet.",
+            "nothing to compare, it is the same fine-tuned model.",
+            "nothing to compare, one of them has no final table yet.",
         ],
         strict=True,
     ):
