@@ -79,7 +79,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._is_over, self._next_look = False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the parameters of the next trial, None if it has to wait for room, or FINISHED if the search is over."""
+        """Return the parameters of the next trial, None if there is no room, or FINISHED at the end."""
         self._is_out_of_hours()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
