@@ -193,8 +193,8 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("plan RUN", "not over"),
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
-        ("status RUN/run.json", "RUN/run.json is a file, and a run is a folder: name a folder, of a configuration"),
-        ("compare RUN RUN/run.json", "the one that its `output` names"),
+        ("status RUN/run.json", "RUN/run.json is a file, but a run is a folder; name that folder"),
+        ("compare RUN RUN/run.json", "the `output` of its configuration"),
     ],
 )
 def test_a_mistake_gets_a_hint(run: Path, command: str, hint: str) -> None:
