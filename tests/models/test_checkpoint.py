@@ -266,7 +266,7 @@ def test_a_hub_model_with_pickled_weights_only_is_refused(files: dict[str, bytes
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
         said = of_hub(hub.endpoint, tmp_path / "home", code)[-1]
-    assert said.startswith("`model.source`: the hub's me/mine has no .safetensors weights")
+    assert said.startswith("`model.source`: me/mine on the hub has no .safetensors weights")
     assert "`model.revision`" in said and "save_pretrained" in said and "safe_serialization=True" in said
 
 
@@ -281,5 +281,5 @@ def test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights(
     for weights in tmp_path.glob("home/hub/*/snapshots/*/model.safetensors"):
         weights.unlink()
     said = of_hub(hub.endpoint, tmp_path / "home", FETCHED)[-1]
-    assert said.startswith("`model.source`: the hub does not answer, and this machine has not all that is read")
-    assert "fetch it where the hub is reached: `qpruner prepare CONFIG`" in said and "`hf download me/mine`" in said
+    assert "the hub does not answer, and the cache of this machine lacks files of me/mine" in said
+    assert "download it where the hub answers: `qpruner prepare CONFIG`" in said and "`hf download me/mine`" in said

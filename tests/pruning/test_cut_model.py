@@ -188,7 +188,7 @@ def test_uniform_channels_are_plain_where_heads_cannot_be(name: str, compensatio
         planned_cut(model.config, settings_of(rate=0.1, uniform=True))
     settings = settings_of(rate=0.15, units=["mlp"], uniform=True, compensation=compensation)
     if (name, compensation) == ("phi3", "bias"):
-        with pytest.raises(UserError, match="has no place for output biases"):
+        with pytest.raises(UserError, match="cannot have output biases"):
             prune(model, settings, samples_of())
         return
     prune(model, settings, samples_of())
@@ -330,7 +330,7 @@ def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> No
     model_config = tiny().config
     with pytest.raises(UserError) as caught:
         planned_cut(model_config, settings_of(rate=0.9, **options))
-    (told,) = re.findall(r"as it is, a rate of (0\.\d+) is the most", str(caught.value))
+    (told,) = re.findall(r"the highest rate is (0\.\d+)$", str(caught.value))
     planned_cut(model_config, settings_of(rate=float(told), **options))
     with pytest.raises(UserError):
         planned_cut(model_config, settings_of(rate=float(told) + 0.1, **options))
@@ -354,7 +354,11 @@ def test_shared_weights_are_refused(other: str) -> None:
         ("llama", {"rate": 0.4, "first_layer": 2}, ["lower the rate, widen `prune.first_layer`"]),
         ("llama", {"layer_rate": 0.3, "uniform": True}, ["leaves 3 key/value groups in a block"]),
         # Of four heads a fifth is none: nobody may go on with a model that was not cut.
-        ("llama", {"layer_rate": 0.2, "units": ["attention"]}, ["0.2 takes no unit out", "raise it, lower that"]),
+        (
+            "llama",
+            {"layer_rate": 0.2, "units": ["attention"]},
+            ["0.2 removes no unit", "raise the rate, lower"],
+        ),
         ("llama", {"layer_rate": 0.2, "units": ["mlp"], "round_to": 48}, ["in multiples of `prune.round_to`"]),
         (
             "mixtral",

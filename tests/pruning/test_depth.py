@@ -147,7 +147,7 @@ def test_no_block_outside_the_range_is_changed(gone: set[int], layers: Sequence[
 def test_blocks_behind_a_norm_or_experts_go_uncompensated(name: str) -> None:
     model_config = decoder(name).config
     asked, unsaid = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
-    with pytest.raises(UserError, match=f"the whole blocks of a {name} model cannot have least squares"):
+    with pytest.raises(UserError, match=f"least_squares cannot compensate for whole blocks of a {name} model"):
         planned_cut(model_config, asked)
     assert settled(model_config, unsaid).compensates_by == "none"
     model = decoder(name)
@@ -204,13 +204,13 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may go have"),
-        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "only one block may go and one must stay"),
+        ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may be dropped have"),
+        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "allow one block only, and one of these must stay"),
         # Three quarters of a block are nearest to one whole, but that is more than all that was to go.
         ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95}, "raise the rate or `prune.depth_share`"),
         (
             {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.4, "first_layer": 2},
-            "asks for .* parameters to go out of blocks, .* or name more `prune.units`$",
+            "asks to remove .* parameters from blocks, .* or name more `prune.units`$",
         ),
     ],
     ids=str,

@@ -229,7 +229,7 @@ def test_uniform_heads_lose_at_most_the_share(shape: Any) -> None:
 def test_too_few_plain_heads_are_refused() -> None:
     """A silent cut of half as much would be taken for the one that was asked for."""
     sizes = sizes_of(2, attention=KindSize(1000, 8, plain=(4, 8)), mlp=KindSize(10, 100))
-    with pytest.raises(UserError, match=r"at most 9,980 can .*plain checkpoint.*`uniform: false`"):
+    with pytest.raises(UserError, match=r"at most 9,980, .*plain checkpoint.*`uniform: false`"):
         counts_per_layer(sizes, 2 * 7000, uniform=True)
 
 
