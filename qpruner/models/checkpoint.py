@@ -115,7 +115,7 @@ def save_checkpoint(
 def dense_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the wanted tensors of a checkpoint, shard by shard.
+    """Read the tensors of a checkpoint whose names `wanted` accepts, shard by shard.
 
     Raises:
         CorruptFile: If a weight file is missing or damaged; the error names the file.

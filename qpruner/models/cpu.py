@@ -28,7 +28,7 @@ def install() -> None:
 
 
 def has_bfloat16() -> bool:
-    """Return True if torch uses bfloat16 instructions of this CPU, or if torch does not say."""
+    """Return True if torch uses bfloat16 instructions of this CPU, or if torch cannot tell."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return True
     is_emulated = torch.cpu._is_avx512_supported() and not (

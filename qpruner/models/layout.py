@@ -16,7 +16,7 @@ ADAPTER_ELEMENT_BYTES = 4
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """Build a model of shapes without weights, on the meta device of torch."""
+    """Build a model with shapes but no weights, on the meta device of torch."""
     import torch
     from transformers import AutoModelForCausalLM
 

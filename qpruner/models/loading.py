@@ -65,7 +65,7 @@ def resolve_source(source: str, key: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Make a local path absolute, for processes in other folders; return any other source unchanged."""
+    """Make a local path absolute, for processes with another working folder; return any other source unchanged."""
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
@@ -190,7 +190,7 @@ def check_reachable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
-    """Replace the progress bars of transformers by reports of the tensors it loads and the files it saves."""
+    """Report the tensors that transformers loads and the files it saves, instead of showing progress bars."""
     from transformers.utils import logging
 
     before = logging.set_tqdm_hook(lambda factory, args, kwargs: _reported(on_progress, *args, **kwargs))

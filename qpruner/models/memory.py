@@ -81,8 +81,8 @@ def free_bytes() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error means that GPU or host memory ran out, by its type or its text.
 
-    oneDNN, which multiplies matrices on CPUs, then only says that it could not create or execute a primitive. For an
-    unsupported operation it names a primitive descriptor instead (torch 2.13).
+    oneDNN, which multiplies matrices on CPUs, reports a shortage only as a primitive that it could not create or
+    execute. For an unsupported operation it names a primitive descriptor instead (torch 2.13).
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or bool(SHORTAGE.search(str(error)))
@@ -113,7 +113,7 @@ def raising_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Measure the peak memory since its creation: allocated GPU memory, or the rise of resident memory on a CPU."""
+    """Measure the peak memory from now on: allocated GPU memory, or the rise of resident memory on a CPU."""
 
     def __init__(self) -> None:
         import torch

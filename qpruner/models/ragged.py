@@ -53,7 +53,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Make a layer config use the attention and expert implementations of the model config, also later ones."""
+    """Make a layer config read attention and expert implementations from the model config, even after a change."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)
@@ -70,7 +70,7 @@ def _following_class(config_class: type) -> type:
 
 
 def add_output_biases(block: Any, linears: Sequence[str]) -> None:
-    """Add a zero bias to each of some linear layers of a block that has no bias."""
+    """Add a zero bias to every layer in `linears` that has no bias."""
     import torch
 
     for path in linears:

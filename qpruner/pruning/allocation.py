@@ -144,8 +144,8 @@ def nearest_totals(
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     """Choose how many units of each kind every block loses.
 
-    Of all allocations within half a unit per block of the target (if none, of the closest), the result removes the most
-    even share of every kind, and of heads and experts rather less than more.
+    Of all allocations within half a unit per block of the target, or else of the closest, the one with the most even
+    share per kind is chosen. Removing too few heads and experts is better than removing too many.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2

@@ -108,7 +108,7 @@ class BlockStream:
 
 
 class _Gram:
-    """Sums in float32: inputs x inputs ``(features, features)``, and targets x inputs ``(outputs, features)``."""
+    """Sums in float32 of ``inputs^T inputs`` (features, features) and ``targets^T inputs`` (outputs, features)."""
 
     matrix: torch.Tensor
     targets: torch.Tensor
@@ -128,7 +128,7 @@ class _Gram:
 def compensate_blocks(
     model: PreTrainedModel, dropped: Collection[int], layers: Collection[int], ridge: float, samples: Samples
 ) -> None:
-    """Change the MLP output projection (down) before blocks to drop, so that it adds what the blocks added.
+    """Change the MLP output projection (down) in front of dropped blocks, so that it adds what these blocks added.
 
     Let X be the inputs of this projection over the calibration tokens, and D what the blocks in `dropped` add to the
     residual stream. The new weights ``W'`` minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``, so they are
@@ -227,7 +227,7 @@ def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name:
 
 
 def declare_biases(model: PreTrainedModel, linears: Sequence[str]) -> None:
-    """Add a bias to some linear layers of every block, and record it in the config, from which blocks are built."""
+    """Add a bias to the layers in `linears` of every block, and list them in the config for later loading."""
     if not linears:
         return
     family = family_of(model.config)

@@ -42,7 +42,7 @@ Kinds = Mapping[int, Sequence[UnitKind]]
 def score(
     model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
 ) -> Scores:
-    """Score every unit that may be cut by `settings.importance`; `magnitude` and `random` read no samples.
+    """Score the units of the blocks in `layers` by `settings.importance`; `magnitude` and `random` read no samples.
 
     Raises:
         TrainingDiverged: If a gradient or score is NaN or infinite; the error names the parameter.
@@ -244,7 +244,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
-    """Score every block that may be dropped by `block_influence`, or by the sum of `taylor` over its weights.
+    """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights.
 
     Raises:
         TrainingDiverged: If a score is NaN or infinite; the error names the block.

@@ -42,7 +42,7 @@ class Criteria:
         self._step = 0
 
     def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
-        """Score every block that may be dropped by `prune.depth_importance`."""
+        """Score the blocks in `layers` by `prune.depth_importance`."""
         if (samples := self._samples_for("importance of blocks")) is None:
             return {index: -float(index) for index in layers}
         return block_importance(model, layers, self._settings.depth_importance, samples)
@@ -54,7 +54,7 @@ class Criteria:
             compensate_blocks(model, dropped, layers, self._settings.ridge, samples)
 
     def score_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
-        """Score every unit that may be cut by `prune.importance`."""
+        """Score the units of the blocks in `layers` by `prune.importance`."""
         self._step += 1
         if (samples := self._samples_for("importance")) is None:
             kinds = unit_kinds_of(model.config, layers, self._settings.width_units)
@@ -62,7 +62,7 @@ class Criteria:
         return score(model, layers, self._settings, samples, self._seed)
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
-        """Compensate for the units that are not in `kept`, by `prune.compensation`, before they are cut."""
+        """Compensate for all units missing from `kept`, before they are cut, by the method `prune.compensation`."""
         method = self._settings.compensates_by
         if (samples := self._samples_for("compensation")) is None:
             declare_biases(model, new_biases(model, self._settings, list(kept)))
@@ -205,7 +205,7 @@ def _cut_widths(
 
 
 def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
-    """Count the parameters to remove from the remaining blocks, plus the biases that compensation will add."""
+    """Count the parameters to remove from the remaining blocks, including as many as compensation adds as biases."""
     path, count = family_of(model.config).block_path, model.config.num_hidden_layers
     hidden = [
         model.get_submodule(f"{path(index)}.{linear}").out_features

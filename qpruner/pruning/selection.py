@@ -1,4 +1,4 @@
-"""Select the units to keep, so that the least important units are removed up to the requested share of parameters.
+"""Select the units to keep: the least important are removed until the requested share of parameters is met.
 
 The share is met to within one MLP channel, or `round_to` channels; without channels, to the nearest coarse unit.
 """
@@ -51,7 +51,7 @@ def select_rate(
     """Select the units to keep when every block loses the share `layer_rate` of its units, rounded as in LLM-Pruner.
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded
-    down to whole heads (`prune_local` in its `metapruner.py`).
+    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
 
     Raises:
         UserError: If a block would keep too few units, if none would lose any, or if one is narrower than `round_to`.
@@ -188,7 +188,7 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, finest: int
 ) -> None:
-    """Remove coarse units beyond the target if channels cannot reach it, and put channels back."""
+    """If channels cannot reach the target, remove coarse units beyond it, and then restore channels."""
     for place, position in ranking.order:
         if target - removed <= finest:
             break

@@ -117,7 +117,7 @@ def are_alike(model_config: Any) -> bool:
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
-    """List the unit kinds that may be cut, of all blocks, whose weights are stacked experts."""
+    """List the unit kinds of all blocks that may be cut and whose weights are stacked experts."""
     by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
     return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 

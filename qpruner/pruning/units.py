@@ -38,7 +38,7 @@ Sizes = Mapping[int, Mapping[str, KindSize]]
 
 
 class RateTooHigh(UserError):
-    """The error that `prune.rate` asks to remove more parameters than the units have; `most` can be removed."""
+    """`prune.rate` asks to remove more parameters than the units have; `most` parameters can be removed."""
 
     def __init__(self, target: int, most: int) -> None:
         super().__init__(
@@ -52,7 +52,7 @@ class RateTooHigh(UserError):
 def unit_kinds_of(
     config: Any, layers: Iterable[int], units: Collection[str] = (ATTENTION, EXPERT, MLP)
 ) -> dict[int, tuple[UnitKind, ...]]:
-    """List the unit kinds of each block in `layers` whose name is in `units`."""
+    """List the unit kinds named in `units` for each block in `layers`."""
     family, configs = family_of(config), config.per_layer_config
     return {
         index: tuple(kind for kind in family.unit_kinds(configs[index], index) if kind.name in units)

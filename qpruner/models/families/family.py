@@ -97,7 +97,7 @@ class Family:
         return {"gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"), "down": (f"{self.mlp}.down_proj",)}
 
     def projections(self) -> dict[str, tuple[str, ...]]:
-        """Map every projection of a block that groups can hold to its paths."""
+        """Map the projections of a block that can be grouped to their paths."""
         return self.attention_projections() | self.mlp_projections()
 
     def groups(self, group: str) -> Groups:
@@ -144,7 +144,7 @@ class Family:
         return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """Return the factor of the MLP output in the residual stream; None if a norm follows or experts are stacked."""
+        """Return the factor of the MLP output in the residual stream; None with a norm behind it or stacked experts."""
         return float(getattr(config, "residual_multiplier", 1.0)) if self.down_adds_to_residual else None
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
@@ -154,7 +154,7 @@ class Family:
     # ---- what the config holds
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        """Return the config keys of block `index` for the numbers of units that it keeps (channels: per expert)."""
+        """Return the width keys of block `index` for its number of units per kind (channels per expert)."""
         heads = num_units[ATTENTION] * (layer_config.num_attention_heads // layer_config.num_key_value_heads)
         attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
         return attention | {self.channels_key: num_units[MLP]}
@@ -226,7 +226,7 @@ class DividedFamily(Family):
 
 
 def _resized(linear: Any, rows: int, columns: int) -> torch.nn.Linear:
-    """Create an uninitialized layer of another size, like the old layer in device, dtype and having a bias."""
+    """Create an empty layer of another size with the device and dtype of the old layer, and a bias if it has one."""
     import torch
 
     options = {"device": linear.weight.device, "dtype": linear.weight.dtype}

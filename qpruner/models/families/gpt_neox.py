@@ -8,7 +8,7 @@ from qpruner.models.families.family import ATTENTION, DerivedHeadFamily, UnitKin
 
 @dataclass(frozen=True)
 class GptNeoX(DerivedHeadFamily):
-    """GPT-NeoX, whose `query_key_value` has the rows q, k, v of the first head, then q, k, v of the second."""
+    """GPT-NeoX: the rows of `query_key_value` are q, k, v of the first head, then q, k, v of the second, and so on."""
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return {"qkv": ("attention.query_key_value",), "o": ("attention.dense",)}

@@ -9,7 +9,7 @@ from qpruner.models.families.family import EXPERT, MLP, Family, UnitKind, UnitSl
 
 @dataclass(frozen=True)
 class MixtureFamily(Family):
-    """A family of mixtures, whose experts are stacked in one parameter per projection.
+    """A mixture-of-experts family, with all experts of a block stacked in one parameter per projection.
 
     `mlp.experts.gate_up_proj` is ``(experts, 2 * channels, hidden)``, `mlp.experts.down_proj`
     ``(experts, hidden, channels)``, the router `mlp.gate.weight` ``(experts, hidden)``.
@@ -45,7 +45,7 @@ class MixtureFamily(Family):
         return widths | {self.experts_key: num_units[EXPERT], self.expert_channels_key: channels}
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
-        """Pad router logits to the full number of experts, because the balancing loss concatenates all blocks."""
+        """Pad router logits to the full number of experts, because the balancing loss joins those of all blocks."""
         router: Any = getattr(block.mlp, "gate", None)
         if router is not None and (missing := getattr(config, self.experts_key) - len(router.weight)) > 0:
             router.register_forward_hook(functools.partial(_widen_logits, missing=missing))

@@ -1,8 +1,8 @@
 """OLMo 2: query and key norms over all heads together, so their weights are cut with the heads.
 
 After a cut, the norms average over the kept heads, so that queries and keys keep their size. In a model whose removed
-heads were only set to zero, the norms would still divide by the old number of heads and enlarge what is left. So "cut
-equals masked" holds for this family only if the norms leave the masked heads out of their mean.
+heads were only set to zero, the norms would still divide by the old number of heads, and queries and keys would grow.
+So "cut equals masked" holds for this family only if the norms leave the masked heads out of their mean.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, Uni
 
 @dataclass(frozen=True)
 class Phi3(Family):
-    """Phi-3, whose `qkv_proj` has the rows of all queries, keys, values, and `gate_up_proj` those of gate, then up."""
+    """Phi-3: the rows of `qkv_proj` are all queries, all keys, all values; of `gate_up_proj`, all gates, all ups."""
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return {"qkv": ("self_attn.qkv_proj",), "o": ("self_attn.o_proj",)}
