@@ -1,1 +1,1 @@
-"""Plans: a bit-width for every group, and their bytes."""
+"""Define precision plans: a bit-width for every group of a model, and the bytes that result."""

@@ -1,4 +1,4 @@
-"""Precision plans, the groups they are about, and their bytes: plain data, without torch."""
+"""Define precision plans, groups and their sizes in bytes, and find the best plan in a budget; without torch."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from qpruner.errors import SolverFailed, UserError
 
 NF4_BLOCK_SIZE = 64  # weights that share one absmax scale
 NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
-FULL_BITS = 16  # keeps the model's own floating-point weights
+FULL_BITS = 16  # unquantized: the group keeps its floating-point weights
 SHADES = {4: "#d3e5f5;color:#14324d", 8: "#2a73b0;color:#fff", FULL_BITS: "#0c3357;color:#fff"}
-"""Colours of the bit-widths in notebooks, as in the report."""
-SOLVER_SECONDS = 60.0  # for one knapsack; 120 groups take 0.1 s (2026-11)
-MAX_EXCLUDED = 64  # plans over the budget by less than the solver's tolerance, excluded one by one
+"""CSS colours of the bit-widths in notebooks, the same as in the report."""
+SOLVER_SECONDS = 60.0  # time limit of one knapsack; 120 groups take 0.1 s (2026-11)
+MAX_EXCLUDED = 64  # most plans excluded one by one because they exceed the budget by less than HiGHS's tolerance
 
 
 @contextmanager
 def _native_output_dropped() -> Iterator[None]:
-    """Drop what native code prints: HiGHS (scipy 1.18) has a debugging line, which would follow the JSON on stdout."""
+    """Discard stdout of native code: HiGHS (scipy 1.18) prints a debugging line, which would follow our JSON output."""
     library = ctypes.CDLL(None)
     sys.stdout.flush()
     library.fflush(None)
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
     try:
         yield
     finally:
         library.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(devnull)
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer's weight: ``name`` is the module's full path, the weight is ``(rows, columns)``."""
+    """Name (full module path) and weight shape ``(rows, columns)`` of a linear layer."""
 
     name: str
     rows: int
@@ -54,10 +54,10 @@ class LinearShape:
 
 
 def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quant: bool) -> int:
-    """Count the bytes of one linear layer's packed weight, with scales and code tables, without bias.
+    """Count the bytes of the packed weight of one linear layer, with scales and code tables, without bias.
 
-    At 4 bits they are NF4's of bitsandbytes (QLoRA, arXiv 2305.14314, section 3), at 8 those of LLM.int8() (arXiv
-    2208.07339); at 16 each weight has `element_bytes`.
+    4 bits are NF4 of bitsandbytes (QLoRA, arXiv 2305.14314, section 3), 8 bits are LLM.int8() (arXiv 2208.07339), and
+    at 16 bits each weight takes `element_bytes`.
     """
     if bits == FULL_BITS:
         return linear.num_weights * element_bytes
@@ -72,29 +72,29 @@ def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quan
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
-    """Describe what is left: `0.75 MB left of the budget of 127.11 MB`, or above it."""
+    """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75 MB above ...`."""
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
 
-WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly where that is a multiple of 16 but not of 64"
+WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly if that is a multiple of 16 but not of 64"
 
 
 def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
-    """Refuse a 4-bit layer of a width that bitsandbytes' CPU kernel decodes wrongly."""
+    """Raise `UserError` for a layer whose width the 4-bit CPU kernel of bitsandbytes decodes wrongly."""
     for linear in linears:
         if decodes_wrongly(linear.columns):
             raise UserError(
-                f"`quantize.bits`: {linear.name} has {linear.columns} columns, {WRONGLY_DECODED}: use bits 8 and 16, "
-                "or, if it is a cut that leaves this width, have it leave another: `prune.round_to: 64` for MLP "
-                "channels, `prune.units: [mlp]` where the size of heads is no multiple of 64"
+                f"`quantize.bits`: {linear.name} has {linear.columns} columns, {WRONGLY_DECODED}: set "
+                "`quantize.bits: [8, 16]`; or, if pruning makes this width, set `prune.round_to: 64` for MLP channels, "
+                "or `prune.units: [mlp]` if the head size is no multiple of 64"
             )
 
 
 def decodes_wrongly(columns: int) -> bool:
-    """Return whether bitsandbytes' CPU kernel takes scales of the wrong blocks for 4-bit weights of this width.
+    """Return True if the CPU kernel of bitsandbytes applies the wrong scales to 4-bit weights with this many columns.
 
-    A random weight's relative error is then 0.25 instead of 0.09 (bitsandbytes 0.50.2 on AVX512).
+    The relative error of random weights is then 0.25 instead of 0.09 (bitsandbytes 0.50.2 on AVX512).
     """
     return columns % 16 == 0 and columns % NF4_BLOCK_SIZE != 0
 
@@ -114,7 +114,7 @@ class Group:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A bit-width for every group; hashable."""
+    """A bit-width for every group of a model; hashable."""
 
     groups: tuple[str, ...]  # names, in model order
     bits: tuple[int, ...]  # 4, 8 or 16 for each group
@@ -125,16 +125,16 @@ class PrecisionPlan:
 
     @classmethod
     def from_dict(cls, bits: Mapping[str, int]) -> PrecisionPlan:
-        """Make a plan from bits by group."""
-        # Interned: a searcher keeps every plan, and each record has its own copy of the names.
+        """Make a plan from a mapping of groups to bits."""
+        # Interned to save memory: a searcher keeps every plan, and each record would have its own copy of the names.
         return cls(tuple(sys.intern(name) for name in bits), tuple(int(value) for value in bits.values()))
 
     def as_dict(self) -> dict[str, int]:
-        """Return bits by group."""
+        """Return the plan as a mapping of groups to bits."""
         return dict(zip(self.groups, self.bits, strict=True))
 
     def _repr_html_(self) -> str:
-        """Render for notebooks: a shaded cell for each group."""
+        """Render the plan for notebooks: a coloured cell for each group."""
         style = "display:inline-block;width:1.6em;text-align:center;margin:1px;background:"
         return "".join(
             f'<span title="{html.escape(group)}" style="{style}{SHADES[bits]}">{bits}</span>'
@@ -142,19 +142,19 @@ class PrecisionPlan:
         )
 
     def __str__(self) -> str:
-        """Return the plan as a short bar: one character a group (``4``, ``8``, ``F`` for 16)."""
+        """Return the plan as one character per group: ``4``, ``8``, or ``F`` for 16 bits."""
         return "".join({4: "4", 8: "8", FULL_BITS: "F"}[value] for value in self.bits)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of one model and the bytes that no plan changes."""
+    """The groups of a model, and the sizes of everything that is the same in all plans."""
 
     groups: tuple[Group, ...]  # in model order
-    ungrouped_bytes: int  # embeddings, head, norms, biases: what stays unquantized
-    adapter_bytes: int  # LoRA matrices in float32, as peft keeps them beside quantized weights
-    element_bytes: int  # of one unquantized weight
-    double_quant: bool  # whether 4-bit scales are quantized themselves
+    ungrouped_bytes: int  # embeddings, head, norms and biases, which are never quantized
+    adapter_bytes: int  # LoRA matrices, which peft keeps in float32
+    element_bytes: int  # bytes of one unquantized weight
+    double_quant: bool  # whether the scales of 4-bit weights are quantized too
     num_parameters: int  # without adapters
 
     def uniform(self, bits: int) -> PrecisionPlan:
@@ -162,34 +162,34 @@ class Layout:
         return PrecisionPlan(tuple(group.name for group in self.groups), (bits,) * len(self.groups))
 
     def group_bytes(self, bits: int) -> list[int]:
-        """Return the bytes of each group at ``bits``, in model order."""
+        """Return the bytes of each group at `bits`, in model order."""
         each = (self.element_bytes, self.double_quant)
         return [sum(packed_bytes(linear, bits, *each) for linear in group.linears) for group in self.groups]
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under ``plan``: packed groups, unquantized rest, adapters."""
+        """Count the bytes of the whole model under `plan`: packed groups, unquantized rest and adapters."""
         sizes = {bits: self.group_bytes(bits) for bits in set(plan.bits)}
         return sum(sizes[bits][at] for at, bits in enumerate(plan.bits)) + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the nominal bits per grouped weight (scales and the unquantized rest not counted)."""
+        """Return the average bits per weight of all groups, without scales and the ungrouped rest."""
         total = sum(group.num_weights for group in self.groups)
         return sum(group.num_weights * bits for group, bits in zip(self.groups, plan.bits, strict=True)) / total
 
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """All plans inside a byte budget: what a searcher knows of a model."""
+    """All plans of a model that fit into a byte budget; this is all that a searcher knows about the model."""
 
     groups: tuple[str, ...]  # names, in model order
     levels: tuple[int, ...]  # bit-widths, ascending
     group_bytes: tuple[tuple[int, ...], ...]  # (groups, levels)
-    fixed_bytes: int  # that no plan changes
+    fixed_bytes: int  # the same in all plans
     budget_bytes: int
 
     @classmethod
     def of(cls, layout: Layout, levels: tuple[int, ...], budget_bytes: int) -> PlanSpace:
-        """Return the plans of a model that stay inside a budget."""
+        """Make the plan space of a model with these bit-widths and this budget."""
         by_level = [layout.group_bytes(bits) for bits in levels]
         return cls(
             groups=tuple(group.name for group in layout.groups),
@@ -204,11 +204,11 @@ class PlanSpace:
         return PrecisionPlan(self.groups, (bits,) * len(self.groups))
 
     def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
-        """Return the plan that gives each group the level of that index."""
+        """Return the plan in which each group has the bit-width at its index in `levels`."""
         return PrecisionPlan(self.groups, tuple(self.levels[int(index)] for index in indices))
 
     def indices_of(self, plan: PrecisionPlan) -> tuple[int, ...]:
-        """Return the index of each group's level."""
+        """Return the index in `levels` of each group's bit-width."""
         return tuple(self.levels.index(bits) for bits in plan.bits)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
@@ -217,13 +217,13 @@ class PlanSpace:
         return grouped + self.fixed_bytes
 
     def is_feasible(self, plan: PrecisionPlan) -> bool:
-        """Return whether a plan is inside the budget."""
+        """Return True if the plan fits into the budget."""
         return self.plan_bytes(plan) <= self.budget_bytes
 
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
-        """Return the feasible plan with the largest sum of `gains` ``(groups, levels)``; `ValueError` if none fits.
+        """Return the plan in the budget with the largest sum of `gains` ``(groups, levels)``, by an exact knapsack.
 
-        It is a multiple-choice knapsack, solved exactly. `SolverFailed` if the solver ended without an answer.
+        Raise `ValueError` if no plan fits into the budget, and `SolverFailed` if the solver ends without an answer.
         """
         plan = self._solve(gains, avoid=())
         if plan is None:
@@ -231,50 +231,50 @@ class PlanSpace:
         return plan
 
     def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
-        """Return the feasible plan not in `avoid` that agrees with `plan` in the most groups; None if there is none.
+        """Return the plan that fits into the budget, is not in `avoid`, and differs from `plan` in the fewest groups.
 
-        Ties go to the plan that keeps more bytes.
+        Among equally near plans the largest is returned; None if no plan is left.
         """
-        known = set(avoid)
-        if self.is_feasible(plan) and plan not in known:
+        avoided = set(avoid)
+        if self.is_feasible(plan) and plan not in avoided:
             return plan
-        # The byte term sums to less than one over all groups, so it only breaks ties between equal agreements.
-        whole = 1.0 + sum(max(sizes) for sizes in self.group_bytes)
+        # The byte terms of all groups sum to less than one, so they only break ties between equally near plans.
+        limit = 1.0 + sum(max(sizes) for sizes in self.group_bytes)
         gains = [
-            [(1.0 if level == wanted else 0.0) + size / whole for level, size in zip(self.levels, sizes, strict=True)]
+            [(1.0 if level == wanted else 0.0) + size / limit for level, size in zip(self.levels, sizes, strict=True)]
             for wanted, sizes in zip(plan.bits, self.group_bytes, strict=True)
         ]
-        # Known plans become rows of the problem; most repairs need none.
+        # Excluding plans makes the problem larger, and most proposals do not need it: solve it without them first.
         found = self._solve(gains, ())
-        return self._solve(gains, known) if found in known else found
+        return self._solve(gains, avoided) if found in avoided else found
 
     def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
-        """Maximize the summed gain under the budget, without the plans of ``avoid``; None if there is no plan.
+        """Return the plan in the budget, not in `avoid`, with the largest sum of gains; None if there is no such plan.
 
-        HiGHS accepts a row that is violated by up to 1e-6. A plan over the budget is solved with a margin; if only
-        plans within it are left, they are excluded one by one.
+        HiGHS accepts solutions that exceed the budget by up to a millionth. If it returns one, it is run again with a
+        slightly smaller budget. If that finds no plan, plans over the budget are excluded one by one.
         """
-        known = list(avoid)
+        excluded = list(avoid)
         for margin in (0.0, 2e-6, 2e-5):
-            plan = self._optimum(gains, known, margin)
+            plan = self._optimum(gains, excluded, margin)
             if plan is None and margin == 0.0:
                 return None
             if plan is not None and self.is_feasible(plan):
                 return plan
         for _ in range(MAX_EXCLUDED):
-            plan = self._optimum(gains, known, margin=0.0)
+            plan = self._optimum(gains, excluded, margin=0.0)
             if plan is None or self.is_feasible(plan):
                 return plan
-            known.append(plan)
+            excluded.append(plan)
         raise SolverFailed(
-            f"HiGHS found {MAX_EXCLUDED} plans over {self.budget_bytes} bytes within its tolerance of a millionth: "
-            "raise `quantize.budget` by as much, or take fewer groups (`quantize.group`)"
+            f"HiGHS found only plans that exceed the budget of {self.budget_bytes} bytes by less than a millionth "
+            f"({MAX_EXCLUDED} of them): raise `quantize.budget` by a millionth, or form fewer groups (`quantize.group`)"
         )
 
     def _optimum(
         self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
     ) -> PrecisionPlan | None:
-        """Solve with HiGHS; None where it proves that there is no plan."""
+        """Solve the knapsack with HiGHS; return None if HiGHS proves that no plan fits."""
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -284,9 +284,9 @@ class PlanSpace:
         capacity = float(self.budget_bytes - self.fixed_bytes)
         budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
         constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
-        known = [[bits == level for bits in other.bits for level in self.levels] for other in avoid]
-        if known:
-            constraints.append(LinearConstraint(np.array(known, dtype=float), -np.inf, num_groups - 1))
+        excluded = [[bits == level for bits in other.bits for level in self.levels] for other in avoid]
+        if excluded:
+            constraints.append(LinearConstraint(np.array(excluded, dtype=float), -np.inf, num_groups - 1))
         with _native_output_dropped():
             solution = milp(
                 c=-gain.ravel(),
@@ -299,8 +299,8 @@ class PlanSpace:
             return None
         if not solution.success:
             raise SolverFailed(
-                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was found or ruled out: HiGHS ended "
-                f"with status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or "
-                "take fewer groups (`quantize.group`)"
+                f"the solver HiGHS found no plan of {num_groups} groups in {self.budget_bytes} bytes: it ended with "
+                f"status {solution.status} ({solution.message}), with a limit of {SOLVER_SECONDS:g} s; try again, or "
+                "form fewer groups (`quantize.group`)"
             )
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))

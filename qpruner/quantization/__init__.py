@@ -1,1 +1,1 @@
-"""LoftQ, the bank of packed groups, and the assembly of a plan's model."""
+"""Quantize weights with LoftQ, store the packed groups in a bank, and assemble the model of a plan."""

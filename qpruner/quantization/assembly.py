@@ -1,6 +1,6 @@
-"""Assemble a plan's model from the checkpoint's dense tensors and the bank's packed ones, and add its adapters.
+"""Assemble the model of a plan from dense tensors (checkpoint) and packed tensors (bank), and add LoRA adapters.
 
-No weight is quantized here.
+This module quantizes no weight: the bank holds the quantized weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
-"""The name that peft gives an adapter."""
+"""Name that peft gives to a model's only adapter."""
 
 
 def assemble(
@@ -42,10 +42,11 @@ def assemble(
     double_quant: bool,
     on_piece: OnPiece = lambda: None,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of a plan from a dense checkpoint and a bank; `on_piece` is called after every piece read.
+    """Build the model of a plan from a dense checkpoint and a bank, and call `on_piece` after each piece read.
 
     Returns:
-        The model, and its adapter starts: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
+        The model without adapters, and the initial values of its adapters: `<layer>.lora_A` ``(rank, columns)`` and
+        `<layer>.lora_B` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
@@ -69,7 +70,7 @@ def assemble(
 
 
 def _split(banked: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Split a bank's tensors into adapter starts and packed weights."""
+    """Split tensors of a bank into initial adapter values and packed weights."""
     starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
     return starts, {name: tensor for name, tensor in banked.items() if name not in starts}
 
@@ -77,10 +78,10 @@ def _split(banked: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 def attach_adapters(
     model: PreTrainedModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, group: str, seed: int
 ) -> PeftModel:
-    """Put a LoRA adapter on every grouped layer of an assembled model; layers without a start begin at zero.
+    """Add a LoRA adapter to every grouped layer of an assembled model and set its initial values.
 
-    With `lora.init: loftq` their rows of ``A`` get the length that LoftQ's have, so that unquantized layers learn as
-    fast as quantized ones. `seed` seeds the plain starts, each layer's apart, and the random state.
+    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq` each row of that
+    ``A`` is scaled to length 1, as LoftQ does, so that unquantized layers learn as fast as quantized layers.
     """
     from peft import get_peft_model
 
@@ -115,7 +116,7 @@ def _set_adapters(
             lora_a.copy_(starts[f"{path}.lora_A"])
             lora_b.copy_(starts[f"{path}.lora_B"])
             continue
-        # From the layer's own generator, so that a layer starts alike whatever the others' bits are.
+        # Each layer has its own generator, so that its initial values do not depend on the bits of other layers.
         own = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
         drawn = torch.nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5), generator=own)
         lora_a.copy_(drawn / drawn.norm(dim=1, keepdim=True) if lora.init == "loftq" else drawn)
@@ -124,9 +125,9 @@ def _set_adapters(
 
 
 class PlanAssembler:
-    """Assemble one plan after the other, exchanging only the groups whose bits differ.
+    """Assemble one plan after another in one process, replacing only the groups whose bits change.
 
-    All adapters are set to their start, and so is the random state: a plan gives the same model as in a fresh process.
+    Every plan resets all adapters and the random state, so it gives the same model as in a fresh process.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class PlanAssembler:
         self._starts: dict[str, torch.Tensor] = {}
 
     def model(self, plan: Mapping[str, int], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
-        """Assemble the model of a plan (group -> bits); the model returned before must not be used any more."""
-        # Dropped first: after an exchange that fails half way, the next plan is assembled from nothing.
+        """Assemble the model of a plan (group -> bits); do not use the model that an earlier call returned."""
+        # Forget the held model first: if replacing its groups fails half way, the next plan is assembled from scratch.
         held, self._peft_model = self._peft_model, None
         if held is None:
             model, self._starts = assemble(
@@ -155,8 +156,8 @@ class PlanAssembler:
     def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
         model = held.get_base_model()
         model.disable_input_require_grads()
-        held.enable_adapter_layers()  # evaluation may have disabled them
-        # As in MixedPrecisionQuantizer: a model that began unquantized does not say that it has such layers.
+        held.enable_adapter_layers()  # an evaluation may have disabled them
+        # As in MixedPrecisionQuantizer: a model that was first assembled unquantized lacks these flags.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)
         changed = {name: bits for name, bits in plan.items() if bits != self._plan[name]}
@@ -181,7 +182,7 @@ class PlanAssembler:
 
 
 def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> dict[str, torch.nn.Module]:
-    """Put each layer inside peft's LoRA layer for its kind, as `get_peft_model` does."""
+    """Wrap each layer in the LoRA layer that peft has for its type, as `get_peft_model` does."""
     from peft import inject_adapter_in_model
 
     holder = torch.nn.Module()
@@ -193,7 +194,7 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
         inject_adapter_in_model(_peft_config(lora, names.values()), holder, ADAPTER)
     found: dict[str, Any] = {path: holder.get_submodule(name) for path, name in names.items()}
     for adapted in found.values():
-        # As get_peft_model: adapters train in float32.
+        # As in get_peft_model: adapters are trained in float32.
         adapted.lora_A.float()
         adapted.lora_B.float()
     return found
@@ -202,7 +203,7 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
 def plan_assembler(
     checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig
 ) -> PlanAssembler:
-    """Return this process's assembler for a model and a bank; it is kept, so that a worker loads a model once."""
+    """Return an assembler for a model and a bank; it is cached, so that a worker loads the model only once."""
     index = read_json(bank / INDEX, BankIndex)
     return _kept_assembler(index and index.digest, checkpoint, bank, group, dtype, double_quant, lora)
 
@@ -213,9 +214,9 @@ def _kept_assembler(digest: str | None, *settings: Any) -> PlanAssembler:
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device, or spread it over the GPUs if this process sees several: Ray shows a trial its own.
+    """Move a model to the device, or spread it over all GPUs that this process sees (Ray shows a trial only its own).
 
-    Processes that train together see all GPUs of their machine; each uses one, torch's current one.
+    In distributed training each process sees all GPUs of the machine, but uses only torch's current one.
     """
     if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())
@@ -230,9 +231,9 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def measured_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of a model's tensors as they are packed, with scales and adapters, and shared ones once.
+    """Count the bytes of all tensors of a model: packed weights, scales, adapters and the rest; shared tensors once.
 
-    bitsandbytes' small JSON blob beside each 4-bit layer and the format byte beside each 8-bit one are left out.
+    bitsandbytes also stores a JSON blob per 4-bit layer and a format byte per 8-bit layer, which are not counted.
     """
     sizes = {
         tensor.data_ptr(): tensor.nbytes

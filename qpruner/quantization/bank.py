@@ -1,8 +1,8 @@
-"""Build and read the bank: packed weights and adapter start of every (group, bits), computed once for all trials.
+"""Build and read the bank: packed weights and initial adapters of every (group, bits), computed once for all trials.
 
-The start of a group depends on the group and its bits, not on the rest of the plan. Every entry is a safetensors file:
-the layers' serialized bitsandbytes tensors, and `<layer>.lora_A` / `<layer>.lora_B`. `bank.json` beside them holds
-what each was made from and its sha256, which a process checks when it first reads the file.
+An entry depends on its group and bits only, not on the rest of a plan. Each entry is a safetensors file with the
+bitsandbytes tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`. The index `bank.json` has the
+input digest and the sha256 of each file. A process checks the sha256 when it first reads a file.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from qpruner.runs.storage import (
 )
 
 FORMAT = 2
-"""Rises when an entry of the same inputs would hold other tensors."""
+"""Version of the entries: raise it when the same inputs give different tensors."""
 INDEX = "bank.json"
 FEW_WEIGHTS = 10_000_000
-"""Packing fewer takes less time than starting Ray."""
+"""A smaller model is packed without starting Ray, because starting Ray would take longer than packing."""
 
 
 class IndexEntry(Recorded):
-    """One file of the index: the digest of its inputs, its sha256, and |W - Q - BA| / |W - Q| (Frobenius)."""
+    """Index entry of a file: digest of its inputs, sha256, and the ratio |W - Q - BA| / |W - Q| (Frobenius norms)."""
 
     inputs: str
     sha256: str
@@ -58,7 +58,7 @@ class IndexEntry(Recorded):
 
 
 class BankIndex(Recorded):
-    """`bank.json`: the bank's digest, and every file by its name."""
+    """Contents of `bank.json`: the digest of the bank, and an entry for each file name."""
 
     digest: str
     files: dict[str, IndexEntry]
@@ -67,10 +67,10 @@ class BankIndex(Recorded):
 def build_entry(
     weights: Mapping[str, torch.Tensor], bits: int, lora: LoraConfig, double_quant: bool, seed: int
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Quantize a group's layers (path -> weight ``(rows, columns)``) at 4 or 8 bits; a pure function.
+    """Quantize the layers of a group (path -> weight ``(rows, columns)``) at 4 or 8 bits.
 
     Returns:
-        The tensors of the entry, and the error left over that of plain quantization; 1 without LoftQ.
+        The tensors of the entry, and the ratio of LoftQ's error to the error of plain quantization (1 without LoftQ).
     """
     tensors: dict[str, torch.Tensor] = {}
     plain, left = 0.0, 0.0
@@ -89,12 +89,12 @@ def build_entry(
 
 
 def entry_file(bank: Path, group: str, bits: int) -> Path:
-    """Return the path of an entry."""
+    """Return the path of the file of one (group, bits)."""
     return bank / f"{bits}bit" / f"{group}.safetensors"
 
 
 def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write an entry's file and return its path."""
+    """Write the tensors of one (group, bits) to a file and return its path."""
     path = entry_file(bank, group, bits)
 
     def write() -> None:
@@ -107,13 +107,13 @@ def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class GroupJob:
-    """One group to be packed at some bit-widths, here or on a worker."""
+    """A group to pack at some bit-widths, in this process or on a worker."""
 
     group: str
     paths: tuple[str, ...]
-    """Of the group's layers."""
+    """Paths of the group's layers in the model."""
     bits: tuple[int, ...]
-    """Below 16."""
+    """Bit-widths to pack at, all below 16."""
     checkpoint: Path
     bank: Path
     dtype: str
@@ -121,12 +121,12 @@ class GroupJob:
     double_quant: bool
     seed: int
     inputs: str = ""
-    """Digest of what all of this stands for, for the index."""
+    """Digest of the inputs of the entries, to be written into the index."""
     threads: int | None = None
 
 
 def build_group(job: GroupJob) -> dict[str, IndexEntry]:
-    """Pack a group and write its files; return their entries of the index."""
+    """Pack a group, write a file for each bit-width, and return index entries by file name."""
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
@@ -146,7 +146,7 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
 
 
 def read_index(bank: Path) -> BankIndex:
-    """Read a bank's index; `CorruptFile` if there is none, or none that can be read."""
+    """Read the index of a bank; raise `CorruptFile` if it is missing or damaged."""
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
         raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}", bank)
@@ -154,9 +154,9 @@ def read_index(bank: Path) -> BankIndex:
 
 
 def intact_files(bank: Path, index: BankIndex) -> list[str]:
-    """List the files that exist and have the sha256 of the index."""
-    there = files_in(bank)
-    names = [name for name in index.files if name in there]
+    """List the files of a bank that exist and match their sha256 in the index."""
+    existing = files_in(bank)
+    names = [name for name in index.files if name in existing]
     found = for_each(file_digest, [bank / name for name in names])
     return [name for name, sha256 in zip(names, found, strict=True) if sha256 == index.files[name].sha256]
 
@@ -164,7 +164,7 @@ def intact_files(bank: Path, index: BankIndex) -> list[str]:
 def read_plan(
     bank: Path, bits_by_group: Mapping[str, int], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of all groups that a plan quantizes; raises `CorruptFile` for a missing or damaged file."""
+    """Read the tensors of all groups that a plan quantizes; raise `CorruptFile` if a file is missing or damaged."""
     wanted = {group: bits for group, bits in bits_by_group.items() if bits != FULL_BITS}
     if not wanted:
         return {}
@@ -178,7 +178,7 @@ def read_plan(
             read = functools.partial(_verified, path, entry.sha256 if entry else "", on_piece)
             source = retry_storage(read, path, was_there=True)
             if source is None:
-                raise CorruptFile(f"bank file {display_name(path)} is not what {INDEX} says; {remedy}", path)
+                raise CorruptFile(f"bank file {display_name(path)} does not match {INDEX}; {remedy}", path)
             tensors |= retry_storage(functools.partial(load_file, source), path)
             on_piece()
         except (FileNotFoundError, SafetensorError) as error:
@@ -187,10 +187,10 @@ def read_plan(
 
 
 class Starts:
-    """Dequantized weights with their adapters added, for every (group, bits) below 16 in the bank.
+    """Initial weights of trials: dequantized, with the adapter added, for every (group, bits) below 16 in a bank.
 
-    Files of the bank are mapped, not copied, so on a CPU memory is one layer's float32 weight. `groups` maps each
-    group to the paths of its linear layers; `scaling` is the factor of the adapters' product (alpha / rank).
+    The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight only. `groups` maps
+    each group to the paths of its linear layers; `scaling` is LoRA's factor alpha / rank.
     """
 
     def __init__(self, bank: Path, groups: Mapping[str, Sequence[str]], levels: Sequence[int], scaling: float) -> None:
@@ -200,9 +200,9 @@ class Starts:
         self._entries = {(group, bits): read_plan(bank, {group: bits}) for group in groups for bits in self.levels}
 
     def weight(self, group: str, bits: int, path: str, device: torch.device) -> torch.Tensor:
-        """Compute the weight ``(rows, columns)`` float32 of the layer at `path` at the start of a trial.
+        """Compute the float32 weight ``(rows, columns)`` that the layer at `path` has at the start of a trial.
 
-        8-bit layers round their inputs too (LLM.int8), which no weight can show.
+        8-bit layers also round their inputs (LLM.int8); the weight does not include that error.
         """
         stored = layer_tensors(self._entries[group, bits], path)
         own = {name: tensor.to(device) for name, tensor in stored.items()}
@@ -214,10 +214,7 @@ class Starts:
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Return the path to read a bank's file from: the file, or this machine's copy, which the first reader makes.
-
-    None if the contents are others.
-    """
+    """Return the file itself or, if it is on shared storage, a local copy (made if missing); None if sha256 differs."""
     named = os.environ.get(BANK_CACHE)
     if not named and storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
@@ -226,7 +223,7 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
         return copy
     with exclusive(copy, on_piece):
         if not _is_intact(copy, sha256):
-            aside = copy.with_name(f"{copy.name}.part")  # the next reader overwrites what a killed one left
+            aside = copy.with_name(f"{copy.name}.part")  # the next reader overwrites what a killed reader left
             if fetch_file(path, aside, on_piece) != sha256:
                 aside.unlink()
                 return None
@@ -240,5 +237,5 @@ def _is_intact(copy: Path, sha256: str) -> bool:
 
 @functools.cache
 def _digest_once(path: Path, modified_ns: int) -> str:
-    """Compute a file's sha256 once a process, and again after it was written."""
+    """Compute the sha256 of a file once per process; a new modification time computes it again."""
     return file_digest(path)

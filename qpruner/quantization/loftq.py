@@ -1,7 +1,7 @@
-"""Compute LoftQ: an adapter start that restores what quantization lost (Li et al., arXiv 2310.08659, algorithm 1).
+"""Compute LoftQ: initial adapters that reduce the quantization error (Li et al., arXiv 2310.08659, algorithm 1).
 
-Alternate ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``; with one iteration the codes are
-those of plain quantization and only the adapter differs. An iteration is kept only if the residual shrank.
+The algorithm alternates ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``. With one iteration
+``Q`` is the plainly quantized weight. The loop stops at the first iteration that does not reduce the error.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from qpruner.config.schema import LoraConfig
 from qpruner.quantization.mixed import pack, unpack
 
 OVERSAMPLING = 8
-"""Extra directions of the randomized SVD (Halko et al., arXiv 0909.4061)."""
+"""Directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)."""
 
 
 @dataclass(frozen=True)
 class LoftqStart:
-    """A packed weight and the adapter that starts from its error."""
+    """A packed weight and the initial adapter that approximates its quantization error."""
 
     packed: dict[str, torch.Tensor]
     lora_a: torch.Tensor
-    """``(rank, columns)`` float32, and `lora_b` ``(rows, rank)``."""
+    """Float32 ``(rank, columns)``."""
     lora_b: torch.Tensor
+    """Float32 ``(rows, rank)``."""
     plain_error: float
-    """``|W - dequantize(quantize(W))|`` (Frobenius), and `error` ``|W - dequantize(Q) - scaling * B A|``."""
+    """Frobenius norm of ``W - dequantize(quantize(W))``."""
     error: float
+    """Frobenius norm of ``W - dequantize(Q) - scaling * B A``."""
 
 
 def loftq_start(weight: torch.Tensor, bits: int, lora: LoraConfig, double_quant: bool, seed: int) -> LoftqStart:
-    """Compute the LoftQ start of one linear layer W, ``(rows, columns)``; a pure function of its arguments.
+    """Compute the packed weight and the initial adapter of one linear layer W ``(rows, columns)`` with LoftQ.
 
-    The scaling s is what peft multiplies ``B A`` with; `seed` seeds the randomized SVD.
+    The factor ``s = alpha / rank`` is the same as in peft; `seed` seeds the randomized SVD.
     """
     rank, scaling = lora.rank, lora.alpha / lora.rank
     weight = weight.detach()
@@ -59,11 +61,11 @@ def loftq_start(weight: torch.Tensor, bits: int, lora: LoraConfig, double_quant:
 def _factorize(
     residual: torch.Tensor, rank: int, scaling: float, svd: str, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factorize so that ``scaling * B A`` is the best rank-r approximation, with rows of ``A`` of length 1.
+    """Factorize `residual` into ``scaling * B A``, its best rank-r approximation, with rows of ``A`` of length 1.
 
-    LoftQ shares the scale of the product evenly. How fast an adapter learns then depends on the bits: at 8, where the
-    error is small, both factors are near zero, and there neither has a gradient. On SmolLM2 rows of ``A`` had a length
-    of 1.0 at 4 bits and 0.3 at 8 (medians), and after 16 steps the model at 8 bits was behind itself at 4.
+    The LoftQ paper splits the singular values evenly between A and B. At 8 bits the error is small, so both factors and
+    their gradients are near zero, and the adapter learns slowly. On SmolLM2 rows of ``A`` then had a median length of
+    1.0 at 4 bits and 0.3 at 8 bits, and after 16 steps the 8-bit model had a higher loss than the 4-bit model.
     """
     rank_possible = min(rank, *residual.shape)
     if svd == "exact":

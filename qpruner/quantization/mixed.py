@@ -1,7 +1,7 @@
 """Build bitsandbytes layers of several bit-widths in one model, and register them with transformers.
 
-`BitsAndBytesConfig` refuses 4 and 8 bits at once, so a quantization method of our own, `qpruner`, builds each linear
-layer at its own width and leaves reading and writing of the packed tensors to transformers' and bitsandbytes' code.
+`BitsAndBytesConfig` does not allow 4 and 8 bits in one model, so this module registers a quantization method `qpruner`.
+It builds each linear layer at its own bit-width; transformers and bitsandbytes read and write the packed tensors.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from qpruner.plans.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu
 
 METHOD = "qpruner"
 
-# bitsandbytes repeats at every call that 8-bit layers cast to float16.
+# bitsandbytes warns at every call that 8-bit layers cast their inputs to float16.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 )
 
 
 def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch.Tensor]:
-    """Quantize a weight ``(rows, columns)`` into the tensors, by name, that bitsandbytes keeps on disk.
+    """Quantize a weight ``(rows, columns)`` into the tensors (name -> tensor) that bitsandbytes saves to disk.
 
-    4 bits are NF4 in blocks of 64, whose scales `double_quant` quantizes too; 8 are LLM.int8 with one scale a row.
+    4 bits are NF4 with a scale per block of 64 weights; `double_quant` also quantizes these scales. 8 bits are LLM.int8
+    with a scale per row.
     """
     if bits == 8:
         codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
@@ -47,7 +48,7 @@ def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch
 
 
 def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize what `pack` made, to ``(rows, columns)`` in ``dtype``."""
+    """Dequantize the tensors that `pack` returned into a weight ``(rows, columns)`` of type `dtype`."""
     if "SCB" in tensors:
         weight: torch.Tensor = int8_vectorwise_dequant(tensors["weight"], tensors["SCB"])
         return weight.to(dtype)
@@ -58,15 +59,15 @@ def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor
 
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Select the tensors of one layer from those of many, `<layer>.<name>`; returns them by name."""
+    """Select the tensors named `<path>.<name>` of one layer, and return them by `<name>`."""
     return {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items() if name.startswith(f"{path}.")}
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """An 8-bit layer whose codes and scales follow when a parent module is moved to another device.
+    """An 8-bit layer that moves all its tensors when its parent module is moved to another device.
 
-    A parent's `.to` replaces the weight's data but leaves bitsandbytes' alias of the codes and the scales where they
-    were (0.50); only the layer's own `.to` moves them.
+    With bitsandbytes 0.50 a parent's `.to` moves only the weight. The second reference to the codes (`CB`) and the
+    scales (`SCB`) stay on the old device.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -82,9 +83,9 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
 def packed_layer(
     linear: torch.nn.Linear, bits: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, double_quant: bool
 ) -> torch.nn.Module:
-    """Build the bitsandbytes layer that `from_pretrained` would make of `pack`'s tensors.
+    """Build a bitsandbytes layer from the tensors that `pack` returned, as `from_pretrained` would.
 
-    It takes the place of `linear`, whose size, bias and device are kept; `dtype` is that of the computation.
+    The layer has the size, bias and device of `linear`, and computes in `dtype`.
     """
     device = linear.weight.device
     with torch.device("meta"):
@@ -103,7 +104,7 @@ def packed_layer(
 
 
 def dense_layer(linear: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Module:
-    """Build an `nn.Linear` of a weight ``(rows, columns)`` in place of a layer, whose bias and device are kept."""
+    """Build an `nn.Linear` with a weight ``(rows, columns)``, and with the bias and the device of `linear`."""
     with torch.device("meta"):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
@@ -123,15 +124,15 @@ def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_
         linear.in_features, linear.out_features, has_bias, dtype, compress_statistics=double_quant, quant_type="nf4"
     )
     layer.weight.data = layer.weight.data.to(torch.uint8)
-    # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation: it rounds the scales to bf16,
-    # which changes the model, and refuses widths that are no multiple of 32, which pruning makes.
+    # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation. That changes the model (it
+    # rounds the scales to bf16), and fails for widths that are no multiple of 32, which pruned layers can have.
     layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return layer
 
 
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a mixed-precision checkpoint; `bits` maps the paths of layers to 4 or 8."""
+    """The `quantization_config` of a mixed-precision checkpoint: `bits` maps layer paths to 4 or 8."""
 
     def __init__(self, bits: dict[str, int], double_quant: bool = False, **_: Any) -> None:
         self.quant_method = METHOD
@@ -140,18 +141,18 @@ class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Pass a layer's packed tensors to transformers' own 4- or 8-bit reader."""
+    """Pass the packed tensors of a layer to the 4-bit or 8-bit reader of transformers."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
-        # Without an attribute of that name transformers casts packed tensors, and the 8-bit scales to int8 (5.24).
+        # Without an attribute of this name transformers 5.24 casts packed tensors, even the 8-bit scales to int8.
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
-        """Return itself: transformers copies the op for each layer, and with it the bits of every layer."""
+        """Return itself: transformers copies this object for each layer, and a copy would include the whole config."""
         return self
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Read the tensors of one layer."""
+        """Convert the stored tensors of one layer into its parameters."""
         reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
         result: dict[str, Any] = reader(self.hf_quantizer).convert(input_dict, **kwargs)
         return result
@@ -159,19 +160,19 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Build the mixed model for `from_pretrained` and let `save_pretrained` write it."""
+    """Build a mixed-precision model in `from_pretrained`, and allow `save_pretrained` to save it."""
 
     requires_calibration = True
     _parts = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4")
     serialized_names = {"weight": ["weight", *[f"weight.{part}" for part in _parts], "SCB", "weight_format"]}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is a packed layer's."""
+        """Return True if the parameter belongs to a packed layer and is no bias."""
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and name != "bias"
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # The model is on the meta device: its weights come later.
+        # The model is on the meta device here: transformers loads the weights afterwards.
         for path, bits in self.quantization_config.bits.items():
             linear = model.get_submodule(path)
             if bits == 4 and not torch.cuda.is_available():
@@ -182,9 +183,9 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(path, layer.requires_grad_(False))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # peft picks its 4- or 8-bit LoRA class per layer only where the model says that it may have such layers.
+        # peft uses its 4-bit and 8-bit LoRA layers only if the model has these flags.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
-        # The packed tensors are written as they are; transformers 5.24 would ask our reader for its inverse and fail.
+        # Packed tensors are saved unchanged; transformers 5.24 would ask _Deserialize for an inverse and fail.
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
@@ -193,14 +194,14 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Return the readers by name."""
+        """Return the operations that transformers may use to load tensors, by name."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:
-        """Return True: a mixed model can be saved."""
+        """Return True: transformers can save a mixed-precision model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on a mixed model can be trained."""
+        """True, because adapters on a mixed-precision model can be trained."""
         return True

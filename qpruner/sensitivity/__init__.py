@@ -1,1 +1,1 @@
-"""How much each group loses at fewer bits, by several methods, and the plan that each suggests."""
+"""Predict with several methods how much the loss rises if a group gets fewer bits, and derive a plan from each."""

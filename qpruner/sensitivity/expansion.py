@@ -1,14 +1,15 @@
-"""Predict the loss's rise by expansion: gradients times the error that quantization leaves in the weights.
+"""Predict the rise of the loss from a Taylor expansion in the quantization error of the weights.
 
-With ``E = W_start - W``, ``g_s`` the gradient of sample s's summed loss and N labelled tokens in all, a group rises by
+Let ``E = W_start - W`` be the error, ``g_s`` the gradient of the summed loss of sample s, and N the number of labelled
+tokens. The predicted rise per token is
 
 - first order: ``sum_s <g_s, E> / N``,
-- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, the diagonal of the empirical Fisher matrix (as in SqueezeLLM, arXiv
-  2306.07629): what the predictions change by,
-- second order: their sum, with that diagonal for the Hessian.
+- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, which approximates the change of the predictions by the diagonal of the
+  empirical Fisher matrix (as in SqueezeLLM, arXiv 2306.07629),
+- second order: the sum of both, with the Fisher diagonal in place of the Hessian.
 
-Scores of different tokens are uncorrelated under the model, so a sample's sum has the Fisher information of its tokens.
-All come from one backward pass over the samples, for every group and bit-width at once.
+Gradients of different tokens are uncorrelated under the model, so the summed gradient of a sample has the Fisher
+information of all its tokens. One backward pass over the samples gives all values for all groups and bit-widths.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 BYTES_A_WEIGHT = 17
-"""For each weight of the layer that the backward pass is at: the sums of its gradients and of their squares, a level's
-error and a product with it (or what unpacking takes), each in float32, and its code."""
+"""Peak bytes per weight of the layer in the backward pass: its code, and four float32 values (sum of gradients, sum of
+squared gradients, quantization error, and a product with the error or the buffer of unpacking)."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Predicted rises of the loss ``(levels, groups)`` in nats per token, over `num_tokens` labelled tokens."""
+    """Predicted rises of the loss ``(levels, groups)`` in nats per token: means over `num_tokens` labelled tokens."""
 
     num_tokens: int
     first_order: Floats
@@ -45,12 +46,12 @@ class Expansion:
 
     @property
     def second_order(self) -> Floats:
-        """First order plus Fisher."""
+        """Sum of the first-order and the Fisher term."""
         return self.first_order + self.fisher
 
 
 def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
-    """Run the samples forward and backward once through the pruned, unquantized model."""
+    """Predict the rise of every (group, bits) from one forward and backward pass of the unquantized model."""
     owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
     linears = {path: model.get_submodule(path) for path in owner}
     first_order = np.zeros((len(starts.levels), len(starts.groups)))
@@ -64,7 +65,7 @@ def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansio
         for level, bits in enumerate(starts.levels):
             error = starts.weight(group, bits, path, weight.device).sub_(weight)
             slope, curvature = rises(error, slopes, squares)
-            del error  # before the next level's is made
+            del error  # free the memory before the next error is computed
             if not math.isfinite(slope + curvature):
                 raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
             first_order[level, index] += slope
@@ -76,13 +77,13 @@ def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansio
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
-    """Compute the first-order and Fisher term of one weight, all ``(rows, columns)`` float32; overwrites `error`."""
-    # Sums and no dot products: those of 45 million terms, a layer of a 7B model, were 0.4 to 0.9 % short (2026-11).
+    """Return the first-order and the Fisher term of one layer from float32 ``(rows, columns)``; overwrite `error`."""
+    # Not `torch.dot`: for 45 million terms, a layer of a 7B model, its result was 0.4 to 0.9 % too small (2026-11).
     return float((error * slopes).sum()), float(0.5 * error.square_().mul_(squares).sum())
 
 
 def _sums_over_samples(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the samples' weight gradients, and their squares: two ``(rows, columns)`` float32."""
+    """Return the sum of the weight gradients of all samples, and the sum of their squares, ``(rows, columns)`` each."""
     slope = torch.empty(gradients.shape[-1], inputs.shape[-1], device=inputs.device)
     slopes, squares = torch.zeros_like(slope), torch.zeros_like(slope)
     for sample, gradient in zip(inputs, gradients, strict=True):

@@ -1,8 +1,8 @@
-"""Measure the rise: one group at a time starts as in a trial, and the samples run through the model.
+"""Measure how the predictions change when one group is quantized: KL divergence and change of the loss.
 
-The same passes give the KL divergence of the predictions from the unquantized model's, and the change of the loss.
-Blocks in front of the changed one return their earlier outputs, so a group costs the blocks from its own to the last;
-the head runs at the predicted positions only.
+For every (group, bits) the group gets its initial weights of a trial, and the samples run through the model. The blocks
+before the changed block return their stored outputs, so only the later blocks run. The head runs only at positions
+with a label.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 POSITIONS = 256
-"""Predicted positions compared at once, each a row of the vocabulary in float32."""
+"""Positions compared at once; each needs a float32 row of the size of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sums over each sample's predicted positions, in nats.
+    """Sums over the predicted positions of each sample, in nats.
 
-    `counts` of positions and `base_loss`, the unquantized model's, are ``(samples,)``; the divergence `kl` from it and
-    `loss`, the difference to its loss, are ``(levels, groups, samples)``.
+    Number of positions (`counts`) and loss of the unquantized model (`base_loss`) are ``(samples,)``. KL divergence
+    from that model (`kl`) and change of its loss (`loss`) are ``(levels, groups, samples)``.
     """
 
     counts: Floats
@@ -45,17 +45,17 @@ class Measurement:
 
     @classmethod
     def joined(cls, parts: Sequence[Measurement]) -> Measurement:
-        """Join measurements of different samples."""
+        """Concatenate measurements of different samples."""
         fields = ("counts", "base_loss", "kl", "loss")
         return cls(*(np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in fields))
 
     def mean(self, sums: Floats) -> Floats:
-        """Average sums ``(..., samples)`` over positions."""
+        """Divide sums ``(..., samples)`` by the number of positions."""
         mean: Floats = sums.sum(axis=-1) / self.counts.sum()
         return mean
 
     def stderr(self, sums: Floats) -> Floats:
-        """Compute the standard error of the mean over samples (a ratio estimator); NaN with one sample."""
+        """Compute the standard error of `mean` over samples as a ratio estimator; NaN for a single sample."""
         if len(self.counts) == 1:
             return np.full(sums.shape[:-1], np.nan)
         rest = sums - self.mean(sums)[..., None] * self.counts
@@ -65,18 +65,18 @@ class Measurement:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measurement:
-    """Measure every (group, bits), each a step of the samples' progress.
+    """Measure every (group, bits) on all samples; each one advances the progress by a step.
 
-    In bfloat16 any change costs some KL by rounding alone: 0.0009 to 0.0015 nats on pruned SmolLM2 with one weight
-    moved by one unit in the last place (2026-11), about what 8 bits cost there. Fisher tells such groups apart.
+    In bfloat16 rounding alone causes some KL divergence: 0.0009 to 0.0015 nats on pruned SmolLM2 after one weight was
+    changed by one unit in the last place (2026-11). 8 bits cause about as much there; Fisher can rank such groups.
 
-    Memory above the weights: every block's output for one batch, its float32 log-probabilities, a group's weights once
-    more, and one layer's while it is unpacked.
+    Memory besides the model: for one batch the outputs of all blocks and float32 log-probabilities; the weights of one
+    group; and one layer during unpacking.
     """
-    every = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
-    total = len(every) * len(starts.groups) * len(starts.levels)
+    all_batches = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
+    total = len(all_batches) * len(starts.groups) * len(starts.levels)
     done, parts = 0, []
-    for batch in every:
+    for batch in all_batches:
         run = _Rerun(model, batch)
         sums = torch.zeros(len(starts.levels), len(starts.groups), 2, len(run.counts), dtype=torch.float64)
         for index, (group, paths) in enumerate(starts.groups.items()):
@@ -84,7 +84,7 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measure
             for level, bits in enumerate(starts.levels):
                 weights = [starts.weight(group, bits, path, each.device).to(each.dtype) for path, each in own.items()]
                 with _replaced(list(own.values()), weights):
-                    sums[level, index] = run.rise(paths[0], f"{group} at {bits} bits")
+                    sums[level, index] = run.rise(paths[0], f"the model with {group} at {bits} bits")
                 done += 1
                 samples.on_progress(done, total)
         parts.append(
@@ -94,9 +94,9 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measure
 
 
 class _Rerun:
-    """A batch that was run once and is run again from any block with other weights in it.
+    """Run a batch through the unquantized model, then again from any block after its weights were replaced.
 
-    `counts` of predicted positions and `base_loss`, summed over them, are ``(samples,)`` float64.
+    Number of predicted positions (`counts`) and summed loss (`base_loss`) are ``(samples,)`` float64.
     """
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
@@ -116,8 +116,8 @@ class _Rerun:
         self._losses = -self._at_labels(self._expected, self._labels)
         self.base_loss = self._by_sample(self._losses, "the unquantized model")
 
-    def rise(self, path: str, what: str) -> torch.Tensor:
-        """Run from the block of a layer on; sum divergence and change of the loss to ``(2, samples)`` float64."""
+    def rise(self, path: str, model_name: str) -> torch.Tensor:
+        """Run again from the block with this layer; return KL divergence and change of the loss, ``(2, samples)``."""
         first = next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
         with returning_outputs(self._blocks[:first], self._outputs):
             logits = predicted_logits(self._model, self._batch)
@@ -128,21 +128,21 @@ class _Rerun:
             loss.append(-self._at_labels(found, self._labels[here]))
             kl.append((expected.exp() * (expected - found)).sum(dim=-1))
         changes = (torch.cat(kl), torch.cat(loss) - self._losses)
-        return torch.stack([self._by_sample(change, what) for change in changes])
+        return torch.stack([self._by_sample(change, model_name) for change in changes])
 
     @staticmethod
     def _at_labels(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return log_probabilities.gather(1, labels.to(log_probabilities.device)[:, None])[:, 0]
 
-    def _by_sample(self, values: torch.Tensor, what: str) -> torch.Tensor:
+    def _by_sample(self, values: torch.Tensor, model_name: str) -> torch.Tensor:
         if not values.isfinite().all():
-            raise TrainingDiverged(f"the predictions of {what} are NaN or infinite on the calibration samples")
+            raise TrainingDiverged(f"the predictions of {model_name} are NaN or infinite on the calibration samples")
         return torch.zeros_like(self.counts).index_add_(0, self._sample, values.double().cpu())
 
 
 @contextmanager
 def returning_outputs(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let blocks return earlier outputs instead of running."""
+    """Make blocks return the given outputs instead of running."""
     before = [vars(block).get("forward") for block in blocks]
     for block, output in zip(blocks, outputs, strict=False):
         block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
@@ -158,12 +158,12 @@ def returning_outputs(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any])
 
 @contextmanager
 def _replaced(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Replace parameters' values for a while; their own tensors are restored, not copies."""
-    own = [parameter.data for parameter in parameters]
+    """Replace the values of parameters inside the context, and put the original tensors back afterwards."""
+    originals = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = value
         yield
     finally:
-        for parameter, value in zip(parameters, own, strict=True):
+        for parameter, value in zip(parameters, originals, strict=True):
             parameter.data = value

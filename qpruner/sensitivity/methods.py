@@ -1,6 +1,6 @@
-"""Compute every sensitivity in one shape: the predicted rise of each (group, bits) over the unquantized pruned model.
+"""Compute sensitivities: every method predicts how much each (group, bits) raises the loss of the pruned model.
 
-Methods that need the same passes over the samples share them, as their records say.
+Methods that need the same passes over the samples share them; their records name the other methods.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 ByBits = dict[int, tuple[float, ...]]
 SOURCES = {
     "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
-    "NAACL 2025), times the share of the way down from the highest bits",
+    "NAACL 2025), scaled linearly from 0 at the most bits to 1 at the fewest",
     "first_order": "gradient times quantization error, summed over the weights",
     "fisher": "half the mean squared gradient times squared quantization error, summed over the weights",
-    "second_order": "first order plus Fisher: the loss expanded, with the squared gradient for the curvature",
-    "kl": "divergence of the predictions from the unquantized model's, measured with one group quantized",
-    "loss": "change of the loss, measured with one group quantized",
+    "second_order": "first order plus Fisher: second-order expansion of the loss, with squared gradients as curvature",
+    "kl": "KL divergence between the predictions of the model with one group quantized and of the unquantized model",
+    "loss": "measured change of the loss when one group is quantized",
 }
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups and bank to score with; `levels` ascend, `scaling` is the factor of the adapters' product."""
+    """Samples, groups and bank to score with; `levels` ascend, and `scaling` is LoRA's factor alpha / rank."""
 
     samples: Samples
     levels: tuple[int, ...]
@@ -48,14 +48,14 @@ class Subject:
     scaling: float
 
     def starts(self, model: PreTrainedModel) -> Starts:
-        """Open the bank for the model's groups."""
+        """Open the bank to read the initial weights of the model's groups."""
         return Starts(self.bank, group_linears(model.config, self.group), self.levels, self.scaling)
 
 
 def by_information(
     model: PreTrainedModel, subject: Subject, settings: SensitivityConfig, seed: int
 ) -> dict[str, MethodScores]:
-    """Score by mutual information: a pass forward, then nearest neighbours."""
+    """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
     found = mutual_information.measure(model, subject.samples, subject.group, settings, seed)
     lowest, highest = subject.levels[0], subject.levels[-1]
@@ -67,7 +67,7 @@ def by_information(
 
 
 def by_expansion(model: PreTrainedModel, subject: Subject) -> dict[str, MethodScores]:
-    """Score by first order, Fisher and their sum: one pass forward and backward."""
+    """Score all groups by first order, Fisher and second order, with one forward and backward pass."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.starts(model))
     details = {"num_samples": len(subject.samples.rows), "num_positions": found.num_tokens}
@@ -76,7 +76,7 @@ def by_expansion(model: PreTrainedModel, subject: Subject) -> dict[str, MethodSc
 
 
 def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) -> dict[str, MethodScores]:
-    """Score by the KL divergence and loss of a measurement, with standard errors over samples."""
+    """Turn a measurement into scores by KL divergence and by change of the loss, with standard errors over samples."""
     by_method = {}
     for name in MEASUREMENT:
         sums = getattr(found, name)
@@ -91,12 +91,12 @@ def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) 
 
 
 def measure_subject(model: PreTrainedModel, subject: Subject) -> Measurement:
-    """Measure every (group, bits) on the subject's samples."""
+    """Measure KL divergence and change of the loss for every (group, bits) on the samples of `subject`."""
     return measure(model, subject.samples, subject.starts(model))
 
 
 def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) -> Measurement:
-    """Load the pruned model in a process of its own and measure a share of the samples, those of the subject."""
+    """Load the pruned model and measure the samples of `subject`, a share of all; runs in a worker process."""
     import torch
 
     from qpruner.models.loading import load_dense
@@ -108,7 +108,7 @@ def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) 
 def _scores(
     by_method: Mapping[str, tuple[ByBits, dict[str, Any]]], seconds: float, unit: str = "nats per predicted token"
 ) -> dict[str, MethodScores]:
-    """Make the records of methods that share their passes from values and details."""
+    """Make one record per method from values and details; the methods share the time `seconds`."""
     found = {}
     for name, (values, details) in by_method.items():
         if others := [other for other in by_method if other != name]:
@@ -118,6 +118,6 @@ def _scores(
 
 
 def _by_bits(values: Any, levels: tuple[int, ...]) -> ByBits:
-    """Key ``(levels below 16, groups)`` by bits; 16 bits cost nothing."""
+    """Map bits to the rows of `values` ``(levels below 16, groups)``, and 16 bits to zeros."""
     found = {bits: tuple(row.tolist()) for bits, row in zip(levels, values, strict=False)}
     return found | ({FULL_BITS: (0.0,) * values.shape[1]} if FULL_BITS in levels else {})

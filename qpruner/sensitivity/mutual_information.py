@@ -1,10 +1,9 @@
-"""Estimate mutual information between each group's output and the model's prediction: QPruner's sensitivity signal.
+"""Estimate the mutual information between the output of each group and the predicted token, as the QPruner paper does.
 
-Estimator: Ross (2014, doi:10.1371/journal.pone.0087357), the k-nearest-neighbour estimator for a continuous and a
-discrete variable that scikit-learn's `mutual_info_classif` uses, here over several components jointly. The continuous
-variable is the leading principal components of the group's output at the predicted positions, whitened; the discrete
-one is the model's predicted token, rare tokens pooled. At these sample sizes the estimate is biased, so the mean over
-shuffled labels is subtracted.
+The estimator is the k-nearest-neighbour estimator of Ross (2014, doi:10.1371/journal.pone.0087357), which scikit-learn
+uses in `mutual_info_classif`, applied to several components jointly. The continuous variable is the leading principal
+components, whitened, of the group's output at the predicted positions. The discrete variable is the token that the
+model predicts, with rare tokens pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MutualInformation:
-    """Estimates, one a group in model order, and what they are from."""
+    """Estimates for all groups in model order, and the numbers of samples, positions and classes behind them."""
 
     raw_nats: tuple[float, ...]
     baseline_nats: tuple[float, ...]
-    """Of shuffled labels."""
+    """Mean estimate for shuffled labels."""
     num_samples: int
     num_positions: int
     num_classes: int
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Raw estimate less its shuffled-label baseline."""
+        """Raw estimates minus their baselines."""
         return tuple(raw - base for raw, base in zip(self.raw_nats, self.baseline_nats, strict=True))
 
 
 def measure(
     model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int
 ) -> MutualInformation:
-    """Estimate every group's mutual information with the pruned model's prediction, in one pass over the samples.
+    """Estimate the mutual information of every group's output with the predicted token, in one pass over the samples.
 
-    `seed` seeds the draw of positions and the shuffles. Progress counts batches, then groups.
+    `seed` seeds the choice of positions and the shuffling of labels. Progress counts batches, then groups.
     """
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
@@ -68,14 +67,14 @@ def measure(
         for name, paths in modules.items():
             outputs[name].append(torch.cat([batch[path] for path in paths], dim=1).to(model.dtype))
 
-    listened = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
-    visit_outputs(model, listened, samples, visit)
+    hooked_modules = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
+    visit_outputs(model, hooked_modules, samples, visit)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     num_classes = len(np.unique(labels))
     if num_classes < 2:
         raise UserError(
             f"`calibration.num_sensitivity_samples`: the model predicts one token at all {len(labels)} positions, so "
-            "mutual information says nothing; give more or longer samples"
+            "mutual information is zero for every group; give more or longer samples"
         )
     shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
     raw, baseline = [], []
@@ -88,10 +87,10 @@ def measure(
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
-    """Draw positions evenly from all rows, and keep only what it takes to predict there.
+    """Keep the labels of `max_positions` randomly drawn positions, and drop the tokens and rows that are not needed.
 
-    Neighbouring positions of one text say much the same, so the estimate gains by positions from many rows. The rows
-    have labels at drawn positions only, are cut behind the last of them, and come the shortest first.
+    Positions are drawn from all rows, because neighbouring positions of a text have similar outputs. Each row ends at
+    its last drawn position; the rows are sorted by length, the shortest first.
     """
     labelled = [
         (row, at)
@@ -111,10 +110,10 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 
 
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
-    """Compute Ross's estimator, ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``, in nats; may be negative.
+    """Estimate mutual information in nats as ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>`` (Ross); may be negative.
 
-    Components are ``(samples, components)``. Every label occurs more than once; one with fewer than `num_neighbors`
-    other samples uses as many as it has.
+    `components` is ``(samples, components)``. Every label must occur at least twice. If a label has fewer than
+    `num_neighbors` other samples, all of them are used.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors
@@ -125,7 +124,7 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
         same = labels == label
         neighbors = min(num_neighbors, int(same.sum()) - 1)
         nearest = NearestNeighbors(n_neighbors=neighbors, metric="chebyshev").fit(components[same])
-        # The radius just below the k-th neighbour, so that m counts the points strictly closer, and the point itself.
+        # Just below the distance of the k-th neighbour, so that m counts strictly closer points and the point itself.
         radius[same] = np.nextafter(nearest.kneighbors()[0][:, -1], 0)
         used[same], members[same] = neighbors, same.sum()
     closer = KDTree(components, metric="chebyshev").query_radius(components, radius, count_only=True)
@@ -141,13 +140,13 @@ def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     kept = max(1, min(num_components, int((values > values[0] * 1e-9).sum())))
     whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()
-    # The estimator is one of densities: outputs that repeat exactly (the first projections see one token and no
-    # context) would carry no information. A little noise separates them, as in scikit-learn's mutual_info_classif.
+    # The estimator needs distinct points, but the first projections see one token without context, so their outputs
+    # repeat exactly. As in scikit-learn's mutual_info_classif, a little noise makes them distinct.
     return whitened + 1e-6 * np.random.default_rng(0).standard_normal(whitened.shape)
 
 
 def pool_rare(labels: Integers, minimum: int) -> Integers:
-    """Give every label that occurs fewer than `minimum` times the one label -1; a lone leftover joins the largest."""
+    """Merge labels that occur fewer than `minimum` times into -1, or into the commonest label if -1 would be rare."""
     values, counts = np.unique(labels, return_counts=True)
     pooled = np.where(np.isin(labels, values[counts >= minimum]), labels, -1)
     if 0 < (pooled == -1).sum() < minimum:

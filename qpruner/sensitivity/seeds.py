@@ -1,4 +1,4 @@
-"""Turn a sensitivity into a plan: bits where they are predicted to save the most loss, under the byte budget."""
+"""Turn a sensitivity into a seed plan: the plan in the byte budget whose predicted rise of the loss is smallest."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
 RESOLUTION = 1e-5
-"""Least gain of a step to more bits, as a share of the largest: the budget is used whatever is predicted."""
+"""Smallest gain of more bits, relative to the largest gain: it makes the plan use the whole budget."""
 SCALE = 1e3
-"""The solver's largest gain: `RESOLUTION` of that is far above its absolute tolerances (1e-6)."""
+"""Largest gain given to the solver: `SCALE * RESOLUTION` is far above its absolute tolerance of 1e-6."""
 
 
 def seed_origin(method: str) -> str:
-    """Name a method's seed plan as trials and tables do."""
+    """Return the name that trials and tables use for the seed plan of a method."""
     return f"seed-{method.replace('_', '-')}"
 
 
 def seed_plan(values: Mapping[int, Sequence[float]], space: PlanSpace) -> PrecisionPlan:
-    """Solve an exact knapsack for the feasible plan with the least predicted rise.
+    """Return the plan in the budget with the smallest predicted rise, by an exact knapsack.
 
-    `values` has bits -> predicted rise of every group, in any unit. More bits are never worse: where a prediction says
-    so (noise, a negative slope) they are worth nothing.
+    `values` maps bits to the predicted rise of every group, in any unit. If more bits are predicted to be worse, from
+    noise or a negative slope, they count as equally good.
     """
     rises = np.array([values[bits] for bits in space.levels], dtype=float).T  # (groups, levels)
     gains = np.maximum.accumulate(rises[:, :1] - rises, axis=1)

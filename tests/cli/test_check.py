@@ -170,7 +170,7 @@ def test_a_plan_is_read_where_the_number_of_blocks_is_known(tiny_raw: dict[str, 
     read = preflight.inspect(validate_config(raw)).plan
     assert read and read.as_dict() == dict.fromkeys(after, 4)
     plan.write_text(yaml.safe_dump(dict.fromkeys(before, 4)))
-    with pytest.raises(UserError, match=f"`{before[len(after)]}` is no group of this model"):
+    with pytest.raises(UserError, match=f"`{before[len(after)]}` is not a group of this model"):
         preflight.inspect(validate_config(raw))
 
 

@@ -242,7 +242,7 @@ def test_a_given_plan_is_no_search_that_could_be_over(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
     refused = qpruner("plan", run)
     assert refused.exit_code == 2
-    assert "was given a plan (mine.yaml), which is not scored yet, and searches for none: `qpruner" in refused.stderr
+    assert "(mine.yaml) is not scored yet, so there is no winner yet: `qpruner" in refused.stderr
     assert yaml.safe_load(printed("plan", run, "--trial", 0)) == trials()[0].plan
     over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
     assert yaml.safe_load(printed("plan", over)) == trials()[2].plan
@@ -257,10 +257,10 @@ ALL_4 = dict.fromkeys(GROUPS, 4)
     ("text", "problem"),
     [
         (yaml.safe_dump(ALL_4 | {"layers.5": 6}), r"`layers.5` must have one of 4, 8 bits \(`quantize.bits`\), got 6"),
-        (yaml.safe_dump(ALL_4 | {"layer.5": 4}), "`layer.5` is no group of this model; did you mean `layers.5`?"),
+        (yaml.safe_dump(ALL_4 | {"layer.5": 4}), "`layer.5` is not a group of this model; did you mean `layers.5`?"),
         (yaml.safe_dump(dict.fromkeys(GROUPS[1:], 4)), "1 of 6 groups are missing: layers.0"),
-        ("", "must map every group to its bits, got an empty file; `qpruner plan RUN` prints one"),
-        ("[4, 4, 4, 4, 4, 4]", "must map every group to its bits, got list; `qpruner plan RUN` prints one"),
+        ("", "must map every group to its bits, got an empty file; `qpruner plan RUN` prints a plan"),
+        ("[4, 4, 4, 4, 4, 4]", "must map every group to its bits, got list; `qpruner plan RUN` prints a plan"),
         (yaml.safe_dump(ALL_4) + "layers.0: 4", r"key `layers.0` is given twice\s.*line 7"),
     ],
 )
@@ -372,12 +372,12 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
     for line, end in zip(
         lines,
         [
-            "; their test questions are others, so they are not compared.",
-            "; their confirmation rows are others, so they are not compared.",
-            "nothing to pair, test questions and confirmation rows are others.",
+            "; their test questions differ, so they are not compared.",
+            "; their confirmation rows differ, so they are not compared.",
+            "nothing to compare, their test questions and confirmation rows differ.",
             "",
-            "nothing to pair, it is the same fine-tuned model.",
-            "nothing to pair, the final table of one of them is not there yet.",
+            "nothing to compare, it is the same fine-tuned model.",
+            "nothing to compare, one of them has no final table yet.",
         ],
         strict=True,
     ):

@@ -225,10 +225,9 @@ def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Pa
     gc.collect()
     events, before = list[Event](), models()
     there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity")
-    nodes, declared = events[:2]
+    nodes, begin = events[:2]
     assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], "head and worker"
-    assert isinstance(declared, Message) and "Ray counts 1 GPUs on 127.0.0.1" in declared.text
-    assert isinstance(events[2], StageStarted), "nodes were looked at before anything was done"
+    assert isinstance(begin, StageStarted), "nodes were looked at before anything was done"
     here = run(validate_config(raw_config(tiny_model, tmp_path / "here")), ignore, None, "sensitivity")
     assert there.prune and here.prune and there.bank and here.bank and there.sensitivity and here.sensitivity
     for record in (there.prune, there.bank, there.sensitivity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +114,25 @@ def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
     assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
     assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
-    with pytest.raises(UserError, match=r"`data\.train\.0\.source`: .*rows\.jsonl.*`split: train\[10:12\]`"):
-        examples_of(tmp_path, rows, split="train[10:12]")
+    for split in ("train[10:12]", "tran", "train[:5"):
+        message = f"`data.train.0.split`: {split!r} selects no rows of '{tmp_path}/rows.jsonl' ("
+        with pytest.raises(UserError, match=rf"^{re.escape(message)}.*; name a split that it has, such as `train`"):
+            examples_of(tmp_path, rows, split=split)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2: each column has a cell"),
-        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, its header 3: each column has a cell"),
-        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "it is no UTF-8: save the file as UTF-8"),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, but its header 2: every row needs"),
+        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but its header 3: every row needs"),
+        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "the file is not UTF-8: save it as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
-        ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
-        ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file commas separate the cells"),
+        ("twice.csv", "instruction,output,output\na,b,c\n", "two columns are called 'output'"),
+        ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file cells are separated by commas"),
         ("empty.csv", "\n\n", "no row under its header"),
         ("header.csv", "instruction,output\n", "no row under its header"),
-        ("rows.csv", "Say it.,it\nSay that.,that\n", "rows.csv says: it is the header"),
+        ("rows.csv", "Say it.,it\nSay that.,that\n", "rows.csv, which is the header"),
         ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is no JSON: Expecting value"),
         ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is no JSON object"),
         ("broken.parquet", "not parquet", "no rows can be read"),

@@ -154,6 +154,7 @@ def test_the_final_folder_is_the_recorded_winners(
     weights, records = (alone.run_dir.root / name for name in ("final/model.safetensors", "records"))
     try:
         run_stage(Finetune(alone))
+        alone.close()  # each context has a Ray of its own
         whole = weights.read_bytes()
         records.rename(aside := tmp_path / "records")
         with disk_of("8m", records):
@@ -163,7 +164,8 @@ def test_the_final_folder_is_the_recorded_winners(
                 while filler.write(b"\0" * 4096):
                     pass
             with pytest.raises(StageError, match="no space left for"):
-                run_stage(Finetune(with_winner(alone, context.space.uniform(4))))
+                run_stage(Finetune(other := with_winner(alone, context.space.uniform(4))))
+            other.close()
             assert weights.read_bytes() != whole
             (records / "filler").unlink()
             run_stage(Finetune(alone))
