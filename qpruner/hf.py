@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.models import cpu, ragged
-from qpruner.models.loading import OnLoading, device, ignore_progress, reporting_tensors
+from qpruner.models.loading import OnWork, device, ignore_progress, reporting_tensors
 from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
@@ -29,7 +29,7 @@ def weights_folder(folder: Path) -> Path:
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
-def load(folder: Path, on_progress: OnLoading = ignore_progress) -> Any:
+def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
     """Load a final folder, an export or any plain model onto the best device."""
     from transformers import AutoModelForCausalLM
 
