@@ -1,4 +1,4 @@
-"""Writes `final/README.md`: the model card that hubs show, once the model is measured."""
+"""Writes the model card `final/README.md`, which hubs show, once the final model is evaluated."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
-"""lm-eval's names to the hub's."""
+"""Metric's name in lm-eval -> its name on the hub."""
 
 
 def model_card(run: Snapshot) -> str:
-    """Write the card of a whole run's final model, with the licence of the base model's own card."""
+    """Return the model card of a complete run's final model; the base model's card gives the licence if none is set."""
     assert run.results.evaluate and run.results.search and run.results.prepare
     config, search = run.state.config, run.results.search
     base = config["model"]["source"]
     stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
     base_card = ""
     if "license" not in stated:
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # it is not ours, and must not cost the report
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # an unreadable card must not fail the report
             base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
     known = _known(config, Path(run.state.folder), base_card)
     data = ModelCardData(
@@ -45,16 +45,16 @@ def model_card(run: Snapshot) -> str:
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     expanded = ""
-    if run.results.prepare.source_bytes is not None:  # from a .gguf file, mostly quantized
+    if run.results.prepare.source_bytes is not None:  # the base model came from a .gguf file
         size = f"{run.results.prepare.source_bytes / 1e6:.1f} MB"
-        expanded = f" The base's weights were expanded from {code(Path(base).name)}, a file of {size}."
+        expanded = f" The base model's weights were expanded from {code(Path(base).name)}, a file of {size}."
     chosen = f"the plan {search.best_origin}, which no searched plan beat," if search.control_won else "a searched plan"
     if search.best_origin == GIVEN:
         chosen = "a plan that was given, not searched for,"
     about = (
         f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
-        f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the "
-        f"fine-tunes below it is that of training seed {winner.seeds[0]}.{expanded}"
+        f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. It "
+        f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed.{expanded}"
     )
     head = f"---\n{data.to_yaml()}\n---"
     title, parts = f"# {prose(run.name)}", parts_text(measured(run.results))
@@ -62,7 +62,7 @@ def model_card(run: Snapshot) -> str:
 
 
 def _measured(run: Snapshot) -> Iterator[EvalResult]:
-    """Yield the final model's scores: those of the first training seed, whose adapter this is."""
+    """Yield the final model's scores. Its adapter is that of the first training seed."""
     assert run.results.evaluate
     row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     for score in row.scores:
@@ -77,18 +77,18 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
 
 
 def other_base_remark(config: RunConfig) -> str | None:
-    """Remark on a card that names another base model than the one that is pruned; None where that is not known."""
+    """Return a warning if `card.base_model` is not the hub model that `model.source` names, else None."""
     stated, base = config.card.base_model, config.model.source
     if stated in (None, base) or not _is_hub_id(base, Path()):
         return None
     return (
-        f"`card.base_model` is {stated}, but `model.source` is {base}: if the section `card` was copied with another "
-        "model's configuration, leave it out, or state base model, licence and data sets of this one"
+        f"`card.base_model` is {stated}, but `model.source` is {base}: if the section `card` was copied from another "
+        "model's configuration, remove it, or set it to this model's base model, licence and data sets"
     )
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:
-    """Tell whether a source is a hub's: no file or folder, seen from the folder that the command was given in."""
+    """Return True if a source is the id of a model or data set on a hub, and not a path that exists in `folder`."""
     return (
         source.count("/") == 1
         and not source.startswith(("/", ".", "~", "package:"))
@@ -98,13 +98,13 @@ def _is_hub_id(source: str, folder: Path) -> bool:
 
 
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
-    """Return what the sources tell of base model, data sets and licence."""
+    """Collect base model, data sets and licence from the configuration and the base model's card."""
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
     data = dict.fromkeys(each["source"] for each in config["data"]["train"])
     metadata = front_matter(base_card)
     licence = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
     link = licence.get("license_link")
-    if link and "://" not in str(link) and base:  # a file of its repository
+    if link and "://" not in str(link) and base:  # a path in the base model's repository
         licence["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
     return {"base_model": base, "datasets": [each for each in data if _is_hub_id(each, folder)] or None, **licence}

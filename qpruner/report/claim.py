@@ -1,4 +1,4 @@
-"""States what the records allow to say of the searched plan beside others, never more than the spread allows."""
+"""Writes the claim: how the searched plan compares with others, with no gain that the measured spread does not show."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The searched row against another one, whose bytes above the searched plan's are a share of these.
+    """The searched row compared with the row `other`; `more_bytes` is how much larger that row is, as a share.
 
-    Without such a row `origin` is empty; `no_claim` says why nothing can be claimed, and then there are no differences.
+    `no_claim` says why nothing can be claimed; `differences` is then empty. `origin` is empty if the row is missing.
     """
 
     other: str
@@ -53,19 +53,19 @@ class Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Compare the searched plan with the best seed and with random plans of equal bytes; empty without such rows."""
+    """Compare the searched row with the best seed and with random plans; empty if no other row was fine-tuned."""
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
-    # One random plan does not show how far random plans lie apart.
+    # The spread of random plans needs at least two of them.
     several = len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
     return [_compared(results, other) for other in (BEST_SEED, *([RANDOM] if several else []))]
 
 
 def claim(results: Results) -> str:
-    """State what the searched plan lost against base and pruned model, and how it compares at equal bytes.
+    """State how the searched plan compares with the base and pruned model, and with other plans of equal bytes.
 
     Returns:
-        A paragraph in the first line; in each further line an item of what it rests on, after a dash.
+        A paragraph on the first line, then one line for each fact behind it, which begins with a dash.
     """
     assert results.search
     found, winner = comparisons(results), _winner(results, results.search)
@@ -78,9 +78,9 @@ def claim(results: Results) -> str:
 
 
 def how_to_compare(command: str) -> str:
-    """Tell how the comparison is added to a finished run."""
+    """Name the command that adds the comparison to a finished run."""
     return (
-        "The comparison with the base, uniform bits, seed and random plans after the same fine-tune is added by "
+        "To compare the winner with the base, uniform bits, seed and random plans after the same fine-tune, run "
         f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
     )
 
@@ -90,14 +90,14 @@ def _winner(results: Results, search: SearchRecord) -> str:
     size, title = f"{record.measured_bytes / 1e6:.2f} MB", title_of(SEARCHED, search)
     if search.control_won:
         return (
-            f"No searched plan beat the best control on fresh rows: the control {search.best_origin} ({size}) is what "
-            f"the search returned, in the row `{title}`."
+            f"No searched plan beat the best control on fresh rows, so the search returned the control "
+            f"{search.best_origin} ({size}); its row is `{title}`."
         )
     return f"{title.capitalize()}: {record.origin}, {size}."
 
 
 def _alone(results: Results) -> str:
-    """Describe a winner that was compared with nothing after its fine-tune."""
+    """Describe the winner of a run that fine-tuned no other plan."""
     assert results.prune and results.evaluate
     [row] = rows(results)
     untuned = "".join(
@@ -114,7 +114,7 @@ def _alone(results: Results) -> str:
 
 
 def margin(search: SearchRecord) -> str:
-    """Tell by how much the winner beat the best of the other kind on fresh rows; empty where there was none."""
+    """Compare a searched winner with the best control on fresh rows, a control with the best searched plan, if any."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
     others = [each for each in search.confirmations if each.control != search.control_won and each != best]
     if not others:
@@ -131,7 +131,7 @@ def margin(search: SearchRecord) -> str:
 
 
 def _margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
-    """Describe the standard error of a margin of losses, paired by row; else those of both scores."""
+    """Describe the standard error of a loss margin paired by row; without row losses, that of each score."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:
         verdict = ", so it may be chance" if abs(apart.mean) < Z_95 * apart.stderr else ""
@@ -151,23 +151,23 @@ def _compared(results: Results, other: str) -> Comparison:
     share, origin, seeds = more_bytes(pairs), pairs[0][1][0].origin, seeds_of(pairs)
     reason = ""
     if all(ours.plan == theirs.plan for (ours, _), (theirs, _) in pairs):
-        reason = "it is the winner's plan itself, so there is no gain to claim"
+        reason = "it is the winner's own plan, so there is no gain to claim"
     elif abs(share) > SAME_BYTES:
-        reason = f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
+        reason = f"no claim at equal bytes, because it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
     found = () if reason else (*over_questions(pairs), over_confirmation_rows(pairs))
     return Comparison(other, origin, seeds, share, reason or None, found)
 
 
 def _beside_rows(results: Results) -> str:
-    """State the winner beside base and pruned model, and beside uniform bits, where such rows exist.
+    """Compare the winner with those of the rows base, pruned and uniform bits that exist.
 
-    All are under the first training seed, which every row had.
+    All figures are from the first training seed, which every row has.
     """
     assert results.evaluate
-    alike = {row.name: row for row in under_first_seed(results)}
-    winner, text = alike[SEARCHED], ""
-    if BASE in alike and PRUNED in alike:
-        three = [winner, alike[BASE], alike[PRUNED]]
+    by_name = {row.name: row for row in under_first_seed(results)}
+    winner, text = by_name[SEARCHED], ""
+    if BASE in by_name and PRUNED in by_name:
+        three = [winner, by_name[BASE], by_name[PRUNED]]
         figures = f"test {accuracy_in_full(results.evaluate.metrics)}"
         figures += " is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
         losses = [row.answer_loss for row in three if row.answer_loss is not None]
@@ -176,10 +176,10 @@ def _beside_rows(results: Results) -> str:
         several = any(len(row.seeds) > 1 for row in rows(results))
         under = f" under training seed {winner.seeds[0]}" if several else ""
         text = (
-            f" At {winner.measured_bytes / three[1].measured_bytes:.1%} of the bytes of the base with such an adapter, "
+            f" At {winner.measured_bytes / three[1].measured_bytes:.1%} of the base model's bytes (adapters included), "
             f"its {figures}, all after the same fine-tune{under}."
         )
-    uniform = [row for row in alike.values() if row.origin == UNIFORM and row.plans != winner.plans]
+    uniform = [row for row in by_name.values() if row.origin == UNIFORM and row.plans != winner.plans]
     if uniform:
         others = [f"{row.title} {row.confirmation_loss:.3f} at {row.measured_bytes / 1e6:.1f} MB" for row in uniform]
         text += (
@@ -190,14 +190,14 @@ def _beside_rows(results: Results) -> str:
 
 
 def _verdicts(found: Sequence[Comparison]) -> str:
-    """Tell what is better or worse, in words before figures; of several comparisons one may be so by chance."""
+    """Say in which measures the winner is better or worse, and in how many of all comparisons."""
     parts, verdicts = [], [difference.verdict for each in found for difference in each.differences]
     shown = ("better", "worse")
     for each in (each for each in found if each.differences):
         rival = RIVALS[each.other]
         measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
         phrases = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
-        parts.append(" and ".join(phrases) or f"cannot be told from {rival}")
+        parts.append(" and ".join(phrases) or f"is not distinguishable from {rival}")
     if not parts:
         return ""
     counts = [f"{word} in {verdicts.count(word)}" for word in shown if word in verdicts]

@@ -1,4 +1,4 @@
-"""The pieces that a report is made of, which `html` and `markdown` render."""
+"""The parts of a report (paragraph, list, table, code, section), which `html` and `markdown` render."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].*)?|-|")
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text, in which words in backticks are code."""
+    """A paragraph; text between backticks is code."""
 
     text: str
     is_note: bool = False
@@ -21,14 +21,14 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Items:
-    """A list of texts."""
+    """A bullet list."""
 
     items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; with a `summary` the page folds it under that text."""
+    """A table; if it has a `summary`, `report.html` folds it under that line."""
 
     caption: str
     headings: tuple[str, ...]
@@ -38,12 +38,12 @@ class Table:
 
     @property
     def are_numbers(self) -> list[bool]:
-        """Whether a column has figures, which stand right-aligned."""
+        """Whether each column holds only numbers, which are then right-aligned."""
         columns = zip(*self.rows, strict=True) if self.rows else [("",)] * len(self.headings)
         return [all(NUMBER.fullmatch(cell) for cell in column) for column in columns]
 
     def without_empty_columns(self) -> Table:
-        """Drop the columns in which no row has a figure."""
+        """Drop the columns in which every cell is `-`."""
         kept = [column for column in range(len(self.headings)) if any(row[column] != "-" for row in self.rows)]
         rows = [tuple(row[column] for column in kept) for row in self.rows]
         return replace(self, headings=tuple(self.headings[column] for column in kept), rows=rows)
@@ -51,7 +51,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """A text as it is; with a `summary` the page folds it."""
+    """A block of code; if it has a `summary`, `report.html` folds it under that line."""
 
     text: str
     language: str = ""
@@ -63,7 +63,7 @@ Part = Paragraph | Items | Table | Code | Chart
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report under a heading."""
+    """A section of the report: a heading and the parts below it."""
 
     name: str
     heading: str

@@ -23,11 +23,11 @@ from qpruner.wording import without_nan
 
 CARD = "final/README.md"
 PICTURES = "pictures"
-"""Folder of the plots that `report.md` shows, all of them, so that both can be taken elsewhere."""
+"""Folder with all plots of `report.md`; the file and the folder can be copied together."""
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write every file anew from what is recorded, whole or not; returns the page.
+    """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`.
 
     Raises:
         UserError: If the folder holds no run.
@@ -46,7 +46,7 @@ def write_report(run_dir: RunDir) -> Path:
     storage_at(run_dir.root / PICTURES).publish(scratch)
     write_text(run_dir.root / "results.json", summary_text(run))
     write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
-    if run.is_whole:
+    if run.is_complete:
         if run_dir.root / "final" in published_folders(run_dir.root):
             write_text(run_dir.root / CARD, model_card(run))
         tensorboard.write_result(run_dir.root, run.results)
@@ -56,43 +56,43 @@ def write_report(run_dir: RunDir) -> Path:
 
 
 class Summary(BaseModel):
-    """A run's figures, whole or not. What a stage that has not run would tell is null or empty."""
+    """All figures of a run, also of an unfinished one. Figures of stages that have not run are null or empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     format: Literal[1] = 1
-    """Of this file; another number where a field changed its meaning or went."""
+    """Version of this file's format. It changes when a field is removed or changes its meaning."""
     standing: str
-    """How far the run is, in a sentence."""
+    """How far the run has come, in a sentence."""
     claim: str | None
-    """What the searched plan lost against the base and the pruned model, and what can be said of it at equal bytes."""
+    """How the searched plan compares with the base and the pruned model, and with other plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
     """The differences behind the claim."""
     first_seed_table: tuple[Row, ...]
-    """The rows of `table` under the first training seed alone, which every row had."""
+    """The rows of `table`, computed from the first training seed alone, which every row has."""
     table: tuple[Row, ...]
-    """The final table; losses in nats per token, means over training seeds."""
+    """The final table: means over training seeds, with losses in nats per token."""
     records: Results
-    """What every stage recorded."""
+    """The records of all stages."""
     trials: tuple[TrialRecord, ...]
     """Every trial, in order of suggestion."""
     state: RunState
-    """What the run's latest command did."""
+    """The state of the run's latest command."""
     config: dict[str, Any]
-    """The configuration, every key."""
+    """The configuration with every key."""
     environment: dict[str, str]
     """Versions and hardware."""
 
 
 def summary_text(run: Snapshot) -> str:
-    """Write `results.json`: all that the run's folder holds."""
-    results, is_whole = run.results, run.is_whole
+    """Return the content of `results.json`: all records and figures of the run."""
+    results, is_complete = run.results, run.is_complete
     summary = Summary(
         standing=run.standing,
-        claim=claim(results) if is_whole else None,
-        comparisons=tuple(comparisons(results)) if is_whole else (),
-        first_seed_table=tuple(under_first_seed(results)) if is_whole else (),
-        table=tuple(rows(results)) if is_whole else (),
+        claim=claim(results) if is_complete else None,
+        comparisons=tuple(comparisons(results)) if is_complete else (),
+        first_seed_table=tuple(under_first_seed(results)) if is_complete else (),
+        table=tuple(rows(results)) if is_complete else (),
         records=results,
         trials=run.trials,
         state=run.state,

@@ -1,4 +1,4 @@
-"""Tells whether the latest command on a run still works on it, by what it reported and by the run's lock."""
+"""Decides whether a run's latest command is still running, from the run's state file and its lock."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from qpruner.runs.run_dir import RunDir
 
 RUNNING = "running"
 CUT_OFF = "cut off"
-"""Of a command whose process ended without reporting how."""
+"""Outcome of a command whose process ended without recording its outcome."""
 GONE = "most likely gone"
-"""Of one whose process, on another machine, gives no sign of life any more."""
+"""Outcome of a command on another machine whose heartbeat has stopped."""
 MOMENT_SECONDS = 0.3
-"""A driver that takes the lock, or gives it back, has written its state after less."""
+"""Longest expected time between a driver's change of the run's state and its change of the lock."""
 
 
 @dataclass(frozen=True)
 class Liveness:
-    """The state of the latest command on a run, and the process that the run's lock names, if any."""
+    """The state of a run's latest command and, if the run is locked, the process that holds the lock."""
 
     state: RunState
     driver: Driver | None
 
     @property
     def outcome(self) -> str:
-        """How the command ended, or `running`; `cut off` or `most likely gone` where it could not report."""
+        """The recorded outcome of the command, or else `running`, `cut off` or `most likely gone`."""
         if self.state.outcome != RUNNING:
             return self.state.outcome
         if self.driver is None or not self._is_of_driver:
@@ -36,14 +36,14 @@ class Liveness:
 
     @property
     def successor(self) -> Holder | None:
-        """A living process that holds the lock since, and has begun no stage yet."""
+        """The process of a newer command that holds the lock but has not begun a stage, if any."""
         if self.driver and self.driver.state == "alive" and not self._is_of_driver:
             return self.driver.holder
         return None
 
     @property
     def last_sign(self) -> float:
-        """The last sign of life of the driver, or of the command where nobody holds the lock, in Unix seconds."""
+        """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix seconds."""
         return self.driver.beat if self.driver else self.state.updated
 
     @property
@@ -53,10 +53,10 @@ class Liveness:
 
 
 def read_liveness(run: RunDir) -> Liveness | None:
-    """Read state and lock of a run without leaving a trace; None before the first command.
+    """Read a run's state and lock without writing anything; None before the first command.
 
-    A driver writes its state before it gives the lock back, so a reader in between sees neither: a command that
-    seems cut off is read twice.
+    The state is read before the lock, so a command that ends between the two reads looks cut off. If a command looks
+    cut off, both are therefore read again.
 
     Raises:
         CorruptFile: If the state cannot be read.
@@ -69,7 +69,7 @@ def read_liveness(run: RunDir) -> Liveness | None:
 
 
 def driver_text(run: RunDir) -> str | None:
-    """Name the living process that works on a run; None where none does."""
+    """Name the living process that works on a run; None if there is none."""
     driver = driver_of(run.root)
     if driver is None or driver.state != "alive":
         return None
@@ -77,9 +77,9 @@ def driver_text(run: RunDir) -> str | None:
 
 
 def warning_of_driver(run: RunDir) -> str | None:
-    """Warn who reads a run's models while a command works on it; None where none does."""
-    works = driver_text(run)
-    return works and f"warning: {works}, whose models may be replaced meanwhile"
+    """Return a warning that a running command may replace the run's models; None if no command is running."""
+    driver = driver_text(run)
+    return driver and f"warning: {driver} and may replace its models meanwhile"
 
 
 def _read(run: RunDir) -> Liveness | None:

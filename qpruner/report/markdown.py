@@ -1,4 +1,4 @@
-"""Renders `report.md`, for people on GitHub, and what else is Markdown."""
+"""Renders `report.md` and other Markdown, for example for GitHub and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qpruner.report.snapshot import Snapshot
 
 
 def render(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
-    """Render a report from its sections; `pictures` is the folder of the plots' PNG files, seen from it."""
+    """Render `report.md` from its sections; `pictures` is the relative path of the folder with the plots' PNG files."""
     blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing), *filter(None, [run.missing])]
     for section in listed:
         blocks += [f"## {section.heading}", *parts_text(section.parts, pictures)]
@@ -19,7 +19,7 @@ def render(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
 
 def parts_text(parts: Iterable[Part], pictures: str = "") -> list[str]:
-    """Render pieces of a report as blocks, between which an empty line belongs."""
+    """Render parts of a report as Markdown blocks, which the caller joins with empty lines."""
     return [block for part in parts for block in _part(part, pictures)]
 
 
@@ -35,33 +35,33 @@ def _part(part: Part, pictures: str) -> list[str]:
             title = prose(part.title)
             return [f"![{title}]({pictures}/{part.name}.png)", f"{title}. {prose(part.caption)}"]
         case Code(text, language, summary):
-            # Between fences longer than any run of backticks in it.
+            # The fence must be longer than any run of backticks in the text.
             fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
             return [*([f"{summary}:"] if summary else []), f"{fence}{language}\n{text.rstrip()}\n{fence}"]
     return []
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Render a table; no text in a cell can end it."""
+    """Render a table, with the cells' text escaped."""
     lines = [[_inline(cell).replace("|", "\\|") for cell in row] for row in (headings, *body)]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 
 
 def prose(text: str) -> str:
-    """Escape a paragraph: nothing in it is markup but words between two backticks, which are code."""
-    # What makes a list, a heading, a rule or a quotation of a paragraph stands where it begins.
+    """Escape a paragraph, so that text between backticks is code and everything else is plain text."""
+    # Lists, headings, rules and quotations are marked at the start of a paragraph only.
     return re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[-+](?:\s|$)|--|#|>))", r"\1\\", _inline(text).strip())
 
 
 def code(text: str) -> str:
-    """Render words as code, without backticks, which would end it."""
+    """Render text as inline code; backticks in it become apostrophes."""
     return "`" + text.replace("`", "'") + "`"
 
 
 def _inline(text: str) -> str:
     parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
-    for index in range(0, len(parts), 2):  # between words of code; an underscore inside a word is none of Markdown's
+    for index in range(0, len(parts), 2):  # the text outside code; an underscore inside a word needs no escape
         marked = re.sub(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", parts[index])
         parts[index] = marked.replace("&", "&amp;").replace("<", "&lt;")
     return "".join(parts).replace("\n", " ")

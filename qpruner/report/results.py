@@ -14,21 +14,21 @@ from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, Sea
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 UNIFORM = "uniform"
-"""Origin of the rows whose groups are all at the same bits."""
+"""Origin of the rows that give all groups the same bit-width."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
-"""A row under one training seed, and what was measured of it."""
+"""The record of one fine-tune, and the scores of its model."""
 Turns = tuple[float, float, float]
-"""Median, least and most over the turns of a row's models."""
+"""Median, minimum and maximum over the repeated measurements of a row's models."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the final table: means over its fine-tunes, and their standard deviation (None with one) as spread.
+    """One row of the final table: means over its fine-tunes, and as `..._spread` their standard deviation.
 
-    Fine-tunes of a row differ by the training seed, those of the random row by the plan, too. Losses are in nats per
-    token, answer losses in nats per answer (None where a task has no choices); the standard error of the accuracy is
-    over questions. The name is the records', the title people's; a plan is a bar of a character a group.
+    The fine-tunes of a row differ in training seed, in the row `random` also in plan. Losses are in nats per token,
+    answer losses in nats per answer (None if a task has no choices). `accuracy_stderr` is over questions. `name` is
+    used in records, `title` in reports. A plan is written with one character per group.
     """
 
     name: str
@@ -57,19 +57,19 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """Compute the rows in the order of the fine-tunes."""
+    """Compute the rows of the final table, in the order of the fine-tunes."""
     return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
 
 
 def under_first_seed(results: Results) -> list[Row]:
-    """Compute the same rows under the first training seed alone, which every row had."""
+    """Compute the rows of the final table from the first training seed alone, which every row has."""
     first = min(record.seed for record in results.candidates)
     alone = {name: [each for each in tuned if each[0].seed == first] for name, tuned in fine_tunes(results).items()}
     return [_row(title_of(name, results.search), tuned) for name, tuned in alone.items()]
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name for people: a plan that no search found is not called searched."""
+    """Return a row's name in reports, which calls a plan `searched` only if the search found it."""
     if name != SEARCHED or search is None:
         return name
     if search.best_origin == GIVEN:
@@ -79,12 +79,12 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
-    """Group the fine-tunes by row, in the order of their records."""
+    """Group the fine-tunes by the name of their row, in the order of their records."""
     scored = [row for row in results.scores if row.seed is not None]
-    found: dict[str, list[FineTune]] = {}
+    by_name: dict[str, list[FineTune]] = {}
     for each in zip(results.candidates, scored, strict=True):
-        found.setdefault(each[0].name, []).append(each)
-    return found
+        by_name.setdefault(each[0].name, []).append(each)
+    return by_name
 
 
 def _row(title: str, found: list[FineTune]) -> Row:
@@ -92,7 +92,7 @@ def _row(title: str, found: list[FineTune]) -> Row:
     correct = [[score.correct for score in row.scores] for row in evaluated]
     answer_losses = [[score.answer_loss for score in row.scores] for row in evaluated]
     have_choices = all(all(tasks) for tasks in answer_losses)
-    taken = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
+    timings = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
     spread: dict[str, Any] = {}
     for name, values in {
         "validation_loss": [record.validation_loss for record in tuned],
@@ -114,9 +114,9 @@ def _row(title: str, found: list[FineTune]) -> Row:
         mean_bits=statistics.fmean(record.mean_bits for record in tuned),
         peak_memory_bytes=max(record.peak_memory_bytes for record in tuned),
         accuracy_stderr=measures.over_tasks(measures.averaged(correct)).stderr,
-        inference_memory_bytes=max((each.memory_bytes for each in taken), default=None),
-        prefill_tokens_per_second=_turns([turn for each in taken for turn in each.prefill_tokens_per_second]),
-        decode_tokens_per_second=_turns([turn for each in taken for turn in each.decode_tokens_per_second]),
+        inference_memory_bytes=max((each.memory_bytes for each in timings), default=None),
+        prefill_tokens_per_second=_turns([turn for each in timings for turn in each.prefill_tokens_per_second]),
+        decode_tokens_per_second=_turns([turn for each in timings for turn in each.decode_tokens_per_second]),
         **spread,
     )
 

@@ -1,4 +1,4 @@
-"""What `qpruner status`, `trials`, `plan` and `compare` tell of a run, without heavy imports."""
+"""Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run, without heavy imports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from qpruner.wording import counted
 
 
 def status(run: Snapshot, now: float) -> dict[str, Any]:
-    """Report the stages with state and time, and the search; `now` is in Unix seconds."""
+    """Return what `qpruner status` shows: stages with state and time, and the search; `now` is in Unix seconds."""
     stages: list[dict[str, Any]] = []
     for name in run.state.asked_stages:
         state = run.state.stages.get(name)
@@ -46,12 +46,12 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
             continue
         is_running = state.state == "running"
-        # What the command left unfinished when it ended is running no more.
+        # A stage that was running when its command ended is no longer running.
         shown = run.liveness.outcome if is_running else state.state
         end = now if shown == RUNNING else run.state.updated
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
-        taken = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
-        seconds = end - state.started if is_running else taken
+        recorded = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
+        seconds = end - state.started if is_running else recorded
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
     successor = run.liveness.successor
     worker = successor or run.state
@@ -77,8 +77,8 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
     if search is None:
         return None
     now = search_progress(search, run.trials)
-    # With room and no worker yet, whose process is being started; the rest of those that have not begun has no room.
-    # What the command left unfinished when it ended waits for nothing.
+    # A trial that has not begun is starting if a slot is free for it; otherwise it waits for a slot.
+    # Trials of a command that has ended do neither.
     begun, is_running = sum(trial.has_begun for trial in now.running), run.liveness.outcome == RUNNING
     starting = min(len(now.running) - begun, max(0, (search.slots or 0) - begun)) if is_running else 0
     return {
@@ -105,7 +105,7 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
     """Return a trial as a flat row: figures of its last rung, then the bits of every group.
 
-    The step of a trial that runs is where it is now, also between two rungs.
+    `step` is the trial's current step, which may lie between two rungs.
     """
     last = trial.rungs[-1] if trial.rungs else None
     search, record = run.state.search, run.results.search
@@ -137,22 +137,22 @@ def winner(run: Snapshot) -> TrialRecord:
     """Return the trial whose plan the search returned.
 
     Raises:
-        UserError: If the search is not over, or the plan that was given not scored.
+        UserError: If the search is not over, or a given plan is not scored yet.
     """
     if run.results.search:
         return trial(run, run.results.search.best_index)
     given = run.state.config["search"].get("plan")
     why = f"the search of {run.run_dir.place} is not over, so there is no winner yet"
     if given is not None:
-        why = f"{run.run_dir.place} was given a plan ({given}), which is not scored yet, and searches for none"
-    raise UserError(f"{why}: `qpruner status` shows where it is, and `--trial NUMBER` prints the plan of a trial there")
+        why = f"the plan that was given to {run.run_dir.place} ({given}) is not scored yet, so there is no winner yet"
+    raise UserError(f"{why}: `qpruner status` shows the progress, and `--trial NUMBER` prints the plan of any trial")
 
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
     """Find a trial by its number.
 
     Raises:
-        UserError: If there is none.
+        UserError: If no trial has this number.
     """
     found = next((each for each in run.trials if each.index == index), None)
     if found is None:
@@ -164,7 +164,7 @@ def trial(run: Snapshot, index: int) -> TrialRecord:
 
 
 def summary(run: Snapshot) -> dict[str, Any]:
-    """Collect what stands beside other runs."""
+    """Collect the figures of a run that `qpruner compare` shows."""
     config, search, record = run.state.config, run.state.search, run.results.search
     statuses = [trial.status for trial in run.own_trials]
     facts: dict[str, Any] = {
@@ -200,12 +200,12 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the score of the best control, also of another search that a given plan was compared with."""
+    """Return the score of the best control; beside a given plan, that control may come from another search."""
     metric = run.state.config["search"]["metric"]
     finished = [each for each in run.own_trials if each.status == "finished"]
     controls = [each for each in finished if each.is_control and not each.is_given]
     if run.results.search:
-        # By their plan: a control may have run first as a plan that was given, or as one that another search found.
+        # A control's plan may have been tried first as a given plan, or as a searched plan of another search.
         confirmed = [each for each in run.results.search.confirmations if each.control and each.origin != GIVEN]
         controls = [trial(run, each.index) for each in confirmed]
     best = best_of(controls, metric)
@@ -213,7 +213,7 @@ def _best_control(run: Snapshot) -> float | None:
 
 
 def _final(results: Results) -> dict[str, float | str | None]:
-    """Return figures of the searched row after its fine-tune, where the latest command came that far."""
+    """Return the searched row's figures after its fine-tune; empty if the fine-tune is not recorded."""
     tuned = [each for each in results.candidates if each.name == SEARCHED]
     if not tuned:
         return {}
@@ -238,7 +238,7 @@ def _final(results: Results) -> dict[str, float | str | None]:
 
 
 def differing_settings(runs: Sequence[Snapshot]) -> dict[str, list[Any]]:
-    """Return the settings that are not the same in all runs: key -> a value a run, None where it is unset."""
+    """Return the settings that differ between runs: key -> one value per run, None if unset."""
     settings = [flat(_by_place(run.state.config)) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each if key != "output")
     values = {key: [each.get(key) for each in settings] for key in keys}
@@ -246,7 +246,7 @@ def differing_settings(runs: Sequence[Snapshot]) -> dict[str, list[Any]]:
 
 
 def _by_place(setting: Any) -> Any:
-    """Turn lists of mappings into mappings by place: `data.train.0.limit` is a key of its own."""
+    """Turn lists of mappings into mappings by position, so that `data.train.0.limit` is one key."""
     if isinstance(setting, list) and setting and isinstance(setting[0], dict):
         setting = {f"{place}": item for place, item in enumerate(setting)}
     return {key: _by_place(value) for key, value in setting.items()} if isinstance(setting, dict) else setting
@@ -254,9 +254,9 @@ def _by_place(setting: Any) -> Any:
 
 @dataclass(frozen=True)
 class Against:
-    """A run's searched row less another run's, both after their fine-tunes, under the training seeds both have.
+    """Differences between the searched rows of two runs after their fine-tunes, over the training seeds of both.
 
-    `no_figures` says why there is no difference, `differ` what the two were measured on and is not the same.
+    `no_figures` says why there are no differences. `differ` names the data that is not the same in both runs.
     """
 
     seeds: tuple[int, ...]
@@ -267,9 +267,9 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Pair two runs by training seed, and by question or confirmation row; they are compared where digests agree."""
+    """Compare two runs, paired by training seed and by question or confirmation row, on data with equal digests."""
     if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
-        return Against((), None, "the final table of one of them is not there yet")
+        return Against((), None, "one of them has no final table yet")
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
     if not pairs:
         return Against((), None, "they have no training seed in common")
@@ -285,14 +285,14 @@ def against(run: Results, other: Results) -> Against:
         measured["confirmation rows"] = [over_confirmation_rows(pairs)]
     differ = tuple(name for name in ("test questions", "confirmation rows") if name not in measured)
     if not measured:
-        return Against(seeds, share, f"{' and '.join(differ)} are others")
+        return Against(seeds, share, f"their {' and '.join(differ)} differ")
     return Against(seeds, share, None, differ, tuple(each for found in measured.values() for each in found))
 
 
 def against_text(found: Against) -> str:
-    """Describe the differences."""
+    """Describe the differences between two runs in one line."""
     if found.no_figures:
-        return f"nothing to pair, {found.no_figures}"
+        return f"nothing to compare, {found.no_figures}"
     differences = "; ".join(map(difference_text, found.differences))
-    differ = "".join(f"; their {name} are others, so they are not compared" for name in found.differ)
+    differ = "".join(f"; their {name} differ, so they are not compared" for name in found.differ)
     return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}{differ}"

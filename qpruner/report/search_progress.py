@@ -1,4 +1,4 @@
-"""Computes how a search stands from the records of its trials: counts, the best so far, the controls, the time left."""
+"""Computes the progress of a search from its trials' records: counts, best scores and the time left."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecor
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """A search at one moment: its trials, by number, and the best finished ones, of which `best` is no control.
+    """A search at one moment: its trials by number, the best finished searched plan and the best finished control.
 
-    `seconds_left` is estimated from the mean time of trials that are over.
+    `seconds_left` is estimated from the mean time of the trials that are over.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -29,12 +29,12 @@ class SearchProgress:
 
     @property
     def running(self) -> list[TrialRecord]:
-        """Trials under way."""
+        """The trials that are not over."""
         return [trial for trial in self.trials if not trial.is_over]
 
 
 def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> SearchProgress:
-    """Compute how a search stands from every trial in its folder."""
+    """Compute the progress of a search from all trials in its folder."""
     ordered = sorted(records, key=lambda trial: trial.index)
     trials = tuple(trial for trial in ordered if trial.search == search.search)
     finished = [trial for trial in trials if trial.status == "finished"]
@@ -51,33 +51,33 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials that curves compare: a given plan stands among other given ones and the search beside it."""
+    """Return the trials to plot together: this search's; for a given plan also all given plans and the search's."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 
 
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
-    """Return the trial with the best score at its last rung; the first of equal ones."""
+    """Return the trial with the best score at its last rung; of equal scores, the first trial."""
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
 
 
 def score_name(search: SearchState | SearchRecord) -> str:
-    """Name the search's scores: `loss`, or the accuracy by lm-eval's name."""
+    """Return what the search scores trials by: `loss`, or lm-eval's name of the accuracy."""
     return "loss" if search.metric == "loss" else accuracy_name(search.metrics)
 
 
 def score_title(search: SearchState | SearchRecord) -> str:
-    """Name the scores of trials, whose loss is on the validation rows."""
+    """Return the title of the trials' scores: `validation loss`, or lm-eval's name of the accuracy."""
     return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
 
 
 def cost(rung: RungResult | FreshScore, metric: str) -> float:
-    """Return what is minimized: the loss, or the accuracy with its sign turned."""
+    """Return the value that the search minimizes: the loss, or the negative accuracy."""
     return score(rung, metric) if metric == "loss" else -score(rung, metric)
 
 
 def score(rung: RungResult | FreshScore, metric: str) -> float:
-    """Return the score as people read it."""
+    """Return the score as reports show it: the loss, or the accuracy."""
     if metric == "loss":
         return rung.loss
     assert rung.accuracy is not None, "a search by accuracy scores it at every rung"
@@ -85,19 +85,19 @@ def score(rung: RungResult | FreshScore, metric: str) -> float:
 
 
 def score_with_step(shown: str, rung: int, step: int) -> str:
-    """Write a score with the rung it is of where its trial is past it."""
+    """Append the rung's step to a score if its trial has gone on to a later step."""
     return shown if rung == step else f"{shown} @{rung}"
 
 
 def control_name(control: TrialRecord) -> str:
-    """Name the best control: a plan that the user gave stands for itself."""
+    """Return the title of the best control: `given plan` if the user gave its plan, else `best control`."""
     return "given plan" if control.is_given else "best control"
 
 
 def best_so_far(
     over: Iterable[TrialRecord], metric: str, counts: Callable[[TrialRecord], bool] = lambda trial: not trial.is_control
 ) -> list[float | None]:
-    """Return the best score among the first 1, 2, ... trials, of finished ones that count: those of searched plans."""
+    """Return the best score among the first 1, 2, ... trials; only finished trials for which `counts` is true count."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:
@@ -113,23 +113,23 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def bar(trial: TrialRecord | FrontPoint) -> str:
-    """Write the plan as one character a group."""
+    """Format the plan with one character per group."""
     return str(PrecisionPlan.from_dict(trial.plan))
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
-    """Describe a trial in one line: number, plan, where it stands."""
-    where = f"trial {trial.index:>3} [{bar(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
+    """Describe a trial in one line: number, plan, last score, status."""
+    line = f"trial {trial.index:>3} [{bar(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
     if trial.rungs:
         last = trial.rungs[-1]
         accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"
-        where += f" step {last.step}/{steps} loss {last.loss:.4f}{accuracy}"
+        line += f" step {last.step}/{steps} loss {last.loss:.4f}{accuracy}"
     ends = {"running": "", "finished": "", "stopped": ", stopped", "failed": f", failed: {trial.reason}"}
-    return f"{where} ({trial.origin}){ends[trial.status]}"
+    return f"{line} ({trial.origin}){ends[trial.status]}"
 
 
 def event_line(event: events.Event, steps: int) -> str | None:
-    """Describe an event in a line for terminal and log; None for what is no news by itself."""
+    """Describe an event in one line for terminal and log; None if the event needs no line."""
     match event:
         case events.StageStarted(stage, detail):
             return f"[{stage}] {detail} ..."

@@ -1,4 +1,4 @@
-"""Lists the sections of a run's report, each a heading and what stands under it: what both renderings show."""
+"""Builds the sections of a run's report, which both `report.html` and `report.md` show."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
 QUALITY_NOTE = (
-    "First base, pruned, and pruned and quantized by the winner's plan, with the adapter start that its fine-tune "
-    "begins with; then the rows of the final table. The answer loss is finer than the accuracy."
+    "The first rows had no fine-tune: the base, the pruned model, and the pruned model quantized by the winner's plan "
+    "with its initial adapters. The others are those of the final table. The answer loss shows smaller differences "
+    "than the accuracy."
 )
 STAGES_NOTE = (
-    "GPU seconds are those of a stage's jobs times the GPUs that were held for them, busy or not: of stages before the "
-    "search in the command that recorded them, of the others in all commands whose results stand."
+    "GPU seconds are the seconds of a stage's jobs times the GPUs held for them, busy or not. Stages before the search "
+    "count the command that recorded them; the other stages count all commands whose results are in use."
 )
 
 
 def sections(run: Snapshot, importances: Mapping[str, Any] | None = None) -> list[Section]:
-    """List the sections that the run has something to show in; `importances` are those of every unit."""
+    """Return the sections that are not empty for this run; `importances` are the units' scores from pruning."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", "The answer", answer(run)),
         ("quality", "Quality by task", _quality(run)),
@@ -45,14 +46,14 @@ def sections(run: Snapshot, importances: Mapping[str, Any] | None = None) -> lis
 
 
 def answer(run: Snapshot) -> Iterator[Part]:
-    """Yield what a whole run found: its winner in figures, the claim and the final table."""
-    if run.is_whole:
+    """Yield the result of a complete run: the winner's figures, the claim and the final table."""
+    if run.is_complete:
         yield tables.winner(run)
         yield from measured(run.results, run.how_to_compare)
 
 
 def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
-    """Yield the claim, maybe a remark, the final table in its parts, and how to read it."""
+    """Yield the claim, the remark if any, the parts of the final table, and their legend."""
     lead, *items = claim(results).splitlines()
     yield Paragraph(lead)
     yield Items(tuple(item.removeprefix("- ") for item in items))
@@ -94,7 +95,7 @@ def _search(run: Snapshot) -> Iterator[Part]:
 
 
 def search_text(search: SearchRecord) -> list[str]:
-    """Tell what ran and why it ended; then who was best on fresh rows, by how much."""
+    """Describe in two paragraphs how the search ran, and which plan was best on fresh rows."""
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""
@@ -104,10 +105,10 @@ def search_text(search: SearchRecord) -> list[str]:
         f"{duration(search.total_seconds)}{gpus}. It ended because {search.ended}."
     )
     if search.num_reused:
-        text += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
+        text += f" It reused {counted(search.num_reused, 'trial')} of earlier searches."
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
-        text += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
+        text += f" It ran in {search.sessions} sessions; the last began with {before} already recorded."
     if search.failures:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         text += f" Failed: {', '.join(failed)}."
@@ -122,7 +123,7 @@ def search_text(search: SearchRecord) -> list[str]:
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
-    """Describe how far a search came that has no record yet."""
+    """Describe the progress of a search that is not over."""
     assert run.state.search
     counts = {word: sum(trial.status == name for trial in run.own_trials) for name, word in run.statuses.items()}
     text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
@@ -131,7 +132,7 @@ def _unfinished_search(run: Snapshot) -> list[str]:
     if best := run.best_trial:
         lines.append(
             f"Best so far is trial {best.index} ({best.origin}), {score_title(run.state.search)} "
-            f"{score(best.rungs[-1], run.metric):.4f}. The rows that score it chose it, so it is flattered."
+            f"{score(best.rungs[-1], run.metric):.4f}. It was chosen by the rows that score it, so this is optimistic."
         )
     return lines
 
@@ -153,9 +154,9 @@ def _repeat(run: Snapshot) -> Iterator[Part]:
     yield Paragraph(f"Or save the configuration below as `repeat.yaml`, name another `output`{plan}, and run:")
     yield Code("qpruner run repeat.yaml")
     facts = [("seed", f"{run.state.config['seed']}"), *run.state.environment.items()]
-    if run.results.inference:  # of a worker, which a cluster has elsewhere
+    if run.results.inference:  # the device of a worker, maybe on another machine
         facts.append(("rows measured on", run.results.inference.device))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
     yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
-    if search and is_given:  # its file may be gone or changed
+    if search and is_given:  # the plan's file may have been deleted or changed
         yield Code(yaml.safe_dump(search.best_plan, sort_keys=False), "yaml", "The plan")

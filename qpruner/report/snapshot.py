@@ -1,4 +1,4 @@
-"""Reads a run from its folder, whole or not: what every report and every verb that looks at runs is made of."""
+"""Reads a run from its folder, finished or not, for reports and for commands such as `qpruner status`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "faile
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment: its records are those of the latest command, its trials all that the search knew."""
+    """A run at one moment: the records of its latest command, and all trials in its search's folder."""
 
     run_dir: RunDir
     liveness: Liveness
@@ -39,45 +39,45 @@ class Snapshot:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         return Path(self.run_dir.place).name
 
     @property
     def state(self) -> RunState:
-        """What its latest command did."""
+        """The state of the run's latest command."""
         return self.liveness.state
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the winner is fine-tuned and evaluated; a comparison may be still to come."""
+    def is_complete(self) -> bool:
+        """Whether the winner is fine-tuned and evaluated; the comparison may still be missing."""
         return self.results.evaluate is not None
 
     @property
     def lacks_comparison(self) -> bool:
-        """Whether the comparison that `finetune.compare` asks for is missing."""
+        """Whether `finetune.compare` is on and the comparison is missing."""
         return self.state.compares and self.results.comparison is None
 
     @property
     def how_to_compare(self) -> str | None:
-        """How the comparison is added to a finished run that was asked for none; None for another run."""
-        is_finished = self.is_whole and self.state.until == "report" and not self.state.compares
+        """How to add the comparison to a finished run that has none by configuration; None for other runs."""
+        is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         return how_to_compare(self.state.command) if is_finished else None
 
     @property
     def best_plan(self) -> dict[str, int] | None:
-        """The search's winner; until there is one, the plan of the best finished trial."""
+        """The winner's plan; before the search is over, the plan of the best finished trial."""
         if self.results.search:
             return self.results.search.best_plan
         return self.best_trial.plan if self.best_trial else None
 
     @property
     def plan(self) -> PrecisionPlan | None:
-        """`best_plan` as a notebook shows it, a cell a group."""
+        """`best_plan` as an object that notebooks show with one cell per group."""
         return PrecisionPlan.from_dict(self.best_plan) if self.best_plan else None
 
     @property
     def best_trial(self) -> TrialRecord | None:
-        """The winner; until there is one, the finished trial with the best last score."""
+        """The winner; before the search is over, the finished trial with the best last score."""
         if self.results.search:
             best = self.results.search.best_index
             return next((trial for trial in self.trials if trial.index == best), None)
@@ -85,24 +85,24 @@ class Snapshot:
 
     @property
     def best_title(self) -> str:
-        """What the best trial is called."""
+        """The title of the best trial in reports: `winner`, `given plan` or `best so far`."""
         if self.results.search is None:
             return "best so far"
         return "given plan" if self.results.search.best_origin == GIVEN else "winner"
 
     @property
     def own_trials(self) -> list[TrialRecord]:
-        """The trials without those that a search with another budget or searcher left."""
+        """The trials of this search, without those of searches with another budget or searcher."""
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
 
     @property
     def statuses(self) -> dict[str, str]:
-        """Every status of a trial in words; what no command works on has begun, and does not run."""
+        """Trial status -> text; without a running command, `running` reads `begun`."""
         return STATUSES if self.liveness.outcome == RUNNING else {**STATUSES, "running": "begun"}
 
     @property
     def sensitivity(self) -> SensitivityRecord | None:
-        """The sensitivities; None where none was measured."""
+        """The sensitivities; None if none was measured."""
         record = self.results.sensitivity
         return record if record and record.methods else None
 
@@ -112,7 +112,7 @@ class Snapshot:
         return self.state.search.metric if self.state.search else "loss"
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return the trials, one a row, as `TrialRecord.to_dataframe` has it."""
+        """Return one row per trial, with the columns of `TrialRecord.to_dataframe`."""
         import pandas
 
         return pandas.DataFrame([row for trial in self.trials for row in trial.table_rows()])
@@ -124,17 +124,17 @@ class Snapshot:
 
     @property
     def standing(self) -> str:
-        """How far the run is, in a sentence; in two where the winner is done and its comparison is not."""
-        if not self.is_whole:
+        """How far the run has come, in one or two sentences."""
+        if not self.is_complete:
             return self._unfinished
         if self.lacks_comparison:
             return f"The winner is finished, its comparison is not. {self._unfinished}"
-        resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not come to its end"
+        resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
         return f"Finished{resumed if self.state.resumed else ''}."
 
     @property
     def _unfinished(self) -> str:
-        """How the latest command ended before its last stage, or where it is."""
+        """How the latest command ended, or which stage it is in."""
         at_work = next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
         stage = f" in stage {at_work}" if at_work else ""
         match self.liveness.outcome:
@@ -142,20 +142,20 @@ class Snapshot:
                 cause = (self.state.error or "").removeprefix(f"stage `{at_work}` failed: ")
                 return f"Failed{stage}: {cause}"
             case "interrupted":
-                return f"Interrupted{stage}; the same command goes on from here."
+                return f"Interrupted{stage}; repeat the command to resume."
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
                 process = f"it was running on {self.state.host} (process {self.state.pid}) when this was written"
-                return f"Unfinished{stage}: {process}; `qpruner status` tells whether it still is."
-        return f"Unfinished{stage}: its process is {self.liveness.outcome}; repeat the command to go on from here."
+                return f"Unfinished{stage}: {process}; `qpruner status` shows whether it still is."
+        return f"Unfinished{stage}: its process is {self.liveness.outcome}; repeat the command to resume."
 
     @property
     def missing(self) -> str | None:
-        """The stages that an unfinished run has no record of, in a sentence; some may have figures already."""
+        """A sentence with the stages that have no record yet; None if all have one."""
         asked = [name for name in Results.model_fields if name != "comparison" or self.lacks_comparison]
         names = [name for name in asked if getattr(self.results, name) is None]
-        return f"There is no result yet of: {', '.join(names)}." if names else None
+        return f"There is no result yet from: {', '.join(names)}." if names else None
 
 
 def read_snapshot(run: RunDir) -> Snapshot:
@@ -169,7 +169,7 @@ def read_snapshot(run: RunDir) -> Snapshot:
     if liveness is None:
         raise UserError(_no_run(run))
     state, search = liveness.state, liveness.state.search
-    # Other records are of an older configuration.
+    # Records of other stages belong to an older configuration.
     ended = [name for name in Results.model_fields if name in state.stages and state.stages[name].state != "running"]
     kinds = {name: get_args(Results.model_fields[name].annotation)[0] for name in ended}
     results = Results.model_validate({name: run.read_record(name, kind) for name, kind in kinds.items()})
@@ -178,16 +178,16 @@ def read_snapshot(run: RunDir) -> Snapshot:
 
 
 def _no_run(run: RunDir) -> str:
-    """Tell why a place is no run, and what to name instead."""
+    """Say why a folder is not a run, and what to name instead."""
     driver = driver_of(run.root)
     if driver and driver.state == "alive":
         process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
-        return f"{run.place} has no {STATE} yet: a command is starting there ({process}); look again soon"
+        return f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again soon"
     names = children(run.root)
     are_runs = for_each(lambda name: exists(run.root / name / STATE), names)
     if runs := [name for name, is_run in zip(names, are_runs, strict=True) if is_run]:
         listed = f"{', '.join(runs[:10])}{', ...' if len(runs) > 10 else ''}"
-        return f"{run.place} is no run folder, but has the runs {listed}: name one of them"
-    what = f"is no run folder, it has no {STATE}" if names else "does not exist or is empty"
-    log = f"; {LOG} there tells how the last command ended" if LOG in names else ""
-    return f"{run.place} {what}{log}: name the `output` of a configuration that `qpruner run` was given"
+        return f"{run.place} is not a run folder, but contains the runs {listed}: name one of them"
+    what = f"is not a run folder, because it has no {STATE}" if names else "does not exist or is empty"
+    log = f"; {LOG} there shows how the last command ended" if LOG in names else ""
+    return f"{run.place} {what}{log}: name the folder that a configuration of `qpruner run` calls `output`"

@@ -1,7 +1,7 @@
-"""Estimates differences between rows with their intervals.
+"""Estimates the differences between rows of the final table, with their intervals.
 
-Rows are paired by training seed, and by question or confirmation row. Means and standard errors over tasks and
-questions are those of `qpruner.data.measures`.
+Rows are paired by training seed, and by question or confirmation row. `qpruner.data.measures` computes means and
+standard errors over tasks and questions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qpruner.wording import counted
 SAME = "not distinguishable"
 ANSWER_LOSS, CONFIRMATION_LOSS = "answer loss", "confirmation loss"
 LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS)
-"""Measures in nats, of which less is better; every other one is an accuracy."""
+"""The measures in nats, for which lower is better; all other measures are accuracies."""
 Pair = tuple[FineTune, FineTune]
-"""One of the first row and one of the other, under the same training seed."""
+"""One fine-tune of each of two rows, with the same training seed."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The searched row less another one in one measure: a mean over training seeds, and half of its 95 % interval.
+    """The searched row minus another row in one measure: the mean over fine-tunes, and half of its 95 % interval.
 
-    `spread` is the standard deviation over training seeds, `num_pairs` counts questions or confirmation rows; the
-    verdict is `better` or `worse` beyond the interval, else `not distinguishable`.
+    `spread` is the standard deviation over training seeds. `num_pairs` counts questions or confirmation rows.
+    `verdict` is `better` or `worse` if the interval excludes zero, else `not distinguishable`.
     """
 
     measure: str
@@ -42,23 +42,23 @@ class Difference:
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
-    """Pair every fine-tune of one row with every one of the other under the same training seed."""
+    """Pair each fine-tune of one row with each fine-tune of the other that has the same training seed."""
     return [(one, other) for one in ours for other in theirs if one[0].seed == other[0].seed]
 
 
 def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
-    """Return the training seeds that both rows have."""
+    """Return the training seeds of the pairs."""
     return tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
-    """Return the other row's bytes above the first one's, as a share of these, of the pair that differs most."""
+    """Return how much larger the second row is, as a share of the first row's bytes, in the pair that differs most."""
     sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
-    """Compare accuracy, and the answer loss where every task has choices, over the questions of every task."""
+    """Compare accuracies question by question, and answer losses if every task has choices."""
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
     found = []
@@ -74,7 +74,7 @@ def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
-    """Compare confirmation losses, row by row where records have the rows."""
+    """Compare confirmation losses, paired by confirmation row if the records have each row's loss."""
     values = [ours.confirmation_loss - theirs.confirmation_loss for (ours, _), (theirs, _) in pairs]
     both = [(ours.confirmation_losses, theirs.confirmation_losses) for (ours, _), (theirs, _) in pairs]
     by_pair = [[_less(ours, theirs)] for ours, theirs in both] if all(all(each) for each in both) else []
@@ -82,7 +82,7 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
 
 
 def paired_losses(one: FinalistScore, other: FinalistScore) -> Estimate | None:
-    """Estimate one finalist's loss less another's, row by row; None where older records do not have the rows."""
+    """Estimate one finalist's loss minus another's, paired by row; None if older records lack each row's loss."""
     if not len(one.losses) == len(other.losses) > 1:
         return None
     return measures.over_questions(_less(one.losses, other.losses))
@@ -106,7 +106,7 @@ def seeds_text(seeds: Sequence[int]) -> str:
     """Describe how differences are paired."""
     if len(seeds) > 1:
         return f"{len(seeds)} training seeds, paired"
-    return "one training seed, whose luck the intervals leave out, paired by question and row"
+    return "one training seed (the intervals lack the spread over seeds), paired by question and row"
 
 
 def _less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -119,7 +119,7 @@ def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by
     by_row = measures.averaged(by_pair)
     mean, half_width = statistics.fmean(values), _half_width(by_seed, by_plan, by_row)
     verdict = SAME
-    # Seeds or plans that agree to the last bit are no evidence of a spread of zero.
+    # Equal values of all seeds or plans do not prove that the spread is zero.
     if half_width and abs(mean) > half_width:
         verdict = "better" if (mean < 0) == (measure in LOSSES) else "worse"
     spread = statistics.stdev(by_seed) if len(by_seed) > 1 else None
@@ -127,13 +127,13 @@ def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by
 
 
 def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
-    """Return half of the 95 % interval; None where there is nothing to take a spread of.
+    """Return half of the 95 % interval; None if there are too few values to estimate a spread.
 
-    Against several random plans it is the prediction interval for one more plan drawn like them, each plan's value a
-    mean over seeds: their spread holds the plan and its luck with seeds and questions, so nothing is added to it.
+    Against several random plans it is the prediction interval for one more random plan. Each plan's value is a mean
+    over seeds, so the spread of these values already includes the effects of plan, seeds and questions.
 
-    Against one plan it is the wider of Student's over seeds and the normal one over questions or rows. Under one
-    training seed it leaves out that seed's luck: equal plans then differ by more in over 5 % of cases.
+    Against one plan it is the wider of Student's interval over seeds and the normal interval over questions or rows.
+    With one training seed it lacks the spread over seeds, so equal plans lie outside it in more than 5 % of cases.
     """
     if len(by_plan) > 1:
         return measures.prediction_half_width(by_plan)

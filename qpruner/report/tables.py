@@ -1,4 +1,4 @@
-"""Lays the figures of a run out in tables, as the terminal, `report.md` and `report.html` show them."""
+"""Builds the tables of a run's figures, which the terminal, `report.md` and `report.html` show."""
 
 from __future__ import annotations
 
@@ -30,49 +30,50 @@ from qpruner.wording import counted, error_text
 TEST_ACCURACY = "test accuracy"
 FINAL = (
     (
-        "Test results after the fine-tune, the same for every row; no plan was chosen by them",
+        "Test results after the fine-tune, which is the same for every row; no plan was chosen by these results",
         ("row", "seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("row", "from", "seeds", "validation loss", "confirmation loss")),
     (
-        "What each row takes to fine-tune and to use",
+        "Size, memory and speed of each row",
         ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
     ),
 )
-"""The final table in parts of which each fits 120 columns."""
-ALIKE = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
+"""Caption and columns of each part of the final table; a part fits 120 characters."""
+FIRST_SEED = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
 ROWS = {
     "uniform": "the pruned model, every group at the same bits.",
-    "seed": "the plan that a sensitivity finds by itself, without a search, at the winner's bytes.",
-    BEST_SEED: "that of the sensitivity whose plan was best on fresh rows.",
-    RANDOM: f"plans drawn at random among those of the winner's bytes, to within {SAME_BYTES:.0%}.",
-    SEARCHED: "the plan that was best on fresh rows; `winner (...)` where that is a control, `given plan` where it was "
-    "given.",
+    "seed": "the plan that a sensitivity chooses without a search, at the winner's bytes.",
+    BEST_SEED: "the seed plan that was best on fresh rows.",
+    RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
+    SEARCHED: "the plan that was best on fresh rows. It is called `winner (...)` if it is a control, and `given plan` "
+    "if you gave it.",
 }
-"""By what rows' names hold."""
+"""Words in a row's name -> what the row is."""
 FIGURES = {
-    "seeds": "training seeds: how many, and in brackets which; none is the trials', so a plan's loss as a trial does "
-    "not compare with its loss here. With several, figures are means ± standard deviation.",
-    "bytes": "the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights.",
-    "test accuracy": "the share of right answers on the held-out tasks, which have chosen nothing: the mean over tasks "
-    "of the mean over a task's questions; se is its standard error over questions. Right is the answer of the highest "
-    "log-likelihood (acc), of the highest a character (acc_norm), or what the model writes (exact_match).",
+    "seeds": "the number of training seeds and, in brackets, which. Trials use another seed, so the loss of a trial "
+    "cannot be compared with a loss here. With several seeds, figures are means ± standard deviation.",
+    "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are over the weights in groups.",
+    "test accuracy": "the share of right answers on the held-out tasks, by which nothing was chosen: the mean over a "
+    "task's questions, then over tasks. se is its standard error over questions. The model's answer is the choice with "
+    "the highest log-likelihood (acc) or the highest per character (acc_norm), or the text it writes (exact_match).",
     "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
-    "token), a mean over tasks: lower is better, and finer than the accuracy.",
-    "validation loss": "in nats per token, on the rows that trials are scored on.",
+    "token), a mean over tasks. Lower is better; it shows smaller differences than the accuracy.",
+    "validation loss": "in nats per token, on the rows that score trials.",
     "selection loss": "in nats per token, on the half of the confirmation rows that chose best seed and winner.",
-    "confirmation loss": "in nats per token, on the other half of these rows, which chose nothing.",
+    "confirmation loss": "in nats per token, on the other half of the confirmation rows, by which nothing was chosen.",
 }
 INTERVAL = (
-    "in the claim, against the best seed the wider of Student's over seeds and the paired one over questions or "
-    "confirmation rows; against random plans the one in which a further random plan would lie. Under one training seed "
-    "it leaves out that seed's luck. Each is at 95 % by itself, so of several one may leave zero out by chance."
+    "in the claim. Against the best seed, the wider of Student's interval over seeds and the paired interval over "
+    "questions or confirmation rows; against random plans, the interval in which one more random plan would lie. With "
+    "one training seed it lacks the spread over seeds. Each is at 95 % by itself: one of several may exclude zero by "
+    "chance."
 )
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
 
 def winner(run: Snapshot) -> Table:
-    """Show a whole run's winner in figures: its size, its accuracy, its plan."""
+    """Build the table of a complete run's winner: its size, accuracy and plan."""
     assert run.results.search and run.results.prune and run.results.evaluate
     search, prune = run.results.search, run.results.prune
     row = next(row for row in rows(run.results) if row.name == SEARCHED)
@@ -98,7 +99,7 @@ def _megabytes(size: int) -> str:
 
 
 def _interval(mean: float, stderr: float) -> str:
-    """Format the 95 % interval of a share, which one question leaves open."""
+    """Format the 95 % interval of a share; it is 0 to 1 if the standard error is unknown."""
     half_width = 1.0 if math.isnan(stderr) else measures.Z_95 * stderr
     return f"{max(0.0, mean - half_width):.3f} to {min(1.0, mean + half_width):.3f}"
 
@@ -126,20 +127,20 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def final_tables(results: Results) -> list[Table]:
-    """Lay the final table out in parts that fit a terminal and paper.
+    """Split the final table into parts that fit a terminal and paper.
 
-    Where rows have unequally many training seeds, the second part has every row under the first, which all had.
+    If rows differ in their number of training seeds, a second part shows all rows under the first seed, which all have.
     """
-    every, alike = rows(results), under_first_seed(results)
+    every, first_seed = rows(results), under_first_seed(results)
     first, *others = (_final(results, caption, headings, every) for caption, headings in FINAL)
     if len({len(row.seeds) for row in every}) == 1:
         return [first, *others]
-    caption = f"Like with like: every row under training seed {alike[0].seeds[0]} alone"
-    return [first, _final(results, caption, ALIKE, alike), *others]
+    caption = f"Like with like: every row under training seed {first_seed[0].seeds[0]} alone"
+    return [first, _final(results, caption, FIRST_SEED, first_seed), *others]
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
-    """Lay out some columns; the accuracy's heading names the metric, the caption those of tasks that differ."""
+    """Build one part of the final table; heading or caption name the metrics behind the accuracy."""
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
@@ -150,7 +151,7 @@ def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: S
 
 
 def _turns_text(figures: Turns | None) -> str:
-    """Format a median and, in brackets, the least and the most."""
+    """Format a median and, in brackets, minimum and maximum."""
     if figures is None:
         return "-"
     median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
@@ -164,28 +165,28 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
 
 
 def legend(results: Results) -> Table:
-    """Explain the final table: the rows that exist, and the figures with what they were measured on."""
+    """Build the legend of the final table: its rows, its figures, and what they were measured on."""
     assert results.evaluate
     names, text, setting = [row.name for row in rows(results)], results.evaluate.text, results.inference
     terms = {term: meaning for term, meaning in ROWS.items() if any(term in name for name in names)} | FIGURES
     terms["perplexity"] = (
-        f"the exponential of the mean loss a token on {text}."
+        f"the exponential of the mean loss per token on {text}."
         if text
-        else "none: the confirmation rows are multiple-choice; `evaluate.text` names a text to measure it on."
+        else "not measured, because the confirmation rows are multiple-choice; set `evaluate.text` to a text for it."
     )
     if len(names) > 1:
         terms["interval"] = INTERVAL
     if setting:
         terms["inference memory and tokens/s"] = (
-            f"those of a generation of one sequence on {setting.device}, adapter on: {setting.prompt_tokens} tokens "
-            f"read (prefill), {setting.new_tokens} written (decode). The rows took turns: the median, in brackets the "
-            f"least and the most. The memory is the {setting.memory_counter}."
+            f"measured while generating one sequence on {setting.device} with the adapter: {setting.prompt_tokens} "
+            f"tokens read (prefill), {setting.new_tokens} written (decode). The rows were measured in turns: tokens/s "
+            f"are the median, in brackets minimum and maximum. The memory is the {setting.memory_counter}."
         )
     return Table("How to read the table", ("term", "meaning"), list(terms.items()), "How to read the table")
 
 
 def by_task(results: Results) -> Table:
-    """Show every model, before any fine-tune and after, on every held-out task and in its losses over all of them."""
+    """Build the table of every model, before and after its fine-tune: accuracy by task, losses over all tasks."""
     models: dict[str, list[RowScores]] = {}
     for row in results.scores:
         title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
@@ -197,12 +198,12 @@ def by_task(results: Results) -> Table:
         (title, *map(_accuracy, zip(*(row.scores for row in found), strict=True)), *_losses(found))
         for title, found in models.items()
     ]
-    caption = "Each held-out task, in brackets the accuracy's 95 % interval over questions"
+    caption = "Accuracy by held-out task, in brackets its 95 % interval over questions"
     return Table(caption, ("model", *tasks, "answer loss", "perplexity"), body).without_empty_columns()
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
-    """Format a model's accuracy on a task: the mean over training seeds, and its interval."""
+    """Format a model's accuracy on a task: the mean over training seeds and, in brackets, its 95 % interval."""
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
     return f"{value:.3f} ({_interval(value, stderr)})"
@@ -218,7 +219,7 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
 
 
 def kept_of_blocks(record: PruneRecord) -> Table:
-    """Show what is left of each block; where whole blocks were removed, with its number in the pruned model."""
+    """Build the table of what pruning kept of each block; if blocks were removed, it has the new block numbers, too."""
     body, numbers = [], itertools.count()
     for layer in record.layers:
         is_numbered = record.dropped_blocks and layer.layer not in record.dropped_blocks
@@ -229,7 +230,7 @@ def kept_of_blocks(record: PruneRecord) -> Table:
 
 
 def block_cells(layer: LayerWidths) -> tuple[str, ...]:
-    """Format a block's row of that table."""
+    """Format a block's row in the table of `kept_of_blocks`."""
     groups, heads = len(layer.kept_kv_groups), layer.heads_per_group
     channels, base = len(layer.kept_mlp_channels), layer.base_mlp_channels
     mlp = f"{channels} of {base}"
@@ -246,7 +247,7 @@ def block_cells(layer: LayerWidths) -> tuple[str, ...]:
 
 
 def prune_summary(record: PruneRecord) -> str:
-    """Describe the cut in a few lines."""
+    """Describe the cut in two lines: settings and target, then its effect and cost."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
     return (
         f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, "
@@ -258,7 +259,7 @@ def prune_summary(record: PruneRecord) -> str:
 
 
 def trials(run: Snapshot) -> Table:
-    """Show every trial with the score of its last rung."""
+    """Build the table of all trials, with the score of each trial's last rung."""
     body = []
     for trial in run.trials:
         last = trial.rungs[-1] if trial.rungs else None
@@ -278,21 +279,21 @@ def trials(run: Snapshot) -> Table:
         )
     title = score_title(run.state.search) if run.state.search else "score"
     headings = ("trial", "from", "status", "MB", "mean bits", title, "step", "seconds", "plan", "reason")
-    caption = "Plans as a bar: a character a group, in model order (F is 16). The score is that of the last rung."
+    caption = "A plan has one character per group, in model order (F is 16 bits). The score is from the last rung."
     return Table(caption, headings, body, "Every trial", is_on_page_only=True).without_empty_columns()
 
 
 def finalists(search: SearchRecord) -> Table:
-    """Show who was scored on fresh rows, and the loss less the winner's, paired by row.
+    """Build the table of the trials scored on fresh rows, with each loss minus the winner's, paired by row.
 
-    Each loss's own error is mostly of which rows there are, which is in both.
+    The choice of rows causes most of a loss's standard error. The differences do not have this error.
     """
     best = next((each for each in search.confirmations if each.index == search.best_index), None)
     body = [
         (f"{each.index}", f"{each.origin}{', reused' if each.reused else ''}", *_fresh(each), _less(each, best))
         for each in search.confirmations
     ]
-    headings = ("trial", "from", *_fresh_headings(search), "loss less the winner's, paired by row")
+    headings = ("trial", "from", *_fresh_headings(search), "loss minus the winner's, paired by row")
     return Table("Finalists on fresh rows", headings, body).without_empty_columns()
 
 
@@ -302,12 +303,12 @@ def _less(each: FinalistScore, best: FinalistScore | None) -> str:
 
 
 def front(search: SearchRecord) -> Table:
-    """Show the plans that none of fewer or equal bytes beats on fresh rows; the caption has their hypervolume."""
-    caption = "Plans that none of fewer or equal bytes beats on fresh rows"
+    """Build the table of plans that no plan of fewer or equal bytes beats on fresh rows."""
+    caption = "Plans that no plan of fewer or equal bytes beats on fresh rows"
     if search.hypervolume is not None:
         unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
         caption += (
-            f"; by {search.hypervolume:.4f} {unit} better than the smallest, in the mean over budgets (hypervolume)"
+            f"; on average over budgets, {search.hypervolume:.4f} {unit} better than the smallest plan (hypervolume)"
         )
     body = [
         (f"{each.index}", each.origin, _megabytes(each.plan_bytes), bar(each), *_fresh(each)) for each in search.front
@@ -326,31 +327,31 @@ def _fresh(score: FreshScore) -> tuple[str, str]:
 
 
 def methods(measured: SensitivityRecord) -> Table:
-    """Show every sensitivity and what it took."""
+    """Build the table of sensitivities, with their source, unit and seconds."""
     body = [(name, each.source, each.unit, f"{each.seconds:.1f}") for name, each in measured.methods.items()]
-    caption = "Sensitivities; each that came from one pass with others has the seconds of all of it"
+    caption = "Sensitivities; those that were measured in one pass each show the seconds of the complete pass"
     return Table(caption, ("method", "what", "unit", "seconds"), body)
 
 
 def groups(measured: SensitivityRecord, plan: dict[str, int]) -> Table:
-    """Show the plan's bits of each group beside what methods predict that fewer bits cost."""
+    """Build the table of each group's bits in the plan, beside the costs of fewer bits that sensitivities predict."""
     rises: dict[str, Sequence[float]] = {}
     *lower, highest = sorted({bits for method in measured.methods.values() for bits in method.values})
     for name, method in measured.methods.items():
         for bits in lower:
             pairs = zip(method.values[bits], method.values[highest], strict=True)
-            rises[f"{name}, {bits} less {highest} bits"] = [low - high for low, high in pairs]
+            rises[f"{name}, {bits} instead of {highest} bits"] = [low - high for low, high in pairs]
     body = [
         (group, f"{plan[group]}", *(f"{value:.3g}" for value in values))
         for group, *values in zip(measured.groups, *rises.values(), strict=True)
     ]
-    caption = "What a method predicts that fewer bits cost, over the most bits a group may take"
+    caption = "Predicted cost of fewer bits, compared with the most bits that a group may have"
     return Table(caption, ("group", "bits", *rises), body, "Every group")
 
 
 def stages(run: Snapshot) -> Table:
-    """Show every stage that was begun, its state and what it took; then all together."""
-    # Of the trials that other searches left, too.
+    """Build the table of the stages that were begun, with state, seconds and GPU seconds, and the sums."""
+    # Trials of other searches count, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
         gpu["search"] += run.results.search.confirmation_gpu_seconds

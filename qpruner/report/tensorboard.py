@@ -1,11 +1,11 @@
 """Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
-HParams has a row a trial that is over; Scalars its curves, and the best so far beside the controls; Text the
-configuration and the final table.
+HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far beside the
+controls. Text has the configuration and the final table.
 
-A file is a function of the records that it shows, so writing twice changes nothing. While a search runs it grows at the
-end, which a TensorBoard that is open follows; after a crash, a resume or a loss the same call completes or rewrites it.
-tensorboardX's `SummaryWriter` only appends, with its own times and file names, so messages are made here.
+A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
+appended, and an open TensorBoard shows them. After a crash or a loss, the same call completes or rewrites the file.
+tensorboardX's `SummaryWriter` sets its own times and file names and only appends, so this module makes the messages.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 FOLDER = "tensorboard"
 RESULT = "result"
 FILE = "events.out.tfevents"
-"""How the names of event files begin, for TensorBoard to see them."""
+"""Prefix by which TensorBoard recognizes event files."""
 TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
-"""DataType and Status of the HParams plugin's api.proto."""
+"""Values of DataType and Status in the HParams plugin's api.proto."""
 RUNGS = "validation by rung"
-"""Group of the tags that are columns of the HParams table, named so that Scalars begins with the curves."""
+"""Tag group of the HParams table's columns; the name sorts after those of the curves in Scalars."""
 BEST = "search/best so far"
 MOST_POINTS = 1000
-"""Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
+"""Maximum number of training losses in a trial's file, which keeps the file below 200 kB."""
 
 
 class Board:
@@ -56,19 +56,19 @@ class Board:
         self._trials: dict[int, TrialRecord] = {}
 
     def listen(self, event: events.Event) -> None:
-        """Write what an event shows; a full disk stops no search, and the next command writes what is missing."""
+        """Update the files after an event; a write error is logged, and the next command writes what is missing."""
         try:
             self._listen(event)
         except OSError as error:
             logger.warning(
-                "TensorBoard's files could not be written: %s; repeat the command, and it writes what is missing", error
+                "TensorBoard's files could not be written: %s; repeat the command to write what is missing", error
             )
 
     def _listen(self, event: events.Event) -> None:
         match event:
             case events.SearchPlanned(search, trials):
                 self._search, self._trials = search, {trial.index: trial for trial in trials}
-                # What an earlier search on this folder left and this one does not compare with.
+                # Remove the files of earlier searches that are not shown beside this one.
                 kept = {run_name(trial) for trial in trials}
                 kept |= {control_name(trial) for trial in shown_together(search, trials)}
                 for folder in (*self._folder.glob("trial-*"), *self._folder.glob("control-*")):
@@ -78,7 +78,7 @@ class Board:
                     write_trial(self._folder, search, trial)
                 self._write_curves(search)
             case events.StageStarted(stage) if stage not in ("comparison", "report"):
-                # Of what an earlier command ended with; this one's follows once the winner is done.
+                # The result of an earlier command; the new one is written once the winner is evaluated.
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
@@ -87,11 +87,11 @@ class Board:
                     self._write_curves(self._search)
 
     def _write_curves(self, search: SearchState) -> None:
-        """Write best so far, a line a control, the columns of the HParams table and the configuration."""
+        """Write the best score so far, one line per control, the HParams table's columns and the configuration."""
         config, trials = self._config, in_order_of_end(self._trials.values())
         over = shown_together(search, trials)
         found = [_text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")]
-        if trials:  # all have the columns of the first; an empty table has none
+        if trials:  # all trials have the same columns; without trials there is no table
             found.append(_experiment(_columns(search, trials[0]), _metrics(search, config)))
         for count, (value, trial) in enumerate(zip(best_so_far(over, search.metric), over, strict=True), 1):
             if value is not None:
@@ -129,19 +129,19 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
                 found.append(_scalar(f"validation/{name}", value, rung.step, moment))
                 found.append(_scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
     if trial.is_over:
-        # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
+        # Fits a column of 10 em. Without a title TensorBoard shows the file's path, which begins alike in all rows.
         title = f"{trial.index:04d} of {folder.parent.name}"
         found += _session(title, _columns(search, trial), trial.status != "failed", (started, moments[-1]))
     write_events(folder / run_name(trial), found)
 
 
 def run_name(trial: TrialRecord) -> str:
-    """Name a trial's run in TensorBoard."""
+    """Return the name of a trial's run in TensorBoard."""
     return f"trial-{trial.index:04d}-{trial.origin}"
 
 
 def control_name(trial: TrialRecord) -> str:
-    """Name a control's run in TensorBoard; of plans that were given there may be several."""
+    """Return the name of a control's run in TensorBoard; given plans have a number, as there may be several."""
     return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
 
 
@@ -150,9 +150,9 @@ def _end(trial: TrialRecord) -> float:
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """Return the columns of a trial's row; TensorBoard shows the first five at first, in the order of ASCII."""
+    """Return the HParams columns of a trial; TensorBoard sorts them by ASCII and by default shows the first five."""
     return {
-        "#": f"{trial.index:04d}",  # numbers are shown with four decimals
+        "#": f"{trial.index:04d}",  # a text, because TensorBoard shows numbers with four decimals
         "From": trial.origin,
         "MB": trial.plan_bytes / 1e6,
         "Mean bits": trial.mean_bits,
@@ -164,9 +164,9 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
 
 
 def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
-    """Map tags to columns of the HParams table, first what trials are compared by.
+    """Map tags to metric columns of the HParams table; the first is the score that compares trials.
 
-    Every trial that reached all rungs has all of them: the parallel coordinates leave out whoever lacks one.
+    Every finished trial has all these metrics: the parallel coordinates leave out a trial that lacks one.
     """
     scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
     steps = config.search.rungs
@@ -179,7 +179,7 @@ def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
 
 
 def write_events(folder: Path, messages: Sequence[Any]) -> None:
-    """Make the event file of a run, as TensorBoard calls the folder, hold these messages and no others."""
+    """Write exactly these messages to the event file in a folder, which TensorBoard shows as one run."""
     version = Event(wall_time=messages[0].wall_time, file_version="brain.Event:2")
     path, wanted = folder / f"{FILE}.0", _framed([version, *messages])
     found = path.read_bytes() if path.is_file() else b""
@@ -196,7 +196,7 @@ def write_events(folder: Path, messages: Sequence[Any]) -> None:
 
 
 def _framed(messages: Sequence[Any]) -> bytes:
-    with TemporaryDirectory() as folder:  # tensorboardX's writer knows files alone
+    with TemporaryDirectory() as folder:  # tensorboardX's writer writes to files only
         file = Path(folder) / FILE
         writer = RecordWriter(str(file))
         for message in messages:
@@ -214,7 +214,7 @@ def _scalar(tag: str, value: float, step: int, time: float) -> Any:
 
 
 def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
-    """Make the HParams table's columns: of parameters, with a value of each, and of metrics, tag -> title."""
+    """Declare the HParams table's columns: parameters, each with an example value, and metrics, tag -> title."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
         content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)
@@ -224,7 +224,7 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 
 
 def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """Make a row of the HParams table, whose metrics are the run's last scalars; rows of one title are merged.
+    """Make a row of the HParams table; TensorBoard merges rows of equal title, and adds the run's last scalars.
 
     tensorboardX's own `hparams` has neither titles nor times.
     """

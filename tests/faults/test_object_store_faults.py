@@ -19,7 +19,7 @@ import yaml
 from conftest import with_key
 from object_store import Gate, Store, talk_to
 from real_driver import driver
-from test_run import MINUTES, command, comparable, kill_when, outcome, written_config
+from whole_runs import MINUTES, command, comparable, kill_when, outcome, written_config
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +99,7 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     assert trials[0] == before[0], "not rerun"
     report = json.loads(store.read(f"{KILLED}/results.json"))
     assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
-    assert report["standing"] == "Finished; resumed 1 time after a command that did not come to its end."
+    assert report["standing"] == "Finished; resumed 1 time after a command that did not finish."
     keys = store.keys(KILLED)
     for part in ("prune/model.safetensors", "bank/bank.json", "final/adapter_model.safetensors", "report.html"):
         assert part in keys

@@ -44,8 +44,8 @@ def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model:
     assert outcome(root) == outcome(undisturbed)
     assert not list(root.glob(".scratch-*")), "nothing half-made is left"
     told = (root / "report.md").read_text()
-    assert re.search(r" Resumed: \d sessions; the last began with \d trials? recorded before\.", told)
-    assert f"Finished; resumed {kills + 1} times after a command that did not come to its end." in told
+    assert re.search(r" It ran in \d sessions; the last began with \d trials? already recorded\.", told)
+    assert f"Finished; resumed {kills + 1} times after a command that did not finish." in told
 
 
 def trial_is_between_rungs(root: Path, index: int) -> bool:

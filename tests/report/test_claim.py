@@ -59,9 +59,9 @@ OTHER_RANDOM = row_of(RANDOM, [2.0, 2.1], plan={"layers.0": 4, "layers.1": 16})
             row_of(BEST_SEED, [2.0, 2.1], plan=PLAN),
             {},
             BEST_SEED,
-            "it is the winner's plan itself, so there is no gain",
+            "it is the winner's own plan, so there is no gain",
         ),
-        (row_of(BEST_SEED, [2.0, 2.1], **SIZES), {}, BEST_SEED, "no claim at equal bytes, it takes 1.1% more"),
+        (row_of(BEST_SEED, [2.0, 2.1], **SIZES), {}, BEST_SEED, "at equal bytes, because it takes 1.1% more"),
         (row_of(BEST_SEED, [2.0, 2.1], measured_bytes=98_900_000), {}, BEST_SEED, "it takes 1.1% fewer"),
         # Of several random plans one is enough.
         ([*row_of(RANDOM, [2.0, 2.1], **SIZES), *OTHER_RANDOM], {}, RANDOM, "it takes 1.1% more"),
@@ -88,8 +88,8 @@ def test_a_control_that_won_is_named() -> None:
     scored = [*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
     results = results_of(scored, best_origin="seed-kl", control_won=True)
     text, title = claim(results), "winner (seed-kl)"
-    assert text.startswith("No searched plan beat the best control on fresh rows: the control seed-kl (100.00 MB)")
-    assert f"in the row `{title}`." in text
+    assert text.startswith("No searched plan beat the best control on fresh rows, so the search returned the control ")
+    assert f" seed-kl (100.00 MB); its row is `{title}`." in text
     assert [(row.name, row.title) for row in rows(results)] == [(BEST_SEED, BEST_SEED), (SEARCHED, title)]
     assert by_task(results).rows[-1][0] == title
     assert "control" not in claim(results_of(scored))
@@ -161,10 +161,10 @@ def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: 
     assert f"confirmation loss {widths * half_width:+.4f} nats (± 0.0200 over seeds" in line
     assert line.endswith(f"), {verdict}.")
     rival = "the best seed" if other == BEST_SEED else "random plans of equal bytes"
-    told = f"cannot be told from {rival}" if verdict == SAME else f"is {verdict} than {rival} in confirmation loss"
+    text = f"is {SAME} from {rival}" if verdict == SAME else f"is {verdict} than {rival} in confirmation loss"
     counts = "no difference shown" if verdict == SAME else f"{verdict} in 1 of 3"
     first = claim(results).splitlines()[0]
-    assert first.endswith(f" It {told}. Over 3 comparisons, each at 95 % by itself: {counts}."), "words before figures"
+    assert first.endswith(f" It {text}. Over 3 comparisons, each at 95 % by itself: {counts}."), "words before figures"
 
 
 def test_one_verdict_of_six_is_not_told_as_that_of_all() -> None:
@@ -270,7 +270,7 @@ def test_one_training_seed_goes_by_its_questions() -> None:
     # Unpaired, the spread of the questions themselves would drown the difference.
     assert difference(results, "answer loss").half_width < 0.4 * np.std(hardness) / math.sqrt(60)  # type: ignore[operator]
     line = line_about(results, BEST_SEED)
-    assert ", one training seed, whose luck the intervals leave out, paired by question and row: " in line
+    assert ", one training seed (the intervals lack the spread over seeds), paired by question and row: " in line
     assert line.endswith("confirmation loss -1.0000 nats (no interval), not distinguishable.")
 
 
@@ -295,7 +295,7 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
 def test_the_claim_says_what_was_lost_against_base_and_pruned() -> None:
     whole = whole_results()
     lost = (
-        " At 100.7% of the bytes of the base with such an adapter, its test acc is 0.545 (base 0.475, pruned 0.485) "
+        " At 100.7% of the base model's bytes (adapters included), its test acc is 0.545 (base 0.475, pruned 0.485) "
         "and its answer loss 1.500 (base 1.500, pruned 1.500), all after the same fine-tune under training seed 0. Its "
         "confirmation loss is 2.000 "
     )

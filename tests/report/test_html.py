@@ -134,12 +134,12 @@ def test_every_table_names_its_rows_and_columns(long_run: Path) -> None:
         first = re.findall("<tr[^>]*>(<[^>]*>)", body)
         assert first and all('<th scope="row"' in cell for cell in first)
         assert body.count("<th") == len(first)
-    headings, *body = cells_of(main, "Each held-out task")
+    headings, *body = cells_of(main, "Accuracy by held-out task")
     assert headings[:3] == ["model", "arc_easy acc (400 questions)", "piqa acc (200 questions)"]
     untuned = [f"{name} (no fine-tune)" for name in ("base", "pruned", "searched")]
     assert len(body) == 10 and [row[0] for row in body][:3] == untuned
-    headings, *body = cells_of(main, "What a method predicts")
-    assert headings[:3] == ["group", "bits", "mutual_information, 4 less 8 bits"] and len(body) == 60
+    headings, *body = cells_of(main, "Predicted cost of fewer bits")
+    assert headings[:3] == ["group", "bits", "mutual_information, 4 instead of 8 bits"] and len(body) == 60
     sensitivity = read_snapshot(RunDir(long_run, create=False)).sensitivity
     assert sensitivity
     rises = [low - high for low, high in zip(*sensitivity.methods["kl"].values.values(), strict=True)]
@@ -185,7 +185,7 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["page"] == str(root / "report.html")
     text, markdown = words(Outline(page_of(root)).text), (root / "report.md").read_text()
-    missing = f"There is no result yet of: {', '.join(STAGES[STAGES.index(stage) :])}."
+    missing = f"There is no result yet from: {', '.join(STAGES[STAGES.index(stage) :])}."
     for said in (f"Failed in stage {stage}: no space left for /runs", missing):
         assert said in text and said in markdown
     assert ("Best so far is trial" in text, "was best, a" in text) == (until == "sensitivity", until == "finetune")
@@ -306,9 +306,9 @@ def test_without_its_comparison_the_winner_is_reported_whole(tmp_path: Path) -> 
     (root / "final").mkdir()
     write_report(made.run)
     run, summary = read_snapshot(made.run), json.loads((root / "results.json").read_text())
-    how = "Interrupted in stage comparison; the same command goes on from here."
+    how = "Interrupted in stage comparison; repeat the command to resume."
     assert run.standing == f"The winner is finished, its comparison is not. {how}"
-    assert run.missing == "There is no result yet of: comparison."
+    assert run.missing == "There is no result yet from: comparison."
     assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(run.results)
     assert run.standing in (root / "report.md").read_text()
     assert "Measured" in (root / "final" / "README.md").read_text()

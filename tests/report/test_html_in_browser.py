@@ -121,7 +121,7 @@ def test_an_unfinished_run_of_hostile_names_says_what_is_missing(opened: Any, tm
     assert page.title() == "qpruner: run"
     assert page.locator("header code").inner_text().startswith("</script>")
     assert page.locator("header .standing").inner_text().startswith(f"Unfinished in stage {missing[0]}:")
-    assert page.get_by_text(f"There is no result yet of: {', '.join(missing)}.").is_visible()
+    assert page.get_by_text(f"There is no result yet from: {', '.join(missing)}.").is_visible()
     assert page.locator("#quality").count() == 0
     assert page.locator("nav a").count() == page.locator("main h2").count()
 

@@ -89,7 +89,7 @@ def test_a_killed_driver_is_cut_off(tmp_path: Path) -> None:
         process.wait()
         lines = status(root)
         assert lines[0].endswith(f"cut off; {GO_ON}") and "cut off" in stage_line(lines)
-        assert standing(root).endswith("its process is cut off; repeat the command to go on from here.")
+        assert standing(root).endswith("its process is cut off; repeat the command to resume.")
 
 
 def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
         lines = status(root)
         (root / "run.json").unlink()
         said = CliRunner().invoke(main, ["status", str(root)])
-    assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
+    assert f"(process {os.getpid()})" in lines[0] and "no stage has started yet" in lines[0]
     assert "cut off" in stage_line(lines)
     assert said.exit_code == 2
     assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
@@ -123,7 +123,7 @@ def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> Non
     (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
     assert status(root)[0].endswith(f"cut off; {GO_ON}")
     (root / "run.json").unlink()
-    assert "is no run folder" in CliRunner().invoke(main, ["status", str(root)]).stderr, "that process is dead"
+    assert "is not a run folder" in CliRunner().invoke(main, ["status", str(root)]).stderr, "that process is dead"
     assert status(recorded_run(tmp_path / "over", is_over=True))[0].endswith(": done")
 
 
@@ -135,12 +135,12 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
 
     (tmp_path / "runs" / "notes").mkdir(parents=True)
     assert f"{tmp_path}/runs/demo does not exist" in said(tmp_path / "runs" / "demo")
-    assert "runs is no run folder, it has no run.json: name the `output`" in said(tmp_path / "runs")
+    assert "runs is not a run folder, because it has no run.json: name the folder" in said(tmp_path / "runs")
     for name in ("demo", "mine"):
         recorded_run(tmp_path / "runs" / name)
-    assert "runs is no run folder, but has the runs demo, mine: name one" in said(tmp_path / "runs")
+    assert "runs is not a run folder, but contains the runs demo, mine: name one" in said(tmp_path / "runs")
     (tmp_path / "runs" / "notes" / "qpruner.log").touch()
-    assert "no run.json; qpruner.log there tells how the last" in said(tmp_path / "runs" / "notes")
+    assert "no run.json; qpruner.log there shows how the last" in said(tmp_path / "runs" / "notes")
 
 
 def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:

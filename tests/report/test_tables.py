@@ -61,7 +61,7 @@ def test_finalists_stand_beside_the_winner_row_by_row() -> None:
         for index, origin in ((2, "seed-kl"), (3, "gp"), (7, "gp"))
     )
     found = tables.finalists(made_search(PLAN, confirmations=scored))
-    apart = [row[found.headings.index("loss less the winner's, paired by row")] for row in found.rows]
+    apart = [row[found.headings.index("loss minus the winner's, paired by row")] for row in found.rows]
     errors = [float((rows_of[index] - rows_of[7]).std(ddof=1) / 2) for index in (2, 3)]
     assert apart == [f"+0.2500 (se {errors[0]:.4f})", f"+0.4000 (se {errors[1]:.4f})", "-"]
 
@@ -192,7 +192,7 @@ def test_a_row_tells_what_its_model_takes_to_use(whole: Results) -> None:
     assert shown["perplexity"] == "8.00"
     legend = dict(tables.legend(with_figures(whole)).rows)
     assert (
-        "mean loss a token on the text." in legend["perplexity"]
+        "mean loss per token on the text." in legend["perplexity"]
         and "on NVIDIA X" in legend["inference memory and tokens/s"]
     )
     without = tables.cells(rows(whole)[0])
@@ -203,8 +203,8 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     text = report(whole)
     assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
     assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
-    assert "started from 5 trials that earlier searches left" in text
-    assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
+    assert "reused 5 trials of earlier searches" in text
+    assert "It ran in 2 sessions; the last began with 3 trials already recorded. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
     assert "\n| trial | from | selection loss |\n" in text, "no accuracy was searched"
     assert "\n| 2 | seed-kl, reused | 2.1250 (se 0.0625) |\n" in text

@@ -1,7 +1,7 @@
-"""Renders `report.html`: the whole run on one page that needs no network, works from disk and prints.
+"""Renders `report.html`: the run on one page, which needs no network and can be printed.
 
-Vega-Lite draws the plots; its runtime, as vl-convert bundles it, is written into the page (0.9 MB). All text goes
-through Jinja's escaping, and a content security policy keeps the page from loading anything.
+Vega-Lite draws the plots. Its runtime (0.9 MB), bundled by vl-convert, is part of the page. Jinja escapes all text, and
+a content security policy keeps the page from loading anything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def render(run: Snapshot, listed: Sequence[Section]) -> str:
 
 
 def notebook_view(run: Snapshot) -> str:
-    """Render the answer alone, as a notebook shows it."""
+    """Render the report's section `The answer` for a notebook."""
     return _environment().from_string(_own("notebook.html")).render(run=run, parts=answer(run))
 
 
@@ -46,7 +46,7 @@ def _runtime() -> Markup:
     import vl_convert
 
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    assert "</script" not in bundle.lower(), "it would end its element early"
+    assert "</script" not in bundle.lower(), "it would end the page's script element"
     return Markup(bundle)  # noqa: S704 (vl-convert's own code)
 
 
@@ -55,7 +55,7 @@ def _own(name: str) -> Markup:
 
 
 def _code(text: str) -> Markup:
-    """Show words in backticks as code."""
+    """Turn text between backticks into code elements."""
     parts = text.split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
@@ -63,6 +63,6 @@ def _code(text: str) -> Markup:
 
 
 def _script_json(data: Any) -> Markup:
-    """Write JSON that cannot end the script element."""
+    """Serialize data as JSON that cannot end the script element around it."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))  # noqa: S704 (no character that ends the element is left)

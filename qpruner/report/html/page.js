@@ -11,7 +11,7 @@ for (const figure of document.querySelectorAll("figure[data-plot]")) {
     });
 }
 
-// Print what is folded; afterwards all is as it was.
+// Unfold all folded parts for printing, and fold them again afterwards.
 const unfolded = new Set();
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details:not([open])")) unfolded.add(part);

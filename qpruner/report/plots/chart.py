@@ -1,7 +1,7 @@
-"""One plot, and what all plots share.
+"""Defines a plot as a Vega-Lite specification, with the settings and encodings that all plots share.
 
-Colours are variables of the page's style sheet (``var(--bits-4)``), so that plots follow light, dark and print without
-being drawn anew; `Chart.png` puts the light theme's values in their place.
+Colours are variables of the page's style sheet (``var(--bits-4)``), so that a drawn plot follows the light, dark and
+print themes. `Chart.png` replaces them by the light theme's values.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CONFIG: Spec = {
     "text": {"color": "var(--text)", "fontSize": 12},
 }
 HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", "aria": False}
-"""Of a text that points may lie under."""
+"""Outline of a label, which keeps it readable over points."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot, as Vega-Lite without what all plots share; `on_page` tells what a pointer does there."""
+    """A plot: its Vega-Lite specification without the shared settings; `on_page` says how to use it with a pointer."""
 
     name: str
     title: str
@@ -49,9 +49,9 @@ class Chart:
 
     @property
     def complete(self) -> Spec:
-        """The specification as Vega-Lite takes it; a single plot takes the width there is."""
+        """The specification with the shared settings; a single plot gets the full width of its container."""
         single = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-        several = {"autosize": {"type": "pad", "resize": True}}  # a choice may change how long a title is
+        several = {"autosize": {"type": "pad", "resize": True}}  # another choice may have a longer title
         return {
             "description": f"{self.title}. {self.caption} {self.on_page}".rstrip(),
             "config": CONFIG,
@@ -72,7 +72,7 @@ class Chart:
 
 @cache
 def light_theme() -> dict[str, str]:
-    """Read the style sheet's colours by variable, those of the light theme."""
+    """Read the light theme's colours from the style sheet: variable -> colour."""
     style = (files("qpruner.report") / "html" / "style.css").read_text(encoding="utf-8")
     return dict(re.findall(r"(--[a-z0-9-]+):\s*([^;]+);", style[: style.index("}")]))
 
@@ -83,7 +83,7 @@ def quantity(field: str, title: str, zero: bool = False, **axis: Any) -> Spec:
 
 
 def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spec:
-    """Encode words by one colour or shape each."""
+    """Encode words by colour or shape: word -> colour or shape."""
     scale = {"domain": list(values), "range": list(values.values())}
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
 
@@ -95,7 +95,7 @@ def by_bits(levels: list[int], prefix: str) -> Spec:
 
 
 def tooltip(**fields: str) -> list[Spec]:
-    """List fields to show on pointing; a number's format follows its title after a bar: ``loss="loss|.4f"``."""
+    """List a tooltip's fields and titles; after a bar, a title may have a number format: ``loss="loss|.4f"``."""
     shown = []
     for field, text in fields.items():
         title, _, number_format = text.partition("|")

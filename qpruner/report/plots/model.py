@@ -1,4 +1,4 @@
-"""Plots of the model: the plan's bits beside the sensitivities, and the importance of the units that were cut."""
+"""Plots of the model: the plan's bits beside the sensitivities, and the importance of the base model's units."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 CELL_WIDTH, CELL_HEIGHT = 62, 17
 NUM_COLUMNS = 32
-"""Units of a block are drawn in at most this many columns, each the mean of its neighbours in the ranking."""
+"""Number of columns that show a block's ranked units; with more units, a column shows the mean of neighbours."""
 UNITS = {
     "attention": ("key/value groups", "kept_kv_groups", "base_kv_groups"),
     "mlp": ("MLP channels", "kept_mlp_channels", "base_mlp_channels"),
     "expert": ("experts", "kept_experts", "base_experts"),
 }
-"""Kind of unit -> its title, and the fields of what was kept and of what there was."""
+"""Kind of unit -> its title, and the fields of the record with the units kept and the number before pruning."""
 BLOCK: Spec = {"field": "block", "type": "ordinal", "axis": {"title": "block"}}
 IMPORTANCE_FILE = "importance.npz"
 
 
 def plan_map(run: Snapshot, plan: Mapping[str, int]) -> Chart:
-    """Draw a plan's bits over the model's layers and, beside them, how much each group suffers from fewer."""
+    """Draw each group's bits in a plan by block and, beside them, each group's sensitivity."""
     cells: Values = []
     for group, bits in plan.items():
         _, block, *part = group.split(".")  # ``layers.07.mlp`` is block 7, part mlp
@@ -39,18 +39,18 @@ def plan_map(run: Snapshot, plan: Mapping[str, int]) -> Chart:
     numbering = " Blocks are numbered as in the pruned model." if record and record.dropped_blocks else ""
     maps = [_bits_map(cells)]
     if run.sensitivity is None:
-        return Chart("winner", "Bits by layer", f"One cell a group.{numbering}", {"hconcat": maps})
+        return Chart("winner", "Bits by layer", f"One cell per group.{numbering}", {"hconcat": maps})
     maps.append(_sensitivity_map(cells, run.sensitivity))
     methods = list(run.sensitivity.methods)
-    # Mutual information predicts no quantization error.
+    # Mutual information comes last, because it predicts no quantization error.
     first = min(methods, key=lambda name: name == MUTUAL_INFORMATION)
     bind = {"input": "select", "options": methods, "name": "Sensitivity by "}
     return Chart(
         "winner",
         "Bits and sensitivity by layer",
-        "Left: each group's bits in the plan. Right: what fewer bits are predicted to cost, as a share of the largest "
-        "such figure: orange groups suffer, purple ones are predicted to gain; where none gains, the shades begin at "
-        f"the least.{numbering}",
+        "Left: each group's bits in the plan. Right: the predicted cost of fewer bits, as a share of the largest one. "
+        "Orange groups are predicted to get worse, purple ones to get better. If none gets better, the shades begin at "
+        f"the smallest cost.{numbering}",
         {"params": [{"name": "method", "value": first, "bind": bind}], "hconcat": maps, "spacing": 28},
         "Point at a cell for its value.",
     )
@@ -85,7 +85,7 @@ def _bits_map(cells: Values) -> Spec:
 
 
 def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
-    """Draw one method's predictions over the model; a parameter `method` chooses it."""
+    """Draw the predictions of one method by block; the plot's parameter `method` selects the method."""
     places = {cell["group"]: {"block": cell["block"], "part": cell["part"]} for cell in cells}
     values: Values = []
     for name, method in record.methods.items():
@@ -112,9 +112,9 @@ def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
 
 
 def shares(rises: Sequence[float]) -> list[float]:
-    """Scale predictions by the largest of either sign; where none is below zero, from the least on.
+    """Divide predictions by the largest absolute one; if none is negative, scale them from 0 (smallest) to 1 (largest).
 
-    Else a method that predicts nearly the same for all groups is one dark field, whatever plan it suggests.
+    Otherwise a method that predicts nearly the same for all groups would be one dark field.
     """
     least, largest = min(rises), max(map(abs, rises))
     if least < 0 or least == max(rises):
@@ -128,7 +128,7 @@ def shares(rises: Sequence[float]) -> list[float]:
 def save_importance(
     folder: Path, scores: Mapping[int, Mapping[str, torch.Tensor]], blocks: Mapping[int, float]
 ) -> None:
-    """Write the scores by block and kind, as `<block>.<kind>` ``(units,)``, and those of whole blocks as `block`."""
+    """Save the units' scores as arrays `<block>.<kind>` ``(units,)``, and the scores of whole blocks as `block`."""
     arrays: dict[str, Any] = {
         f"{index}.{kind}": score.numpy() for index, kinds in scores.items() for kind, score in kinds.items()
     }
@@ -138,15 +138,15 @@ def save_importance(
 
 
 def load_importance(folder: Path) -> dict[str, Any]:
-    """Read what `save_importance` wrote."""
+    """Load the arrays that `save_importance` saved."""
     with np.load(folder / IMPORTANCE_FILE, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
 def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
-    """Draw the importance of the units of each block in the order of their ranking, and the share that was kept.
+    """Draw the ranked importance of each block's units, and the share of units that was kept.
 
-    Where whole blocks were scored, a last panel has their importance; those that were removed are red.
+    If whole blocks were scored, a last panel shows their importance, with removed blocks in red.
     """
     scored = [kind for kind in UNITS if any(name.endswith(f".{kind}") for name in scores)]
     panels = [panel for kind in scored or ["attention", "mlp"] for panel in _panels(kind, record, scores)]
@@ -160,8 +160,8 @@ def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
         panels[-1]["encoding"]["color"] = color
     numbering = " Blocks are numbered as in the base model." if record.dropped_blocks else ""
     caption = (
-        "What pruning cuts by, block by block from the least to the most important unit; beside it the share of them "
-        f"that was kept.{numbering}"
+        "The importance that pruning uses: in each block from the least to the most important unit, and beside it the "
+        f"share of units that was kept.{numbering}"
     )
     return Chart("importance", "Importance of every unit", caption, {"hconcat": panels, "spacing": 12})
 
@@ -209,7 +209,7 @@ def _bars(title: str, values: Values, x: Spec) -> Spec:
 
 
 def ranked(scores: Any) -> Sequence[float]:
-    """Sort a block's scores in ascending order and average them into columns; empty where the block was not scored."""
+    """Sort a block's scores in ascending order and average them into columns; empty if the block has no scores."""
     if scores is None:
         return ()
     ordered = np.sort(scores)

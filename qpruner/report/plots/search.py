@@ -1,4 +1,4 @@
-"""Plots of the search: score against bytes with the front, and the best so far."""
+"""Plots of the search: score against bytes with the front, and the best score so far."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COLORS = {
 }
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 REACH = 6.0
-"""An axis of scores reaches as many times as far from the best as the median lies."""
+"""Length of a score axis, in multiples of the distance from the best to the median score."""
 LINE = {"type": "line", "interpolate": "step-after"}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What plots of a search show: its trials, and the best one with a ring and a title."""
+    """The data of a search's plots: its trials, and the best trial, which gets a ring and a label."""
 
     search: SearchState
     trials: Sequence[TrialRecord]
@@ -37,23 +37,23 @@ class Shown:
 
     @property
     def scored(self) -> list[TrialRecord]:
-        """Every trial that was scored and is over."""
+        """The trials that are over and have a score."""
         return [trial for trial in self.trials if trial.rungs and trial.is_over]
 
     @property
     def score_title(self) -> str:
-        """What the scores are called, with their unit."""
+        """The title of the scores, with their unit."""
         return score_title(self.search) + (" (nats per token)" if self.search.metric == "loss" else "")
 
     @property
     def remarks(self) -> str:
-        """Explain scores at the end of the axis, and a winner that has not the best score."""
+        """Sentences that explain scores at the axis's end, and a winner without the best score."""
         edge = " Scores far worse than the rest are drawn at the edge."
         fresh = " The winner was chosen on fresh rows, so another trial may have a better score."
         return edge + (fresh if self.best_title == "winner" else "")
 
     def point(self, trial: TrialRecord) -> Spec:
-        """Return a trial at its last rung, as plots and tooltips show it."""
+        """Return the fields of a trial at its last rung that plots and tooltips show."""
         return {
             "trial": trial.index,
             "origin": trial.origin,
@@ -68,7 +68,7 @@ class Shown:
 
 
 def kind_of(trial: TrialRecord) -> str:
-    """Return what a trial is, in the legend's words."""
+    """Return the kind of a trial, as the legend names it."""
     if trial.status in ("stopped", "failed"):
         return STOPPED if trial.status == "stopped" else FAILED
     if trial.is_given:
@@ -77,7 +77,7 @@ def kind_of(trial: TrialRecord) -> str:
 
 
 def front(shown: Shown) -> Chart | None:
-    """Draw score against bytes, with the front of the finished trials and the budget."""
+    """Draw score against bytes, with the front of the finished trials and the budget; None without scored trials."""
     points = [shown.point(trial) for trial in shown.scored]
     if not points:
         return None
@@ -103,15 +103,16 @@ def front(shown: Shown) -> Chart | None:
     return Chart(
         "pareto",
         "Score against size",
-        "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
-        f"equal bytes beats. A cross was stopped early, so its score is of fewer steps.{shown.remarks}",
+        "Every trial by its plan's bytes and its last score. The step line joins the finished trials that no trial of "
+        "fewer or equal bytes beats. A cross is a trial that was stopped early, so its score is after fewer steps."
+        f"{shown.remarks}",
         {"height": 340, "data": {"values": points}, "layer": layers},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
 
 
 def best_so_far(shown: Shown) -> Chart | None:
-    """Draw the best score so far, trial by trial."""
+    """Draw the best score so far, trial by trial; None without finished trials."""
     points = [shown.point(trial) for trial in shown.scored if trial.status == "finished"]
     if not points:
         return None
@@ -131,30 +132,27 @@ def best_so_far(shown: Shown) -> Chart | None:
 
 
 def _best_line(shown: Shown, kind: str) -> Values:
-    over = [trial for trial in shown.trials if trial.is_over]  # of one that was stopped the best stays
+    over = [trial for trial in shown.trials if trial.is_over]  # a stopped trial leaves the best score as it is
     curve = search_progress.best_so_far(over, shown.search.metric, lambda trial: kind_of(trial) == kind)
     found = zip(over, curve, strict=True)
     return [{"trial": trial.index, "kind": kind, "score": value} for trial, value in found if value is not None]
 
 
 def _score_axis(shown: Shown, points: Values) -> Spec:
-    """Encode the score, on an axis that ends before scores that would press the others together.
-
-    Scores beyond it are drawn at its end.
-    """
+    """Encode the score, on an axis that ends before outliers; outliers are drawn at its end."""
     sign = -1 if shown.search.metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
     best, reach = costs[0], REACH * (statistics.median(costs) - costs[0])
     near = [cost for cost in costs if cost <= best + reach] if reach else costs
     axis = quantity("score", shown.score_title)
-    if near[-1] - best >= (costs[-1] - best) / 2:  # there is room for all
+    if near[-1] - best >= (costs[-1] - best) / 2:  # all scores fit
         return axis
     end = near[-1] + 0.06 * (near[-1] - best)
     return axis | {"scale": {"zero": False, "domain": sorted((sign * best, sign * end)), "clamp": True}}
 
 
 def _points(shown: Shown, points: Values, place: Spec) -> list[Spec]:
-    """Mark every trial by its kind, and the best one by a ring with its name on the side where the plot has room."""
+    """Draw a mark for every trial by its kind and, for the best, a ring with a label on the side that has room."""
     there = {point["kind"] for point in points}
     color, shape = ({kind: each for kind, each in found.items() if kind in there} for found in (COLORS, SHAPES))
     figures = {"megabytes": "MB|.2f", "mean_bits": "mean bits|.2f", "score": f"{shown.score_title}|.4f"}
