@@ -1,4 +1,4 @@
-"""Keep a fine-tune's checkpoints and adapter, so that it resumes after an interruption and one process alone writes."""
+"""Save the checkpoints and the adapter of a fine-tune, so that it can resume; only one process writes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class _Owner(BaseModel):
-    """The latest process that worked on a fine-tune; of a group its first."""
+    """The process that owns a fine-tune; for a group of processes, its first one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,23 +38,23 @@ class _Owner(BaseModel):
 
 
 class Ownership:
-    """One process's ownership of a fine-tune: a process that was wrongly taken for dead must write nothing more."""
+    """Ensures that only the latest owner of a fine-tune writes, also if an earlier owner was wrongly declared dead."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.worker = path, uuid.uuid4().hex
 
     def take(self) -> None:
-        """Take the fine-tune from its former owner."""
+        """Make this process the owner."""
         write_json(self._path, _Owner(worker=self.worker))
 
     def check(self) -> None:
-        """Raise `TakenOver` if another process has taken it."""
+        """Raise `TakenOver` if another process has become the owner."""
         if read_existing(self._path, _Owner).worker != self.worker:
             raise TakenOver
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest intact checkpoint of an interrupted fine-tune; from an object store it is fetched."""
+    """Find the newest intact checkpoint of an interrupted fine-tune; fetch it if it is in an object store."""
     listed = [name.removesuffix(FILES) for name in children(folder) if name.endswith(FILES)]
     steps = [int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")]
     for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
@@ -64,7 +64,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is not as it was saved; False if its process was killed before listing the files."""
+    """Return True if a checkpoint's files differ from its list of files; False if there is no list."""
     try:
         storage_at(checkpoint).verify()
         return False
@@ -73,10 +73,10 @@ def is_damaged(checkpoint: Path) -> bool:
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
-    """Publish a checkpoint in the fine-tune's folder, with the sha256 of its files, and remove those before it.
+    """Publish a checkpoint in the fine-tune's folder, with the sha256 of its files, and remove older checkpoints.
 
-    In an object store, random states of workers on other machines than the first one's are missing: if such a fine-tune
-    is interrupted, their dropout begins anew.
+    In an object store, it has only the random states of workers on the first worker's machine. After an interruption,
+    dropout of the other workers starts anew.
     """
     from torch import distributed
 
@@ -84,19 +84,19 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
     share = Share.own()
     if share.processes > 1:
-        distributed.barrier()  # each has saved its random state
+        distributed.barrier()  # every process has saved its random state
     if share.rank > 0:
         return
-    ownership.check()  # saving took its time
+    ownership.check()  # the owner may have changed during the save
     storage_at(folder / checkpoint.name).put_folder(checkpoint)
-    ownership.check()  # and so did publishing
+    ownership.check()  # or while the checkpoint was published
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
-    """Save the adapter aside, move it to its folder, and return the digest of its weights."""
+    """Save the adapter in a temporary folder, publish it in `adapter`, and return the digest of its weights."""
     aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)
@@ -107,7 +107,7 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved adapter weights into a model that has adapters; `CorruptFile` if they are missing or cut short."""
+    """Load saved adapter weights into a model with adapters; raise `CorruptFile` if they are missing or truncated."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -168,7 +168,7 @@ def test_a_tracker_that_goes_away_stops_no_fine_tune(
         done = finetune(fresh(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert done.steps == 3
     (trouble,) = now.errors
-    assert trouble.startswith("nothing more is logged to mlflow: ")
+    assert trouble.startswith("logging to mlflow has stopped: ")
 
 
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
     done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
-    assert done.returncode and "UserError: `trackers` names wandb, and there is no key for it" in done.stderr
+    assert done.returncode and "UserError: `trackers` names wandb, but there is no key for it" in done.stderr
 
 
 @WITH_BOTH
