@@ -152,8 +152,8 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
         raise UserError(
-            f"`{key}`: task `{task}` must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}: name a "
-            "task that reports an accuracy"
+            f"`{key}`: task `{task}` must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}: name "
+            "a task that reports an accuracy"
         )
     if wanted and wanted not in accuracies:
         raise UserError(
