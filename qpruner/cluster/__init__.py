@@ -1,1 +1,1 @@
-"""Everything that imports Ray: connection, tasks, nodes, the search under Tune."""
+"""Everything that imports Ray: the connection, tasks, checks of nodes, and the search under Ray Tune."""

@@ -1,4 +1,4 @@
-"""Starts Ray on this machine, or joins a cluster."""
+"""Starts Ray on this machine, or joins a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from qpruner.errors import RayNotStarted, UserError, first_line
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import CACHE, cache_root
 
-# Set before Ray is imported: no usage report leaves the machine.
+# Send no usage report. Ray reads this when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
-"""Weights travel through the run folder, so Ray's shared memory stays small on a single machine."""
+"""Shared memory of Ray on a single machine: small, because workers read weights from the run folder."""
 CLUSTER_VARIABLES = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
-"""Set where a cluster's head runs: a Ray started beside it would load that cluster's state, or want its port."""
+"""Set on the head node of a cluster; with them a second Ray there would load the cluster's state or use its port."""
 ANSWER_SECONDS = 15.0
-"""A head node answers within this time; asked itself, Ray tries for 80 to 200 seconds (measured, Ray 2.60)."""
-CLUSTER_FILE = "--autoscaling-config="
+"""Time for a head node to answer. Ray itself would try for 80 to 200 seconds (measured, Ray 2.60)."""
 
 
 @dataclass(frozen=True)
 class Cluster:
     """The Ray cluster that this process has joined."""
 
-    growth: Slots  # what its autoscaler may start
-    was_joined: bool = False  # before
+    growth: Slots  # the machines that its autoscaler may start
+    was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return what it can run now, on machines that stay, and what its autoscaler may add."""
+        """Return the present machines, except those that are about to leave, and those that the autoscaler may add."""
         import ray
 
         draining = ray_private.state.get_draining_nodes()
@@ -49,20 +48,19 @@ class Cluster:
 
 
 def connect(address: str | None) -> Cluster:
-    """Join the cluster at `address`, or start Ray on this machine, on loopback, whatever other clusters there are.
+    """Join the cluster at `address`; without an address start a separate Ray on this machine, on loopback.
 
     Raises:
-        RayNotStarted: If this machine is too busy for Ray to come up.
-        UserError: If no cluster answers there, or this process cannot join it.
+        RayNotStarted: If Ray does not start in time, because this machine is too busy.
+        UserError: If no cluster answers at the address, or this process cannot join it.
     """
     import ray
 
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if address:
-        # The run's storage is far away: a machine fetches each of the bank's files once for all its workers.
+        # Each machine fetches a file of the bank once for all its workers, because the run's storage is remote.
         variables[BANK_CACHE] = os.environ.get(BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
-        # The paths of a run at a URI begin with it.
-        variables[CACHE] = str(cache_root())
+        variables[CACHE] = str(cache_root())  # every path of a run at a URI begins with this folder
     options = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     was_joined = ray.is_initialized()
     if was_joined:
@@ -81,17 +79,17 @@ def connect(address: str | None) -> Cluster:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local one ends."""
+    """Leave the cluster. A Ray that this process started ends."""
     import ray
 
     ray.shutdown()
 
 
 def _start(options: dict[str, Any]) -> None:
-    """Start Ray, on loopback alone.
+    """Start Ray so that it listens on loopback only.
 
-    Given the address 127.0.0.1 it takes the one on the way to the internet instead, and listens on all. What prevents
-    both is a switch for systems on which it forms no clusters, read when Ray is imported (Ray 2.60).
+    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces. It does
+    neither on systems where it forms no clusters; Ray reads from a variable and a constant that this is such a system.
     """
     import ray
 
@@ -107,8 +105,8 @@ def _start(options: dict[str, Any]) -> None:
             raise
         raise RayNotStarted(
             f"Ray did not come up on this machine in time ({first_line(error)}); it has {os.cpu_count()} cores and a "
-            f"load of {os.getloadavg()[0]:.0f}\n  remedy: end what else runs or wait for it, then repeat the command: "
-            "it resumes from what is recorded; Ray's own words are in the newest folder of `/tmp/ray`"
+            f"load of {os.getloadavg()[0]:.0f}\n  remedy: end other programs or wait for them, then repeat the "
+            "command: it resumes from its records; Ray's logs are in the newest folder of `/tmp/ray`"
         ) from error
     finally:
         constants.ENABLE_RAY_CLUSTER = clusters
@@ -117,7 +115,7 @@ def _start(options: dict[str, Any]) -> None:
 
 
 def _ensure_token() -> None:
-    """Write Ray's token file once; Ray (2.60) itself would let everybody on the machine read it."""
+    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the machine read it."""
     path = Path.home() / ".ray" / "auth_token"
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if given or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
@@ -128,6 +126,7 @@ def _ensure_token() -> None:
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
+    """Join the cluster at an address; refuse a Ray client, and a cluster with another Ray or Python."""
     import ray
 
     if address.startswith("ray://"):
@@ -136,43 +135,42 @@ def _join(address: str, options: dict[str, Any]) -> None:
             "head node with `--address auto`, or submit it with `ray job submit`"
         )
     try:
-        # A port where nobody listens says so at once; Ray's client would try again and again, and log it.
+        # Connect first: this fails at once where nothing listens, while Ray would log many attempts.
         host, _, port = ray_private.canonicalize_address_or_die(address).rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there that this process can join ({first_line(error)}); "
-            "start one with `ray start --head` or `ray up`, of the same Ray and Python, or leave --address out"
+            f"--address {address}: this process cannot join a Ray cluster there ({' '.join(str(error).split())}); "
+            "start one there with `ray start --head` or `ray up`, with the same Ray and Python, or leave --address out"
         ) from error
 
 
 def _growth() -> Slots:
-    """Return what the cluster's autoscaler may start; nothing where there is none.
+    """Return the machines that the cluster's autoscaler may start; none if there is no autoscaler.
 
-    Ray has no API for it (2.60): `get_cluster_config` is None and nodes do not say their type. The head's monitor
-    process has the cluster file's path on its command line. A driver that is not on the head, or on Kubernetes, sees
-    only the machines that have joined.
+    Ray (2.60) has no API for this, so the path of the cluster file is read from the command line of the monitor process
+    on the head. A driver on another machine or on Kubernetes counts only the machines that have joined.
     """
     import ray
 
-    session = ray.get_runtime_context().get_session_name()
+    session, option = ray.get_runtime_context().get_session_name(), "--autoscaling-config="
     heads = [size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        file = next((each for each in command if each.startswith(CLUSTER_FILE)), None)
+        file = next((argument.removeprefix(option) for argument in command if argument.startswith(option)), None)
         if heads and file and any(f"/{session}/" in argument for argument in command):
-            return read_growth(Path(file.removeprefix(CLUSTER_FILE)).expanduser(), heads[0])
+            return read_growth(Path(file).expanduser(), heads[0])
     return Slots(())
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return what a cluster file lets the autoscaler start; types without a size count once they have joined.
+    """Return the machines that a cluster file lets the autoscaler start; node types without a stated size are left out.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the file cannot be read.
     """
-    # Ray's own reader (`FileConfigReader`) prints warnings and wants the ssh key that the file names.
+    # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file names.
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:

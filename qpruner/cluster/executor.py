@@ -1,7 +1,7 @@
-"""Runs work on one model: in this process, or in an actor on a node of the cluster.
+"""Runs functions on one model: in this process, or in an actor on a node of the cluster.
 
-A stage passes a module-level function with plain data bound to it (`functools.partial`). What one piece of work leaves
-in the `ModelCache` is there for the next: the model that prune cut is not loaded again to be scored.
+A stage passes a module-level function with plain data bound to it (`functools.partial`). A `ModelCache` keeps the
+pruned model between two functions: the model that stage prune cut is not loaded again for the sensitivities.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUIET_SECONDS = 20.0
-"""A worker process takes a few seconds to start; one that takes longer waits for a machine, and the user is told."""
+"""Time for a worker process to start; after it the user is told that the work waits for a machine."""
 
 Result = TypeVar("Result")
 
 
 @dataclass
 class GpuTime:
-    """Adds up the GPU seconds that work has reserved, whether it kept the GPUs busy or not."""
+    """Adds up the seconds for which GPUs were reserved, busy or idle."""
 
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Add what was held."""
+        """Add GPU seconds."""
         self.seconds += seconds
 
     @contextmanager
     def held(self, gpus: float) -> Iterator[None]:
-        """Count this many GPUs while the block runs, however it ends."""
+        """Add the time of the block, times the number of GPUs, also if the block raises."""
         started = time.monotonic()
         try:
             yield
@@ -51,50 +51,50 @@ class GpuTime:
 
 
 class ModelCache:
-    """Keeps the pruned model of this process, once it was cut or loaded here."""
+    """Keeps the pruned model in the memory of this process."""
 
     _pruned: PreTrainedModel | None = None
 
     def keep(self, pruned: PreTrainedModel) -> None:
-        """Keep the pruned model for the next piece of work."""
+        """Keep the pruned model for the next function."""
         self._pruned = pruned
 
     def clear(self) -> None:
-        """Drop the model, to free its memory."""
+        """Drop the model and free its memory."""
         self._pruned = None
         release()
 
     def pruned_model(self, checkpoint: Path, dtype: str, on_progress: OnLoading = ignore_progress) -> PreTrainedModel:
-        """Return the pruned model on this process's device; load it if it is not kept."""
+        """Return the kept model, or load it from the checkpoint to the device of this process."""
         if self._pruned is None:
             self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=on_progress)
         return self._pruned
 
 
 Work = Callable[[ModelCache, Emit], Result]
-"""A partial module-level function of plain data, the cache, and a function that takes events."""
+"""A function to run: it takes the cache of its process, and a function that receives events."""
 
 
 class LocalExecutor:
-    """Runs work in this process, on this many GPUs."""
+    """Runs work in this process, which holds `gpus` GPUs."""
 
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
         self._gpus, self._gpu_time, self._cache = gpus, gpu_time, ModelCache()
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run `work` here."""
+        """Run the work in this process and return its result."""
         with self._gpu_time.held(self._gpus):
             return work(self._cache, emit)
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the memory of the model."""
         self._cache.clear()
 
 
 class ClusterExecutor:
     """Runs work in an actor on a node that has the resources; the driver holds no model.
 
-    `gpu_time` gets no seconds that the work waited for a machine; `check_node` is that of `run_tasks`.
+    `gpu_time` does not count the time of waiting for a machine. For `check_node` see `run_tasks`.
     """
 
     def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes) -> None:
@@ -103,7 +103,7 @@ class ClusterExecutor:
         self._node: str | None = None
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run `work` in the actor, and again in another one when it dies."""
+        """Run the work in the actor and return its result; run it again in a new actor if the actor dies."""
         from ray.exceptions import OutOfMemoryError, RayActorError
 
         from qpruner.cluster.tasks import DeathCounter
@@ -117,16 +117,17 @@ class ClusterExecutor:
             except (OutOfMemoryError, RayActorError) as error:
                 self.close()
                 line = deaths.count(0, self._node, error)
-                emit(Message("cluster", f"a worker died, its work is run again: {line}"))
+                emit(Message("cluster", f"a worker died, its work starts again: {line}"))
 
     def _start_actor(self, emit: Emit) -> None:
+        """Start the actor if there is none, and wait until it runs on a node."""
         import ray
 
         if self._actor is not None:
             return
 
-        class Worker:  # nested, so that it is pickled whole, as in `checked`
-            def place(self) -> Any:
+        class Worker:  # nested, so that its code is pickled with it, as in `checked`
+            def node_id(self) -> Any:
                 return ray.get_runtime_context().get_node_id()
 
             def run(self, work: bytes) -> Iterator[Any]:
@@ -134,13 +135,13 @@ class ClusterExecutor:
 
         options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
         self._actor, self._node = ray.remote(Worker).options(**options).remote(), None
-        place = self._actor.place.remote()
-        if not ray.wait([place], timeout=QUIET_SECONDS)[0]:
+        node_id = self._actor.node_id.remote()
+        if not ray.wait([node_id], timeout=QUIET_SECONDS)[0]:
             emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
-        self._node = ray.get(place)
+        self._node = ray.get(node_id)
 
     def _result(self, work: Work[Result], emit: Emit) -> Result:
-        """Emit the worker's events; return its result."""
+        """Run the work in the actor: emit its events, return its result."""
         import ray
         from ray.exceptions import RayTaskError
 
@@ -154,7 +155,7 @@ class ClusterExecutor:
                 raise original_error(error) from error
             if not isinstance(answer, tuple):
                 emit(answer)
-        result: Result = answer[0]  # its last answer
+        result: Result = answer[0]  # the last answer
         return result
 
     def close(self) -> None:
@@ -167,14 +168,14 @@ class ClusterExecutor:
 
 
 ModelExecutor = LocalExecutor | ClusterExecutor
-"""Runs work on one model; events and errors arrive as they are."""
+"""Runs work on one model, and passes on its events and errors unchanged."""
 
 _cache = ModelCache()
-"""That of an actor's process."""
+"""The cache of an actor's process."""
 
 
 def _stream(work: Work[Any], threads: int) -> Iterator[Event | tuple[Any]]:
-    """Run work in a thread, so that its events leave as they happen; yield them, then its result as a tuple of one."""
+    """Run the work in a thread. Yield its events at once, and at the end its result in a tuple of one."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,)) as thread:
         outcome = thread.submit(work, _cache, events.put)
@@ -185,7 +186,7 @@ def _stream(work: Work[Any], threads: int) -> Iterator[Event | tuple[Any]]:
 
 
 def limit_threads(threads: int) -> None:
-    """Give torch this many threads on a CPU."""
+    """Limit torch to this many threads if there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Runs a function in a group of processes connected by torch's process group; the only module with Ray Train.
+"""Runs a function in several connected processes through Ray Train; no other module uses Ray Train.
 
-Ray Train starts the processes, on one node or on several. It restores nothing: a group that is run again resumes from
-what the function itself has saved.
+Ray Train starts the processes, on one node or on several, and connects them by torch's process group. It restores
+nothing: a group that runs again resumes from the files that the function itself has saved.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Set before Ray Train is imported: only its second API returns the function's result; relative paths stay valid.
+# Set before Ray Train is imported: only its second API returns the result of the function.
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths stay valid
 
 import psutil
 import ray
@@ -40,11 +40,11 @@ def run_groups(
     check_node: bytes,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in a group of processes; otherwise as `run_tasks`, which takes `more`.
+    """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like `run_tasks`.
 
-    When a process dies, its group ends and the job is run again in another group. The first process's result counts.
-    `resources` are those of one process, and `max_concurrent` counts groups. All nodes see `scratch`, where Ray Train
-    keeps its files; it is removed at the end.
+    If a process dies, its group ends and the job runs again in another group. The first process returns the result.
+    `resources` are for one process; `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder
+    that all nodes share, until the end. `more` are further arguments of `run_tasks`.
     """
     run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:
@@ -62,10 +62,11 @@ def _run(
     check_node: bytes,
     job: Any,
 ) -> Any:
-    # Under a name that it knows, Ray Train would resume from its own records.
+    """Run one job in a group of processes; raise the error that ended the group."""
+    # A new name: under a known name, Ray Train would resume from its own records.
     name = uuid.uuid4().hex
     scratch.mkdir(parents=True, exist_ok=True)
-    places = scratch / f"{name}.nodes"
+    nodes = scratch / f"{name}.nodes"
     trainer = TorchTrainer(
         partial(function, job),
         torch_config=_Connection(),
@@ -74,32 +75,32 @@ def _run(
             use_gpu=bool(resources.get("gpu")),
             resources_per_worker={name.upper(): amount for name, amount in resources.items()},
         ),
-        run_config=RunConfig(name=name, storage_path=str(scratch), callbacks=[_Watch(places, check_node)]),
+        run_config=RunConfig(name=name, storage_path=str(scratch), callbacks=[_GroupHooks(nodes, check_node)]),
     )
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(map(is_staying, (read_progress(places) or "").split())):
+        if isinstance(cause, RayActorError) and not all(map(is_staying, (read_progress(nodes) or "").split())):
             raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
         raise error.controller_failure from error
 
 
-class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Checks the nodes of a group's processes before they are sent anything, and writes their ids to a file.
+class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Checks the nodes of a group before its function starts, and writes the ids of the nodes to a file.
 
-    It also frees the group's slots at the end: Ray Train (2.60) keeps those of a group that lost a process just before
-    its function began, and the next group would wait for them forever.
+    It also frees the slots at the end. Ray Train (2.60) keeps them if a process dies just before the function starts,
+    and the next group would wait for them forever.
     """
 
-    def __init__(self, places: Path, check_node: bytes) -> None:
-        self._places, self._check_node = places, check_node
+    def __init__(self, nodes: Path, check_node: bytes) -> None:
+        self._nodes, self._check_node = nodes, check_node
         self._state: Any = None
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Check the nodes; with the context Ray Train (2.60) sends this class, which another qpruner may not have."""
+        """Check the nodes before Ray Train (2.60) sends them this class, which another qpruner may not have."""
         check = cloudpickle.loads(self._check_node)
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])
@@ -109,7 +110,7 @@ class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._state = worker_group.get_worker_group_state()
-        write_progress(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
+        write_progress(self._nodes, " ".join(worker.metadata.node_id for worker in self._state.workers))
 
     async def before_controller_shutdown(self) -> None:
         if self._state is not None:
@@ -117,9 +118,9 @@ class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
-    """Return the failure that caused the others: a death, or an error that a process raised by itself.
+    """Return the failure that caused the others: the death of a process, or an error of the function.
 
-    The other processes only see a connection end. If all that failed are connections, that counts as a death.
+    The other processes fail only because their connection breaks. If nothing but connections failed, return a death.
     """
     causes: list[Exception] = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
     died = [cause for cause in causes if isinstance(cause, RayActorError)]
@@ -129,7 +130,7 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception:
 
 
 class _Connection(TorchConfig):  # type: ignore[misc]
-    """Connects over the interface that has the node's address in the cluster."""
+    """Connects the processes over the network interface that has the node's address in the cluster."""
 
     @property
     def backend_cls(self) -> type[TorchBackend]:
@@ -137,18 +138,20 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
+    """Chooses the network interface before torch connects the processes, and frees the slots if connecting fails."""
+
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:
             worker_group.execute(_choose_interface)
             super().on_start(worker_group, backend_config)
         except Exception as error:
-            # Here, too, the slots would be kept; it is counted as any other death.
+            # Ray Train would keep the slots here as well. This counts like any other death.
             worker_group.get_worker_group_state().shutdown()
             raise WorkerGroupError(str(error), {0: error}) from error
 
 
 def _choose_interface() -> None:
-    """Choose loopback where Ray runs on this machine alone; gloo would take the address of the host's name."""
+    """Make gloo and NCCL use the interface with Ray's address; gloo would use the address of the host's name."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if address in [each.address for each in addresses]:

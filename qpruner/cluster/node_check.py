@@ -1,7 +1,7 @@
-"""Find out whether nodes can work on a run: all of them before it, and each where work begins.
+"""Checks that the nodes of a cluster can work on a run: all nodes before the run, and each node before its work.
 
-What runs on a node is sent there whole, since the qpruner there may be another one, or missing. So those functions need
-nothing of qpruner, except to reach an object store, and return plain data.
+The code of the checks is sent to the node, because another qpruner, or none, may be installed there. So these functions
+import nothing of qpruner, except to reach the storage, and return plain data.
 """
 
 from __future__ import annotations
@@ -26,39 +26,37 @@ from qpruner.runs.records import RUN_ID
 from qpruner.runs.run_dir import RunDir
 
 ANSWER_SECONDS = 120.0
-"""A node answers within this time; importing torch from a cold network file system can take a minute."""
+"""Time for a node to answer; importing torch from a cold network file system can take a minute."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
-"""Where Linux lists devices, and the vendor and the class prefix of a GPU there."""
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
-"""Begins the error of a node that is not like the driver's; its type is one that every qpruner can unpickle."""
+"""The start of the RuntimeError of an unusable node; every qpruner can unpickle this built-in type."""
 
 Copies = Mapping[str, tuple[str, int, Sequence[str]]]
-"""What a node keeps copies of, by the variable that names their folder: name, bytes, patterns of the files."""
+"""The files that a node copies to its disk: (name, bytes, file patterns) by the variable that names their folder."""
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
-"""Kind, bytes and compute capability, as torch sees them."""
+"""(model, bytes of memory, compute capability) of each GPU that torch can use."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node and its answer."""
+    """The result of checking one node."""
 
-    id: str  # Ray's
-    name: str  # for people
+    id: str  # of Ray
+    name: str  # address, host name and start of the id
     size: Node
-    problems: dict[str, str]  # by a short word
+    problems: dict[str, str]  # sentences, by a short title
     gpus: Gpus = ()
-    has_left: bool = False  # meanwhile
+    has_left: bool = False  # the node left the cluster during the check
 
 
 def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
-    """Ask every live node of the cluster that this process has joined.
+    """Check every live node of the cluster that this process has joined.
 
     Args:
-        storage: A folder in the run's storage; every node writes a file there that is named by its id and holds it.
-        driver: Name and content of the driver's own file there.
-        copies: What every node keeps copies of.
+        storage: A folder in the run's storage. Every node writes a file there; its name and content are the node's id.
+        driver: The name of a file that the driver has written there, which is also its content.
+        copies: The files that every node copies to its own disk.
         seconds: How long to wait for answers.
     """
     import ray
@@ -67,17 +65,17 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
 
     nodes, own = [node for node in ray.nodes() if node["Alive"]], versions()
     with _module_by_value():
-        # A process of its own, which ends with what importing torch took of a GPU.
+        # In a new process, which frees at its end the GPU memory that importing torch takes.
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look)
-        asked = [
+        answers = [
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 str(storage), driver, node["NodeID"], own, copies, size_of(node).gpus
             )
             for node in nodes
         ]
-    ray.wait(asked, num_returns=len(asked), timeout=seconds)
+    ray.wait(answers, num_returns=len(answers), timeout=seconds)
     reports = []
-    for node, reference in zip(nodes, asked, strict=True):
+    for node, reference in zip(nodes, answers, strict=True):
         node_id, has_left, answer = node["NodeID"], False, {}
         try:
             answer = ray.get(reference, timeout=0)
@@ -86,18 +84,16 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
             has_left = isinstance(error, NodeDiedError | TaskUnschedulableError)  # known before Ray's table says so
             why = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error).partition("\n")[0]
             remedy = "see Ray's log there, or take the node out of the cluster (`ray stop`)"
-            answer = {"problems": {"no answer": f"it could not be looked at: {why}; {remedy}"}}
+            answer = {"problems": {"no answer": f"it could not be checked: {why}; {remedy}"}}
         name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})"
         reports.append(NodeReport(node_id, name, size_of(node), **answer, has_left=has_left))
     return reports
 
 
 def packed_check(own: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node`, which a worker calls before it imports qpruner.
+    """Pickle `check_node` with its arguments; a worker calls it before it imports qpruner.
 
-    Args:
-        own: The driver's versions; empty for a run on this machine alone.
-        run: None for work that writes nothing to a run's storage.
+    `own` is empty for a run on this machine alone. `run` is None for work that does not use a run's storage.
     """
     from ray import cloudpickle
 
@@ -109,7 +105,7 @@ def packed_check(own: Mapping[str, str], run: RunDir | None) -> bytes:
 
 @contextlib.contextmanager
 def _module_by_value() -> Iterator[None]:
-    """Make what is pickled inside contain the functions of this module."""
+    """Within this block, pickle functions of this module with their code, not by name."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -123,40 +119,37 @@ def _module_by_value() -> Iterator[None]:
 
 
 def look(storage: str, driver: str, me: str, own: Mapping[str, str], copies: Copies, gpus: float) -> dict[str, Any]:
-    """Return the problems of this node and its GPUs, of which Ray counts so many; write a file `me`."""
-    seen, trouble = _gpus(gpus) if gpus else ([], "")
+    """Check this node, whose id is `me` and on which Ray counts `gpus`; return its problems and its GPUs."""
+    usable, gpu_trouble = _gpus(gpus) if gpus else ([], "")
     remedy = "install the same on every node (`launch/up.sh`, or `launch/setup.sh` there) and start Ray there again"
     differs = differences(own)
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
         "storage": _storage_trouble(Path(storage), driver, driver, me, seconds=0.0),
         "disk": _disk_trouble(copies),
-        "GPUs": trouble,
+        "GPUs": gpu_trouble,
     }
-    return {"problems": {word: text for word, text in problems.items() if text}, "gpus": seen}
+    return {"problems": {title: text for title, text in problems.items() if text}, "gpus": usable}
 
 
 def check_node(own: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
-    """Check that this node can work on a run.
+    """Check that this node has the driver's versions, can read the run's storage, and can use its GPUs.
 
-    Args:
-        own: The driver's versions.
-        place: A folder in the run's storage, its name for people, name and content of a file that the driver keeps
-            there.
+    `place` is the folder of the run, its name in messages, and the name and content of a file in it.
 
     Raises:
-        RuntimeError: `NodeDiffers: `, the node's name and what differs.
+        RuntimeError: If the node is unusable; the message is `NodeDiffers: `, the name of the node and the reason.
     """
     trouble = differences(own)
-    if place and not trouble:  # another qpruner could not be used for it
-        unseen = _storage_trouble(Path(place[0]), *place[2:])  # waits as a trial would
-        trouble = f"`output`: {place[1]} {unseen}" if unseen else ""
+    if place and not trouble:  # reading the storage needs the driver's qpruner
+        unreadable = _storage_trouble(Path(place[0]), *place[2:])  # waits for the storage as long as a trial does
+        trouble = f"`output`: {place[1]} {unreadable}" if unreadable else ""
     if trouble := trouble or _unseen_gpus():
         raise RuntimeError(f"{REFUSAL}{own_name()}: {trouble}")
 
 
 def own_name() -> str:
-    """Return the name of this node for people."""
+    """Return the name of this node in messages: address, host name and start of its id."""
     import ray
 
     address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
@@ -164,7 +157,7 @@ def own_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return what must be equal on all nodes; `2.13.0+cpu` and `2.13.0+cu130` count as equal, since devices differ."""
+    """Return the versions that must be equal on all nodes, without suffixes for a device as in `2.13.0+cpu`."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}
     for name in PACKAGES:
         try:
@@ -175,13 +168,13 @@ def versions() -> dict[str, str]:
 
 
 def differences(own: Mapping[str, str]) -> str:
-    """Describe what differs here from the driver's versions; empty where nothing does."""
+    """Describe the versions that differ between this node and the driver; empty if none does."""
     here = versions() if own else {}
     return ", ".join(f"{name} is {here[name]} there and {own[name]} here" for name in own if here[name] != own[name])
 
 
 def _code() -> str:
-    """Return a digest of qpruner's sources: two checkouts of one version may differ."""
+    """Return a digest of qpruner's source files, as two checkouts of one version may differ."""
     spec = importlib.util.find_spec("qpruner")
     if spec is None or not spec.submodule_search_locations:
         return MISSING
@@ -193,32 +186,34 @@ def _code() -> str:
 
 
 def _unseen_gpus() -> str:
-    """Describe why torch cannot use the GPUs that this process holds; empty where it can, or there is no hardware."""
+    """Return a message if Ray gave this process a GPU, the machine has an NVIDIA card, and torch sees no GPU."""
     import ray
 
-    # Asked by a process that is no worker, Ray would start a cluster to answer.
+    # `get_gpu_ids` would start a cluster in a process that is no worker.
     if not (ray.is_initialized() and ray.get_gpu_ids() and _has_hardware()):
         return ""
     import torch
 
-    is_seen = torch.cuda.is_available()
-    return "" if is_seen else f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    if torch.cuda.is_available():
+        return ""
+    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
 
 
 def _has_hardware() -> bool:
-    """Return whether there is an NVIDIA card, with a driver or without; GPUs may also be declared to Ray."""
-    for device in Path(DEVICES).glob("*"):
+    """Return True if this machine has an NVIDIA card, even without a driver; Ray may count GPUs that do not exist."""
+    nvidia, display = "0x10de", "0x03"
+    for device in Path("/sys/bus/pci/devices").glob("*"):
         with contextlib.suppress(OSError):
             kind = (device / "class").read_text()
-            if (device / "vendor").read_text().strip() == NVIDIA and kind.startswith(DISPLAY):
+            if (device / "vendor").read_text().strip() == nvidia and kind.startswith(display):
                 return True
     return False
 
 
 def _gpus(counted: float) -> tuple[Gpus, str]:
-    """Return the GPUs that torch sees, and why a run cannot use them."""
+    """Return the GPUs that torch sees, and a message if they are unusable or fewer than Ray counts."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
-        os.environ.pop(name, None)  # by which Ray hides GPUs from what reserves none
+        os.environ.pop(name, None)  # Ray hides GPUs by these from tasks that reserve none
     try:
         import torch
 
@@ -241,31 +236,31 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
 
 
 def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds: float | None = None) -> str:
-    """Describe why the storage cannot be used here, after so many seconds of patience; empty where it can."""
-    what = "read"
+    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `me` there."""
+    action = "read"
     try:
         from qpruner.runs.storage import retry_storage, storage_at
 
-        found = storage_at(folder / driver)
-        if retry_storage(found.read, folder / driver, seconds, was_there=True).decode() != text:
-            return "does not show there what the driver wrote"
-        what = "written"
+        path = folder / driver
+        if retry_storage(storage_at(path).read, path, seconds, was_there=True).decode() != text:
+            return "has other content there than the driver wrote"
+        action = "written"
         if me:
             storage_at(folder / me).write(me.encode(), durable=False)
-    except ImportError:  # another qpruner, or none, which the versions tell
+    except ImportError:  # another qpruner or none: `differences` reports it
         return ""
     except FileNotFoundError:
-        return "is not shared with it: what the driver wrote is not there"
-    except Exception as error:  # a file system, credentials, or another qpruner
+        return "is not shared with it: a file of the driver is missing there"
+    except Exception as error:  # of a file system, of credentials, or of another qpruner
         line = str(error).strip().partition("\n")[0]
-        return f"cannot be {what} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"
+        return f"cannot be {action} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"
     return ""
 
 
 def _disk_trouble(copies: Copies) -> str:
-    """Describe which copy does not fit into its folder, which may not exist yet."""
-    wanted: Counter[int] = Counter()  # several may lie on one disk
-    for variable, (what, size, patterns) in copies.items():
+    """Return a message for the first of the copies that does not fit on the disk of its folder."""
+    planned: Counter[int] = Counter()  # bytes by disk: several folders may lie on one disk
+    for variable, (name, size, patterns) in copies.items():
         if variable not in os.environ:
             continue
         folder = Path(os.environ[variable])
@@ -273,13 +268,13 @@ def _disk_trouble(copies: Copies) -> str:
         held = sum(file.stat().st_size for each in patterns for file in folder.glob(each) if file.is_file())
         free = shutil.disk_usage(existing).free if os.access(existing, os.W_OK | os.X_OK) else 0
         disk, missing = existing.stat().st_dev, max(0, size - held)
-        left = free - wanted[disk]
-        wanted[disk] += missing
+        left = free - planned[disk]
+        planned[disk] += missing
         if missing > left:
             needs, has = (f"{size / 2**30:.3f} GiB" for size in (missing, left))
             return (
-                f"its copy of {what} takes {needs} in {folder}, where {has} can be written; make room (what other runs "
-                f"left there may be deleted while none is at work), or name another folder by {variable} where the "
+                f"its copy of {name} takes {needs} in {folder}, where {has} can be written; make room (files of other "
+                f"runs there may be deleted while no run uses them), or set {variable} to another folder where the "
                 "driver is started"
             )
     return ""

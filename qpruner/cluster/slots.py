@@ -1,4 +1,4 @@
-"""How many trials or tasks fit on the machines that are there, and on those that an autoscaler may start."""
+"""Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qpruner.errors import UserError
 from qpruner.runs.events import Emit, Message, SlotsFound
 
 LOOK_SECONDS = 2.0
-"""How often a search looks for machines that came or went."""
+"""Time between two counts of the machines during a search."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Node:
     gpus: float
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """Count the trials that fit at once; all GPUs of a trial, or its share of one, are on this machine."""
+        """Count the trials with these resources that fit on this machine at once."""
         cpu, gpu = resources.get("cpu", 0.0), resources.get("gpu", 0.0)
         by_cpu = int(self.cpus // cpu) if cpu else 10**6
         if not gpu:
@@ -36,47 +36,47 @@ class Node:
 
 
 def size_of(node: Mapping[str, Any]) -> Node:
-    """Return the CPUs and GPUs that Ray counts on one of `ray.nodes()`."""
+    """Return the CPUs and GPUs of an entry of `ray.nodes()`."""
     resources = node["Resources"]
     return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The machines that are there, and what an autoscaler may start."""
+    """The present machines, and the machines that an autoscaler may start."""
 
     nodes: tuple[Node, ...]
-    head: Node = Node(0, 0)  # of an autoscaler's cluster: it stays when workers go
-    workers: tuple[Node, ...] = ()  # that the autoscaler may start, each type as often as it is allowed
-    max_workers: int = 0  # of them at once
+    head: Node = Node(0, 0)  # of a cluster with an autoscaler; it is also one of `nodes`
+    workers: tuple[Node, ...] = ()  # all that the autoscaler may start; each type repeated up to its own limit
+    max_workers: int = 0  # how many of `workers` may run at once
 
     @property
     def gpus(self) -> float:
-        """Count the GPUs that are there."""
+        """Count the GPUs of the present machines."""
         return sum(node.gpus for node in self.nodes)
 
     @property
     def largest(self) -> Node:
-        """Return the machine, there or possible, with the most GPUs, and of those the most cores."""
+        """Return the machine with the most GPUs, then the most cores, including machines that may be started."""
         return max((*self.nodes, *self.workers), key=lambda node: (node.gpus, node.cpus))
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """Count the tasks that fit at once on the machines that are there."""
+        """Count the tasks that fit at once on the present machines."""
         return sum(node.fits(resources) for node in self.nodes)
 
     def at_most(self, resources: Mapping[str, float]) -> int:
-        """Count the tasks that fit at once when the autoscaler has started what it may."""
+        """Count the tasks that fit at once after the autoscaler has started all machines that it may start."""
         by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[: self.max_workers]
         return max(self.fits(resources), self.head.fits(resources) + sum(by_worker) if by_worker else 0)
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """Return what one trial reserves: what was asked for, else a GPU where there may be one, else a core."""
+        """Return the resources of one trial: those asked for; by default one core, and one GPU if a machine has one."""
         automatic = {"cpu": 1.0, "gpu": 1.0} if self.largest.gpus >= 1 else {"cpu": 1.0}
         given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
         return {name: amount for name, amount in (automatic | given).items() if amount > 0}
 
     def cores_each(self, num_tasks: int) -> float:
-        """Return the most cores that this many tasks can have each, all at once, each task on one machine."""
+        """Return the largest number of cores per task at which this many tasks fit at once; at least 1."""
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
         each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
         return float(each)
@@ -85,7 +85,7 @@ class Slots:
         """Return how many trials may be in flight, at most `limit`.
 
         Raises:
-            UserError: If not even one will ever fit.
+            UserError: If a trial fits on no machine, not even on one that the autoscaler may start.
         """
         most = self.at_most(resources)
         if most < 1:
@@ -101,56 +101,56 @@ class Slots:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use; macOS does not limit them."""
+    """Count the cores that this process may use; on macOS, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_slots() -> Slots:
-    """Return this machine's slots, without starting Ray."""
+    """Return the slots of this machine, without starting Ray."""
     import torch
 
     return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
 
 
 def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return a machine with the GPUs that a trial asks for, or one, and the cores of all trials that share it."""
+    """Return one assumed machine: the GPUs of a trial, at least one, and the cores of all trials that share the GPU."""
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0
     return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return what each of several workers on one model reserves; NCCL needs a whole GPU to exchange gradients."""
-    shared = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
-    return {**trial, "gpu": 1.0} if shared else dict(trial)
+    """Return the resources of each worker that trains one model; NCCL needs a whole GPU for each of several workers."""
+    shares_gpu = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
+    return {**trial, "gpu": 1.0} if shares_gpu else dict(trial)
 
 
 class Room:
-    """Tells how many trials may be in flight now, at most `limit`, on a cluster whose machines come and go.
+    """Counts the trials that may be in flight, at most `limit`, while machines join and leave the cluster.
 
-    An autoscaler starts machines for trials that wait, so the room includes machines that it may start. Ray's
-    `request_resources` is not used: it would outlive a driver that is killed, and keep unused machines.
+    The count includes machines that the autoscaler may start: waiting trials make it start them. Ray's
+    `request_resources` is not used, because it would outlive a killed driver and keep unused machines.
     """
 
     def __init__(
-        self, look: Callable[[], Slots], resources: Mapping[str, float], limit: int | None, emit: Emit
+        self, count_slots: Callable[[], Slots], resources: Mapping[str, float], limit: int | None, emit: Emit
     ) -> None:
-        self._look, self._resources, self._limit, self._emit = look, resources, limit, emit
+        self._count_slots, self._resources, self._limit, self._emit = count_slots, resources, limit or 10**6, emit
         self._num_slots: int | None = None
         self._room, self._next_look = 0, 0.0
 
     def __call__(self) -> int:
-        """Return how many trials may be in flight; looks again every `LOOK_SECONDS` and emits what changed."""
+        """Return how many trials may be in flight. Every `LOOK_SECONDS` count again and emit a changed number."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            slots, limit = self._look(), self._limit or 10**6
+            slots, limit = self._count_slots(), self._limit
             self._room = min(slots.at_most(self._resources), limit)
             num_slots = min(slots.fits(self._resources), limit)
             if num_slots != self._num_slots:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
                 if not self._room:
-                    text = "no machine is there that could run a trial, and none may be started: one has to join"
+                    text = "no machine of the cluster can run a trial, and no autoscaler may start one: add a machine"
                     self._emit(Message("search", f"warning: {text}"))
         return self._room

@@ -1,4 +1,4 @@
-"""Runs functions as Ray tasks; a task whose worker or node dies is run again."""
+"""Runs functions as Ray tasks, and runs a task again if its worker or node dies."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
-"""Errors of a worker that died; a group's task ends with the RayActorError of the process that it lost."""
+"""Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
 MAX_DEATHS = 3
-"""Workers that may die under one job, on machines that stay and without progress, before that is an error."""
+"""Deaths of workers in a row, on machines that stay and without progress, that fail a job."""
 ANSWER_SECONDS = 2.0
-"""A machine that takes no connection for this long counts as gone."""
+"""A machine that accepts no connection within this time counts as gone."""
 
 
 def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that a worker unpickles it only after its node has passed `node_check.packed_check`.
+    """Wrap a function so that a worker runs `check_node` (see `node_check.packed_check`) before it unpickles it.
 
-    A nested function is pickled whole; another qpruner on the node could not even read the one inside.
+    The wrapper is nested, so that its code is pickled with it: a node with another qpruner could not import it.
     """
     packed = cloudpickle.dumps(function)
 
-    def run_where_alike(*args: Any) -> Any:
-        from ray import cloudpickle  # the module's names may differ there
+    def check_and_run(*args: Any) -> Any:
+        from ray import cloudpickle  # pickled code must not use the imports of this module
 
         cloudpickle.loads(check_node)()
         return cloudpickle.loads(packed)(*args)
 
-    return run_where_alike
+    return check_and_run
 
 
 def run_tasks(
@@ -64,24 +64,24 @@ def run_tasks(
     on_held: Callable[[float], None] = lambda seconds: None,
     progress: Callable[[int], object] = lambda position: None,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in worker processes; yield position and result of each that ends.
+    """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
     Args:
-        function: A module-level function; its errors are raised as they were.
-        jobs: Its arguments.
-        resources: Ray resources of one job.
-        max_concurrent: Jobs in flight.
-        fresh: Give every job a process that ends with it, so that its memory can be measured.
-        check_node: A pickled function that raises on a machine that cannot be used (`node_check.packed_check`).
+        function: A module-level function. Its errors are raised here with their own type.
+        jobs: The arguments of `function`, one for each call.
+        resources: The Ray resources of one job.
+        max_concurrent: How many jobs may run at once.
+        fresh: Run every job in its own new process, so that its memory can be measured.
+        check_node: A pickled function that raises on an unusable node (see `node_check.packed_check`).
         on_tick: Called about once a second.
-        on_held: Gets the GPU seconds of each job that ends, without those that it waited for a slot.
-        progress: Returns what a job has saved, by its position; earlier deaths do not count once it changes.
+        on_held: Called with the GPU seconds of each finished job, without its waiting time.
+        progress: Returns what the job at a position has saved; its deaths are counted anew after a change.
 
     Raises:
-        NodeDiffers: If a job met a machine that cannot be used.
-        WorkerDied: If workers die under one job again and again, on machines that stay and without progress.
+        NodeDiffers: If a job was sent to an unusable node.
+        WorkerDied: If `MAX_DEATHS` workers of one job died, on machines that stay and without progress.
     """
-    assert ray.is_initialized(), "Ray would choose a cluster itself"
+    assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 
     def timed(job: Any) -> tuple[float, Any]:
         started = time.monotonic()
@@ -121,7 +121,7 @@ def run_tasks(
 
 
 def _remote_task(name: str, resources: Mapping[str, float], fresh: bool) -> Any:
-    """Return a remote generator: the id of its node, then what the pickled work returns."""
+    """Return a Ray task that yields the id of its node, then the result of the pickled work."""
 
     def located(work: bytes) -> Iterator[Any]:
         from ray import cloudpickle
@@ -134,23 +134,23 @@ def _remote_task(name: str, resources: Mapping[str, float], fresh: bool) -> Any:
 
 
 class DeathCounter:
-    """Counts the workers that died under each job since its last progress, on machines that stay."""
+    """Counts the deaths of each job's workers since its last progress; ignores machines that leave the cluster."""
 
     def __init__(self, progress: Callable[[int], object] = lambda position: None) -> None:
         self._progress = progress
         self._in_a_row: Counter[int] = Counter()
-        self._seen: dict[int, object] = {}
+        self._saved: dict[int, object] = {}
 
     def count(self, position: int, node: str | None, error: Exception) -> str:
-        """Count a job's death on a node, if its worker ever came up there; return the error in one line.
+        """Count the death of a job's worker on a node (None if it never started); return the error in one line.
 
         Raises:
-            WorkerDied: If there were too many.
+            WorkerDied: If this is the death number `MAX_DEATHS` in a row.
         """
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
-        if saved != self._seen.get(position):
-            self._seen[position], self._in_a_row[position] = saved, 0
+        if saved != self._saved.get(position):
+            self._saved[position], self._in_a_row[position] = saved, 0
         if not isinstance(death, NodeDiedError) and (node is None or is_staying(node)):
             self._in_a_row[position] += 1
         if self._in_a_row[position] == MAX_DEATHS:
@@ -162,10 +162,9 @@ class DeathCounter:
 
 
 def is_staying(node_id: str) -> bool:
-    """Return whether a node is alive and not about to go (a spot notice, `ray drain-node`).
+    """Return True if a node is alive and not about to leave (a spot notice, `ray drain-node`).
 
-    It is also asked for a connection: workers of a raylet that was killed end up to 5 s after it, and Ray takes it for
-    dead up to 10 s later still (measured, Ray 2.60).
+    The node must also accept a connection: Ray lists a killed node as alive for up to 15 s (measured, Ray 2.60).
     """
     node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
     if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
@@ -178,7 +177,7 @@ def is_staying(node_id: str) -> bool:
 
 
 def original_error(error: Any) -> Exception:
-    """Return what a worker raised, from Ray's `RayTaskError`; the check of a node can only raise a built-in type."""
+    """Return the error that a worker raised, out of Ray's `RayTaskError`; a failed `check_node` becomes NodeDiffers."""
     cause: Exception = error.cause
     text = str(cause)
     return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause

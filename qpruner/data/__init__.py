@@ -1,1 +1,1 @@
-"""Rows, tokens, losses and measures."""
+"""Read rows, encode them as tokens, run them through a model, and compute losses and statistics."""

@@ -1,6 +1,6 @@
-"""Run calibration samples through a model and visit gradients, inputs and outputs, batch by batch.
+"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of each batch.
 
-Nothing is kept longer than its visit: a gradient is dropped in its own hook, inputs are reduced as they come.
+To save memory every gradient and activation is freed as soon as the visitor returns.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnProgress = Callable[[int, int], None]
-"""Called with how many of how many are done."""
+"""Callback for progress: it gets the number of finished steps and the total number."""
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""A batch's loss of each token's ``(samples, seq)`` and the number of labelled tokens of each sample."""
+"""Compute the loss of a batch from token losses ``(samples, seq)`` and the number of labelled tokens per sample."""
 
 
 def ignore_counts(done: int, total: int) -> None:
-    """Do nothing with the progress."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded calibration samples and how they go through a model.
+    """Encoded calibration samples, with batch size and progress callback.
 
-    Progress counts batches, or blocks or groups where these take the time.
+    `on_progress` counts batches, or blocks or groups if the work loops over these.
     """
 
     rows: Rows
@@ -42,11 +42,11 @@ class Samples:
 
     @property
     def by_length(self) -> Samples:
-        """The same samples, the shortest first, so that little is spent on padding."""
+        """The same samples sorted by length, which keeps padding small."""
         return replace(self, rows=sorted(self.rows, key=lambda row: len(row["input_ids"])))
 
     def batches(self, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield padded batches on the model's device, in order."""
+        """Yield padded batches on a device, in order, and report progress after each."""
         total = -(-len(self.rows) // self.batch_size)
         for done, batch in enumerate(batches(self.rows, self.batch_size, self.pad_id, device), 1):
             yield batch
@@ -59,9 +59,9 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Run the loss, the mean over a batch's tokens, backward; visit each parameter's gradient before it is dropped.
+    """Run backward passes of the mean token loss of each batch, and call `visit` with each parameter and its gradient.
 
-    The peak above the weights is one parameter's gradient plus the activations of one batch.
+    Memory besides the weights: the gradient of one parameter and the activations of one batch.
     """
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
@@ -69,7 +69,7 @@ def visit_gradients(
             gradient = parameter.grad
             parameter.grad = None
             assert gradient is not None
-            # One NaN or infinity makes the sum one; a look at each entry takes a tenth of a pass on a CPU.
+            # A NaN or infinity makes the sum NaN or infinite; testing each entry takes a tenth of a pass on a CPU.
             if not gradient.sum(dtype=torch.float32).isfinite():
                 raise TrainingDiverged(f"the gradient of {name} is NaN or infinite on the calibration samples")
             visit(name, parameter, gradient)  # type: ignore[arg-type]
@@ -92,12 +92,12 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Visit ``sum_j w_ij dL/dw_ij`` for every row (0), or ``sum_i`` for every column (1), of linear layers, by sample.
+    """Visit the sums of ``w_ij dL/dw_ij`` over each row, or over each column, of linear layers, for every sample.
 
-    It is the gradient of a sample's mean loss L with respect to a factor (a mask) on the row or column, and needs no
-    gradient of any weight: with ``y = W x + b`` token t adds ``(y_ti - b_i) dL/dy_ti`` to a row's and ``x_tj dL/dx_tj``
-    to a column's. So a batch gives every sample's own in one backward pass. `visit` is called per batch with name and
-    values ``(samples, rows or columns)`` float32.
+    This is the gradient of a sample's mean loss L with respect to a mask factor on the row or column. No gradient of a
+    weight is needed: with ``y = W x + b``, token t adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to
+    column j, so one backward pass per batch gives the values of every sample. `linears` maps names to a layer and 0
+    (rows) or 1 (columns); `visit` gets a name and float32 values ``(samples, rows or columns)``.
     """
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -118,9 +118,9 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit linear layers' inputs ``(samples, seq, columns)`` and the gradients at their outputs ``(..., rows)``.
+    """Visit the inputs ``(samples, seq, columns)`` of linear layers and the gradients at their outputs ``(..., rows)``.
 
-    ``gradients[s].T @ inputs[s]`` is the weight's gradient of sample s, whose loss is the sum over its labelled tokens.
+    ``gradients[s].T @ inputs[s]`` is the weight gradient of the summed loss of sample s.
     """
     places = {name: (linear, True, False) for name, linear in linears.items()}
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
@@ -133,15 +133,16 @@ def _visit_activations(
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit values and gradients ``(samples, seq, features)`` at linear layers; no weight gets a gradient.
+    """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
 
-    For each layer: whether the values are its inputs, not its outputs, and whether the gradients are those at them.
+    `places` maps names to a layer and two flags: True visits the activation (first flag) or the gradient (second flag)
+    at the layer's input, False at its output.
     """
     num_rows = 0
 
     def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
         def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            # A hook that refers to its own tensor would keep it, and all behind it, until the cycle collector comes.
+            # Detached: a hook with a reference to its own tensor would keep the graph alive until garbage collection.
             values = (inputs[0] if of_inputs else output).detach()
 
             def on_gradient(gradient: torch.Tensor) -> None:
@@ -160,7 +161,7 @@ def _visit_activations(
 
 
 def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss) -> None:
-    """Run one pass forward and backward; nothing of it is left before the next begins."""
+    """Run one forward and backward pass; all activations are freed on return."""
     losses = token_losses(model, batch)
     counts = predicting(batch["labels"]).sum(dim=1).to(losses.device)
     loss(losses, counts).backward()  # type: ignore[no-untyped-call]
@@ -168,7 +169,7 @@ def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss
 
 @contextmanager
 def _gradients_of(model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Let these parameters alone have gradients for a while."""
+    """Enable gradients for these parameters only, and restore all flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = {id(parameter) for parameter in parameters}
     try:
@@ -182,7 +183,7 @@ def _gradients_of(model: PreTrainedModel, parameters: Iterable[torch.nn.Paramete
 
 @contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """Remove hooks at the end, by the handles that torch returned for them."""
+    """Remove these hooks (given by their handles) when the context ends."""
     kept = list(handles)
     try:
         yield
@@ -192,30 +193,30 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 
 
 class InputMoments:
-    """Running mean and mean square of a layer's input features, over tokens; float64 on the CPU."""
+    """Running mean and mean square over tokens of each input feature of a layer, in float64 on the CPU."""
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Add inputs ``(tokens, features)``."""
+        """Add the inputs ``(tokens, features)`` of a batch."""
         self._count += len(inputs)
         self._sum = self._sum + inputs.sum(dim=0, dtype=torch.float32).double().cpu()
         self._squares = self._squares + inputs.float().square().sum(dim=0).double().cpu()
 
     @property
     def mean(self) -> torch.Tensor:
-        """``(features,)``."""
+        """Mean of each feature, ``(features,)``."""
         return self._sum / self._count
 
     @property
     def mean_square(self) -> torch.Tensor:
-        """``(features,)``."""
+        """Mean square of each feature, ``(features,)``."""
         return self._squares / self._count
 
     @property
     def variance(self) -> torch.Tensor:
-        """``(features,)``, never below zero."""
+        """Variance of each feature, ``(features,)``, clamped to zero."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
 
@@ -226,7 +227,7 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit each module's inputs ``(tokens, features)``, without padding, by batch."""
+    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without padding."""
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -235,18 +236,18 @@ def visit_inputs(
     with hooked(module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
-            # Without the head: nobody reads the logits.
+            # The base model has no head: no logits are needed.
             model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Find the hidden states ``(batch, seq, hidden)`` among the arguments of a decoder block."""
+    """Return the hidden states ``(batch, seq, hidden)`` from the arguments of a decoder block."""
     states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 
 
 def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Select inputs ``(batch, seq, features)``, or with batch and sequence in one, at the tokens ``(batch, seq)``."""
+    """Select the rows of `inputs` ``(batch, seq, features)`` or ``(batch * seq, features)`` where `tokens` is True."""
     return inputs.reshape(-1, inputs.shape[-1])[tokens.flatten().to(inputs.device)]
 
 
@@ -257,9 +258,9 @@ def visit_outputs(
     samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
 ) -> None:
-    """Visit each module's output ``(positions, features)`` float32 where the model predicts a labelled token.
+    """Visit the outputs of modules and the predicted tokens of each batch, at positions whose next token has a label.
 
-    `visit` also gets the tokens that the model predicts there, ``(positions,)``.
+    `visit` gets outputs by name, float32 ``(positions, features)``, and the most likely tokens ``(positions,)``.
     """
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Turn rows into prompts and responses, and those into tokens and labels.
+"""Turn rows into prompts and responses, and these into tokens and labels.
 
-A multiple-choice row is written as lm-eval writes ARC, so that training, validation loss and lm-eval accuracy measure
-the same thing.
+A multiple-choice row has the same text as an ARC question in lm-eval, so that training, validation loss and lm-eval
+accuracy measure the same task.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Row = dict[str, list[int]]
-"""`input_ids` and `labels` of one sample."""
+"""`input_ids` and `labels` of a sample."""
 IGNORED_LABEL = -100
-"""Label of a token without a loss, as in torch's cross entropy."""
+"""Label of tokens that are excluded from the loss, as in torch's cross entropy."""
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-"""The prompt of Stanford Alpaca."""
+"""Prompt template of Stanford Alpaca."""
 
 
 def encode(
@@ -43,21 +43,21 @@ def encode(
     template: str = "alpaca",
     response_only: bool = True,
 ) -> list[Row]:
-    """Tokenize rows, cut at `max_length` tokens; rows without a token to predict are dropped.
+    """Tokenize rows, cut each at `max_length` tokens, and drop rows without a labelled token.
 
-    With `response_only`, the prompt's labels are -100.
+    With `response_only` the tokens of prompts get the label -100, so that only responses are learned.
     """
     rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
     encoded = list(_cut(rows, max_length))
     if not encoded:
-        raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
+        raise UserError(f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: make it longer")
     return encoded
 
 
 def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: Tokenizer
 ) -> list[Row]:
-    """Make the samples that importance is measured on: given token ids, or packed samples or rows in shuffled order."""
+    """Make the samples for measuring importance: from a file of token ids, or from shuffled rows, packed or not."""
     settings, keys = config.calibration, ("calibration.num_samples", "calibration.max_length")
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary_size)
@@ -65,7 +65,7 @@ def importance_samples(
 
 
 def sensitivity_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
-    """Make the samples of sensitivities: they are about the target task, whatever importance is measured on."""
+    """Make the samples for measuring sensitivities: shuffled rows, never packed, with labels on responses only."""
     keys = ("calibration.num_sensitivity_samples", "data.max_length")
     return _calibration_samples(config, examples, tokenizer, *keys, response_only=True, packing=False)
 
@@ -74,31 +74,31 @@ def _calibration_samples(
     config: RunConfig,
     examples: Sequence[Example],
     tokenizer: Tokenizer,
-    number: str,
-    limit: str,
+    count_key: str,
+    length_key: str,
     response_only: bool,
     packing: bool,
 ) -> list[Row]:
-    """Take the first samples of the shuffled rows that have a token to predict, as many and as long as two keys say."""
-    count, length = (attrgetter(key)(config) for key in (number, limit))
-    taken = list(examples)
-    random.Random(config.seed).shuffle(taken)
-    rows = (_labelled(example, tokenizer, config.data.template, response_only) for example in taken)
+    """Make samples with a labelled token from shuffled rows; two configuration keys give their number and length."""
+    count, length = (attrgetter(key)(config) for key in (count_key, length_key))
+    shuffled = list(examples)
+    random.Random(config.seed).shuffle(shuffled)
+    rows = (_labelled(example, tokenizer, config.data.template, response_only) for example in shuffled)
     samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
     if len(samples) < count:
         shape, remedy = "at most", "longer"
         if packing:
-            shape, remedy = "exactly", "shorter, or set `calibration.packing: false`, which takes a row for a sample"
+            shape, remedy = "exactly", "shorter, or set `calibration.packing: false` to use each row as a sample"
         raise UserError(
-            f"`{number}` asks for {counted(count, 'sample')} of {shape} {length} tokens (`{limit}`), but the "
-            f"calibration rows make {len(samples)} with a token to predict: ask for fewer, give more rows, or make "
-            f"`{limit}` {remedy}"
+            f"`{count_key}` asks for {counted(count, 'sample')} of {shape} {length} tokens (`{length_key}`), but the "
+            f"calibration rows give only {len(samples)} with a labelled token: ask for fewer, add rows, or make "
+            f"`{length_key}` {remedy}"
         )
     return samples
 
 
 def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
-    """Join rows and cut them; rows without a token to predict, such as blank lines, are left out."""
+    """Concatenate rows and cut them into samples of equal length, leaving out rows without a labelled token."""
     ids, labels = list[int](), list[int]()
     for row_ids, row_labels in rows:
         if _has_label(row_labels):
@@ -117,11 +117,11 @@ def _cut(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[R
 def _labelled(
     example: Example, tokenizer: Tokenizer, template: str, response_only: bool
 ) -> tuple[list[int], list[int]]:
-    """Tokenize a row; with `response_only` the prompt has no labels."""
+    """Return token ids and labels of a row; with `response_only` the tokens of the prompt have no labels."""
     prompt, response = _render(example, tokenizer, template)
-    # A chat template writes its own special tokens.
+    # A chat template writes the special tokens itself.
     special = example.format != "instruction" or template != "chat"
-    # Tokenized together and split where the prompt ends, as lm-eval does: some tokenizers put a space before a lone
+    # Prompt and response are tokenized as one text, as in lm-eval: some tokenizers add a space before a separate
     # response.
     ids: list[int] = tokenizer(prompt + response, add_special_tokens=special)["input_ids"]
     prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt and response_only else 0
@@ -129,7 +129,7 @@ def _labelled(
 
 
 def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str, str]:
-    """Write prompt and response as the model reads them."""
+    """Return the texts of prompt and response in the template of the row's format."""
     if example.format == "text":
         return "", example.response
     if example.format == "multiple_choice":
@@ -138,14 +138,14 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     if template == "alpaca":
         return alpaca_prompt(example.prompt, example.context), response
     if not tokenizer.chat_template:
-        raise UserError("`data.template: chat` needs a tokenizer with a chat template; this one has none: use alpaca")
+        raise UserError("`data.template: chat` needs a tokenizer with a chat template; this one has none: set `alpaca`")
     content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
     messages = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), response
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """Write an instruction, with its input if it has one, as the prompt of Stanford Alpaca."""
+    """Return the Stanford Alpaca prompt of an instruction and its optional input."""
     return ALPACA.format(
         context=", paired with an input that provides further context" if context else "",
         instruction=instruction,
@@ -154,23 +154,23 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 
 
 def pack(rows: Sequence[Row], length: int) -> list[Row]:
-    """Concatenate encoded rows into chunks of `length` tokens; chunks without a token to predict are dropped."""
+    """Concatenate encoded rows, cut them into chunks of `length` tokens, and drop chunks without a labelled token."""
     ids = [token for row in rows for token in row["input_ids"]]
-    # The first label of a row would be predicted from the row before it.
+    # The first token of a row has no label: it would be predicted from the previous row.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
     chunks = ((ids[start : start + length], labels[start : start + length]) for start in range(0, len(ids), length))
     return list(_cut(chunks, length))
 
 
 def text_windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Row]:
-    """Join texts by blank lines and cut windows of `length` tokens; all but a window's first token are predicted."""
+    """Join texts with blank lines and cut windows of `length` tokens; all but the first token of each are predicted."""
     ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     parts = [ids[start : start + length] for start in range(0, len(ids), length)]
     return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
 
 
 def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
-    """Read samples given as token ids: a JSON file with a list of lists."""
+    """Read samples from a JSON file with a list of token ids per sample."""
     token: Any = Annotated[int, Field(strict=True, ge=0, lt=vocabulary_size)]
     sample: Any = Annotated[list[token], Field(min_length=2)]
     try:
@@ -182,19 +182,19 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
         place = "".join(f"[{index}]" for index in problem["loc"])
         raise UserError(
             f"`calibration.token_ids`: {path}{place} is {problem['input']!r:.60}: {problem['msg']}; "
-            "it must hold lists of two token ids or more, such as [[1, 306, 4658], [1, 910]], each a whole number from "
-            f"0 to {vocabulary_size - 1} for this model"
+            "it must hold lists of at least two token ids, such as [[1, 306, 4658], [1, 910]], each a whole number "
+            f"from 0 to {vocabulary_size - 1} for this model"
         ) from error
     return [{"input_ids": each, "labels": each} for each in samples]
 
 
 def _has_label(labels: Sequence[int]) -> bool:
-    """Whether any token is predicted; the first one of a row never is."""
+    """Return True if any token but the first has a label; the first token is never predicted."""
     return any(label != IGNORED_LABEL for label in labels[1:])
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Any]:
-    """Right-pad rows to one batch: ``input_ids``, ``attention_mask``, ``labels``, each ``(batch, seq)`` int64."""
+    """Pad rows on the right to a batch: `input_ids`, `attention_mask` and `labels`, each int64 ``(batch, seq)``."""
     import torch
 
     longest = max(len(row["input_ids"]) for row in rows)
@@ -210,7 +210,7 @@ def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, A
 
 
 def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
-    """Write encoded rows as an Arrow folder, which trials map into memory."""
+    """Save encoded rows to a folder in Arrow format, which can be memory-mapped."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -220,33 +220,33 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
 
 
 def load_encoded(folder: Path) -> EncodedRows:
-    """Map what `save_encoded` wrote into memory; damage is found here, reading a row later raises nothing."""
+    """Memory-map the rows that `save_encoded` wrote; raise `CorruptFile` if any part is damaged."""
     import datasets
 
     try:
         return retry_storage(lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True)
-    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:  # pyarrow's are among them
+    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:  # pyarrow raises any of these
         raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load the half of the confirmation rows that chooses the winner, or the half that judges it in the claim.
+    """Load the half of the confirmation rows that chooses the winner, or the other half, which judges the winner.
 
-    The rows that chose would flatter the winner.
+    The halves are separate because the winner would look too good on the rows by which it was chosen.
     """
     half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
     return half
 
 
 class EncodedRows(Sequence[Row]):
-    """Encoded rows in a memory-mapped Arrow file; a row is read when it is indexed, and a slice is a list of rows."""
+    """Encoded rows in a memory-mapped Arrow file: an index reads one row, a slice returns a list of rows."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
         from pyarrow.compute import list_value_length
 
-        rows.data.validate(full=True)  # wrong offsets of a damaged file would be followed anywhere
+        rows.data.validate(full=True)  # wrong offsets in a damaged file could point outside of it
         self._rows = rows
-        self.lengths: list[int] = list_value_length(rows.data["input_ids"]).to_pylist()  # without reading a row
+        self.lengths: list[int] = list_value_length(rows.data["input_ids"]).to_pylist()  # reads no tokens
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -258,5 +258,5 @@ class EncodedRows(Sequence[Row]):
 
 
 def row_lengths(rows: Sequence[Mapping[str, list[int]]]) -> list[int]:
-    """Count the tokens of each row."""
+    """Return the number of tokens of each row."""
     return rows.lengths if isinstance(rows, EncodedRows) else [len(row["input_ids"]) for row in rows]

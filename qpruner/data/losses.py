@@ -1,4 +1,4 @@
-"""Compute losses and logits where a labelled token is predicted; the head runs at those positions only."""
+"""Compute losses and logits at the positions whose next token has a label; the head runs only there."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Loss in nats per predicted token, and the rows' shares: their mean is `mean`, their spread its standard error.
+    """Mean loss in nats per labelled token, and a contribution of each row (`by_row`), whose average is the mean loss.
 
-    Rows have more and fewer tokens: it is a ratio estimator.
+    The spread of the contributions gives the standard error. Rows differ in length, so the mean is a ratio estimator.
     """
 
     mean: float
@@ -28,17 +28,17 @@ class LossResult:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the mean over rows; NaN with one row."""
+        """Standard error of the mean loss over rows; NaN for a single row."""
         return measures.over_questions(self.by_row).stderr
 
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
-    """Compute the cross entropy on the labelled tokens, in nats; raises `TrainingDiverged` where it is no number."""
+    """Compute the cross entropy on labelled tokens in nats; raise `TrainingDiverged` if it is NaN or infinite."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    # Rows of like length together, so that little is spent on padding.
+    # Batches of rows of similar length need little padding.
     lengths = row_lengths(rows)
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     sums, counts = list[float](), list[int]()
@@ -50,8 +50,8 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     mean = total / tokens
     if not math.isfinite(mean):
         raise TrainingDiverged(f"the validation loss is {mean}")
-    off = [row - mean * count for row, count in zip(sums, counts, strict=True)]
-    by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in off), strict=True))
+    deviations = [row - mean * count for row, count in zip(sums, counts, strict=True)]
+    by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in deviations), strict=True))
     return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))
 
 
@@ -63,7 +63,7 @@ def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> I
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute each next token's cross entropy in nats, ``(batch, seq)`` float32; zero where no label is predicted."""
+    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``; zero where it has no label."""
     logits = predicted_logits(model, batch)
     positions = predicting(batch["labels"]).to(logits.device)
     losses = torch.zeros(positions.shape, device=logits.device)
@@ -74,7 +74,7 @@ def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> t
 
 
 def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute logits ``(positions, vocabulary)`` where a labelled token is predicted, of all samples together."""
+    """Compute logits ``(positions, vocabulary)`` at all positions of the batch whose next token has a label."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with labelled_only(model, batch["labels"]):
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
@@ -83,7 +83,7 @@ def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) 
 
 @contextmanager
 def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Run a model's head only where a label ``(batch, seq)`` is predicted: logits are ``(positions, vocabulary)``."""
+    """Make the head compute only logits whose next token has a label: ``(positions, vocabulary)``, not per sample."""
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])
@@ -94,10 +94,10 @@ def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:
-    """Mark positions whose next token has a label: ``(batch, seq)`` bool."""
+    """Return True at each position whose next token has a label, bool ``(batch, seq)``."""
     return torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
 
 
 def predicted_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Select the labels predicted at these positions: ``(positions,)``, in the order of `predicted_logits`."""
+    """Return the labels ``(positions,)`` that belong to the rows of `predicted_logits`."""
     return labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]

@@ -1,12 +1,12 @@
-"""Define every measure over tasks and questions, for tables, claims, comparisons and trials alike.
+"""Define means, standard errors and intervals over tasks and questions; all tables, claims and trials use them.
 
-With the values v of n_t questions of each of T tasks, and their standard deviation s_t (n_t - 1 degrees of freedom):
+Task t of T has n_t questions with values v_tq, whose standard deviation is s_t (n_t - 1 degrees of freedom):
 
     a task       mean_t = sum_q v_tq / n_t      stderr_t = s_t / sqrt(n_t)
     all tasks    mean = sum_t mean_t / T        stderr = sqrt(sum_t stderr_t^2) / T
 
-Every task counts the same, however many questions it has. For several fine-tunes v is their mean on the question; for
-two rows it is their difference on it. Rows of text are the questions of one task.
+Every task has the same weight, whatever its number of questions. For several fine-tunes v is the mean of their values
+for a question; for a comparison of two models v is their difference. Rows of text are the questions of a single task.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import NamedTuple
 Z_95 = 1.96
 ACCURACY = "accuracy"
 Answers = Sequence[Sequence[float]]
-"""A value a question, by task."""
+"""For each task, one value per question."""
 
 
 class Estimate(NamedTuple):
-    """A mean and its standard error, which is NaN where a task has a single question."""
+    """A mean and its standard error, which is NaN if a task has only one question."""
 
     mean: float
     stderr: float
@@ -34,41 +34,41 @@ def over_questions(values: Sequence[float]) -> Estimate:
     count, mean = len(values), statistics.fmean(values)
     if count == 1:
         return Estimate(mean, math.nan)
-    # `statistics.stdev` adds fractions, which takes 2 to 4 times as long.
+    # `statistics.stdev` uses exact fractions, which takes 2 to 4 times as long.
     squares = math.fsum((value - mean) ** 2 for value in values)
     return Estimate(mean, math.sqrt(squares / (count - 1) / count))
 
 
 def over_tasks(tasks: Answers) -> Estimate:
-    """Average the means of the tasks, unweighted."""
+    """Average the means of all tasks with equal weights."""
     each = [over_questions(values) for values in tasks]
     stderr = math.sqrt(sum(task.stderr**2 for task in each)) / len(each)
     return Estimate(statistics.fmean(task.mean for task in each), stderr)
 
 
 def averaged(models: Sequence[Answers]) -> list[list[float]]:
-    """Average models on each question."""
+    """Average the values of several models for each question."""
     return [[sum(values) / len(models) for values in zip(*task, strict=True)] for task in zip(*models, strict=True)]
 
 
 def student_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of Student's 95 % interval for the mean that `values` are drawn around."""
+    """Compute half the width of the 95 % confidence interval (Student's t) for the mean behind the sample `values`."""
     return _student(values) / math.sqrt(len(values))
 
 
 def prediction_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of the 95 % interval, around the mean of `values`, for one more draw."""
+    """Compute half the width of the 95 % prediction interval for one more value, around the mean of `values`."""
     return _student(values) * math.sqrt(1 + 1 / len(values))
 
 
 def accuracy_name(metrics: Mapping[str, str]) -> str:
-    """Name the metric that all tasks (task -> metric) have in lm-eval; `accuracy` if they have several."""
+    """Return the metric of all tasks (task -> metric in lm-eval), or `accuracy` if they have different metrics."""
     names = set(metrics.values())
     return names.pop() if len(names) == 1 else ACCURACY
 
 
 def accuracy_in_full(metrics: Mapping[str, str]) -> str:
-    """Name the metric with the tasks of each: `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`."""
+    """Return the metric, with tasks if they differ in it: `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`."""
     name = accuracy_name(metrics)
     if name != ACCURACY or not metrics:
         return name

@@ -1,7 +1,7 @@
-"""Read rows of text from data files and the hub, and map their columns.
+"""Read rows from data files and from the hub, and map their columns to those of a row format.
 
-Three row formats: `instruction` (instruction, input, output), `multiple_choice` (question, choices, answer; also as ARC
-writes them) and `text`.
+The row formats are `instruction` (instruction, input, output), `multiple_choice` (question, choices, answer; also in
+ARC's layout) and `text`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ COLUMNS = {
 }
 OPTIONAL_COLUMNS = {"input"}
 ARC_NAMES = {"answer": "answerKey"}
-"""Names of columns in ARC and data like it."""
+"""Column names of ARC that differ from ours."""
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
-"""Suffixes of the files that are read, and their builders in datasets."""
+"""Suffixes of supported data files, and the builders of `datasets` that read them."""
 OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
-"""Files that are refused; a relative path of theirs would otherwise be looked up on the hub."""
+"""Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up on the hub."""
 SPLIT_REFUSALS = ("Unknown split", "corresponds to no data", "Unrecognized instruction", "Percent slice", "Split name")
 """Parts of the messages with which datasets (5.2) refuses a split."""
 LARGEST_CELL = 2**30
-"""Characters; Python's own limit of 131072 is less than a long text."""
+"""Largest number of characters in a table cell; a long text exceeds Python's default limit of 131,072."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a bare question or instruction, an instruction's input, and the response; a text is all response."""
+    """A row: `prompt` is a question or instruction, `context` its input; a text has only a `response`."""
 
     format: str
     prompt: str
@@ -50,36 +50,36 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """What makes two rows the same row: the words of prompt and context, or of the text."""
+        """Normalized prompt and context, or text: two rows with the same identity count as duplicates."""
         return normalized(f"{self.prompt} {self.context}" if self.prompt else self.response)
 
 
 def normalized(text: str) -> str:
-    """Lower the case and drop spacing and punctuation; operators stay, since 7 + 5 is not 7 * 5."""
+    """Lower the case and drop punctuation and extra spaces, but keep operators, because 7 + 5 is not 7 * 5."""
     return " ".join(re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower()))
 
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
-    """Read the rows of all sources, whose configuration key is `key`, and map their columns."""
+    """Read the rows of all sources under the configuration key `key`, and map their columns."""
     read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
     examples = [example for rows in read for example in rows]
     if not examples:
-        raise UserError(f"`{key}` has no rows: name a source that has some, or raise its `limit`")
+        raise UserError(f"`{key}` has no rows: name a source with rows, or raise its `limit`")
     return examples
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
-    """Refuse a row that is in two splits (split -> `Example.identity` or `normalized` text of its rows)."""
-    seen: list[tuple[str, set[str]]] = []
+    """Raise `UserError` if two splits share a row; `splits` maps names to `Example.identity` values."""
+    checked: list[tuple[str, set[str]]] = []
     for name, identities in splits.items():
         rows = {identity for identity in identities if identity}
-        for other, other_rows in seen:
+        for other, other_rows in checked:
             if shared := rows & other_rows:
                 raise UserError(
                     f"{other} and {name} share {counted(len(shared), 'row')}, such as {min(shared)[:90]!r}; training, "
-                    "validation, confirmation and test data must not overlap: take other rows or another split"
+                    "validation, confirmation and test data must not overlap: select other rows or another split"
                 )
-        seen.append((name, rows))
+        checked.append((name, rows))
 
 
 def _examples_of(source: DataSource, key: str) -> list[Example]:
@@ -90,17 +90,17 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
     datasets.disable_progress_bars()
     path = resolve_source(source.source, f"{key}.source")
     suffix = Path(path).suffix.lower()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # the error below says what fails
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # the error below reports the failure
     try:
         if suffix in BUILDERS:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
-            raise UserError(f"`{key}.source`: {path} is no data file; give one of {', '.join(BUILDERS)}, or a hub id")
+            raise UserError(f"`{key}.source`: {path} is no data file; give a {', '.join(BUILDERS)} file or a hub id")
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:
         raise
-    except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
+    except Exception as error:  # datasets raises many types for unreadable files and unreachable hubs
         reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(error.__cause__ or error)
         if any(words in reason for words in SPLIT_REFUSALS):
             raise UserError(
@@ -121,12 +121,12 @@ def _read_file(path: Path, split: str, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
     if not path.stat().st_size:
-        raise UserError(f"`{key}.source`: file {path} is empty; name another")
+        raise UserError(f"`{key}.source`: file {path} is empty; name another file")
     suffix = path.suffix.lower()
     options: dict[str, Any] = {}
     if BUILDERS[suffix] == "csv":
-        # Left to itself pandas makes numbers of 007 and 1.50, and holes of "None" and "NA"; a column whose first
-        # 10,000 cells are numbers then refuses the word that follows. It calls a nameless column "Unnamed".
+        # Read all cells as text: pandas would turn 007 and 1.50 into numbers and "None" and "NA" into missing values,
+        # and fail at a word after 10,000 numbers. It names a column without a header "Unnamed".
         separator = "\t" if suffix == ".tsv" else ","
         names = [name or f"Unnamed: {at}" for at, name in enumerate(_check_table(path, separator))]
         features = datasets.Features({name: datasets.Value("string") for name in names})
@@ -135,68 +135,68 @@ def _read_file(path: Path, split: str, key: str) -> Any:
 
 
 def _check_table(path: Path, separator: str) -> list[str]:
-    """Return the header of a table, and refuse one of which pandas silently makes other rows than it has."""
+    """Return the header of a table; raise `ValueError` for defects that pandas would silently read as other rows."""
     csv.field_size_limit(LARGEST_CELL)
     header: list[str] = []
-    num_rows, begins = 0, 1
+    num_rows, row_start = 0, 1
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.reader(file, delimiter=separator, strict=True)
         try:
             for row in filter(None, table):
                 if header and len(row) != len(header):
                     raise ValueError(
-                        f"line {table.line_num} has {counted(len(row), 'cell')}, its header {len(header)}: each column "
-                        f"has a cell, and a cell that holds {separator!r} stands in double quotes"
+                        f"line {table.line_num} has {counted(len(row), 'cell')}, but its header {len(header)}: "
+                        f"every row needs a cell per column, and cells with {separator!r} need double quotes"
                     )
                 num_rows += bool(header)
-                header, begins = header or row, table.line_num + 1
+                header, row_start = header or row, table.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"line {begins}: {error}: a cell that begins with a double quote ends with one, and those "
-                "in it are doubled"
+                f"line {row_start}: {error}: a cell that begins with a double quote must end with one, and double "
+                "quotes inside it must be doubled"
             ) from None
         except UnicodeDecodeError:
-            raise ValueError("it is no UTF-8: save the file as UTF-8") from None
+            raise ValueError("the file is not UTF-8: save it as UTF-8") from None
     if separator == "," and len(header) == 1 and ";" in header[0]:
-        raise ValueError("its header is one cell with semicolons: in a .csv file commas separate the cells")
-    if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
-        raise ValueError(f"two of its columns are called {twice[0]!r}")
+        raise ValueError("its header is a single cell with semicolons: in a .csv file cells are separated by commas")
+    if duplicates := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+        raise ValueError(f"two columns are called {duplicates[0]!r}")
     if not num_rows:
-        raise ValueError("it has no row under its header")
+        raise ValueError("the file has no row under its header")
     return header
 
 
 def _line_without_row(path: Path) -> str | None:
-    """Name the first line of a file that is no JSON object; datasets counts lines from the block it reads."""
+    """Describe the first line of a file that is no JSON object: `datasets` reports wrong line numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"line {number} is no JSON object"
-            except ValueError as error:  # no UTF-8 is one, too
+            except ValueError as error:  # includes text that is not UTF-8
                 return f"line {number} is no JSON: {error}"
     return None
 
 
 def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
-    """Refuse a mapping of unknown columns, or to columns that the data lack."""
-    ours = COLUMNS[source.format]
-    if unknown := sorted(set(source.columns) - set(ours)):
+    """Raise `UserError` if `columns` maps a name that the format does not have, or to a column that the data lack."""
+    known = COLUMNS[source.format]
+    if unknown := sorted(set(source.columns) - set(known)):
         raise UserError(
-            f"`{key}.columns` names {', '.join(unknown)}; rows of format {source.format} have the columns "
-            f"{', '.join(ours)}"
+            f"`{key}.columns` maps {', '.join(unknown)}, but rows of format {source.format} have only the columns "
+            f"{', '.join(known)}"
         )
-    for column in ours:
-        theirs = _mapped(source, column, available)
-        if len(theirs) > 1 and column != "choices":
-            raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(theirs)}")
-        missing = [name for name in theirs if name not in available]
+    for column in known:
+        mapped = _mapped(source, column, available)
+        if len(mapped) > 1 and column != "choices":
+            raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}")
+        missing = [name for name in mapped if name not in available]
         if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
             is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
-            header = f", as the first line of {source.source} says: it is the header" if is_table else ""
+            header = f", from the first line of {source.source}, which is the header" if is_table else ""
             raise UserError(
-                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; they have "
-                f"{', '.join(available)}{header}; name yours with, for example, `columns: {{{column}: {available[0]}}}`"
+                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}, only "
+                f"{', '.join(available)}{header}; name one of them, such as `columns: {{{column}: {available[0]}}}`"
             )
 
 
@@ -219,7 +219,7 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
         raise UserError(
             f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}; "
-            "where each choice has a column, give a list of columns"
+            "if each choice has its own column, give a list of columns"
         )
     choices, labels = _choices(row, columns)
     answer = row[_mapped(source, "answer", row)[0]]
@@ -229,14 +229,14 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
         index = int(answer)
     else:
         raise UserError(
-            f"`{key}.columns.answer`: {answer!r} is neither one of the labels {', '.join(labels)} nor a position "
-            f"from 0 to {len(choices) - 1}; the question is {value('question')[:90]!r}"
+            f"`{key}.columns.answer`: {answer!r} is none of the labels {', '.join(labels)} and no position from 0 to "
+            f"{len(choices) - 1}; correct the row with the question {value('question')[:90]!r}"
         )
     return Example("multiple_choice", value("question"), "", choices[index])
 
 
 def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Read texts and labels of the choices: several columns, a list, or ARC's {text, label}."""
+    """Return texts and labels of the choices from several columns, a list, or ARC's `{text, label}`."""
     found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
     if isinstance(found, dict):
         return list(found["text"]), list(found["label"])

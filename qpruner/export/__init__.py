@@ -1,1 +1,1 @@
-"""Other forms of the final model: dense, peft, and on a model hub."""
+"""Export the final model in other forms, push it to a model hub, and generate answers with it."""

@@ -1,4 +1,4 @@
-"""Read and write what a model card states: its metadata, and how the model is loaded in each form."""
+"""Read the metadata of a model card, and write its section on loading the model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from qpruner.hf import PEFT_BASE
 
 Form = Literal["packed", "peft", "merged", "merged and plain"]
-"""A final folder; a peft export; a dense model with blocks of different widths, or one that transformers loads."""
+"""Final folder; peft export; merged model with blocks of different widths; merged model that transformers can load."""
 
 STATED = {"base_model": "base model", "license": "licence", "datasets": "datasets"}
-"""Keys of the card and of the configuration's section `card`, and their names for people."""
+"""Keys of a card's metadata, which are also keys of the configuration section `card`, and their names in messages."""
 TITLE = "## Load it"
 _SECTION = re.compile(rf"^{TITLE}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 _NEEDS_US = (
-    "Loading it takes the Python package `qpruner`: `pip install .` in a copy of its source, which whoever made this "
-    "model has.\n"
+    "To load it, install the Python package `qpruner`: run `pip install .` in a copy of its source, which you get from "
+    "the maker of this model.\n"
 )
 _MERGED = "The weights here are dense, with the adapter merged in; the sizes stated are those of the packed model."
 _IMPORT = "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths\n"
@@ -28,8 +28,8 @@ _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}")  # with a GPU: add .to("cuda")
 """
-# Base and adapter from a local folder: of a repository, transformers (5.24) attaches the adapter by itself, and looks
-# for its weights in the base's folder.
+# Base and adapter are loaded from a local folder: from a repository transformers 5.24 would attach the adapter by
+# itself and look for its weights in the folder of the base model.
 _PEFT_CODE = f"""from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +41,7 @@ model = PeftModel.from_pretrained(base, folder)
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Read the metadata of a card; empty if it has none or they cannot be read."""
+    """Read the YAML metadata of a card; return an empty dictionary if they are missing or invalid."""
     block = REGEX_YAML_BLOCK.search(card.removeprefix("\N{BOM}"))
     try:
         metadata = yaml.safe_load(block[2]) if block else None
@@ -51,21 +51,21 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def missing_keys(card: str) -> tuple[str, ...]:
-    """List the keys of `STATED` that a card does not have."""
+    """List the keys of `STATED` that the metadata of a card lack."""
     metadata = front_matter(card)
     return tuple(key for key in STATED if metadata.get(key) is None)
 
 
 def missing_remark(keys: Sequence[str]) -> str | None:
-    """Say what a card lacks and which configuration keys state it; None if nothing is missing."""
+    """Return a message that names the missing metadata and the configuration keys to set; None if `keys` is empty."""
     if not keys:
         return None
     names, stated_by = ", ".join(STATED[key] for key in keys), ", ".join(f"`card.{key}`" for key in keys)
-    return f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, which writes it anew"
+    return f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, which rewrites the card"
 
 
 def loading_section(form: Form, place: str = "this folder") -> str:
-    """Write the part of a card that says how the model is loaded from a folder or repository."""
+    """Return the section of a card with the code that loads the model from a folder or repository."""
     merged = _MERGED if form.startswith("merged") else ""
     if form == "merged and plain":
         lead, imports = f"{merged} Plain transformers loads them.\n", ""
@@ -77,5 +77,5 @@ def loading_section(form: Form, place: str = "this folder") -> str:
 
 
 def with_loading_section(card: str, form: Form, place: str) -> str:
-    """Replace a card's section on loading by that of a form and its repository."""
+    """Replace the section on loading in a card by the section for a form and a repository."""
     return _SECTION.sub(lambda _: f"{loading_section(form, place)}\n", card)

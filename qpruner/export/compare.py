@@ -1,7 +1,7 @@
 """Compare an export with the final model.
 
-Every layer with an adapter is compared by itself, where rounding is small beside what could be lost, and the
-predictions for all other weights.
+The outputs of each layer with an adapter are compared, because a lost adapter exceeds the rounding error there. The
+predictions are compared to check all other weights.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from qpruner.hf import load
 from qpruner.models.loading import OnLoading, device, ignore_progress
 
 PEFT_PREFIX = "base_model.model."
-"""What peft puts before the name of a layer."""
+"""Prefix that peft adds to the names of layers."""
 NUM_PROBES = 64
 MOST_ERROR = 0.05
-"""Largest relative error of a layer's outputs. Rounding takes 0.003 at 4 bits and, as inputs are rounded to 8 bits,
-too, 0.009 at 8 (the demo's 210 layers, 2026-11); weights that are decoded wrongly are off by what 4 bits cost, 0.09, or
-more."""
+"""Largest allowed relative error of a layer's outputs. Rounding causes 0.003 at 4 bits, and 0.009 at 8 bits, where
+inputs are rounded too (the demo's 210 layers, 2026-11). Wrongly decoded weights cause at least 0.09, the error of 4
+bits."""
 LEAST_ADAPTER = 2.0**-9
-"""Share of a layer's outputs below which bfloat16, which rounds by as much, need not show its adapter."""
+"""Smallest adapter that is checked, as a share of the layer's outputs: bfloat16 rounds by about as much."""
 MOST_DIVERGENCE = 0.05
-"""Nats a token: three times what rounding takes (0.016 for the demo's merged model), a quarter of the divergence
-without any adapter (0.20). One lost adapter does not show in it: of five tried in the demo one gave 0.027, the others
-0.016 to 0.017."""
+"""Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
+and a quarter of the divergence without all adapters (0.20). A single lost adapter is too small to exceed it: five that
+were tried in the demo gave 0.016 to 0.027."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """The divergence (KL) of an export's predictions from the final model's, in nats a token.
+    """KL divergence in nats per token between predictions of an export and of the final model.
 
     `agreement` is the share of positions at which both predict the same token.
     """
@@ -47,38 +47,38 @@ class Likeness:
 def compare(
     final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnLoading = ignore_progress
 ) -> Likeness:
-    """Load the final model and then the export, and compare layers and predictions on token ids.
+    """Load the final model, then the export, and compare layer outputs and predictions for samples of token ids.
 
-    Raises `StageError` if a layer has lost its adapter or its outputs differ, or the predictions do.
+    Raise `StageError` if an adapter is missing, or if outputs or predictions differ too much.
     """
     from peft.tuners.lora import LoraLayer
 
     model = load(final, on_progress).eval()
     dtype = model.dtype
-    added, outputs = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    adapter_outputs, outputs = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for path, layer in _layers(model).items():
         if isinstance(layer, LoraLayer):
             (adapter,) = layer.active_adapters
-            added[path] = _probes(layer) @ layer.get_delta_weight(adapter).detach().float().cpu().T
-            outputs[path] = _outputs(layer.base_layer, dtype) + added[path]
+            adapter_outputs[path] = _probes(layer) @ layer.get_delta_weight(adapter).detach().float().cpu().T
+            outputs[path] = _outputs(layer.base_layer, dtype) + adapter_outputs[path]
     expected = _log_probabilities(model, samples, on_progress)
     del model, layer
     model = load(exported, on_progress).eval()
     layers = _layers(model)
     for path, output in outputs.items():
-        if damage := _damage(output, added[path], _outputs(layers[path], dtype)):
-            raise _unlike(f"the exported `{path}` {damage}")
+        if damage := _damage(output, adapter_outputs[path], _outputs(layers[path], dtype)):
+            raise _export_error(f"layer `{path}` {damage}")
     found = _log_probabilities(model, samples, on_progress)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
     if not divergence <= MOST_DIVERGENCE:
-        raise _unlike(f"the export diverges by {divergence:.2g} nats a token, more than {MOST_DIVERGENCE:g}")
+        raise _export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
     agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
     return Likeness(divergence, float(agreement), len(expected))
 
 
-def _unlike(how: str) -> StageError:
-    remedy = "serve the final folder as it is, and report this with the run's results.json"
-    return StageError("export", f"what was written is not the final model: {how}", remedy)
+def _export_error(difference: str) -> StageError:
+    remedy = "use the final folder instead, and report this error with the run's results.json"
+    return StageError("export", f"the exported model differs from the final model: {difference}", remedy)
 
 
 def _layers(model: Any) -> dict[str, Any]:
@@ -86,26 +86,27 @@ def _layers(model: Any) -> dict[str, Any]:
 
 
 def _probes(layer: Any) -> torch.Tensor:
-    """Draw inputs ``(NUM_PROBES, in)``, the same for each layer of that size."""
+    """Draw random inputs ``(NUM_PROBES, in)`` that depend on the layer's size only."""
     return torch.randn(NUM_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Compute a layer's outputs ``(NUM_PROBES, out)``."""
+    """Compute the outputs ``(NUM_PROBES, out)`` of a layer for the random inputs."""
     output: torch.Tensor = layer(_probes(layer).to(device(), dtype))
     return output.float().cpu()
 
 
 def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) -> str | None:
-    """Describe what is wrong with a layer's outputs, if anything.
+    """Describe how a layer's outputs differ from the expected outputs; None if they are close enough.
 
-    The share of the adapter that is there is a projection, which rounding hardly touches: it knows nothing of adapters.
+    `added` is the adapter's part of the outputs. Projecting the error on it gives the share of the adapter that the
+    export has; rounding errors hardly change this share, because they are independent of the adapter.
     """
     error = found - expected
-    off = float(error.norm() / expected.norm())
-    if not off <= MOST_ERROR:
-        return f"answers {off:.0%} off"
+    relative_error = float(error.norm() / expected.norm())
+    if not relative_error <= MOST_ERROR:
+        return f"has outputs with an error of {relative_error:.0%}"
     if added.norm() > LEAST_ADAPTER * expected.norm():
         share = 1 + float((error * added).sum() / added.square().sum())
         if abs(share - 1) > 0.5:
@@ -115,7 +116,7 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 @torch.no_grad()
 def _log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnLoading) -> torch.Tensor:
-    """Compute log-probabilities ``(tokens, vocabulary)`` of all samples."""
+    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:
         logits = model(torch.tensor([sample], device=device())).logits[0]

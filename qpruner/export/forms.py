@@ -1,6 +1,6 @@
-"""Write the final model in forms that other tools load.
+"""Export the final model in forms that other tools can load.
 
-An export is written aside, loaded again and compared with the final model before it gets its name.
+An export is written to a hidden folder, loaded again and compared with the final model; only then is it renamed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from qpruner.runs.storage import exists, fetch, retry_storage, storage_at, write
 Form = Literal["merged", "peft"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 AGAINST_SHORTAGE = (
-    "end what else takes memory, or repeat the command on a machine that has more; where a GPU's memory ran out, set "
-    "`CUDA_VISIBLE_DEVICES=` to use the machine's"
+    "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
+    "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 NUM_ROWS = 8
-"""Confirmation rows whose predictions are compared."""
+"""Number of confirmation rows on which predictions are compared."""
 
 
 @dataclass(frozen=True)
 class Exported(Likeness):
-    """A written export: its folder, and whether it loads without `import qpruner.hf`."""
+    """A finished export: `is_plain` is True if transformers can load it without `import qpruner.hf`."""
 
     folder: Path
     is_plain: bool
@@ -42,14 +42,14 @@ class Exported(Likeness):
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
 def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignore_progress) -> Exported:
-    """Write the final model of a run in another form, to a folder that does not exist yet.
+    """Export the final model of a run to a new folder.
 
-    With `merged` its weights are dense, with the adapter added in; `peft` has the adapter, and the quantized model
-    below it. Raises `StageError` if the export does not predict what the final model does.
+    The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
+    subfolder. Raise `StageError` if the export and the final model differ.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
-        raise UserError(f"{run.place} has no final model: repeat `qpruner run` until it has fine-tuned one")
+        raise UserError(f"{run.place} has no final model: repeat `qpruner run` to finish the run")
     if target.exists():
         raise UserError(f"{target} exists: delete it or name another folder with `--out`")
     record = ExportRecord(final=run.final_digests())
@@ -72,7 +72,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignor
 
 
 def _write_merged(final: Path, folder: Path, on_progress: OnLoading) -> None:
-    """Unpack every layer, add its adapter, ``W + alpha / rank * B A`` in the model's dtype, and save the model."""
+    """Dequantize every layer, add its adapter (``W + alpha / rank * B A``) in the model's dtype, and save the model."""
     import torch
     from safetensors.torch import load_file
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -82,7 +82,7 @@ def _write_merged(final: Path, folder: Path, on_progress: OnLoading) -> None:
     config = checkpoint_config(final)
     dtype = config.dtype
     quantized = config.__dict__.pop("quantization_config", {"bits": {}})
-    state = dense_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # the adapter lies beside the weights
+    state = dense_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # all but the adapter
     for path in quantized["bits"]:
         packed = layer_tensors(state, path)
         packed.pop("bias", None)
@@ -104,7 +104,7 @@ def _write_merged(final: Path, folder: Path, on_progress: OnLoading) -> None:
 
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:
-    """Write the adapter, and the quantized model in a folder below it, for a folder that becomes `target`."""
+    """Write the adapter to `folder` and the quantized model to a subfolder; `folder` will be renamed to `target`."""
     left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())

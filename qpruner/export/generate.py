@@ -1,6 +1,6 @@
-"""Load the models of a run or a folder, and let each answer a prompt.
+"""Load the models of a run or of a folder, and generate answers to prompts.
 
-An answer depends on model, prompt and sampling alone: the seed is set anew for each.
+Before every answer the seed is set, so that an answer depends on model, prompt and sampling only.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.runs.storage import export_command, run_path
 
 BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
-"""The models of a run, in the order in which they are made."""
+"""Models of a run, in the order in which the run makes them."""
 AGAINST_SHORTAGE = (
-    "name fewer models with `--which`, allow fewer `--max-tokens` or shorten the prompt; where a GPU's memory ran out, "
-    "set `CUDA_VISIBLE_DEVICES=` to use the machine's"
+    "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran out of memory, set "
+    "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 Template = Literal["chat", "alpaca", "none"]
-"""The tokenizer's own, none where it has none; that of the fine-tune's instructions (`data.template: alpaca`); none."""
+"""Prompt template: the tokenizer's chat template (or none if it has none), that of `data.template: alpaca`, or none."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; temperature 0 takes the likeliest token every time."""
+    """Settings for generating answers; temperature 0 always takes the most likely token."""
 
     max_tokens: int
     temperature: float
@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer without special tokens, which `num_tokens` counts, and what ended it: the model or its room."""
+    """An answer without special tokens (which `num_tokens` counts), ended by an end token or by the length limit."""
 
     text: str
     num_tokens: int
@@ -53,20 +53,20 @@ class Answer:
 
 
 class Generator:
-    """A model in memory, with its tokenizer."""
+    """A loaded model with its tokenizer, which generates answers."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
 
     @raising_out_of_memory(AGAINST_SHORTAGE)
     def answer(self, prompt: str, sampling: Sampling) -> Answer:
-        """Answer a prompt."""
+        """Generate an answer to a prompt."""
         ids = self._encoded(prompt, sampling.template).to(self._model.device)
         length = ids.shape[1]
         context = getattr(self._model.config, "max_position_embeddings", None) or length + sampling.max_tokens
         if length >= context:
-            raise UserError(f"the prompt has {length} tokens, and the model's context {context}: shorten the prompt")
-        # What ends an answer: the tokenizer's end token, and those of the model's generation_config.json.
+            raise UserError(f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt")
+        # An answer ends at the end token of the tokenizer or at one in the model's generation_config.json.
         own = self._model.generation_config.eos_token_id
         ends = sorted({*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id} - {None})
         how: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
@@ -87,21 +87,21 @@ class Generator:
         return Answer(text, len(tokens), "end" if tokens[-1] in ends else "length")
 
     def _encoded(self, prompt: str, template: Template) -> torch.Tensor:
-        """Return the token ids ``(1, seq)`` of a prompt with its template."""
+        """Apply the template to a prompt and return its token ids ``(1, seq)``."""
         has_chat = template == "chat" and self._tokenizer.chat_template
         if has_chat:
             messages = [{"role": "user", "content": prompt}]
             prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         elif template == "alpaca":
             prompt = alpaca_prompt(prompt)
-        # A chat template writes its own special tokens.
+        # A chat template writes the special tokens itself.
         ids: torch.Tensor = self._tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")["input_ids"]
         return ids
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is; `dense` is the `model` section of a run, for its dense models."""
+    """Folder of a model; `dense` is the `model` section of the run's configuration if the model is not quantized."""
 
     name: str
     folder: Path
@@ -109,12 +109,12 @@ class Source:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on disk, adapter included, which is what they take in memory."""
+        """Bytes of the weights and the adapter on disk, which equal the bytes in memory."""
         places = {self.folder, weights_folder(self.folder)}
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
     def load(self, on_progress: OnLoading = ignore_progress) -> Generator:
-        """Load the model."""
+        """Load the model and its tokenizer."""
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):
                 if self.dense:
@@ -123,25 +123,25 @@ class Source:
                     model = load(self.folder, on_progress)
                 return Generator(model, load_tokenizer(str(self.folder), self.dense))
         except (OSError, ValueError, ImportError) as error:
-            remedy = "name a folder that transformers loads, with its tokenizer"
+            remedy = "give a folder with a tokenizer and a model that transformers can load"
             raise UserError(f"{self.folder} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the wanted models of a run (all that are there if `which` is empty), or that of a folder alone."""
+    """Find the models of a run that `which` names (all existing if it is empty), or the model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
-            f"models are loaded from a folder, and this is a URI: `{command}` "
-            "brings its final model here, then name FOLDER"
+            f"models are loaded from a folder, not from a URI: download the final model with `{command}`, "
+            "then name FOLDER"
         )
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)
     elif which:
-        remedy = "leave it out, or name a run folder"
-        raise UserError(f"`--which` chooses among the models of a run, and {place} has no {STATE}: {remedy}")
+        remedy = "omit `--which`, or name a run folder"
+        raise UserError(f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): {remedy}")
     elif not place.is_dir():
-        raise UserError(f"{place} is no folder: name a run folder, or a model's")
+        raise UserError(f"{place} is not a folder: name a run folder or a model folder")
     else:
         found = [Source(place.name, place)]
     for source in found:
@@ -150,22 +150,22 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
         if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
             raise UserError(
                 f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside its "
-                "adapter_config.json (pickled adapters are not read; save it anew with peft's save_pretrained)"
+                "adapter_config.json (pickled adapters are not read: save it again with peft's save_pretrained)"
             )
     return found
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
-    """Find the models that a run's folder has."""
+    """Find the models in the folder of a run."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     dense = ModelConfig.model_validate(state.config["model"])
-    there = {PRUNED: Source(PRUNED, run.stage("prune"), dense), FINAL: Source(FINAL, run.root / FINAL)}
+    existing = {PRUNED: Source(PRUNED, run.stage("prune"), dense), FINAL: Source(FINAL, run.root / FINAL)}
     if prepared:
-        there = {BASE: Source(BASE, run.base_model(prepared), dense), **there}
-    there = {name: source for name, source in there.items() if (source.folder / "config.json").is_file()}
-    wanted = which or list(there) or WHICH
-    if missing := [name for name in wanted if name not in there]:
-        chosen = f"; `--which {','.join(there)}` is there" if there else ""
-        raise UserError(f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{chosen}")
-    return [there[name] for name in wanted]
+        existing = {BASE: Source(BASE, run.base_model(prepared), dense), **existing}
+    existing = {name: source for name, source in existing.items() if (source.folder / "config.json").is_file()}
+    wanted = which or list(existing) or WHICH
+    if missing := [name for name in wanted if name not in existing]:
+        hint = f", or use `--which {','.join(existing)}`" if existing else ""
+        raise UserError(f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{hint}")
+    return [existing[name] for name in wanted]

@@ -1,6 +1,6 @@
-"""Push a final model to a model hub, with its model card; private unless its owner says otherwise.
+"""Push a final model and its model card to a model hub; a new repository is private unless `--public` is given.
 
-The token comes from `HF_TOKEN` or the hub client's own login; it is sent to the hub and written nowhere.
+The token comes from `HF_TOKEN` or `hf auth login`. It is sent to the hub only, and never written to a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HUBS_OWN = ".gitattributes"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What the hub has now; `url` is that of the commit, and `card_lacks` names keys of the configuration's `card`."""
+    """Result of a push: `url` is the commit, `card_lacks` the keys to set in the configuration section `card`."""
 
     url: str
     num_files: int
@@ -40,28 +40,28 @@ class Pushed:
 def push(
     run: RunDir, repo_id: str, what: What, is_public: bool, notify: Callable[[str], None] = lambda _: None
 ) -> Pushed:
-    """Upload the final model, or what `qpruner export RUN --to` wrote, as one commit to OWNER/NAME.
+    """Upload the final model, or an export of it, to the repository OWNER/NAME as one commit.
 
-    Everything else in the repository is removed: transformers would attach an adapter that lies beside a merged model.
-    `notify` is called before the upload, which may take hours.
+    All other files of the repository are deleted, because transformers would attach an old adapter to a merged model.
+    `notify` gets a message before the upload, which may take hours.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-    # HTTPError is httpx's with huggingface_hub 1.x and httpx2's with 2.x, so it is taken from where both have it.
+    # HTTPError comes from httpx in huggingface_hub 1.x and from httpx2 in 2.x; this module re-exports it in both.
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
-    run.require_folder("copy the run to a folder of this machine, and push that")
+    run.require_folder("copy the run to a folder on this machine, and push from there")
     files = list(_files(run, what, repo_id))
     num_bytes = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for _, each in files)
     if get_token() is None:
-        raise UserError("there is no token for the hub: set HF_TOKEN to one that may write, or run `hf auth login`")
+        raise UserError("the hub needs a token: set HF_TOKEN to a token with write access, or run `hf auth login`")
     api = HfApi()
     try:
         repo = api.create_repo(repo_id, private=not is_public, exist_ok=True).repo_id
         is_private = bool(api.repo_info(repo).private)
         if not is_private and not is_public:
-            raise UserError(f"{repo} is there and public: give `--public` if the model may be, or name another")
-        notify(f"{counted(len(files), 'file')}, {num_bytes / 1e6:.1f} MB, on their way to {repo} ...")
+            raise UserError(f"{repo} exists and is public: give `--public` if the model may be, or name another")
+        notify(f"{counted(len(files), 'file')}, {num_bytes / 1e6:.1f} MB, uploading to {repo} ...")
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
         earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *(name for name, _ in files)}
         removed = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(earlier)]
@@ -70,9 +70,9 @@ def push(
     except HFValidationError as error:
         raise UserError(f"REPO_ID must be OWNER/NAME, got {repo_id!r}: {first_line(error)}") from error
     except OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE forbids to ask the hub: unset it") from error
+        raise UserError("HF_HUB_OFFLINE is set, which forbids access to the hub: unset it") from error
     except HfHubHTTPError as error:
-        remedy = "see that the token may write there (`hf auth whoami`), then repeat the command"
+        remedy = "check that the token may write to it (`hf auth whoami`), then repeat the command"
         raise StageError("push", first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
         raise StageError("push", f"the hub cannot be reached: {first_line(error)}", "repeat the command") from error
@@ -80,21 +80,21 @@ def push(
 
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
-    """Yield names in the repository with their local path or content."""
+    """Yield file names in the repository, each with its local path or its content."""
     final = run.root / "final"
     folder = final if what == "final" else run.root / "export" / what
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
-        remedy = "repeat `qpruner run` until it has" if what == "final" else f"`qpruner export {run.root} --to {what}`"
+        remedy = "repeat `qpruner run` to finish it" if what == "final" else f"`qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
     record = None if what == "final" else read_json(folder / MARK, ExportRecord)
     if what != "final" and (not record or record.final != run.final_digests()):
         remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
-        raise UserError(f"{folder} was not exported from the present final model, which the card is about: {remedy}")
+        raise UserError(f"{folder} was not exported from the current final model, which the card describes: {remedy}")
     yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
-            # transformers (5.24) takes the base's weights from there, and a path of this machine is nobody's business.
+            # transformers 5.24 loads the base model from this entry; a path on this machine would be useless there.
             settings = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": repo_id}
             yield ADAPTER, (json.dumps(settings, indent=2) + "\n").encode()
         elif path.is_file() and name not in (CARD, MARK):
@@ -102,10 +102,10 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
 
 
 def _card(run: RunDir) -> str:
-    """Read the card of the final model, which its owner may have changed."""
+    """Read the model card of the final model, which may have been edited by hand."""
     final = run.root / "final"
     if not (final / CARD).is_file():
-        raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
+        raise UserError(f"{final} has no model card: repeat `qpruner run`, which writes it after the evaluation")
     return (final / CARD).read_text(encoding="utf-8")
 
 

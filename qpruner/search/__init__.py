@@ -1,1 +1,1 @@
-"""Searches a plan: trials, their records, searchers."""
+"""The search for a plan: searchers, trials and their records."""

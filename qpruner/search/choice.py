@@ -1,6 +1,6 @@
-"""The plans every search starts with, the random ones beside it, and what wins: a plan, or a Pareto front.
+"""Choose the controls of a search, its finalists, its winner or Pareto front, and random plans to compare with.
 
-The replays of `benchmarks/` share it, so a replay's regret is that of the plan a run returns.
+The replays in `benchmarks/` call these functions too, so they choose plans as a run does.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from qpruner.sensitivity.seeds import seed_origin, seed_plan
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
 Point = tuple[float, float]
-"""Bytes, and what is minimized beside them."""
+"""The bytes of a plan and its score; both are minimized."""
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
-    """Return the controls: the seed plan of every sensitivity, then the uniform plans, those inside the budget."""
+    """Return the controls inside the budget: the seed plan of every sensitivity, then the uniform plans."""
     uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
     seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in sensitivities.items()]
     return [(origin, plan) for origin, plan in [*seeds, *uniform] if space.is_feasible(plan)]
 
 
 def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], confirm: int) -> list[int]:
-    """Return the positions of the trials that are scored again: the `confirm` lowest scores and every control."""
+    """Return the positions of the trials to score again: the `confirm` lowest scores and every control."""
     ranked = sorted(range(len(scores)), key=lambda position: (scores[position], position))
     return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
 
 
 def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int | None:
-    """Return the position of the best score on fresh rows; a control wins a tie. None if there are no scores."""
+    """Return the position of the lowest score on fresh rows, or None without scores; a control wins a tie."""
     return min(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at), default=None)
 
 
 def non_dominated(points: Sequence[Point]) -> list[int]:
-    """Return the positions of the points that no other dominates; of equal points the first counts."""
+    """Return the positions of the points on the Pareto front, by rising bytes; of equal points only the first."""
     front, lowest = [], float("inf")
     for position in sorted(range(len(points)), key=lambda position: points[position]):
         if points[position][1] < lowest:
@@ -48,11 +48,10 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
 
 
 def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
-    """Compute the hypervolume of a front by bytes and score (Zitzler and Thiele, 1998), in the unit of the score.
+    """Compute the hypervolume of a front of bytes and scores (Zitzler and Thiele, 1998), in the unit of the score.
 
-    It is the area that the points dominate, up to the budget and to the score of the smallest plan, divided by the
-    bytes between that plan and the budget: by how much the best plan inside a budget beats the smallest one, in the
-    mean over all budgets between them. So a plan of the whole budget adds nothing.
+    It is the mean over all budgets from the smallest plan to this one of how much the best plan inside a budget beats
+    the smallest plan. A plan that fills this budget adds nothing.
     """
     area, lowest = 0.0, smallest[1]
     for position in non_dominated(points):
@@ -64,11 +63,11 @@ def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -
 
 
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
-    """Draw different plans, almost uniformly over all others whose bytes are within `SAME_BYTES` of those of `plan`.
+    """Draw up to `count` plans almost uniformly from all others whose bytes are within `SAME_BYTES` of those of `plan`.
 
-    Levels are drawn group by group with probabilities ``exp(-tilt * bytes)``, which makes plans of the wanted bytes
-    likely, and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) evens out the rest. The
-    budget plays no part. Fewer than `count` are returned where 131072 draws found no more.
+    The level of each group is drawn with probabilities ``exp(-tilt * bytes)``, so that plans of the wanted bytes are
+    likely and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) makes all plans equally
+    likely. The budget is ignored. There are fewer than `count` plans if 131072 draws do not find enough.
     """
     if count == 0 or len(space.levels) == 1:
         return []
@@ -78,7 +77,7 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
     least, most = wanted - apart, wanted + apart
     tilt = _tilt(sizes, most)
     limit = most
-    if tilt < 0:  # the lightest plans of the band are the most
+    if tilt < 0:  # light plans are the most frequent ones in the range
         tilt, limit = min(_tilt(sizes, least), 0.0), least
     chances = _chances(sizes, tilt).cumsum(axis=1)
     found: dict[PrecisionPlan, None] = {}
@@ -105,7 +104,7 @@ def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _tilt(sizes: np.ndarray, wanted: float) -> float:
-    """Find by bisection the tilt under which the expected bytes are `wanted`; it is bounded."""
+    """Find by bisection the bounded tilt at which the expected bytes are `wanted`."""
     low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
     for _ in range(60):
         middle = (low + high) / 2

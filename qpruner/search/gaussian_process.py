@@ -1,9 +1,9 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
-It maximizes BoTorch's log expected improvement (Ament et al., arXiv 2310.20708) of the model in `plan_model`, over new
-plans inside the budget: all plans of a small space; of a large one, knapsacks that ascend it from sampled effects, and
-neighbours of the best plans and candidates. For a Pareto front it is the expected hypervolume improvement: as a plan's
-bytes are known, the sum over the front's segments of bytes of the expected improvement on each.
+It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
+under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are knapsacks
+of sampled effects, plans improved from them, and neighbours of the best plans. For a Pareto front the improvement is
+that of the hypervolume: a sum over ranges of bytes, each with the plan of the front to beat in it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior, Proposal
 
 MAX_ENUMERATED = 4096  # spaces of at most so many plans, over budget or not, are enumerated
-NUM_SAMPLES = 12  # of the effects, whose knapsacks become candidates
-NUM_CENTERS = 6  # best known plans, and best candidates, whose neighbours become candidates
-NUM_SWAPS = 100  # around one plan
+NUM_SAMPLES = 12  # samples of the effects; the knapsack of each is a candidate
+NUM_CENTERS = 6  # best plans, known ones or candidates, whose neighbours become candidates
+NUM_SWAPS = 100  # neighbours of one plan that differ from it in two groups
 NUM_ASCENTS = 4
 NUM_CLIMBS = 3
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: beside two other jobs on two cores a proposal took 0.9 s, and 12 s with more threads."""
+    """Limit torch to one thread: beside two other jobs on two cores a proposal took 0.9 s, not 12 s."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -49,9 +49,9 @@ def _one_thread() -> Iterator[None]:
 
 
 class GaussianProcessProposer:
-    """Proposes the plan with the largest log expected improvement over the best of all plans known or in flight.
+    """Proposes the plan with the largest log expected improvement over the best scored or running plan.
 
-    With `pareto` it is the mean improvement of the front over the sizes from the smallest plan to the budget.
+    With `pareto` it is the improvement of the front, averaged over the sizes from the smallest plan to the budget.
     """
 
     name = "gp"
@@ -63,7 +63,7 @@ class GaussianProcessProposer:
 
     @_one_thread()
     def propose(self, index: int, history: History) -> Proposal:
-        """Return a feasible plan that `history` does not hold; the smallest plan when there is none."""
+        """Return a feasible plan that is not in `history`; if there is none, the smallest plan."""
         generator = np.random.default_rng([self._seed, index])
         pending = self._plans.tensor(history.pending)
         known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
@@ -77,7 +77,7 @@ class GaussianProcessProposer:
             return Proposal(self._plans.space.plan_of(self._plans.smallest))
         best = int(values.argmax())
         plan = self._plans.space.plan_of(candidates[best])
-        if len(history.observations) < 2:  # the scale of the scores, and so of an improvement, is unknown yet
+        if len(history.observations) < 2:  # without a scale of the scores an improvement has no unit
             return Proposal(plan)
         return Proposal(plan, math.exp(float(values[best])), posterior.noise)
 
@@ -93,7 +93,7 @@ class GaussianProcessProposer:
     def _candidates(
         self, posterior: Posterior, goal: Goal, seen: set[bytes], generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return new plans ``(n, groups)`` and their log expected improvement ``(n,)``."""
+        """Return new plans ``(n, groups)`` and the log expected improvement ``(n,)`` of each."""
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
             return candidates, goal.log_improvement(posterior, candidates)
@@ -112,7 +112,7 @@ class GaussianProcessProposer:
         return candidates, values
 
     def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
-        """Improve knapsacks of sampled effects by ascending the expected improvement."""
+        """Return knapsacks of sampled effects, and what an ascent of the expected improvement makes of them."""
         noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
         effects = posterior.effects(noise)
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
@@ -128,23 +128,23 @@ class GaussianProcessProposer:
 
 @dataclass(frozen=True)
 class Goal:
-    """The reference plans that a new plan is to beat, each over a range of bytes."""
+    """The plans that a new plan has to beat, each in a range of bytes."""
 
     plans: Plans
     references: Tensor  # (r, groups): the plan to beat in each range
-    edges: Tensor | None  # (r + 1,) bytes: where the ranges start, and the end of the last; None if bytes do not count
-    centers: Tensor  # (c, groups): plans around which improvements are looked for
+    edges: Tensor | None  # (r + 1,): bytes where each range starts and the last ends; None: one range of all bytes
+    centers: Tensor  # (c, groups): plans whose neighbours become candidates
 
     def rivals(self, capacities: Tensor) -> Tensor:
-        """Return the reference ``(n, groups)`` that a plan of each size ``(n,)`` has to beat."""
+        """Return the reference plan ``(n, groups)`` to beat at each size in bytes ``(n,)``."""
         if self.edges is None:
             return self.references.expand(len(capacities), -1)
         return self.references[torch.searchsorted(self.edges[1:-1].to(capacities.dtype), capacities, right=True)]
 
     def log_improvement(self, posterior: Posterior, candidates: Tensor) -> Tensor:
-        """Compute the log expected improvement ``(n,)`` of ``(n, groups)`` plans, in the score's unit."""
+        """Compute the log expected improvement ``(n,)`` of plans ``(n, groups)``, in the unit of the score."""
         mean, variance = posterior.gap(candidates, self.references)
-        # BoTorch bounds the variance from below at 1e-12: give it numbers of the scores' own size.
+        # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
         scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
         improvement = LogExpectedImprovement(_Marginals(), best_f=0.0, maximize=False)
         values: Tensor = improvement(scaled.reshape(-1, 1, 2)).reshape(mean.shape) + posterior.unit.log()
@@ -157,7 +157,7 @@ class Goal:
 
 
 class _Marginals(Model):  # type: ignore[misc]
-    """Lets BoTorch's acquisition functions use given marginals: inputs ``(..., 1, 2)`` are mean and variance.
+    """Gives known marginals to BoTorch's acquisition functions: inputs ``(..., 1, 2)`` are mean and variance.
 
     gpytorch's exact inference over thousands of candidates took 3 s at 500 observations, a hundred times as long.
     """
@@ -171,7 +171,7 @@ class _Marginals(Model):  # type: ignore[misc]
 
 
 def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = False) -> Goal:
-    """Set the goal: to beat the best plan; or to dominate more between smallest plan, budget and worst score."""
+    """Return the goal: to beat the best plan or, with `pareto`, to add to the hypervolume of the front."""
     inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
     means = posterior.mean(inside)
     if not pareto:
@@ -181,7 +181,7 @@ def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = Fals
     lowest = means[order].cummin(0).values
     leads = torch.cat([torch.ones(1, dtype=torch.bool), lowest[1:] < lowest[:-1]])
     front = inside[order[leads]]
-    # The worst plan stands for the score that counts as nothing; it is the one to beat at sizes below the front's.
+    # The worst score bounds the hypervolume: it is the one to beat at sizes below those of the front.
     references = torch.cat([inside[means.argmax()][None], front])
     lightest, heaviest = plans.bytes.amin(1).sum(), torch.tensor(plans.capacity)
     edge = heaviest + 0.01 * (heaviest - lightest)
@@ -189,7 +189,7 @@ def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = Fals
 
 
 class Plans:
-    """Plans as rows of level indices ``(n, groups)``, int64, and their arithmetic under a budget."""
+    """Plans of a space as tensors of level indices ``(n, groups)``, int64, with their bytes and the budget."""
 
     def __init__(self, space: PlanSpace) -> None:
         self.space = space
@@ -200,7 +200,7 @@ class Plans:
 
     @cached_property
     def all(self) -> Tensor | None:
-        """Enumerate the plans inside the budget, where plans are few."""
+        """Enumerate the plans inside the budget; None if the space has too many plans."""
         num_levels, num_groups = len(self.space.levels), len(self.space.groups)
         if num_levels**num_groups > MAX_ENUMERATED:
             return None
@@ -208,16 +208,16 @@ class Plans:
         return plans[self.sizes(plans) <= self.capacity]
 
     def tensor(self, plans: Iterable[PrecisionPlan]) -> Tensor:
-        """Convert plans to rows."""
+        """Convert plans to level indices ``(n, groups)``."""
         rows = [self.space.indices_of(plan) for plan in plans]
         return torch.tensor(rows, dtype=torch.long).reshape(-1, len(self.space.groups))
 
     def sizes(self, plans: Tensor) -> Tensor:
-        """Return the bytes ``(n,)`` of all groups together."""
+        """Return the bytes ``(n,)`` of all groups of each plan."""
         return self.bytes[self._rows, plans].sum(1)
 
     def new(self, plans: Tensor, seen: set[bytes]) -> Tensor:
-        """Return the plans inside the budget and not in `seen`, and add them to it."""
+        """Return the plans that are inside the budget and not in `seen`, and add them to `seen`."""
         inside = plans[self.sizes(plans) <= self.capacity]
         fresh = []
         for at, row in enumerate(inside.numpy()):
@@ -227,7 +227,7 @@ class Plans:
         return inside[fresh]
 
     def random(self, generator: np.random.Generator) -> Tensor:
-        """Draw a plan that leaves no room for any raise, where more bytes are better."""
+        """Draw a plan that fills the budget: no group can get a larger level any more."""
         worth = torch.tensor(generator.exponential(size=self.bytes.shape))
         costs = -worth.cumsum(1).gather(1, self.bytes.argsort(1).argsort(1))
         return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64))[0]
@@ -235,7 +235,7 @@ class Plans:
     def knapsacks(self, costs: Tensor, capacities: Tensor) -> Tensor:
         """Find plans ``(s, groups)`` of nearly least cost ``(s, groups, levels)``, each inside a capacity ``(s,)``.
 
-        Lagrange's bound on the bytes, then raises into what is left.
+        Bisect a price of bytes (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
         """
         bytes_ = self.bytes.to(torch.float64)
         steps = bytes_.sort(1).values.diff(dim=1)
@@ -259,7 +259,7 @@ class Plans:
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Return every move of one group of a plan, and the most promising raises of one group paid by another."""
+        """Return the plans that differ in one group, and the most promising that raise a group and lower another."""
         growth = self.bytes - self.bytes[self._rows, plan][:, None]
         rise = effects - effects[self._rows, plan][:, None]
         room = self.capacity - self.sizes(plan[None])[0]

@@ -1,8 +1,7 @@
-"""The prior of the searcher `gp`: what a plan's score is expected to be before any score is known.
+"""The prior of the searcher `gp`: the expected score of a plan before any score is known.
 
-A plan's score is, first of all, a sum over its groups; so the prior is a Bayesian linear model of the groups' effects,
-from their sensitivities, bytes, sublayer and block. `posterior` adds small terms for how groups interact, and the
-rungs.
+A plan's score is mostly a sum over its groups. So the prior is a Bayesian linear model of the effects of groups, from
+their sensitivities, bytes, sublayer and block. `posterior` adds small terms for interactions, and the rungs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from qpruner.plans.plan import PlanSpace
 from qpruner.search.searchers import History, Observation, Prior
 
 NUM_FITTED = 100  # observations that the hyperparameters are fitted to; more cost time and change little
-NUM_RUNG_PAIRS = 24  # trials whose lower rungs are kept once they have a higher one
+NUM_RUNG_PAIRS = 24  # trials of which all rungs are kept, not the latest alone
 SHARES = {
     "sublayer": (0.1, 1.0),
     "size": (0.05, 1.0),
@@ -29,8 +28,8 @@ SHARES = {
     "methods": (0.1, 1.0),
     "sensitive": (0.1, 1.0),
 }
-"""Variance of the additive terms, as shares of the scores' variance over random plans, see `PlanModel`. A prior, here
-and below, is log-normal: the median, and the standard deviation of the logarithm."""
+"""Priors of the additive terms' variances, as shares of the scores' variance over random plans; see `PlanModel`. All
+priors here are log-normal: (median, standard deviation of the logarithm)."""
 OTHERS = {
     "pairwise": (0.01, 1.5),
     "local": (0.01, 1.5),
@@ -39,28 +38,28 @@ OTHERS = {
     "decorrelation": (0.02, 1.0),
     "mean": (0.7, 0.7),
 }
-"""The other hyperparameters: variance of the interactions, and the share of groups over which they reach; variance of a
-repeat; decay of the rungs' correlation, for each rung apart; scale of the prior mean."""
-AMPLITUDE = (1.2, 0.4)  # of the effects at a lower rung against the last
+"""Priors of the other hyperparameters: variances of interactions (`pairwise`, `local`); share of differing groups over
+which `local` decays; variance of repeated scores; decay of correlation per rung; scale of the prior mean."""
+AMPLITUDE = (1.2, 0.4)  # prior of the size of effects at a lower rung, relative to the last rung
 
 
 class PlanModel:
     """The prior over effects that a space and its sensitivities imply.
 
-    An effect is what a group's level adds to the score, against the highest level. Levels are ranked by `damage`, the
-    quantization error's variance as 4^-bits, 1 at the lowest and 0 at the highest. The effects' covariance is a sum of
+    An effect is the score that a level of a group adds, compared with the highest level. Unless said otherwise it is
+    proportional to the level's `damage`: the variance of its quantization error (4^-bits), from 1 at the lowest level
+    to 0 at the highest. The covariance of the effects is a sum of these parts:
 
     - `size`: proportional to the bytes that the lowest level saves;
-    - `sublayer`: one effect shared by all groups of a kind (`layers.#.qkv`, names with their number left out);
-    - `depth`: of groups of a kind, similar in neighbouring blocks, where names have a number;
-    - `group`: every group on its own, with a variance of its own for each kind; `sensitive`: the same, with deviations
-      as large as the sensitivities' mean; both with heavy tails, see `Posterior`;
-    - `level`: every level between lowest and highest on its own;
+    - `sublayer`: one effect for all groups whose names are equal without numbers (`layers.#.qkv`), a kind;
+    - `depth`: effects of the groups of a kind, similar in neighbouring blocks, if all names have a number;
+    - `group`: an independent effect for every group, with one variance for each kind;
+    - `sensitive`: the mean of the sensitivities times an independent factor for every group; heavy-tailed like `group`;
+    - `level`: an independent effect for every level between lowest and highest;
     - `methods`: proportional to each sensitivity.
 
-    `sublayer`, `depth` and `group` grow with the root of a group's bytes, as a sum over independent weights does. The
-    effects' mean is proportional to that of the sensitivities `priors` which are not all zero, each scaled to the same
-    variance; without any to the bytes saved.
+    `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
+    effect is the mean of the sensitivities `priors`, each scaled to the same variance, or that of `size` if all are 0.
     """
 
     def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
@@ -72,7 +71,7 @@ class PlanModel:
         error = torch.tensor([4.0**-bits - 4.0**-top for bits in space.levels[:-1]], dtype=torch.float64)
         self._damage = error / error[0]
         share, levels = 1.0 / num_levels, torch.eye(num_levels - 1, dtype=torch.float64)
-        # Of plans drawn uniformly.
+        # The covariance of the features of plans drawn uniformly.
         self._feature_covariance = torch.kron(torch.eye(num_groups, dtype=torch.float64), levels * share - share**2)
         bytes_ = torch.tensor(space.group_bytes, dtype=torch.float64)
         sizes = bytes_[:, -1] - bytes_[:, 0]
@@ -83,13 +82,13 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred indicators ``(n, effects)`` of the levels below the top."""
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, no top level."""
         below = torch.arange(self.num_levels - 1)
         hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the share of groups in which plans differ: ``(n, groups)`` and ``(m, groups)`` give ``(n, m)``."""
+        """Return the share of groups in which plans ``(n, groups)`` and ``(m, groups)`` differ, as ``(n, m)``."""
         agree = torch.zeros(len(left), len(right), dtype=torch.float64)
         for level in range(self.num_levels):
             agree += (left == level).to(torch.float64) @ (right == level).to(torch.float64).T
@@ -132,7 +131,7 @@ class PlanModel:
         return torch.tensor(np.stack(rises, axis=1)).reshape(-1)
 
     def _unit(self, effects: Tensor) -> Tensor:
-        """Scale effects so that a random plan's sum of effects has variance one."""
+        """Scale effects so that their sum in a random plan has variance one."""
         variance = effects @ self._feature_covariance @ effects
         return effects / variance.sqrt() if variance > 0 else effects
 
@@ -142,16 +141,16 @@ class PlanModel:
 
 @dataclass(frozen=True)
 class Data:
-    """Scores as tensors."""
+    """Observations as tensors."""
 
     plans: Tensor  # (n, groups): level indices
-    ranks: Tensor  # (n,): rungs below the last; 0 is the target
-    scores: Tensor  # (n,), as observed
-    num_rungs: int  # of the search, also those without a score
+    ranks: Tensor  # (n,): 0 is the last rung, 1 the one below it
+    scores: Tensor  # (n,)
+    num_rungs: int  # rungs of the search, also those of which there is no score here
 
     @classmethod
     def of(cls, space: PlanSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
-        """Convert observations to tensors, where `steps` are those of every rung."""
+        """Convert observations to tensors; `steps` has the step of every rung."""
         steps, plans = sorted(steps, reverse=True), [space.indices_of(item.plan) for item in observations]
         return cls(
             torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups)),
@@ -166,7 +165,7 @@ class Data:
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:
-    """Keep the latest rung of every trial, and all rungs of the latest `NUM_RUNG_PAIRS` trials that have several."""
+    """Keep the latest rung of every trial, and all rungs of the last `NUM_RUNG_PAIRS` trials that have several."""
     latest = {item.index: item.step for item in observations}
     several = sorted({item.index for item in observations if item.step < latest[item.index]})
     kept = set(several[-NUM_RUNG_PAIRS:])
@@ -174,9 +173,9 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
 
 
 def settled(history: History) -> tuple[Observation, ...]:
-    """Select the observations that hyperparameters are fitted to: all, up to `NUM_FITTED` trials.
+    """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
 
-    From then on those of the first trials only, a tenth more at a time, so that a fit serves several proposals.
+    With more trials only those of the first ones, a number that grows by a tenth, so that a fit serves many proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

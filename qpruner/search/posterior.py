@@ -1,7 +1,7 @@
 """The Gaussian process of the searcher `gp`, conditioned on the scores so far, in float64.
 
-Rungs are tied as in the intrinsic coregionalization model (Bonilla et al. 2008), with a correlation that falls with
-their distance, so that a trial stopped early informs the last rung. Hyperparameters are the maximum a posteriori.
+The correlation of two rungs falls with their distance (intrinsic coregionalization model, Bonilla et al. 2008), so
+that a trial stopped early informs the last rung. The hyperparameters are the maximum a posteriori.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, OTHERS, SHARES, Dat
 
 JITTER = 1e-8
 MIN_VARIANCE = 1e-9
-CONSTANT_VARIANCE = 100.0  # of a rung's level, in units of the scores' variance: as good as unknown
-FREEDOM, NUM_STEPS = 1.0, 10  # of the groups' own effects, and of expectation maximization to find their scales
+CONSTANT_VARIANCE = 100.0  # of a rung's mean score, in units of the scores' variance: almost uninformative
+FREEDOM, NUM_STEPS = 1.0, 10  # degrees of freedom of Student's t, and steps of expectation maximization
 OWN = ("group", "sensitive")  # parts in which every group has an effect of its own
 
 
 class Posterior:
-    """A `PlanModel` conditioned on scores; its methods are about the last rung, in the score's unit.
+    """A `PlanModel` conditioned on scores; its methods predict the last rung, in the unit of the score.
 
-    The scores of `pending` plans ``(p, groups)`` are taken to be the expected ones, so that the mean stays and the
-    variance falls (Ginsbourger et al. 2010, the kriging believer). Hyperparameters are those of `fitted`, a posterior
-    of the same model and rungs; by default they are fitted to `data`.
+    Running plans, `pending` ``(p, groups)``, count as scored with their expected scores: the mean stays and the
+    variance falls (kriging believer, Ginsbourger et al. 2010). The hyperparameters are those of `fitted`, a posterior
+    of the same model and rungs. Without it they are fitted to `data`.
     """
 
     unit: Tensor
@@ -53,18 +53,18 @@ class Posterior:
         noise = (self._value("noise") + JITTER) * torch.eye(len(gram), dtype=torch.float64)
         self._factor = torch.linalg.cholesky(gram + noise)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
-        # A pending plan's weight is zero: its score is the one expected.
+        # The weight of a pending plan is zero, as its score is the expected one.
         self._weights = torch.zeros(len(self._plans), dtype=torch.float64)
         self._weights[:num] = torch.cholesky_solve(residual[:, None], self._factor[:num, :num])[:, 0]
 
     def _learn(self) -> None:
-        """Learn the unit, the hyperparameters and the stretched parts from the scores."""
+        """Learn the unit, the hyperparameters and the scales of groups' own effects from the scores."""
         data, num = self._data, len(self._data.scores)
         beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
         beliefs += [AMPLITUDE] * max(0, data.num_rungs - 1)
         medians, self._spreads = torch.tensor(beliefs, dtype=torch.float64).T
         self._medians = medians.log()
-        # The rung with the most scores says where they are and how far they spread.
+        # Center and unit are those of the rung with the most scores.
         widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
         self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
         self._parts = torch.stack(list(self._model.parts.values()))
@@ -78,11 +78,11 @@ class Posterior:
         return float(self._value("noise").sqrt() * self.unit)
 
     def mean(self, plans: Tensor) -> Tensor:
-        """Return the expected scores of ``(n, groups)`` plans."""
+        """Return the expected scores ``(n,)`` of plans ``(n, groups)``."""
         return self.marginals(plans)[0]
 
     def marginals(self, plans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean ``(n,)``, whitened covariance with the known plans ``(known, n)`` and variance ``(n,)``."""
+        """Return mean ``(n,)``, whitened covariance with known plans ``(known, n)`` and prior variance ``(n,)``."""
         features = self._model.features(plans)
         cross = self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans)))
         additive = (features @ self._covariance * features).sum(1)
@@ -91,7 +91,7 @@ class Posterior:
         return mean, solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance ``(references, n)`` of how much plans score above each reference plan."""
+        """Return mean and variance ``(references, n)`` of the score of plans minus that of each reference plan."""
         mean, white, prior = self.marginals(plans)
         mean_at, white_at, prior_at = self.marginals(reference)
         zeros = self._ranks.new_zeros
@@ -102,25 +102,26 @@ class Posterior:
 
     @cached_property
     def _effects(self) -> tuple[Tensor, Tensor]:
-        """Compute mean ``(effects,)`` and covariance of the additive part's effects, in units of the scores."""
+        """Compute mean ``(effects,)`` and covariance of the effects at the last rung, in multiples of `unit`."""
         to_target = self._rung_factor(self.hyper, self._ranks.new_zeros(1), self._ranks)[0]
         cross = self._covariance @ self._model.features(self._plans).T * to_target
         white = solve_triangular(self._factor, cross.T, upper=False)
         return self._effect_mean(self.hyper) + cross @ self._weights, self._covariance - white.T @ white
 
     def effects(self, noise: Tensor) -> Tensor:
-        """Return effects ``(1 + s, groups, levels)``: the mean, then a sample a row of ``(s, effects)`` white noise."""
+        """Return effects ``(1 + s, groups, levels)``: the mean, and a sample per row of noise ``(s, effects)``."""
         mean, covariance = self._effects
         values, vectors = torch.linalg.eigh(covariance)
         samples = mean + noise @ (vectors * values.clamp_min(0).sqrt()).T
         return self._by_level(torch.cat([mean[None], samples]))
 
     def slopes(self, plans: Tensor, references: Tensor) -> Tensor:
-        """Return the first-order loss of expected improvement ``(n, groups, levels)`` by each level of `plans`.
+        """Return how much each level of `plans` lowers the expected improvement: ``(n, groups, levels)``, first order.
 
-        For ``u`` the expected gain over the plan's reference by its standard deviation ``s``, ``EI = s (u Phi(u) +
-        phi(u))`` changes by ``-Phi(u)`` with the mean and by ``phi(u)`` with ``s``. As ``s`` is convex in the features,
-        the plan of least summed slope is no worse at the same ratio of the two. Additive part only.
+        ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the reference plan and
+        ``u`` its mean divided by ``s``. Its derivative is ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``; here
+        both are divided by ``Phi(u)``. As ``s`` is convex in the features, the plan with the least sum of slopes is no
+        worse at the same ratio of the derivatives. Interactions between groups are left out.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)
@@ -139,7 +140,7 @@ class Posterior:
         return (self.hyper if hyper is None else hyper)[self._names.index(name)].exp()
 
     def _score_unit(self, data: Data) -> Tensor:
-        """Return the factor between the scores' sample variance and the prior's; 1 where there is none."""
+        """Return the ratio of the scores' standard deviation to the prior's; 1 if all scores are equal."""
         deviation = data.scores - data.scores.mean()
         if len(data.scores) < 2 or not bool(deviation.abs().max() > 0):
             return torch.ones((), dtype=torch.float64)
@@ -150,7 +151,7 @@ class Posterior:
         return ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
 
     def _fit(self) -> Tensor:
-        """Fit the logarithms of the hyperparameters, at the maximum of posterior density."""
+        """Return the logarithms of the hyperparameters of the largest posterior density."""
         data = self._data
         if len(data.scores) < 2:
             return self._medians
@@ -187,10 +188,10 @@ class Posterior:
         return torch.tensor(found.x)
 
     def _stretched(self) -> Tensor:
-        """Return the parts ``(parts, effects, effects)``, wider for groups whose own effect stands out.
+        """Return the parts ``(parts, effects, effects)``, with more variance for groups whose effect stands out.
 
-        Normal effects of one variance would smooth those away. So a group's own effect has Student's t, as a normal of
-        unknown scale; the scales are found by expectation maximization (Tipping 2001; Lange et al. 1989).
+        Normal effects of one variance would smooth outliers away. So each group's own effect has Student's t
+        distribution: a normal whose scale expectation maximization finds (Tipping 2001; Lange et al. 1989).
         """
         data, levels = self._data, self._model.num_levels - 1
         if len(data.scores) < 2:
@@ -234,9 +235,9 @@ class Posterior:
         return (torch.outer(amplitudes, amplitudes) * torch.exp(decay))[left][:, right]
 
     def _shape(self, hyper: Tensor, additive: Tensor, distance: Tensor) -> Tensor:
-        """Return the kernel of one rung, from its additive part and the share of groups that differ.
+        """Return the kernel within a rung, from its additive part and the share of groups in which plans differ.
 
-        `pairwise` are products of the additive terms; `local` is anything else, as alike as the plans are.
+        `pairwise` covers products of two effects; `local` anything else that similar plans have in common.
         """
         pairwise, local, reach = (self._value(name, hyper) for name in ("pairwise", "local", "reach"))
         total = hyper[: len(self._model.parts)].exp().sum()
@@ -249,5 +250,5 @@ class Posterior:
 
 
 def _levels(left: Tensor, right: Tensor) -> Tensor:
-    """Return the kernel of the rungs' own levels, which are as good as unknown."""
+    """Return the kernel of the rungs' mean scores, about which the prior knows almost nothing."""
     return CONSTANT_VARIANCE * (left[:, None] == right).to(torch.float64)

@@ -1,8 +1,8 @@
-"""Proposers of plans, and the ledger that keeps every proposal inside the budget and new.
+"""Proposers of plans, and the ledger that turns proposals into new plans inside the budget.
 
-Nothing here knows of Ray. A `Proposer` turns a history into a plan; the `Ledger` hands out controls first, repairs a
-proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
-Suggestion k depends only on the seed, k and the results known when it is asked for.
+Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` hands out the controls first,
+replaces a proposal that is over budget or known by the nearest new feasible plan, and keeps the results. Suggestion k
+depends only on the seed, k and the results known when it is asked for.
 """
 
 from __future__ import annotations
@@ -19,25 +19,14 @@ from qpruner.errors import UserError
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
 Prior = Mapping[int, Sequence[float]]
-"""A sensitivity: bits -> predicted rise of the loss of every group, in nats or its own unit."""
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A plan to run, its number from 0 and where it came from; the rest as in `Proposal`."""
-
-    index: int
-    origin: str
-    plan: PrecisionPlan
-    expected_improvement: float | None = None
-    noise: float | None = None
+"""A sensitivity: for each bit-width the predicted rise of the loss by every group, in nats or a unit of its own."""
 
 
 @dataclass(frozen=True)
 class Observation:
     """The score of suggestion `index` at the rung of `step` optimizer steps; smaller is better.
 
-    It has no standard error: all trials answer the same questions, whose choice is no noise between plans.
+    It has no standard error: all trials answer the same questions, so their choice adds no noise between plans.
     """
 
     index: int
@@ -48,11 +37,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known when a plan is proposed; all by index."""
+    """All that is known when a plan is proposed, in order of index."""
 
-    observations: tuple[Observation, ...] = ()  # every rung of every trial, also of those still running
-    pending: tuple[PrecisionPlan, ...] = ()  # in flight
-    failed: tuple[PrecisionPlan, ...] = ()  # left no score; those that cannot be trained are observations, see `Ledger`
+    observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
+    pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
+    failed: tuple[PrecisionPlan, ...] = ()  # without a score; plans that cannot be trained have one, see `Ledger`
 
     def last(self) -> list[Observation]:
         """Return the latest rung of each trial that is over."""
@@ -67,7 +56,15 @@ class Proposal:
 
     plan: PrecisionPlan
     expected_improvement: float | None = None  # over the best so far, in the score's unit; None without a model
-    noise: float | None = None  # standard deviation of a score, as the searcher's model has it
+    noise: float | None = None  # standard deviation of a repeated score, by the searcher's model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion(Proposal):
+    """A plan to run, with its number from 0 and its origin: a control or a searcher."""
+
+    index: int
+    origin: str
 
 
 class Proposer(Protocol):
@@ -75,21 +72,21 @@ class Proposer(Protocol):
 
     @property
     def name(self) -> str:
-        """Return its name in the records."""
+        """Return the name of the searcher in the records."""
 
     def propose(self, index: int, history: History) -> Proposal:
-        """Propose the plan of suggestion `index`; equal arguments give equal plans."""
+        """Propose a plan for suggestion `index`; equal arguments give equal plans."""
 
 
 def check_searcher(name: str) -> None:
-    """Refuse a searcher whose extra is not installed, with the command that installs it."""
+    """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
     if name != "bayesopt":
         return
     try:
         found = importlib.metadata.version("bayesian-optimization")
     except importlib.metadata.PackageNotFoundError:
         found = "none"
-    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which 2.0 dropped
+    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 has no more
         raise UserError(
             f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
             '`pip install "qpruner[bayesopt]"`'
@@ -98,7 +95,7 @@ def check_searcher(name: str) -> None:
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Proposes levels uniformly, group by group: the baseline of every searcher."""
+    """Proposes a uniformly random level for each group, as the baseline of the other searchers."""
 
     space: PlanSpace
     seed: int
@@ -112,9 +109,9 @@ class RandomProposer:
 
 @dataclass(frozen=True)
 class ScalarizedProposer:
-    """Searches the Pareto front of score and bytes with a searcher of one objective, as ParEGO does (Knowles 2006).
+    """Searches the Pareto front of score and bytes with a single-objective searcher, as ParEGO does (Knowles 2006).
 
-    Every suggestion draws a new weight, and the searcher gets the augmented Chebyshev distance of each plan.
+    Each suggestion draws a new weight. Instead of scores the searcher gets augmented Chebyshev distances.
     """
 
     inner: Proposer
@@ -127,7 +124,7 @@ class ScalarizedProposer:
         return self.inner.name
 
     def propose(self, index: int, history: History) -> Proposal:
-        """Propose a plan for the weight of this suggestion."""
+        """Propose a plan with the weight drawn for this suggestion."""
         seen = history.observations
         if seen:
             weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
@@ -144,17 +141,17 @@ class ScalarizedProposer:
 class Ledger:
     """Keeps every plan of a search, in order.
 
-    A plan that diverges or does not fit in memory counts as bad, not as unknown: at the last step that any plan has
-    reached, with the worst score there plus that score's distance from the best (1 % of it where there is only one).
+    A plan that diverges or does not fit in memory counts as bad, not as unknown. It gets a score at the last step that
+    any plan has reached: as far above the worst score there as that is above the best (1 % above a single one).
     """
 
     space: PlanSpace
     proposer: Proposer
-    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan) that come first; all inside the budget
-    max_trials: int  # suggestions in all; those that another budget's search made do not count
-    patience: int | None = None  # proposals in a row below the noise before the search ends; None never
-    proposes: bool = True  # whether the searcher is asked for more plans than the controls
-    ended: str | None = None  # why there are no more suggestions, once there are none
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan), handed out first; all inside the budget
+    max_trials: int  # suggestions in all, without trials of another search
+    patience: int | None = None  # the search ends after so many proposals in a row below the noise
+    proposes: bool = True  # False if only the controls are run
+    ended: str | None = None  # why there are no more suggestions; None before that
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
     _counted: set[int] = field(default_factory=set)
     _live: dict[int, PrecisionPlan] = field(default_factory=dict)
@@ -164,7 +161,7 @@ class Ledger:
     _unpromising: int = 0
 
     def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
-        """Enter a recorded trial, to be closed or handed out again; `counts` is False for another search's."""
+        """Add a recorded trial, before `close` or `hand_out_again`; `counts` is False for a trial of another search."""
         self._known[suggestion.plan] = suggestion.index
         for rung in rungs:
             self.observe(rung)
@@ -180,35 +177,35 @@ class Ledger:
         return suggestion
 
     def observe(self, observation: Observation) -> bool:
-        """Enter a rung's score of the plan that ran; return False for a rung that a resumed trial reports again."""
+        """Add the score of a rung; return False if it was known, as when a resumed trial reports it again."""
         key = observation.index, observation.step
         is_new = key not in self._observations
         self._observations[key] = observation
         return is_new
 
     def close(self, suggestion: Suggestion, is_untrainable: bool = False) -> None:
-        """End a trial."""
+        """Mark a trial as over; with `is_untrainable` its plan counts as bad."""
         self._live.pop(suggestion.index, None)
         if is_untrainable:
             self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Take back a trial that is not over; it is handed out before new ones, and reports its last rung again."""
+        """Queue a trial that is not over, before new ones; it reports its last rung again."""
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
     def withdraw(self, suggestion: Suggestion) -> None:
-        """Remove a trial that never started; its plan and number are free again."""
+        """Remove a trial that never started; its plan and its number may be used again."""
         self._live.pop(suggestion.index, None)
         self._known.pop(suggestion.plan, None)
         self._counted.discard(suggestion.index)
 
     def end(self, reason: str) -> None:
-        """Make no new suggestions from now on; the first reason is kept."""
+        """Make no new suggestions from now on, and keep the first reason for it."""
         self.ended = self.ended or reason
 
     def history(self) -> History:
-        """Return what the searcher may know."""
+        """Return what the searcher learns from."""
         known = self._observations | self._penalties()
         seen = {index for index, _ in known} | self._live.keys()
         by_index = sorted(self._known.items(), key=lambda item: item[1])
@@ -219,7 +216,7 @@ class Ledger:
         )
 
     def _penalties(self) -> dict[tuple[int, int], Observation]:
-        """Return the scores of plans that cannot be trained; none while nothing was scored."""
+        """Return bad scores for the plans that cannot be trained; none before the first score."""
         if not self._observations:
             return {}
         step = max(step for _, step in self._observations)
@@ -238,7 +235,7 @@ class Ledger:
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         control = next((control for control in self.controls if control[1] not in self._known), None)
-        suggestion = Suggestion(index, *control) if control else self._proposal(index)
+        suggestion = Suggestion(control[1], index=index, origin=control[0]) if control else self._proposal(index)
         if suggestion:
             self._known[suggestion.plan] = index
             self._counted.add(index)
@@ -260,9 +257,9 @@ class Ledger:
                 f"({proposal.noise:.2g}) for {self.patience} proposals in a row (`search.patience`)"
             )
             return None
-        return Suggestion(index, self.proposer.name, plan, proposal.expected_improvement, proposal.noise)
+        return Suggestion(**vars(replace(proposal, plan=plan)), index=index, origin=self.proposer.name)
 
-    def _count_unpromising(self, proposal: Proposal | Suggestion) -> None:
+    def _count_unpromising(self, proposal: Proposal) -> None:
         """Count the proposals in a row whose expected improvement is below the noise, over all sessions."""
         if proposal.expected_improvement is not None and proposal.noise is not None:
             self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0

@@ -1,4 +1,4 @@
-"""One trial: a plan fine-tuned for a few steps and scored at every rung. Knows nothing of Ray."""
+"""Run one trial: fine-tune a plan for a few steps and score it at every rung. Nothing here knows of Ray."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from qpruner.training.finetune import Listener, Schedule, finetune
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
     """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung."""
     config, materials = job.config, job.materials
-    reading = threading.Lock()  # threads read several files at once
+    one_at_a_time = threading.Lock()  # several threads read files
 
-    def moved() -> None:
-        with reading:
+    def on_read() -> None:
+        with one_at_a_time:
             progress(0)
 
-    checkpoint = fetch(materials.checkpoint, moved)
+    checkpoint = fetch(materials.checkpoint, on_read)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
     quantize, dtype = config.quantize, config.model.dtype
     assembler = plan_assembler(checkpoint, materials.bank, quantize.group, dtype, quantize.double_quant, config.lora)
-    peft_model = assembler.model(job.plan, config.seed, moved)
+    peft_model = assembler.model(job.plan, config.seed, on_read)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)
@@ -56,7 +56,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         report(result.model_copy(update={"train_losses": tuple(train_losses)}), checkpoint)
         train_losses.clear()
 
-    # Training, scoring and lm-eval alike pass through the model, so one hook sees whether anything moves.
+    # Training, scoring and lm-eval all call the model, so one hook reports progress of all.
     with working_folder("qpruner-trial-") as work, peft_model.register_forward_pre_hook(lambda *_: progress(done)):
         schedule, listener = Schedule(config.search.steps, rungs=config.search.rungs), Listener(on_rung, on_step)
         train = load_encoded(materials.data / "train")

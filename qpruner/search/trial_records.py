@@ -1,7 +1,7 @@
 """The interface of a trial, and the records of a search's trials.
 
-Searches share a folder of trials as long as a trial would give the same result in each (`TrialRecord.digest`);
-`TrialRecord.search` says whose a trial is.
+Searches share a folder of trials if a trial gives the same result in each of them (`TrialRecord.digest`).
+`TrialRecord.search` is the search that a trial belongs to.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ REMEDIES = SETTING_REMEDIES | {
 }
 """What to do about each kind of failure."""
 SUGGESTED = "suggested.json"
-"""A copy of a trial's first record."""
+"""The name of the file with a copy of a trial's first record."""
 
 Report = Callable[[RungResult, Path], None]
-"""Takes a rung's result and its checkpoint folder; may raise to stop."""
+"""Takes the result of a rung and the folder of its checkpoint; may raise to stop the trial."""
 Progress = Callable[[int], None]
-"""Takes the last optimizer step, before every forward pass and when something is loaded."""
+"""Takes the last optimizer step; called before every forward pass and whenever something is loaded."""
 
 
 @dataclass(frozen=True)
 class Materials:
-    """Folders of the run that a trial reads, by paths that are the same on every node."""
+    """The folders of the run that a trial reads; their paths are the same on every node."""
 
     checkpoint: Path  # of the pruned model and its tokenizer
     bank: Path
@@ -66,7 +66,7 @@ class Materials:
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A plan on the run's materials."""
+    """The inputs of a trial."""
 
     config: RunConfig
     materials: Materials
@@ -74,11 +74,11 @@ class TrialJob:
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
-"""`run_trial`, or a stand-in in tests and benchmarks; the path is that of the trial's own last checkpoint, if any."""
+"""The type of `run_trial` and its stand-ins; the path is the last checkpoint of the trial, if it has one."""
 
 
 def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
-    """Read every recorded trial, in order of suggestion; the search repairs damaged records when it begins."""
+    """Read every recorded trial, in order of index; raise `CorruptFile` for a damaged one unless `skip_damaged`."""
     found = list(_records(folder).values())
     damaged = [each for each in found if isinstance(each, CorruptFile)]
     if damaged and not skip_damaged:
@@ -87,9 +87,9 @@ def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
 
 
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
-    """Move damaged records of trials, and damaged checkpoints to resume from, into `damaged/`.
+    """Move damaged records of trials, and damaged checkpoints of unfinished trials, into `damaged/`.
 
-    Those trials are run again from their start, with their own plans. If the clock of `search` is damaged, its hours
+    Those trials are run again from their start, with the same plans. If the clock of `search` is damaged, its hours
     count from zero again. `notify` gets one line about each.
     """
     for path, record in _records(folder).items():
@@ -105,11 +105,11 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:
-    """Set a trial's last checkpoint aside and have the trial run from its start, if it is damaged; return whether."""
+    """If a trial's last checkpoint is damaged, set it aside, restart the trial from its start and return True."""
     checkpoint = checkpoint_of(folder, record)
     if checkpoint is None:
         return False
-    read_trial(folder, record.index)  # waits for a storage that is away, on which all files are missing
+    read_trial(folder, record.index)  # waits if the storage is away, where all files seem missing
     found = folder_digests(checkpoint)
     if found == record.checkpoint:
         return False
@@ -121,7 +121,7 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
 
 
 def _rebuild(folder: Path, path: Path) -> str:
-    """Set a trial with a damaged record aside and record that its plan is to be run again; describe both."""
+    """Set aside a trial whose record is damaged, record that its plan is to be run again, and describe both."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
     where = f"set aside in {quarantine(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
@@ -131,7 +131,7 @@ def _rebuild(folder: Path, path: Path) -> str:
 
 
 def _records(trials: Path) -> dict[Path, TrialRecord | CorruptFile | None]:
-    """Read the records of all trials, in order."""
+    """Read the records of all trials, in order of index; a damaged record is returned as its error."""
     paths = [trials / name / "trial.json" for name in children(trials) if name.isdigit()]
     return dict(zip(paths, for_each(_record_or_error, paths), strict=True))
 
@@ -144,12 +144,12 @@ def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
 
 
 def read_trial(folder: Path, index: int) -> TrialRecord:
-    """Read the record of a trial that has one."""
+    """Read the record of a trial, which must exist."""
     return read_existing(trial_path(folder, index), TrialRecord)
 
 
 def begin_trial(folder: Path, record: TrialRecord) -> None:
-    """Write the first record of a trial, and a copy that keeps its plan in case the record is damaged later."""
+    """Write the first record of a trial, and a copy that has the plan if the record is damaged later."""
     write_json(trial_folder(folder, record.index) / SUGGESTED, record)
     write_trial(folder, record)
 
@@ -160,7 +160,7 @@ def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | Non
 
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
-    """Read a trial's last pulse; None before the first, while the storage is away, and after a crash damaged it."""
+    """Read a trial's last pulse; None if there is none yet, the storage is away, or a crash damaged the file."""
     text = read_progress(trial_folder(folder, index) / "pulse.json")
     with contextlib.suppress(ValidationError):
         return TrialPulse.model_validate_json(text) if text else None
@@ -168,7 +168,7 @@ def read_pulse(folder: Path, index: int) -> TrialPulse | None:
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
-    """Write a sign of progress; it is not made durable."""
+    """Write a trial's sign of progress; a crash may lose it."""
     write_progress(trial_folder(folder, index) / "pulse.json", pulse.model_dump_json())
 
 
@@ -183,12 +183,12 @@ def trial_folder(trials: Path, index: int) -> Path:
 
 
 def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
-    """Return the path of the checkpoint of a trial's last rung."""
+    """Return the path of the checkpoint of a trial's last rung; None before the first rung."""
     return trial_folder(trials, record.index) / f"checkpoint-{record.rungs[-1].step}" if record.rungs else None
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
-    """Remove all but the last recorded checkpoint of trials that are over; a killed worker may have left others."""
+    """Remove the checkpoints that killed workers left of trials that are over; keep the last recorded one of each."""
     last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
 
     def clean(folder: Path) -> None:
@@ -201,12 +201,12 @@ def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None
 
 
 def read_clock(trials: Path, search: str) -> SearchClock:
-    """Return what a search has taken, all sessions together."""
+    """Return the seconds and the number of sessions that a search has taken so far."""
     return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
 
 
 def write_seconds(trials: Path, search: str, seconds: float, session: int | None = None) -> bool:
-    """Save a search's time; return False if another session has begun since."""
+    """Save the time that a search has taken; return False if another session than `session` has begun since."""
     clock = read_clock(trials, search)
     if session is not None and clock.sessions > session:
         return False
@@ -215,19 +215,19 @@ def write_seconds(trials: Path, search: str, seconds: float, session: int | None
 
 
 def begin_session(trials: Path, search: str) -> int:
-    """Count a session of the search; return its number, from 1."""
+    """Begin a session of a search and return its number, from 1."""
     clock = read_clock(trials, search)
     write_json(_clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1}))
     return clock.sessions + 1
 
 
 def wait_for_storage(trials: Path, search: str) -> None:
-    """Wait until what `begin_session` wrote is there; a storage that is away may show an empty folder."""
+    """Wait until the clock of a search can be read: a storage that is away may show an empty folder."""
     read_existing(_clock_path(trials, search), SearchClock)
 
 
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
-    """Return what is minimized: the loss, or one minus the accuracy."""
+    """Return the score that a search minimizes: the loss, or one minus the accuracy."""
     if config.search.metric == "loss":
         return result.loss
     assert result.accuracy is not None

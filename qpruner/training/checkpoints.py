@@ -1,4 +1,4 @@
-"""Save the checkpoints and the adapter of a fine-tune, so that it can resume; only one process writes them."""
+"""Keep the checkpoints and the adapter of a fine-tune, so that it can be resumed and only one process writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class _Owner(BaseModel):
-    """The process that owns a fine-tune; for a group of processes, its first one."""
+    """The process that owns a fine-tune, as a file: the latest that started it, or the first of a group."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +38,7 @@ class _Owner(BaseModel):
 
 
 class Ownership:
-    """Ensures that only the latest owner of a fine-tune writes, also if an earlier owner was wrongly declared dead."""
+    """Let only the latest process of a fine-tune write: an earlier one that seemed dead may still be running."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.worker = path, uuid.uuid4().hex
@@ -54,7 +54,7 @@ class Ownership:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest intact checkpoint of an interrupted fine-tune; fetch it if it is in an object store."""
+    """Find the newest intact checkpoint of a fine-tune, and fetch it if it is in an object store."""
     listed = [name.removesuffix(FILES) for name in children(folder) if name.endswith(FILES)]
     steps = [int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")]
     for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
@@ -64,7 +64,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Return True if a checkpoint's files differ from its list of files; False if there is no list."""
+    """Return True if a file of a checkpoint differs from its list; a checkpoint without a list is not damaged."""
     try:
         storage_at(checkpoint).verify()
         return False
@@ -73,10 +73,10 @@ def is_damaged(checkpoint: Path) -> bool:
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
-    """Publish a checkpoint in the fine-tune's folder, with the sha256 of its files, and remove older checkpoints.
+    """Publish a checkpoint in the fine-tune's folder with a list of its files, then remove the earlier checkpoints.
 
-    In an object store, it has only the random states of workers on the first worker's machine. After an interruption,
-    dropout of the other workers starts anew.
+    An object store gets only the random states of the workers on the first worker's machine. When the fine-tune is
+    resumed, dropout of the other workers starts from the seed again.
     """
     from torch import distributed
 
@@ -84,19 +84,19 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
     share = Share.own()
     if share.processes > 1:
-        distributed.barrier()  # every process has saved its random state
+        distributed.barrier()  # each has saved its random state
     if share.rank > 0:
         return
-    ownership.check()  # the owner may have changed during the save
+    ownership.check()  # saving took time
     storage_at(folder / checkpoint.name).put_folder(checkpoint)
-    ownership.check()  # or while the checkpoint was published
+    ownership.check()  # and so did publishing; only now the new checkpoint counts
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
-    """Save the adapter in a temporary folder, publish it in `adapter`, and return the digest of its weights."""
+    """Save the adapter to a temporary folder, move it to its own, and return the digest of its weights."""
     aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)
@@ -107,7 +107,7 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved adapter weights into a model with adapters; raise `CorruptFile` if they are missing or truncated."""
+    """Load saved weights into a model's adapters; raise `CorruptFile` if they are missing or cut short."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -110,6 +112,21 @@ def test_a_process_that_has_joined_a_cluster_runs_in_no_other(joined: tuple[Rayl
         connect("127.0.0.1:1")
 
 
+def test_a_cluster_with_another_ray_is_refused_with_both(
+    joined: tuple[Raylets, Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, python = metadata.version("ray"), platform.python_version()
+    disconnect()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("ray.__version__", "0.0.1")
+            both = f"started with: Ray: {theirs} Python: {python} .*started with: Ray: 0.0.1 Python: {python}"
+            with pytest.raises(UserError, match=both):
+                connect(joined[0].address)
+    finally:
+        connect(joined[0].address)
+
+
 def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]) -> None:
     trial, (raylets, cluster) = {"cpu": 1.0, "gpu": 1.0}, joined
     with pytest.raises(UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"):
@@ -126,7 +143,7 @@ def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]
     raylets.nodes.remove(node)
     assert cluster.slots().fits(trial) == 3
     waiting = next(event for event in events if isinstance(event, Message))
-    assert "no machine is there that could run a trial" in waiting.text
+    assert "no machine of the cluster can run a trial" in waiting.text
     assert events == [SlotsFound(0), waiting, SlotsFound(2)]
 
 

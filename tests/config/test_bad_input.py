@@ -186,7 +186,7 @@ WITHOUT_BAYESOPT = pytest.mark.skipif(find_spec("bayes_opt") is not None, reason
 WORKERS = {"finetune.num_workers": 999, "training.batch_size": 999 * 4}
 COMMANDS = [
     pytest.param("check", {"lora.rnak": 8}, (), "did you mean `lora.rank`", id="unknown-key"),
-    pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
+    pytest.param("check", {}, ("--address", "127.0.0.1:1"), "cannot join a Ray cluster there", id="address"),
     pytest.param("run", {"search.searcher": "bayesopt"}, (), "qpruner[bayesopt]", id="extra", marks=WITHOUT_BAYESOPT),
     pytest.param("run", WORKERS, (), "asks for 999 workers", id="workers"),
 ]

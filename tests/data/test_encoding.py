@@ -178,7 +178,7 @@ def test_packed_samples_without_a_response_are_left_out(samples_of: Any) -> None
     samples = samples_of(rows, num_samples=4, max_length=16, packing=True)
     assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
     assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
-    with pytest.raises(UserError, match="make 4 with a token to predict"):
+    with pytest.raises(UserError, match="give only 4 with a labelled token"):
         samples_of(rows, num_samples=5, max_length=16, packing=True)
 
 

@@ -105,11 +105,8 @@ def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path
     assert answers(tmp_path / "peft") == {"peft": expected(tmp_path / "peft")}
 
 
-def test_prompts_of_a_file_are_answered_in_turn(
-    run: Path, lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loading is reported beside the answers; what a program reads has nothing of it."""
-    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.0)
+def test_prompts_of_a_file_are_answered_in_turn(run: Path, lively: Path, tmp_path: Path) -> None:
+    """Loading is reported on stderr; stdout has the answers only."""
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nAnswer: the\n")
     asked = ("generate", run, "--which", "base,final", "--file", tmp_path / "prompts.txt", "--max-tokens", 12)
     told = command(*asked)
@@ -119,7 +116,7 @@ def test_prompts_of_a_file_are_answered_in_turn(
         for name, folder in (("base", lively), ("final", run / "final")):
             lines.append(f"[{name}]\n{printable(expected(folder, prompt))}\n")
     assert told.stdout == "".join(lines)
-    assert re.search(r"\[generate\] loading weights: (\d+) of \1\n", told.stderr)
+    assert re.fullmatch(r"base \(\S+ MB\) \.\.\.\nfinal \(\S+ MB\) \.\.\.\n", told.stderr)
     answered = json.loads(command(*asked, "--json").stdout)["answers"]
     order = [(0, "base"), (1, "base"), (0, "final"), (1, "final")]
     assert [(each["prompt"], each["model"]) for each in answered] == order
@@ -185,10 +182,10 @@ def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path:
     weights = copy / "prune" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     for place, which, message in (
-        (copy, ["final"], "repeat `qpruner run` to make it; `--which base,pruned` is there"),
+        (copy, ["final"], "repeat `qpruner run` to make it, or use `--which base,pruned`"),
         (copy, [], r"the pruned model: weight file \S+ is truncated or damaged"),
-        (lively, ["final"], "`--which` chooses among the models of a run"),
-        (tmp_path / "nothing", [], "name a run folder, or a model's"),
+        (lively, ["final"], "`--which` selects models of a run"),
+        (tmp_path / "nothing", [], "name a run folder or a model folder"),
         (tmp_path, [], r"has no config\.json"),
         (adapted, [], "pickled adapters are not read"),
     ):
@@ -240,7 +237,7 @@ def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
         refused = command("generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
         assert "HUSH" not in refused.output
         refused = command("generate", there.storage.address, "--prompt", PROMPT)
-        assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
+        assert refused.exit_code == 2 and f"download the final model with `qpruner {bring}`" in refused.stderr
 
 
 def test_control_characters_are_replaced() -> None:

@@ -79,7 +79,7 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(finished: Path, hub
     told, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
     assert repository.private and told["is_private"]
     size = f"{told['num_bytes'] / 1e6:.1f} MB"
-    assert f"[push] {told['num_files']} files, {size}, on their way to {REPO} ...\n" in done.stderr
+    assert f"[push] {told['num_files']} files, {size}, uploading to {REPO} ...\n" in done.stderr
     assert told["num_bytes"] == sum(map(len, repository.files.values()))
     assert told["card_lacks"] == ["base_model", "datasets"]
     assert "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat" in done.stderr
@@ -133,7 +133,7 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
 def test_what_is_public_takes_nothing_private(finished: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
     refused = push(finished, code=2)
-    assert f"{REPO} is there and public: give `--public`" in refused.stderr and "on their way" not in refused.stderr
+    assert f"{REPO} exists and is public: give `--public`" in refused.stderr and "uploading" not in refused.stderr
     assert not hub.repositories[REPO].files and not hub.objects
     assert push(finished, "--public").stdout.rstrip().endswith("public")
     assert "model.safetensors" in hub.repositories[REPO].files
@@ -142,10 +142,10 @@ def test_what_is_public_takes_nothing_private(finished: Path, hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "code", "told"),
     [
-        ("HF_TOKEN", "", 2, "set HF_TOKEN to one that may write"),
-        ("HF_TOKEN", "hf_wrong", 1, "see that the token may write there"),
+        ("HF_TOKEN", "", 2, "set HF_TOKEN to a token with write"),
+        ("HF_TOKEN", "hf_wrong", 1, "check that the token may write to it"),
         ("ENDPOINT", "http://127.0.0.1:9", 1, "the hub cannot be reached"),
-        ("HF_HUB_OFFLINE", True, 2, "HF_HUB_OFFLINE forbids"),
+        ("HF_HUB_OFFLINE", True, 2, "HF_HUB_OFFLINE is set"),
     ],
     ids=["no-token", "wrong-token", "no-hub", "offline"],
 )

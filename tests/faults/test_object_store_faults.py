@@ -19,7 +19,7 @@ import yaml
 from conftest import with_key
 from object_store import Gate, Store, talk_to
 from real_driver import driver
-from test_run import MINUTES, command, comparable, kill_when, outcome, written_config
+from whole_runs import MINUTES, command, comparable, kill_when, outcome, written_config
 
 pytestmark = pytest.mark.slow
 

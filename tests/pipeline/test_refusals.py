@@ -216,37 +216,37 @@ ROWS = [
     ("data.train.0.source=TMP/empty.jsonl", "`data.train.0.source` ... TMP/empty.jsonl ... empty ... name another"),
     (
         "data.train.0.columns={quetsion: x}",
-        "`data.train.0.columns` ... quetsion ... have the columns question, choices",
+        "`data.train.0.columns` ... quetsion ... only the columns question, choices",
     ),
     ("data.train.0.columns={question: [question, topic]}", "`data.train.0.columns.question` ... one column"),
     ("data.train.0.columns={choices: question}", "`data.train.0.columns.choices` ... question ... list"),
-    ("data.max_length=8", "`data.max_length` ... 8 ... no row a token to predict ... make it longer"),
+    ("data.max_length=8", "`data.max_length` ... 8 ... no labelled token in any row ... make it longer"),
     ("data.confirmation.0.limit=1", "`data.confirmation` must have at least 2 rows ... got 1 ... raise its `limit`"),
     (
         "data.template=chat; data.train.0={source: package:qpruner/demo/data/instructions.jsonl}",
-        "`data.template: chat` ... needs a tokenizer with a chat template ... use alpaca",
+        "`data.template: chat` ... needs a tokenizer with a chat template ... set `alpaca`",
     ),
 ]
 CALIBRATION = [
     (
         "num_sensitivity_samples=64",
-        "`calibration.num_sensitivity_samples` ... 64 samples ... make 48 ... ask for fewer",
+        "`calibration.num_sensitivity_samples` ... 64 samples ... give only 48 ... ask for fewer",
     ),
-    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... make 48 ... ask for"),
+    ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... give only 48"),
     ("num_samples=4000", "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing"),
     ("max_length=1000000", "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `cali"),
     (
         f"data={TEXT}; calibration.packing=false",
-        "`calibration.num_samples` ... 8 samples ... rows make 3 ... ask for fewer",
+        "`calibration.num_samples` ... 8 samples ... rows give only 3 ... ask for fewer",
     ),
     ("token_ids=/no/ids.json", "`calibration.token_ids` ... /no/ids.json ... cannot be read ... No such file"),
     ("token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... Invalid JSON"),
-    ("token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... at least 1 item ... lists of two token ids"),
+    ("token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... at least 1 item ... lists of at least two"),
     ("token_ids=TMP/flat.json", "`calibration.token_ids` ... flat.json ... such as [["),
     ("token_ids=TMP/beyond.json", "`calibration.token_ids` ... [1] ... is 512: ... from 0 to 511"),
     ("token_ids=TMP/fraction.json", "`calibration.token_ids` ... is 2.0: ... a whole number"),
     ("token_ids=TMP/words.json", "`calibration.token_ids` ... is 'Hello': ... a whole number"),
-    ("token_ids=TMP/short.json", "`calibration.token_ids` ... [1] is ... lists of two token ids or more"),
+    ("token_ids=TMP/short.json", "`calibration.token_ids` ... [1] is ... lists of at least two token ids"),
 ]
 UNKNOWN = f"has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}"
 TASKS = [
@@ -284,7 +284,7 @@ def test_rows_of_two_uses_must_not_overlap(key: str, split: str, message: str, t
     rows = [{"source": source, "format": "multiple_choice"}]
     text = [{"source": source, "format": "text", "columns": {"text": "question"}}]
     value: Any = {"calibration.data": rows, "evaluate.text": text}.get(key, source)
-    refused_with(f"{message} ... must not overlap ... take other rows", {key: value}, tiny_raw)
+    refused_with(f"{message} ... must not overlap ... select other rows", {key: value}, tiny_raw)
 
 
 @pytest.fixture

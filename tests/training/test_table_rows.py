@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from qpruner.training.table_rows import (
     Candidate,
     CandidateJob,
     FinetuneOutcome,
+    _train,
     build,
     confirm_trial,
     evaluate_candidate,
@@ -159,6 +161,43 @@ def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
     assert is_damaged(newest) and latest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-10.files.json").write_text('{"sha256"')
     assert is_damaged(newest), "what vouches for it is damaged"
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL: nothing of a fine-tune catches it."""
+
+
+class KilledAtCheck(Ownership):
+    """Ownership of a process that is killed at its next check but `left`."""
+
+    def __init__(self, path: Path, left: int) -> None:
+        super().__init__(path)
+        self.left = left
+        self.take()
+
+    def check(self) -> None:
+        super().check()
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+
+def test_a_new_checkpoint_counts_before_the_old_one_goes(tuned: Tuned, tmp_path: Path) -> None:
+    """Ownership is checked before a checkpoint is written, before it is listed, and before the old one is removed."""
+    settings = tuned[0].config.finetune.model_copy(update={"save_steps": 1})
+    config = tuned[0].config.model_copy(update={"finetune": settings})
+    job = replace(changed(tuned[0], folder=tmp_path), config=config)
+    checkpoints, train = job.candidate.checkpoints, load_encoded(job.data / "train")
+    kept = []
+    for checks in (4, 2, 9):
+        ownership = KilledAtCheck(tmp_path / "owner.json", checks)
+        with suppress(Killed):
+            result, _ = _train(job, build(config, job.candidate), train, 0, ownership)
+        newest = latest_checkpoint(checkpoints)
+        kept.append((newest and newest.name, sorted(path.name for path in checkpoints.glob("*[0-9]"))))
+    both = ["checkpoint-1", "checkpoint-2"]
+    assert kept == [("checkpoint-1", both), ("checkpoint-2", both), ("checkpoint-4", ["checkpoint-4"])]
+    assert result.train_loss == tuned[1].train_loss
 
 
 def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path: Path) -> None:

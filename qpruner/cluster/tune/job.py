@@ -110,8 +110,8 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
-        plan = PrecisionPlan.from_dict(record.plan)
-        suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
+        known = (PrecisionPlan.from_dict(record.plan), record.expected_improvement, record.noise)
+        suggestion = Suggestion(*known, index=record.index, origin=record.origin)
         ledger.recall(suggestion, observations_of(record, job.config), counts=job.owns(record))
         if job.owns(record) and not record.is_over:
             ledger.hand_out_again(suggestion)

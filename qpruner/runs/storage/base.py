@@ -293,12 +293,19 @@ class Storage:
             list_path(self.path).rename(list_path(target))
 
     def put_folder(self, folder: Path) -> FileList:
-        """Copy a folder of this machine here, its list last; it may lie here already."""
+        """Copy a folder of this machine here, its list last, durably; it may lie here already."""
         if folder != self.path:
             shutil.copytree(folder, self.path, dirs_exist_ok=True)
         share_files(self.path)
         listed = FileList(sha256=self.digests())
-        retry_storage(lambda: write_list(self.path, listed), self.path)
+
+        def write() -> None:
+            sync_tree(self.path)
+            write_list(self.path, listed)
+            sync(list_path(self.path))
+            sync(self.path.parent)
+
+        retry_storage(write, self.path)
         return listed
 
     def publish(self, folder: Path) -> None:
