@@ -1,4 +1,4 @@
-"""The demo's own rows: what the numbers of the README rest on."""
+"""The demo's data are sound: the numbers in the README depend on them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_row_has_words_and_one_answer() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_neither_letter_nor_length_gives_the_answer_away(split: str) -> None:
+def test_letter_and_length_do_not_reveal_the_answer(split: str) -> None:
     rows = QUESTIONS[split]
     counts = Counter(row["answerKey"] for row in rows)
     assert all(0.20 <= counts[letter] / len(rows) <= 0.30 for letter in LETTERS), counts
@@ -47,13 +47,13 @@ def test_neither_letter_nor_length_gives_the_answer_away(split: str) -> None:
         assert right / len(rows) < 0.45, pick.__name__
 
 
-def test_no_row_stands_twice() -> None:
+def test_no_row_is_repeated() -> None:
     asked = [normalized(f"{row['instruction']} {row['input']}") for row in INSTRUCTIONS]
     identities = {split: [normalized(row["question"]) for row in rows] for split, rows in QUESTIONS.items()}
     identities["train"] += asked
     assert not repeated([text for texts in identities.values() for text in texts])
     assert not repeated([row["id"] for row in EVERY_QUESTION])
-    # Not even with the words in another order.
+    # No question repeats the words of another split in another order.
     bags = {name: {tuple(sorted(text.split())) for text in texts} for name, texts in identities.items()}
     for one, other in combinations(bags, 2):
         assert bags[one] & bags[other] == set(), (one, other)

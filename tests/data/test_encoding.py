@@ -1,4 +1,4 @@
-"""From rows to tokens: the loss is on the response, and every token stands where lm-eval would have it."""
+"""Rows become tokens as in lm-eval, with labels on the response."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
 
 @pytest.fixture
 def with_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer as Llama's: a text begins with the beginning-of-sequence token."""
+    """A tokenizer like Llama's, which begins each text with a beginning-of-sequence token."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer._tokenizer.post_processor = TemplateProcessing(
@@ -102,8 +102,8 @@ def test_a_row_has_one_beginning_of_sequence(with_bos: Tokenizer, example: Examp
     assert ids[0] == with_bos.bos_token_id and ids.count(with_bos.bos_token_id) == 1
 
 
-def test_a_token_across_the_border_is_one(tokenizer: Tokenizer) -> None:
-    """A prompt that ends in a space: the space belongs to the word after it wherever both are one text."""
+def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> None:
+    """If the prompt ends in a space, tokenizing it with the response merges the space into the next word."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
     prompt, response = "Name a gas. Answer: ", "oxygen"
     row = encode([Example("instruction", "Name a gas.", "", response)], tokenizer, 512, template="chat")[0]
@@ -115,7 +115,7 @@ def test_a_token_across_the_border_is_one(tokenizer: Tokenizer) -> None:
 
 def test_chat_without_a_template_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = tokenizer.eos_token = None
-    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", "no end is invented"
+    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", "no end token is added"
     with pytest.raises(UserError, match="this one has none"):
         encode([SUM], tokenizer, 512, template="chat")
 
@@ -131,8 +131,8 @@ def test_long_rows_are_cut_or_dropped(tokenizer: Tokenizer) -> None:
         encode([short], tokenizer, length - 2)
 
 
-def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
-    """The loss of a batch of such chunks is a division by zero, and one NaN ends a trial."""
+def test_a_chunk_without_a_labelled_token_is_dropped() -> None:
+    """A batch of such chunks would have a NaN loss (division by zero), and the trial would fail."""
     rows = [
         {"input_ids": [10, 11, 12, 13, 14, 15], "labels": [IGNORED] * 5 + [15]},
         {"input_ids": [20, 21, 22, 23, 24, 25], "labels": [IGNORED] * 6},
@@ -145,16 +145,16 @@ def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
         {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
         {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
     ]
-    # Chunks of 5: that of 15 to 23 has its only label in the first place, where nothing comes before it.
+    # Chunks of 5: in the chunk 15 to 23 only the first token has a label, and no token predicts it.
     assert [chunk["input_ids"] for chunk in pack(rows, 5)] == [[33, 40, 41, 42, 43]]
-    # Nothing is predicted across rows.
+    # The first token of a row is not predicted from the previous row.
     plain = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
     assert pack(plain, 8) == [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}]
 
 
 @pytest.fixture
 def samples_of(tokenizer: Tokenizer, tiny_raw: dict[str, Any]) -> Callable[..., Any]:
-    """Makes importance samples of rows by some keys of `calibration`."""
+    """A function that makes importance samples from rows with the given keys of `calibration`."""
 
     def make(rows: list[Example], **calibration: Any) -> Any:
         config = validate_config(tiny_raw | {"calibration": calibration})
@@ -170,7 +170,7 @@ def test_calibration_predicts_responses_only(packing: bool, samples_of: Any, tok
     words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
     assert "purple" in words and "Name the colour" not in words and "Instruction" not in words
     read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
-    assert "Instruction" in read, "prompts are read all the same"
+    assert "Instruction" in read, "prompts are still part of the input"
 
 
 def test_packed_samples_without_a_response_are_left_out(samples_of: Any) -> None:
@@ -184,11 +184,11 @@ def test_packed_samples_without_a_response_are_left_out(samples_of: Any) -> None
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_calibration_text_skips_blank_lines(packing: bool, samples_of: Any, with_bos: Tokenizer) -> None:
-    """Half the rows of WikiText are blank: each would be a beginning of sequence and nothing else."""
+    """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence token."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
     samples = samples_of(rows, num_samples=2, max_length=8, packing=packing)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
-    assert begins in ([1, 0], [1, 1]), "one for each row with words"
+    assert begins in ([1, 0], [1, 1]), "one per row with text"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"
 
 
@@ -202,7 +202,7 @@ def test_a_batch_is_padded_on_the_right() -> None:
 
 
 def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
-    """And offsets out of order are damage, without a list of digests too: such an offset leads out of the file."""
+    """Wrong offsets are detected as damage even without a list of digests; they could point outside of the file."""
     rows = [{"input_ids": [1] * 8, "labels": [1] * 8} for _ in range(3)]
     rows.append({"input_ids": [5, 6, 7, 8, 9, 4, 3, 2], "labels": [IGNORED, 6, 7, 8, 9, 4, 3, 2]})
     save_encoded(rows, tmp_path / "train")
@@ -213,7 +213,7 @@ def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "train.files.json").unlink()
     (file,) = (tmp_path / "train").glob("*.arrow")
     offsets, content = struct.pack("<5i", 0, 8, 16, 24, 32), file.read_bytes()
-    assert content.count(offsets) == 2, "those of both columns"
+    assert content.count(offsets) == 2, "one in each of the two columns"
     file.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 8, 16, 7, 32)))
     with pytest.raises(CorruptFile, match="the encoded rows in"):
         load_encoded(tmp_path / "train")

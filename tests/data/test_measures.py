@@ -1,4 +1,4 @@
-"""The one definition of every measure over tasks and questions."""
+"""Means, standard errors and intervals over tasks and questions."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from qpruner.data.measures import (
 )
 
 
-def test_every_task_counts_the_same_however_large() -> None:
+def test_every_task_has_the_same_weight() -> None:
     tasks = [[1.0] * 90 + [0.0] * 10, [0.0, 1.0, 0.0, 0.0]]
     found = over_tasks(tasks)
     assert found.mean == pytest.approx((0.9 + 0.25) / 2)
     variances = [np.var(values, ddof=1) / len(values) for values in tasks]
     assert found.stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
 
-    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]], "question by question"
+    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]], "averaged per question"
 
 
 def test_one_question_has_no_standard_error() -> None:
     assert over_questions([1.0]).mean == 1.0 and math.isnan(over_questions([1.0]).stderr)
-    assert math.isnan(over_tasks([[1.0, 0.0], [1.0]]).stderr), "nor has a mean over tasks of which one has it"
+    assert math.isnan(over_tasks([[1.0, 0.0], [1.0]]).stderr), "the mean over tasks has none either"
 
 
-def test_the_prediction_interval_holds_one_more_draw() -> None:
+def test_prediction_intervals_hold_95_percent_of_draws() -> None:
     draws = np.random.default_rng(0).normal(0, 2, (5000, 5))
     held = [abs(new - np.mean(known)) < prediction_half_width(known) for *known, new in draws.tolist()]
     assert np.mean(held) == pytest.approx(0.95, abs=0.01)
@@ -42,7 +42,7 @@ def test_the_prediction_interval_holds_one_more_draw() -> None:
     assert student_half_width(draws[0].tolist()) == pytest.approx((high - low) / 2)
 
 
-def test_an_accuracy_is_called_by_the_metric_that_all_tasks_have() -> None:
+def test_accuracy_is_named_after_the_metric_of_its_tasks() -> None:
     assert accuracy_name({"arc": "acc_norm", "piqa": "acc_norm"}) == "acc_norm"
     mixed = {"arc": "acc_norm", "boolq": "acc", "piqa": "acc_norm"}
     assert accuracy_name(mixed) == "accuracy"

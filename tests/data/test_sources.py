@@ -1,4 +1,4 @@
-"""From files to rows: people must not train on the wrong columns, nor be scored on rows that they trained on."""
+"""Rows have the right columns, defects of files are named, and training rows are not used for scoring."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_instruction_rows(
     ("row", "columns", "expected"),
     [
         (ARC, {}, "carbon dioxide"),
-        # The key "1" of a row that is labelled 1 to 4 is its first choice, not its second.
+        # With labels 1 to 4 the answer "1" is the first choice, not the position 1.
         (ARC | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}, {}, "a"),
         ({"question": "Is it?", "choices": ["no", "yes"], "answer": 1}, {}, "yes"),
         ({"question": "Is it?", "choices": ["no", "yes"], "answer": 0, "answerKey": "B"}, {}, "no"),
@@ -97,7 +97,7 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_table_cells_stay_text(tmp_path: Path) -> None:
-    """Numbers, "NA" and empty cells too, and a word that follows ten thousand numbers."""
+    """Numbers, "NA" and empty cells stay text, and a word may follow ten thousand numbers."""
     cells = ["007", "1.50", "None", "NA", "", "two\nlines", 'a "word", quoted', *["1"] * 11_000, "nine"]
     with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file)
@@ -109,7 +109,7 @@ def test_table_cells_stay_text(tmp_path: Path) -> None:
     assert [example.response for example in examples_in(tmp_path / "nameless.CSV")] == ["it", "no"]
 
 
-def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
+def test_limit_and_split_select_rows(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(10)]
     assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
     assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
@@ -147,7 +147,7 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes,
 
 
 def test_a_row_in_two_splits_is_refused() -> None:
-    """Case, spacing and punctuation hide none."""
+    """Rows that differ only in case, spacing or punctuation count as the same row."""
     gas, again = normalized("Which gas do plants take in?"), normalized(" which  Gas, do plants TAKE in")
     splits = {"a": ["one"], "data.train": [gas, ""], "evaluate.tasks": [again, ""]}
     with pytest.raises(UserError, match=r"data\.train and evaluate\.tasks share 1 row,.*which gas do plants take in"):
@@ -161,7 +161,7 @@ def test_a_row_in_two_splits_is_refused() -> None:
         check_disjoint({"train": [normalized(one)], "test": [normalized(other)]})
 
 
-def test_what_identifies_a_row() -> None:
+def test_the_identity_of_a_row() -> None:
     add = [Example("instruction", "Add them.", context, "x").identity for context in ("2 and 3", "4 and 5")]
     assert add[0] != add[1]
     assert Example("text", "", "", "Some words.").identity == normalized("some words")

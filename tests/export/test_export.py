@@ -1,4 +1,4 @@
-"""Exports predict what the final model predicts, or they do not come into being."""
+"""An export predicts the same as the final model; otherwise no folder is written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_merged_model_predicts_the_same(finished: Path) -> None:
 
 
 def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
-    """A model that was really cut, in a process where qpruner cannot be imported: the final model's predictions."""
+    """The export of a pruned model has the final model's predictions where qpruner cannot be imported."""
     prune = {"rate": 0.2, "uniform": True, "importance": "magnitude"}
     raw = raw_config(tiny_model, tmp_path / "cut") | {"prune": prune}
     run_pipeline(validate_config(raw), lambda event: None, until="prune")
@@ -71,8 +71,8 @@ def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None
     assert settings["base_model_name_or_path"] == str(tmp_path / "mine" / "base")
 
 
-def test_what_does_not_predict_the_same_leaves_no_folder(finished: Path, tmp_path: Path) -> None:
-    """An adapter with a NaN in it: the final model is broken, and so would be whatever is made of it."""
+def test_a_failed_comparison_leaves_no_folder(finished: Path, tmp_path: Path) -> None:
+    """A NaN in the adapter breaks the final model, so that it cannot be exported."""
     root = Path(shutil.copytree(finished, tmp_path / "run"))
     file = root / "final" / ADAPTER
     adapter = load_file(file)
@@ -85,7 +85,7 @@ def test_what_does_not_predict_the_same_leaves_no_folder(finished: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def faint(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose adapters are a hundredth of each layer: one of them is lost among the rounding of the rest."""
+    """A run with adapters so small that the loss of one is hidden by rounding in the predictions."""
     root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("faint") / "run"))
     parts = load_file(root / "final" / ADAPTER)
     fainter = {name: part / 800 if "lora_B" in name else part for name, part in parts.items()}
@@ -127,12 +127,12 @@ def test_one_damaged_layer_is_noticed(
         compared_with(faint, f"{layer}.weight", lambda _: damaged, tmp_path / "out")
 
 
-def test_other_damage_shows_in_the_predictions(faint: Path, tmp_path: Path) -> None:
+def test_damage_outside_adapters_changes_predictions(faint: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"diverge by \S+ nats per token, more than 0\.05"):
         compared_with(faint, "model.norm.weight", lambda norm: torch.full_like(norm, 3.0), tmp_path / "out")
 
 
-def test_exports_say_what_is_missing_or_in_the_way(finished: Path, tmp_path: Path) -> None:
+def test_an_export_without_model_or_over_a_folder_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no final model"):
         export(RunDir(tmp_path), "merged", tmp_path / "out")
     with pytest.raises(UserError, match="name another folder with `--out`"):

@@ -1,4 +1,4 @@
-"""`qpruner generate`: every model of a run, and of a folder, answers what transformers has it answer."""
+"""`qpruner generate` gives the same answers as transformers, for the models of a run and of a folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PROMPT = "Question: which of these"
 
 
 def scale_layers(model: Path, factor: float, folder: Path) -> Path:
-    """Copy a model and change what every block adds."""
+    """Copy a model and scale the outputs of every block."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     for name in weights:
@@ -51,13 +51,13 @@ def scale_layers(model: Path, factor: float, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with layers that count: as it is, it repeats the last token for ever."""
+    """The tiny model with larger block outputs; without them it only repeats the last token."""
     return scale_layers(tiny_model, 40, tmp_path_factory.mktemp("lively") / "model")
 
 
 @pytest.fixture(scope="module")
 def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its three models, all different."""
+    """A run with three different models."""
     root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
     scale_layers(lively, -0.5, root / "prune")
     record = PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={})
@@ -72,7 +72,7 @@ def command(*arguments: object) -> Result:
 
 
 def answers(*arguments: object) -> dict[str, str]:
-    """What `generate` has each model say to the one prompt."""
+    """Return the answer of each model to the prompt, from `qpruner generate`."""
     told = command("generate", *arguments, "--prompt", PROMPT, "--max-tokens", 12, "--json")
     assert told.exit_code == 0, told.output
     return {answer["model"]: answer["text"] for answer in json.loads(told.stdout)["answers"]}
@@ -80,14 +80,14 @@ def answers(*arguments: object) -> dict[str, str]:
 
 @functools.cache
 def plain(folder: Path) -> Any:
-    """A model, or a peft export, as transformers and peft load it."""
+    """Load a model or a peft export with transformers and peft."""
     if not (folder / "base").is_dir():
         return AutoModelForCausalLM.from_pretrained(folder)
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
 
 
 def expected(folder: Path, prompt: str = PROMPT) -> str:
-    """What plain transformers makes of it, greedily."""
+    """Return the greedy answer of plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     model = plain(folder)
@@ -138,12 +138,12 @@ def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path
         assert answer["text"] == expected(lively, prompt), template
 
 
-def test_an_answer_ends_where_the_model_ends_it(lively: Path, tmp_path: Path) -> None:
-    """The model's own generation_config.json names another end than the tokenizer: both count."""
+def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: Path) -> None:
+    """Both the end token of the tokenizer and another in the model's generation_config.json end an answer."""
     [source] = sources(lively, ())
     generator = source.load()
     plain = generator.answer(PROMPT, Sampling(12, 0.0, 0)).text
-    # And a draw depends on the seed alone.
+    # A sampled answer depends on the seed only.
     once, again, other = (generator.answer(PROMPT, Sampling(12, 1.0, seed)).text for seed in (1, 1, 2))
     assert once == again and len({plain, once, other}) == 3
     folder = Path(shutil.copytree(lively, tmp_path / "ending"))
@@ -165,18 +165,18 @@ def test_an_answer_ends_where_the_model_ends_it(lively: Path, tmp_path: Path) ->
         (["--prompt", "word " * 300], "the model's context 256: shorten the prompt"),
     ],
 )
-def test_what_cannot_be_answered_says_what_to_do(run: Path, arguments: list[str], told: str) -> None:
+def test_wrong_options_are_refused_with_a_remedy(run: Path, arguments: list[str], told: str) -> None:
     done = command("generate", run, *arguments)
     assert done.exit_code == 2, done.output
     assert told in done.stderr
 
 
-def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path: Path) -> None:
+def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     adapted = Path(shutil.move(copy / "final", tmp_path / "final"))
     assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
     asked = ("--prompt", PROMPT, "--max-tokens", 2)
-    assert "final: not there yet; `qpruner run` makes them" in command("generate", copy, *asked).stderr
+    assert "final: not written yet; `qpruner run` writes them" in command("generate", copy, *asked).stderr
     assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
     (adapted / "adapter_model.safetensors").rename(adapted / "adapter_model.bin")
     weights = copy / "prune" / "model.safetensors"
@@ -193,8 +193,8 @@ def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path:
             sources(place, which)
 
 
-def test_a_copied_run_finds_the_base_model_it_wrote(run: Path, lively: Path, tmp_path: Path) -> None:
-    """The folder of the run that made it is gone, or another run's by now."""
+def test_a_copied_run_finds_its_converted_base_model(run: Path, lively: Path, tmp_path: Path) -> None:
+    """The recorded path of the original run may be missing, or belong to another run."""
     copy = Path(shutil.copytree(run, tmp_path / "renamed"))
     base = Path(shutil.copytree(lively, copy / "prepare" / "model"))
     folder = RunDir(copy)
@@ -205,7 +205,7 @@ def test_a_copied_run_finds_the_base_model_it_wrote(run: Path, lively: Path, tmp
         assert [source.folder for source in sources(copy, ["base"])] == [base]
 
 
-def test_a_driver_at_work_is_a_warning(run: Path, tmp_path: Path) -> None:
+def test_a_running_driver_gives_a_warning(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     asked = (
         ("generate", copy, "--prompt", PROMPT, "--max-tokens", 2, "--json"),
@@ -220,8 +220,8 @@ def test_a_driver_at_work_is_a_warning(run: Path, tmp_path: Path) -> None:
     assert "warning" not in command(*asked[0]).stderr
 
 
-def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the last line of the run, and by the verbs that take folders alone."""
+def test_suggested_commands_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands are suggested by the last line of `qpruner run` and in errors of verbs that need a folder."""
     with object_store() as store:
         talk_to(store, monkeypatch)
         monkeypatch.setenv(objects.CACHE, str(tmp_path / "cache"))

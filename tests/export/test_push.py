@@ -1,4 +1,4 @@
-"""`qpruner push` against a hub on loopback: what it has afterwards, who may see it, and what it never gets."""
+"""`qpruner push` to a local hub server: uploaded files, visibility, and what must not be uploaded."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of the run that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """An empty hub, the only one there is, for who has a token."""
+    """An empty hub server that all clients use, with a valid token set."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with serving() as served:
         changes = {
@@ -67,14 +67,14 @@ def push(run: Path, *options: str, code: int = 0) -> Result:
 
 
 def loaded(card: bytes) -> Any:
-    """The model that a card's Python loads."""
+    """Run the Python code of a model card and return the model that it loads."""
     [code] = re.findall(r"```python\n(.*?)```", card.decode(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
     return names["model"]
 
 
-def test_the_hub_has_the_final_model_and_nobody_else_sees_it(finished: Path, hub: Hub, tmp_path: Path) -> None:
+def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: Hub, tmp_path: Path) -> None:
     done = push(finished, "--json")
     told, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
     assert repository.private and told["is_private"]
@@ -90,14 +90,14 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(finished: Path, hub
     assert f'from_pretrained("{REPO}")' in repository.files["README.md"].decode()
     assert str(finished.parent) not in "".join(repository.files[name].decode() for name in changed)
     assert TOKEN not in done.output
-    # By its name, as anybody loads it who may: packed layers and the adapter both come from the hub.
+    # Loaded by its repository name: packed layers and the adapter both come from the hub.
     places = (REPO, finished / "final")
     found, expected = (logits_of(AutoModelForCausalLM.from_pretrained(each, cache_dir=tmp_path)) for each in places)
     assert torch.equal(found, expected)
 
 
-def test_a_merged_model_takes_the_place_of_the_final_one(run: Path, hub: Hub) -> None:
-    """In one repository: transformers would attach an adapter that was pushed before to what has it merged in."""
+def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
+    """An adapter pushed before is deleted, because transformers would attach it to the merged model."""
     assert "has no merged model: `qpruner export" in push(run, "--what", "merged", code=2).stderr
     merged = export(RunDir(run), "merged", run / "export" / "merged").folder
     files = {".gitattributes": b"*.safetensors filter=lfs", "notes/mine.txt": b"", "adapter_config.json": b"{}"}
@@ -113,7 +113,7 @@ def test_a_merged_model_takes_the_place_of_the_final_one(run: Path, hub: Hub) ->
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "config.json"])
 def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, hub: Hub, name: str) -> None:
-    """Under the card of the present one."""
+    """It would get the model card of the current final model."""
     (run / "final" / name).write_bytes((run / "final" / name).read_bytes() + b" ")
     done = push(run, "--what", "peft", code=2)
     assert re.search(r"delete it, then repeat `qpruner export \S+run --to peft`", done.stderr)
@@ -126,11 +126,11 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
     assert {"adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
     assert not [name for name, content in files.items() if str(finished.parent).encode() in content]
-    # Activations of 8-bit layers are rounded to integers: where one falls the other way, a logit moves by 0.08.
+    # Activations of 8-bit layers are rounded to integers; one rounded differently changes a logit by 0.08.
     assert off_by(logits_of(loaded(files["README.md"])), finished / "final") < 0.3
 
 
-def test_what_is_public_takes_nothing_private(finished: Path, hub: Hub) -> None:
+def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
     refused = push(finished, code=2)
     assert f"{REPO} exists and is public: give `--public`" in refused.stderr and "uploading" not in refused.stderr
@@ -149,7 +149,7 @@ def test_what_is_public_takes_nothing_private(finished: Path, hub: Hub) -> None:
     ],
     ids=["no-token", "wrong-token", "no-hub", "offline"],
 )
-def test_what_is_in_the_way(
+def test_push_errors_name_the_remedy(
     variable: str, value: Any, code: int, told: str, finished: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable == "HF_TOKEN":
@@ -160,5 +160,5 @@ def test_what_is_in_the_way(
     assert not hub.repositories and not hub.objects
 
 
-def test_there_has_to_be_something_to_push(hub: Hub, tmp_path: Path) -> None:
+def test_a_run_without_final_model_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     assert "has no final model: repeat `qpruner run`" in push(tmp_path, code=2).stderr

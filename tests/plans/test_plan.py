@@ -1,4 +1,4 @@
-"""What a plan weighs and which plans fit: if this broke, a budget would not be the bytes that people get."""
+"""Sizes of plans and the search for plans in a budget: models must not exceed the budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qpruner.quantization.mixed import pack
 
 SHAPES = [(77, 64), (1, 1), (3, 5), (129, 130), (256, 1024)]
 NOT_WEIGHTS = ("quant_state", "weight_format")
-"""bitsandbytes' JSON blob and its one-byte layout tag: no weights, scales or tables."""
+"""Names of the JSON blob and the one-byte layout tag of bitsandbytes, which do not count as weights."""
 
 
 def layout_of(shapes: list[tuple[int, int]], rest: int = 1000, double_quant: bool = False) -> Layout:
@@ -41,14 +41,14 @@ def all_plans(space: PlanSpace) -> list[PrecisionPlan]:
 
 
 def space_of(layout: Layout, levels: tuple[int, ...], share: float) -> PlanSpace:
-    """The plans inside this share of what lies between the smallest and the largest."""
+    """Make the plan space for a budget between the smallest (share 0) and the largest plan (share 1)."""
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
     return PlanSpace.of(layout, levels, lowest + int(share * (highest - lowest)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("bits", "double_quant"), [(4, False), (4, True), (8, False)])
-def test_the_formula_is_the_size_of_the_packed_tensors(shape: tuple[int, int], bits: int, double_quant: bool) -> None:
+def test_packed_bytes_equals_the_size_of_the_tensors(shape: tuple[int, int], bits: int, double_quant: bool) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(torch.bfloat16)
     packed = pack(weight, bits, double_quant)
     measured = sum(tensor.nbytes for name, tensor in packed.items() if not any(part in name for part in NOT_WEIGHTS))
@@ -67,7 +67,7 @@ def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
 
 @pytest.mark.parametrize("levels", [(4, 8), (4, 16), (4, 8, 16)], ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_the_seed_plan_is_the_best_plan_there_is(levels: tuple[int, ...], seed: int) -> None:
+def test_the_knapsack_finds_the_best_plan(levels: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 7 if len(levels) == 2 else 5)
     space = space_of(layout, levels, float(generator.uniform(0.05, 0.95)))
@@ -82,10 +82,10 @@ def test_the_seed_plan_is_the_best_plan_there_is(levels: tuple[int, ...], seed: 
 
 
 @pytest.mark.parametrize("seed", [0, 51])
-def test_the_seed_plan_is_exact_for_blocks_of_different_widths(seed: int) -> None:
-    """Against dynamic programming, for what a global cut leaves: 56 groups of many sizes, of nearly the same gains.
+def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
+    """Compare with dynamic programming for 56 groups of many sizes (as after a global cut) and similar gains.
 
-    With seed 51 a solver that stops at a relative gap of 1e-4 (the default of HiGHS) returns a lesser plan.
+    With seed 51 a solver that stops at a relative gap of 1e-4 (the default of HiGHS) returns a worse plan.
     """
     generator = np.random.default_rng(seed)
     layout = layout_of([(64, int(columns)) for columns in generator.integers(2, 40, 56) * 8])
@@ -102,8 +102,8 @@ def test_the_seed_plan_is_exact_for_blocks_of_different_widths(seed: int) -> Non
     assert total == pytest.approx(max(best.values()), abs=1e-9)
 
 
-def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
-    """Solvers work with tolerances; on gigabytes one byte is far below them, and still over."""
+def test_a_plan_one_byte_over_the_budget_is_rejected() -> None:
+    """One byte of gigabytes is far below the tolerance of the solver, but still exceeds the budget."""
     layout = layout_of([(4096, 11008)] * 12, rest=2**30)
     highest = layout.uniform(8)
     space = PlanSpace.of(layout, (4, 8), layout.plan_bytes(highest) - 1)
@@ -111,8 +111,8 @@ def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
         assert found is not None and sorted(found.bits) == [4] + [8] * 11
 
 
-def test_a_plan_that_fills_the_budget_exactly_is_found() -> None:
-    """All others are over by a billionth, which HiGHS lets pass, and no margin leaves one."""
+def test_a_plan_of_exactly_the_budget_is_found() -> None:
+    """All other plans exceed the budget by a billionth, which HiGHS accepts, and with a margin no plan is left."""
     half = 500_000_000
     groups = tuple(f"layers.{index}" for index in range(3))
     space = PlanSpace(groups, (4, 8), ((half, half + 1),) * 3, fixed_bytes=7, budget_bytes=3 * half + 7)
@@ -149,7 +149,7 @@ def test_no_plan_below_the_lowest_levels() -> None:
 
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_a_repaired_proposal_keeps_what_the_budget_allows(levels: tuple[int, ...], seed: int) -> None:
+def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 5)
     space = space_of(layout, levels, float(generator.uniform(0.2, 0.8)))
@@ -170,15 +170,15 @@ def test_a_repaired_proposal_keeps_what_the_budget_allows(levels: tuple[int, ...
 
 
 @pytest.mark.parametrize("bits", [(4, 8, 16), (8,), (4,) * 40], ids=str)
-def test_a_plan_survives_being_written_down(bits: tuple[int, ...]) -> None:
+def test_a_plan_round_trips_through_a_dict(bits: tuple[int, ...]) -> None:
     plan = PrecisionPlan(tuple(f"layers.{index:02d}.mlp" for index in range(len(bits))), bits)
     assert PrecisionPlan.from_dict(plan.as_dict()) == plan
     assert hash(PrecisionPlan.from_dict(plan.as_dict())) == hash(plan)
     assert str(plan) == "".join({4: "4", 8: "8", 16: "F"}[value] for value in bits)
 
 
-def test_the_solver_leaves_nothing_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
-    """HiGHS prints from C, after Python's own last line: `--json` promises that the JSON object comes last."""
+def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints from C code, which could follow the JSON object that `--json` must print last."""
     import ctypes
 
     library = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""A plan's model: the next plan's is that of a fresh process."""
+"""Assembling plans one after another gives the same models as assembling each in a fresh process."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     assert torch.equal(logits_of(found.eval()), logits_of(expected.eval()))
 
 
-def test_the_next_plan_is_the_model_of_a_fresh_process(tiny_model: Path, banked: Banked) -> None:
-    """Before and after training, whatever was done to the model of the plan before."""
+def test_the_next_plan_gives_the_model_of_a_fresh_process(tiny_model: Path, banked: Banked) -> None:
+    """Before and after training, even if the previous model was trained and its adapters were disabled."""
     assembler = assembler_of(tiny_model, banked)
     for pattern in PATTERNS:
         plan = mixed_plan(banked[1], pattern)
@@ -69,7 +69,7 @@ def test_the_next_plan_is_the_model_of_a_fresh_process(tiny_model: Path, banked:
         found.disable_adapter_layers()
 
 
-def test_only_groups_of_other_bits_are_exchanged(tiny_model: Path, banked: Banked) -> None:
+def test_only_groups_with_changed_bits_are_replaced(tiny_model: Path, banked: Banked) -> None:
     assembler, names = assembler_of(tiny_model, banked), banked[1]
     plan = mixed_plan(names, (4, 8))
     before = dict(assembler.model(plan, seed=0).named_parameters())
@@ -79,7 +79,7 @@ def test_only_groups_of_other_bits_are_exchanged(tiny_model: Path, banked: Banke
     assert changed == {f"base_model.model.{path}.base_layer.weight" for path in paths}
 
 
-def test_every_grouped_layer_gets_its_own_start(tiny_model: Path, banked: Banked) -> None:
+def test_every_grouped_layer_gets_its_initial_adapter(tiny_model: Path, banked: Banked) -> None:
     plan = mixed_plan(banked[1], (4, 8, 16))
     plain, read = [], read_plan(banked[0], plan)
     for seed in (0, 1):
@@ -91,11 +91,11 @@ def test_every_grouped_layer_gets_its_own_start(tiny_model: Path, banked: Banked
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 assert a.dtype == b.dtype == torch.float32
                 if plan[name] == 16:
-                    assert a.abs().max() > 0 and not b.any(), "an unquantized layer starts as it is"
+                    assert a.abs().max() > 0 and not b.any(), "the adapter of an unquantized layer starts at zero"
                     plain.append(a)
                 else:
                     assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(b, read[f"{path}.lora_B"])
-    assert not torch.equal(plain[0], plain[len(plain) // 2]), "the seed reaches the plain starts"
+    assert not torch.equal(plain[0], plain[len(plain) // 2]), "the seed changes the random adapters"
 
 
 def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, banked: Banked, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, banked: Banked, tm
 
 
 def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
-    """As over several GPUs, all of which are the one CPU: accelerate's hooks move what goes into every module."""
+    """Simulate a model over several GPUs on the CPU, with accelerate's hooks at every module."""
     from accelerate import dispatch_model
 
     places = dict.fromkeys([*(f"model.{name}" for name, _ in model.model.named_children()), "lm_head"], "cpu")
@@ -115,7 +115,7 @@ def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
     return spread
 
 
-def test_groups_of_a_spread_model_are_exchanged(
+def test_groups_are_replaced_in_a_model_over_several_gpus(
     tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = mixed_plan(banked[1], (4, 16, 8))
@@ -133,7 +133,7 @@ def test_groups_of_a_spread_model_are_exchanged(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs to spread a model over")
-def test_a_trial_over_several_gpus_is_that_of_one(
+def test_a_trial_over_several_gpus_matches_a_single_gpu(
     tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = banked[1]

@@ -1,4 +1,4 @@
-"""The bank: what was packed once is what every trial gets, and a broken file is named."""
+"""The bank: every trial reads exactly the tensors that were packed, and a damaged file is named."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same(first: Tensors, second: Tensors) -> bool:
 
 
 @pytest.mark.parametrize("init", ["loftq", "plain"])
-def test_a_plan_reads_what_was_written(tmp_path: Path, init: str) -> None:
+def test_read_plan_returns_the_written_tensors(tmp_path: Path, init: str) -> None:
     entries = {bits: entry_of(bits, init=init) for bits in (4, 8)}
     for bits, (tensors, _) in entries.items():
         write_entry(tmp_path, MLP, bits, tensors)
@@ -54,7 +54,7 @@ def test_a_plan_reads_what_was_written(tmp_path: Path, init: str) -> None:
     assert read_plan(tmp_path, {MLP: 16}) == {}
 
 
-def test_an_entry_is_a_pure_function_of_weights_and_bits() -> None:
+def test_an_entry_depends_on_weights_bits_and_seed_only() -> None:
     torch.manual_seed(1)
     first, ratio = entry_of(loftq_iterations=2)
     torch.manual_seed(2)
@@ -65,7 +65,7 @@ def test_an_entry_is_a_pure_function_of_weights_and_bits() -> None:
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(4, 2), (8, 8)])
-def test_the_residual_ratio_is_the_share_of_error_left(bits: int, rank: int) -> None:
+def test_the_residual_ratio_is_the_remaining_error(bits: int, rank: int) -> None:
     tensors, ratio = entry_of(bits, rank=rank, alpha=float(rank), svd="exact")
     plain, left = 0.0, 0.0
     for path, weight in weights().items():
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None])
     assert read_plan(tmp_path, {QKV: 8})
 
 
-def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_caches_the_files_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, cache = tmp_path / "bank", tmp_path / "cache"
     monkeypatch.setenv(BANK_CACHE, str(cache))
     tensors, _ = entry_of()
@@ -110,7 +110,7 @@ def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pyt
     assert [file.name for file in cache.glob("*.safetensors")] == [copy.name]
 
 
-def test_a_full_cache_keeps_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_keeps_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_entry(tmp_path, MLP, 8, entry_of(8)[0])
     seal(tmp_path)
     with disk_of("16k", tmp_path / "cache") as cache:
@@ -120,8 +120,8 @@ def test_a_full_cache_keeps_no_half_of_a_file(tmp_path: Path, monkeypatch: pytes
         assert {file.suffix for file in cache.iterdir()} <= {".lock"}
 
 
-def test_a_group_built_by_a_worker_is_the_group_built_here(tiny_model: Path, tmp_path: Path) -> None:
-    """Workers read the layers they need from the checkpoint's files; no model is loaded."""
+def test_a_worker_builds_the_same_group(tiny_model: Path, tmp_path: Path) -> None:
+    """A worker reads the layers of its group from the checkpoint's files, without loading the model."""
     model = load_dense(str(tiny_model), DTYPE)
     name, paths = next(iter(group_linears(model.config, GROUP).items()))
     built = build_group(GroupJob(name, paths, (4, 8), tiny_model, tmp_path, DTYPE, LORA, False, seed=0))

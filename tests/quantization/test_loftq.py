@@ -1,4 +1,4 @@
-"""The LoftQ start: an adapter that restores what quantization lost, and never makes it worse."""
+"""LoftQ: the initial adapter reduces the quantization error and never increases it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCALING = 2.0
 
 
 def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Random with a few large directions and outliers, as trained weights have."""
+    """Make a random weight with a large direction and an outlier, as in trained models."""
     generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
     weight = 0.02 * torch.randn(shape, generator=generator)
     weight += 0.05 * torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
@@ -34,7 +34,7 @@ def start_of(weight: torch.Tensor, bits: int, double_quant: bool = False, seed: 
 
 
 def error_of(weight: torch.Tensor, start: LoftqStart, scaling: float = SCALING) -> float:
-    """What is missing of the weight when layer and adapter are added up, as the forward pass does."""
+    """Compute the error of the dequantized weight plus the adapter, as in the forward pass."""
     rebuilt = unpack(start.packed, torch.float32) + scaling * start.lora_b @ start.lora_a
     return float((weight.float() - rebuilt).norm())
 
@@ -45,7 +45,7 @@ def plain_error_of(weight: torch.Tensor, bits: int, double_quant: bool = False) 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("bits", "svd"), [(4, "randomized"), (8, "exact")])
-def test_the_adapter_never_makes_it_worse(shape: tuple[int, int], bits: int, svd: str) -> None:
+def test_the_adapter_never_increases_the_error(shape: tuple[int, int], bits: int, svd: str) -> None:
     weight = torch.nn.Parameter(weight_of(shape))
     plain = plain_error_of(weight, bits)
     for iterations, rank in ((1, 1), (3, 8), (1, 200)):
@@ -55,7 +55,7 @@ def test_the_adapter_never_makes_it_worse(shape: tuple[int, int], bits: int, svd
         assert start.error == pytest.approx(error_of(weight, start), rel=1e-3, abs=1e-6)
         assert error_of(weight, start) < plain
         kept = (start.lora_a, start.lora_b, *start.packed.values())
-        assert not any(tensor.requires_grad for tensor in kept), "a graph would stay in memory"
+        assert not any(tensor.requires_grad for tensor in kept), "they would keep an autograd graph in memory"
     assert error_of(weight, start_of(weight, bits, rank=min(shape))) < 1e-4 * plain
     for dtype, double_quant in ((torch.bfloat16, True), (torch.float16, False)):
         half = weight_of(shape, dtype)
@@ -65,8 +65,8 @@ def test_the_adapter_never_makes_it_worse(shape: tuple[int, int], bits: int, svd
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("on_grid", [False, True])
-def test_more_iterations_never_end_worse(bits: int, on_grid: bool) -> None:
-    """Weights on a grid, of a checkpoint that was quantized once: five iterations would double the error there."""
+def test_more_iterations_never_increase_the_error(bits: int, on_grid: bool) -> None:
+    """Weights on a grid come from an already quantized model; five unchecked iterations would double their error."""
     for shape in SHAPES:
         grid = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float()
         weight = grid if on_grid else weight_of(shape)
@@ -75,7 +75,7 @@ def test_more_iterations_never_end_worse(bits: int, on_grid: bool) -> None:
 
 
 def test_one_iteration_is_the_best_approximation() -> None:
-    """Eckart-Young: what is left is the tail of the error's singular values, whatever rank and scaling are."""
+    """By Eckart-Young the remaining error is the norm of the singular values beyond the rank, for any scaling."""
     weight = weight_of((64, 128))
     values = torch.linalg.svdvals(weight - unpack(pack(weight, 4, False), torch.float32))
     for scaling, rank in ((0.5, 8), (1.0, 1), (4.0, 64)):
@@ -84,7 +84,7 @@ def test_one_iteration_is_the_best_approximation() -> None:
         assert error_of(weight, start, scaling) == pytest.approx(tail, rel=1e-4, abs=1e-5)
 
 
-def test_the_randomized_svd_is_nearly_the_exact_one() -> None:
+def test_the_randomized_svd_is_close_to_the_exact_svd() -> None:
     weight = weight_of((192, 256))
     exact, randomized = start_of(weight, 4), start_of(weight, 4, svd="randomized")
     assert exact.error <= randomized.error * (1 + 1e-6)
@@ -92,8 +92,8 @@ def test_the_randomized_svd_is_nearly_the_exact_one() -> None:
 
 
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
-def test_the_same_seed_makes_the_same_tensors(svd: str) -> None:
-    """Every node must build the same entry, without touching the process's random state."""
+def test_the_same_seed_gives_the_same_tensors(svd: str) -> None:
+    """Every node must build the same entry, and the random state of the process must not change."""
     weight = weight_of((96, 128))
     first = start_of(weight, 4, svd=svd, loftq_iterations=3, seed=7)
     torch.rand(100)
@@ -106,8 +106,8 @@ def test_the_same_seed_makes_the_same_tensors(svd: str) -> None:
         assert not torch.equal(first.lora_a, start_of(weight, 4, svd=svd, loftq_iterations=3, seed=8).lora_a)
 
 
-def test_adapters_learn_as_fast_whatever_the_bits(tiny_model: Path, tmp_path: Path) -> None:
-    """The first step of B grows with A: one that depends on the bits would make a short fine-tune prefer some."""
+def test_adapters_learn_equally_fast_at_all_bits(tiny_model: Path, tmp_path: Path) -> None:
+    """The first update of B is proportional to A, so a norm of A that depends on bits would favour some bits."""
     names = fill_bank(tiny_model, tmp_path, double_quant=False)
     for bits in (4, 8, 16):
         model, starts = assemble(tiny_model, tmp_path, GROUP, mixed_plan(names, (bits,)), DTYPE, double_quant=False)

@@ -1,4 +1,4 @@
-"""4, 8 and 16 bits in one model: real bitsandbytes layers, read back as they were written, at the promised size."""
+"""Models with 4, 8 and 16 bits have real bitsandbytes layers, the predicted size, and load as they were saved."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_saved_model_loads_bit_for_bit(
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((96, 77), torch.float32), ((1, 64), torch.bfloat16)], ids=str)
-def test_packing_loses_little_at_8_bits_and_more_at_4(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_packing_has_a_small_error_at_8_bits_larger_at_4(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight[0, :32] = 0
 
@@ -78,14 +78,14 @@ def test_packing_loses_little_at_8_bits_and_more_at_4(shape: tuple[int, int], dt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU kernel's limits")
-def test_every_width_is_decoded_rightly_or_refused() -> None:
-    """Some widths come out of bitsandbytes' CPU kernel as noise; nobody may train on those unawares."""
+def test_every_width_is_decoded_correctly_or_refused() -> None:
+    """The CPU kernel of bitsandbytes decodes some widths to noise; training on these must be impossible."""
     for columns in (*range(1, 18), *range(24, 264, 24), 63, 64, 65, 77, 130, 576):
         weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
         try:
             check_cpu_widths([LinearShape("layer", 64, columns)])
         except UserError:
-            assert columns % 64, "multiples of 64 are what models are made of"
+            assert columns % 64, "multiples of 64, as most models have, must work"
         else:
             error = (unpack(pack(weight, 4, False), torch.float32) - weight).norm() / weight.norm()
             assert error < 0.15, columns
@@ -93,10 +93,10 @@ def test_every_width_is_decoded_rightly_or_refused() -> None:
         check_cpu_widths([LinearShape("layer", 64, 80)])
 
 
-def test_a_final_folder_carries_adapter_and_generation_config(tiny_model: Path, tmp_path: Path) -> None:
-    """What a person who got the folder does: one import of ours, and plain transformers in a new process."""
+def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    """Load the folder as a user would: `import qpruner.hf`, then plain transformers, in a new process."""
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
-    # Chat models end a turn with a token that only generation_config.json names.
+    # The end token of a chat model's turn is only in generation_config.json.
     GenerationConfig(eos_token_id=[1, 7], do_sample=True, temperature=0.25).save_pretrained(base)
     final = final_model(base, tmp_path)
     kept = GenerationConfig.from_pretrained(final)
@@ -114,6 +114,6 @@ def test_a_final_folder_carries_adapter_and_generation_config(tiny_model: Path, 
     )
     assert finished.returncode == 0, finished.stderr
     found, effect = torch.tensor(json.loads(finished.stdout)), (expected - without).norm()
-    assert effect > 0.1 * expected.norm(), "the adapter must matter for this to say anything"
+    assert effect > 0.1 * expected.norm(), "the test needs an adapter with an effect"
     # transformers 5.24 rounds adapters on 4- and 16-bit layers to the model's bfloat16; peft keeps them in float32.
     assert (found - expected).norm() < 0.05 * effect

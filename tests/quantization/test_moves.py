@@ -1,4 +1,4 @@
-"""8-bit layers that are moved with their model: peft, accelerate and transformers move parents, never single layers."""
+"""8-bit layers stay intact when their model is moved: peft, accelerate and transformers move whole models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def int8_layers(model: Model) -> dict[str, bnb.nn.Linear8bitLt]:
 
 
 def aliases(layer: bnb.nn.Linear8bitLt) -> list[torch.Tensor]:
-    """The other names of a layer's codes: of the weight before the first forward pass, of the state after it."""
+    """Return the other references to a layer's codes: in the weight before the first pass, in the state after it."""
     return [holder.CB for holder in (layer.weight, layer.state) if holder.CB is not None]
 
 
@@ -37,7 +37,7 @@ def scales(layer: bnb.nn.Linear8bitLt) -> list[torch.Tensor]:
 
 
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
-    """As a move to another device: other memory, and nothing to be found at the old place."""
+    """Simulate a move to another device: copy the tensor and clear the original codes."""
     moved = tensor.clone()
     if tensor.dtype == torch.int8:
         tensor.zero_()
@@ -48,8 +48,8 @@ used_or_not = pytest.mark.parametrize("used", [False, True], ids=["before-the-fi
 
 
 @used_or_not
-def test_codes_follow_their_model(model: Model, used: bool, tmp_path: Path) -> None:
-    """And it is saved as it was."""
+def test_codes_move_with_their_model(model: Model, used: bool, tmp_path: Path) -> None:
+    """The moved model gives the same logits and saves the same tensors."""
     expected = logits_of(copy.deepcopy(model))
     if used:
         assert torch.equal(logits_of(model), expected)
@@ -61,7 +61,7 @@ def test_codes_follow_their_model(model: Model, used: bool, tmp_path: Path) -> N
         assert layer.weight.data_ptr() != before[name], "nothing was moved"
         assert aliases(layer)
         assert all(codes.data_ptr() == layer.weight.data_ptr() for codes in aliases(layer))
-    # bitsandbytes puts its alias back as the weight after each pass; the next pass must be no other.
+    # bitsandbytes writes its reference back to the weight after each pass, so a second pass is tested too.
     assert torch.equal(logits_of(model), expected) and torch.equal(logits_of(model), expected)
     model.save_pretrained(tmp_path / "after")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
@@ -70,7 +70,7 @@ def test_codes_follow_their_model(model: Model, used: bool, tmp_path: Path) -> N
 
 
 @used_or_not
-def test_another_dtype_leaves_codes_and_scales_alone(model: Model, used: bool) -> None:
+def test_changing_the_dtype_keeps_codes_and_scales(model: Model, used: bool) -> None:
     expected = logits_of(copy.deepcopy(model))
     if used:
         logits_of(model)
@@ -88,7 +88,7 @@ def test_another_dtype_leaves_codes_and_scales_alone(model: Model, used: bool) -
 
 @pytest.mark.gpu
 @used_or_not
-def test_a_model_may_leave_the_gpu_and_return(model: Model, used: bool) -> None:
+def test_a_model_can_leave_the_gpu_and_return(model: Model, used: bool) -> None:
     parent = torch.nn.Sequential(model.to("cuda"))
     expected = model(input_ids=token_ids().cuda(), use_cache=False).logits if used else None
     parent.to("cpu")
@@ -99,8 +99,8 @@ def test_a_model_may_leave_the_gpu_and_return(model: Model, used: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_final_model_predicts_alike_on_the_gpu(tiny_model: Path, tmp_path: Path) -> None:
-    """As the snippets of the pages and of the model card bring it there; and by transformers' own placement."""
+def test_a_final_model_predicts_the_same_on_the_gpu(tiny_model: Path, tmp_path: Path) -> None:
+    """With `.to("cuda")`, as in the docs and the model card, and with `device_map="auto"`."""
     final = final_model(tiny_model, tmp_path)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(final)).float()
     moved = AutoModelForCausalLM.from_pretrained(final).to("cuda")

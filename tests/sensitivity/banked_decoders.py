@@ -1,4 +1,4 @@
-"""Tiny random decoders whose groups lie in a real bank, and samples to score them on."""
+"""Make tiny random decoders with a real bank, and samples for scoring their groups."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 LEVELS = (4, 8, 16)
 LORA = LoraConfig(rank=2, alpha=6)
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-"""Sizes that 4 bits can hold on a CPU."""
+"""Widths that the 4-bit CPU kernel decodes correctly."""
 
 
 @dataclass(frozen=True)
 class Banked:
-    """A model, its bank and the samples that it is scored on."""
+    """A model with its bank and samples."""
 
     model: PreTrainedModel
     subject: Subject
@@ -38,7 +38,7 @@ class Banked:
         return self.subject.starts(self.model)
 
     def errors(self, group: str, bits: int) -> dict[str, torch.Tensor]:
-        """What a trial's start differs from each weight of a group by."""
+        """Compute the difference between the initial weights of a trial and the weights, for each layer of a group."""
         weights = {path: self.model.get_parameter(f"{path}.weight").detach() for path in self.starts.groups[group]}
         return {path: self.starts.weight(group, bits, path, each.device) - each for path, each in weights.items()}
 
@@ -47,7 +47,7 @@ class Banked:
 
 
 def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), unlabelled: int = 3) -> Samples:
-    """Random samples of some lengths, whose first tokens are not predicted."""
+    """Make random samples of these lengths, without labels on the first tokens."""
     rows = [row | {"labels": [-100] * unlabelled + row["labels"][unlabelled:]} for row in rows_of(lengths)]
     return Samples(rows, PAD, batch_size=2)
 
@@ -60,7 +60,7 @@ def banked(
     double_quant: bool = False,
     **options: Any,
 ) -> Banked:
-    """Pack every group of a tiny decoder at 4 and 8 bits; the decoder is saved in `model` below the bank."""
+    """Save a tiny decoder in the subfolder `model`, and pack all its groups at 4 and 8 bits."""
     model = tiny(name, **WIDE | options)
     model.save_pretrained(folder / "model")
     fill_bank(folder / "model", folder, double_quant, LORA.model_copy(update={"init": init}), "float32", group)

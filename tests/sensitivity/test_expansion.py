@@ -1,4 +1,4 @@
-"""Predicted rises against plain differentiation, sample by sample, of the same loss."""
+"""Compare predicted rises with plain autograd of the same loss, sample by sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qpruner.sensitivity.expansion import expand, rises
 
 
 def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor]:
-    """Each sample's loss, alone in its pass, so that there is no padding."""
+    """Compute the summed loss of each sample in a pass of its own, without padding."""
     losses = []
     for row in samples.rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
@@ -26,7 +26,7 @@ def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox"])
-def test_every_rise_is_that_of_each_samples_own_gradient(tmp_path: Path, name: str) -> None:
+def test_rises_match_gradients_of_single_samples(tmp_path: Path, name: str) -> None:
     subject = banked(tmp_path, name)
     samples = subject.samples()
     found = expand(subject.model, samples, subject.starts)
@@ -47,7 +47,7 @@ def test_every_rise_is_that_of_each_samples_own_gradient(tmp_path: Path, name: s
     assert found.second_order == pytest.approx(first + fisher, rel=1e-3, abs=1e-6)
 
 
-def test_sums_over_a_large_layer_are_not_short() -> None:
+def test_sums_over_a_large_layer_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     error, slopes, squares = (torch.rand(4096, 4096, generator=generator) for _ in range(3))
     exact = float(error.double().flatten() @ slopes.double().flatten())
@@ -55,8 +55,8 @@ def test_sums_over_a_large_layer_are_not_short() -> None:
     assert rises(error, slopes, squares) == pytest.approx((exact, squared), rel=1e-5)
 
 
-def test_padding_and_batches_do_not_matter(tmp_path: Path) -> None:
-    """And the model is left as it was."""
+def test_padding_and_batch_size_change_nothing(tmp_path: Path) -> None:
+    """The model is unchanged afterwards, and a NaN in a layer is reported with its name."""
     llama = banked(tmp_path, "llama", "block")
     model = llama.model
     model.get_submodule("model.layers.1").requires_grad_(False)
@@ -64,7 +64,7 @@ def test_padding_and_batches_do_not_matter(tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     alone, together = (expand(model, llama.samples(batch_size), llama.starts) for batch_size in (1, 5))
     assert alone.num_tokens == together.num_tokens
-    for name in ("first_order", "fisher"):  # up to the order of the samples' own sums
+    for name in ("first_order", "fisher"):  # the order of summation differs
         assert np.allclose(getattr(alone, name), getattr(together, name), rtol=1e-3, atol=1e-7)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""Measured rises against models whose weights were really exchanged, and against the very model that a trial starts."""
+"""Compare measured rises with models whose weights were replaced, and with the initial model of a trial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Predictions = tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def predictions(model: torch.nn.Module, samples: Samples) -> Predictions:
-    """Log-probabilities ``(positions, vocabulary)`` at every predicted position, sample by sample, and the labels."""
+    """Compute log-probabilities ``(positions, vocabulary)`` and labels at all predicted positions, sample by sample."""
     found, labels = [], []
     for row in samples.rows:
         ids, targets = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
@@ -32,14 +32,14 @@ def predictions(model: torch.nn.Module, samples: Samples) -> Predictions:
 
 
 def rises(before: Predictions, after: Predictions) -> tuple[float, float]:
-    """Mean divergence of one model's predictions from another's, and the change of the loss."""
+    """Compute the mean KL divergence between predictions of two models, and the change of the loss."""
     kl = (before[0].exp() * (before[0] - after[0])).sum(dim=1).mean()
     losses = [torch.nn.functional.nll_loss(*each) for each in (before, after)]
     return float(kl), float(losses[1] - losses[0])
 
 
-def exchanged(subject: Banked, group: str, bits: int) -> torch.nn.Module:
-    """A copy of the model with one group's start in place."""
+def with_group_quantized(subject: Banked, group: str, bits: int) -> torch.nn.Module:
+    """Copy the model and give one group its initial weights of a trial."""
     model = copy.deepcopy(subject.model)
     with torch.no_grad():
         for path, error in subject.errors(group, bits).items():
@@ -48,8 +48,8 @@ def exchanged(subject: Banked, group: str, bits: int) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
-def test_every_rise_is_that_of_an_exchanged_model(tmp_path: Path, name: str) -> None:
-    """Padded batches, blocks that are not run again and the head at some positions only change nothing."""
+def test_rises_match_a_model_with_replaced_weights(tmp_path: Path, name: str) -> None:
+    """Padding, skipped blocks and the head at labelled positions only do not change the results."""
     subject = banked(tmp_path, name, "sublayer" if name == "llama" else "block")
     samples = subject.samples()
     found = measure(subject.model, samples, subject.starts)
@@ -57,14 +57,14 @@ def test_every_rise_is_that_of_an_exchanged_model(tmp_path: Path, name: str) -> 
     before = predictions(subject.model, samples)
     for index, group in enumerate(subject.starts.groups):
         for level, bits in enumerate((4, 8)):
-            expected = rises(before, predictions(exchanged(subject, group, bits), samples))
+            expected = rises(before, predictions(with_group_quantized(subject, group, bits), samples))
             assert (kl[level, index], loss[level, index]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
-    assert kl[0].min() > 10 * 2e-6, "the tolerance would hide everything"
+    assert kl[0].min() > 10 * 2e-6, "the rises must be larger than the tolerance"
 
 
 @pytest.mark.parametrize(("init", "double_quant"), [("loftq", False), ("plain", True)])
-def test_the_rise_is_that_of_a_trials_start(tmp_path: Path, init: str, double_quant: bool) -> None:
-    """Real bitsandbytes layers and peft adapters; 8-bit layers round their inputs too, so only 4 bits agree closely."""
+def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str, double_quant: bool) -> None:
+    """Use real bitsandbytes layers and peft adapters, at 4 bits only: 8-bit layers also round their inputs."""
     subject = banked(tmp_path, "llama", "block", init, double_quant)
     samples = subject.samples()
     found = measure(subject.model, samples, subject.starts)
@@ -81,8 +81,8 @@ def llama(tmp_path: Path) -> Banked:
     return banked(tmp_path, "llama", "block")
 
 
-def test_a_pass_costs_no_block_before_the_group(llama: Banked) -> None:
-    """And the model is left as it was."""
+def test_blocks_before_the_group_do_not_run_again(llama: Banked) -> None:
+    """The model is unchanged afterwards."""
     model, runs = llama.model, list[int]()
     places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
@@ -91,7 +91,7 @@ def test_a_pass_costs_no_block_before_the_group(llama: Banked) -> None:
         for index, block in enumerate(model.model.layers)
     ]
     measure(model, llama.samples(batch_size=5), llama.starts)
-    # Once unquantized, then at two widths for each group up to its own.
+    # Each block runs once unquantized, then at two bit-widths for its own group and each earlier group.
     assert [runs.count(index) for index in range(3)] == [1 + 2 * 1, 1 + 2 * 2, 1 + 2 * 3]
     for hook in hooks:
         hook.remove()
@@ -102,7 +102,7 @@ def test_a_pass_costs_no_block_before_the_group(llama: Banked) -> None:
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_shares_of_the_samples_join_to_the_whole(llama: Banked) -> None:
+def test_joined_shares_equal_one_measurement(llama: Banked) -> None:
     whole, samples = (measure(llama.model, llama.samples(5), llama.starts), llama.samples(2))
     shares = [replace(samples, rows=samples.rows[start::2]) for start in range(2)]
     joined = Measurement.joined([measure(llama.model, share, llama.starts) for share in shares])
@@ -112,8 +112,8 @@ def test_shares_of_the_samples_join_to_the_whole(llama: Banked) -> None:
         assert joined.stderr(second) == pytest.approx(whole.stderr(first), rel=1e-3, abs=1e-6)
 
 
-def test_the_standard_error_is_that_of_a_mean_over_samples() -> None:
-    """As many positions in each sample: the standard error of a plain mean; one sample has no spread."""
+def test_the_standard_error_is_over_samples() -> None:
+    """With equally many positions per sample it is that of a plain mean; a single sample gives NaN."""
     sums = np.random.default_rng(0).normal(size=(1, 1, 50))
     found, alone = (Measurement(np.full(n, 4.0), np.zeros(n), sums[..., :n], sums[..., :n]) for n in (50, 1))
     assert found.mean(sums)[0, 0] == pytest.approx((sums / 4).mean())
@@ -121,7 +121,7 @@ def test_the_standard_error_is_that_of_a_mean_over_samples() -> None:
     assert np.isnan(alone.stderr(alone.kl)).all()
 
 
-def test_a_group_without_numbers_is_named(llama: Banked) -> None:
+def test_a_group_with_nan_is_named(llama: Banked) -> None:
     starts = llama.starts
     tensors = starts._entries["layers.1", 8]
     tensors |= {name: tensor * torch.nan for name, tensor in tensors.items() if name.endswith("lora_B")}

@@ -1,4 +1,4 @@
-"""What sensitivities and scoring hold at most, as torch allocates it, beside what `qpruner check` counts for them."""
+"""Compare the peak memory of sensitivities and scoring with the prediction of `qpruner check`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch held at once, above what it held before."""
+    """Measure the peak memory that torch allocates during the work, above the memory at its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
@@ -62,13 +62,13 @@ def inspection(raw: dict[str, Any]) -> Inspection:
 
 @pytest.fixture(scope="module", params=SHAPES)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Banked:
-    """A decoder in bfloat16, its bank, and samples of full length with a label at every token."""
+    """Make a bfloat16 decoder, its bank, and samples of full length with a label on every token."""
     folder = tmp_path_factory.mktemp("bank")
     found = banked(folder, "llama", "block", init="plain", num_hidden_layers=2, **SHAPES[request.param])
     found.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
     samples = replace(samples_of([LENGTH] * 8, unlabelled=0), batch_size=SensitivityConfig().batch_size)
     found = replace(found, subject=replace(found.subject, samples=samples))
-    assert found.starts, "its files are mapped, which the profiler takes for memory"
+    assert found.starts, "opened here, because the profiler would count the mapped files as memory"
     return found
 
 
@@ -78,7 +78,7 @@ def shapes_of(subject: Banked, inspection: Inspection) -> Inspection:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_check_counts_what_a_sensitivity_holds(
+def test_check_predicts_the_memory_of_sensitivities(
     raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str
 ) -> None:
     config = validate_config(with_key(raw, "sensitivity.methods", [method]))
@@ -87,7 +87,7 @@ def test_check_counts_what_a_sensitivity_holds(
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
 
 
-def test_check_counts_what_scoring_holds(raw: dict[str, Any], inspection: Inspection, subject: Banked) -> None:
+def test_check_predicts_the_memory_of_scoring(raw: dict[str, Any], inspection: Inspection, subject: Banked) -> None:
     config, samples = validate_config(raw), subject.subject.samples
     parts = scoring_memory(config, shapes_of(subject, inspection)).parts
     beside = parts["activations"] + parts["logits"]

@@ -1,4 +1,4 @@
-"""Every method in one shape, and the stage that runs those that are asked for."""
+"""The scores of all methods have the same shape, and the stage computes only the configured methods."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Raw = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
-    """Projections that are fused in one matrix."""
+    """A model whose projections are fused into one matrix."""
     return banked(tmp_path_factory.mktemp("bank"), "phi3")
 
 
@@ -56,7 +56,7 @@ def test_every_method_scores_every_group_at_every_width(phi: Banked, scores: dic
     assert scores["fisher"].seconds == scores["first_order"].seconds
 
 
-def test_a_process_of_its_own_measures_the_same(phi: Banked, scores: dict[str, MethodScores]) -> None:
+def test_a_separate_process_measures_the_same(phi: Banked, scores: dict[str, MethodScores]) -> None:
     found = measure_share(phi.subject.bank / "model", "float32", threads=1, subject=phi.subject)
     again = by_measurement(found, LEVELS, seconds=1.0)
     assert again["kl"].values[4] == pytest.approx(scores["kl"].values[4], rel=1e-4)
@@ -68,7 +68,7 @@ def raw(tiny_raw: Raw) -> Raw:
 
 
 def record_of(raw: Raw, change: str, events: list[Event]) -> SensitivityRecord:
-    """Run up to the sensitivities; `events` are those of this run."""
+    """Run until the sensitivities, and collect the events of this run in `events`."""
     events.clear()
     record = run(validate_config(changed_by(change, raw)), events.append, until="sensitivity").sensitivity
     assert record is not None
@@ -76,13 +76,13 @@ def record_of(raw: Raw, change: str, events: list[Event]) -> SensitivityRecord:
 
 
 def measured(events: list[Event]) -> set[str]:
-    """The methods that told their figures."""
+    """Return the methods whose results were reported."""
     texts = [event.text for event in events if isinstance(event, Message) and event.stage == "sensitivity"]
     return {text.split()[0] for text in texts} - {"warning:"}
 
 
-def test_only_what_is_not_known_yet_is_measured(raw: Raw) -> None:
-    """After an interrupted command, for another method, damaged scores, another budget, and another bank."""
+def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
+    """After an interruption, with a new method, with a new budget, with a damaged file, and with a new bank."""
     events: list[Event] = []
 
     def interrupt(event: Event) -> None:
@@ -95,7 +95,7 @@ def test_only_what_is_not_known_yet_is_measured(raw: Raw) -> None:
         run(validate_config(changed_by(two, raw)), interrupt, until="sensitivity")
     assert measured(events) == {"mutual_information"}
     first = record_of(raw, two, events)
-    assert measured(events) == {"kl", "loss"}, "the same passes give both"
+    assert measured(events) == {"kl", "loss"}, "both come from the same passes"
     assert first.methods.keys() == {"mutual_information", "kl"}
     three = "sensitivity.methods=[loss, fisher, kl]"
     second = record_of(raw, three, events)
@@ -103,7 +103,7 @@ def test_only_what_is_not_known_yet_is_measured(raw: Raw) -> None:
     assert measured(events) == {"first_order", "fisher", "second_order"}
     assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == second
     assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
-    # Nobody reads damaged scores before another method is asked for.
+    # The damage is found when the configured methods change, because the scores are read again then.
     (file,) = (Path(raw["output"]) / "sensitivity").glob("kl-*.json")
     os.truncate(file, 100)
     third = record_of(raw, "sensitivity.methods=[kl, fisher]", events)
@@ -118,7 +118,7 @@ def test_only_what_is_not_known_yet_is_measured(raw: Raw) -> None:
     assert fourth.methods["kl"].values != second.methods["kl"].values
 
 
-def test_batches_are_the_sensitivities_own(raw: Raw) -> None:
+def test_sensitivities_use_their_own_batch_size(raw: Raw) -> None:
     events: list[Event] = []
     change = "sensitivity.methods=[fisher]; sensitivity.batch_size=5; calibration.batch_size=32"
     first = record_of(raw, change, events)
@@ -128,7 +128,7 @@ def test_batches_are_the_sensitivities_own(raw: Raw) -> None:
 
 
 @pytest.mark.slow
-def test_a_cluster_shares_the_samples_and_measures_the_same(raw: Raw, tmp_path: Path) -> None:
+def test_a_cluster_measures_the_same_in_shares(raw: Raw, tmp_path: Path) -> None:
     num_nodes, steps = 2, list[Event]()
     raw = changed_by("sensitivity.methods=[kl]", raw)
     alone = record_of(raw, "model.dtype=float32", []).methods["kl"]  # in bfloat16 other batches round differently

@@ -1,4 +1,4 @@
-"""Mutual information against known values: if this broke, its seed plan would give bits to the wrong groups."""
+"""Compare mutual information with known values: wrong values would give the bits to the wrong groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Array = np.ndarray
 
 
 def less_baseline(outputs: Array, labels: Array, components: int = 4) -> float:
-    """Raw estimate less the mean over shuffled labels, as `measure` reports it."""
+    """Estimate mutual information minus the mean over shuffled labels, as `measure` does."""
     found = whitened_components(torch.tensor(outputs, dtype=torch.float32), components)
     shuffled = [np.random.default_rng([9, turn]).permutation(labels) for turn in range(5)]
     return estimate(found, labels, 3) - float(np.mean([estimate(found, other, 3) for other in shuffled]))
@@ -57,7 +57,7 @@ def mixture_information(means: Array, weights: Array) -> float:
     ],
     ids=["near", "far", "unequal"],
 )
-def test_a_mixture_has_the_information_of_its_integral(means: list[list[float]], weights: list[float]) -> None:
+def test_a_gaussian_mixture_has_the_exact_information(means: list[list[float]], weights: list[float]) -> None:
     generator = np.random.default_rng(0)
     labels = generator.choice(len(weights), 3000, p=weights)
     outputs = np.array(means)[labels] + generator.normal(size=(3000, 2))
@@ -66,23 +66,23 @@ def test_a_mixture_has_the_information_of_its_integral(means: list[list[float]],
 
 
 @pytest.mark.parametrize(("samples", "num_classes"), [(128, 3), (512, 40)])
-def test_independent_labels_carry_nothing(samples: int, num_classes: int) -> None:
+def test_independent_labels_have_no_information(samples: int, num_classes: int) -> None:
     found = []
     for seed in range(6):
         generator = np.random.default_rng(seed)
         labels = pool_rare(generator.integers(0, num_classes, samples), 4)
         found.append(less_baseline(generator.normal(size=(samples, 32)), labels))
     assert abs(np.mean(found)) < 0.05 and max(map(abs, found)) < 0.3
-    # Blocks that were inserted with zero weights put out one constant.
+    # A block with zero weights has a constant output.
     assert abs(less_baseline(np.full((samples, 16), 0.5), labels)) < 0.05
 
 
 @pytest.mark.parametrize("num_classes", [2, 8])
 @pytest.mark.parametrize("jitter", [1e-1, 0.0])
-def test_a_decisive_output_carries_the_entropy(num_classes: int, jitter: float) -> None:
-    """Without jitter outputs repeat exactly, as those of the first projections do: they see a token and no context.
+def test_an_output_that_decides_the_label_has_its_entropy(num_classes: int, jitter: float) -> None:
+    """Without jitter outputs repeat exactly, like those of the first projections, which see a token without context.
 
-    A layer whose outputs are turned or a thousand times as large says no more about the prediction.
+    Rotating and scaling the outputs does not change the information.
     """
     generator = np.random.default_rng(3)
     labels = generator.integers(0, num_classes, 400)
@@ -101,7 +101,7 @@ def test_pooling_leaves_no_rare_label(seed: int) -> None:
     labels = generator.geometric(generator.uniform(0.05, 0.6), size=int(generator.integers(minimum, 300)))
     before = labels.copy()
     pooled = pool_rare(labels, minimum)
-    assert (labels == before).all(), "the predictions themselves are left alone"
+    assert (labels == before).all(), "the labels given are unchanged"
     values, counts = np.unique(pooled, return_counts=True)
     assert len(pooled) == len(labels) and counts.min() >= minimum
     assert set(values.tolist()) <= set(labels.tolist()) | {-1}
@@ -123,7 +123,7 @@ def measured(model: PreTrainedModel, group: str, samples: Samples = SAMPLES, **c
     return measure(model, samples, group, settings, seed=0)
 
 
-def test_every_group_gets_one_estimate_in_any_batches(model: PreTrainedModel) -> None:
+def test_estimates_do_not_depend_on_the_batch_size(model: PreTrainedModel) -> None:
     steps: list[tuple[int, int]] = []
     samples = replace(SAMPLES, batch_size=8, on_progress=lambda *step: steps.append(step))
     found, before = measured(model, "sublayer", samples), torch.get_rng_state()
@@ -131,39 +131,39 @@ def test_every_group_gets_one_estimate_in_any_batches(model: PreTrainedModel) ->
     assert steps == [(1, 3), (2, 3), (3, 3), *((done, groups) for done in range(1, groups + 1))]
     assert found == measured(model, "sublayer", samples) and torch.equal(torch.get_rng_state(), before)
     assert len(found.values) == groups
-    # Each row of n tokens, three of them masked, predicts n - 3.
+    # A row of n tokens, of which three have no label, has n - 3 positions.
     assert found.num_positions == min(128, sum(len(row["input_ids"]) - 3 for row in SAMPLES.rows))
     alone = measured(model, "sublayer", replace(SAMPLES, batch_size=1))
     assert found.num_positions == alone.num_positions
     assert found.values == pytest.approx(alone.values, abs=0.02)
-    # The prediction is computed from the last block's output and nothing else.
+    # The prediction depends on the output of the last block only.
     assert measured(model, "block", num_neighbors=1).values[-1] > 0.3
 
 
-def test_positions_come_from_rows_all_over(model: PreTrainedModel) -> None:
-    """A first row of 60 positions has no more say than its share; a row that gives none does not run."""
+def test_positions_are_drawn_from_all_rows(model: PreTrainedModel) -> None:
+    """A long first row gives only its share of the positions, and rows without a drawn position do not run."""
     passed: list[list[int]] = []
-    heard = model.get_input_embeddings().register_forward_hook(
+    hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: passed.extend(inputs[0].tolist())
     )
     rows = [*samples_of([61], unlabelled=0).rows, *SAMPLES.rows]
     found = measured(model, "block", replace(SAMPLES, rows=rows), max_positions=48, num_neighbors=1)
-    heard.remove()
+    hook.remove()
     assert found.num_positions == 48
     assert len(passed) == found.num_samples and 12 < found.num_samples < len(rows)
 
 
-def test_drawn_positions_keep_their_texts() -> None:
+def test_drawn_positions_keep_their_context() -> None:
     rows = SAMPLES.rows
     kept = spread_positions(rows, 40, seed=3)
     assert kept == spread_positions(rows, 40, seed=3) != spread_positions(rows, 40, seed=4)
     assert sum(label != -100 for row in kept for label in row["labels"]) == 40
     for row in kept:
-        assert row["labels"][-1] != -100, "nothing runs behind the last position"
+        assert row["labels"][-1] != -100, "a row ends at its last drawn position"
         assert any(whole["input_ids"][: len(row["input_ids"])] == row["input_ids"] for whole in rows)
         assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
     whole = spread_positions(rows, 10**6, seed=3)
-    assert sorted(row["labels"] for row in whole) == sorted(row["labels"] for row in rows), "all, where they are few"
+    assert sorted(row["labels"] for row in whole) == sorted(row["labels"] for row in rows), "few are all kept"
 
 
 def test_a_model_that_predicts_one_token_is_refused(tiny_model: Path) -> None:

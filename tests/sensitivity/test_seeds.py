@@ -1,4 +1,4 @@
-"""From sensitivities to plans: if this broke, the search would start from plans that no prediction asked for."""
+"""Seed plans follow the sensitivities: otherwise the search would start from arbitrary plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = {4: 40, 8: 70, 16: 130}
 
 
 def space_of(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8), step: int = 0) -> PlanSpace:
-    """Groups of `SIZES` bytes, each `step` larger than the one before; a budget between lowest and highest."""
+    """Make groups of `SIZES` bytes, each `step` larger than the previous, and a budget between all low and all high."""
     sizes = tuple(tuple(SIZES[bits] + step * index for bits in levels) for index in range(num_groups))
     lowest, highest = (sum(size[index] for size in sizes) for index in (0, -1))
     names = tuple(f"layers.{index}" for index in range(num_groups))
@@ -24,8 +24,8 @@ def space_of(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8), st
 @pytest.mark.parametrize("unit", [1e-9, 1e6])
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16), (8, 16)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_no_plan_inside_the_budget_is_predicted_better(levels: tuple[int, ...], seed: int, unit: float) -> None:
-    """Rises that shrink with bits, to 0 at the highest level; spread over three orders of magnitude."""
+def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[int, ...], seed: int, unit: float) -> None:
+    """Rises decrease with the bits to 0 at the highest, and differ by up to three orders of magnitude."""
     space, generator = space_of(6, 0.45, levels, step=7), np.random.default_rng(seed)
     shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, 6)), axis=0)[::-1]
     rows = [*(shares * 10.0 ** generator.uniform(-3, 0, 6)), np.zeros(6)]
@@ -51,11 +51,11 @@ def test_no_plan_inside_the_budget_is_predicted_better(levels: tuple[int, ...], 
     ],
     ids=["some-negative", "all-negative", "all-zero", "all-tiny", "one-dominates"],
 )
-def test_the_budget_is_used_whatever_is_predicted(lowest: tuple[float, ...]) -> None:
-    """Groups that seem to lose nothing still get what is left: bytes that nobody uses help nobody."""
+def test_a_seed_plan_always_uses_the_budget(lowest: tuple[float, ...]) -> None:
+    """Groups with a predicted rise of zero still get more bits, so that no bytes of the budget are left."""
     plan = seed_plan({4: lowest, 8: (0.0,) * 6}, space_of(6, 0.67))
     assert sorted(plan.bits) == [4, 4, 8, 8, 8, 8]
     assert all(bits == 8 for bits, value in zip(plan.bits, lowest, strict=True) if value == max(lowest) > 0)
-    # 8 bits measured a little worse than 4: a group still goes to 16 for what that saves.
+    # Although 8 bits are predicted slightly worse than 4, the first group gets 16 bits, which saves most.
     values = {4: (0.2, 0.1), 8: (0.21, 0.05), 16: (0.0, 0.0)}
     assert seed_plan(values, space_of(2, 0.5, (4, 8, 16))).bits == (16, 4)
