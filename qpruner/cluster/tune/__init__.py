@@ -1,9 +1,9 @@
-"""The search under Ray Tune; no other package imports it.
+"""Runs the search under Ray Tune; no other package imports Ray Tune.
 
-Ray Tune schedules, places and stops trials; the trials themselves write what counts. A trial's folder holds its record
-and last checkpoint, and a search that is started again reads those: finished trials go to the searcher in order,
-running ones resume from their own last rung, ASHA's rungs are filled as they were. Tune's snapshot is never restored
-(its own restore loses what finished since the last snapshot, measured with Ray 2.60).
+Ray Tune schedules, places and stops trials. Each trial writes its record and its last checkpoint to its own folder. A
+search that starts again reads these records: the searcher learns from finished trials in order, running trials resume
+from their last rung, and the rungs of ASHA are filled again. Tune's snapshot is never restored, because Tune would lose
+the trials that finished after it (measured, Ray 2.60).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import os
 import re
 
-# Set before Ray is imported: no usage report leaves the machine, and no banner is printed.
+# Send no usage report and print no banner. Ray reads these when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# Its own loggers would fill the scratch folder with a second copy of every figure, which TensorBoard lists as runs.
+# Tune's loggers would write every metric to the scratch folder again, and TensorBoard would list these copies as runs.
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-# Its handler makes fit() return as if the search were over, and stays installed after it.
+# Tune's handler makes fit() return as if the search were over, and stays installed afterwards.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-# The searcher decides how many trials wait for a machine; by itself Tune would let one wait.
+# The searcher decides how many trials wait for a machine; Tune's default is one.
 os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
-# A trial waits until its worker has left the trial before it; after 2 s Tune would give it up silently (2.60). Workers
-# read it, which import this module, too.
+# A trial waits until its worker has ended the trial before it; by default Tune (2.60) silently gives the trial up after
+# 2 s. Workers read this variable, because they import this module too.
 os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
 from collections.abc import Callable, Mapping
@@ -49,12 +49,12 @@ from qpruner.search.searchers import Prior, Proposer, RandomProposer, Scalarized
 from qpruner.search.trial_records import REMEDIES, begin_session, read_clock, read_trials, wait_for_storage
 from qpruner.training.trackers import Trackers
 
-# Tune would hand the driver's keys to its actors in their runtime environment, which Ray's agents write to their logs
-# (2.60). Every machine has its own, as for all other work.
+# Tune (2.60) would put the driver's AWS keys into the runtime environment of its actors, which Ray writes to its logs.
+# Every machine has its own keys.
 ray_private.ENV_VARS_TO_PROPAGATE.difference_update(
     [name for name in ray_private.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
 )
-# Tune has no option for it.
+# Tune has no option for the class of its actor manager.
 ray_private.tune_controller.RayActorManager = ActorManager
 
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
@@ -63,19 +63,17 @@ __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "sea
 def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
     """Run or resume the search until it is over.
 
-    Trials that lost their workers when no new plan was left are resumed in another session of Tune. Where Tune cannot
-    write, the search waits for the storage, as in `retry_storage`.
-
-    `room` returns how many trials may be in flight now, those that wait for a machine among them.
+    If Tune ends while trials still have to be resumed, another session of Tune starts. If Tune cannot write, the search
+    waits for the storage, as in `retry_storage`. `room` returns how many trials may run or wait for a machine.
 
     Raises:
-        KeyboardInterrupt: On Ctrl-C; running trials are recorded up to their last rung.
-        NodeDiffers: If a trial met a node that cannot be used; it is resumed when the command is repeated.
-        StageError: If trials failed for want of storage, for a damaged file or for a broken machine, or if the hours
-            were over when no machine was left; trials are retried or resumed when the command is repeated.
-        StorageError: If the storage stays full or away.
+        KeyboardInterrupt: On Ctrl-C. Running trials are recorded up to their last rung.
+        NodeDiffers: If a trial was sent to an unusable node.
+        StageError: If trials failed because of the storage, a damaged file or a broken machine, or if the time limit is
+            reached and no machine is left.
+        StorageError: If the storage stays full or unreachable.
     """
-    assert ray.is_initialized(), "Tune would choose a cluster itself"
+    assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
     halt = Halt(emit)
     sessions = begin_session(job.trials, job.search)
     job = replace(job, session=sessions)
@@ -126,32 +124,32 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
         with halt.listening():
             tuner.fit()
     except Exception as error:
-        # The next session must not meet them on the same trials.
+        # The next session resumes the same trials, so their old workers must end first.
         watch.kill_all()
-        trouble = _disk_error(str(error)) if isinstance(error, TuneError) else None
-        if trouble is None:
+        disk_error = _disk_error(str(error)) if isinstance(error, TuneError) else None
+        if disk_error is None:
             raise
-        raise trouble from error
+        raise disk_error from error
     return ledger.ended
 
 
 def _disk_error(text: str) -> OSError | None:
-    """Return the error of a full or broken disk that a TuneError's traceback ends in; None where it ends in another.
+    """Return the disk error at the end of a TuneError's traceback; None if the last error is another one.
 
-    Tune keeps a trial's error in Ray's folder on this machine, and a write that fails names no file (2.60).
+    The error names no file if Tune (2.60) failed to write to Ray's folder on this machine.
     """
     found = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE)
     if found is None:
         return None
-    trouble = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
-    return trouble if storage_error(trouble) else None
+    error = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
+    return error if storage_error(error) else None
 
 
 def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
-    """Read the records of a search that ended by itself, or was halted.
+    """Read the records of the trials after a session of Tune.
 
     Raises:
-        StageError: If trials failed for want of storage, for a damaged file or for a broken machine.
+        StageError: If a trial failed because of the storage, a damaged file or a broken machine.
     """
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
@@ -172,17 +170,16 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
 def make_proposer(
     name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
 ) -> Proposer:
-    """Make the searcher that `search.searcher` names: `gp`, `hyperopt`, `bayesopt` or `random`.
+    """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
-    It starts from `priors`, the sensitivities by method, where it can. With `pareto` the front of score against bytes
-    is wanted instead of the best score.
+    Only `gp` uses `priors`, the sensitivities by method. With `pareto` the searcher looks for the Pareto front of score
+    and bytes instead of the best score.
 
     Raises:
-        UserError: If the searcher's extra is not installed.
+        UserError: If a package of the searcher is not installed.
     """
     check_searcher(name)
-    # Every worker imports this module, and that one takes time.
-    if name == "gp":
+    if name == "gp":  # imported here, because every worker imports this module and it is slow to import
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors, pareto)

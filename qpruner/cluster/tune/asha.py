@@ -1,4 +1,4 @@
-"""Ray's ASHA, which spares the controls, resumes from records, and for a Pareto front compares plans of like size."""
+"""ASHA of Ray Tune, with controls that are never stopped, rungs from records, and comparison by size for a front."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from qpruner.search.trial_records import objective
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) that never stops controls and starts from the recorded rungs.
 
-    Recorded plans outside the space are not compared with. `is_recalled` returns whether a trial that waits for a
-    machine is not to start any more. `on_error` gets a trial's error before the searcher does.
+    Recorded plans outside the space are ignored. `is_recalled` returns True for the id of a waiting trial that must not
+    start any more. `on_error` is called with the id of a trial and the text of its error, before the searcher is.
     """
 
     def __init__(
@@ -45,45 +45,45 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
         self._space, self._controls = space, frozenset(controls)
         self._is_recalled, self._on_error = is_recalled, on_error
-        bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
+        bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
             plan = PrecisionPlan.from_dict(record.plan)
             if not space.is_feasible(plan):
                 continue
             bracket.sizes[record.index] = space.plan_bytes(plan)
-            # The last rung of a running trial is reported, and decided on, again.
+            # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                entered = SimpleNamespace(config={"trial": record.index})
-                bracket.on_result(entered, rung.step, -objective(rung, config))
+                trial = SimpleNamespace(config={"trial": record.index})
+                bracket.on_result(trial, rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Remember the size of the trial's plan."""
+        """Store the bytes of the trial's plan."""
         super().on_trial_add(tune_controller, trial)
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Take out recalled trials before any is started; no other hook of Tune can."""
+        """Stop recalled trials before the next trial starts; no other hook of Tune can do this."""
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_recalled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass the error's text on."""
+        """Pass the text of the error to `on_error`."""
         super().on_trial_error(tune_controller, trial)
-        # Tune keeps the text in this file alone; where there is no room for it, its session ends before this is called.
+        # Only this file has the text. If Tune could not write the file, its session has ended before this call.
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether a trial continues after a rung."""
+        """Return whether a trial continues after a rung; a control does until the last."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Forget the trial; Ray would enter a stopped trial's last score again, at a lower rung."""
+        """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a lower rung."""
         self._trial_info.pop(trial.trial_id, None)
 
     def _plan_of(self, trial: Any) -> PrecisionPlan:
@@ -91,10 +91,10 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return PrecisionPlan(self._space.groups, tuple(bits[name] for name in self._space.groups))
 
 
-class _LikeSizes(AshaBracket):  # type: ignore[misc]
-    """ASHA's rungs by trial number, so that a trial resumed under another of Ray's ids is entered once.
+class _RungsBySize(AshaBracket):  # type: ignore[misc]
+    """Rungs of ASHA that know trials by number, because a resumed trial gets a new id from Ray.
 
-    For a front, a trial is compared with those of no more bytes: a smaller plan that scores worse is no worse a plan.
+    For a Pareto front, a trial is compared only with trials whose plans have as many bytes or fewer.
     """
 
     def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
@@ -105,7 +105,7 @@ class _LikeSizes(AshaBracket):  # type: ignore[misc]
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
         self._entering = trial.config["trial"]
-        # The rungs look at nothing but the id.
+        # The rungs read nothing but the id.
         action: str = super().on_result(SimpleNamespace(trial_id=self._entering), cur_iter, cur_rew)
         return action
 

@@ -1,4 +1,4 @@
-"""The searcher in the driver: hands plans to Ray Tune and records how trials go."""
+"""The searcher of Ray Tune in the driver: gives plans to Tune and records how trials end."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from qpruner.search.trial_records import (
 )
 
 MAX_KILLS = 3
-"""Worker deaths in a row, without a rung between them and on machines that stay, at which a trial fails."""
+"""Worker deaths in a row that fail a trial: without a rung between them, on machines that stay."""
 MAX_ERRORS = 3
-"""Trials in a row that may end in an error on one machine before the machine counts as broken."""
+"""Trials in a row with an error on one machine, after which the machine counts as broken."""
 KERNEL_SECONDS = 20.0
-"""A machine that was out of memory a moment ago has to start a process to answer."""
+"""Time for a machine to report its kernel's kills: it was just out of memory, and has to start a process."""
 
 
 def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
-    """Make an error of ours in a method that Tune calls with a result end the search."""
+    """End the search with an error of qpruner that the method raises, see `Halt.end`."""
 
     @functools.wraps(method)
     def wrapped(self: PlanSearcher, *args: Any, **kwargs: Any) -> None:
@@ -61,12 +61,12 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
-    """Hands the ledger's suggestions to Tune and writes each trial's record before it runs."""
+    """Gives the suggestions of the ledger to Tune, and writes the record of each trial before it runs."""
 
     def __init__(self, job: SearchJob, ledger: Ledger, room: Callable[[], int], emit: Emit, halt: Halt) -> None:
         super().__init__(metric=METRIC, mode="min")
         self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
-        # Made once: Tune keeps every trial's parameters to the end.
+        # Created once and shared, because Tune keeps the parameters of every trial to the end.
         self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
@@ -79,7 +79,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._is_over, self._next_look = False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial's parameters, None while there is no room, or that the search is over."""
+        """Return the parameters of the next trial, None if there is no room, or FINISHED at the end."""
         self._is_out_of_hours()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
@@ -97,7 +97,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return {"trial": suggestion.index, "origin": suggestion.origin, **about, **bits}
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
-        """Read a trial's record, or write its first one; None where another process has written it."""
+        """Read or create the record of a trial; None if another process has created it meanwhile."""
         job = self._job
         if suggestion.index in self._recorded:
             return read_trial(job.trials, suggestion.index)
@@ -115,17 +115,17 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             times=(time.time(),),
         )
         path = trial_path(job.trials, record.index)
-        if exists(path):  # this search has read all that there were, and wrote the others itself
+        if exists(path):  # neither read at the start nor written by this process
             self._halt.end(lock_lost("search", f"it wrote {display_name(path)}"), at_once=True)
             return None
         begin_trial(job.trials, record)
         self._recorded.add(record.index)
         return record
 
-    # Ray calls these by keyword, so the parameters keep its names.
+    # Ray passes the arguments by name, so the parameters have Ray's names.
     @_ends_search
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass a rung to the ledger."""
+        """Report the score of a rung to the ledger."""
         suggestion = self._live[trial_id]
         is_new = self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
@@ -138,21 +138,21 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     @_ends_search
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record how a trial ended, or hand it out again if it lost its worker."""
+        """Record how a trial ended, or return it to the ledger if its worker died."""
         suggestion = self._live.pop(trial_id)
         death = self._deaths.pop(trial_id, _Death())
         record = read_trial(self._job.trials, suggestion.index)
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if not error and not record.has_begun:  # deleted, as if it had not been proposed
+        if not error and not record.has_begun:  # recalled while it waited: delete it, as if it was never proposed
             remove(trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
             self._emit(TrialWithdrawn(suggestion.index))
             return
         if record.status == "running":
-            # A trial's own errors are in its record: this one's process was killed, or never came up.
+            # An error of the trial itself is in its record: here the process was killed, or never started.
             record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
@@ -166,12 +166,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.hand_out_again(suggestion)
 
     def _close(self, suggestion: Suggestion, record: TrialRecord) -> None:
-        """Tell the ledger and the user of a trial that is over."""
-        if record.failure != "hung":  # its worker may still be writing
+        """Report a trial that is over to the ledger and the user."""
+        if record.failure != "hung":  # the worker of a hung trial may still write
             try:
                 remove_old_checkpoints(self._job.trials, [record])
             except OSError as error:
-                self._emit(Message("search", f"warning: an old checkpoint stays where it is: {error}"))
+                self._emit(Message("search", f"warning: an old checkpoint could not be deleted: {error}"))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.plan_failed)
@@ -181,47 +181,47 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if record.failure in ("storage", "damaged"):
             self._halt.requested = True
         elif record.failure == "error":
-            self._suspect(record)
+            self._halt_on_broken_machine(record)
 
     def is_recalled(self, trial_id: str) -> bool:
-        """Return whether a trial that waits for a machine is not to start any more."""
-        over, suggestion = self._is_out_of_hours(), self._live.get(trial_id)
-        waits = over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
-        return self._halt.requested or bool(waits)
+        """Return True if a trial that waits for a machine must not start any more."""
+        is_over, suggestion = self._is_out_of_hours(), self._live.get(trial_id)
+        is_waiting = is_over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
+        return self._halt.requested or bool(is_waiting)
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Save the search's hours, of all sessions: this one may be killed at any instant."""
+        """Save the time of all sessions of this search, because the process may be killed at any moment."""
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "it began a session of this search")
 
     def _is_out_of_hours(self) -> bool:
-        """Return whether the search's hours are spent; where no machine is left to finish trials, end it at once."""
+        """Return True after the time limits of the search; end it at once if then no machine can finish its trials."""
         now, settings = time.monotonic(), self._job.config.search
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0
-            for seconds, limit, what, key in (
+            for seconds, limit, unit, key in (
                 (self._seconds(), settings.max_hours, "hours", "max_hours"),
                 (sum(self._gpu_seconds.values()), settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
             ):
                 if not self._is_over and limit is not None and seconds / 3600 >= limit:
                     self._is_over = True
-                    self._ledger.end(f"{seconds / 3600:.3g} {what} were spent (`search.{key}` is {limit:g})")
+                    self._ledger.end(f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})")
         if self._is_over and not self._room():
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
-            remedy = "bring machines back (`ray start` on them), then repeat the command: it resumes what was running"
+            remedy = "start machines again (`ray start` on them), then repeat the command: it resumes running trials"
             self._halt.end(StageError("search", cause, remedy))
         return self._is_over
 
     def on_error_text(self, trial_id: str, error: str) -> None:
-        """Take the text of the error that a trial is about to end with."""
+        """Store what the error of a trial says about the death of its worker; called before `on_trial_complete`."""
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
-        # Ray (2.60) says `actor_id: ID` of a dead actor, and `The actor ID is unavailable` where a connection breaks.
+        # Ray (2.60) writes `actor_id: ID` if an actor died, and `The actor ID is unavailable` if its connection broke.
         found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
         table = ray_private.state.actor_table(found[1]) if found else {}
         death.node = table.get("Address", {}).get("NodeID") or death.node
@@ -230,27 +230,27 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str) -> None:
-        """Take that a worker is killed since its trial made no progress."""
+        """Store that a worker is killed because its trial makes no progress."""
         self._deaths.setdefault(trial_id, _Death()).hung = True
 
-    def _suspect(self, record: TrialRecord) -> None:
-        """Halt where trials in a row failed on one machine, which takes the next plan as soon as it is free.
+    def _halt_on_broken_machine(self, record: TrialRecord) -> None:
+        """Halt the search after `MAX_ERRORS` trials in a row have failed on one machine.
 
-        Those trials are retried when the command is repeated.
+        The machine would also fail the next plans. The failed trials are retried when the command is repeated.
         """
         failed = self._failed_on.setdefault(record.node, [])
         failed.append(record)
         if len(failed) < MAX_ERRORS:
             return
         self._halt.requested = True
-        what = f"{len(failed)} trials in a row failed on {record.node}"
+        text = f"{len(failed)} trials in a row failed on {record.node}"
         for each in failed:
-            reason = f"{what}, trial {each.index} with {each.reason}"
+            reason = f"{text}, trial {each.index} with {each.reason}"
             write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
-        self._emit(Message("search", f"warning: {what}; running rungs finish, nothing new starts"))
+        self._emit(Message("search", f"warning: {text}; running rungs finish, nothing new starts"))
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the trials' records are the searcher's state."""
+        """Save nothing: the state of the searcher is in the records of the trials."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing; see `save`."""
@@ -258,34 +258,35 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
 @dataclass
 class _Death:
-    """What is known of why a trial's worker died."""
+    """What the driver knows about the death of a trial's worker."""
 
-    node: str | None = None  # where it was, by Ray's id
-    storage: str = ""  # what its storage error said
-    by_ray: bool = False  # for memory
-    hung: bool = False
+    node: str | None = None  # Ray's id of the worker's node
+    storage: str = ""  # the message of a storage error
+    by_ray: bool = False  # Ray killed the worker for memory
+    hung: bool = False  # the driver killed the worker
 
 
 def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """Return the record of a trial after its last rung: finished, or stopped by ASHA."""
     step = record.rungs[-1].step
     stopped = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
     return record.model_copy(update={"status": "finished"} if step >= job.config.search.steps else stopped)
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
-    """Return the record of a trial whose worker is dead: failed, or to be resumed elsewhere."""
+    """Return the record of a trial after the death of its worker: failed, or running, which means to be resumed."""
     pulse = read_pulse(job.trials, record.index)
-    if pulse is not None:  # the memory and the time of its last sign of life
+    if pulse is not None:  # the pulse may be newer than the record
         last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
         record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)
     if death.storage:
-        # Its worker could not even write that.
+        # The worker could not write its own record.
         return _failed(record, "storage", f"{death.storage} (on {record.node})")
     if death.hung:
         limit = job.config.search.trial_timeout_seconds
         reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
         return _failed(record, "hung", reason)
-    # A worker that dies with its machine, or leaves one that is about to go, says nothing of the trial.
+    # The death of a machine, or an end because the machine is about to leave, does not count against the trial.
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
@@ -304,11 +305,12 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
+    """Return the record of a failed trial."""
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 
 def _kernel_kills_on(node_id: str) -> int | None:
-    """Count the processes that a node's kernel has killed for memory; None where nobody there answers."""
+    """Count the processes that the kernel of a node has killed for memory; None if the node does not answer."""
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     asked = ray.remote(num_cpus=0, max_retries=0)(kernel_kills).options(scheduling_strategy=place).remote()
     with suppress(RayError):

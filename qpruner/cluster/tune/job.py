@@ -1,4 +1,4 @@
-"""What a search under Tune gets and returns, and how it is resumed from the records."""
+"""The inputs and the outcome of a search under Ray Tune, and how a search resumes from the records."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from qpruner.search.trial_records import (
 )
 
 METRIC = "score"
-"""What Tune minimizes: the validation loss, or one minus the accuracy."""
+"""The name of the score that Tune minimizes: the validation loss, or one minus the accuracy."""
 TIME = "step"
 
 
 @dataclass(frozen=True)
 class SearchJob:
-    """The inputs of a search."""
+    """The inputs of a search; `node_check.packed_check` makes `check_node`."""
 
     config: RunConfig
     trial: Trial
     materials: Materials
     layout: Layout
     space: PlanSpace
-    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): uniform and seed plans inside the budget
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): uniform and seed plans within the budget
     priors: Mapping[str, Prior]  # sensitivities by method
-    trials: Path  # folder of the trials' own folders
-    scratch: Path  # folder for Ray Tune's files
-    digest: str  # of what a trial's result depends on
-    search: str  # digest of what the proposals depend on besides
+    trials: Path  # contains a folder for each trial
+    scratch: Path  # for the files of Ray Tune
+    digest: str  # of all that the result of a trial depends on
+    search: str  # digest of the further inputs that the proposals depend on
     resources: dict[str, float]  # of one trial
-    check_node: bytes  # raises on a machine that cannot be used, see `node_check.packed_check`
-    session: int = 1  # of this search
+    check_node: bytes  # pickled; raises on an unusable node
+    session: int = 1  # the number of this session of the search
 
     def owns(self, record: TrialRecord) -> bool:
-        """Return whether a trial is of this search, not of one with another budget or searcher."""
+        """Return True if a trial belongs to this search, not to one with another budget or searcher."""
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the name of a control; a seed at one budget is a plan like any other at the next."""
+        """Return the origin of a plan that is a control of this search; None for any other plan."""
         return next((origin for origin, control in self.controls if control == plan), None)
 
 
 class LivesInDriver:
-    """Leaves nothing of an object in Tune's snapshot, which is never restored and cannot hold the terminal."""
+    """Keeps an object out of Tune's snapshot, which is never restored and cannot contain an open terminal."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -62,23 +62,23 @@ class LivesInDriver:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """A search that is over."""
+    """The result of a search that is over."""
 
     trials: list[TrialRecord]  # in order of suggestion
-    reused: list[TrialRecord]  # of searches with another budget or searcher
-    ended: str  # why there were no more
-    seconds: float  # all sessions together
+    reused: list[TrialRecord]  # from searches with another budget or searcher
+    ended: str  # the reason why no more trials were started
+    seconds: float  # of all sessions
     sessions: int
     gpu_seconds: float
 
 
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
-    """Return the plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
+    """Return the bits of each group from the parameters of a trial in Tune, whose keys are `bits/GROUP`."""
     return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Return half of a trial's micro-batch, or the next smaller divisor of the batch; None where there is none."""
+    """Return the largest divisor of the batch that is at most half of a trial's micro-batch; None if there is none."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -87,16 +87,16 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
-    """Return a trial's score at every rung it reached."""
+    """Return the score of a trial at every rung that it reached."""
     plan = PrecisionPlan.from_dict(record.plan)
     return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]
 
 
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
-    """Return a ledger of all recorded trials, and those trials.
+    """Return a ledger that knows all recorded trials, and the records of these trials.
 
-    The searcher learns from trials of searches with another budget or searcher; their plans are not run again and do
-    not count as `max_trials`.
+    The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
+    and do not count towards `max_trials`.
     """
     settings = job.config.search
     ledger = Ledger(
@@ -121,7 +121,10 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 
 
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """Resume a trial that is not over: one that was cut off, or a control here that another search stopped."""
+    """Mark a trial as running if this search has to resume it, and return its record.
+
+    It resumes trials that were cut off or have to be retried, and its controls that another search stopped.
+    """
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
     cut_off = record.status == "running" or record.should_retry

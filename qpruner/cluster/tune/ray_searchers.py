@@ -1,7 +1,7 @@
-"""The searchers `hyperopt` and `bayesopt`: TPE and a Gaussian process through Ray's own classes.
+"""The searchers `hyperopt` and `bayesopt`: TPE and a Gaussian process through classes of Ray Tune.
 
-Those take no scores of plans that they did not propose, and their proposals depend on all earlier ones. So each
-proposal is made by a fresh one, seeded from (seed, index), that first evaluates every known plan.
+Ray's classes accept scores only of plans that they have proposed themselves. So each proposal comes from a new object,
+seeded from (seed, index), that is first made to propose every known plan and is given its score.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.searchers import History, Observation, Proposal
 
 INITIAL_RANDOM = 4
-"""Observations before anything is modelled; Ray's defaults of 20 and 10 would leave small searches random."""
+"""Random plans before the model is used; with Ray's defaults of 20 and 10, small searches would stay random."""
 
 
 def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
+    """Give the known scores to a searcher of Ray; return its next suggestion."""
     for item in known:
         search.suggest(f"known-{item.index}")
         search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
@@ -31,7 +32,7 @@ def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
 
 
 class HyperOptProposer:
-    """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch; 0.6 ms a known plan, 30 groups."""
+    """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch; 0.6 ms for each known plan of 30 groups."""
 
     name = "hyperopt"
 
@@ -39,12 +40,12 @@ class HyperOptProposer:
         from ray.tune.search.hyperopt import HyperOptSearch
 
         self._names, self._seed, self._search = space.groups, seed, HyperOptSearch
-        # hyperopt gives lists back as tuples and takes numbers for ranges; strings come back as they are.
+        # Strings, because hyperopt treats numbers as ranges and returns lists as tuples.
         levels = [str(bits) for bits in space.levels]
         self._search_space = HyperOptSearch.convert_search_space({name: tune.choice(levels) for name in self._names})
 
     def propose(self, index: int, history: History) -> Proposal:
-        """Propose a plan; equal arguments give equal plans."""
+        """Propose a plan; the same arguments give the same plan."""
         known = history.last()
         search = self._search(
             self._search_space,
@@ -62,7 +63,7 @@ class HyperOptProposer:
 class BayesOptProposer:
     """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's BayesOptSearch.
 
-    It takes no whole numbers or choices, so a group's level is a float that is rounded. It stops at repetitions.
+    BayesOptSearch supports neither integers nor choices, so the level of a group is a float that is rounded.
     """
 
     name = "bayesopt"
@@ -74,8 +75,8 @@ class BayesOptProposer:
         self._bounds = {name: (0.0, len(space.levels) - 1.0) for name in space.groups}
 
     def propose(self, index: int, history: History) -> Proposal:
-        """Propose a plan; equal arguments give equal plans."""
-        # Another budget's search may have run the same plan; a point may be given once.
+        """Propose a plan; the same arguments give the same plan."""
+        # A search with another budget may have scored the same plan, but BayesOptSearch accepts a point only once.
         scored = list({item.plan: item for item in history.last()}.values())
         known = scored if len(scored) >= INITIAL_RANDOM else []
         points = [map(float, self._space.indices_of(item.plan)) for item in known]
@@ -90,7 +91,7 @@ class BayesOptProposer:
             patience=len(known) + 2,
         )
         with warnings.catch_warnings():
-            # sklearn says so whenever a length scale of its kernel ends at a bound.
+            # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
             levels = _suggested(search, known)
         return Proposal(self._space.plan_of(round(levels[name]) for name in self._space.groups))

@@ -1,4 +1,4 @@
-"""Trials in the trackers: Ray's own callbacks, by optimizer step."""
+"""Logs trials to the trackers W&B and MLflow through Ray's callbacks, by optimizer step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from qpruner.runs.events import Emit, Message
 from qpruner.training.trackers import Guard, Trackers
 
 FIGURES = (METRIC, "loss", "accuracy", "accuracy_stderr", "train_loss")
-"""What is logged of a rung; Ray adds its own clocks and hosts."""
+"""The values of a rung that are logged; those that Ray adds, such as clocks and host names, are left out."""
 UPLOAD_SECONDS = 120
-"""How long the end of a search waits for uploads."""
+"""Time that the end of a search waits for uploads."""
 
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
-    """Return the callbacks for Tune that log trials to the trackers; the first error of each is emitted."""
+    """Return a callback of Tune for each tracker; a tracker is left out after its first error, which is emitted."""
     mlflow = partial(MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment)
     kinds: dict[str, Callable[[], Callback]] = {"wandb": partial(WandbRows, trackers), "mlflow": mlflow}
     return [_Guarded(name, kinds[name], emit) for name in trackers.names]
@@ -38,18 +38,18 @@ class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
     def __init__(self, trackers: Trackers) -> None:
         settings = trackers.wandb_settings("trial")
         super().__init__(upload_timeout=UPLOAD_SECONDS, environment=trackers.environment, **settings)
-        # Ray's own gives the key to the actor's runtime environment, which Ray writes to its logs (2.60).
+        # Ray's class (2.60) puts the key into the runtime environment of the actor, which Ray writes to its logs.
         self._remote_logger_class = ray.remote(num_cpus=0, **on_current_node())(_WandbWriter)
 
     def _cleanup_logging_actor(self, trial: Trial) -> None:
         written = self._trial_logging_futures[trial]
         super()._cleanup_logging_actor(trial)
         if ray.wait([written], timeout=0)[0]:
-            ray.get(written)  # raises what the actor met
+            ray.get(written)  # raises the error of the actor
 
 
 class _WandbWriter(WandbLoggingActor):  # type: ignore[misc]
-    """The process that writes one row."""
+    """Writes one row to W&B in a process of its own."""
 
     def __init__(self, *args: Any, environment: Mapping[str, str], **kwargs: Any) -> None:
         os.environ.update(environment)
@@ -57,6 +57,8 @@ class _WandbWriter(WandbLoggingActor):  # type: ignore[misc]
 
 
 def _guarded(hook: str) -> Callable[..., None]:
+    """Make a method that passes a call of Tune to the method `hook` of the inner callback."""
+
     def call(self: _Guarded, **info: Any) -> None:
         self.guard.run(lambda: getattr(self.inner, hook)(**info))
 
@@ -64,7 +66,7 @@ def _guarded(hook: str) -> Callable[..., None]:
 
 
 class _Guarded(LivesInDriver, Callback):  # type: ignore[misc]
-    """Passes Tune's calls on until the first error."""
+    """Passes the calls of Tune to a tracker's callback until its first error."""
 
     def __init__(self, name: str, make: Callable[[], Callback], emit: Emit) -> None:
         self._make, self.inner = make, Callback()

@@ -1,4 +1,4 @@
-"""Runs one trial in a Ray worker; writes its record before each report, and how it ended."""
+"""Runs one trial in a Ray worker, and writes its record before each report to Tune and at its end."""
 
 from __future__ import annotations
 
@@ -50,52 +50,53 @@ Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
-    """Run one trial from its own last rung to its end."""
+    """Run one trial from its last rung to its end."""
     limit_threads(max(1, int(job.resources.get("cpu", 1))))
     freeze_libraries()
-    release()  # the actor's last trial
+    release()  # the memory of the trial before it in this process
     trial = _RecordedTrial(params, job)
-    while not trial.ran():
+    while not trial.run():
         release()
 
 
 def leave_if_drained() -> None:
-    """End this process where its node is about to go: its trial is resumed elsewhere, from the recorded rung.
+    """End this process if its node is about to leave; its trial resumes on another node from the recorded rung.
 
-    Ray gives such a node no new actors, but Tune would hand this one trial after trial (Ray 2.60). An idle node leaves
-    the cluster by itself.
+    Ray starts no new actors on such a node, but Tune (2.60) would give this actor one trial after the other.
     """
     if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
 
 
 class _RecordedTrial:
+    """A trial that keeps its record and its pulse up to date while it runs."""
+
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
         self._record = read_trial(job.trials, params["trial"])
         if restart_if_damaged(job.trials, self._record, logger.warning):
             self._record = read_trial(job.trials, params["trial"])
-        # What an earlier process held since its last rung is in its pulse alone.
+        # The pulse of an earlier process may be newer than the record of its last rung.
         spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
         self._started = time.monotonic()
         self._memory = PeakMemory()
         self._beats, self._last_pulse = 0, float("-inf")
         begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
-        times = {} if self._record.rungs else {"times": (begun.time,)}  # it may have waited long for a machine
-        ours = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
-        self._record = self._record.model_copy(update=ours | times)
+        times = {} if self._record.rungs else {"times": (begun.time,)}  # waiting for a machine does not count
+        own = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
+        self._record = self._record.model_copy(update=own | times)
         write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
         leave_if_drained()
-        if self._record.rungs:  # again: the scheduler may have been killed before it decided
+        if self._record.rungs:  # report it again, as the driver may have been killed before ASHA decided on it
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
-    def ran(self) -> bool:
+    def run(self) -> bool:
         """Run the trial to its end.
 
         Returns:
-            False if it is to be resumed from its last rung, with a smaller micro-batch or since the storage is back.
+            False if it has to resume from its last rung: with a smaller micro-batch, or because the storage is back.
         """
         start = checkpoint_of(self._job.trials, self._record)
         try:
@@ -114,7 +115,7 @@ class _RecordedTrial:
         return True
 
     def _config(self) -> RunConfig:
-        """Return the configuration with the micro-batch that fits."""
+        """Return the configuration with the micro-batch of this trial."""
         config, size = self._job.config, self._record.micro_batch_size
         if size is None:
             return config
@@ -124,19 +125,19 @@ class _RecordedTrial:
         return config.model_copy(update={"training": training, "evaluate": evaluate})
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
+        """Publish a checkpoint, record the rung, and report it to Tune."""
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
-        # Copied next to its place, so that the last step can be a rename.
+        # Copied to the same folder, so that publishing is a rename.
         aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
 
         def copy() -> None:
             shutil.rmtree(aside, ignore_errors=True)
-            # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
+            # Nothing reads training_args.bin, which is a pickle.
             shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
 
         retry_storage(copy, target)
         digests = folder_digests(aside)
-        # Asked again where it counts: copying took its time, and so does publishing.
-        self._check_ownership()
+        self._check_ownership()  # before publishing, and again after it, as both take time
         for left in aside.parent.glob(".checkpoint-*"):  # unpublished copies of earlier workers
             if left != aside:
                 shutil.rmtree(left, ignore_errors=True)
@@ -156,10 +157,12 @@ class _RecordedTrial:
         leave_if_drained()
 
     def _check_ownership(self) -> None:
+        """Raise TakenOver if another worker runs this trial now."""
         if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
             raise TakenOver
 
     def _progress(self, step: int) -> None:
+        """Write the pulse of this trial, unless the last pulse is recent."""
         self._beats += 1
         if time.monotonic() - self._last_pulse < progress_seconds(self._job.trials):
             return
@@ -176,7 +179,7 @@ class _RecordedTrial:
         write_pulse(self._job.trials, self._record.index, pulse)
 
     def _was_away(self, error: Exception) -> bool:
-        """Return whether an error came from a storage that was away and is back; libraries raise any type."""
+        """Return True if an error, of any type, came from a storage that was unreachable and is back now."""
         path = trial_path(self._job.trials, self._record.index)
         if diagnosis(error)[0] not in ("error", "damaged"):
             return False
@@ -185,37 +188,41 @@ class _RecordedTrial:
             return False
         with contextlib.suppress(OSError, StorageError):
             retry_storage(storage_at(path).read, path, was_there=True)
-            logger.warning("trial %d is resumed: the storage was away when it said %s", self._record.index, error)
+            logger.warning(
+                "trial %d resumes: the storage was unreachable when it failed: %s", self._record.index, error
+            )
             return True
         return False
 
     def _fail(self, error: Exception) -> None:
+        """Record that this trial failed, unless it had finished before the error."""
         if self._record.is_over:
-            return  # an error after its last rung changes nothing
+            return
         failure, reason = diagnosis(error)
         if failure == "infeasible":
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
         if failure in ("storage", "damaged"):
-            reason += f" (on {own_name()})"  # whose disk or copy it may be
-        # If even this cannot be written, the record says "running", and the trial is resumed from its last rung.
+            reason += f" (on {own_name()})"  # it may be the disk or a copy of this node
+        # If this write fails, the record says "running", and the trial resumes from its last rung.
         with contextlib.suppress(OSError, StorageError):
             self._check_ownership()
             self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)
 
     def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
+        """Write the record with these fields and the time and memory spent so far."""
         measured = {"peak_memory_bytes": self._memory.bytes(), "memory_counter": self._memory.counter}
         self._record = self._record.model_copy(update=self._spent() | measured | update)
         write_trial(self._job.trials, self._record, patience_seconds)
 
     def _spent(self) -> dict[str, float]:
-        """Return what the trial has taken, all sessions together."""
+        """Return the seconds and GPU seconds of the trial in all sessions."""
         seconds = time.monotonic() - self._started
         held = seconds * self._job.resources.get("gpu", 0.0)
         return {"seconds": self._before[0] + seconds, "gpu_seconds": self._before[1] + held}
 
 
 def diagnosis(error: Exception) -> tuple[Failure, str]:
-    """Return the kind of failure and one line about it."""
+    """Return the kind of a trial's failure, and its reason in one line."""
     if isinstance(error, StorageError):
         return "storage", error.cause
     if isinstance(error, CorruptFile):
@@ -231,6 +238,7 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
 
 
 def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:
+    """Return the values of a rung that are reported to Tune."""
     names = ("loss", "accuracy", "accuracy_stderr", "train_loss")
     values = {name: value for name in names if (value := getattr(result, name)) is not None}
     return {METRIC: objective(result, config), TIME: result.step, **values}
