@@ -23,7 +23,7 @@ class Prepare(Stage[PrepareRecord]):
     """Provide the base model in a folder and encode the data."""
 
     name = "prepare"
-    help = "Bring the base model into a folder and encode the data."
+    help = "Provide the base model in a folder and encode the data."
     record = PrepareRecord
     repairs_files = True
     starts_ray = False

@@ -1,4 +1,4 @@
-"""What is refused of a model's shapes before a weight is read."""
+"""Checks of sample lengths and settings before weights are read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_given_samples_are_counted_as_long_as_they_are(tiny_model: Path, tmp_pat
 
 
 def test_keys_without_effect_change_no_cut(tiny_model: Path) -> None:
-    """So nothing is pruned anew for them."""
+    """A change of such a key does not prune again."""
     model_config = AutoConfig.from_pretrained(tiny_model)
     for idle, plain in (
         ({"importance": "magnitude", "order": "second"}, {"importance": "magnitude"}),

@@ -86,8 +86,8 @@ MODEL = [
     ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
     ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... every group fits at 8 bits ... got 1.0"),
     ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the lowest ... 4 and 8, got 9"),
-    ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name a folder"),
-    ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name a folder"),
+    ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name"),
+    ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name"),
 ]
 ON_CPU = [
     ("prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`"),
