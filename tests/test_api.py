@@ -1,4 +1,4 @@
-"""qpruner from Python: stages as functions, the run's log, and what becomes of an error that nobody foresaw."""
+"""qpruner from Python: stages as functions, the log of a run, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from qpruner.runs.run_dir import RunDir
 WriteYaml = Callable[[dict[str, Any]], Path]
 
 
-def test_a_stage_then_the_run_goes_on_and_logs(
+def test_a_run_continues_after_a_stage_and_logs(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to the sensitivities, which need no Ray; what is recorded is not made again."""
+    """The stages up to the sensitivities need no Ray; recorded stages do not run again."""
     config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
     before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
     pruned = qpruner.api.prune(config, "prune.rate=0.3")
@@ -46,10 +46,10 @@ def broken(*_: Any) -> Any:
     raise ZeroDivisionError("nobody foresaw this")
 
 
-def test_an_error_that_nobody_foresaw_says_what_to_do(
+def test_an_unexpected_error_has_a_remedy(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the terminal, in the run's state and log, in JSON, and to who called it from Python."""
+    """The remedy is on the terminal, in the state and log of the run, in the JSON, and in the Python exception."""
 
     monkeypatch.setattr(Prepare, "run", broken)
     config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
@@ -65,18 +65,18 @@ def test_an_error_that_nobody_foresaw_says_what_to_do(
     with pytest.raises(ZeroDivisionError) as caught:
         qpruner.api.prepare(config, "seed=1")
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and state.command == f"qpruner prepare {config} --set seed=1", "what repeats it, from Python, too"
+    assert state and state.command == f"qpruner prepare {config} --set seed=1", "the command of a call from Python"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
 
 
-def test_an_error_of_a_verb_without_a_run_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qpruner.cli.run_verbs.read_snapshot", broken)
     done = CliRunner().invoke(main, ["status", str(tmp_path)])
-    assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with what stands above")
+    assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with the output above")
 
 
-def test_an_output_that_may_not_be_written_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
-    """/proc takes no folders, not even root's."""
+def test_an_output_without_write_access_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
+    """In /proc not even root can create folders."""
     with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name a folder"):
         qpruner.api.prepare(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")))

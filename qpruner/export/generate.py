@@ -17,7 +17,7 @@ from qpruner.config.schema import ModelConfig
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError, first_line
 from qpruner.hf import load, weights_folder
-from qpruner.models.loading import OnLoading, check_folder, ignore_progress, load_dense, load_tokenizer
+from qpruner.models.loading import OnWork, check_folder, ignore_progress, load_dense, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import STATE, RunDir
@@ -113,7 +113,7 @@ class Source:
         places = {self.folder, weights_folder(self.folder)}
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
-    def load(self, on_progress: OnLoading = ignore_progress) -> Generator:
+    def load(self, on_progress: OnWork = ignore_progress) -> Generator:
         """Load the model and its tokenizer."""
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):

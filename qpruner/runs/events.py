@@ -1,4 +1,4 @@
-"""What the stages say while they work: plain data, read by the terminal, the log and the tests."""
+"""Events that the stages report while they work, as plain data for the terminal, the log and the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qpruner.runs.records import SearchState, SensitivityRecord, TrialRecord
 
 
 class Event:
-    """Base of what is said."""
+    """Base class of events."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class StageSkipped(Event):
-    """A record with the same input digest exists, so the stage is not run again; `seconds` are those it took."""
+    """A stage is skipped: its record has the same input digest. `seconds` is the time of the recorded run."""
 
     stage: str
     figures: str
@@ -40,7 +40,7 @@ class StageSkipped(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """`done` of `total` steps of a stage are finished."""
+    """A stage has finished `done` of its `total` steps."""
 
     stage: str
     done: int
@@ -49,12 +49,12 @@ class Progress(Event):
 
 
 COMMAND = "run"
-"""As the stage of a message: it is of the command itself, before its first stage."""
+"""Stage name in messages of the command itself, before its first stage."""
 
 
 @dataclass(frozen=True)
 class Message(Event):
-    """A line for people: a trial's result, a warning, a figure."""
+    """A line of text for people, such as the result of a trial or a warning."""
 
     stage: str
     text: str
@@ -62,7 +62,7 @@ class Message(Event):
 
 @dataclass(frozen=True)
 class TableMade(Event):
-    """A table worth showing."""
+    """A stage has a table to show."""
 
     headings: tuple[str, ...]
     body: tuple[tuple[str, ...], ...]
@@ -70,7 +70,7 @@ class TableMade(Event):
 
 @dataclass(frozen=True)
 class SearchPlanned(Event):
-    """What the search is about, and every recorded trial, also those of searches with another budget or searcher."""
+    """A search starts: its settings and all recorded trials, those of other budgets and searchers included."""
 
     search: SearchState
     trials: tuple[TrialRecord, ...]
@@ -79,28 +79,28 @@ class SearchPlanned(Event):
 
 @dataclass(frozen=True)
 class SlotsFound(Event):
-    """So many trials can run at once on the machines that are there now."""
+    """The number of trials that can run at once on the machines now in the cluster."""
 
     slots: int
 
 
 @dataclass(frozen=True)
 class TrialChanged(Event):
-    """A trial was handed out, reached a rung, or ended: its record as it is now."""
+    """A trial was submitted, reached a rung or ended; `trial` is its present record."""
 
     trial: TrialRecord
 
 
 @dataclass(frozen=True)
 class StepsSeen(Event):
-    """Where the trials under way are now, between two rungs, too: the last step that each told of, by number."""
+    """The latest step that each running trial reported, by trial index."""
 
     steps: Mapping[int, int]
 
 
 @dataclass(frozen=True)
 class TrialWithdrawn(Event):
-    """A trial that waited for a machine when the search's hours were spent is not begun any more, and not recorded."""
+    """A trial is dropped without a record: it still waited for a machine when the time of the search ran out."""
 
     index: int
 

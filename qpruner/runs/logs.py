@@ -1,4 +1,4 @@
-"""What grows while a process drives a run, its log and TensorBoard's files; libraries do not tear the terminal."""
+"""Write and upload the log of a run and its TensorBoard files; keep other libraries off the terminal."""
 
 from __future__ import annotations
 
@@ -21,42 +21,38 @@ SECONDS_BETWEEN = 30.0
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and banners of the libraries off the terminal; their warnings go to the log."""
+    """Turn off the progress bars and banners of libraries; their warnings go to the log."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # peft asks for it (0.21), and nobody who reads that can do anything about it.
+    # From peft (0.21); users can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    for name in ("httpx", "httpx2"):  # the hub's clients tell each address that they ask for: one signed is a key
+    for name in ("httpx", "httpx2"):  # they log every URL, and a signed URL is a secret
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextmanager
 def logging_to(root: Path) -> Iterator[None]:
-    """Log to a run's `qpruner.log` meanwhile, libraries' warnings and an unexpected error included.
-
-    Raises:
-        UserError: If the folder cannot be written.
-    """
+    """Log to the `qpruner.log` of a run inside the block, warnings of libraries and unexpected errors included."""
     log = root / LOG
     try:
         root.mkdir(parents=True, exist_ok=True)
-        sent = retry_storage(storage_at(log).stat, log)
-        # A driver at work here, or one that was killed, has written more than it sent: that stays.
-        if sent and not (log.is_file() and log.stat().st_size >= sent.size):
+        uploaded = retry_storage(storage_at(log).stat, log)
+        # A longer log on this machine stays: its driver is still running, or was killed before it uploaded the rest.
+        if uploaded and not (log.is_file() and log.stat().st_size >= uploaded.size):
             fetch_file(log, log)
         handler = logging.FileHandler(log)
     except OSError as error:
         if trouble := storage_error(error, root):
             raise trouble from error
         raise UserError(
-            f"`output`: {root} cannot be written ({error.strerror}); name a folder that may be written"
+            f"`output`: {root} cannot be written ({error.strerror}); name a folder that you may write to"
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    everything = logging.getLogger()
-    level, told_warnings = everything.level, warnings.showwarning
-    everything.addHandler(handler)
-    everything.setLevel(logging.INFO)
+    root_logger = logging.getLogger()
+    level, showwarning = root_logger.level, warnings.showwarning
+    root_logger.addHandler(handler)
+    root_logger.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
         yield
@@ -68,48 +64,48 @@ def logging_to(root: Path) -> Iterator[None]:
         logger.exception("unexpected error")
         raise
     finally:
-        # Whose process it is may be a notebook.
-        if warnings.showwarning is not told_warnings:
+        # The process may be a notebook that goes on.
+        if warnings.showwarning is not showwarning:
             logging.captureWarnings(False)
-        everything.setLevel(level)
-        everything.removeHandler(handler)
+        root_logger.setLevel(level)
+        root_logger.removeHandler(handler)
         handler.close()
 
 
 class Uploader:
-    """Sends what changed of a folder and a file of a run at a URI: at intervals, after each stage, and at its close."""
+    """Uploads changed files while a command works on a run at a URI: those of one folder, and one other file."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file
-        self._sent = dict[Path, tuple[int, int]]()
+        self._uploaded = dict[Path, tuple[int, int]]()
         self._is_needed = not storage_at(root).fills_this_disk
-        if self._is_needed:  # what this machine has of the folder may be older than what another one sent
+        if self._is_needed:  # files here may be older than those that another machine uploaded
             shutil.rmtree(self._folder, ignore_errors=True)
         self._due = time.monotonic() + SECONDS_BETWEEN
 
     def listen(self, event: Event) -> None:
-        """Send what changed, where it is time to."""
+        """Upload the changed files every half minute, and after each stage."""
         if self._is_needed and (time.monotonic() >= self._due or isinstance(event, StageFinished)):
-            self._send(is_last=False)
+            self._upload(is_last=False)
 
     def close(self) -> None:
-        """Send the rest, and delete what an earlier command sent and this one did not write."""
+        """Upload the rest, and delete files that only an earlier command uploaded."""
         if self._is_needed:
-            self._send(is_last=True)
+            self._upload(is_last=True)
 
-    def _send(self, is_last: bool) -> None:
+    def _upload(self, is_last: bool) -> None:
         try:
             for path in (*self._folder.rglob("*"), self._file):
                 state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
-                if state and state != self._sent.get(path):
+                if state and state != self._uploaded.get(path):
                     storage_at(path).put(path)
-                    self._sent[path] = state
+                    self._uploaded[path] = state
             if is_last and self._folder.is_dir():
                 for path in (self._folder / name for name in files_in(self._folder)):
-                    if path not in self._sent:
+                    if path not in self._uploaded:
                         remove(path)
-        except (OSError, StorageError) as error:  # it costs no result
+        except (OSError, StorageError) as error:  # no result depends on these files
             again = "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s"
-            text = "TensorBoard's files and the log could not be sent: %s; that is tried again %s: check `output`"
-            logger.warning(f"{text}, the network and credentials", error, again)
+            text = "TensorBoard files and log could not be uploaded: %s; check `output`, the network and credentials"
+            logger.warning(f"{text}; tried again %s", error, again)
         self._due = time.monotonic() + SECONDS_BETWEEN

@@ -1,6 +1,6 @@
-"""The run folder: one class that names every path of a run, and reads and writes its records.
+"""Name the paths of a run folder, and read and write its records.
 
-A stage's record is written last, so a record that can be read vouches for complete files, whatever was killed and when.
+The record of a stage is written after its files, so the files are complete wherever there is a record.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ from qpruner.runs.storage import (
 
 STATE, LOG = "run.json", "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
-"""Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
+"""Environment variable: the folder of this machine for copies of the bank files that its workers read."""
 
 
 class RunDir:
-    """Paths and records of one run: `root` is its folder or URI, or the path that `run_root` makes of it.
-
-    Raises:
-        UserError: If it is a file, or a URI that cannot be one of a run or does not answer.
-    """
+    """Paths and records of one run; `root` is its folder or URI, or the path that `run_root` returned for either."""
 
     def __init__(self, root: str | Path, create: bool = True) -> None:
         self.root = run_root(root)
@@ -47,56 +43,56 @@ class RunDir:
 
     @property
     def storage(self) -> Storage:
-        """Where the run is kept."""
+        """The storage of the run folder."""
         return storage_at(self.root)
 
     @property
     def place(self) -> str:
-        """Where the run is, as a person knows it."""
+        """The folder or URI of the run, for people."""
         return self.storage.name
 
     def require_folder(self, remedy: str) -> Path:
-        """Return the run's folder; `UserError` with the remedy if its files are in an object store."""
+        """Return the run folder; raise `UserError` with the remedy if the run is in an object store."""
         if not self.storage.fills_this_disk:
             raise UserError(f"{self.place} is in an object store: {remedy}")
         return self.root
 
     @property
     def id(self) -> str:
-        """The run's own name, made when it is first asked for: another run in a folder of this name has another."""
+        """The random id of the run, made at the first use; it tells runs apart that use the same folder in turn."""
         path = self.root / RUN_ID
-        found = read_text(path)
-        if found is None:
-            found = uuid.uuid4().hex[:12]
-            write_text(path, found)
-        return found
+        run_id = read_text(path)
+        if run_id is None:
+            run_id = uuid.uuid4().hex[:12]
+            write_text(path, run_id)
+        return run_id
 
     def stage(self, name: str) -> Path:
-        """Name the committed folder of a stage."""
+        """Return the folder of a finished stage."""
         return self.root / name
 
     def base_model(self, prepared: PrepareRecord) -> Path:
-        """Name the folder of the base model: where it was found, or in this run, which may have moved since."""
+        """Return the folder of the base model: inside this run if it was converted, else where it was found."""
         return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)
 
     @property
     def tune(self) -> Path:
-        """Ray Tune's own experiment folders, on this machine; nothing reads them back."""
+        """The folder on this machine for the experiment files of Ray Tune, which nothing reads back."""
         return storage_at(self.root / "tune").staging
 
     def scratch_path(self, name: str) -> Path:
-        """Name the folder of this machine in which a folder is prepared."""
+        """Return the path on this machine where a folder of the run is prepared before it is published."""
         if self.storage.fills_this_disk:
             return self.root / f".scratch-{name}"
         return storage_at(self.stage(name)).staging
 
     def scratch(self, name: str) -> Path:
-        """Make an empty folder on this machine, which is published when it is finished."""
+        """Make an empty folder on this machine to prepare a folder of the run in."""
         return empty_folder(self.scratch_path(name))
 
     def begin(self, name: str, resume: bool = False) -> Path:
-        """Make the folder that a stage writes into; with `resume` what a killed command left is kept."""
-        if not self.storage.fills_this_disk:  # files are sent one by one, and the record vouches for them
+        """Make the folder for a stage to write to; with `resume`, keep the files that a killed command left there."""
+        if not self.storage.fills_this_disk:  # files are uploaded one by one; they count once the record is there
             self.forget(name)
             return self.stage(name)
         if not resume:
@@ -106,40 +102,40 @@ class RunDir:
         return folder
 
     def commit(self, name: str, written: Path, record: BaseModel) -> None:
-        """Publish what a stage wrote as its folder, then write its record."""
+        """Publish the files that a stage wrote, then write its record."""
         if written != self.stage(name):
             self.forget(name)
             storage_at(self.stage(name)).publish(written)
         self.write_record(name, record)
 
     def has_folder(self, name: str) -> bool:
-        """Whether a recorded stage still has its folder; an object store keeps no empty folders to tell."""
+        """Whether the folder of a recorded stage exists; always true in an object store, which has no empty folders."""
         return not self.storage.fills_this_disk or self.stage(name).is_dir()
 
     def write_record(self, name: str, record: BaseModel) -> None:
-        """Write a stage's record."""
+        """Write the record of a stage."""
         write_json(self.record_path(name), record)
 
     def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
-        """Read a stage's record; None when there is none. `CorruptFile` when it cannot be read."""
+        """Read the record of a stage; return None if there is none, and raise `CorruptFile` if it is damaged."""
         return read_json(self.record_path(name), kind)
 
     def write_state(self, state: BaseModel) -> None:
-        """Write where the present command stands; nobody waits for room to do so."""
+        """Write the state of the present command; fail at once if the storage is full or away."""
         write_json(self.root / STATE, state, patience_seconds=0.0)
 
     def read_state(self, kind: type[RecordType]) -> RecordType | None:
-        """Read where the latest command stands or how it ended; None before the first."""
+        """Read the state of the latest command; return None before the first."""
         return read_json(self.root / STATE, kind)
 
     def forget(self, name: str) -> None:
-        """Delete a stage's record, so that the stage runs again."""
+        """Delete the record of a stage, so that the stage runs again."""
         remove(self.record_path(name))
 
     def final_digests(self) -> dict[str, str]:
-        """Digest what tells the final model from an earlier one: the adapter, and config.json with its plan."""
+        """Digest the files that differ between final models: the adapter, and config.json with the plan."""
         return {name: file_digest(self.root / "final" / name) for name in ("adapter_model.safetensors", "config.json")}
 
     def record_path(self, name: str) -> Path:
-        """Name a stage's record."""
+        """Return the path of the record of a stage."""
         return self.root / "records" / f"{name}.json"

@@ -176,7 +176,7 @@ def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path
     adapted = Path(shutil.move(copy / "final", tmp_path / "final"))
     assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
     asked = ("--prompt", PROMPT, "--max-tokens", 2)
-    assert "final: not there yet; `qpruner run` makes them" in command("generate", copy, *asked).stderr
+    assert "final: not written yet; `qpruner run` writes them" in command("generate", copy, *asked).stderr
     assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
     (adapted / "adapter_model.safetensors").rename(adapted / "adapter_model.bin")
     weights = copy / "prune" / "model.safetensors"

@@ -1,7 +1,8 @@
-"""Tiny random decoders and samples for the pruning tests, and what their activations are by whole-model passes."""
+"""Tiny random decoders, samples and reference activations for the pruning tests."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
-    """Three float32 blocks of a family, wide enough in their weights that every unit shows in the logits."""
+    """Build three float32 blocks with weights large enough that every unit changes the logits."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ragged.install()  # as loading does
@@ -52,8 +53,20 @@ def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
+class MemoryWitness:
+    """Count, each time tensors are seen, how many of those seen before are still in memory."""
+
+    def __init__(self) -> None:
+        self.num_alive: list[int] = []
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+
+    def see(self, *tensors: torch.Tensor) -> None:
+        self.num_alive.append(sum(reference() is not None for reference in self._seen))
+        self._seen += map(weakref.ref, tensors)
+
+
 def settings_of(**options: Any) -> PruneConfig:
-    """First-order Taylor block by block, nothing made up for, to within one channel; whatever the defaults are."""
+    """Make settings with first-order Taylor per layer, no compensation and no rounding, whatever the defaults are."""
     recipe: dict[str, Any] = {"compensation": "none"}
     if list(options.get("units", ())) != ["block"]:
         recipe |= {"importance": "taylor", "selection": "per_layer", "round_to": 1, "steps": 1}
@@ -61,20 +74,20 @@ def settings_of(**options: Any) -> PruneConfig:
 
 
 def rows_of(lengths: Sequence[int], seed: int = 1) -> list[dict[str, list[int]]]:
-    """Random samples of some lengths, every token of them predicted."""
+    """Make random rows of the given lengths with labels on all tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), seed: int = 1, batch_size: int = 8) -> Samples:
-    """Samples of different lengths, so that most batches are padded."""
+    """Make samples of different lengths, so that most batches are padded."""
     return Samples(rows_of(lengths, seed), PAD, batch_size)
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
-    """Logits ``(2, 11, vocabulary)`` of a prompt that is in no sample."""
+    """Compute logits ``(2, 11, vocabulary)`` of a prompt that is in no sample."""
     prompt = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(seed))
     logits: torch.Tensor = model(input_ids=prompt, use_cache=False).logits
     return logits
@@ -82,7 +95,7 @@ def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
 
 @torch.no_grad()
 def stacked_inputs(model: PreTrainedModel, linear: str, samples: Samples) -> torch.Tensor:
-    """What reaches a linear layer ``(tokens, features)`` float64: sample by sample, so that there is no padding."""
+    """Return the inputs ``(tokens, features)`` of a linear layer in float64, sample by sample without padding."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(linear).register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())

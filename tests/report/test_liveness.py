@@ -110,7 +110,7 @@ def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
         lines = status(root)
         (root / "run.json").unlink()
         said = CliRunner().invoke(main, ["status", str(root)])
-    assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
+    assert f"(process {os.getpid()})" in lines[0] and "no stage has started yet" in lines[0]
     assert "cut off" in stage_line(lines)
     assert said.exit_code == 2
     assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr

@@ -187,6 +187,6 @@ def test_a_file_system_whose_locks_fail_is_refused(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    told = rf"`output`: the locks of the file system of {tmp_path} fail \(No locks available\); mount it with locks"
+    told = rf"`output`: file locks do not work on the file system of {tmp_path} \(No locks available\); mount it with"
     with pytest.raises(UserError, match=told):
         held(tmp_path)

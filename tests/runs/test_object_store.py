@@ -68,8 +68,8 @@ def key_of(path: Path) -> str:
 
 # ---- names
 
-FORM = "must be a folder, or read s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
-OPTIONS = "the options of a URI are endpoint_override, region, and scheme (http or https)"
+FORM = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+OPTIONS = "a URI can have the options endpoint_override, region, and scheme (http or https)"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_damaged_copy_is_fetched_again(
     there = machine("second")
     weights = fetch(there.stage("prune")) / "weights"
     harm(weights)
-    warning = f"{weights} is damaged on this machine: all of {there.place}/prune is fetched again"
+    warning = f"the copy {weights} on this machine is damaged; downloading all of {there.place}/prune again"
     for expected in ([warning, "c", "w" * 1000], ["c", "w" * 1000]):
         command = [sys.executable, "-c", FETCH, there.place]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() == expected
@@ -223,7 +223,7 @@ def test_a_folder_whose_sender_is_killed_is_not_there(machine: Machine, store: S
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     assert published_folders(there.root) == []
-    with pytest.raises(CorruptFile, match="was not put whole"):
+    with pytest.raises(CorruptFile, match="is missing or incomplete"):
         fetch(there.stage("prune"))
     storage_at(there.stage("prune")).publish(folder_of(tmp_path, after="1"))
     assert [path.name for path in fetch(there.stage("prune")).iterdir()] == ["after"]
@@ -356,7 +356,7 @@ def test_a_store_that_stays_away_is_told_with_its_remedy(
     (run.root / LOG).write_text("begun")
     uploader = Uploader(run.root, "tensorboard", LOG)
     uploader.listen(StageFinished("prune", 1.0, ""))
-    assert "that is tried again in 30 s" in caplog.text
+    assert "tried again in 30 s" in caplog.text
     uploader.close()
     assert "tried again by the next command" in caplog.text
 

@@ -1,7 +1,7 @@
-"""What the stages leave behind: small JSON records of plain data.
+"""Records of a run: small JSON files with the results of its stages.
 
-A record vouches for the files of its stage and carries the figures that the report shows. `digest` is the digest of
-everything the stage depended on; a stage whose record has the digest it would use now is skipped.
+Where a stage has a record, its files are complete. `digest` identifies all inputs of the stage: while they stay the
+same, the stage is skipped.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ from qpruner.runs.records.stages import TaskScore as TaskScore
 
 
 class StageState(Recorded):
-    """Where a stage of the latest command stands."""
+    """The progress of a stage in the latest command."""
 
     state: Literal["running", "done", "recorded"]
-    """`recorded`: there was nothing to do."""
+    """`recorded`: skipped, because an earlier command had recorded it."""
     started: float
     """Unix seconds."""
     seconds: float | None = None
     done: int | None = None
     total: int | None = None
     text: str = ""
-    """Its present steps, or what came out."""
+    """The present step, or the main figures when it is done."""
 
 
 class SearchState(Recorded):
-    """What the latest command's search is about."""
+    """The settings of the search that the latest command runs."""
 
     trials_digest: str
     search: str
-    """As `TrialRecord.search`."""
+    """Digest of the search, as in `TrialRecord.search`."""
     beside: str | None = None
-    """Of the search without the given plan, which that plan is shown beside."""
+    """For a given plan, the digest of the search without it; that search is shown for comparison."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
     pareto: bool = False
@@ -72,35 +72,35 @@ class SearchState(Recorded):
     max_trials: int
     steps: int
     slots: int | None = None
-    """Trials at once; None where no trial had to run."""
+    """Trials that can run at once; None if no trial had to run."""
 
 
 class RunState(Recorded):
-    """`run.json`: what the latest command on a run folder is doing or did, for who looks at it from elsewhere."""
+    """`run.json`: the state of the latest command on a run folder, for other processes to read."""
 
     config: dict[str, Any]
     until: str
-    """The last stage it was asked for."""
+    """The last stage that the command runs."""
     command: str
     folder: str
     environment: dict[str, str]
-    """Versions of Python and packages, and the machine."""
+    """Versions of Python and of packages, and a description of the machine."""
     host: str
     pid: int
     started: float
     updated: float
-    """The last sign of life, in Unix seconds."""
+    """When this file was last written, in Unix seconds."""
     outcome: Literal["running", "done", "failed", "interrupted"]
     error: str | None = None
     resumed: int = 0
-    """Earlier commands on the folder that did not come to their end."""
+    """Number of earlier commands on this folder that did not finish."""
     stages: dict[str, StageState] = {}
     search: SearchState | None = None
 
     @property
     def asked_stages(self) -> list[str]:
-        """The stages that were asked for, in the order of the flow."""
-        names = [*Results.model_fields, "report"]  # which leaves no record
+        """The stages that the command runs, in the order of the flow."""
+        names = [*Results.model_fields, "report"]  # the report has no record
         asked = names[: names.index(self.until) + 1]
         return [name for name in asked if name != "comparison" or self.compares]
 
@@ -111,18 +111,18 @@ class RunState(Recorded):
 
 
 MARK = "qpruner_export.json"
-"""Name of an `ExportRecord` in the export's folder."""
+"""File name of the `ExportRecord` in the folder of an export."""
 
 
 class ExportRecord(Recorded):
-    """Which final model an export was made of."""
+    """Identifies the final model that an export was made from."""
 
     final: dict[str, str]
-    """File name -> sha256 of what differs between final models."""
+    """File name -> sha256, for the files that differ between final models."""
 
 
 class Results(Recorded):
-    """Every record of a run in the order of the flow, a field a stage; None for stages that have not run."""
+    """The records of all stages in the order of the flow; None for stages that have not run."""
 
     prepare: PrepareRecord | None = None
     prune: PruneRecord | None = None
@@ -135,13 +135,13 @@ class Results(Recorded):
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tunes of the final table: every row's, or without a comparison the winner's."""
+        """The fine-tunes in the final table: those of all rows, or only the winner if there was no comparison."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
-        """The models as they are before any fine-tune, then the `candidates`, on the held-out tasks."""
+        """Scores on the held-out tasks: first of the models before any fine-tune, then of the `candidates`."""
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:
             return rows
@@ -149,25 +149,23 @@ class Results(Recorded):
 
     @property
     def inference(self) -> InferenceSetting | None:
-        """How memory and speed of the `candidates` were measured."""
+        """How the memory and speed of the `candidates` were measured."""
         record = self.comparison or self.evaluate
         return record.inference if record else None
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each stage took that has run."""
-        taken = {name: record.seconds for name, record in self if record}
-        return taken | ({"search": self.search.total_seconds} if self.search else {})
+        """Seconds that each recorded stage took."""
+        seconds = {name: record.seconds for name, record in self if record}
+        return seconds | ({"search": self.search.total_seconds} if self.search else {})
 
     @property
     def gpu_seconds(self) -> dict[str, float]:
-        """What each stage held GPUs for that has run."""
-        held = {name: record.gpu_seconds for name, record in self if record}
-        return held | ({"search": self.search.total_gpu_seconds} if self.search else {})
+        """GPU seconds that each recorded stage used."""
+        seconds = {name: record.gpu_seconds for name, record in self if record}
+        return seconds | ({"search": self.search.total_gpu_seconds} if self.search else {})
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a stage that has run, with what it took."""
-        return [
-            {"stage": name, "seconds": seconds, "gpu_seconds": self.gpu_seconds[name]}
-            for name, seconds in self.seconds.items()
-        ]
+        """Return one row per recorded stage, with its seconds and GPU seconds."""
+        rows = zip(self.seconds, self.seconds.values(), self.gpu_seconds.values(), strict=True)
+        return [{"stage": name, "seconds": seconds, "gpu_seconds": used} for name, seconds, used in rows]

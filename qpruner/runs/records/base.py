@@ -1,4 +1,4 @@
-"""Base classes of what a run records, and digests."""
+"""Base classes of records, and digests of values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ if TYPE_CHECKING:
     import pandas
 
 RUN_ID = "run.id"
-"""The file that tells a run from another in a folder of this name, and shows that its storage is there."""
+"""File with the id of the run; where it is missing, the storage is away or the folder is new."""
 
 StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
-"""NaN over a single question or row, which JSON knows as null."""
+"""A standard error; NaN over a single question or row, null in JSON."""
 
 
 class Recorded(BaseModel):
-    """Base of what is recorded: plain data that never changes."""
+    """Base class of all recorded data: plain values that never change."""
 
-    # A standard error over one question or row is NaN.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """As a table: a row for each of what the record lists; one row of its figures where it lists nothing."""
+        """Return a table of the listed items, one per row, or of the fields in a single row if nothing is listed."""
         import pandas
 
         return pandas.DataFrame(self.table_rows())
@@ -34,36 +33,36 @@ class Recorded(BaseModel):
         return str(self.to_dataframe()._repr_html_())
 
     listed: ClassVar[str] = ""
-    """Name of the field with what is listed in a table."""
+    """Name of the field whose items are the rows of the table."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of `to_dataframe`, with a column a field, `FIELD.KEY` of mappings, and `bits of GROUP`."""
+        """Return the rows of `to_dataframe`; columns are `FIELD`, `FIELD.KEY` of mappings, `bits of GROUP` of plans."""
         if self.listed:
-            return [row for each in getattr(self, self.listed) for row in each.table_rows()]
+            return [row for item in getattr(self, self.listed) for row in item.table_rows()]
         fields = self.model_dump()
         plan = fields.pop("plan", {})
         return [flat(fields) | {f"bits of {group}": bits for group, bits in plan.items()}]
 
 
 class Record(Recorded):
-    """Base of every stage's record."""
+    """Base class of the records of stages."""
 
     digest: str
     seconds: float
     gpu_seconds: float = 0.0
-    """Seconds at work times the GPUs that were held for it; 0 where there are none."""
+    """Seconds of work times the number of GPUs reserved for it; 0 without GPUs."""
 
 
 def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`field.key` -> value, however deep."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings to one level: `field.key` -> value."""
+    flattened: dict[str, Any] = {}
     for name, value in fields.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flattened
 
 
 def digest_of(*parts: Any) -> str:
-    """Digest values: the first 16 hex digits of the sha256 of their canonical JSON."""
+    """Digest values to the first 16 hex digits of the sha256 of their canonical JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Records of the search: its trials, its finalists and its outcome."""
+"""Records of the search: trials, finalists and the outcome."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qpruner.runs.records.base import Record, Recorded, StandardError
 
 
 class RungResult(Recorded):
-    """A trial's score at one rung."""
+    """The score of a trial at one rung."""
 
     step: int
     loss: float
@@ -19,34 +19,35 @@ class RungResult(Recorded):
 
 
 GIVEN = "given"
-"""Origin of the plan that is taken instead of a search."""
+"""Origin of a plan that the user gave in place of a search."""
 
 
 class Begun(Recorded):
-    """A worker process's start on a trial."""
+    """The start of a worker process on a trial."""
 
     search: str
-    """Digest of the search that it was for."""
+    """Digest of the search that started the worker."""
     session: int
     time: float
     seconds: float
-    """What the trial had taken before."""
+    """Seconds that the trial had taken before."""
 
 
 class TrialRecord(Recorded):
-    """One plan's life in the search. `index` counts suggestions from 0; records, not Tune's snapshot, are the truth."""
+    """The state and scores of one trial. A search resumes from these records, not from the snapshot of Ray Tune."""
 
     index: int
+    """Position among the proposed plans, from 0."""
     digest: str
-    """Of what the trial's result depends on."""
+    """Digest of the inputs of the result."""
     search: str
-    """Digest of what the proposals depended on besides: budget, searcher, sensitivities."""
+    """Digest of the inputs of the proposal: also budget, searcher and sensitivities."""
     origin: str
-    """`uniform-4`, `seed-mutual-information`, ... for controls of that search; the searcher's name otherwise."""
+    """Name of the searcher, or of a control of that search: `uniform-4`, `seed-mutual-information`, ..."""
     expected_improvement: float | None = None
-    """Over the best plan known when this one was proposed, by the searcher's model if it has one."""
+    """Expected improvement over the best plan known at the time, if the searcher has a model."""
     noise: float | None = None
-    """Standard deviation of a score, by the same model."""
+    """Standard deviation of a score by the model of the searcher."""
     plan: dict[str, int]
     plan_bytes: int
     mean_bits: float
@@ -54,34 +55,34 @@ class TrialRecord(Recorded):
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
     failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
-    """`lost`: its worker processes died. `storage`, `damaged` and `machine` are tried again."""
+    """`lost`: its worker processes died. Trials with `storage`, `damaged` or `machine` are run again."""
     seconds: float = 0.0
-    """Of all sessions, up to the last rung."""
+    """Seconds in all sessions, up to the last rung."""
     gpu_seconds: float = 0.0
     earlier_gpu_seconds: dict[str, float] = {}
-    """Of these, what other searches held that had the trial before, by their digests."""
+    """Share of `gpu_seconds` that earlier searches used for this trial, by the digest of the search."""
     peak_memory_bytes: int | None = None
-    """Above what its worker process held when it started."""
+    """Peak in addition to the memory of the worker process at its start."""
     memory_counter: str | None = None
     checkpoint: dict[str, str] = {}
-    """Of the last rung: file name -> sha256."""
+    """Checkpoint of the last rung: file name -> sha256."""
     worker: str | None = None
-    """The latest process that worked on it; an earlier one writes nothing more."""
+    """The latest worker process; earlier ones may no longer write."""
     node: str | None = None
-    """The machine of that process."""
+    """The machine of `worker`."""
     micro_batch_size: int | None = None
-    """Where want of memory forced it below `training.micro_batch_size`."""
+    """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
-    """Times since its last rung that its worker process died; for want of memory, where fewer rows were no answer."""
+    """Worker deaths since the last rung; without lost machines, and deaths that a smaller micro-batch followed."""
     times: tuple[float, ...] = ()
-    """Unix seconds of its begin, of each rung, and of its end."""
+    """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
-    """Every start of a worker on it."""
+    """All starts of workers on this trial."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row, with `loss at STEP` (and accuracy) for each rung."""
-        told = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
-        [row] = super(TrialRecord, told).table_rows()
+        """Return one row, with `loss at STEP` and perhaps `accuracy at STEP` for each rung."""
+        shown = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
+        [row] = super(TrialRecord, shown).table_rows()
         for name in ("digest", "rungs", "times", "begun"):
             del row[name]
         for rung in self.rungs:
@@ -91,52 +92,52 @@ class TrialRecord(Recorded):
         return [row]
 
     def gpu_seconds_of(self, search: str) -> float:
-        """Return the GPU seconds that one search spent on the trial."""
+        """Return the GPU seconds that one search used for this trial."""
         earlier = self.earlier_gpu_seconds
         own = self.gpu_seconds - sum(earlier.values()) if self.search == search else 0.0
         return earlier.get(search, 0.0) + own
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing of it will change."""
+        """Whether the trial has ended."""
         return self.status != "running"
 
     @property
     def has_begun(self) -> bool:
-        """Whether a worker ever had it; before, one is started for it, or it waits for a machine."""
+        """Whether a worker has ever started on the trial."""
         return self.worker is not None or bool(self.rungs)
 
     @property
     def is_given(self) -> bool:
-        """Whether its plan was first tried because it was given."""
+        """Whether the plan was first tried because the user gave it."""
         return self.origin == GIVEN
 
     @property
     def is_control(self) -> bool:
-        """Whether its plan was there before the search: a uniform one, a sensitivity's seed, or one that was given."""
+        """Whether the plan existed before the search: uniform, seeded by a sensitivity, or given by the user."""
         return self.is_given or self.origin.startswith(("uniform-", "seed-"))
 
     @property
     def plan_failed(self) -> bool:
-        """Whether the plan itself cannot be trained here, so that searchers are told a bad score."""
+        """Whether the plan cannot be trained on these machines; searchers then get a bad score."""
         return self.failure in ("infeasible", "diverged")
 
     @property
     def infrastructure_failed(self) -> bool:
-        """Whether it failed for a reason that says nothing about the plan."""
+        """Whether the trial failed for a reason that does not concern the plan."""
         return self.failure in ("storage", "damaged", "machine")
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs it again; one that hung before its first rung waited for files or machine."""
+        """Whether the next session runs the trial again, as one that hung before its first rung, perhaps over files."""
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
 class TrialPulse(Recorded):
-    """What a trial's worker tells while it works, at most once a second and only when something moved."""
+    """Progress of the worker of a trial, written at most once a second and only after a change."""
 
     node: str
-    """Ray's id of the machine."""
+    """The node id of the machine in Ray."""
     pid: int
     step: int
     beats: int
@@ -145,54 +146,54 @@ class TrialPulse(Recorded):
     seconds: float = 0.0
     gpu_seconds: float = 0.0
     kernel_kills: int | None = None
-    """Processes that the machine's kernel had killed for want of memory by then."""
+    """Processes that the kernel of the machine had killed for memory so far."""
 
 
 class SearchClock(Recorded):
-    """Seconds a search has taken, all its sessions together, and how many there were."""
+    """Seconds of all sessions of a search, and the number of sessions."""
 
     seconds: float
     sessions: int = 0
 
 
 class FreshScore(Recorded):
-    """A finished trial on rows and questions that no trial was scored on."""
+    """The score of a finished trial on fresh rows and questions, which no trial was scored on during the search."""
 
     loss: float
-    """The selection loss: on the half of the confirmation rows that chooses, in nats per token."""
+    """Loss on the half of the confirmation rows that selects the winner, in nats per token."""
     stderr: StandardError
     accuracy: float | None = None
     accuracy_stderr: float | None = None
 
 
 class FinalistScore(FreshScore):
-    """The same with values by row, so that two finalists can be paired."""
+    """A `FreshScore` with the loss of each row, to compare two finalists row by row."""
 
     losses: tuple[float, ...] = ()
-    """As `CandidateRecord.confirmation_losses`, of the half that chooses."""
+    """Loss of each row in the half of the confirmation rows that selects the winner."""
 
 
 class KeptScore(FinalistScore):
-    """The same as a trial's folder keeps it, for commands to come."""
+    """A `FinalistScore` as the folder of the trial keeps it for later commands."""
 
     digest: str
-    """Of the weights and of what they were scored by."""
+    """Digest of the weights and of the rows and questions."""
     gpu_seconds: float
 
 
 class Confirmation(FinalistScore):
-    """A finalist: one of the best trials, or a control."""
+    """A finalist with its score on fresh rows: one of the best trials, or a control."""
 
     index: int
     origin: str
-    """A control's name, else the searcher that proposed it; with `of another search` where that was another."""
+    """Name of the control or of the searcher; ends in `of another search` if it was reused from one."""
     control: bool
     reused: bool
-    """Whether another search ran it."""
+    """Whether another search ran the trial."""
 
 
 class FrontPoint(FreshScore):
-    """A plan that no confirmed plan of this few bytes beats."""
+    """A plan on the Pareto front: no confirmed plan with as few bytes has a better score."""
 
     index: int
     origin: str
@@ -201,56 +202,55 @@ class FrontPoint(FreshScore):
 
 
 class SearchRecord(Record):
-    """The outcome of the search; the trials' own records lie under `trials/<trials_digest>/`."""
+    """The outcome of the search; the records of its trials are in `trials/<trials_digest>/`."""
 
     listed: ClassVar[str] = "confirmations"
     trials_digest: str
     searcher: str
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
-    """Task -> lm-eval's metric that `accuracy` is a mean of."""
+    """Task -> lm-eval metric; `accuracy` is the mean of these."""
     budget_bytes: int
     num_trials: int
-    """Without those reused from another search."""
+    """Number of trials, without those reused from another search."""
     num_finished: int
     num_stopped: int
     num_failed: int
     failures: dict[str, int] = {}
-    """By `TrialRecord.failure`."""
+    """Number of failed trials by `TrialRecord.failure`."""
     num_reused: int
-    """Trials of other searches that this one started from."""
+    """Number of trials reused from other searches."""
     ended: str
-    """Why there were no more trials."""
+    """Why the search ended."""
     search_seconds: float
-    """Wall-clock seconds of the trials' part, all sessions together."""
+    """Wall-clock seconds of the trials, in all sessions."""
     gpu_seconds: float
-    """Of trials."""
+    """GPU seconds of the trials."""
     confirmation_gpu_seconds: float = 0.0
-    """Of the finalists' scores on fresh rows."""
+    """GPU seconds for the scores of the finalists on fresh rows."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
     best_plan: dict[str, int]
     best_control: int | None
-    """On fresh rows; None where none finished."""
+    """Index of the best control on fresh rows; None if no control finished."""
     control_won: bool
-    """No searched plan beat the best control on fresh rows, so that control is returned."""
+    """Whether the best control is returned, because no searched plan beat it on fresh rows."""
     front: tuple[FrontPoint, ...]
-    """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows."""
+    """With `search.pareto`: the Pareto front on fresh rows, sorted by bytes."""
     hypervolume: float | None = None
-    """How much better the front's best plan inside a budget is than its smallest, in the mean over budgets up to
-    `budget_bytes`."""
+    """Mean over budgets up to `budget_bytes`: how far the best plan within the budget beats the smallest plan."""
     resumed: int
-    """Trials that an earlier, interrupted run had recorded."""
+    """Number of trials that an earlier, interrupted command had recorded."""
     sessions: int = 1
-    """Starts of the command until the search was over."""
+    """Number of times the command was started until the search ended."""
 
     @property
     def total_seconds(self) -> float:
-        """What the search took, all sessions together, with the finalists that the last one scored on fresh rows."""
+        """Seconds of all sessions, with the scoring of finalists in the last one."""
         return max(self.seconds, self.search_seconds)
 
     @property
     def total_gpu_seconds(self) -> float:
-        """What it held GPUs for: its trials, and the finalists on fresh rows."""
+        """GPU seconds of the trials and of the finalists on fresh rows."""
         return self.gpu_seconds + self.confirmation_gpu_seconds

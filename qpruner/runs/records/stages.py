@@ -1,4 +1,4 @@
-"""Records of the stages besides the search: base and pruned model, bank, sensitivities, fine-tunes, scores on tasks."""
+"""Records of all stages but the search: base and pruned model, bank, sensitivities, fine-tunes, scores on tasks."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from qpruner.runs.records.base import Record, Recorded, StandardError
 
 
 class PrepareRecord(Record):
-    """The base model as a local or hub checkpoint, and the encoded rows."""
+    """Where the base model is, and how many rows of data were encoded."""
 
     model_path: str
     converted: bool
     source_bytes: int | None = None
-    """Of the .gguf file that the base's weights were expanded from."""
+    """Size of the .gguf file that the weights of the base model were converted from."""
     num_rows: dict[str, int]
 
 
 class LayerWidths(Recorded):
-    """What is kept of one block, as indices into the base model; empty where the whole block went."""
+    """The units kept in one block, as indices into the base model; empty if the whole block was removed."""
 
     layer: int
     kept_kv_groups: tuple[int, ...]
     kept_mlp_channels: tuple[int, ...]
-    """Where experts are stacked: expert * channels + channel."""
+    """For stacked experts, the index is expert * channels + channel."""
     kept_experts: tuple[int, ...] | None = None
     base_kv_groups: int
     base_mlp_channels: int
@@ -34,7 +34,7 @@ class LayerWidths(Recorded):
 
 
 class PruneRecord(Record):
-    """The pruned checkpoint."""
+    """The pruned model and how it was made."""
 
     listed: ClassVar[str] = "layers"
     importance: str
@@ -42,50 +42,50 @@ class PruneRecord(Record):
     compensation: str
     target: str
     target_rate: float | None
-    """Share of all parameters asked for; None when each block's own share was."""
+    """Requested share of all parameters to remove; None if shares were requested per block."""
     achieved_rate: float
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_after: int
     peak_memory_bytes: int
-    """Above the loaded model."""
+    """Peak in addition to the loaded model."""
     memory_counter: str
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
     weights: str = ""
-    """Digest of its weight files: from the same inputs another kind of machine may make others."""
+    """Digest of the weight files, which other kinds of machine may compute slightly differently."""
 
     @property
     def achieved(self) -> str:
-        """The achieved rate in words."""
+        """The achieved rate as text."""
         return f"achieved {self.achieved_rate:.2%}"
 
 
 class MethodScores(Recorded):
-    """One sensitivity of every group."""
+    """The sensitivities of all groups by one method."""
 
     unit: str
     source: str
     values: dict[int, tuple[float, ...]]
-    """Bits -> predicted rise over the unquantized pruned model, a group; 0 at 16 bits."""
+    """Bits -> per group, the predicted rise over the unquantized pruned model; 0 at 16 bits."""
     seconds: float
     details: dict[str, Any]
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a group, in the order of `SensitivityRecord.groups`."""
+        """Return one row per group, in the order of `SensitivityRecord.groups`."""
         names = [f"at {bits} bits" for bits in self.values]
         return [dict(zip(names, of_group, strict=True)) for of_group in zip(*self.values.values(), strict=True)]
 
 
 class SensitivityRecord(Record):
-    """How much each group suffers at fewer bits, by every method asked for. The byte budget is not among the inputs."""
+    """How much each group loses at fewer bits, by every requested method; independent of the byte budget."""
 
     groups: tuple[str, ...]
     methods: dict[str, MethodScores]
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a group, with every method's scores."""
+        """Return one row per group, with the scores of every method."""
         rows: list[dict[str, Any]] = [{"group": group} for group in self.groups]
         for name, method in self.methods.items():
             for row, scores in zip(rows, method.table_rows(), strict=True):
@@ -94,54 +94,54 @@ class SensitivityRecord(Record):
 
 
 class BankRecord(Record):
-    """Packed weights and adapter starts for every (group, bits)."""
+    """The packed weights and initial adapters of every group at every bit-width."""
 
     files: dict[str, str]
     """File name -> sha256."""
     bytes: int
     residual_ratio: dict[str, dict[str, float]]
-    """bits -> group -> Frobenius norm of W - Q - BA over that of W - Q."""
+    """Bits -> group -> Frobenius norm of W - Q - BA, divided by that of W - Q."""
     group_bytes: dict[str, dict[str, int]] = {}
-    """bits -> group -> bytes of its packed weights, for all levels of the search."""
+    """Bits -> group -> bytes of the packed weights, for all bit-widths of the search."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a group."""
+        """Return one row per group."""
         rows: dict[str, dict[str, Any]] = {}
-        for told in ("group_bytes", "residual_ratio"):
-            for bits, by_group in getattr(self, told).items():
+        for field in ("group_bytes", "residual_ratio"):
+            for bits, by_group in getattr(self, field).items():
                 for group, value in by_group.items():
-                    rows.setdefault(group, {"group": group})[f"{told} at {bits} bits"] = value
+                    rows.setdefault(group, {"group": group})[f"{field} at {bits} bits"] = value
         return list(rows.values())
 
 
 class CandidateRecord(Record):
-    """One row of the final table under one training seed, fine-tuned."""
+    """The fine-tune of one row of the final table with one training seed."""
 
     name: str
     origin: str
-    """Where the plan came from: a searcher and its trial, a sensitivity, ..."""
+    """Source of the plan, such as a searcher and its trial, or a sensitivity."""
     seed: int
     plan: dict[str, int]
     plan_bytes: int
-    """By the formula."""
+    """Computed by formula."""
     measured_bytes: int
-    """Of the packed tensors."""
+    """Measured on the packed tensors."""
     mean_bits: float
     num_parameters: int
     steps: int
     train_loss: float
     validation_loss: float
     confirmation_loss: float
-    """On the half of the confirmation rows that chose nothing, in nats per token."""
+    """Loss on the half of the confirmation rows that no choice was based on, in nats per token."""
     confirmation_losses: tuple[float, ...] = ()
-    """A value a row, to pair two models by row: their mean is the loss, their spread its standard error."""
+    """Loss of each confirmation row, to compare two models row by row; their mean is `confirmation_loss`."""
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""
 
 
 class FinetuneRecord(Record):
-    """The winner's fine-tune, whose adapter the final model has."""
+    """The fine-tune of the winner; the final model has its adapter."""
 
     listed: ClassVar[str] = "candidates"
     winner: str
@@ -149,46 +149,46 @@ class FinetuneRecord(Record):
 
 
 class MetricScore(Recorded):
-    """A metric of an lm-eval task."""
+    """The value of one metric of an lm-eval task."""
 
     value: float
     stderr: StandardError
-    """Of the mean over questions; null where the metric is no such mean."""
+    """Standard error of the mean over questions; null if the metric is not such a mean."""
 
 
 class TaskScore(Recorded):
-    """An lm-eval accuracy. Per-question values are kept, in the task's order, so that rows can be paired."""
+    """The accuracy on an lm-eval task, with the values of all questions to compare two models question by question."""
 
     task: str
     metric: str
-    """What tables and claims use: `acc_norm` where the task reports it, then `acc`, then `exact_match`."""
+    """The metric in tables and claims: the first of `acc_norm`, `acc` and `exact_match` that the task reports."""
     value: float
     stderr: StandardError
     num_questions: int
     correct: tuple[float, ...]
-    """1 or 0 a question, by `metric`."""
+    """1 or 0 for each question by `metric`, in the order of the task."""
     metrics: dict[str, MetricScore] = {}
-    """Every metric that the task reports, by lm-eval's names (`METRIC,FILTER` where the task filters answers)."""
+    """All metrics of the task by the names of lm-eval, which are `METRIC,FILTER` if the task filters answers."""
     answer_loss: tuple[float, ...] = ()
-    """Negative log-likelihood of the right choice in nats, a question; empty where the task has no choices."""
+    """Negative log-likelihood of the right choice for each question, in nats; empty if the task has no choices."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a question."""
+        """Return one row per question."""
         columns = {"correct": self.correct} | ({"answer_loss": self.answer_loss} if self.answer_loss else {})
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 class Inference(Recorded):
-    """What a row's model takes to generate one sequence, its adapter on."""
+    """Memory and speed of a model with its adapter while it generates one sequence."""
 
     memory_bytes: int
     prefill_tokens_per_second: tuple[float, ...]
-    """In each turn; the rows took turns."""
+    """One value per turn: the models of all rows were measured in turn."""
     decode_tokens_per_second: tuple[float, ...]
 
 
 class InferenceSetting(Recorded):
-    """How `Inference` was measured."""
+    """How the values of `Inference` were measured."""
 
     device: str
     prompt_tokens: int
@@ -197,54 +197,54 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """One row's scores on the held-out tasks, under one training seed; without a seed, before any fine-tune."""
+    """The scores of one row on the held-out tasks; `seed` is that of its fine-tune, or None before any fine-tune."""
 
     digest: str
     name: str
     seed: int | None
     scores: tuple[TaskScore, ...]
     text_loss: float | None = None
-    """On the held-out text, in nats per token; None without such a text."""
+    """Loss on the held-out text, in nats per token; None if there is no such text."""
     inference: Inference | None = None
     gpu_seconds: float = 0.0
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row, with every metric of each task and its standard error."""
+        """Return one row, with all metrics of each task and their standard errors."""
         [row] = super().table_rows()
         del row["scores"]
         for score in self.scores:
-            used = {score.metric: MetricScore(value=score.value, stderr=score.stderr)}
-            for name, each in (used | score.metrics).items():
-                row |= {f"{score.task} {name}": each.value, f"{score.task} {name}_stderr": each.stderr}
+            main = {score.metric: MetricScore(value=score.value, stderr=score.stderr)}
+            for name, metric in (main | score.metrics).items():
+                row |= {f"{score.task} {name}": metric.value, f"{score.task} {name}_stderr": metric.stderr}
         return [row]
 
 
 class EvalRecord(Record):
-    """Scores on the held-out tasks: base, pruned and quantized before any fine-tune, and the fine-tuned winner."""
+    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune, and of the winner."""
 
     listed: ClassVar[str] = "rows"
     rows: tuple[RowScores, ...]
     text: str | None = None
-    """Which held-out text `RowScores.text_loss` is on."""
+    """The held-out text of `RowScores.text_loss`."""
     inference: InferenceSetting | None = None
     tested: str
-    """Digest of the questions and of how they are asked."""
+    """Digest of the questions and their prompts."""
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Task -> the metric that tables and claims use."""
+        """Task -> its metric in tables and claims."""
         return {score.task: score.metric for score in self.rows[-1].scores}
 
 
 class ComparisonRecord(Record):
-    """Every row of the final table after the same fine-tune, the winner's own too, by row and then by training seed."""
+    """All rows of the final table after the same fine-tune, the winner included: by row, then by training seed."""
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]
-    """In the same order."""
+    """Scores of `candidates`, in the same order."""
     inference: InferenceSetting
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return a row a fine-tune, with its scores."""
+        """Return one row per fine-tune, with its scores."""
         pairs = zip(self.candidates, self.rows, strict=True)
-        return [scores.table_rows()[0] | tuned.table_rows()[0] for tuned, scores in pairs]
+        return [scores.table_rows()[0] | candidate.table_rows()[0] for candidate, scores in pairs]

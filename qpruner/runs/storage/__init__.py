@@ -1,8 +1,7 @@
-"""A run's files, wherever they are kept: in a folder, or in an object store.
+"""Read and write the files of a run, in a folder or in an object store.
 
-Every file of a run has a path on this machine. `storage_at` finds what is behind it: the file itself, or the object of
-which the path holds this machine's copy. The functions here repeat what fails while the storage is full or away, as
-`retry_storage` does.
+Every file of a run has a path on this machine. For a run in an object store, that path holds a local copy of the
+object. Unless they say otherwise, these functions wait while the storage is full or away (`retry_storage`).
 """
 
 from __future__ import annotations
@@ -38,34 +37,30 @@ from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
 OWN_DIGEST = "record_digest"
-"""Key of a record's file: the digest of all other keys, since JSON with a flipped bit may still be JSON."""
+"""Key in the file of a record: digest of all other keys, because damaged JSON may still be valid JSON."""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 def storage_at(path: Path) -> Storage:
-    """Find what is behind a path of a run."""
+    """Return the storage of a path: the object that the path mirrors, else the file or folder itself."""
     return objects_at(path) or Storage(path)
 
 
 def run_path(output: str | Path) -> Path:
-    """Turn a run's folder or URI into its path on this machine; the storage is not asked.
-
-    Raises:
-        UserError: If the folder, or what should hold it, is a file; or if there is no such URI.
-    """
+    """Return the path on this machine for the folder or URI of a run, without asking the storage."""
     if isinstance(output, str) and "://" in output:
         return mirror_of(output)
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
-        what = "a run is a folder: name a folder, of a configuration the one that its `output` names"
-        raise UserError(f"`output`: {existing} is a file, and {what}")
+        remedy = "name that folder, the `output` of its configuration"
+        raise UserError(f"`output`: {existing} is a file, but a run is a folder; {remedy}")
     return root
 
 
 def run_root(output: str | Path) -> Path:
-    """Turn a run's folder or URI into its path, as `run_path` does, and check that its bucket answers."""
+    """Return the path on this machine for the folder or URI of a run, and check that the bucket of a URI answers."""
     root = run_path(output)
     if not isinstance(output, Path):
         _check_reachable(root)
@@ -74,17 +69,17 @@ def run_root(output: str | Path) -> Path:
 
 @functools.cache
 def _check_reachable(root: Path) -> None:
-    if there := objects_at(root):
-        there.check_reachable()
+    if objects := objects_at(root):
+        objects.check_reachable()
 
 
 def display_name(path: Path) -> str:
-    """Name a path as a person knows it: a folder's path, or a URI."""
+    """Return the path or URI to show to people."""
     return storage_at(path).name
 
 
 def export_command(root: Path) -> str:
-    """Name the command that brings a run's final model to a folder; empty where it lies in one."""
+    """Return the command that exports the final model of a run to a folder; empty if the run is in a folder."""
     storage = storage_at(root)
     return "" if storage.fills_this_disk else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
 
@@ -93,19 +88,19 @@ def export_command(root: Path) -> str:
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
-    """Write a record with a digest of its own, as `write_text` does."""
+    """Write a record as JSON with its own digest; a reader sees the old file or the new one, never a part."""
     fields = json.loads(data.model_dump_json())
     text = json.dumps(fields | {OWN_DIGEST: digest_of(fields)}, indent=2, ensure_ascii=False)
     write_text(path, text + "\n", patience_seconds)
 
 
 def write_text(path: Path, text: str, patience_seconds: float | None = None) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    """Write a text file; a reader sees the old file or the new one, never a part."""
     retry_storage(lambda: storage_at(path).write(text.encode()), path, patience_seconds)
 
 
 def read_text(path: Path) -> str | None:
-    """Read what `write_text` wrote; None when the file is missing."""
+    """Read a text file; return None if it is missing."""
     try:
         return retry_storage(storage_at(path).read, path).decode()
     except FileNotFoundError:
@@ -113,46 +108,42 @@ def read_text(path: Path) -> str | None:
 
 
 def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
-    """Read a record that is known to exist: a missing one means that the storage is away."""
+    """Read a record that is known to exist: while it is missing, the storage is taken to be away."""
 
     def read() -> RecordType:
         record = read_json(path, kind)
         if record is None:
-            raise OSError(errno.EIO, "was written and is missing", display_name(path))
+            raise OSError(errno.EIO, "was written before and is missing now", display_name(path))
         return record
 
     return retry_storage(read, path)
 
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
-    """Read what `write_json` wrote; None when the file is missing.
-
-    Raises:
-        CorruptFile: If it is not a `kind`, or not as it was written.
-    """
+    """Read a record of this kind; return None if the file is missing, and raise `CorruptFile` if it is damaged."""
     try:
         text = read_text(path)
         if text is None:
             return None
-        found = json.loads(text)
-        if isinstance(found, dict) and found.pop(OWN_DIGEST, None) != digest_of(found):
-            raise ValueError(f"it is not as it was written, by its `{OWN_DIGEST}`")
-        return kind.model_validate(found)
-    except ValueError as error:  # also one of pydantic; not JSON, or not even text
+        fields = json.loads(text)
+        if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):
+            raise ValueError(f"its contents do not match its `{OWN_DIGEST}`")
+        return kind.model_validate(fields)
+    except ValueError as error:  # no text, no JSON or no such record
         why = f"{error}"
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
-            why = f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {problem['msg']}"
+            why = f"{'.'.join(str(part) for part in problem['loc']) or 'its contents'}: {problem['msg']}"
         raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {why}", path) from error
 
 
 def progress_seconds(path: Path) -> float:
-    """Return the pause between two writes of progress to a file: an object store charges for each."""
+    """Return the seconds between two writes of progress; they are longer in an object store, which charges for each."""
     return 1.0 if storage_at(path).fills_this_disk else 5.0
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Write progress to a file, which is not durable and waits for no room; return whether that worked."""
+    """Write progress to a file once, without waiting for the storage; return whether that worked."""
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)
         return True
@@ -160,24 +151,24 @@ def write_progress(path: Path, text: str) -> bool:
 
 
 def read_progress(path: Path) -> str | None:
-    """Read what `write_progress` wrote last; None before the first, and while the storage is away."""
+    """Read the latest progress; return None if there is none or the storage is away."""
     with contextlib.suppress(OSError, StorageError):
         return storage_at(path).read().decode()
     return None
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file of that name."""
+    """Return True if there is a file at this path."""
     return retry_storage(storage_at(path).stat, path) is not None
 
 
 def file_digest(path: Path) -> str:
-    """Digest a file as the storage has it: sha256 in hex."""
+    """Return the sha256 of a file, read from the storage itself and not from a local copy."""
     return retry_storage(storage_at(path).digest, path)
 
 
 def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
-    """Copy a file of a run to this machine; return the sha256. No half is left."""
+    """Copy a file of a run to this machine and return its sha256; a failure leaves no partial file."""
     try:
         return retry_storage(lambda: storage_at(path).download(to, on_piece), path)
     except Exception:
@@ -186,7 +177,7 @@ def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
 
 
 def put_file(file: Path, target: Path) -> str:
-    """Move a file from where a target is staged to the target; return its sha256."""
+    """Move a staged file to its path in the run, and return its sha256."""
     sha256 = retry_storage(lambda: storage_at(target).put(file), target)
     if file != target:
         file.unlink()
@@ -197,22 +188,22 @@ def put_file(file: Path, target: Path) -> str:
 
 
 def children(folder: Path) -> list[str]:
-    """Name what lies in a folder, sorted; nothing where there is no folder."""
+    """List the names in a folder, sorted; empty if there is no folder."""
     return retry_storage(storage_at(folder).names, folder)
 
 
 def files_in(folder: Path) -> dict[str, int]:
-    """Map every file in a folder and below to its bytes."""
+    """Return the size in bytes of every file in a folder and its subfolders."""
     return retry_storage(storage_at(folder).files, folder)
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """Digest every file in a folder as the storage has it."""
+    """Return the sha256 of every file in a folder and its subfolders, read from the storage itself."""
     return storage_at(folder).digests()
 
 
 def published_folders(parent: Path) -> list[Path]:
-    """List the folders in one that are complete; in an object store those with a list."""
+    """List the complete folders inside a folder; in an object store, these are the folders with a file list."""
     names = children(parent)
     if storage_at(parent).fills_this_disk:
         return [parent / name for name in names if (parent / name).is_dir()]
@@ -220,12 +211,12 @@ def published_folders(parent: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there; half a folder is never taken for a complete one."""
+    """Delete a file or folder if it exists; a folder deleted in part never counts as complete."""
     retry_storage(storage_at(path).delete, path)
 
 
 def quarantine(path: Path, place: Path) -> str:
-    """Move a damaged file or folder somewhere in `place` to its `damaged/`; return the new name."""
+    """Move a damaged file or folder below `place` to `place/damaged/`; return the new path or URI."""
     target = place / "damaged" / f"{'-'.join(path.relative_to(place).parts)}-{time.time_ns()}"
     retry_storage(lambda: storage_at(path).move(target), path)
     return display_name(target)
@@ -233,7 +224,7 @@ def quarantine(path: Path, place: Path) -> str:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """Yield the folder on this machine to write; its files are listed, and sent, when it is done."""
+    """Yield a folder on this machine to write to; afterwards, list its files and upload them if the run is at a URI."""
     storage = storage_at(target)
     here = storage.staging
     if here == target:
@@ -250,19 +241,17 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
-    """Have a folder of a run complete on this machine; return its path, which stays what it was.
+    """Make a folder of a run available on this machine, and return its path.
 
-    Each process compares the folder with its list once. A damaged copy is fetched again.
-
-    Raises:
-        CorruptFile: Naming the file or object that is missing or not as it was written.
+    Each process compares the files with the file list once. A damaged local copy is downloaded again; damage in the
+    storage itself raises `CorruptFile`.
     """
     storage_at(folder).fetch(on_piece)
     return folder
 
 
 def require_arrived(folder: Path) -> None:
-    """Raise `StorageError` if a folder that another machine wrote is not here: it may be on that machine's own disk."""
+    """Raise `StorageError` if a folder that another machine wrote is missing here, as on a disk that is not shared."""
     if storage_at(folder).fills_this_disk:
         listed = list_path(folder)
         try:
@@ -270,5 +259,5 @@ def require_arrived(folder: Path) -> None:
         except FileNotFoundError as error:
             raise StorageError(
                 f"{folder} was written on another machine and is not here",
-                "mount the folder of `output` there again, or take it out of the cluster, then repeat the command",
+                "mount the folder of `output` on that machine, or take it out of the cluster, then repeat the command",
             ) from error

@@ -1,6 +1,6 @@
-"""The interface of a run's storage, as it is in a folder, and the lists that vouch for a folder's files.
+"""The storage of a run in a folder, and the lists of digests that show whether a folder is complete.
 
-`objects.py` has the same for an object store.
+`objects.py` has the same interface for an object store.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from qpruner.runs.storage.retry import FULL, Result, retry_storage
 Item = TypeVar("Item")
 
 FILES = ".files.json"
-"""Ending of a folder's list: `prune.files.json` beside `prune/`."""
+"""Suffix of the file list of a folder, such as `prune.files.json` next to `prune/`."""
 PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
-"""Bytes read at once to copy, and to digest: many threads digest, in processes whose memory is measured."""
+"""Bytes per read, to copy and to digest; fewer to digest, because many threads do and memory is measured."""
 WAITING_SECONDS = 0.1
 CONCURRENT = 16
-"""Files that are read, sent or fetched at once."""
+"""Number of files that are read, uploaded or downloaded at once."""
 OnPiece = Callable[[], object]
-"""Called after each piece that was read, from any thread, and while another process fetches the same."""
+"""Called from any thread after each piece read, and while waiting for another process, to show progress."""
 
 
 class FileList(Recorded):
-    """The digests of a folder's files; a file that differs is damaged."""
+    """The expected digests of the files in a folder."""
 
     sha256: dict[str, str]
 
 
 verified: dict[Path, FileList] = {}
-"""Folders of this machine that this process wrote or compared, with their lists then."""
+"""Folders on this machine that this process wrote or verified, with their file lists at that time."""
 
 
 def list_path(folder: Path) -> Path:
-    """Name the list of a folder."""
+    """Return the path of the file list of a folder."""
     return folder.with_name(folder.name + FILES)
 
 
 def for_each(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Apply a function to several items at once; return the results in order."""
+    """Apply a function to items in parallel threads, and return the results in order."""
     with ThreadPoolExecutor(CONCURRENT) as pool:
         return list(pool.map(action, items))
 
@@ -65,7 +65,7 @@ def copy_pieces(
     on_piece: OnPiece = lambda: None,
     piece_bytes: int | None = None,
 ) -> str:
-    """Copy piece by piece; return the sha256."""
+    """Copy a stream piece by piece, and return its sha256."""
     digest = hashlib.sha256()
     while piece := read(piece_bytes or PIECE_BYTES):
         digest.update(piece)
@@ -75,7 +75,7 @@ def copy_pieces(
 
 
 def sync(path: Path) -> None:
-    """Make a file's contents, or a folder's names, durable."""
+    """Flush the contents of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,16 +84,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder and all below it durable."""
+    """Flush a folder and everything in it to the disk."""
     for path in (folder, *folder.rglob("*")):
         sync(path)
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder that exists.
-
-    A network file system may rename and lose the answer. A repetition then finds nothing under the old name.
-    """
+    """Rename a file or folder; on repetition, accept that a network file system had done so and lost the answer."""
     try:
         path.replace(target)
     except FileNotFoundError:
@@ -101,7 +98,7 @@ def rename(path: Path, target: Path) -> None:
 
 
 def share_files(folder: Path) -> None:
-    """Let whoever may read a folder read its files: safetensors writes files for their owner only."""
+    """Give files the read permissions of their folder, because safetensors makes files readable for the owner only."""
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -109,7 +106,7 @@ def share_files(folder: Path) -> None:
 
 
 def empty_folder(folder: Path) -> Path:
-    """Make an empty folder on this machine in place of what was there."""
+    """Make an empty folder on this machine, and delete what was there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -117,7 +114,7 @@ def empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
-    """Hold a path for this process; `on_piece` is called while another process does: who waits does not hang."""
+    """Lock a path for this process; while another process has the lock, wait and call `on_piece` to show progress."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     while not lock.is_locked:
@@ -128,30 +125,29 @@ def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
     try:
         yield
     finally:
-        release(lock)
+        _release(lock)
 
 
-def release(lock: FileLock) -> None:
-    """Delete a lock's file, then release it: filelock sees that the file it waited for is gone, and makes another."""
-    Path(lock.lock_file).unlink(missing_ok=True)
+def _release(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
     lock.release()
 
 
 @contextmanager
 def working_folder(prefix: str) -> Iterator[Path]:
-    """Yield a folder for as long as this process needs it, and remove what killed processes left of the same prefix.
+    """Yield a temporary folder; also delete such folders that killed processes left.
 
-    The kernel releases the lock of a folder whatever ends its process, also between containers that share the folder of
-    temporary files.
+    A folder is in use while its lock is held. The kernel releases the lock however its process ends, also across
+    containers that share `/tmp`.
     """
-    place = Path(tempfile.gettempdir())
-    for left in place.glob(f".{prefix}*.lock"):
-        with contextlib.suppress(OSError):  # in use, or gone just now
-            if left.lstat().st_uid == os.getuid():
-                (lock := FileLock(left)).acquire(timeout=0)
-                shutil.rmtree(place / left.name[1:].removesuffix(".lock"), ignore_errors=True)
-                release(lock)
-    folder = place / f"{prefix}{uuid.uuid4().hex}"
+    temporary = Path(tempfile.gettempdir())
+    for file in temporary.glob(f".{prefix}*.lock"):
+        with contextlib.suppress(OSError):  # in use, or deleted meanwhile
+            if file.lstat().st_uid == os.getuid():
+                (lock := FileLock(file)).acquire(timeout=0)
+                shutil.rmtree(temporary / file.name[1:].removesuffix(".lock"), ignore_errors=True)
+                _release(lock)
+    folder = temporary / f"{prefix}{uuid.uuid4().hex}"
     with exclusive(folder):
         folder.mkdir(mode=0o700)
         try:
@@ -161,22 +157,22 @@ def working_folder(prefix: str) -> Iterator[Path]:
 
 
 class Stat(NamedTuple):
-    """A file's time of change, in seconds on the storage's clock, and its bytes."""
+    """Time of change of a file, in seconds by the clock of the storage, and its size in bytes."""
 
     modified: float
     size: int
 
 
 class Storage:
-    """A file or folder of a run, bound to its path on this machine; here on a disk that may be shared with others.
+    """A file or folder of a run, identified by its path on this machine; this class keeps it at that path.
 
-    What concerns one file raises `FileNotFoundError` where it is not there, and an `OSError` where the storage is full
-    or away, which the functions of `qpruner.runs.storage` repeat; what concerns folders and lists repeats it itself.
+    Methods on one file raise `FileNotFoundError` if it is missing, and `OSError` if the storage is full or away; the
+    callers retry. Methods on folders and file lists retry by themselves.
     """
 
     fills_this_disk = True
-    """Whether what is written takes room on a disk of this machine; otherwise any machine can resume the run."""
-    access_remedy = "`output` must lie in a folder that every node reads and writes"
+    """Whether the files take room on a disk of this machine; if not, any machine can resume the run."""
+    access_remedy = "`output` must be in a folder that every node can read and write"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -186,52 +182,52 @@ class Storage:
 
     @property
     def name(self) -> str:
-        """The path or URI as a person knows it."""
+        """The path or URI, for people."""
         return str(self.path)
 
     @property
     def address(self) -> str:
-        """What a command on another machine takes: a URI with its options."""
+        """The path, or the URI with its options, for commands."""
         return self.name
 
     @property
     def staging(self) -> Path:
-        """Where a process of this machine writes what belongs here: the path itself, or a folder to send from."""
+        """The path on this machine to write to: the path itself, or a folder from which to upload."""
         return self.path
 
     # ---- one file
 
     def open(self) -> AbstractContextManager[Any]:
-        """Open the file to read piece by piece."""
+        """Open the file for reading."""
         return self.path.open("rb")
 
     def read(self) -> bytes:
-        """Read the file as one writer wrote it."""
+        """Read the whole file."""
         return self.path.read_bytes()
 
     def digest(self, on_piece: OnPiece = lambda: None) -> str:
-        """Digest the file as the storage has it."""
+        """Return the sha256 of the file, read from the storage itself."""
         piece_bytes = HASHED_BYTES if self.fills_this_disk else PIECE_BYTES
         with self.open() as stream:
             return copy_pieces(stream.read, on_piece=on_piece, piece_bytes=piece_bytes)
 
     def download(self, target: Path, on_piece: OnPiece = lambda: None) -> str:
-        """Copy the file to one of this machine; return its sha256."""
+        """Copy the file to a path on this machine, and return its sha256."""
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.open() as stream, target.open("wb") as file:
                 return copy_pieces(stream.read, file.write, on_piece)
         except OSError as error:
-            if error.errno in FULL:  # Python's own do not say which disk is full
+            if error.errno in FULL:  # the error does not name the full disk
                 error.filename = str(target)
             raise
 
     def put(self, file: Path) -> str:
-        """Copy a file of this machine here, if it is not this one; return its sha256."""
+        """Copy a file of this machine to this storage, unless it is already there, and return its sha256."""
         return self.digest() if file == self.path else Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
-        """Write the file; a reader sees the old contents or the new, also after a crash if it is durable."""
+        """Write the file; a reader sees the old contents or the new, and if `durable` also after a crash."""
         if not durable:
             new = self.path.with_suffix(".new")
             new.write_bytes(data)
@@ -245,12 +241,12 @@ class Storage:
         sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
-        """Set the file's time of change to now, where its contents are these."""
+        """Set the time of change to now; the contents of the file must be `data` already."""
         os.utime(self.path)
 
     def stat(self) -> Stat | None:
-        """Look at the file; None where there is no file of this very name."""
-        # `Path.is_file` is False for a storage that is away, from Python 3.14 on.
+        """Return time of change and size of the file; None if there is no such file."""
+        # Not `Path.is_file`, which from Python 3.14 on returns False if the storage is away.
         try:
             found = self.path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -260,22 +256,22 @@ class Storage:
     # ---- folders
 
     def names(self) -> list[str]:
-        """Name what lies directly in the folder, sorted; nothing where there is no folder."""
+        """List the names in the folder, sorted; empty if there is no folder."""
         return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
 
     def files(self) -> dict[str, int]:
-        """Map every file in the folder and below to its bytes."""
+        """Return the size in bytes of every file in the folder and its subfolders."""
         paths = [path for path in self.path.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.path)): path.stat().st_size for path in paths}
 
     def digests(self) -> dict[str, str]:
-        """Digest every file in the folder and below."""
+        """Return the sha256 of every file in the folder and its subfolders."""
         names = sorted(retry_storage(self.files, self.path))
         found = for_each(lambda name: retry_storage((self / name).digest, self.path / name), names)
         return dict(zip(names, found, strict=True))
 
     def delete(self) -> None:
-        """Delete the file or folder; half a folder is never taken for a complete one."""
+        """Delete the file or folder; a folder deleted in part never counts as complete."""
         if not self.path.is_dir():
             self.path.unlink(missing_ok=True)
             return
@@ -286,14 +282,14 @@ class Storage:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def move(self, target: Path) -> None:
-        """Move the file or folder, with its list, to another path of the run."""
+        """Move the file or folder, with its file list, to another path of the run."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        rename(self.path, target)  # first: a folder without its list is read as it is
+        rename(self.path, target)  # before its list, because a folder may be read without a list
         with contextlib.suppress(FileNotFoundError):
             list_path(self.path).rename(list_path(target))
 
     def put_folder(self, folder: Path) -> FileList:
-        """Copy a folder of this machine here, its list last, durably; it may lie here already."""
+        """Copy a folder of this machine to this storage durably, unless it is there; write its file list last."""
         if folder != self.path:
             shutil.copytree(folder, self.path, dirs_exist_ok=True)
         share_files(self.path)
@@ -309,12 +305,12 @@ class Storage:
         return listed
 
     def publish(self, folder: Path) -> None:
-        """Move a finished folder of this machine here, durably, over what an unfinished attempt left."""
+        """Move a finished folder of this machine to this storage, in place of an earlier one."""
         target = self.path
         retry_storage(lambda: share_files(folder), folder)
 
         def move() -> None:
-            if folder.exists():  # else an earlier attempt has renamed it
+            if folder.exists():  # if not, an earlier attempt has renamed it
                 sync_tree(folder)
                 if list_path(folder).exists():
                     sync(list_path(folder))
@@ -331,15 +327,11 @@ class Storage:
 
     @property
     def file_list(self) -> Storage:
-        """The list of the folder's files, which vouches for it."""
+        """The file list of the folder."""
         return Storage(list_path(self.path))
 
     def read_list(self) -> FileList | None:
-        """Read the folder's list; None where there is none.
-
-        Raises:
-            CorruptFile: If it cannot be read as a list.
-        """
+        """Read the file list of the folder; return None if there is none, and raise `CorruptFile` if it is damaged."""
         try:
             return FileList.model_validate_json(retry_storage(self.file_list.read, self.path))
         except FileNotFoundError:
@@ -348,48 +340,45 @@ class Storage:
             raise CorruptFile(f"{self.file_list.name} is damaged", self.path) from error
 
     def fetch(self, on_piece: OnPiece = lambda: None) -> None:
-        """Have the folder complete on this machine, compared with its list."""
+        """Make the folder available on this machine, and compare it with its file list."""
         if self.read_list() != verified.get(self.path):
             self.verify(on_piece)
 
     def verify(self, on_piece: OnPiece = lambda: None) -> None:
-        """Compare the folder with its list, if it has one, whatever this process knows of it.
-
-        Raises:
-            CorruptFile: Naming the file that is missing or not as it was written.
-        """
+        """Compare the folder with its file list, if it has one; raise `CorruptFile` for a damaged or missing file."""
         if listed := self.read_list():
             self.compare(listed, lambda name: (self / name).digest(on_piece))
             verified[self.path] = listed
 
     def compare(self, listed: FileList, digest: Callable[[str], str]) -> None:
-        """Raise `CorruptFile` for the first file whose digest is not the listed one."""
+        """Raise `CorruptFile` for the first file whose digest differs from the listed one."""
 
-        def found(name: str) -> str:
+        def actual_digest(name: str) -> str:
             try:
                 return retry_storage(lambda: digest(name), self.path / name)
             except FileNotFoundError:
                 return ""
 
-        for name, sha256 in zip(listed.sha256, for_each(found, list(listed.sha256)), strict=True):
+        for name, sha256 in zip(listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True):
             if sha256 != listed.sha256[name]:
                 state = "damaged" if sha256 else "missing"
-                cause = f"{self.name}/{name} is {state}: its sha256 is not the one in {self.file_list.name}"
-                raise CorruptFile(cause, self.path / name)
+                raise CorruptFile(
+                    f"{self.name}/{name} is {state}, according to {self.file_list.name}", self.path / name
+                )
 
 
 def write_list(folder: Path, listed: FileList) -> None:
-    """Write the list of a folder of this machine that was just written."""
+    """Write the file list of a folder on this machine that this process has just written."""
     list_path(folder).write_text(listed.model_dump_json(), encoding="utf-8")
     verified[folder] = listed
 
 
-def keep_copy(here: Path, path: Path, listed: FileList) -> None:
-    """Make a folder this machine's copy; its list is removed first, and written when the files are durable."""
+def keep_copy(folder: Path, path: Path, listed: FileList) -> None:
+    """Move a downloaded folder to its path on this machine, and write its file list once all files are durable."""
     list_path(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sync_tree(here)
-    here.rename(path)
+    sync_tree(folder)
+    folder.rename(path)
     sync(path.parent)
     write_list(path, listed)

@@ -1,10 +1,10 @@
-"""A run in an object store (`s3://`, `gs://`), through pyarrow.
+"""The storage of a run in an object store (`s3://`, `gs://`), through pyarrow.
 
-On each machine a folder stands for such a run, its mirror. The mirror's path spells the run's URI, so a process that
-is given a path in it finds the object behind it, on any machine.
+Each machine has a mirror of the run: a folder for local copies. The path of the mirror contains the URI, so that any
+process can find the object for a path in the mirror.
 
-A store has no rename. The files of a folder are put first and their list last; without its list there is no folder,
-and what is fetched is compared with it.
+An object store cannot rename. The files of a folder are uploaded before its file list, and a folder without a list does
+not exist. Downloaded files are compared with the list.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from qpruner.runs.storage.base import (
 from qpruner.runs.storage.retry import retry_storage
 
 CACHE = "QPRUNER_CACHE"
-"""Environment variable: a folder on this machine for the mirrors of runs; `~/.cache/qpruner` without it."""
+"""Environment variable: the folder of this machine for mirrors of runs; `~/.cache/qpruner` by default."""
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
-"""A request that nobody answers ends after some ten seconds; `retry_storage` then decides whether to try again."""
+"""Limits by which an unanswered request fails after about ten seconds; `retry_storage` may then repeat it."""
 REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT|PERMISSION_DENIED"
 )
@@ -54,46 +54,38 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Where this machine keeps what it fetched; it may be deleted while no command runs."""
-    return _resolved(os.environ.get(CACHE, "~/.cache/qpruner"))
-
-
-@functools.cache
-def _resolved(folder: str) -> Path:
-    return Path(folder).expanduser().resolve()
+    """Return the folder for local copies on this machine, which may be deleted while no command runs."""
+    return Path(os.environ.get(CACHE, "~/.cache/qpruner")).expanduser().resolve()
 
 
 def mirror_of(uri: str) -> Path:
-    """Name the folder on this machine that stands for a run's URI.
-
-    Raises:
-        UserError: If it is no URI of a run.
-    """
-    form = "must be a folder, or read s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+    """Return the path of the mirror for the URI of a run; raise `UserError` if the URI is invalid."""
+    form = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
     try:
         parts = urlsplit(uri)
-    except ValueError:  # brackets that are no address, which it may repeat
+    except ValueError:  # an invalid address in brackets; the text of the error may contain a key
         raise UserError(f"`output` {form}") from None
     options = {"scheme": "https"} | dict(parse_qsl(parts.query, keep_blank_values=True))
     prefix = parts.path.strip("/")
-    # What may be or hold a key is not repeated. One with a slash in it ends what would be the bucket, and no bucket's
-    # name has a colon.
+    # Messages must not repeat keys. A key may contain a slash, and then only its start is in `netloc`.
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
-        raise UserError(f"`output`: a URI holds no credentials; {CREDENTIALS}")
+        raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
     if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in ("http", "https"):
-        raise UserError("`output`: the options of a URI are endpoint_override, region, and scheme (http or https)")
+        raise UserError("`output`: a URI can have the options endpoint_override, region, and scheme (http or https)")
     steps = (parts.netloc, *prefix.split("/"))
     if parts.scheme not in ("s3", "gs") or parts.fragment or any(step in ("", ".", "..") for step in steps):
         raise UserError(f"`output`: {uri} {form}")
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
-        raise UserError(f"`output`: {uri} must be shorter: {len(name)} of 255 characters with its signs quoted")
+        raise UserError(
+            f"`output`: {uri} must be shorter: {len(name)} characters when quoted, and at most 255 are possible"
+        )
     return cache_root() / "runs" / name
 
 
 def objects_at(path: Path) -> ObjectStorage | None:
-    """Find the objects behind a path in a mirror; None for any other path."""
+    """Return the storage for a path in a mirror; None for any other path."""
     runs = cache_root() / "runs"
     if not path.is_relative_to(runs) or path == runs:
         return None
@@ -104,14 +96,14 @@ def objects_at(path: Path) -> ObjectStorage | None:
 
 @functools.cache
 def open_bucket(scheme: str, bucket: str, query: str) -> Any:
-    """Open the file system of a bucket, with credentials of the environment."""
+    """Open the file system of a bucket, with the credentials of the environment."""
     from pyarrow import fs
 
     options: dict[str, Any] = dict(parse_qsl(query))
     if scheme == "gs":
         options.pop("region", None)
         return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=3 * QUIET_SECONDS), **options)
-    # The SDK's own variables, which pyarrow 26 reads in `from_uri` only; that one sets no time limits.
+    # pyarrow 26 reads these variables only in `from_uri`, which cannot set time limits.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     options.setdefault("endpoint_override", endpoint)
@@ -120,7 +112,7 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
         connect_timeout=CONNECT_SECONDS,
         request_timeout=QUIET_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        # A small object is then one request, and so never half there.
+        # A small object is then uploaded in one request, so never in part.
         allow_delayed_open=True,
         background_writes=False,
         **options,
@@ -128,14 +120,15 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 
 class ObjectStorage(Storage):
-    """An object, or all whose keys begin with this one's and a slash."""
+    """An object, or a folder: all objects whose keys begin with this key and a slash."""
 
     fills_this_disk = False
-    access_remedy = f"every node must reach `output`: {CREDENTIALS}"
+    access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
 
     def __init__(self, path: Path, scheme: str, bucket: str, query: str, key: str) -> None:
         super().__init__(path)
         self.scheme, self.bucket, self.query, self.key = scheme, bucket, query, key
+        self._path = f"{bucket}/{key}"
 
     def __truediv__(self, name: str) -> ObjectStorage:
         return self._at(self.path / name, f"/{name}")
@@ -145,7 +138,7 @@ class ObjectStorage(Storage):
 
     @property
     def file_list(self) -> ObjectStorage:
-        """The list of the folder's files, which vouches for it."""
+        """The file list of the folder."""
         return self._at(list_path(self.path), FILES)
 
     @property
@@ -168,8 +161,8 @@ class ObjectStorage(Storage):
             yield stream
 
     def read(self) -> bytes:
-        # pyarrow (26) asks what is there first, and then for no more bytes than that has: of a longer object that was
-        # put in between it gives the beginning.
+        # pyarrow (26) first asks for the size, and then reads so many bytes: only the beginning, if a longer object was
+        # uploaded in between.
         while True:
             with self.open() as stream:
                 data, before = bytes(stream.read()), stream.metadata()
@@ -187,8 +180,8 @@ class ObjectStorage(Storage):
         from pyarrow.fs import FileType
 
         with self._translated():
-            found = self._system.get_file_info(self._path)
-        return Stat(float(found.mtime.timestamp()), int(found.size)) if found.type == FileType.File else None
+            info = self._system.get_file_info(self._path)
+        return Stat(float(info.mtime.timestamp()), int(info.size)) if info.type == FileType.File else None
 
     def put(self, file: Path) -> str:
         with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
@@ -197,15 +190,15 @@ class ObjectStorage(Storage):
     # ---- folders
 
     def names(self) -> list[str]:
-        return sorted(found.base_name for found in self._listed(is_deep=False))
+        return sorted(info.base_name for info in self._infos(recursive=False))
 
     def files(self) -> dict[str, int]:
-        return {found.path[len(self._path) + 1 :]: found.size for found in self._listed() if found.is_file}
+        return {info.path[len(self._path) + 1 :]: info.size for info in self._infos() if info.is_file}
 
     def delete(self) -> None:
         lists = [self / name for name in self.files() if name.endswith(FILES)]
-        for doomed in (*lists, self.file_list, self):
-            doomed._delete()
+        for each in (*lists, self.file_list, self):
+            each._delete()
         if self.path.is_dir():
             shutil.rmtree(self.path, ignore_errors=True)
         else:
@@ -213,12 +206,12 @@ class ObjectStorage(Storage):
         list_path(self.path).unlink(missing_ok=True)
 
     def move(self, target: Path) -> None:
-        there = objects_at(target)
-        assert there is not None
+        destination = objects_at(target)
+        assert destination is not None
         with self._translated():
             for name in self.files():
-                self._system.move(f"{self._path}/{name}", f"{there._path}/{name}")
-            for each, to in ((self, there), (self.file_list, there.file_list)):
+                self._system.move(f"{self._path}/{name}", f"{destination._path}/{name}")
+            for each, to in ((self, destination), (self.file_list, destination.file_list)):
                 if each.stat():
                     self._system.move(each._path, to._path)
 
@@ -238,19 +231,18 @@ class ObjectStorage(Storage):
         list_path(folder).unlink(missing_ok=True)
 
     def fetch(self, on_piece: OnPiece = lambda: None) -> None:
-        # A machine has one copy for all its processes as long as the list is the same; each compares it once.
+        # All processes of a machine share one copy while the list stays the same; each process verifies it once.
         listed = self.read_list()
         if listed is None:
-            message = f"{self.name} is missing, or was not put whole: it has no {self.file_list.name}"
-            raise CorruptFile(message, self.path)
+            raise CorruptFile(f"{self.name} is missing or incomplete: there is no {self.file_list.name}", self.path)
         if self._has_copy(listed, on_piece):
             return
         with exclusive(self.path, on_piece):
-            if self._has_copy(listed, on_piece):  # another process has fetched it by now
+            if self._has_copy(listed, on_piece):  # downloaded by another process meanwhile
                 return
-            here = empty_folder(self.staging)
-            self.compare(listed, lambda name: (self / name).download(here / name, on_piece))
-            keep_copy(here, self.path, listed)
+            folder = empty_folder(self.staging)
+            self.compare(listed, lambda name: (self / name).download(folder / name, on_piece))
+            keep_copy(folder, self.path, listed)
 
     def _has_copy(self, listed: FileList, on_piece: OnPiece) -> bool:
         copy = Storage(self.path)
@@ -259,28 +251,28 @@ class ObjectStorage(Storage):
                 return False
             copy.fetch(on_piece)
         except CorruptFile as error:
-            logger.warning("%s is damaged on this machine: all of %s is fetched again", error.path, self.name)
+            logger.warning("the copy %s on this machine is damaged; downloading all of %s again", error.path, self.name)
             list_path(self.path).unlink(missing_ok=True)
             return False
         return True
 
     def verify(self, on_piece: OnPiece = lambda: None) -> None:
-        # Only objects that were put after their list can differ from it: the others are not read.
-        since, listed = retry_storage(self.file_list.stat, self.path), self.read_list()
-        if since is None or listed is None:
+        # Only missing objects, and those changed after the list was uploaded, can differ from it.
+        stat, listed = retry_storage(self.file_list.stat, self.path), self.read_list()
+        if stat is None or listed is None:
             return
-        found = [each for each in retry_storage(self._listed, self.path) if each.is_file]
-        put = {each.path[len(self._path) + 1 :]: float(each.mtime.timestamp()) for each in found}
-        names = [name for name in listed.sha256 if put.get(name, since.modified) >= since.modified]
+        infos = [info for info in retry_storage(self._infos, self.path) if info.is_file]
+        modified = {info.path[len(self._path) + 1 :]: float(info.mtime.timestamp()) for info in infos}
+        names = [name for name in listed.sha256 if modified.get(name, stat.modified) >= stat.modified]
         doubtful = FileList(sha256={name: listed.sha256[name] for name in names})
         self.compare(doubtful, lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
-        """Raise `UserError` if the store does not answer, or refuses access."""
-        # What lies there is asked, since who may use a bucket's objects need not see the bucket itself.
+        """Raise `UserError` if the store does not answer or refuses access."""
+        # Lists objects, because a user may have access to the objects but not to the bucket itself.
         try:
             with contextlib.suppress(FileNotFoundError):
-                self._listed(is_deep=False, must_exist=True)
+                self._infos(recursive=False, must_exist=True)
         except StorageError as error:
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
@@ -292,32 +284,28 @@ class ObjectStorage(Storage):
     # ---- pyarrow
 
     @property
-    def _path(self) -> str:
-        return f"{self.bucket}/{self.key}"
-
-    @property
     def _system(self) -> Any:
         return open_bucket(self.scheme, self.bucket, self.query)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Raise pyarrow's errors, which tell their kind in their text only, as errors of files."""
+        """Translate the errors of pyarrow, whose kind is only in their text, to errors of Python."""
         try:
             yield
         except OSError as error:
             if error.errno is not None and "google::cloud" not in str(error):
                 raise
             text = re.sub(r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL).strip()
-            if text.startswith(os.strerror(errno.ENOENT)):  # without its number: of a folder at Google's
+            if text.startswith(os.strerror(errno.ENOENT)):  # Google Cloud Storage, for a missing folder
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name) from error
             detail = text.partition("AWS Error ")[2] or text
             if REFUSED.search(detail):
                 cause = f"{self.name}: access is refused ({detail})"
-                raise StorageError(cause, f"{CREDENTIALS}; mend them, then repeat the command") from error
+                raise StorageError(cause, f"{CREDENTIALS}; correct them, then repeat the command") from error
             if GONE.search(text):
                 raise StorageError(f"there is no bucket {self.bucket}", "create it, then repeat the command") from error
             if isinstance(error, FileNotFoundError) or ("AWS Error" not in text and "google::cloud" not in text):
-                raise  # an object that is not there, or a request that pyarrow itself would not make
+                raise  # a missing object, or a request that pyarrow itself refused
             raise OSError(errno.EHOSTUNREACH, detail, self.name) from error
 
     def _delete(self) -> None:
@@ -327,11 +315,10 @@ class ObjectStorage(Storage):
             else:
                 self._system.delete_dir_contents(self._path, missing_dir_ok=True)
 
-    def _listed(self, is_deep: bool = True, must_exist: bool = False) -> list[Any]:
+    def _infos(self, recursive: bool = True, must_exist: bool = False) -> list[Any]:
         from pyarrow.fs import FileSelector
 
         with self._translated():
-            found: list[Any] = self._system.get_file_info(
-                FileSelector(self._path, allow_not_found=not must_exist, recursive=is_deep)
-            )
-        return found
+            selector = FileSelector(self._path, allow_not_found=not must_exist, recursive=recursive)
+            infos: list[Any] = self._system.get_file_info(selector)
+        return infos

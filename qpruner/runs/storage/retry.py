@@ -1,4 +1,4 @@
-"""Repeat what fails because a disk is full or a storage is away; give up with an error that says how to go on."""
+"""Retry operations that fail because a storage is full or away, then raise an error with the remedy."""
 
 from __future__ import annotations
 
@@ -21,22 +21,11 @@ PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120
 PAUSES = wait_exponential(multiplier=0.5, max=20.0)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-AWAY = (
-    errno.EIO,
-    errno.EROFS,
-    errno.ESTALE,
-    errno.ENODEV,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-)
-ON_DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
-"""Numbers in the texts of libraries that are not Python; other numbers there may speak of a hub."""
+DISK_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
+HOST_AWAY = (errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+AWAY = (*DISK_AWAY, *HOST_AWAY, errno.ECONNREFUSED, errno.ECONNRESET)
 TORCH_CANNOT_WRITE = "inline_container.cc"
-"""torch.save names only the place in its own code where a write came out short, as on a full disk (2.13)."""
+"""Part of the error of torch.save on a full disk (2.13): only the place in its code where a write came out short."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +37,18 @@ def retry_storage(
     was_there: bool = False,
     resumable: bool = False,
 ) -> Result:
-    """Run an operation on the run's storage; repeat it, with growing pauses, while that is full or away.
+    """Run an operation; repeat it with growing pauses while the storage is full or away, then raise `StorageError`.
 
     Args:
-        operation: What may be repeated after it failed half way.
-        path: What to name where an error names no file.
-        seconds: Pauses in all, `PATIENCE_SECONDS` by default.
-        was_there: Whether a missing file means a storage that is away.
-        resumable: Whether pauses are counted anew after long attempts, since the next continues where one ended.
-
-    Raises:
-        StorageError: When the storage is still full or away after that.
-        FileNotFoundError: When what was there is still missing after that.
+        operation: Safe to repeat after a failure half way.
+        path: The path in the error message if the error itself names none.
+        seconds: Total time of the pauses, `PATIENCE_SECONDS` by default.
+        was_there: Also wait for a missing file, because the file was there before.
+        resumable: Restart the count of `seconds` after a long attempt, because the next attempt continues that one.
     """
     limit = PATIENCE_SECONDS if seconds is None else seconds
 
-    def is_over(state: RetryCallState) -> bool:
+    def should_stop(state: RetryCallState) -> bool:
         if resumable and time.monotonic() - state.start_time - state.idle_for > limit:
             state.start_time, state.idle_for = time.monotonic(), 0.0
         return state.idle_for >= limit
@@ -78,7 +63,7 @@ def retry_storage(
 
     try:
         retrying = Retrying(
-            retry=retry_if_exception(is_away), stop=is_over, wait=PAUSES, before_sleep=log, reraise=True
+            retry=retry_if_exception(is_away), stop=should_stop, wait=PAUSES, before_sleep=log, reraise=True
         )
         return retrying(operation)
     except Exception as error:
@@ -88,7 +73,7 @@ def retry_storage(
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
-    """Explain an error of a storage that is full or away, with `path` where it names no file; None for any other."""
+    """Translate an error of a storage that is full or away; return None for any other error."""
     number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(f"no space left for {place or 'the disk'}", "make room, then repeat the command")
@@ -100,13 +85,13 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
 
 def _number_of(error: BaseException) -> int:
-    """Find the system's number of an error; 0 where it has none that speaks of storage."""
+    """Find the errno of an error; return 0 if it has none or may not concern the storage."""
     text = str(error)
     if isinstance(error, OSError):
-        found = re.search(r"\[[Ee]rrno (\d+)\]", text)  # shutil and pyarrow put it into the text only
+        found = re.search(r"\[[Ee]rrno (\d+)\]", text)  # shutil and pyarrow have it only in the text
         return error.errno or (int(found[1]) if found else 0)
     if TORCH_CANNOT_WRITE in text:
         return errno.ENOSPC
     found = re.search(r"\(os error (\d+)\)", text)  # safetensors, tokenizers
     number = int(found[1]) if found else 0
-    return number if number in ON_DISK else 0
+    return number if number in (*FULL, *DISK_AWAY) else 0  # other numbers may concern a model hub
