@@ -1,4 +1,4 @@
-"""A model hub on loopback: the addresses that huggingface_hub asks to make a repository, commit to it and read it."""
+"""A local model hub with the endpoints that huggingface_hub uses to create, commit to and read a repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMIT = "c" * 40
 
 @dataclass
 class Repository:
-    """Whether others see it, and its files."""
+    """A repository: whether it is private, and its files."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds: repositories by OWNER/NAME, large files by their sha256."""
+    """Contents of the hub: repositories by OWNER/NAME, and large files by their sha256."""
 
     endpoint: str
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def _app(hub: Hub) -> Flask:
         made = {"url": f"{hub.endpoint}/{name}", "name": name, "id": name}
         if name in hub.repositories:
             return {"error": "You already created this model repo", **made}, 409
-        # The word of huggingface_hub 1.x, and that of 2.x.
+        # The key of huggingface_hub 1.x, and that of 2.x.
         hub.repositories[name] = Repository(bool(asked.get("private")) or asked.get("visibility") == "private")
         return made
 
@@ -71,7 +71,7 @@ def _app(hub: Hub) -> Flask:
 
     @app.post("/<owner>/<name>.git/info/lfs/objects/batch")
     def batch(owner: str, name: str) -> Any:
-        """Where large files go."""
+        """Return the upload addresses of large files."""
         objects = [
             {**each, "actions": {"upload": {"href": f"{hub.endpoint}/objects/{each['oid']}"}}}
             for each in request.get_json(force=True)["objects"]
@@ -131,7 +131,7 @@ def _app(hub: Hub) -> Flask:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that answers until the end of the block."""
+    """Run a hub server until the context ends."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     hub = Hub(endpoint="")
     server = make_server("127.0.0.1", 0, _app(hub), threaded=True)

@@ -238,7 +238,7 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Write the final model in another form; keep it only if it predicts the same as the final model."""
+    """Write the final model in another form; keep it only if its predictions match the final model's."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

@@ -139,12 +139,12 @@ class PruneConfig(Section):
 
     @property
     def criterion(self) -> str:
-        """The importance that ranks the units; that of blocks if only whole blocks are cut."""
+        """The kind of importance that ranks units; `depth_importance` if only whole blocks are cut."""
         return self.importance if self.width_units else self.depth_importance
 
     @property
     def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
-        """The compensation; its default is that of models without experts."""
+        """The kind of compensation; null counts as `least_squares`."""
         return self.compensation or "least_squares"
 
     @property

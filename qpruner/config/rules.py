@@ -198,7 +198,7 @@ def _idle_in_finetune(finetune: schema.FinetuneConfig) -> tuple[Idle, ...]:
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
-    No key counts as without effect because of `search.plan`: `--plan` is for files that were written for a search.
+    `search.plan` makes no key a warning, because `--plan` is for files that were written for a search.
     `calibration.num_sensitivity_samples` always has an effect: only runs with the same rows are compared in pairs.
     """
     only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"

@@ -74,7 +74,7 @@ class BudgetConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """Mixed precision."""
+    """Mixed-precision quantization."""
 
     group: Literal["block", "sublayer", "projection"] = "block"
     """The part of the model that gets one bit-width."""
@@ -88,7 +88,7 @@ class QuantizeConfig(Section):
 
 
 class LoraConfig(Section):
-    """The adapters."""
+    """The LoRA adapters."""
 
     rank: Positive = 8
     """Rank of each adapter."""
@@ -183,7 +183,7 @@ class SearchConfig(Section):
     reuse_trials: bool = True
     """Start from the trials of an earlier search in this run folder, with another budget or searcher."""
     max_concurrent: Positive | None = None
-    """Maximum trials at once; null: as many as fit on the cluster, with machines that an autoscaler may start."""
+    """Maximum trials at once; null: as many as fit on the cluster, including machines an autoscaler may start."""
     steps: Positive = 16
     """Optimizer steps of a full trial; the last rung."""
     first_rung: Positive = 4
@@ -198,7 +198,7 @@ class SearchConfig(Section):
     limit: Positive | None = None
     """Maximum questions per task. Every `metric` but the loss needs it: as many further ones choose the winner."""
     confirm: Positive = 3
-    """How many best trials are scored again on fresh rows, beside the controls; with `pareto` the whole front too."""
+    """Number of best trials to score again on fresh rows, beside the controls; with `pareto` the whole front too."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU if there are GPUs, else one CPU core."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
@@ -254,7 +254,7 @@ class FinetuneConfig(Section):
     """After the report on the winner, give base, pruned, uniform, seed and random plans the same fine-tune, for the
     final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
-    """Workers, each with a GPU or cores, that share every batch through Ray Train; the losses are those of one."""
+    """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
     """With `compare`: training seeds (data order and dropout) for the searched plan, the best seed plan and the random
     plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""

@@ -135,8 +135,7 @@ def _visit_activations(
 ) -> None:
     """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
 
-    `places` maps names to a layer and two flags: True visits the activation (first flag) or the gradient (second flag)
-    at the layer's input, False at its output.
+    `places` maps a name to a layer, whether activations are inputs, and whether gradients are those of inputs.
     """
     num_rows = 0
 
@@ -227,7 +226,7 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without padding."""
+    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without padding tokens."""
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:

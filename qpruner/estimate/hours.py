@@ -203,7 +203,7 @@ class _Count:
         return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
 
     def _cut(self, settings: PruneConfig) -> float:
-        """Count the cut of whole blocks, then importance and compensation of each of the `prune.steps`."""
+        """Count the operations of a cut: whole blocks once, then importance and compensation in every step."""
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)

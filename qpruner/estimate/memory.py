@@ -177,7 +177,7 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count mutual information: during a pass, and during the principal components of one group in float64.
+    """Count the memory of mutual information in a pass, and while it computes principal components in float64.
 
     The outputs at all drawn positions are kept, and those of the present batch in float32 too.
     """
@@ -198,7 +198,7 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
 
 
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count KL and loss: outputs of all blocks, one quantized group with its largest layer unpacked, log-probabilities.
+    """Count the memory of KL and loss: block outputs, a quantized group, its largest layer unpacked, log-probabilities.
 
     First the logits of the unquantized model, a float32 copy and the log-probabilities are held. Later it is these
     log-probabilities, the logits with the quantized group, and four float32 copies of `POSITIONS` of its positions.

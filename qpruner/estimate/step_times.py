@@ -62,7 +62,7 @@ def measure(
     labels = ids.clone()
     labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    low, high = (_whole_model(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
+    low, high = (_extrapolate(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
     training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
     return StepTimes(training, scoring, _packing_rate(config, linear))
 
@@ -91,7 +91,7 @@ def _is_exact(lora: LoraConfig) -> bool:
     return lora.init == "loftq" and lora.svd == "exact"
 
 
-def _whole_model(
+def _extrapolate(
     config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
 ) -> tuple[float, float]:
     """Estimate the seconds of training and of scoring at one bit-width from two small models."""

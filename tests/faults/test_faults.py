@@ -21,7 +21,7 @@ from conftest import disk_of, flip_a_byte, flipped, full_until_noticed, raw_conf
 
 from qpruner.cli.main import _guarded
 from qpruner.config.load import validate_config
-from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
@@ -251,12 +251,6 @@ def fill(disk: Path, leave: int) -> Path:
     filler = disk / "filler"
     filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
     return filler
-
-
-def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dict[str, Any]) -> None:
-    fill(disk, leave=50_000)
-    with pytest.raises(UserError, match=r"`output`: the run needs about .* make room"):
-        go(with_key(tiny_raw, "output", str(disk / "run")), "bank")
 
 
 @pytest.mark.parametrize(("stage", "leave"), [("prune", 100_000), ("bank", 4096)])

@@ -93,7 +93,7 @@ def family_name(name: str) -> str:
     return VARIANTS[name][0] if name in VARIANTS else name
 
 
-def family_model(name: str, **others: Any) -> PreTrainedModel:
+def family_model(name: str, seed: int | None = None, **others: Any) -> PreTrainedModel:
     """Build three float32 blocks with random norms and biases; `others` are config keys."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,7 +107,7 @@ def family_model(name: str, **others: Any) -> PreTrainedModel:
     if family not in HEADWISE:
         options["num_key_value_heads"] = KEY_VALUE_HEADS
     config = AutoConfig.for_model(family, **options | OPTIONS[family] | changes | others)
-    torch.manual_seed(MODEL_NAMES.index(name))
+    torch.manual_seed(MODEL_NAMES.index(name) if seed is None else seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tiny_families import family_model
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
-from qpruner.models import ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VOCABULARY, PAD = 60, 0
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64, "num_hidden_layers": 3}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD, "tie_word_embeddings": True}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": True, "layer_types": None}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 EXPERTS = GROUPED | {"head_dim": 8, "intermediate_size": 24, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -32,25 +31,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Attention and MLP side by side.
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 48},
     "mixtral": EXPERTS | {"num_local_experts": 4},
-    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "mlp_only_layers": []},
 }
 
 
 def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
     """Build three float32 blocks with weights large enough that every unit changes the logits."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    ragged.install()  # as loading does
-    config = AutoConfig.for_model(name, **(SIZES | TOKENS | FAMILIES[name] | options))
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
-            elif key.endswith("bias"):
-                parameter.normal_(0.0, 0.2)
-    return model.eval()
+    return family_model(name, seed, **SIZES | FAMILIES[name] | options)
 
 
 class MemoryWitness:
