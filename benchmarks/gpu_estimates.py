@@ -58,7 +58,7 @@ def inspected(setup: Setup) -> Any:
     texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
     samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
     length = config.calibration.max_length
-    preflight.check_device(capability, config, cuts, packs=True)
+    preflight.check_device(capability, config, base, cuts, packs=True)
     return SimpleNamespace(**vars(shapes), examples=texts, questions={}, samples=samples, sample_length=length)
 
 

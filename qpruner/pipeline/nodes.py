@@ -41,7 +41,7 @@ def look_at_nodes(context: Context) -> None:
     # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
-        check_device(None, config, inspection.cuts, inspection.packs)
+        check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
 def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:

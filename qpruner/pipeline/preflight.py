@@ -15,13 +15,13 @@ import numpy as np
 from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data.encoding import load_token_ids
 from qpruner.errors import UserError, together
-from qpruner.models.families import family_of
+from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
 from qpruner.plans.file import check_affordable, read_plan
-from qpruner.plans.plan import Layout, PrecisionPlan, check_cpu_widths
-from qpruner.pruning.settings import Cut, are_alike
+from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
+from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -103,7 +103,7 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     cuts = cuts_in_effect(config.prune, model_config)
     plan = _plan_in_file(config, model_config, cuts[0])
     if works_here:
-        check_device(_own_capability(), config, cuts, packs)
+        check_device(_own_capability(), config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     is_estimate = any(
@@ -231,21 +231,51 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
             )
 
 
-def check_device(capability: tuple[int, int] | None, config: RunConfig, cuts: Sequence[Cut], packs: bool) -> None:
+def check_device(
+    capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
+) -> None:
     """Raise an error if the pruned model cannot run on a GPU of this compute capability, or on a CPU (None)."""
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     for cut in cuts if packs else ():
         try:
-            if capability is not None:
-                check_gpu(config, capability)
-            elif 4 in config.quantize.bits:
-                groups = layout_for(config, cut.expected).groups
-                check_cpu_widths([linear for group in groups for linear in group.linears])
+            _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
         except UserError as error:
             if cut.settings.is_off:
                 raise
             raise UserError(f"{error} (`qpruner prune` alone still makes this cut)") from error
+
+
+def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
+    """Raise an error if a cut may leave widths that 4-bit layers on a CPU decode wrongly."""
+    if 4 not in config.quantize.bits:
+        return
+    groups = layout_for(config, cut.expected).groups
+    check_cpu_widths([linear for group in groups for linear in group.linears])
+    if cut.settings.selection == "global" and not cut.settings.is_off:
+        for index in cuttable_layers(model_config, cut.settings):
+            _check_any_width(model_config, cut.settings, index)
+
+
+def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
+    """Raise an error if global selection may leave a block with a width that 4-bit layers on a CPU decode wrongly."""
+    family = family_of(model_config)
+    for kind in family.unit_kinds(model_config.per_layer_config[index], index):
+        if kind.name not in prune.width_units or not kind.output_linear:
+            continue
+        columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
+        multiple = prune.round_to if kind.name == MLP else 1
+        widths = (units * columns for units in (*range(multiple, kind.num_units, multiple), kind.num_units))
+        wrong = next(filter(decodes_wrongly, widths), None)
+        if wrong is None:
+            continue
+        linear = f"{family.block_path(index)}.{kind.output_linear}"
+        remedy = "make `prune.round_to` a multiple of 64, " if kind.name == MLP else ""
+        raise UserError(
+            f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
+            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, use `quantize.bits` 8 and 16, or `selection: "
+            "per_layer`, whose widths are known before the cut"
+        )
 
 
 def _own_capability() -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ def test_a_node_that_can_do_the_run_is_ok() -> None:
     ("fields", "unseen", "word", "part"),
     [
         ({"problems": {"storage": "cannot be written there"}}, False, "storage", f"`output`: {RUN} cannot be written"),
-        ({}, True, "storage", "file that the node wrote; `output` must lie in a folder that every node"),
+        ({}, True, "storage", "file that the node wrote; `output` must be in a folder that every node"),
         ({"problems": {"GPUs": "torch sees 1"}}, False, "GPUs", "torch sees 1"),
         ({"gpus": (L40S, V100)}, False, "GPUs", "capability 7.0 cannot run 8-bit layers, which need 7.5; leave 8 out"),
         ({"problems": {"no answer": "in 60 s"}, "gpus": ()}, True, "no answer", "in 60 s"),

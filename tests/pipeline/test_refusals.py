@@ -90,6 +90,10 @@ MODEL = [
     ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name"),
 ]
 ON_CPU = [
+    (
+        "prune.round_to=32; prune.selection=global; prune.rate=0.1",
+        "`prune.selection: global` ... mlp.down_proj with 32 columns ... `prune.round_to` a multiple of 64",
+    ),
     ("prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`"),
     ("model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16"),
 ]
@@ -251,7 +255,10 @@ UNKNOWN = f"has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}"
 TASKS = [
     ("evaluate.tasks=[qpruner_everyday_tset]", f"`evaluate.tasks` ... {UNKNOWN}"),
     ("search.tasks=[qpruner_everyday_tset]", f"`search.tasks` ... {UNKNOWN}"),
-    (f"{BY_ACCURACY}8; search.metric=acc_norm", f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... name one"),
+    (
+        f"{BY_ACCURACY}8; search.metric=acc_norm",
+        f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... another",
+    ),
     (
         f"{BY_ACCURACY}61",
         "`search.limit` ... at most half of the questions ... 120, got 61 ... lower it to 60",
@@ -311,7 +318,7 @@ def test_a_task_without_accuracy_is_refused(section: str, demo_tasks: Path, tiny
     del task["doc_to_choice"]
     (demo_tasks / "likelihood.yaml").write_text(yaml.safe_dump(task).replace("FUNCTION", "!function rows.load"))
     change = {f"{section}.tasks": ["likelihood"], "evaluate.include_path": str(demo_tasks)}
-    message = "reports bits_per_byte ... none of acc_norm, acc, exact_match ... name a task that reports an accuracy"
+    message = "one of acc_norm, acc, exact_match, but reports bits_per_byte ... name a task that reports an accuracy"
     refused_with(f"`{section}.tasks` ... {message}", change, tiny_raw)
 
 
@@ -319,9 +326,7 @@ def test_a_task_whose_answer_is_no_choice_is_refused(demo_tasks: Path, tiny_raw:
     """The task file counts the positions of answers from one instead of zero."""
     task = demo_tasks / f"{TEST_TASK}.yaml"
     task.write_text(task.read_text().replace("choices.label.index(answerKey)", "choices.label.index(answerKey) + 1"))
-    message = (
-        f"`evaluate.tasks`: question ... of task `{TEST_TASK}` has the answer 4 ... none of its 4 choices ... 0 to 3"
-    )
+    message = f"`evaluate.tasks`: question ... of task `{TEST_TASK}` has the answer 4 ... its 4 choices ... 0 to 3"
     refused_with(message, {"evaluate.include_path": str(demo_tasks)}, tiny_raw)
 
 
