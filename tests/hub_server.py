@@ -1,4 +1,4 @@
-"""A model hub on loopback: the addresses that huggingface_hub asks to make a repository, commit to it and read it."""
+"""A model hub on loopback, with the routes of huggingface_hub to make, write and read a repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMIT = "c" * 40
 
 @dataclass
 class Repository:
-    """Whether others see it, and its files."""
+    """A repository with its files."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds: repositories by OWNER/NAME, large files by their sha256."""
+    """The data of the server: repositories by OWNER/NAME, large files by sha256."""
 
     endpoint: str
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def _app(hub: Hub) -> Flask:
         made = {"url": f"{hub.endpoint}/{name}", "name": name, "id": name}
         if name in hub.repositories:
             return {"error": "You already created this model repo", **made}, 409
-        # The word of huggingface_hub 1.x, and that of 2.x.
+        # `private` is from huggingface_hub 1.x, `visibility` from 2.x.
         hub.repositories[name] = Repository(bool(asked.get("private")) or asked.get("visibility") == "private")
         return made
 
@@ -65,13 +65,10 @@ def _app(hub: Hub) -> Flask:
     def preupload(owner: str, name: str) -> Any:
         paths = [each["path"] for each in request.get_json(force=True)["files"]]
         modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
-        return {
-            "files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()],
-        }
+        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
 
     @app.post("/<owner>/<name>.git/info/lfs/objects/batch")
     def batch(owner: str, name: str) -> Any:
-        """Where large files go."""
         objects = [
             {**each, "actions": {"upload": {"href": f"{hub.endpoint}/objects/{each['oid']}"}}}
             for each in request.get_json(force=True)["objects"]
@@ -82,7 +79,7 @@ def _app(hub: Hub) -> Flask:
     def upload(digest: str) -> Any:
         body = request.get_data()
         if hashlib.sha256(body).hexdigest() != digest:
-            return {"error": "not what was promised"}, 400
+            return {"error": "wrong digest"}, 400
         hub.objects[digest] = body
         return ""
 
@@ -131,7 +128,7 @@ def _app(hub: Hub) -> Flask:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that answers until the end of the block."""
+    """Run a hub until the end of the block."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     hub = Hub(endpoint="")
     server = make_server("127.0.0.1", 0, _app(hub), threaded=True)

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, and what transformers alone makes of model folders where qpruner is not."""
+"""Run programs in processes of their own, such as transformers on a model folder without qpruner."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except ModuleNotFoundError:
 else:
     sys.exit("qpruner is there after all")
 """
-"""First lines of a program that is to run as if qpruner were not installed; `sys.meta_path.pop(0)` brings it back."""
+"""First lines of a program that cannot import qpruner until it calls `sys.meta_path.pop(0)`."""
 
 PROGRAM = f"""{WITHOUT_QPRUNER}
 import json
@@ -52,7 +52,7 @@ assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
 
 
 def run_python(program: str, *arguments: str, folder: Path | None = None, **variables: str) -> str:
-    """Return what a program writes in a process of its own, which must end well."""
+    """Run a program in its own process, which must succeed, and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=folder,
@@ -68,6 +68,6 @@ def run_python(program: str, *arguments: str, folder: Path | None = None, **vari
 def plain_transformers_answers(
     prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path
 ) -> list[dict[str, Any]]:
-    """Return of each folder the logits in float32, the likeliest next tokens and the number of layers, or the error."""
+    """Return for each folder the logits in float32, greedy next tokens and number of layers, or the error."""
     written = run_python(PROGRAM, json.dumps([prompt, *map(str, folders)]), folder=working_folder)
     return [json.loads(line) for line in written.splitlines()]

@@ -1,4 +1,4 @@
-"""qpruner from Python: stages as functions, the run's log, and what becomes of an error that nobody foresaw."""
+"""qpruner from Python: stages as functions, the log of the run, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from qpruner.runs.run_dir import RunDir
 WriteYaml = Callable[[dict[str, Any]], Path]
 
 
-def test_a_stage_then_the_run_goes_on_and_logs(
+def test_a_run_continues_after_a_stage_and_logs(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to the sensitivities, which need no Ray; what is recorded is not made again."""
+    """Up to the sensitivities, which need no Ray; recorded stages do not run again."""
     config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
     before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
     pruned = qpruner.api.prune(config, "prune.rate=0.3")
@@ -36,21 +36,20 @@ def test_a_stage_then_the_run_goes_on_and_logs(
     states = {name: stage.state for name, stage in further.state.stages.items()}
     assert states == {"prepare": "recorded", "prune": "recorded", "bank": "done", "sensitivity": "done"}
     assert "prune" in capsys.readouterr().out
-    said = (tmp_path / "run" / "qpruner.log").read_text()
-    assert said.count("[prune] done in") == 1 and "[prune] already recorded: " in said and "[bank] done in" in said
-    assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "as it was"
+    log = (tmp_path / "run" / "qpruner.log").read_text()
+    assert log.count("[prune] done in") == 1 and "[prune] already recorded: " in log and "[bank] done in" in log
+    assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "restored"
 
 
 def broken(*_: Any) -> Any:
-    warnings.warn("a library's word", stacklevel=1)
+    warnings.warn("warning of a library", stacklevel=1)
     raise ZeroDivisionError("nobody foresaw this")
 
 
-def test_an_error_that_nobody_foresaw_says_what_to_do(
+def test_an_unexpected_error_says_what_to_do(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the terminal, in the run's state and log, in JSON, and to who called it from Python."""
-
+    """On the terminal, in JSON, in the state and the log of the run, and as an exception in Python."""
     monkeypatch.setattr(Prepare, "run", broken)
     config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
     done = CliRunner().invoke(main, ["prepare", str(config), "--json"])
@@ -61,11 +60,11 @@ def test_an_error_that_nobody_foresaw_says_what_to_do(
     assert "can be repeated" in json.loads(done.stdout.splitlines()[-1])["error"]
     state = RunDir(tmp_path / "run").read_state(RunState)
     assert state and told in str(state.error)
-    assert told in log.read_text() and "a library's word" in log.read_text()
+    assert told in log.read_text() and "warning of a library" in log.read_text()
     with pytest.raises(ZeroDivisionError) as caught:
         qpruner.api.prepare(config, "seed=1")
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and state.command == f"qpruner prepare {config} --set seed=1", "what repeats it, from Python, too"
+    assert state and state.command == f"qpruner prepare {config} --set seed=1", "this command repeats it"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
 
@@ -77,6 +76,6 @@ def test_an_error_of_a_verb_without_a_run_says_what_to_do(monkeypatch: pytest.Mo
 
 
 def test_an_output_that_may_not_be_written_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
-    """/proc takes no folders, not even root's."""
+    """Not even root can make folders in /proc."""
     with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name a folder"):
         qpruner.api.prepare(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")))
