@@ -1,7 +1,7 @@
 """qpruner: structured pruning and a searched mixed-precision plan for large language models.
 
-In Python: `run` a configuration, or only up to a stage (`stages.prune`, `stages.search`, ...), and `read_run` a folder;
-all give a `Snapshot` of what is recorded.
+From Python, `run` runs a configuration; `stages.prune`, `stages.search` and so on stop after that stage; `read_run`
+reads a run folder. Each returns a `Snapshot` of the recorded results.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from qpruner.runs.version import VERSION
 __all__ = ["read_run", "run", "stages"]
 __version__ = VERSION
 
-# On CPUs with bfloat16 instructions bitsandbytes (0.50) warns, when it is imported, that it cannot fetch a kernel from
-# the hub, which no layer of qpruner uses (`quantization.mixed`).
+# On CPUs with bfloat16 instructions bitsandbytes (0.50) warns on import that it cannot fetch a kernel from the hub. No
+# layer of qpruner uses that kernel (`quantization.mixed`).
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 )

@@ -1,4 +1,4 @@
-"""`python -m qpruner` is the command `qpruner`, of that very Python."""
+"""Run the command `qpruner` as `python -m qpruner`."""
 
 from qpruner.cli.main import main
 

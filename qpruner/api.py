@@ -1,7 +1,7 @@
-"""Run the flow from scripts and notebooks: `run`, and a function for each stage, `prune`, `search` and so on.
+"""Run the flow from scripts and notebooks: `run`, and a function for each stage, such as `prune` or `search`.
 
-Each does what the verb of its name does: it skips what is recorded, logs to the run's `qpruner.log`, prints its
-progress and returns what the run folder holds.
+Each function does the same as the verb with its name. It skips recorded stages, logs to the run's `qpruner.log`, prints
+its progress and returns a snapshot of the run folder.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:
-    """Run a YAML file, or go on with it, as `qpruner run` does; return what the run's folder tells.
+    """Run or continue a configuration file, as `qpruner run` does; return a snapshot of its run folder.
 
-    Overrides are `section.key=value`. `until` is the last stage to run. `address` is a running Ray cluster to join;
-    without it Ray starts on this machine when it is needed.
+    An override is `section.key=value`. `until` is the last stage to run. `address` is a running Ray cluster to join;
+    without an address Ray starts on this machine when it is needed.
 
     Raises:
-        UserError: When the input cannot work.
-        StageError: When a stage cannot go on.
+        UserError: If the input is invalid.
+        StageError: If a stage fails.
     """
     from qpruner.config.load import load_config
     from qpruner.errors import UserError
@@ -35,7 +35,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
         raise UserError(f"`until` must be one of {', '.join(names)}, got {until!r}")
     if not isinstance(config, str | Path):
         raise UserError(
-            f"`config` must be the path of a YAML file, got {type(config).__name__}; keys are given beside it"
+            f"`config` must be the path of a YAML file, got {type(config).__name__}; pass keys as overrides"
         )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()
@@ -43,7 +43,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     from qpruner.pipeline.run import run as run_flow
     from qpruner.runs.storage import run_root
 
-    # In a notebook the process's own command line says nothing.
+    # The process's own command line may be that of a notebook.
     options = [part for each in overrides for part in ("--set", each)] + (["--address", address] if address else [])
     command = shlex.join(["qpruner", "run" if until == "report" else until, str(config), *options])
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
@@ -52,7 +52,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
 
 
 def __getattr__(name: str) -> Callable[..., Snapshot]:
-    """Give each stage a function of its name: `run` up to that stage."""
+    """Return the function that runs the flow up to the stage with this name."""
     from qpruner.pipeline.flow import STAGES
 
     stage = next((stage for stage in STAGES if stage.name == name and stage.record and stage.help), None)
@@ -63,12 +63,12 @@ def __getattr__(name: str) -> Callable[..., Snapshot]:
         return run(config, *overrides, until=name, address=address)
 
     run_up_to.__name__ = run_up_to.__qualname__ = name
-    run_up_to.__doc__ = f"{stage.help} `results.{name}` of what it returns is the stage's record."
+    run_up_to.__doc__ = f"{stage.help} `results.{name}` of the returned snapshot is the stage's record."
     return run_up_to
 
 
 def read_run(folder: str | Path) -> Snapshot:
-    """Read what is recorded in a run's folder, complete or not; a `UserError` if it holds no run."""
+    """Return a snapshot of a run folder, complete or not; raise a `UserError` if the folder holds no run."""
     from qpruner.report.snapshot import read_snapshot
     from qpruner.runs.run_dir import RunDir
 

@@ -1,7 +1,7 @@
-"""The errors a person can meet, and the exit code each one means.
+"""Define the errors that users can meet, and the exit code of each.
 
-`UserError` is a mistake in the input (exit code 2): its message names the key, the value, the rule and the remedy.
-`StageError` is a stage that could not go on (exit code 1): a full disk, a diverging loss, a truncated file.
+`UserError` is a mistake in the input (exit code 2). Its message names the key, the value, the rule and the remedy.
+`StageError` is a stage that failed (exit code 1), for example because of a full disk or a diverging loss.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from qpruner.wording import counted
 
 DEFECT = (
-    "this is most likely a defect of qpruner, not of your input: the command can be repeated and goes on from what is "
-    "recorded"
+    "this is most likely a defect of qpruner, not a mistake in your input; the command can be repeated and continues "
+    "after the last recorded step"
 )
-"""Message for an unexpected error."""
+"""Remedy for an unexpected error."""
 NODE_REMEDY = (
-    "install the same there, with the same storage (`launch/up.sh`, or `launch/setup.sh`), or take that node out of "
-    "the cluster (`ray stop` on it), then repeat the command: it goes on"
+    "install the same versions there and mount the same storage (`launch/up.sh` or `launch/setup.sh`), or remove that "
+    "node from the cluster (`ray stop` on it); then repeat the command to continue"
 )
 
 
@@ -31,13 +31,13 @@ class QprunerError(Exception):
 
 
 class UserError(QprunerError):
-    """Something in the user's input cannot work; nothing expensive has been done yet."""
+    """The user's input is invalid; raised before expensive work wherever possible."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """One or more problems in a configuration, shown together; `source` is the file that has them."""
+    """One or more problems in a configuration, listed in one message; `source` is the configuration file."""
 
     def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
         self.problems, self.source = tuple(problems), source
@@ -47,10 +47,10 @@ class ConfigError(UserError):
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """Run independent checks, and report every mistake at once.
+    """Run independent checks and return their results; raise the mistakes of all checks at once.
 
     Raises:
-        UserError: What one of them raised, as it is; a `ConfigError` of what several raised.
+        UserError: The error itself if one check failed; a `ConfigError` that lists all errors if several failed.
     """
     found, errors = [], []
     for check in checks:
@@ -67,22 +67,22 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class PlanRefused(UserError):
-    """A plan in a file cannot be used."""
+    """The plan that `search.plan` names cannot be used."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(f"`search.plan`: {problem}")
 
 
 class RemediableError(QprunerError):
-    """Base of errors that name a cause and what to do about it."""
+    """Base of errors that name a cause and a remedy."""
 
     def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(cause, remedy)  # with all arguments it can travel between Ray's processes
+        super().__init__(cause, remedy)  # pickle rebuilds an error of a worker from its arguments
         self.cause, self.remedy = cause, remedy
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class RemediableError(QprunerError):
 
 
 class StageError(RemediableError):
-    """A stage failed while it ran; what was recorded before it stays valid."""
+    """A stage failed while it ran; earlier records stay valid."""
 
     def __init__(self, stage: str, cause: str, remedy: str) -> None:
         super().__init__(cause, remedy)
@@ -105,18 +105,18 @@ class StorageError(RemediableError):
 
 
 class OutOfMemory(RemediableError):
-    """Memory of the machine or its GPU ran out in a command that is no stage."""
+    """The machine or its GPU ran out of memory in a command that runs no stage."""
 
 
 class NodeDiffers(RemediableError):
-    """A node that joined the cluster later cannot be used for the run."""
+    """A node joined the cluster during the run and does not match the other nodes."""
 
     def __init__(self, cause: str, remedy: str = NODE_REMEDY) -> None:
         super().__init__(cause, remedy)
 
 
-def note_defect(error: Exception, evidence: str = "what stands above") -> str:
-    """Add a note to an unexpected error that says what to do, once, and what a report of it needs; return the note."""
+def note_defect(error: Exception, evidence: str = "the output above") -> str:
+    """Add the remedy to an unexpected error as a note, unless it has one, and return the note."""
     for note in getattr(error, "__notes__", ()):
         if DEFECT in note:
             return str(note)
@@ -126,27 +126,27 @@ def note_defect(error: Exception, evidence: str = "what stands above") -> str:
 
 
 class TrainingDiverged(QprunerError):
-    """The training or validation loss became NaN, infinite or worse than blind guessing."""
+    """The training or validation loss became NaN, infinite or worse than that of random guessing."""
 
 
 class SolverFailed(QprunerError):
-    """The knapsack solver ended without an answer: neither a plan nor the proof that there is none."""
+    """The knapsack solver ended without a plan and without a proof that no plan exists."""
 
 
 class RayNotStarted(QprunerError):
-    """Ray did not come up on this machine; what was recorded before it was needed stays valid."""
+    """Ray did not start on this machine; earlier records stay valid."""
 
 
 class WorkerDied(QprunerError):
-    """Ray's workers died under one piece of work, again and again."""
+    """Ray's workers died repeatedly while they ran the same task."""
 
 
 class TakenOver(QprunerError):
-    """Another process works on this trial or fine-tune by now: this one's machine was cut off and came back."""
+    """Another process has taken over this trial or fine-tune, because this machine was unreachable for a while."""
 
 
 class CorruptFile(QprunerError):
-    """A file that a record lists cannot be read as what it should be."""
+    """A file that a record lists is damaged: its content does not have the expected format."""
 
     def __init__(self, message: str, path: Path | None = None) -> None:
         self.path = path

@@ -1,8 +1,8 @@
-"""Let plain transformers load qpruner's folders: import this once.
+"""Let plain transformers load the models that qpruner writes: import this module once.
 
-It registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
-`AutoModelForCausalLM.from_pretrained(folder)` works on pruned and on final folders; an adapter beside the weights is
-attached by transformers itself. On a CPU without bfloat16 instructions its products are computed in float32.
+The import registers the mixed-precision quantizer and lets the supported families build blocks of different widths.
+`AutoModelForCausalLM.from_pretrained(folder)` then loads pruned and final models, with the adapter if the folder has
+one. On a CPU without bfloat16 instructions, matrix products are computed in float32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.models import cpu, ragged
-from qpruner.models.loading import OnLoading, device, ignore_progress, reporting_tensors
+from qpruner.models.loading import OnWork, device, ignore_progress, reporting_tensors
 from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
@@ -24,13 +24,13 @@ cpu.install()
 
 
 def weights_folder(folder: Path) -> Path:
-    """Find a model's weights: below a peft export in a folder of its own, else in the folder itself."""
+    """Return the folder with the weights of a model: the subfolder `base` of a peft export, else the folder itself."""
     base = folder / PEFT_BASE
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
-def load(folder: Path, on_progress: OnLoading = ignore_progress) -> Any:
-    """Load a final folder, an export or any plain model on the best device, as its user would."""
+def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
+    """Load a final folder, an export or any plain model onto the best device."""
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)

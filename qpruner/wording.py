@@ -1,4 +1,4 @@
-"""Render numbers and this command for people and other programs."""
+"""Format numbers, hints and the command of this process for messages."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 
 
 def counted(number: float, noun: str) -> str:
-    """Render a number of things: ``1 trial``, ``2 trials``; the plural takes an s."""
+    """Format a count with its noun, as ``1 trial`` or ``2 trials``; the plural adds an s."""
     text = f"{number:g}" if isinstance(number, float) else f"{number}"
     return f"{text} {noun}{'' if number == 1 else 's'}"
 
 
 def nearest(word: str, known: Iterable[str], heading: str, cutoff: float = 0.6) -> str:
-    """Return a hint at the known word that was meant; where none is near, the heading and all of them."""
+    """Suggest the known word that is most like a misspelt one; if none is like it, list all known words."""
     words = list(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
     return f"did you mean `{near[0]}`?" if near else f"{heading} {', '.join(words)}"
 
 
 def error_text(stderr: float | None, digits: int) -> str:
-    """Render a standard error behind its mean, `` (se 0.048)``; nothing where there is none."""
+    """Format a standard error to follow its mean, as `` (se 0.048)``; empty if there is no standard error."""
     return "" if stderr is None or math.isnan(stderr) else f" (se {stderr:.{digits}f})"
 
 
 def without_nan(value: Any) -> Any:
-    """Replace NaN and infinities by None, for JSON: the standard error of a single question, say, is null."""
+    """Replace NaN and infinities by None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -40,9 +40,9 @@ def without_nan(value: Any) -> Any:
 
 
 def as_called() -> str:
-    """Return the command of this process for a shell.
+    """Return the command line of this process, quoted for a shell.
 
-    `launch/demo.sh` calls the program by its path, since `.venv` need not be active.
+    The program keeps its path if a shell would not find its name, for example if `.venv` is not active.
     """
     called, *arguments = sys.argv
     name = Path(called).name
@@ -51,7 +51,7 @@ def as_called() -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds: `42 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Format seconds as `42 s`, `3 min 20 s` or `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""A model hub on loopback, with the routes of huggingface_hub to make, write and read a repository."""
+"""A local model hub with the endpoints that huggingface_hub uses to create, commit to and read a repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMIT = "c" * 40
 
 @dataclass
 class Repository:
-    """A repository with its files."""
+    """A repository: whether it is private, and its files."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The data of the server: repositories by OWNER/NAME, large files by sha256."""
+    """Contents of the hub: repositories by OWNER/NAME, and large files by their sha256."""
 
     endpoint: str
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def _app(hub: Hub) -> Flask:
         made = {"url": f"{hub.endpoint}/{name}", "name": name, "id": name}
         if name in hub.repositories:
             return {"error": "You already created this model repo", **made}, 409
-        # `private` is from huggingface_hub 1.x, `visibility` from 2.x.
+        # The key of huggingface_hub 1.x, and that of 2.x.
         hub.repositories[name] = Repository(bool(asked.get("private")) or asked.get("visibility") == "private")
         return made
 
@@ -65,10 +65,13 @@ def _app(hub: Hub) -> Flask:
     def preupload(owner: str, name: str) -> Any:
         paths = [each["path"] for each in request.get_json(force=True)["files"]]
         modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
-        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
+        return {
+            "files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()],
+        }
 
     @app.post("/<owner>/<name>.git/info/lfs/objects/batch")
     def batch(owner: str, name: str) -> Any:
+        """Return the upload addresses of large files."""
         objects = [
             {**each, "actions": {"upload": {"href": f"{hub.endpoint}/objects/{each['oid']}"}}}
             for each in request.get_json(force=True)["objects"]
@@ -79,7 +82,7 @@ def _app(hub: Hub) -> Flask:
     def upload(digest: str) -> Any:
         body = request.get_data()
         if hashlib.sha256(body).hexdigest() != digest:
-            return {"error": "wrong digest"}, 400
+            return {"error": "not what was promised"}, 400
         hub.objects[digest] = body
         return ""
 
@@ -128,7 +131,7 @@ def _app(hub: Hub) -> Flask:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """Run a hub until the end of the block."""
+    """Run a hub server until the context ends."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     hub = Hub(endpoint="")
     server = make_server("127.0.0.1", 0, _app(hub), threaded=True)

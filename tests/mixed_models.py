@@ -1,4 +1,4 @@
-"""Mixed-precision models, made as in the pipeline: from a bank of packed groups and a plan."""
+"""Make mixed-precision models as the pipeline does: pack groups into a bank, then assemble a plan from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPE = "bfloat16"
 def fill_bank(
     checkpoint: Path, bank: Path, double_quant: bool, lora: LoraConfig = LORA, dtype: str = DTYPE, group: str = GROUP
 ) -> list[str]:
-    """Write a bank with all groups of a checkpoint at 4 and 8 bits; return the names of the groups."""
+    """Pack all groups of a checkpoint at 4 and 8 bits and return their names."""
     groups = group_linears(AutoConfig.from_pretrained(checkpoint), group)
     for name, paths in groups.items():
         build_group(GroupJob(name, paths, (4, 8), checkpoint, bank, dtype, lora, double_quant, seed=0))
@@ -39,14 +39,14 @@ def fill_bank(
 
 
 def seal(bank: Path) -> None:
-    """Write the index of the files in a bank."""
+    """Write an index of all files in a bank."""
     files = {str(path.relative_to(bank)): file_digest(path) for path in sorted(bank.glob("*bit/*.safetensors"))}
     entries = {name: IndexEntry(inputs="test", sha256=sha256, residual_ratio=1.0) for name, sha256 in files.items()}
     write_json(bank / INDEX, BankIndex(digest="test", files=entries))
 
 
 def mixed_plan(names: list[str], pattern: tuple[int, ...]) -> dict[str, int]:
-    """Make a plan that repeats a pattern of bit-widths."""
+    """Make a plan that repeats a pattern of bit-widths over the groups."""
     return {name: pattern[position % len(pattern)] for position, name in enumerate(names)}
 
 
@@ -55,7 +55,7 @@ def mixed_model(checkpoint: Path, bank: Path, plan: Mapping[str, int], double_qu
 
 
 def token_ids() -> torch.Tensor:
-    """Make token ids of shape ``(2, 11)``."""
+    """Return random token ids, ``(2, 11)``."""
     return torch.randint(3, 400, (2, 11), generator=torch.Generator().manual_seed(5))
 
 
@@ -66,7 +66,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def final_model(tiny_model: Path, root: Path) -> Path:
-    """Write a final model with groups at 4, 8 and 16 bits, and an adapter that changes every layer."""
+    """Write a final model with groups at 4, 8 and 16 bits and an adapter on every layer; return its folder."""
     names = fill_bank(tiny_model, root / "bank", double_quant=False)
     model, starts = assemble(tiny_model, root / "bank", GROUP, mixed_plan(names, (4, 8, 16)), DTYPE, False)
     save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
@@ -80,7 +80,7 @@ def final_model(tiny_model: Path, root: Path) -> Path:
 
 
 def off_by(logits: torch.Tensor, final: Path) -> float:
-    """Return the distance of logits from those of a final model, relative to the effect of its adapter."""
+    """Compute the difference of logits from those of a final model, relative to the effect of its adapter."""
     model = AutoModelForCausalLM.from_pretrained(final)
     expected = logits_of(model).float()
     for name, parameter in model.named_parameters():

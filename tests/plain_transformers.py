@@ -1,4 +1,4 @@
-"""Run programs in processes of their own, such as transformers on a model folder without qpruner."""
+"""Run programs in new processes, and load model folders where qpruner cannot be imported."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-WITHOUT_QPRUNER = """
-import importlib.abc, sys
+PROGRAM = """
+import importlib.abc, json, sys
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -24,35 +24,42 @@ try:
 except ModuleNotFoundError:
     pass
 else:
-    sys.exit("qpruner is there after all")
-"""
-"""First lines of a program that cannot import qpruner until it calls `sys.meta_path.pop(0)`."""
+    sys.exit("qpruner can be imported after all")
 
-PROGRAM = f"""{WITHOUT_QPRUNER}
-import json
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-prompt, *folders = json.loads(sys.argv[1])
-for folder in folders:
+prompt, plain, ragged = json.loads(sys.argv[1])
+ids = torch.tensor(prompt)
+
+def answer(folder):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        print(json.dumps({{"refused": f"{{type(error).__name__}}: {{error}}"}}))
-        continue
+        return {"refused": f"{type(error).__name__}: {error}"}
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor(prompt)
     with torch.no_grad():
-        logits = model(ids).logits.float()
-    made = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    print(json.dumps({{"logits": logits.tolist(), "made": made.tolist(), "layers": model.config.num_hidden_layers}}))
+        found = {"logits": model(ids, use_cache=False).logits.tolist(), "layers": model.config.num_hidden_layers}
+    for key, use_cache in (("made", True), ("made without cache", False)):
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+        made = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+        found |= {key: made.sequences.tolist(), f"logits {key}": torch.stack(made.logits).tolist()}
+    return found
+
+for folder in plain:
+    print(json.dumps(answer(folder)))
 assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
+if ragged:
+    sys.meta_path.pop(0)
+    import qpruner.hf
+for folder in ragged:
+    print(json.dumps(answer(folder)))
 """
 
 
 def run_python(program: str, *arguments: str, folder: Path | None = None, **variables: str) -> str:
-    """Run a program in its own process, which must succeed, and return its output."""
+    """Run a program in a new process, which must succeed, and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=folder,
@@ -66,8 +73,12 @@ def run_python(program: str, *arguments: str, folder: Path | None = None, **vari
 
 
 def plain_transformers_answers(
-    prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path
+    prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path, ragged: Iterable[Path] = ()
 ) -> list[dict[str, Any]]:
-    """Return for each folder the logits in float32, greedy next tokens and number of layers, or the error."""
-    written = run_python(PROGRAM, json.dumps([prompt, *map(str, folders)]), folder=working_folder)
+    """Return logits in float32, greedily generated tokens and the number of layers, or the error, for each folder.
+
+    Folders in `ragged` come last and are loaded after `import qpruner.hf`.
+    """
+    arguments = json.dumps([prompt, *(list(map(str, each)) for each in (folders, ragged))])
+    written = run_python(PROGRAM, arguments, folder=working_folder, HF_HUB_OFFLINE="1")
     return [json.loads(line) for line in written.splitlines()]

@@ -16,26 +16,28 @@ from typing import Any
 
 import psutil
 import yaml
-from conftest import raw_config, with_key
+from conftest import raw_config, with_keys
 
 MINUTES = 60.0
 
 
+def config_file(model: Path, folder: Path, **keys: Any) -> Path:
+    """Write a configuration file with these keys; the run folder is next to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(with_keys(raw_config(model, folder / "run"), **keys)))
+    return path
+
+
 def search_config(model: Path, folder: Path, **keys: Any) -> Path:
     """Write a configuration whose trials have four rungs and take a few seconds."""
-    raw = raw_config(model, folder / "run")
     settings = {
         "sensitivity.methods": ["mutual_information", "first_order"],
         "search.steps": 32,
         "search.first_rung": 4,
         "search.max_concurrent": 1,
     }
-    for key, value in (settings | keys).items():
-        raw = with_key(raw, key, value)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
+    return config_file(model, folder, **settings | keys)
 
 
 @dataclass
@@ -59,6 +61,12 @@ class Driver:
         """Wait for the process to end; return the exit code and the output."""
         code = self.process.wait(timeout=minutes * MINUTES)
         return code, self.said()
+
+    def end_well(self) -> str:
+        """Wait for the end, which must be a success; returns all that was said."""
+        code, said = self.end()
+        assert code == 0, said[-3000:]
+        return said
 
     def said(self) -> str:
         return self.out.read_text()
@@ -99,6 +107,13 @@ def driver(
         for child in descendants:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
+
+
+def ended(config: Path, verb: str = "search") -> Driver:
+    """Run an undisturbed command, which must succeed."""
+    with driver(config, verb=verb) as process:
+        process.end_well()
+    return process
 
 
 def trials_of(run: Path) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""qpruner from Python: stages as functions, the log of the run, and unexpected errors."""
+"""qpruner from Python: stages as functions, the log of a run, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WriteYaml = Callable[[dict[str, Any]], Path]
 def test_a_run_continues_after_a_stage_and_logs(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to the sensitivities, which need no Ray; recorded stages do not run again."""
+    """The stages up to the sensitivities need no Ray; recorded stages do not run again."""
     config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
     before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
     pruned = qpruner.api.prune(config, "prune.rate=0.3")
@@ -36,20 +36,21 @@ def test_a_run_continues_after_a_stage_and_logs(
     states = {name: stage.state for name, stage in further.state.stages.items()}
     assert states == {"prepare": "recorded", "prune": "recorded", "bank": "done", "sensitivity": "done"}
     assert "prune" in capsys.readouterr().out
-    log = (tmp_path / "run" / "qpruner.log").read_text()
-    assert log.count("[prune] done in") == 1 and "[prune] already recorded: " in log and "[bank] done in" in log
-    assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "restored"
+    said = (tmp_path / "run" / "qpruner.log").read_text()
+    assert said.count("[prune] done in") == 1 and "[prune] already recorded: " in said and "[bank] done in" in said
+    assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "as it was"
 
 
 def broken(*_: Any) -> Any:
-    warnings.warn("warning of a library", stacklevel=1)
+    warnings.warn("a library's word", stacklevel=1)
     raise ZeroDivisionError("nobody foresaw this")
 
 
-def test_an_unexpected_error_says_what_to_do(
+def test_an_unexpected_error_has_a_remedy(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the terminal, in JSON, in the state and the log of the run, and as an exception in Python."""
+    """The remedy is on the terminal, in the state and log of the run, in the JSON, and in the Python exception."""
+
     monkeypatch.setattr(Prepare, "run", broken)
     config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
     done = CliRunner().invoke(main, ["prepare", str(config), "--json"])
@@ -60,22 +61,22 @@ def test_an_unexpected_error_says_what_to_do(
     assert "can be repeated" in json.loads(done.stdout.splitlines()[-1])["error"]
     state = RunDir(tmp_path / "run").read_state(RunState)
     assert state and told in str(state.error)
-    assert told in log.read_text() and "warning of a library" in log.read_text()
+    assert told in log.read_text() and "a library's word" in log.read_text()
     with pytest.raises(ZeroDivisionError) as caught:
         qpruner.api.prepare(config, "seed=1")
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and state.command == f"qpruner prepare {config} --set seed=1", "this command repeats it"
+    assert state and state.command == f"qpruner prepare {config} --set seed=1", "the command of a call from Python"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
 
 
-def test_an_error_of_a_verb_without_a_run_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qpruner.cli.run_verbs.read_snapshot", broken)
     done = CliRunner().invoke(main, ["status", str(tmp_path)])
-    assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with what stands above")
+    assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with the output above")
 
 
-def test_an_output_that_may_not_be_written_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
-    """Not even root can make folders in /proc."""
+def test_an_output_without_write_access_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
+    """In /proc not even root can create folders."""
     with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name a folder"):
         qpruner.api.prepare(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")))

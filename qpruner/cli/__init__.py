@@ -1,1 +1,1 @@
-"""The command line, and what a terminal shows."""
+"""Define the command line and its output."""

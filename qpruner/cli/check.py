@@ -1,4 +1,4 @@
-"""The verb `qpruner check`: print what a run would be and take."""
+"""The verb `qpruner check`: validate a configuration and estimate what its run would need."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from qpruner.wording import counted
 def check(
     config: RunConfig, address: str | None, quiet: bool, measure: bool, for_gpus: bool, show_config: bool
 ) -> dict[str, Any]:
-    """Print and return everything that can be known of a run before it is begun; refuse what cannot work."""
+    """Print and return the sizes, memory and time of a run before it starts; raise a `UserError` if it cannot work."""
     if measure and for_gpus:
-        raise UserError("`--measure` times this machine, `--gpu` assumes another one: leave one of them out")
+        raise UserError("`--measure` times this machine, `--gpu` assumes another one: give only one of them")
     with Terminal(quiet=quiet) as terminal:
         found = check_run(config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None)
     inspection, resources = found.inspection, found.resources
@@ -37,16 +37,16 @@ def check(
     gpus = resources.get("gpu") or (1.0 if for_gpus else None)
     is_here = address is None and not for_gpus and config.model.device_map == "single" and (gpus or 0) <= 1
     free, disk = free_bytes() if is_here else None, dict(zip(("disk_needed", "disk_free"), found.disk, strict=True))
-    taken = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
-    facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | taken
-    works, remark = driver_text(RunDir(config.output, create=False)), other_base_remark(config)
+    estimated = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
+    facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | estimated
+    driver, remark = driver_text(RunDir(config.output, create=False)), other_base_remark(config)
     warnings = facts["warnings"] = [*config.warnings, *inspection.warnings]
-    if works:
-        warnings.insert(0, f"{works}: `qpruner run` is refused until it ends")
-    if free is not None and taken["memory_at_once"] > free:
+    if driver:
+        warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
+    if free is not None and estimated["memory_at_once"] > free:
         warnings.append(
-            f"{taken['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are free "
-            "here: lower `evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, "
+            f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
+            "free here: lower `evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, "
             "`sensitivity.batch_size` or `search.max_concurrent`"
         )
     if remark:
@@ -86,7 +86,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
-    """Time a few steps on this machine."""
+    """Time a few steps on this machine to estimate hours; refuse if trials need a GPU that it does not have."""
     import torch
 
     resources = found.resources
@@ -94,8 +94,8 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if resources.get("gpu") and not gpu:
         raise UserError(
-            "`--measure` times this machine, which has no GPU, and trials hold one: run it on a machine like the "
-            "cluster's, or leave it out"
+            "`--measure` times this machine, which has no GPU, but each trial would use one: run the command on a "
+            "machine with the cluster's GPU, or leave `--measure` out"
         )
     return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
 
@@ -125,11 +125,11 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     elif calibration.packing:
         origin = f"of {calibration.max_length} tokens packed from the {rows['calibration']} rows of {source}"
     else:
-        origin = f"(one a row, of {rows['calibration']} of {source})"
+        origin = f"(one for each row, from {rows['calibration']} of {source})"
     measured = f"{counted(samples['sensitivity'], 'row')} of `data.train`" if config.measured_methods else "none"
     chosen = (rows["confirmation"] + 1) // 2
-    asked = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
-    asked += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
+    scored = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
+    scored += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
     text = [f"{counted(rows['text'], 'row')} of text (`evaluate.text`)"] if "text" in rows else []
     cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
     ends = f"; about {', '.join(cut)} lose their ends (`data.max_length` {config.data.max_length})" if cut else ""
@@ -138,20 +138,20 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
         f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
         f"{measured} for the sensitivities",
-        *([f"search:      {'; '.join(asked)}"] if asked else []),
+        *([f"search:      {'; '.join(scored)}"] if scored else []),
         f"test:        {', '.join([_questions(questions['test']), *text])}",
     ]
 
 
 def _questions(by_task: dict[str, int]) -> str:
-    """Render counts as `48 questions (arc_easy 24, piqa 24)`."""
+    """Format question counts as `48 questions (arc_easy 24, piqa 24)`."""
     text = ", ".join(f"{task} {count}" for task, count in by_task.items())
     return f"{counted(sum(by_task.values()), 'question')} ({text})"
 
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
-    """Render what the run would be, then what it takes."""
-    about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
+    """Format the facts as the lines that `check` prints."""
+    about = " (estimate: the exact widths are known once the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
     blocks = facts["blocks_pruned"]

@@ -21,7 +21,7 @@ from qpruner.wording import as_called
 
 
 def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict[str, Any]:
-    """Run the flow up to a stage, and print its result."""
+    """Run the flow up to a stage and print the result of that stage."""
     root = run_root(config.output)
     with logging_to(root):
         with Terminal(quiet=quiet) as terminal:
@@ -47,7 +47,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
 
 
 def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, Any]:
-    """Print what the cut would keep."""
+    """Print how much of each block the cut would keep, and write nothing."""
     with Terminal(quiet=quiet) as terminal:
         record = pipeline.preview(config, terminal.emit, address)
     _print_layers(record, terminal)
@@ -61,13 +61,13 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
 
 
 def where_next(root: Path) -> str:
-    """Name what to look at once a run is over."""
+    """Return a line that says where to find the report, the plan and the model of a finished run."""
     storage = storage_at(root)
     place = folder = shlex.quote(storage.address)
-    brought = ""
-    if command := export_command(root):  # models are loaded from a folder
-        brought, folder = f"`{command}`, then ", "FOLDER"
+    export_first = ""
+    if command := export_command(root):  # models are loaded from a local folder only
+        export_first, folder = f"`{command}`, then ", "FOLDER"
     return (
         f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
-        f"{brought}`qpruner generate {folder} --prompt TEXT`"
+        f"{export_first}`qpruner generate {folder} --prompt TEXT`"
     )

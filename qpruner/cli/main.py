@@ -1,7 +1,7 @@
 """The command line: verbs and their options.
 
-Exit codes: 0 on success, 2 on a user's mistake, 1 on ours. With `--json` the last line of stdout is one JSON object.
-Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
+Exit codes: 0 for success, 2 for a mistake in the input, 1 for any other failure. With `--json` the last line of stdout
+is one JSON object. Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
     "run": (Report, "Run the whole flow: prune, search, fine-tune, evaluate, report."),
     **{stage.name: (stage, stage.help) for stage in STAGES if stage.help},
 }
-"""Verbs that run the flow: the last stage, and the help."""
-LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
+"""Verbs that run the flow, each with its last stage and its help text."""
+LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
-NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
+NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
 ABOUT_DAMAGE = (
-    "fetch it again if it is yours; if a run wrote it, repeat `qpruner run`, which makes it anew; if that names the "
-    "same file again, delete it and repeat `qpruner run`"
+    "if the file is yours, fetch it again; if a run wrote it, repeat `qpruner run` to write it again; if the error "
+    "persists, delete the file and repeat `qpruner run`"
 )
-"""What to do about a file that verbs without stages cannot read; a stage knows more and says so itself."""
+"""Remedy for a damaged file that a verb without stages meets; stages give a more exact remedy themselves."""
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
@@ -56,25 +56,25 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help=ABOUT_VERSION)
 def main() -> None:
-    """Make a large language model fit the memory you have, at the least loss."""
-    # torch's threads wait for one another spinning. Beside another busy process that doubled a training step on two
-    # cores (2026-11-26: 16 s, else 7); they sleep after so many turns. Read when torch is loaded.
+    """Make a large language model fit into your memory with the least loss of quality."""
+    # torch's threads spin while they wait for each other. Next to another busy process on two cores this doubled the
+    # time of a training step (2026-11-26: 16 s instead of 7). With this limit, read when torch loads, they sleep soon.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None) -> None:
-    """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
+    """Run a verb; turn a `QprunerError` into a message and an exit code, without a traceback."""
     try:
         outcome, code = work(), 0
     except QprunerError as error:
         code, text = error.exit_code, str(error)
         if plan_file:
-            text = text.replace("`search.plan`", "`--plan`")  # the name under which it was given
+            text = text.replace("`search.plan`", "`--plan`")  # the option that was given
         remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
         click.echo(f"error: {text}{remedy}", err=True)
         outcome = {"status": "error", "kind": type(error).__name__, "error": text}
     except BrokenPipeError:
-        raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
+        raise  # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
     except Exception as error:
         outcome, code = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{note_defect(error)}"}, 1
         traceback.print_exc()
@@ -88,7 +88,7 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path 
 
 
 def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]]], None]:
-    """Register a verb: a function of its options that returns the object for `--json`."""
+    """Register a function as a verb; it takes the options and returns the object that `--json` prints."""
 
     def register(function: Callable[..., dict[str, Any]]) -> None:
         @functools.wraps(function)
@@ -103,7 +103,7 @@ def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]
 
 
 def _config_options(about_address: str, metavar: str = "CONFIG") -> tuple[Any, ...]:
-    about_set = "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` takes it out of the file."
+    about_set = "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` restores the default."
     return (
         click.option("--quiet", is_flag=True, help="Print the result only."),
         click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
@@ -114,7 +114,7 @@ def _config_options(about_address: str, metavar: str = "CONFIG") -> tuple[Any, .
 
 
 def _plan_option(does: str) -> Any:
-    about = f"{does}: bits by group, as `qpruner plan` prints them, or a sensitivity for its seed plan."
+    about = f"{does}: a file as `qpruner plan` prints it, or the name of a sensitivity for its seed plan."
     return click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help=about)
 
 
@@ -138,8 +138,8 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         if name == Report.name and not (Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")):
             if overrides or plan_file or address:
                 raise UserError(
-                    f"`--set`, `--plan` and `--address` belong to a configuration, and {config} is a run: leave them "
-                    "out, or name the configuration instead"
+                    f"`--set`, `--plan` and `--address` need a configuration file, but {config} is a run folder: "
+                    "leave these options out, or give the configuration file instead"
                 )
             return run_verbs.report(config)
         loaded = _load(config, overrides, plan_file)
@@ -152,9 +152,9 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     metavar = "RUN_OR_CONFIG" if name == Report.name else "CONFIG"
     options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY, metavar)]
     if last is Prune:
-        options.append(click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing."))
+        options.append(click.option("--dry-run", is_flag=True, help="Show what the cut would keep; write nothing."))
     if Search in stages_until(last.name):
-        options.append(_plan_option("Take this plan instead of searching for one"))
+        options.append(_plan_option("Use this plan instead of searching for one"))
     _verb(*options, name=name, help=text)(verb)
 
 
@@ -164,20 +164,20 @@ for _name, (_last, _text) in VERBS.items():
 
 @_verb(
     *_config_options(
-        "Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray."
+        "Ray cluster to check (auto or HOST:PORT); if not given, this machine is checked. Ray is not started."
     ),
-    click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them."),
-    click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here."),
-    click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too."),
-    _plan_option("Check this plan, too"),
+    click.option("--measure", is_flag=True, help="Time a few steps on this machine and estimate the hours from them."),
+    click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, even if this one has none."),
+    click.option("--show-config", is_flag=True, help="Print every key of the configuration, defaults included."),
+    _plan_option("Check this plan too"),
 )
 def check(
     config: str, overrides: tuple[str, ...], plan_file: Path | None, as_json: bool, quiet: bool, **options: Any
 ) -> dict[str, Any]:
-    """Validate a configuration and say what the run would be and take; loads no weights."""
+    """Validate a configuration and estimate what its run would need; loads no weights."""
     loaded = _load(config, overrides, plan_file)
     if not (quiet or as_json):
-        # Before the imports, which take seconds by themselves.
+        # Printed before the imports, which alone take seconds.
         steps = ", then a few steps" if options["measure"] else ""
         click.echo(f"[check] model, rows, tasks and machine of {config}{steps} ...", err=True)
     from qpruner.cli.check import check
@@ -198,23 +198,23 @@ _verb(
         "conditions",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Only these: status=finished, loss<3.2, 'bytes<=126 MB'; also != and >. Several all hold.",
+        help="Only trials with status=finished, loss<3.2, 'bytes<=126 MB', ...; repeat it to combine conditions.",
     ),
-    click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column, or `score`."),
+    click.option("--sort", default="trial", metavar="KEY", show_default=True, help="Column to sort by, or `score`."),
     click.option("--descending", is_flag=True, help="Largest first."),
-    click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV."),
+    click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, including the bits of each group."),
     _json,
 )(run_verbs.trials)
 _verb(
     _run_folder,
-    click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead."),
+    click.option("--trial", "index", type=int, metavar="NUMBER", help="Print this trial's plan, not the winner's."),
     _json,
 )(run_verbs.plan)
 _verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)(run_verbs.compare)
 
 
 @main.command()
-@click.option("--results", is_flag=True, help="That of results.json instead.")
+@click.option("--results", is_flag=True, help="Print the schema of results.json instead.")
 def schema(results: bool) -> None:
     """Print the JSON schema of the configuration, for editors."""
     if results:
@@ -232,13 +232,13 @@ def schema(results: bool) -> None:
         "form",
         type=click.Choice(("merged", "peft")),
         required=True,
-        help="merged: dense, the adapter added in. peft: the adapter, and the quantized model below it.",
+        help="merged: a dense model that includes the adapter. peft: the adapter, and the quantized model in `base`.",
     ),
-    click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it."),
+    click.option("--out", type=click.Path(path_type=Path), help="Folder to write; by default RUN/export/FORM."),
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Write the final model in another form, and compare its predictions before it counts."""
+    """Write the final model in another form; keep it only if its predictions match the final model's."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 
@@ -248,13 +248,13 @@ def export(**options: Any) -> dict[str, Any]:
 _verb(
     _run_folder,
     click.argument("repo_id", metavar="OWNER/NAME"),
-    click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either."),
+    click.option("--public/--private", "is_public", default=False, help="Visibility; private by default."),
     click.option(
         "--what",
         type=click.Choice(("final", "merged", "peft")),
         default="final",
         show_default=True,
-        help="final: packed layers and adapter. merged, peft: what `export --to` wrote.",
+        help="Form to upload: final (packed layers and adapter), or merged or peft as `export --to` wrote it.",
     ),
     _json_last,
 )(run_verbs.push)
@@ -263,39 +263,39 @@ _verb(
 @_verb(
     click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
     click.option(
-        "--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times."
+        "--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to answer; may be given several times."
     ),
-    click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line."),
+    click.option("--file", type=click.Path(path_type=Path), help="Text file with more prompts, one per line."),
     click.option(
-        "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
+        "--which", metavar="NAMES", help="Models of a run to ask, from base,pruned,final; by default all that exist."
     ),
     click.option(
         "--max-tokens",
         type=click.IntRange(min=1),
         default=128,
         show_default=True,
-        help="Tokens an answer may have.",
+        help="Maximum tokens of an answer.",
     ),
     click.option(
         "--temperature",
         type=click.FloatRange(min=0),
         default=0.0,
         show_default=True,
-        help="0: the likeliest token every time.",
+        help="Sampling temperature; 0 always takes the likeliest token.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."),
     click.option(
         "--template",
         type=click.Choice(["chat", "alpaca", "none"]),
         default="chat",
         show_default=True,
-        help="What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
-        "`data.template: alpaca`, as in a fine-tune on instructions.",
+        help="Template around each prompt: the tokenizer's chat template if it has one, the Alpaca prompt that "
+        "`data.template: alpaca` trains on, or none.",
     ),
     _json,
 )
 def generate(**options: Any) -> dict[str, Any]:
-    """Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt."""
+    """Print the answers of a run's base, pruned and final models, or of the model in a folder, to a prompt."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

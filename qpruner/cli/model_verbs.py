@@ -1,6 +1,6 @@
 """The verbs that load models: `generate` and `export`.
 
-Answers are shown without control characters, so that a model cannot take the terminal over.
+Control characters in answers are replaced, so that a model cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def generate(
-    place: str, which: str | None, prompts: Sequence[str], file: Path | None, as_json: bool, **drawn: Any
+    place: str, which: str | None, prompts: Sequence[str], file: Path | None, as_json: bool, **sampling: Any
 ) -> dict[str, Any]:
-    """Let every model of a run or folder answer every prompt; `drawn` are the fields of `Sampling`."""
+    """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields of `Sampling`."""
     asked = [*prompts, *(_lines(file) if file else ())]
     if not asked:
-        raise UserError("there is no prompt: give `--prompt TEXT`, or `--file FILE` with one a line")
+        raise UserError("there is no prompt: give `--prompt TEXT`, or `--file FILE` with one prompt per line")
     if not all(prompt.strip() for prompt in asked):
         raise UserError("`--prompt` is empty: give it some text")
     models = _sources(place, which)
-    answers = [answer for source in models for answer in _answers(source, asked, Sampling(**drawn))]
+    answers = [answer for source in models for answer in _answers(source, asked, Sampling(**sampling))]
     if not as_json:
         for number, prompt in enumerate(asked):
             if len(asked) > 1:
@@ -65,24 +65,24 @@ def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list
 
 
 def printable(text: str) -> str:
-    """Replace the control characters of a text, line feeds and tabs aside."""
+    """Replace the control characters of a text, except line feeds and tabs."""
     return CONTROL.sub("\ufffd", text)
 
 
 def _sources(place: str, which: str | None) -> list[Source]:
-    """Find the models; of a run, name those that are missing, and a command that works on it."""
+    """Return the models to load; for a run, warn of models that do not exist yet and of a command that still runs."""
     root = Path(place).expanduser()
     names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
     for name in names:
         if name not in WHICH:
-            raise UserError(f"`--which`: a run has no {name!r}; {nearest(name, WHICH, 'there are')}")
+            raise UserError(f"`--which`: a run has no model {name!r}; {nearest(name, WHICH, 'its models are')}")
     is_run = (root / STATE).is_file()
     if is_run and (warning := warning_of_driver(RunDir(root, create=False))):
         click.echo(warning, err=True)
     found = sources(place, names)
     missing = [name for name in WHICH if name not in {source.name for source in found}]
     if is_run and which is None and missing:
-        click.echo(f"{', '.join(missing)}: not there yet; `qpruner run` makes them", err=True)
+        click.echo(f"{', '.join(missing)}: not written yet; `qpruner run` writes them", err=True)
     return found
 
 

@@ -1,6 +1,6 @@
-"""The verbs on a run's folder that load no model; the docstrings of all but `report` are their help.
+"""The verbs that read a run folder and load no model.
 
-Figures come from `report.run_views`.
+Every docstring but that of `report` is the help of its verb. The figures come from `report.run_views`.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ SHOWN = (
     *("loss", "accuracy", "seconds", "search", "plan"),
 )
 ALSO_CALLED = {"index": "trial", "origin": "from"}
-"""Columns by their names in records and results.json."""
+"""Other names of columns, from records and results.json, mapped to the columns that `trials` shows."""
 MOST_LINES = 10
-"""Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
+"""Maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all."""
 UNITS: dict[str, dict[str, float]] = {
     "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "seconds": {"h": 3600, "min": 60, "s": 1},
 }
-"""Those that a person may write of figures in a base unit, by that."""
+"""Units that a `--where` condition may use, by the base unit in which the column is recorded."""
 
 
 def status(run: str, as_json: bool) -> dict[str, Any]:
-    """Show where a run stands: its stages, trials, and the best so far. From any shell or machine."""
+    """Show the state of a run, from any shell or machine: its stages, its trials and the best trial so far."""
     facts = run_views.status(read_snapshot(RunDir(run, create=False)), time.time())
     if not as_json:
         terminal = Terminal(quiet=False)
@@ -75,7 +75,7 @@ def _headline(facts: dict[str, Any]) -> str:
         case "failed":
             return f"{text}: {facts['error']}"
         case liveness.RUNNING:
-            begun = "" if facts["has_begun"] else "; it has begun no stage yet, below is what the command before left"
+            begun = "" if facts["has_begun"] else "; no stage has started yet, below is the command before it"
             return f"{text} {process}, last sign of life {quiet} ago{begun}"
         case liveness.GONE:
             text = f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone"
@@ -111,7 +111,7 @@ def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
 
 
 def _slots(search: dict[str, Any]) -> str:
-    """Say where the trials under way are, and what those in no worker's hands wait for."""
+    """Say on how many slots trials run, and what trials without a worker process wait for."""
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
     awaited = {"starting": "a worker process to start", "waiting": "a machine"}
     without = [f"{search[name]} of them waiting for {what}" for name, what in awaited.items() if search[name]]
@@ -126,17 +126,17 @@ def _failed(trial: dict[str, Any]) -> str:
 def trials(
     run: str, conditions: Sequence[str], sort: str, descending: bool, as_csv: bool, as_json: bool
 ) -> dict[str, Any]:
-    """List the trials of a run, the winner marked."""
-    looked = read_snapshot(RunDir(run, create=False))
-    rows = [run_views.trial_row(looked, trial) for trial in looked.trials]
+    """List the trials of a run and mark the winner."""
+    snapshot = read_snapshot(RunDir(run, create=False))
+    rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
     columns = list(rows[0]) if rows else list(SHOWN)
-    search = looked.state.search
+    search = snapshot.state.search
     names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
     for condition in conditions:
         rows = _where(rows, condition, names)
     key = _known(sort, names)
     known = [row for row in rows if row[key] is not None]
-    # Those without a figure come last.
+    # Trials without a value in the column come last.
     rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
     if as_json:
         pass
@@ -145,7 +145,7 @@ def trials(
         writer.writeheader()
         writer.writerows(rows)
     elif not rows:
-        click.echo("no trials match" if looked.trials else "there are no trials yet")
+        click.echo("no trials match" if snapshot.trials else "there are no trials yet")
     else:
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
@@ -162,7 +162,7 @@ def _cell(name: str, row: dict[str, Any]) -> str:
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Select the rows of which a condition holds; one without a value differs from every value."""
+    """Keep the rows that satisfy a condition; a row without a value satisfies only `!=`."""
     parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
     if parts is None:
         raise UserError(
@@ -178,13 +178,13 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
             value = float(text.removesuffix(unit)) * units.get(unit, 1)
         except ValueError as error:
             known = f", plain or with {', '.join(units)}" if units else ""
-            raise UserError(f"--where {condition}: `{key}` is a number{known}, got {text!r}") from error
+            raise UserError(f"--where {condition}: `{key}` must be a number{known}, got {text!r}") from error
     compare = COMPARISONS[sign]
     return [row for row in rows if (sign == "!=" if row[key] is None else compare(row[key], value))]
 
 
 def _known(key: str, names: Mapping[str, str]) -> str:
-    """Return the column of that name, or refuse it with the nearest one."""
+    """Return the column with this name; raise a `UserError` that suggests the nearest name if there is none."""
     if key not in names:
         columns = [name for name in names if not name.startswith("bits ")]
         raise UserError(f"trials have no `{key}`; {nearest(key, columns, 'they have `bits GROUP` for each group and')}")
@@ -192,18 +192,18 @@ def _known(key: str, names: Mapping[str, str]) -> str:
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print the winner's plan as YAML, for `--plan` of another run or to change it by hand."""
-    looked = read_snapshot(RunDir(run, create=False))
-    trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
-    budget = looked.state.search.budget_bytes if looked.state.search else None
-    banked = looked.run_dir.read_record("bank", BankRecord)
+    """Print the winner's plan as YAML, to edit by hand or to give to another run with `--plan`."""
+    snapshot = read_snapshot(RunDir(run, create=False))
+    trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
+    budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
+    banked = snapshot.run_dir.read_record("bank", BankRecord)
     sizes = banked.group_bytes if banked else {}
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
-        click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
+        click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
         if sizes:
             grouped = sum(sizes[str(bits)][group] for group, bits in trial.plan.items())
-            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB besides: embeddings, norms, head, adapter"
+            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB in the rest: embeddings, norms, head, adapter"
             click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
@@ -223,7 +223,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Put runs side by side: figures, paired differences, settings that differ."""
+    """Compare runs side by side: figures, paired differences, and settings that differ."""
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     results = [run.results for run in views]
@@ -237,7 +237,7 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
         headings = ["", *(names if len(set(names)) == len(set(places)) else places)]
         terminal.table(headings, body)
         for name, found in zip(headings[2:], apart, strict=True):
-            terminal.say(f"{name} less {headings[1]}: {run_views.against_text(found)}.", is_prose=True)
+            terminal.say(f"{name} minus {headings[1]}: {run_views.against_text(found)}.", is_prose=True)
         if settings:
             terminal.say("Settings that differ:")
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
@@ -269,7 +269,7 @@ def _figure(name: str, value: Any) -> str:
 
 
 def report(run: str) -> dict[str, Any]:
-    """Write a run's report anew."""
+    """Write the report of a run again."""
     from qpruner.report.files import write_report  # draws pictures
 
     folder = RunDir(run, create=False)
@@ -279,16 +279,16 @@ def report(run: str) -> dict[str, Any]:
 
 
 def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> dict[str, Any]:
-    """Upload the final model with its card to a model hub; nothing else of qpruner uploads anything."""
+    """Upload the final model and its card to a model hub; no other verb publishes a model."""
     quiet_libraries()
     from qpruner.export import hub
     from qpruner.export.card import missing_remark
 
     folder = RunDir(run, create=False)
     done = hub.push(folder, repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True))
-    seen = "private" if done.is_private else "public"
-    gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
-    click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
+    visibility = "private" if done.is_private else "public"
+    removed = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
+    click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {removed}{visibility}")
     if remark := missing_remark(done.card_lacks):
         click.echo(remark, err=True)
     return {"status": "ok", **vars(done)}

@@ -1,6 +1,6 @@
-"""The terminal's view of a run: a line for each event and, on a terminal, a live part below them.
+"""Print the events of a run: one line each and, on a terminal, a live view below them.
 
-The live part shows the stages, the steps inside one, and the search. The log is in the run folder (`qpruner.log`).
+The live view shows the stages, the progress within a stage, and the search. The run folder has a log (`qpruner.log`).
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import counted, duration
 
 SILENCE_SECONDS = 30.0
-"""Without a live part, a line reports progress after this long without any other."""
+"""Without a live view, a progress line is printed after this many seconds without output."""
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
-"""Window of the pace that the time left follows: one step of a large model may take a minute."""
+"""The time left is estimated from the last steps in this window: one step of a large model may take a minute."""
 LINES_ABOVE = 10
-"""Lines of the live part, about, beside those of trials under way."""
+"""Approximate number of lines of the live view above the list of running trials."""
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
 FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
-"""Of text that goes on in the next line where a window is narrow: a live part cannot be widened to read the rest."""
+"""Options of rich that wrap text in a narrow window; otherwise a live view cuts it off."""
 
 
 class Terminal:
-    """Prints events, to stderr on request; a quiet one prints results only."""
+    """Prints events, to stdout or stderr; with `quiet` it prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
         self._console = console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
-        # Whether it moves its cursor, whatever `FORCE_COLOR` makes rich believe of a pipe.
+        # Whether the cursor cannot move. With `FORCE_COLOR` rich alone would take a pipe for a terminal.
         self._is_plain = not (console.file.isatty() and console.is_terminal and not console.is_dumb_terminal)
         self._quiet = quiet
         self._bars: dict[str, progress.TaskID] = {}
@@ -79,13 +79,13 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:  # what is printed from here on stays last
+        with self._lock:  # no progress line is printed after this
             self._closed.set()
         if self._live:
             self._live.stop()
 
     def emit(self, event: events.Event) -> None:
-        """Show one event; messages about the command itself go to stderr, of a quiet terminal, too."""
+        """Show one event; print messages about the command itself to stderr, even with `quiet`."""
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
             click.echo(event_line(event, 0), err=True)
             return
@@ -117,13 +117,13 @@ class Terminal:
             case events.TrialWithdrawn(index):
                 self._trials.pop(index, None)
         line = event_line(event, self._search.steps if self._search else 0)
-        # The live part shows rungs.
-        is_shown = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
-        if line and not is_shown:
+        # The live view already shows the rungs of a running trial.
+        is_in_view = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
+        if line and not is_in_view:
             self.say(line)
 
     def table(self, headings: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-        """Print a table of the result; in a pipe a row is one whole line, for `grep` and `awk`."""
+        """Print a table; in a pipe each row is one line, so that `grep` and `awk` work."""
         if self._is_plain:
             rows = [[" ".join(cell.splitlines()) for cell in row] for row in (headings, *body)]
             widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
@@ -137,15 +137,15 @@ class Terminal:
         self._console.print(table)
 
     def say(self, text: str, is_prose: bool = False) -> None:
-        """Print a line of the result; sentences are broken between words on a terminal."""
+        """Print a line; on a terminal, prose is wrapped between words."""
         self._last_line = time.monotonic()
         self._console.print(text, markup=False, soft_wrap=self._is_plain or not is_prose)
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
-        if stage != "search" or detail:  # the search's view counts its trials
+        if stage != "search" or detail:  # the view of the search already counts trials
             before = next((task for task in self._progress.tasks if task.id == self._bars.get(stage)), None)
             if before and (before.total != total or before.completed >= done):
-                # A stage counts one thing after another: each has a pace and an end of its own.
+                # A stage may count several things in turn: each gets a new bar, with its own pace and total.
                 self._progress.remove_task(before.id)
                 before = None
             if before is None:
@@ -156,17 +156,17 @@ class Terminal:
             del self._counts[stage]
 
     def _break_silence(self) -> None:
-        """Report the stages under way whenever nothing was printed for long."""
+        """Print a progress line for each running stage after `SILENCE_SECONDS` without output."""
         while not self._closed.wait(max(SILENCE_SECONDS / 30, 0.05)):
             with self._lock:
                 if self._closed.is_set() or (now := time.monotonic()) - self._last_line < SILENCE_SECONDS:
                     continue
                 try:
-                    for stage in {**self._stages, **self._counts}:  # what export and generate do begins with no event
+                    for stage in {**self._stages, **self._counts}:  # `export` and `generate` start without an event
                         began, count = self._stages.get(stage), self._counts.get(stage, "running")
                         if not isinstance(began, str):
                             self.say(f"[{stage}] {count}" + (f", {duration(now - began)}" if began else ""))
-                except SystemExit:  # rich found the pipe closed
+                except SystemExit:  # rich raises it when the pipe is closed
                     os.kill(os.getpid(), signal.SIGINT)
 
     def _end(self, stage: str, outcome: str) -> None:
@@ -178,7 +178,7 @@ class Terminal:
             self._search = None
 
     def _view(self) -> RenderableType:
-        """Render the live part; rich cuts what is below the window."""
+        """Render the live view; rich cuts off the lines below the window."""
         now = time.monotonic()
         stages = [
             f"{stage} {outcome}" if isinstance(outcome, str) else f"{stage} running, {duration(now - outcome)}"
@@ -194,17 +194,17 @@ class Terminal:
 def _search_view(
     search: SearchState, trials: Sequence[TrialRecord], steps: Mapping[int, int], num_listed: int
 ) -> Iterator[RenderableType]:
-    """Render a search: counts and the time left, the best so far, and trials under way."""
+    """Render a search: counts, time left, the best trials and the running trials."""
     now = trials_now.search_progress(search, trials)
-    over = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
+    ended = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
     busy = f"{len(now.running)} running"
     if search.slots is not None:
-        # What has no slot waits for a machine that an autoscaler may start.
+        # Trials without a slot wait for a machine that an autoscaler may start.
         num_waiting = max(0, len(now.running) - search.slots)
         busy = f"{len(now.running) - num_waiting} of {counted(search.slots, 'slot')} busy"
         busy += f", {num_waiting} waiting for one" if num_waiting else ""
     left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
-    yield Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {over}; {busy}{left}", **FOLDED)
+    yield Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {ended}; {busy}{left}", **FOLDED)
     for best in (now.best, now.best_control):
         if best:
             name = trials_now.control_name(best) if best.is_control else "best so far"
@@ -232,7 +232,7 @@ def _search_view(
 
 
 def _plan(trial: TrialRecord) -> Text:
-    """Render a plan: a character a group, a colour a bit-width."""
+    """Render a plan with one character for each group and one colour for each bit-width."""
     text = Text()
     for character, alike in itertools.groupby(bar(trial)):
         text.append("".join(alike), COLORS[character])

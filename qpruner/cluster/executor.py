@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qpruner.models.loading import OnLoading, ignore_progress, load_dense
+from qpruner.models.loading import OnWork, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
 from qpruner.runs.storage import fetch
@@ -64,7 +64,7 @@ class ModelCache:
         self._pruned = None
         release()
 
-    def pruned_model(self, checkpoint: Path, dtype: str, on_progress: OnLoading = ignore_progress) -> PreTrainedModel:
+    def pruned_model(self, checkpoint: Path, dtype: str, on_progress: OnWork = ignore_progress) -> PreTrainedModel:
         """Return the kept model, or load it from the checkpoint to the device of this process."""
         if self._pruned is None:
             self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=on_progress)

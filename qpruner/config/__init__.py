@@ -1,3 +1,3 @@
-"""The run's configuration: fields (`schema`), what goes with what (`rules`), reading and overriding (`load`)."""
+"""Define a run's configuration: its fields (`schema`), rules between keys (`rules`), loading and overrides (`load`)."""
 
 from qpruner.config import rules as rules

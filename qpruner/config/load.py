@@ -1,4 +1,4 @@
-"""Read a configuration: YAML, overrides from the command line, and every problem reported at once."""
+"""Load a configuration: read YAML, apply overrides, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qpruner.config.schema import RunConfig
+from qpruner.config.schema import HUB_ID, LICENSE_ID, RunConfig
 from qpruner.errors import ConfigError, UserError
 from qpruner.wording import counted
 
+PATTERNS = {
+    HUB_ID.pattern: "must be a hub id, OWNER/NAME or NAME, such as HuggingFaceTB/SmolLM2-135M",
+    LICENSE_ID: "must be the hub's identifier of a licence, in small letters without spaces, such as apache-2.0",
+}
+"""The rule in words for each regular expression of the schema."""
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice; YAML would silently keep the last."""
+    """A safe loader that refuses duplicate keys; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -29,19 +35,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML or JSON text; raises `yaml.YAMLError`, also where a key is given twice."""
+    """Parse a YAML or JSON text; raise `yaml.YAMLError` if it is invalid or gives a key twice."""
     return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read and validate a YAML file, or raise a `UserError` with every problem found.
+    """Read and validate a YAML file; raise a `UserError` that lists all problems.
 
-    Overrides are `section.key=value`, values in YAML. An item of a list is its number, counted from 0
-    (`data.train.0.limit=8`). `section.key=` takes the key out, so that its default holds.
+    An override is `section.key=value`, with the value in YAML. Items of a list are numbered from 0
+    (`data.train.0.limit=8`). `section.key=` removes the key, so that its default holds.
     """
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder; give a configuration file: of a run, the one that `qpruner run` was given"
+            f"{path} is a folder; give a configuration file (for a run folder, the file that started the run)"
         )
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist; see tune_configs/ for complete examples")
@@ -62,11 +68,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig:
-    """Build a `RunConfig` from plain data; raises `ConfigError` with every problem found."""
+    """Build a `RunConfig` from plain data; raise a `ConfigError` that lists all problems."""
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        # Where items of a list are wrong pydantic also finds too few right ones.
+        # If items of a list are wrong, pydantic also reports the list as too short.
         problems = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
         raise ConfigError(map(_explain, problems), source) from error
 
@@ -83,7 +89,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML: {error}; quote a text") from error
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}; put text in quotes") from error
     *sections, last = key.split(".")
     here: Any = raw
     for section in sections:
@@ -96,7 +102,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if text.strip():
         here[place] = value
     elif isinstance(here, dict) and place not in here:
-        raise UserError(f"--set {override}: there is no `{key}` in the file to be taken out: it has its default")
+        unknown = _unknown_key([int(part) if part.isdecimal() else part for part in key.split(".")])
+        problem = unknown or f"the file has no `{key}` to remove: its default holds already"
+        raise UserError(f"--set {override}: {problem}")
     else:
         del here[place]
 
@@ -106,49 +114,56 @@ def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any
         return part
     if not part.isdecimal() or int(part) >= len(here):
         raise UserError(
-            f"--set {override}: `{part}` must be the number of an item, counted from 0, of a list of "
-            f"{counted(len(here), 'item')}; to add one, give the whole list"
+            f"--set {override}: `{part}` must be the number of an item, counted from 0, in a list of "
+            f"{counted(len(here), 'item')}; to add an item, give the whole list"
         )
     return int(part)
 
 
 def _explain(problem: Any) -> str:
-    """Turn a pydantic error into a sentence that names the key, the value, the rule and the remedy."""
+    """Turn a pydantic error into a sentence with the key, the value, the rule and the remedy."""
     location = list(problem["loc"])
     key = ".".join(str(part) for part in location) or "configuration"
     if problem["type"] == "extra_forbidden":
-        return _explain_unknown_key(location)
+        return str(_unknown_key(location))
     if problem["type"] == "missing":
         return f"`{key}` is missing: it must be given"
     rule = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"`{key}`: {rule}" if location else rule
-    # pydantic's own words for these name Python types.
+    # pydantic's own messages for these name Python types or a regular expression.
+    limits = problem.get("ctx", {})
     rule = {
         "tuple_type": "must be a list",
         "dict_type": "must be a mapping of keys",
         "model_type": "must be a mapping of keys (a section)",
         "too_short": "must have at least 1 item",
+        "string_pattern_mismatch": PATTERNS.get(limits.get("pattern"), rule),
     }.get(problem["type"], rule)
-    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}"
+    # Every number with an upper limit is a share.
+    hint = "; it is a share: 20 % is 0.2" if "le" in limits or "lt" in limits else ""
+    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}{hint}"
 
 
-def _explain_unknown_key(location: list[str | int]) -> str:
-    known = _known_keys(location[:-1])
-    name = str(location[-1])
-    prefix = "".join(f"{part}." for part in location[:-1])
-    inside = [f"{section}.{name}" for section in known if name in _known_keys([*location[:-1], section])]
-    nearest = inside or [f"{prefix}{key}" for key in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
-    return f"`{prefix}{name}` is not a known key; {hint}"
+def _unknown_key(location: list[str | int]) -> str | None:
+    """Name the first unknown key on the way to a location, with the nearest known one; None if all keys are known."""
+    for end, part in enumerate(location):
+        above, known = location[:end], _known_keys(location[:end])
+        if isinstance(part, str) and known and part not in known:
+            prefix = "".join(f"{each}." for each in above)
+            inside = [f"{section}.{part}" for section in known if part in _known_keys([*above, section])]
+            nearest = inside or [f"{prefix}{key}" for key in difflib.get_close_matches(part, known, n=1, cutoff=0.5)]
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
+            return f"`{prefix}{part}` is not a known key; {hint}"
+    return None
 
 
 def _known_keys(location: list[str | int]) -> list[str]:
-    """Return the fields of the section that a location leads to."""
-    section: type[BaseModel] = RunConfig
+    """Return the fields of the section at a location; none if it is no section."""
+    section: type[BaseModel] | None = RunConfig
     for part in (part for part in location if isinstance(part, str)):
-        section = _section_of(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+        section = _section_of(section.model_fields[part].annotation) if section else None
+    return list(section.model_fields) if section else []
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

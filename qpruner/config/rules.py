@@ -1,7 +1,7 @@
-"""What goes with what in a configuration: keys that cannot stand together, and keys without effect beside others.
+"""Rules between keys of a configuration: keys that exclude each other, and keys without effect.
 
-A rule yields a sentence with the key, the value, the rule and the remedy. It is checked with the fields of its section,
-so that every problem of a file is reported at once. Keys without effect are warnings.
+A rule yields a sentence with the key, the value, the rule and the remedy. It runs when pydantic validates its section,
+so that all problems of a file are reported at once. A key without effect gives a warning.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from qpruner.config.pruning import REDUCING
 from qpruner.config.section import Idle
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
-"""Keys of `prune` that need units inside blocks."""
+"""Keys of `prune` that apply to units inside blocks only."""
 OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "patience", "pareto", "confirm")
-"""Keys of `search` about several trials."""
+"""Keys of `search` that apply only if several plans are tried."""
 
 
 def take_out(*keys: str) -> str:
-    """Say how to remove a key, or one of several, from a file that is only overridden, too."""
+    """Say how to remove a key, or one of several keys, in the file or on the command line."""
     options = " or ".join(f"`--set {key}=`" for key in keys)
     return f"take {'it' if len(keys) == 1 else 'one'} out (on the command line {options})"
 
 
-# ---- what cannot stand together
+# ---- keys that exclude each other
 
 
 def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
@@ -36,9 +36,9 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     if len(set(units)) < len(units):
         yield f"`units` names a kind twice: {list(units)}; name each once"
     if {"expert", "mlp"} <= set(units):
-        yield "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert"
+        yield "`units` may name `expert` or `mlp`, not both: cut whole experts, or channels of every expert"
     if by_rate and prune.drops_blocks:
-        yield "`layer_rate` is about units inside blocks: take `block` out of `units`"
+        yield "`layer_rate` applies to units inside blocks only: take `block` out of `units`"
     for key, needs in (("layer_rate", by_rate), ("uniform", prune.uniform)):
         if needs and prune.selection == "global":
             yield f"`{key}` needs `selection: per_layer`, its default; got global: {take_out('prune.selection')}"
@@ -77,7 +77,7 @@ def _sensitivity_rules(sensitivity: schema.SensitivityConfig) -> Iterator[str]:
 
 def _resources_rules(resources: schema.ResourcesConfig) -> Iterator[str]:
     if resources.gpu is not None and resources.gpu > 1 and resources.gpu != int(resources.gpu):
-        yield f"`gpu` must be a share of one GPU or a whole number of them, got {resources.gpu:g}"
+        yield f"`gpu` must be a share of one GPU, such as 0.5, or a whole number, got {resources.gpu:g}"
 
 
 def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
@@ -109,12 +109,12 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
         yield (
             f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "
             f"`sensitivity.methods`, got {list(run.sensitivity.methods)}, and two bit-widths or more in "
-            f"`quantize.bits`, got {list(bits)}; a file of that name is `./{method}`"
+            f"`quantize.bits`, got {list(bits)}; to name a file with that name, write `./{method}`"
         )
     if seen := sorted(set(run.search.tasks) & set(run.evaluate.tasks)):
         yield (
             f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
-            "must be on tasks the search never saw"
+            "must use tasks that the search has not seen"
         )
     workers, asked = run.finetune.num_workers, run.search.resources_per_trial
     if training.batch_size % (workers * training.micro_batch_size):
@@ -127,12 +127,12 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     if workers > 1 and gpus > 1:
         yield (
             f"`finetune.num_workers` above 1 needs workers with one GPU each, got {workers} with "
-            f"`search.resources_per_trial.gpu` {gpus:g}: a model is spread over several GPUs, or shared among "
-            "workers, not both"
+            f"`search.resources_per_trial.gpu` {gpus:g}: a fine-tune spreads its model over several GPUs, or "
+            "shares its batches among workers, not both"
         )
 
 
-# ---- what has no effect
+# ---- keys without effect
 
 
 def _idle_in_calibration(calibration: schema.CalibrationConfig) -> tuple[Idle, ...]:
@@ -153,7 +153,7 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
         (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
-        (not prune.drops_blocks, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
+        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share", "depth_importance")),
         (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
         (prune.importance != "taylor", importance, ("order",)),
         (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),
@@ -196,10 +196,10 @@ def _idle_in_finetune(finetune: schema.FinetuneConfig) -> tuple[Idle, ...]:
 
 
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
-    """Name keys, `section.key`, that have no effect beside those of another section.
+    """Return the keys, as `section.key`, that have no effect because of another section.
 
-    `search.plan` is no reason: `--plan` takes a plan for a file that was written for a search.
-    `calibration.num_sensitivity_samples` always has an effect: only runs of the same rows are compared as pairs.
+    `search.plan` makes no key a warning, because `--plan` is for files that were written for a search.
+    `calibration.num_sensitivity_samples` always has an effect: only runs with the same rows are compared in pairs.
     """
     only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)

@@ -1,6 +1,6 @@
-"""The fields of a run's configuration: frozen pydantic models, one a section of the YAML file.
+"""The fields of a run's configuration: a frozen pydantic model for each section of the YAML file.
 
-What goes with what is in `qpruner.config.rules`, reading and overriding in `qpruner.config.load`. The docstring of a
+Rules between keys are in `qpruner.config.rules`, loading and overrides in `qpruner.config.load`. The docstring of a
 field is its text in `docs/configuration.md` and in the JSON schema (`qpruner schema`).
 """
 
@@ -20,9 +20,10 @@ from qpruner.config.section import Section
 
 Bits = Literal[4, 8, 16]
 AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
-"""lm-eval's metrics that give one number between 0 and 1 a question, the preferred first."""
+"""Metrics of lm-eval that give each question a number between 0 and 1, in order of preference."""
 HUB_ID = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$")
 HubId = Annotated[str, Field(pattern=HUB_ID)]
+LICENSE_ID = r"^[a-z0-9][a-z0-9.+-]*$"
 
 
 class ModelConfig(Section):
@@ -35,38 +36,37 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the unquantized weights."""
     device_map: Literal["single", "auto"] = "single"
-    """Where the dense model lies while it is pruned: on one device, or spread over all GPUs by accelerate."""
+    """Where the dense model is placed for pruning: on one device, or spread over all GPUs by accelerate."""
     trust_remote_code: bool = False
-    """Run Python code that a hub model brings along. Off unless you trust its author."""
+    """Run Python code from the repository of a hub model; only for authors whom you trust."""
 
 
 class DataConfig(Section):
-    """Training, validation and confirmation rows; test rows are the tasks under `evaluate`."""
+    """Training, validation and confirmation rows; the final test uses the tasks under `evaluate`."""
 
     train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows to fine-tune on."""
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that score a trial."""
+    """Rows on which trials are scored."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that no trial is scored on: the first, third, ... choose among the best trials, the others judge the
-    winner."""
+    """Rows on which no trial is scored: odd ones choose among the best trials, even ones judge the winner."""
     template: Literal["alpaca", "chat"] = "alpaca"
     """How instruction rows are written: the Alpaca prompt, or the tokenizer's own chat template."""
     max_length: Annotated[int, Field(ge=8)] = 256
-    """Tokens of a row at most; longer ones lose their ends."""
+    """Maximum tokens of a row; the end of a longer row is cut off."""
     response_only: bool = True
-    """Count the loss on the response only."""
+    """Compute the loss on the response only."""
     packing: bool = False
-    """Concatenate rows to full length instead of padding."""
+    """Join rows to samples of `max_length` tokens instead of padding them."""
 
 
 class BudgetConfig(Section):
-    """The bytes a plan may take; exactly one of the keys."""
+    """The size that a plan may have; give exactly one key."""
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """0 is every group at its lowest bits, 1 every group at its highest."""
+    """0: the size with every group at the lowest bits; 1: with every group at the highest; or a share between."""
     mean_bits: float | None = None
-    """Mean bits per grouped weight."""
+    """Mean bits per weight, over the weights of all groups."""
     gib: Annotated[float, Field(gt=0)] | None = None
     """Gibibytes of the whole model, adapters included."""
     bytes: Positive | None = None
@@ -74,21 +74,21 @@ class BudgetConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """Mixed precision."""
+    """Mixed-precision quantization."""
 
     group: Literal["block", "sublayer", "projection"] = "block"
-    """What gets one bit-width."""
+    """The part of the model that gets one bit-width."""
     bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (4, 8)
-    """Bit-widths a group may take: 4 (NF4), 8 (LLM.int8), 16 (unquantized). With a single one nothing is measured or
+    """Bit-widths to choose from: 4 (NF4), 8 (LLM.int8), 16 (unquantized). With a single one, nothing is measured or
     searched, and one trial is run."""
     double_quant: bool = False
     """Quantize the 4-bit scales too."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
-    """The bytes a plan may take."""
+    """The size that a plan may have."""
 
 
 class LoraConfig(Section):
-    """The adapters."""
+    """The LoRA adapters."""
 
     rank: Positive = 8
     """Rank of each adapter."""
@@ -97,24 +97,24 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout before each adapter."""
     init: Literal["loftq", "plain"] = "loftq"
-    """Start from the quantization error (LoftQ), or from zero."""
+    """Start adapters from the quantization error (LoftQ), or from zero."""
     loftq_iterations: Positive = 1
-    """Alternations of quantization and SVD."""
+    """How often LoftQ alternates quantization and SVD."""
     svd: Literal["exact", "randomized"] = "randomized"
     """Randomized SVD is many times faster and loses little at these ranks."""
 
 
 class TrainingConfig(Section):
-    """One optimizer setting for trials and the final fine-tune."""
+    """Optimizer settings for trials and the final fine-tune."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate (AdamW, warm-up, cosine)."""
     batch_size: Positive = 64
-    """Rows an optimizer step sees."""
+    """Rows per optimizer step."""
     micro_batch_size: Positive = 4
-    """Rows a forward pass sees; the rest is gradient accumulation."""
+    """Rows per forward pass; gradients are accumulated over the batch."""
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Share of the steps that warms up."""
+    """Share of the steps in which the learning rate warms up."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -127,89 +127,88 @@ SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "seco
 INFORMATION = ("mutual_information",)
 EXPANSION = ("first_order", "fisher", "second_order")
 MEASUREMENT = ("kl", "loss")
-"""Methods by the passes over the rows that they need."""
+"""The constants above group the sensitivity methods by the passes over the rows that they need."""
 
 
 class SensitivityConfig(Section):
-    """How much each group suffers at fewer bits: seeds of the search, and what a searcher expects beforehand."""
+    """How much each group suffers at fewer bits; gives the search seed plans and a prior for the searcher."""
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
-    """What is measured, each giving a seed plan: mutual information with the prediction (the paper's), gradient times
-    quantization error, Fisher-weighted squared error, the sum of these two, and the change of the predictions (KL) or
-    of the loss with one group quantized."""
+    """Methods to measure; each gives a seed plan: mutual information with the prediction (as in the paper), gradient
+    times quantization error, Fisher-weighted squared error, the sum of these two, and the change of the predictions
+    (KL) or of the loss if one group is quantized."""
     batch_size: Positive = 4
-    """Samples of a pass. Scores do not depend on it, up to rounding; memory grows with it."""
+    """Samples per pass. Scores do not depend on it, except for rounding; memory grows with it."""
     num_measured_samples: Positive = 32
-    """KL and loss: samples, at most. They cost a pass through half the model for every group, bit-width and sample."""
+    """KL and loss: maximum samples. Each costs half a forward pass for every group and bit-width."""
     num_components: Positive = 4
-    """Mutual information: leading principal components kept of a group's output."""
+    """Mutual information: number of principal components to keep of the output of a group."""
     num_neighbors: Positive = 3
     """Mutual information: k of the nearest-neighbour estimator."""
     num_shuffles: Positive = 5
-    """Mutual information: shuffled-label baselines that are averaged and subtracted."""
+    """Mutual information: number of baselines with shuffled labels, whose mean is subtracted."""
     max_positions: Annotated[int, Field(ge=32)] = 512
-    """Mutual information: predicted positions used, at most; drawn from all samples."""
+    """Mutual information: maximum predicted positions, drawn from all samples."""
 
 
 class ResourcesConfig(Section):
-    """What Ray reserves for one trial."""
+    """Resources that Ray reserves for one trial."""
 
     cpu: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores."""
     gpu: Annotated[float, Field(ge=0)] | None = None
-    """A share of a GPU, one, or several that the trial's model is spread over; null takes one where there are GPUs."""
+    """A share of a GPU, one GPU, or several over which the model is spread; null takes one if there are GPUs."""
 
 
 class SearchConfig(Section):
-    """The precision search."""
+    """The search for the best plan."""
 
     searcher: Literal["gp", "hyperopt", "bayesopt", "random"] = "gp"
-    """gp is a Gaussian process over plans (BoTorch), hyperopt is TPE and bayesopt bayesian-optimization, both through
-    Ray's searchers; random is the control."""
+    """gp is a Gaussian process over plans (BoTorch). hyperopt (TPE) and bayesopt (bayesian-optimization) run through
+    Ray's searchers. random is the control."""
     max_trials: Positive = 16
     """The search ends after this many trials, uniform and seed plans included."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """It ends after this many hours of searching, interrupted sessions included; trials in flight finish."""
+    """The search ends after this many hours, interrupted sessions included; running trials finish."""
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """It ends after its trials have held GPUs for this many hours; trials in flight finish."""
+    """The search ends after its trials have held GPUs for this many hours; running trials finish."""
     patience: Positive | None = None
-    """It ends after this many proposals in a row whose expected improvement is below the noise of a score. Needs
+    """The search ends after this many proposals in a row that expect less improvement than the noise of a score. Needs
     `searcher: gp` and no `pareto`."""
     plan: Named | None = None
-    """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or the name of a sensitivity, whose
-    seed plan is taken. Also `--plan`."""
+    """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
+    `sensitivity.methods` for its seed plan. `--plan` sets it too."""
     pareto: bool = False
-    """Look for the front of `metric` against bytes instead of the one best plan inside the budget."""
+    """Search for the Pareto front of `metric` and bytes instead of one best plan inside the budget."""
     reuse_trials: bool = True
-    """Start from the trials that a search with another budget or searcher left in this run."""
+    """Start from the trials of an earlier search in this run folder, with another budget or searcher."""
     max_concurrent: Positive | None = None
-    """Trials in flight; null takes as many as fit on the machines there are and on those an autoscaler may start."""
+    """Maximum trials at once; null: as many as fit on the cluster, including machines an autoscaler may start."""
     steps: Positive = 16
-    """Optimizer steps of a full trial: the last rung."""
+    """Optimizer steps of a full trial; the last rung."""
     first_rung: Positive = 4
     """Steps before ASHA may stop a trial for the first time."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """ASHA keeps one in this many at each rung."""
+    """ASHA keeps one in this many trials at each rung."""
     metric: Literal["loss", "accuracy", AccuracyMetric] = "loss"
-    """Validation loss, or the mean over `tasks` of a metric that each of them reports; `accuracy` takes a task's
-    acc_norm, else acc, else exact_match. The winner is chosen by the same on fresh rows or questions."""
+    """Validation loss, or the mean over `tasks` of a metric that each task reports; `accuracy` takes a task's acc_norm,
+    else acc, else exact_match. The same metric on fresh rows or questions chooses the winner."""
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
-    """Questions a task, at most. Every `metric` but the loss needs it: as many after these choose the winner."""
+    """Maximum questions per task. Every `metric` but the loss needs it: as many further ones choose the winner."""
     confirm: Positive = 3
-    """Best trials that are scored again on fresh rows, beside the controls; with `pareto` at least the whole front."""
+    """Number of best trials to score again on fresh rows, beside the controls; with `pareto` the whole front too."""
     resources_per_trial: ResourcesConfig | None = None
-    """null takes one GPU where there are GPUs and one CPU core where there are none."""
+    """null takes one GPU if there are GPUs, else one CPU core."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """A trial without progress for this long (no forward pass, nothing loaded) is killed and recorded as hung."""
     retry_out_of_memory: bool = True
-    """Repeat a trial that runs out of memory with half the micro-batch and twice the accumulation, down to one row,
-    which is the same math; else its plan is infeasible."""
+    """Repeat a trial that runs out of memory with smaller micro-batches before its plan counts as infeasible."""
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Steps at which a trial is scored: first_rung times powers of the factor, and the last step."""
+        """Steps at which trials are scored: `first_rung` times powers of `reduction_factor`, and the last step."""
         rungs, step = [], self.first_rung
         while step < self.steps:
             rungs.append(step)
@@ -218,27 +217,27 @@ class SearchConfig(Section):
 
     @property
     def plan_method(self) -> str | None:
-        """The sensitivity whose seed plan is taken; None where `plan` names none."""
+        """The sensitivity method whose seed plan is used; None if `plan` names no method."""
         return self.plan if self.plan in get_args(SensitivityMethod) else None
 
     @property
     def plan_file(self) -> Path | None:
-        """The file whose plan is taken; None where `plan` names none."""
+        """The file with the plan to use; None if `plan` names no file."""
         return Path(self.plan) if self.plan and not self.plan_method else None
 
     @property
     def num_questions(self) -> int | None:
-        """Questions of each task that the search looks at: those of the trials and those that choose the winner."""
+        """Questions per task that the search uses, to score trials and to choose the winner."""
         return self.limit * 2 if self.by_accuracy and self.limit else self.limit
 
     @property
     def by_accuracy(self) -> bool:
-        """Whether trials are compared by an accuracy, not by the loss."""
+        """Whether trials are compared by accuracy instead of loss."""
         return self.metric != "loss"
 
     @property
     def named_metric(self) -> str | None:
-        """The lm-eval metric that `metric` names; None where each task's preferred one counts."""
+        """The lm-eval metric that `metric` names; None for the loss, and for `accuracy`, which depends on the task."""
         return None if self.metric in ("loss", "accuracy") else self.metric
 
 
@@ -252,57 +251,56 @@ class FinetuneConfig(Section):
     save_steps: Positive = 50
     """Steps between checkpoints."""
     compare: bool = False
-    """After the winner's report give base, pruned, uniform, seed and random plans the same fine-tune, for the final
-    table and its claim. `--set finetune.compare=true` adds this to a finished run."""
+    """After the report on the winner, give base, pruned, uniform, seed and random plans the same fine-tune, for the
+    final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
-    """Workers, each with a GPU or cores of its own, that share every batch of a fine-tune through Ray Train. The losses
-    are those of one worker."""
+    """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) of the searched, the best seed and the random plans,
-    counted from `seed` + 1. One leaves a claim about one training seed."""
+    """With `compare`: training seeds (data order and dropout) for the searched plan, the best seed plan and the random
+    plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
     random_plans: Annotated[int, Field(ge=0)] = 3
-    """With `compare`: random plans of equal bytes, each under all `seeds`. The claim needs several."""
+    """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
     seed_rows: Literal["best", "all"] = "best"
-    """With `compare`: which sensitivities' seed plans are rows: the best on fresh rows, under all `seeds`, and mutual
-    information's under the first; or every other's under the first, too."""
+    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows under all `seeds`, and that of
+    mutual information under the first. `all`: also every other one under the first."""
 
 
 class EvaluateConfig(Section):
-    """The final measurement, on tasks the search never saw."""
+    """The final measurement, on tasks that the search has not seen."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """lm-eval tasks."""
     include_path: str | None = None
-    """A folder of further lm-eval task files (also `package:NAME/FOLDER`); they serve `search.tasks` too."""
+    """A folder with further lm-eval task files (also `package:NAME/FOLDER`), for `search.tasks` too."""
     limit: Positive | None = None
-    """Questions a task, at most."""
+    """Maximum questions per task."""
     num_fewshot: Annotated[int, Field(ge=0)] = 0
     """Worked examples before each question."""
     batch_size: Positive = 16
-    """Requests a forward pass answers."""
+    """Requests per forward pass."""
     text: Annotated[tuple[DataSource, ...], Field(min_length=1)] | None = None
     """Held-out text (`format: text`) for the table's perplexity, in windows of `data.max_length` tokens. Null takes the
-    responses of the confirmation rows that chose nothing, none if multiple-choice."""
+    responses of the confirmation rows that judge the winner; none if they are multiple-choice."""
 
 
 class CardConfig(Section):
-    """What `final/README.md`, the final model's card, states; nothing is computed from it."""
+    """Facts for the card of the final model, `final/README.md`; nothing is computed from them."""
 
     base_model: HubId | None = None
-    """Hub id of the base model; null takes `model.source` where that is one."""
-    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = None
+    """Hub id of the base model; null takes `model.source` if it is a hub id."""
+    license: Annotated[str, Field(pattern=LICENSE_ID)] | None = None
     """The hub's identifier of the final model's licence, such as apache-2.0; null takes the base model's."""
     datasets: tuple[HubId, ...] | None = None
-    """Hub ids of the training data; null takes those that `data.train` names, `[]` states that there are none."""
+    """Hub ids of the training data; null takes the hub ids in `data.train`, `[]` states that there are none."""
 
 
 class RunConfig(Section):
-    """Everything a run needs."""
+    """The configuration of a run."""
 
     output: Named
     """The run folder, or `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`; credentials come from the environment."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds sampling, adapters, data order and the searcher alike."""
+    """Seed of sampling, adapters, data order and the searcher."""
     model: ModelConfig
     data: DataConfig
     calibration: CalibrationConfig = CalibrationConfig()
@@ -316,27 +314,27 @@ class RunConfig(Section):
     evaluate: EvaluateConfig
     card: CardConfig = CardConfig()
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Where every trial and fine-tune is logged beside TensorBoard. Places and keys come from the trackers' own
+    """Where every trial and fine-tune is logged besides TensorBoard. Places and keys come from the trackers' own
     environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
 
     @property
     def measured_methods(self) -> tuple[str, ...]:
-        """Sensitivities that are measured: none where groups have one bit-width to choose from."""
+        """Sensitivity methods that are measured; none if `quantize.bits` has a single bit-width."""
         return self.sensitivity.methods if len(self.quantize.bits) > 1 else ()
 
     @property
     def is_searched(self) -> bool:
-        """Whether plans are searched: none is given, and there are bit-widths to choose from."""
+        """Whether plans are searched: no plan is given, and there are several bit-widths."""
         return self.search.plan is None and len(self.quantize.bits) > 1
 
     @property
     def num_trials(self) -> int:
-        """Trials that end the search; one where nothing is searched."""
+        """Number of trials after which the search ends; one if nothing is searched."""
         return self.search.max_trials if self.is_searched else 1
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Every key that is set and has no effect beside another, in a sentence each."""
+        """A sentence for every key that is set without effect."""
         found = self.ignored()
         for name, section in self:
             for key, reason in section.ignored().items() if isinstance(section, Section) else ():

@@ -9,24 +9,24 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 Idle = tuple[bool, str, tuple[str, ...]]
-"""Whether some keys have no effect, why, and which keys."""
+"""Whether a reason applies, the reason, and the keys that have no effect because of it."""
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no infinities, no `yes` for a 1."""
+    """Base of every section: frozen; refuses unknown keys, infinities, and booleans in place of other values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     rules: ClassVar[Callable[[Any], Iterable[str]]] = lambda _: ()
-    """Yields what keys of the section break together; `qpruner.config.rules` sets it."""
+    """Yields a message for each broken rule between keys; `qpruner.config.rules` sets it."""
     idle_keys: ClassVar[Callable[[Any], tuple[Idle, ...]]] = lambda _: ()
-    """Returns which keys have no effect beside others; `qpruner.config.rules` sets it."""
+    """Returns the possible reasons for keys without effect; `qpruner.config.rules` sets it."""
 
     def is_set(self, key: str) -> bool:
         """Return whether a key differs from its default."""
         return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     def ignored(self) -> dict[str, str]:
-        """Return the keys that are set and have no effect, each with the first reason."""
+        """Return the keys that are set without effect, each with the first reason."""
         found: dict[str, str] = {}
         for is_idle, reason, keys in type(self).idle_keys(self):
             for key in keys if is_idle else ():
@@ -35,7 +35,7 @@ class Section(BaseModel):
         return found
 
     def in_effect(self) -> Self:
-        """Return the section with defaults in place of keys that have no effect."""
+        """Return the section with the defaults of all keys that have no effect."""
         return self.model_copy(update={key: type(self).model_fields[key].default for key in self.ignored()})
 
     @field_validator("*", mode="before")

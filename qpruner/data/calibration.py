@@ -227,7 +227,7 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without padding."""
+    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without padding tokens."""
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:

@@ -83,7 +83,7 @@ def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) 
 
 @contextmanager
 def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Make the head compute only logits whose next token has a label: ``(positions, vocabulary)``, not per sample."""
+    """Make the head run only at positions whose next token has a label; logits are ``(positions, vocabulary)``."""
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])
@@ -94,7 +94,7 @@ def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:
-    """Return True at each position whose next token has a label, bool ``(batch, seq)``."""
+    """Return a mask of the positions whose next token has a label, bool ``(batch, seq)``."""
     return torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
 
 

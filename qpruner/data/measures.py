@@ -52,7 +52,7 @@ def averaged(models: Sequence[Answers]) -> list[list[float]]:
 
 
 def student_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of the 95 % confidence interval (Student's t) for the mean behind the sample `values`."""
+    """Compute half the width of the 95 % confidence interval (Student's t) for the true mean of a sample."""
     return _student(values) / math.sqrt(len(values))
 
 

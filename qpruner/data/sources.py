@@ -95,7 +95,7 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
         if suffix in BUILDERS:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
-            raise UserError(f"`{key}.source`: {path} is no data file; give a {', '.join(BUILDERS)} file or a hub id")
+            raise UserError(f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or a hub id")
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:
@@ -167,14 +167,14 @@ def _check_table(path: Path, separator: str) -> list[str]:
 
 
 def _line_without_row(path: Path) -> str | None:
-    """Describe the first line of a file that is no JSON object: `datasets` reports wrong line numbers."""
+    """Describe the first line that is not a JSON object, because `datasets` reports wrong line numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is no JSON object"
+                    return f"line {number} is not a JSON object"
             except ValueError as error:  # includes text that is not UTF-8
-                return f"line {number} is no JSON: {error}"
+                return f"line {number} is not JSON: {error}"
     return None
 
 

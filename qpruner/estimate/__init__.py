@@ -1,4 +1,4 @@
-"""Estimate what a run will take before it is paid for: memory by part, and hours by stage where steps were timed.
+"""Estimate the memory of a run by part and, if steps were timed, its hours by stage.
 
 No weight of the model is loaded here.
 """
@@ -24,7 +24,7 @@ def facts(
     done: Mapping[str, float],
     gpus: float | None,
 ) -> dict[str, Any]:
-    """Return every figure as plain data; no hours without rates, and slot hours instead of GPU hours without GPUs."""
+    """Return all estimates as plain data; hours only with rates, as GPU hours or, without GPUs, as slot hours."""
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -42,7 +42,7 @@ def facts(
 def _hours(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float], gpus: float | None
 ) -> dict[str, Any]:
-    """Return the GPU hours or slot hours of each stage, and those of the clock (`wall`)."""
+    """Return the GPU hours or slot hours of each stage, and the elapsed hours of the run (`wall`)."""
     held = 1.0 if gpus is None else gpus
     rates = rates.on(held)
     stages = slot_hours(config, inspection, rates)
@@ -61,7 +61,7 @@ def _hours(
 
 
 def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], memory_of.Memory]]:
-    """Map each kind of work whose memory is counted to its counter."""
+    """Return the function that estimates the memory of each kind of work."""
     counters = {"trial, training": memory_of.training_memory, "trial, scoring": memory_of.scoring_memory}
     counters["prune"] = memory_of.prune_memory
     if config.measured_methods:
@@ -72,7 +72,7 @@ def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], m
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:
-    """Render the memory as lines: the total of each kind of work, then its parts, the largest first."""
+    """Format the memory as lines: the total of each kind of work, then its parts, the largest first."""
     free, trials = found["memory_free"], found["trials_sharing_memory"]
     beside = f" with {trials} trials or fine-tunes at once" if trials > 1 else ""
     here = "" if free is None else f"; {_amount(free)} free here"
@@ -85,7 +85,7 @@ def memory_text(found: Mapping[str, Any]) -> list[str]:
 
 
 def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
-    """Render the hours as lines: their sum, each stage, and what was timed."""
+    """Format the hours as lines: the totals, each stage, and the timed steps."""
     time, done = found["hours"], {name: share for name, share in found["share_done"].items() if share}
     recorded = [f"done:        {', '.join(f'{name} {share:.0%}' for name, share in done.items())}"] if done else []
     if time is None:
@@ -102,8 +102,8 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time{left}",
         *stages,
         f"    {time['rates']}",
-        f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
-        "loading and saving come on top, with a model as small as the demo's up to as much again",
+        f"    assumed: {CHARACTERS_A_TOKEN} characters per token, {CHOICES} answers per question; starts of processes, "
+        "loading and saving are not included, and may double the time of a model as small as the demo's",
     ]
 
 

@@ -1,7 +1,7 @@
-"""Estimate the hours of each stage: operations counted from the shapes, over the speed of timed steps.
+"""Estimate the hours of each stage: its operations, counted from the shapes, divided by the speed of timed steps.
 
-Operations (Kaplan et al., arXiv 2001.08361, section 2.1): 2 per weight and token forward, 2 backward to the inputs and
-2 to the weights. Adapters leave the latter out; gradient checkpointing adds a forward pass.
+Operations per weight and token (Kaplan et al., arXiv 2001.08361, section 2.1): 2 in the forward pass, 2 for gradients
+of inputs and 2 for gradients of weights. Adapters need no gradients of weights; checkpointing adds a forward pass.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from qpruner.plans.plan import FULL_BITS, Layout
 
 T = TypeVar("T")
 CHOICES = 4
-"""Answers that a question of a task is asked with."""
+"""Assumed number of answers to choose from in each question of a task."""
 UNTUNED = 3
-"""Models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
+"""Number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of one slot, by kind of work, and what was timed."""
+    """Operations per second of one slot, by kind of work; `origin` says what was timed."""
 
     training: float
     scoring: float
@@ -43,7 +43,7 @@ class Rates:
     origin: str
 
     def on(self, gpus: float) -> Rates:
-        """Scale to a slot that holds a share of a GPU; several GPUs do not make a trial faster."""
+        """Return the rates of a slot with this many GPUs or share of one; more than one makes a trial no faster."""
         if gpus >= 1:
             return self
         origin = f"{self.origin}, {gpus:g} of a GPU a slot"
@@ -51,7 +51,7 @@ class Rates:
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, where: str) -> Rates:
-    """Time a micro-batch and the packing of a layer here, with as many groups at high bits as the budget allows."""
+    """Time a micro-batch and the packing of a layer on this machine, with as many high bits as the budget allows."""
     count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
@@ -69,13 +69,13 @@ def measured_rates(config: RunConfig, inspection: Inspection, threads: int, wher
 
 
 def multiply_adds(layout: Layout, model_config: Any) -> int:
-    """Count the weights that every token is multiplied with: all but an embedding table that is not the head too."""
+    """Count the multiply-adds per token: one for each weight, except embeddings that are not also the head."""
     embeddings = int(model_config.vocab_size) * int(model_config.hidden_size)
     return layout.num_parameters - (0 if model_config.tie_word_embeddings else embeddings)
 
 
 def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
-    """Estimate the hours of one slot by stage, without starts of processes, loading and saving."""
+    """Estimate the hours of each stage on one slot, without starts of processes, loading and saving."""
     count, steps = _Count(config, inspection), expected_steps(config)[0]
     scores = count.split("validation") + count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) / rates.training + scores / rates.scoring
@@ -93,7 +93,7 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
 
 
 def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpus: bool) -> dict[str, int]:
-    """Return how many of the slots each stage's jobs are shared among."""
+    """Return the number of slots that work on each stage at once."""
     workers = config.finetune.num_workers
     measures = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
     sharing = {
@@ -109,15 +109,15 @@ def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpu
 
 
 def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
-    """Keep what is of a stage that the configuration wants, by its name, in the order of the flow."""
+    """Keep the stages that the configuration needs, by name, in the order of the flow."""
     return {stage.name: by_stage[stage] for stage in STAGES if stage in by_stage and stage.is_wanted(config)}
 
 
 def expected_steps(config: RunConfig) -> tuple[float, float]:
-    """Estimate the optimizer steps, and the rungs reached, of all trials of a search.
+    """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one in `reduction_factor` at each rung, controls run to the end. A trial that is first at a rung is never
-    stopped there, so a small search takes more.
+    ASHA keeps one trial in `reduction_factor` at each rung; controls run to the end. The first trial at a rung always
+    continues, so a small search takes more steps than this.
     """
     search = config.search
     controls = min(config.num_trials, max(1, len(config.quantize.bits) - 1 + len(config.measured_methods)))
@@ -129,15 +129,15 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 
 
 def num_compared(config: RunConfig) -> int:
-    """Count the fine-tunes that `finetune.compare` adds to the winner's first.
+    """Count the fine-tunes that `finetune.compare` adds to the first fine-tune of the winner.
 
-    They are those of the other rows, and of the winner under further training seeds. Rows of one plan share theirs.
-    Without a search only one trial is confirmed, so no seed is the best, and the winner is its own row.
+    They are for the other rows of the table, and for the winner under further training seeds. Rows with the same plan
+    share a fine-tune. Without a search there is no best seed plan, and the winner may be a uniform or seed row itself.
     """
     methods, settings, bits = config.measured_methods, config.finetune, config.quantize.bits
     has_best = bool(methods) and config.is_searched
     shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
-    # `all`: every method but the best
+    # With `all` the best seed plan is not counted here but under all `seeds` below.
     seed_rows = len(shown) - (has_best and settings.seed_rows == "all")
     is_own_row = len(bits) == 1 or config.search.plan_method in shown
     once = 2 + sum(each != FULL_BITS for each in bits) + seed_rows - is_own_row
@@ -146,7 +146,7 @@ def num_compared(config: RunConfig) -> int:
 
 
 class _Count:
-    """Counts the operations of each kind of work."""
+    """Counts the operations of a run, by kind of work."""
 
     def __init__(self, config: RunConfig, inspection: Inspection) -> None:
         self._config, self._inspection = config, inspection
@@ -164,11 +164,11 @@ class _Count:
         return sum(about_labelled(row, self._config.data) for row in rows) / sum(self._lengths[name])
 
     def weights_a_token(self, name: str) -> float:
-        """Count the weights that a token is multiplied with on average: the head's where it has a label."""
+        """Return the mean multiply-adds per token; the head runs only at tokens with a label."""
         return self._pruned - (1 - self.share_labelled(name)) * self._head
 
     def training(self, steps: float) -> float:
-        """Count optimizer steps, padding included."""
+        """Count the operations of optimizer steps, padding included."""
         training, lengths = self._config.training, self._lengths["train"]
         mean, padding = sum(lengths) / len(lengths), 0.0
         if self._config.data.packing:
@@ -184,14 +184,14 @@ class _Count:
         return settings.steps or (settings.epochs or 0) * math.ceil(len(self._lengths["train"]) / batch)
 
     def split(self, name: str) -> float:
-        # A forward pass; rows of like length go together, so there is no padding.
+        # A forward pass. Rows of similar length share a batch, so there is hardly any padding.
         return 2 * self.weights_a_token(name) * sum(self._lengths[name])
 
     def search_scores(self) -> float:
-        """Count validation at every rung, and the finalists on fresh rows."""
+        """Count the validation at every rung, and the scores of the finalists on fresh rows."""
         search, (_, rungs) = self._config.search, expected_steps(self._config)
         rung = self.split("validation") + self._questions("search")
-        # Of a plan that is given only that: the controls beside it were scored by the search that tried them.
+        # A given plan is the only finalist to score: an earlier search has already scored the controls.
         best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
         finalists = best if self._config.is_searched else 1
         return rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
@@ -203,7 +203,7 @@ class _Count:
         return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
 
     def _cut(self, settings: PruneConfig) -> float:
-        """Count what whole blocks take, then importance and compensation for each of `prune.steps`."""
+        """Count the operations of a cut: whole blocks once, then importance and compensation in every step."""
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
@@ -225,7 +225,7 @@ class _Count:
         if methods & set(MEASUREMENT):
             measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))
             lower = len(self._config.quantize.bits) - 1 + (self._config.quantize.bits[-1] != FULL_BITS)
-            # Half a forward pass a group and level: what lies before the group is kept.
+            # Half a forward pass for each group and bit-width: outputs of the blocks before the group are kept.
             operations += measured * len(self._inspection.pruned.groups) * lower
         return operations * self._pruned
 
@@ -235,14 +235,14 @@ class _Count:
         return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each in linears)
 
     def _questions(self, section: str) -> float:
-        """Count a task section's questions; every answer is a row of its own."""
+        """Count the scoring of questions; every answer is a separate row."""
         words = self._inspection.questions.get(section, [])
         tokens = sum(len(text) for text in words) / CHARACTERS_A_TOKEN
         return 2 * self._pruned * CHOICES * (tokens + 8 * len(words)) * (1 + self._config.evaluate.num_fewshot)
 
 
 def _padded(lengths: Sequence[int], batch_size: int, rows: int) -> float:
-    """Return the mean length of rows in micro-batches, each padded to its longest; rows of a batch come by length."""
+    """Return the mean row length after padding to the longest of each micro-batch; a batch is sorted by length."""
     padded = 0
     for start in range(0, len(lengths), batch_size):
         batch = sorted(lengths[start : start + batch_size], reverse=True)

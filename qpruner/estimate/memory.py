@@ -2,13 +2,13 @@
 
 For n tokens in a forward pass (rows x length), a vocabulary of V and elements of e bytes:
 
-- An adapted layer of r rows and c columns keeps for its backward pass its input in float32 for the adapter (4 c), the
-  adapter's inner values (4 x rank), and about e (r + c) of what lies between layers; a layer without adapter the last
-  alone. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that
-  computes attention in float32 for want of bfloat16. With gradient checkpointing every block keeps its input, and one
-  block all of this. A model without adapters keeps up to `DENSE` times as much as its layers by this.
-- Logits, at the tokens that may have a label: 12 V a token. The loss is taken in float32: the loss's own copy, its
-  gradient and the gradient of the logits. Scoring holds the logits, a copy in float32 and its log-probabilities.
+- For the backward pass, an adapted layer of r rows and c columns keeps its input in float32 for the adapter (4 c), the
+  adapter's inner values (4 x rank), and about e (r + c) between layers. A layer without adapter keeps e (r + c) only.
+  Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that computes
+  attention in float32 because it lacks bfloat16. With gradient checkpointing every block keeps its input, and one block
+  keeps all of this. A model without adapters keeps up to `DENSE` times as much as this gives for its layers.
+- Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
+  the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from qpruner.sensitivity.measurement import POSITIONS
 
 LOGIT_BYTES = 12
 SCORED = ("validation", "confirmation")
-"""Splits that are scored."""
+"""Splits of rows on which trials are scored."""
 PREDICTION_BYTES = 9
-"""Of a logit that no loss is taken of, at most: itself, a copy, and what it takes to see that it is finite."""
+"""Maximum bytes per logit in a pass without a loss: the logit, a copy, and the check that it is finite."""
 DENSE = 1.5
-"""What a dense model keeps for the backward pass, of what goes into its linear layers and comes out: norms in float32
-and gates besides. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3), 1.48 (Gemma 3) and 1.53 (Phi-3) on a CPU, 2026-11."""
+"""What a dense model keeps for the backward pass, relative to the inputs and outputs of its linear layers: norms in
+float32 and gates add to it. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3), 1.48 (Gemma 3), 1.53 (Phi-3), 2026-11."""
 FLOAT32_BYTES = 4
 COMPONENT_BYTES = 32
-"""Of an output whose principal components are taken: it, its copy for LAPACK, its share of the vectors and a spare."""
+"""Bytes per output value for principal components in float64: value, copy for LAPACK, vectors and a spare copy."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one kind of work holds at its highest point, by part."""
+    """The peak memory of one kind of work, in bytes by part; `about` says what was counted."""
 
     about: str
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
+        """Sum of all parts in bytes."""
         return sum(self.parts.values())
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate a training step of a trial or of the final fine-tune: the budget's plan, rows of full length."""
-    about = "(`training.micro_batch_size`), the final fine-tune's, too"
+    """Estimate a training step of a trial or the final fine-tune, with a plan as large as the budget and full rows."""
+    about = "(`training.micro_batch_size`), in the final fine-tune too"
     return _step(config, inspection, inspection.pruned, _trial_bytes(config, inspection), about)
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the comparison: a training step of the base model, which is neither pruned nor quantized."""
+    """Estimate the comparison, whose largest step trains the base model, neither pruned nor quantized."""
     base, about = (
         inspection.base,
         f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)",
@@ -68,7 +68,7 @@ def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str) -> Memory:
-    """Count a training step of a model whose weights and adapters take so many bytes."""
+    """Estimate a training step of a model whose weights and adapters take `plan_bytes`."""
     training, hidden_size = config.training, int(inspection.model_config.hidden_size)
     rows, length = training.micro_batch_size, config.data.max_length
     labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
@@ -81,9 +81,9 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the scoring of a trial at a rung; its optimizer's state is kept meanwhile.
+    """Estimate the scoring of a trial at a rung, during which the state of its optimizer stays in memory.
 
-    Where lm-eval pads answers, the head may run at every token.
+    With tasks, lm-eval pads answers, so the head may run at every token.
     """
     layout, rows, length = inspection.pruned, config.evaluate.batch_size, config.data.max_length
     labelled = length
@@ -104,13 +104,13 @@ def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Count what training holds all the time."""
+    """Return the bytes that training holds all the time, by part."""
     size = layout.adapter_bytes
     return {"weights": plan_bytes - size, "adapters": size, "gradients": size, "optimizer": 2 * size}
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the cut: what importance or compensation holds beside the dense model."""
+    """Estimate the cut: the dense model, and the larger of importance and compensation."""
     settings = [cut.settings for cut in inspection.cuts]
     if settings[0].is_off:
         return Memory("the base model", _weights(inspection.base))
@@ -120,7 +120,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Count importance: gradients of one batch if it needs any; `mixed` by element keeps a float32 a weight."""
+    """Estimate importance: gradients of one batch, if needed; `mixed` by element also keeps a float32 per weight."""
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
@@ -133,13 +133,13 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
     length = inspection.sample_length
     tokens = calibration.batch_size * length
-    parts["gradient"] = FLOAT32_BYTES * _largest(base)  # gradients are dropped one parameter at a time
+    parts["gradient"] = FLOAT32_BYTES * _largest(base)  # only one parameter's gradient is held at a time
     parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
     return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Count the hidden states of all samples before one block, with a mask of a byte for every pair of tokens."""
+    """Estimate compensation: hidden states of all samples at one block, and masks of one byte per pair of tokens."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.samples["importance"], inspection.sample_length
     hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
@@ -150,15 +150,15 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
     if settings.compensates_by == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
-        # What is asked of the projection, the change that gives it, and its weights in float32.
+        # The output that the projection should have, the change of its weights, and its weights in float32.
         parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
     return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the sensitivities: the dense pruned model, and the most that a pass of any method takes beside it.
+    """Estimate the sensitivities: the dense pruned model, and the largest pass of any method.
 
-    The gradients of the logits are gone when the backward pass comes to the layers: the larger of the two counts.
+    The backward pass frees the gradients of the logits before it reaches the layers, so the larger of both counts.
     """
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
@@ -177,9 +177,9 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count mutual information: in a pass, and when it takes the components of a group's outputs in float64.
+    """Count the memory of mutual information in a pass, and while it computes principal components in float64.
 
-    Outputs are kept at the drawn positions, and a batch's in float32 besides; of these it has all at most.
+    The outputs at all drawn positions are kept, and those of the present batch in float32 too.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
@@ -198,10 +198,10 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
 
 
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count KL and loss: every block's output, a group at other bits, its largest layer unpacked, log-probabilities.
+    """Count the memory of KL and loss: block outputs, a quantized group, its largest layer unpacked, log-probabilities.
 
-    For V words and elements of e bytes: while the unquantized model's are made the logits (e V a position), a float32
-    copy and the log-probabilities; later those, the other weights' logits, and four copies of `POSITIONS` of them.
+    First the logits of the unquantized model, a float32 copy and the log-probabilities are held. Later it is these
+    log-probabilities, the logits with the quantized group, and four float32 copies of `POSITIONS` of its positions.
     """
     dense, config = inspection.pruned, inspection.model_config
     unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)
@@ -216,7 +216,7 @@ def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
 
 
 def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool) -> int:
-    """Count what a forward pass with adapters keeps for the backward pass."""
+    """Count the bytes that a forward pass with adapters keeps for the backward pass."""
     blocks: dict[str, list[LinearShape]] = {}  # a group's name begins with its block's, `layers.07`
     for group in layout.groups:
         blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)
@@ -227,12 +227,12 @@ def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, c
 
 
 def logit_bytes(inspection: Inspection, tokens: int) -> int:
-    """Count the logits and the gradients of the loss."""
+    """Count the bytes of the logits and of their gradients in a training step."""
     return LOGIT_BYTES * tokens * int(inspection.model_config.vocab_size)
 
 
 def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank: int | None) -> int:
-    """Count what layers keep for the backward pass; without a rank they have no adapter."""
+    """Count the bytes that layers keep for the backward pass; without a rank they have no adapters."""
     adapter = 0 if rank is None else FLOAT32_BYTES
     return tokens * sum(
         element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0)) for linear in linears
@@ -240,7 +240,7 @@ def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank:
 
 
 def _kept_dense(dense: Layout, tokens: int) -> int:
-    """Count what a model without adapters keeps for the backward pass."""
+    """Count the bytes that a model without adapters keeps for the backward pass."""
     return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups))
 
 
@@ -249,10 +249,10 @@ def _weights(dense: Layout) -> dict[str, int]:
 
 
 def _largest(layout: Layout) -> int:
-    """Count the weights of the largest layer."""
+    """Return the number of weights of the largest layer."""
     return max(linear.num_weights for group in layout.groups for linear in group.linears)
 
 
 def _widest(layout: Layout, tokens: int) -> int:
-    """Count what a forward pass holds at once: the inputs and outputs of the widest group's layers."""
+    """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest group's layers."""
     return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups)

@@ -1,7 +1,7 @@
-"""Time a few real steps on this device: training, scoring and packing of the model's own shapes.
+"""Time a few real steps of training, scoring and packing on this device, with the shapes of the model.
 
-The blocks have random weights, packed as the plans' are, and adapters; embeddings and head are whole. A model of one
-block and one of five tell what a block costs and what the rest does; no weight of the model is read.
+The timed blocks have adapters and packed random weights; embeddings and head have full size. The times of a model of
+one block and of a model of five blocks give the time of a block and of the rest. No weight of the model is read.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from qpruner.quantization.bank import build_entry
 from qpruner.quantization.mixed import pack, packed_layer
 
 FEW, MORE = 1, 5
-"""Blocks of the two models."""
+"""Numbers of blocks of the two timed models."""
 REPEATS = 3
 LARGEST = 1024
-"""Rows and columns, at most, of the layer whose packing is timed."""
+"""Maximum rows and columns of the layer whose packing is timed."""
 SVD_OPERATIONS = 150
-"""Operations a weight, for packing and a randomized SVD of rank 8."""
+"""Operations per weight of packing with a randomized SVD of rank 8."""
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one micro-batch forward and backward, and forward alone, and the operations a second of packing."""
+    """Seconds of a micro-batch in training and in scoring, and the operations per second of packing."""
 
     training: float
     scoring: float
@@ -49,10 +49,10 @@ class StepTimes:
 def measure(
     config: RunConfig, model_config: Any, linear: LinearShape, share_high: float, share_labelled: float, threads: int
 ) -> StepTimes:
-    """Time a micro-batch of rows of full length, and the packing of a layer of `LARGEST` rows and columns at most.
+    """Time a micro-batch of rows of full length, and the packing of a layer cut to `LARGEST` rows and columns.
 
-    A share of the pruned model's weights is at the highest bits, the others at the lowest. A share of the tokens has a
-    label, to which the head is applied.
+    `share_high` of the weights have the highest bits, the others the lowest. The head runs at the tokens with a label,
+    which are `share_labelled` of all tokens.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
@@ -62,23 +62,23 @@ def measure(
     labels = ids.clone()
     labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    low, high = (_whole_model(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
+    low, high = (_extrapolate(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
     training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
     return StepTimes(training, scoring, _packing_rate(config, linear))
 
 
 def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
-    """Count the operations of packing a layer at so many bit-widths."""
+    """Count the operations of packing a layer at `num_levels` bit-widths."""
     by_weight = 10 * min(rows, columns) if _is_exact(lora) else SVD_OPERATIONS
     return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
 
 
 def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
-    # Far slower than products: 2 of a core's 100 GFLOP/s with AVX2.
+    # Packing is far slower than matrix products: 2 of a core's 100 GFLOP/s with AVX2.
     levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
     if not levels:
         return 1.0  # nothing is packed
-    lora = config.lora.model_copy(update={"loftq_iterations": 1})  # all count alike
+    lora = config.lora.model_copy(update={"loftq_iterations": 1})  # all iterations cost the same
     most = LARGEST // (2 if _is_exact(lora) else 1)
     rows, columns = min(linear.rows, most), min(linear.columns, most)
     weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
@@ -91,10 +91,10 @@ def _is_exact(lora: LoraConfig) -> bool:
     return lora.init == "loftq" and lora.svd == "exact"
 
 
-def _whole_model(
+def _extrapolate(
     config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
 ) -> tuple[float, float]:
-    """Return the seconds of training and of scoring with every group at some bits, from the two small models."""
+    """Estimate the seconds of training and of scoring at one bit-width from two small models."""
     blocks = int(model_config.num_hidden_layers)
     few, more = min(FEW, blocks), min(MORE, blocks)
     timed = {}
@@ -107,7 +107,7 @@ def _whole_model(
 
 
 def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    # As the Trainer runs it.
+    # The Trainer uses the same precision.
     mixed = torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
 
     def train() -> None:
@@ -124,7 +124,7 @@ def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
 
 
 def _least(work: Callable[[], object]) -> float:
-    """Time some work: the least of a few tries, since what else the machine does only adds."""
+    """Return the shortest time of several runs, because other load on the machine only adds time."""
     wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken = []
     for _ in range(1 + REPEATS):
@@ -137,7 +137,7 @@ def _least(work: Callable[[], object]) -> float:
 
 
 def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: int) -> Any:
-    """Build blocks from the middle of the model, whose widths are neither the first's nor the last's."""
+    """Build a small model of middle blocks, because the first and last blocks may have other widths."""
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))

@@ -15,7 +15,7 @@ import torch
 
 from qpruner.errors import StageError
 from qpruner.hf import load
-from qpruner.models.loading import OnLoading, device, ignore_progress
+from qpruner.models.loading import OnWork, device, ignore_progress
 
 PEFT_PREFIX = "base_model.model."
 """Prefix that peft adds to the names of layers."""
@@ -45,7 +45,7 @@ class Likeness:
 
 
 def compare(
-    final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnLoading = ignore_progress
+    final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
 ) -> Likeness:
     """Load the final model, then the export, and compare layer outputs and predictions for samples of token ids.
 
@@ -115,7 +115,7 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnLoading) -> torch.Tensor:
+def _log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:

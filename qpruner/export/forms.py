@@ -16,7 +16,7 @@ from qpruner.errors import UserError
 from qpruner.export.compare import PEFT_PREFIX, Likeness, compare
 from qpruner.hf import PEFT_BASE
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
-from qpruner.models.loading import OnLoading, checkpoint_config, ignore_progress, load_tokenizer
+from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
@@ -41,7 +41,7 @@ class Exported(Likeness):
 
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
-def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignore_progress) -> Exported:
+def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress) -> Exported:
     """Export the final model of a run to a new folder.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
@@ -71,7 +71,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignor
     return Exported(**vars(likeness), folder=target, is_plain=is_plain)
 
 
-def _write_merged(final: Path, folder: Path, on_progress: OnLoading) -> None:
+def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
     """Dequantize every layer, add its adapter (``W + alpha / rank * B A``) in the model's dtype, and save the model."""
     import torch
     from safetensors.torch import load_file

@@ -17,7 +17,7 @@ from qpruner.config.schema import ModelConfig
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError, first_line
 from qpruner.hf import load, weights_folder
-from qpruner.models.loading import OnLoading, check_folder, ignore_progress, load_dense, load_tokenizer
+from qpruner.models.loading import OnWork, check_folder, ignore_progress, load_dense, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import STATE, RunDir
@@ -67,19 +67,19 @@ class Generator:
         if length >= context:
             raise UserError(f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt")
         # An answer ends at the end token of the tokenizer or at one in the model's generation_config.json.
-        own = self._model.generation_config.eos_token_id
-        ends = sorted({*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id} - {None})
-        how: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
+        eos = self._model.generation_config.eos_token_id
+        ends = sorted({*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None})
+        options: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
         torch.manual_seed(sampling.seed)
         written = self._model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(
                 max_new_tokens=min(sampling.max_tokens, context - length),
-                do_sample=bool(how),
+                do_sample=bool(options),
                 eos_token_id=ends,
                 pad_token_id=self._tokenizer.pad_token_id,
-                **how,
+                **options,
             ),
         )
         tokens = written[0, length:].tolist()
@@ -109,11 +109,11 @@ class Source:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights and the adapter on disk, which equal the bytes in memory."""
+        """Bytes of the weights and the adapter on disk, about as many as in memory."""
         places = {self.folder, weights_folder(self.folder)}
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
-    def load(self, on_progress: OnLoading = ignore_progress) -> Generator:
+    def load(self, on_progress: OnWork = ignore_progress) -> Generator:
         """Load the model and its tokenizer."""
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):
@@ -128,7 +128,7 @@ class Source:
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names (all existing if it is empty), or the model in a folder."""
+    """Find the models of a run named in `which` (all if it is empty), or the single model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
             f"models are loaded from a folder, not from a URI: download the final model with `{command}`, "

@@ -1,4 +1,4 @@
-"""Folders with dense weights: the base brought into one, the pruned model written to one, tensors read from one."""
+"""Provide the folder of the base model, write pruned checkpoints and read dense tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.loading import (
-    OnLoading,
+    OnWork,
     check_folder,
     check_hub_files,
     check_source,
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """The folder of the base model, and whether its files were written for this run."""
+    """The folder of the base model, and whether this run wrote its files."""
 
     path: str
     converted: bool
     source_bytes: int | None = None
-    """Of the .gguf file that it was expanded from."""
+    """Size of the .gguf file that was expanded into the folder."""
 
 
 def prepare_base(
-    model: ModelConfig, folder: Path, is_shared: bool = False, on_progress: OnLoading = ignore_progress
+    model: ModelConfig, folder: Path, is_shared: bool = False, on_progress: OnWork = ignore_progress
 ) -> Base:
-    """Make the base model a local safetensors folder.
+    """Provide the base model as a local folder with safetensors weights.
 
-    A local folder is used as it is, a hub model from the hub's cache, with its card, which names the licence; a .gguf
-    file is dequantized into `folder` (15 to 25 s). With `is_shared` a hub model is written there, too: other machines
-    do not see this one's cache.
+    A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
+    license. With `is_shared` it is downloaded into `folder` instead, because other machines cannot read this cache. A
+    .gguf file is dequantized into `folder` (15 to 25 s).
 
     Raises:
-        UserError: If the source is no model, lacks safetensors weights, or is here in part while the hub is away.
+        UserError: If the source is not a model, has no safetensors weights, or is cached in part and the hub is down.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -77,36 +77,36 @@ def prepare_base(
         check_hub_files(model)
         revision = f" --revision {model.revision}" if model.revision else ""
         raise UserError(
-            f"`model.source`: the hub does not answer, and this machine has not all that is read of {model.source} "
-            "(.safetensors weights, config, tokenizer); fetch it where the hub is reached: `qpruner prepare CONFIG`, "
-            f"or `hf download {model.source}{revision}` into a cache (`HF_HOME`) that this machine sees"
+            f"`model.source`: the hub does not answer, and the cache of this machine lacks files of {model.source} "
+            "(.safetensors weights, config, tokenizer); download it where the hub answers: `qpruner prepare CONFIG`, "
+            f"or `hf download {model.source}{revision}` into a cache (`HF_HOME`) that this machine can read"
         )
     check_folder(fetched, "`model.source`")
     return Base(str(fetched), converted=is_shared)
 
 
-def _reporting_bar(on_progress: OnLoading) -> Any:
-    """Make a progress bar that shows nothing and reports the megabytes of all files together."""
+def _reporting_bar(on_progress: OnWork) -> Any:
+    """Create a class of invisible progress bars that reports the megabytes downloaded over all files."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc,type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            self._is_total = kwargs.get("name") == "huggingface_hub.snapshot_download"
             self._num_bytes = 0.0
             super().__init__(*args, **kwargs | {"disable": True})
 
         def update(self, n: float | None = 1) -> None:
             self._num_bytes += n or 0
-            if self._counts and self.total:
+            if self._is_total and self.total:
                 on_progress("fetching MB", round(self._num_bytes / 1e6), round(self.total / 1e6))
 
     return Bar
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, on_progress: OnLoading = ignore_progress
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, on_progress: OnWork = ignore_progress
 ) -> None:
-    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
+    """Write weights (as safetensors shards), config (with `per_layer_config`) and tokenizer."""
     with reporting_tensors(on_progress):
         retry_storage(lambda: model.save_pretrained(folder, max_shard_size="1GB"), folder)
     retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
@@ -115,10 +115,10 @@ def save_checkpoint(
 def dense_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the wanted tensors of a checkpoint, shard by shard.
+    """Read the tensors of a checkpoint whose names `wanted` accepts, shard by shard.
 
     Raises:
-        CorruptFile: Naming the weight file that is missing or damaged.
+        CorruptFile: If a weight file is missing or damaged; the error names the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
@@ -130,6 +130,6 @@ def dense_tensors(
                     on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"weight file {shard} is missing or damaged: {error}; `qpruner run CONFIG` makes a run's again", shard
+                f"weight file {shard} is missing or damaged: {error}; in a run, `qpruner run CONFIG` repairs it", shard
             ) from error
     return tensors

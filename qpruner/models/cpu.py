@@ -1,10 +1,10 @@
-"""bfloat16 at the speed of float32 on CPUs that have no instructions for it.
+"""Run bfloat16 at the speed of float32 on CPUs without bfloat16 instructions.
 
-torch gives bfloat16 products to oneDNN where the CPU has AVX-512, which emulates them where that is all it has;
-elsewhere, so on most laptops, it computes them itself. A layer of 1024 x 576 x 1536 on an AVX2 core took 206 ms instead
-of 21 in float32, and 1.7 s instead of 0.05 with its backward pass (torch 2.13, 2026-11-26); on a core with AVX-512 but
-not its bfloat16 67 ms instead of 14, and 195 instead of 46 (2026-11-27). Products and attention are computed in float32
-there and rounded at their end, as those instructions do too; weights, activations and checkpoints stay bfloat16.
+On such a CPU torch is slow. A layer of 1024 x 576 x 1536 took 206 ms instead of 21 in float32 on an AVX2 core, and
+1.7 s instead of 0.05 with its backward pass (torch 2.13, 2026-11-26). On a core with AVX-512 but without AVX-512 BF16,
+where oneDNN emulates them, it took 67 ms instead of 14, and 195 instead of 46 (2026-11-27). This module computes matrix
+products and attention in float32 there and rounds the results to bfloat16, as the instructions do. Weights, activations
+and checkpoints stay bfloat16.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 WORTH_WIDENING = 16
-"""Smallest dimension of a product at which converting its factors pays."""
+"""Products with a dimension below this are faster without conversion to float32."""
 
 
 @functools.cache
 def install() -> None:
-    """Compute bfloat16 products in float32 in this process if its CPU can do no better; idempotent."""
+    """Compute bfloat16 products in float32 in this process if its CPU has no instructions for them; idempotent."""
     if not has_bfloat16():
         widen()
 
 
 def has_bfloat16() -> bool:
-    """Whether torch leaves bfloat16 products to instructions of this CPU that are made for them, or does not say."""
+    """Return True if torch uses bfloat16 instructions of this CPU, or if torch cannot tell."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return True
     is_emulated = torch.cpu._is_avx512_supported() and not (
@@ -38,7 +38,7 @@ def has_bfloat16() -> bool:
 
 
 def widen() -> None:
-    """Replace this process's CPU kernels of matrix products, and transformers' call of torch's attention."""
+    """Replace torch's CPU kernels of matrix products, and the attention of transformers, by versions in float32."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -53,7 +53,7 @@ def widen() -> None:
 
 
 _KEPT: list[torch.library.Library] = []
-"""A library's kernels go with it."""
+"""Keeps libraries alive, because torch removes the kernels of a deleted library."""
 
 
 def _widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,4 +1,4 @@
-"""From a model config to the groups of its layers and their sizes, with no weights in memory."""
+"""Compute the groups of a model and their sizes from its config, with no weights in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADAPTER_ELEMENT_BYTES = 4
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """Build the model on torch's meta device: shapes, no memory."""
+    """Build a model with shapes but no weights, on the meta device of torch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,7 @@ def group_linears(config: Any, group: str) -> dict[str, tuple[str, ...]]:
 
 
 def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
-    """Map each group to the modules whose outputs are its output, in model order."""
+    """Map each group to the modules that produce its output, in model order."""
     return {name: outputs for name, _, outputs in _groups(config, group)}
 
 
@@ -46,7 +46,7 @@ def _groups(config: Any, group: str) -> Iterator[tuple[str, tuple[str, ...], tup
 
 
 def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """Compute the groups and sizes of a model; `dtype_bytes` are those of an unquantized weight."""
+    """Compute the groups and sizes of a model; `dtype_bytes` is the size of an unquantized weight."""
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = tuple(

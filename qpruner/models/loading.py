@@ -1,4 +1,4 @@
-"""From a user's model source to a config, a tokenizer and dense weights.
+"""Load config, tokenizer and dense weights from a model source.
 
 Sources: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file inside an installed package (found
 without importing it). Weights are read from safetensors or GGUF only, never from a pickle.
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 CONVERT = (
     "convert them with transformers' save_pretrained (with `safe_serialization=True`, which transformers 5 always does)"
 )
-"""What makes pickled weights readable."""
+"""Remedy for pickled weights in error messages."""
 
-OnLoading = Callable[[str, int, int], None]
-"""Called with what is loaded or written, how much of it is done, and how much there is."""
+OnWork = Callable[[str, int, int], None]
+"""Called with the name of the work, the amount done and the total."""
 
 
 def ignore_progress(what: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    """Ignore a progress report."""
 
 
 def resolve_source(source: str, key: str) -> str:
-    """Turn `package:NAME/PATH` into a path; other sources are returned as they are.
+    """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged.
 
     Raises:
-        UserError: Naming the key, if the package is not installed or has no such file.
+        UserError: If the package is not installed or has no such file; the message names the key.
     """
     if source.startswith("~"):
-        return os.path.expanduser(source)  # as it is where there is no such user
+        return os.path.expanduser(source)  # unchanged if there is no such user
     if not source.startswith("package:"):
         return source
     package, _, inner = source.removeprefix("package:").partition("/")
@@ -65,7 +65,7 @@ def resolve_source(source: str, key: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Make a path absolute, for processes with another current folder; return any other source as it is."""
+    """Make a local path absolute, for processes with another working folder; return any other source unchanged."""
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
@@ -81,7 +81,7 @@ def check_source(model: ModelConfig) -> str:
     elif path.is_dir():
         check_folder(path, "`model.source`")
     elif path.exists():
-        raise UserError(f"`model.source`: {source} is a file, but no .gguf; {remedy}")
+        raise UserError(f"`model.source`: {source} is a file, but not a .gguf file; {remedy}")
     elif not HUB_ID.fullmatch(source):
         raise UserError(
             f"`model.source`: folder {path.absolute()} does not exist, and {source} is no hub id (OWNER/NAME); {remedy}"
@@ -90,7 +90,7 @@ def check_source(model: ModelConfig) -> str:
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """Read the model's transformers config; no weights are read."""
+    """Read the transformers config of a model, but no weights."""
     from transformers import AutoConfig
 
     source = check_source(model)
@@ -99,8 +99,8 @@ def load_model_config(model: ModelConfig) -> Any:
     except Exception as error:  # a broken config or .gguf header ends in many types
         remedy = "the file may be truncated: fetch it again" if source.endswith(".gguf") else "repair its config.json"
         if not Path(source).exists():
-            none = Path(source).absolute()
-            remedy = f"see that the hub has this id and is reached from here, or name a model's folder: {none} is none"
+            path = Path(source).absolute()
+            remedy = f"check that the hub has this id and answers, or name a model folder ({path} does not exist)"
         raise UserError(
             f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {remedy}"
         ) from error
@@ -112,24 +112,24 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def check_hub_files(model: ModelConfig) -> None:
-    """Refuse a hub model without safetensors weights, where a hub answers, before anything is fetched."""
+    """Refuse a hub model that has no safetensors weights; do nothing if the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
         listed = HfApi().model_info(model.source, revision=model.revision, timeout=10).siblings
-    except Exception:  # the client's errors change their types from release to release
+    except Exception:  # the client changes its error types between releases
         return
     names = [file.rfilename for file in listed or ()]
     if listed is not None and not any(name.endswith(".safetensors") and "/" not in name for name in names):
         raise UserError(
-            f"`model.source`: the hub's {model.source} has no .safetensors weights in revision "
-            f"{model.revision or 'main'} (pickled .bin weights are not read); name one that has with `model.revision`, "
-            f"or {CONVERT} and name that folder"
+            f"`model.source`: {model.source} on the hub has no .safetensors weights in revision "
+            f"{model.revision or 'main'} (pickled .bin weights are not read); name a revision that has them in "
+            f"`model.revision`, or {CONVERT} and name the new folder"
         )
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and set its padding token when it has none."""
+    """Load the tokenizer; pad with the end-of-text token if it has no padding token."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_options(source, model))
@@ -139,13 +139,13 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 
 
 def load_dense(
-    source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnLoading = ignore_progress
+    source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load dense weights of a resolved source, pruned widths included, on the best device or spread over all of them.
+    """Load dense weights, with pruned widths, onto one device or spread over all devices (`device_map: auto`).
 
     Raises:
         CorruptFile: If a weight file is truncated.
-        UserError: If `device_map: auto` finds no room on the devices for all of it.
+        UserError: If the devices have no room for the whole model under `device_map: auto`.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -166,7 +166,7 @@ def load_dense(
         with reporting_tensors(on_progress):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
     except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not transformers' "no such file"
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not transformers' "no such file"
             raise
         raise _damaged(Path(source), error) from error
     if not is_spread:
@@ -176,21 +176,21 @@ def load_dense(
 
 
 def check_reachable(model: PreTrainedModel) -> None:
-    """Refuse a model spread over devices of which a part lies on the disk, or in memory beside GPUs."""
+    """Refuse a model that accelerate left partly on disk, or partly in host memory while there are GPUs."""
     places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
-    beside = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+    unreachable = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
-        if place in beside:
+        if place in unreachable:
             raise UserError(
                 f"`model.device_map`: auto left {name or 'the model'} on {place}, because the devices have no room for "
-                "it, and weights there can be neither scored nor cut: take more or larger GPUs, or hide them "
+                "it, but weights there cannot be scored or cut; use more or larger GPUs, or hide all GPUs "
                 "(`CUDA_VISIBLE_DEVICES=`) and prune on a CPU with enough memory"
             )
 
 
 @contextmanager
-def reporting_tensors(on_progress: OnLoading) -> Iterator[None]:
-    """Report the tensors that transformers reads and the weight files that it writes, through its progress bars."""
+def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
+    """Report the tensors that transformers loads and the files it saves, instead of showing progress bars."""
     from transformers.utils import logging
 
     before = logging.set_tqdm_hook(lambda factory, args, kwargs: _reported(on_progress, *args, **kwargs))
@@ -201,9 +201,9 @@ def reporting_tensors(on_progress: OnLoading) -> Iterator[None]:
 
 
 def _reported(
-    on_progress: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
+    on_progress: OnWork, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
 ) -> Iterator[Any]:
-    """Stand in for a progress bar."""
+    """Yield the items of a progress bar and report each."""
     named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
     what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
     for done, item in enumerate(items, 1):
@@ -212,7 +212,7 @@ def _reported(
 
 
 def checkpoint_config(folder: Path) -> Any:
-    """Read the transformers config of a checkpoint of the run; `CorruptFile` when it cannot be read."""
+    """Read the transformers config of a checkpoint; raise `CorruptFile` if that fails."""
     from transformers import AutoConfig
 
     try:
@@ -222,7 +222,7 @@ def checkpoint_config(folder: Path) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> CorruptFile:
-    """Make the error that names the first file of a checkpoint that cannot be read; the folder itself when all can."""
+    """Build an error that names the first unreadable file of a checkpoint, or the folder if all can be read."""
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
     path = next((file for file in weights if not _is_complete(file)), folder)
     try:
@@ -242,7 +242,7 @@ def device() -> str:
 
 
 def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that name a source."""
+    """Return the arguments for `from_pretrained` to load a source."""
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
         options = {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}
@@ -250,7 +250,7 @@ def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
 
 
 def check_folder(path: Path, named: str) -> None:
-    """Refuse a folder, by what named it, that is no model's with complete safetensors files; no weights are read."""
+    """Refuse a folder without a config or with incomplete safetensors files; messages begin with `named`."""
     if not (path / "config.json").is_file():
         raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
@@ -258,7 +258,7 @@ def check_folder(path: Path, named: str) -> None:
             f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").is_file():  # which transformers reads first
+    if index.is_file() and not (path / "model.safetensors").is_file():  # transformers prefers the single file
         try:
             shards = set(json.loads(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -274,7 +274,7 @@ def check_folder(path: Path, named: str) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says; no weights are read."""
+    """Return True if a safetensors file is as long as its header says."""
     try:
         with safe_open(file, framework="numpy"):
             return True
@@ -283,6 +283,6 @@ def _is_complete(file: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of an error that says most: of a validation error the last, of any other the first."""
+    """Return the first line of an error, but the last line of a validation error."""
     first = first_line(error)
     return str(error).strip().splitlines()[-1].strip() if "alidation" in first else first

@@ -1,4 +1,4 @@
-"""Memory of this process: giving back what a model took, what is free for one, and the peak of a piece of work."""
+"""Free the memory of dropped models, detect shortages, and measure free memory and peaks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SHORTAGE = re.compile(
 
 
 def release() -> None:
-    """Free what dropped models held: to the GPU's other users, and on Linux to the system.
+    """Return the memory of dropped models to the GPU and, on Linux, to the operating system.
 
-    Trainer, model and callbacks refer to each other, so a dropped model waits for the cycle collector: without this a
-    reused actor grew by 0.6 GB a trial on SmolLM2 (measured 2026-11-25).
+    Trainer, model and callbacks refer to each other, so only the garbage collector frees them. Without this call an
+    actor that was reused grew by 0.6 GB per trial on SmolLM2 (measured 2026-11-25).
     """
     import torch
 
@@ -42,28 +42,28 @@ def release() -> None:
 
 @functools.cache
 def freeze_libraries() -> None:
-    """Keep the objects of the libraries out of the cycle collector's passes; for a process that holds no model yet.
+    """Exclude the objects of imported libraries from garbage collection; call this before a model is loaded.
 
-    A pass over the objects of torch, transformers and Ray takes 0.2 s and more, and every trial makes two or three
-    (measured 2026-11-28). Whatever is alive now and ends up in a cycle is never freed.
+    A collection over the objects of torch, transformers and Ray takes 0.2 s or more, and every trial makes two or three
+    (measured 2026-11-28). An object that exists now is never freed if it becomes part of a cycle later.
     """
     gc.collect()
     gc.freeze()
 
 
 def read_weights(model: torch.nn.Module) -> None:
-    """Read every weight once: those of a mapped .safetensors file take memory only when first read.
+    """Read every weight once, because a memory-mapped .safetensors file takes memory only when first read.
 
-    SmolLM2's 266 MB counted as its generation's, twice in all (torch 2.13, transformers 5.24).
+    Without this call the 266 MB of SmolLM2 also counted as memory of text generation (torch 2.13, transformers 5.24).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
 def copy_weights(model: torch.nn.Module) -> None:
-    """Copy every weight out of its mapped .safetensors file.
+    """Copy every weight on the CPU out of its memory-mapped .safetensors file.
 
-    The file stays resident until its last tensor is gone, so a model cut in place would be there twice.
+    The file stays in memory until its last tensor is freed, so a model that is cut in place would take memory twice.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
@@ -71,7 +71,7 @@ def copy_weights(model: torch.nn.Module) -> None:
 
 
 def free_bytes() -> int:
-    """Return the free memory of the GPU, or of the machine where torch sees no GPU."""
+    """Return the free bytes of the GPU, or of the machine if torch sees no GPU."""
     import psutil
     import torch
 
@@ -79,17 +79,17 @@ def free_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that GPU or host memory ran out: Python's own, torch's, or a library's in words.
+    """Return True if an error means that GPU or host memory ran out, by its type or its text.
 
-    oneDNN, which multiplies matrices on CPUs, says no more than that it could not create or execute a primitive; what
-    it does not support is a primitive's descriptor (torch 2.13).
+    oneDNN, which multiplies matrices on CPUs, reports a shortage only as a primitive that it could not create or
+    execute. For an unsupported operation it names a primitive descriptor instead (torch 2.13).
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or bool(SHORTAGE.search(str(error)))
 
 
 def kernel_kills() -> int | None:
-    """Count the processes that this machine's kernel has killed for want of memory; None where it does not count."""
+    """Count the processes that the Linux kernel has killed for lack of memory; None on other systems."""
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None
@@ -103,7 +103,7 @@ def shortage_text(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raising_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn errors about memory that ran out into `OutOfMemory`, with what to do next."""
+    """Turn any out-of-memory error into `OutOfMemory` with a remedy."""
     try:
         yield
     except Exception as error:
@@ -113,7 +113,7 @@ def raising_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Measure the peak from now on: CUDA's own counter, or the rise of resident memory on a CPU."""
+    """Measure the peak memory from now on: allocated GPU memory, or the rise of resident memory on a CPU."""
 
     def __init__(self) -> None:
         import torch
@@ -129,15 +129,15 @@ class PeakMemory:
         self._before = _most_resident_bytes()
 
     def bytes(self) -> int:
-        """Bytes above the start, at the highest point so far."""
+        """Return the peak so far, in bytes above the memory at the start."""
         import torch
 
         highest = int(torch.cuda.max_memory_allocated()) if self._cuda else _most_resident_bytes()
-        return max(0, highest - self._before)  # Linux counts pages by core: 57 kB less than before were seen
+        return max(0, highest - self._before)  # Linux counts pages per core: 57 kB below the start were seen
 
 
 def _most_resident_bytes() -> int:
-    """Return the most that this process held in memory, since the last reset where there is one."""
+    """Return the peak resident bytes of this process, since the last reset where the system can reset it."""
     if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,8 @@
-"""Decoder blocks of different widths in one model.
+"""Build models whose decoder blocks have different widths.
 
-transformers 5.24 reads and writes `per_layer_config` but its blocks do not look at it yet
-(huggingface/transformers#45332), so each block is built from its own layer config here. Once transformers does that
-itself, most of this module goes and the checkpoints stay as they are.
+transformers 5.24 reads and writes `per_layer_config`, but its blocks ignore it (huggingface/transformers#45332), so
+this module builds each block from its own layer config. Once transformers does that itself, most of this module can be
+deleted, and checkpoints stay valid.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 from qpruner.models.families import Family, families, family_of
 
 OUTPUT_BIASES = "qpruner_output_biases"
-"""Config key: linear layers of a block that got a bias for what was cut, where the family has none."""
+"""Config key: linear layers of a block to which compensation added a bias that the family does not have."""
 _FOLLOWED = "qpruner_model_config"
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
-# transformers warns that a global value was read, but blocks are built from their own configs.
+# transformers warns that a global width was read, which is harmless: blocks are built from their own configs.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
     lambda record: "Reading global config value for per-layer attribute" not in record.getMessage()
 )
 
 
 def install(family: Family | None = None) -> None:
-    """Make models build each block from `config.per_layer_config[i]`; idempotent.
+    """Patch the block class of a family so that block i is built from `config.per_layer_config[i]`; idempotent.
 
-    Without a family those of every supported one, whose modules take 0.2 s to import.
+    Without `family`, patch all supported families, whose modules take 0.2 s to import.
     """
     for each in families().values() if family is None else (family,):
         module_name, class_name = each.decoder_layer
@@ -40,7 +40,7 @@ def install(family: Family | None = None) -> None:
 
 
 def _ragged(family: Family, original: Any) -> Any:
-    """Make a block's constructor that builds it from its own layer config."""
+    """Wrap a block constructor so that it builds the block from its own layer config."""
 
     @functools.wraps(original)
     def build(self: Any, config: Any, layer_idx: int) -> None:
@@ -53,7 +53,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Let a block's config follow the model's implementations (of attention, experts) when they change."""
+    """Make a layer config read attention and expert implementations from the model config, even after a change."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)
@@ -70,7 +70,7 @@ def _following_class(config_class: type) -> type:
 
 
 def add_output_biases(block: Any, linears: Sequence[str]) -> None:
-    """Give linear layers of a block a bias of zeros where they have none."""
+    """Add a zero bias to every layer in `linears` that has no bias."""
     import torch
 
     for path in linears:
@@ -80,9 +80,9 @@ def add_output_biases(block: Any, linears: Sequence[str]) -> None:
 
 
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
-    """Write the widths of the cut blocks into a config: globally where all blocks are alike, by block where not.
+    """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else per block.
 
-    `num_units`: block index -> kind of unit -> units kept (channels of one expert where they are stacked).
+    `num_units`: block index -> kind of unit -> number of units kept (for stacked experts, channels per expert).
     """
     family = family_of(config)
     widths = {}
@@ -106,7 +106,7 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
 
 
 def keep_blocks(config: Any, kept: Sequence[int]) -> None:
-    """Leave only some blocks, given by their present indices in ascending order; changes the config in place."""
+    """Remove all blocks from a config except `kept`, which lists their indices in ascending order."""
     family = family_of(config)
     overrides: Mapping[int, Any] = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
     config.per_layer_config = None

@@ -11,7 +11,7 @@ from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
 from qpruner.data.encoding import encode, importance_samples, pack, save_encoded, sensitivity_samples
 from qpruner.models.checkpoint import Base, prepare_base
-from qpruner.models.loading import OnLoading, load_tokenizer, resolve_source
+from qpruner.models.loading import OnWork, load_tokenizer, resolve_source
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
@@ -67,7 +67,7 @@ def _bring_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelC
     return replace(base, path=str(target)) if base.converted else base
 
 
-def loading_progress(emit: Emit, stage: str) -> OnLoading:
+def loading_progress(emit: Emit, stage: str) -> OnWork:
     """Report the loading and saving of weights as progress of a stage."""
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 

@@ -24,7 +24,7 @@ MAX_EXCLUDED = 64  # most plans excluded one by one because they exceed the budg
 
 @contextmanager
 def _native_output_dropped() -> Iterator[None]:
-    """Discard stdout of native code: HiGHS (scipy 1.18) prints a debugging line, which would follow our JSON output."""
+    """Discard stdout of native code: HiGHS (scipy 1.18) prints a debugging line, which would spoil JSON output."""
     library = ctypes.CDLL(None)
     sys.stdout.flush()
     library.fflush(None)
@@ -49,7 +49,7 @@ class LinearShape:
 
     @property
     def num_weights(self) -> int:
-        """Count the weights."""
+        """Return the number of weights."""
         return self.rows * self.columns
 
 
@@ -108,7 +108,7 @@ class Group:
 
     @property
     def num_weights(self) -> int:
-        """Count the weights."""
+        """Return the number of weights."""
         return sum(linear.num_weights for linear in self.linears)
 
 

@@ -1,1 +1,1 @@
-"""The one-time structured cut: importance, selection, compensation, surgery."""
+"""Structured pruning, once per run: importance, selection, compensation, surgery."""

@@ -1,9 +1,9 @@
-"""What the layers that stay do for what was cut: nothing, a bias, or weights solved anew.
+"""Compensate for removed units by a bias or by new weights in the output projections.
 
-Every removed unit ends in columns of an output projection (o, down). Before the cut those columns are set to zero, and
-what they gave is handed to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the columns that stay (least squares,
-as in SliceGPT, ZipLM and SoBP): the cut itself then changes nothing. What whole blocks add is handed to the output
-projection in front of them.
+Every removed unit ends in columns of an output projection (o, down). Before the cut these columns are set to zero, and
+their contribution moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in
+SliceGPT, ZipLM and SoBP). The cut itself then changes no output. The contribution of whole blocks moves to the output
+projection before them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _InputsSeen(Exception):
-    """Stops a block once its inputs were seen: the rest need not run."""
+class _InputsCaptured(Exception):
+    """Stop the forward pass of a block once the inputs of a layer are captured."""
 
 
 class BlockStream:
-    """Hidden states ``(batch, seq, hidden)`` in front of one block, and what every block is called with.
+    """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the samples.
 
-    What a block is given besides its hidden states (masks, positions, windows by layer type) does not depend on them,
-    so it is caught once in a pass through the whole model; after that each block runs by itself, however often it is
-    changed in between. A model of L blocks costs a few times L block passes, not L squared; of all samples the hidden
-    states in front of one block are held.
+    Masks, positions and windows do not depend on the hidden states, so one pass through the whole model captures them.
+    Each block then runs by itself, also after its weights changed. A model of L blocks costs a few times L block
+    passes, not L squared. Memory holds the hidden states before one block only.
     """
 
     @torch.no_grad()
@@ -67,36 +66,36 @@ class BlockStream:
             for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
                 self._tokens.append(batch["attention_mask"].bool())
                 self._calls.append({})
-                # Without the head: nobody reads the logits.
+                # The base model runs without its head, because no logits are needed.
                 model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     @torch.no_grad()
     def visit(self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()) -> None:
-        """Run one block, no further than need be, and visit the inputs of one of its linear layers, batch by batch.
+        """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to `visit`, batch by batch.
 
-        `visit` is called with inputs ``(tokens, features)``, padding left out, and where there are blocks `behind`, in
-        order, also with the sum ``(tokens, hidden)`` of what those add to the hidden states.
+        Padding is left out. If `behind` lists the blocks that follow, `visit` also gets the sum ``(tokens, hidden)`` of
+        their contributions to the hidden states.
         """
         layer = self._model.get_submodule(f"{self._paths[index]}.{linear}")
         for batch, tokens in enumerate(self._tokens):
-            seen: list[torch.Tensor] = []
+            captured: list[torch.Tensor] = []
 
-            def hook(module: torch.nn.Module, args: tuple[Any, ...], seen: list[torch.Tensor] = seen) -> None:
-                seen.append(args[0])
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], captured: list[torch.Tensor] = captured) -> None:
+                captured.append(args[0])
                 if not behind:
-                    raise _InputsSeen
+                    raise _InputsCaptured
 
             added = []
-            with hooked([layer.register_forward_pre_hook(hook)]), suppress(_InputsSeen):
+            with hooked([layer.register_forward_pre_hook(hook)]), suppress(_InputsCaptured):
                 before = after = self._run(index, batch, self._hidden[batch])
                 for other in behind:
                     after = self._run(other, batch, after)
                 added = [at_tokens(after.to(before.device).float() - before.float(), tokens)]
-            visit(at_tokens(seen[0], tokens), *added)
+            visit(at_tokens(captured[0], tokens), *added)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Take the hidden states through a block, each batch's in the place of what they were."""
+        """Replace the hidden states before block `index` by the hidden states after it."""
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
         self._on_progress(index + 1, len(self._paths))
@@ -109,7 +108,7 @@ class BlockStream:
 
 
 class _Gram:
-    """Sums in float32: of inputs ``(features, features)``, of targets with inputs ``(outputs, features)``."""
+    """Sums in float32 of ``inputs^T inputs`` (features, features) and ``targets^T inputs`` (outputs, features)."""
 
     matrix: torch.Tensor
     targets: torch.Tensor
@@ -127,25 +126,25 @@ class _Gram:
 
 
 def compensate_blocks(
-    model: PreTrainedModel, gone: Collection[int], layers: Collection[int], ridge: float, samples: Samples
+    model: PreTrainedModel, dropped: Collection[int], layers: Collection[int], ridge: float, samples: Samples
 ) -> None:
-    """Solve the MLP output in front of blocks that go whole, so that it adds what they added.
+    """Change the MLP output projection (down) in front of dropped blocks, so that it adds what these blocks added.
 
-    With X the inputs of its output projection (down) over the calibration tokens, and D what the blocks that go add to
-    the residual stream, its weights become the ``W'`` that minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``:
-    ``W + D^T X (X^T X + lambda I)^-1``. Where the family has a norm behind that projection, or stacked experts in its
-    place, blocks go without. `ridge` is lambda, relative to the mean square of the inputs.
+    Let X be the inputs of this projection over the calibration tokens, and D what the blocks in `dropped` add to the
+    residual stream. The new weights ``W'`` minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``, so they are
+    ``W + D^T X (X^T X + lambda I)^-1``. Nothing changes in families where a norm follows the projection or stacked
+    experts replace it. `ridge` is lambda relative to the mean square of the inputs.
     """
     family, count = family_of(model.config), model.config.num_hidden_layers
     factor = family.residual_factor(model.config)
     if factor is None:
         return
     stream = BlockStream(model, samples)
-    for index in (index for index in range(count) if index not in gone):
-        behind = list(itertools.takewhile(lambda other: other in gone, range(index + 1, count)))
+    for index in (index for index in range(count) if index not in dropped):
+        behind = list(itertools.takewhile(lambda other: other in dropped, range(index + 1, count)))
         if behind and index in layers:
             linear = unit_kinds_of(model.config, [index])[index][-1].output_linear
-            assert linear is not None, "a residual factor says that there is one"
+            assert linear is not None, "a family with a residual factor has an output projection"
             gram = _Gram()
             stream.visit(index, linear, gram.add, behind)
             name = f"{family.block_path(index)}.{linear}"
@@ -153,12 +152,12 @@ def compensate_blocks(
             weight = model.get_parameter(f"{name}.weight").data
             weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
-    if count - 1 in gone:
+    if count - 1 in dropped:
         samples.on_progress(count, count)
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
-    """Zero the columns of the units that go and make up for them, block by block with the already pruned inputs.
+    """Zero the columns of removed units and compensate for them, block by block on the inputs of the pruned model.
 
     `method` is `bias` or `least_squares`; `ridge` is as in `compensate_blocks`.
     """
@@ -169,10 +168,10 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
         kinds = unit_kinds_of(model.config, [index], kept.get(index, ()))[index]
         block = model.get_submodule(family.block_path(index))
         with ExitStack() as as_cut:
-            # Attention first: the MLP's inputs are those behind the pruned attention.
+            # Attention comes first, because the MLP gets its inputs from the pruned attention.
             for kind in kinds:
                 units, linear = kept[index][kind.name], kind.output_linear
-                assert linear is not None, "preflight refuses to compensate what has no output projection"
+                assert linear is not None, "preflight refuses compensation for stacked experts"
                 module = block.get_submodule(linear)
                 if method == "bias" and module.bias is None:
                     biased.add(linear)
@@ -185,7 +184,7 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
                 is_removed[stays] = False
                 removed = is_removed.nonzero().flatten()
                 if method == "bias":
-                    # What the removed columns gave on average: ``b += W_R mean(x_R)`` (FLAP, eq. 5).
+                    # The bias gains the mean contribution of the removed columns: ``b += W_R mean(x_R)`` (FLAP, eq. 5).
                     moments = InputMoments()
                     stream.visit(index, linear, moments.add)
                     ragged.add_output_biases(block, [linear])
@@ -203,10 +202,10 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
 def _solve(
     weight: torch.Tensor, stays: torch.Tensor, removed: torch.Tensor, gram: torch.Tensor, ridge: float, name: str
 ) -> None:
-    """Solve the columns that stay anew.
+    """Replace the kept columns by the least-squares solution.
 
-    With ``G = X^T X`` over the calibration tokens, S the columns that stay and R those that go, the weights ``W'`` that
-    minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
+    With ``G = X^T X`` over the calibration tokens, S the kept columns and R the removed columns, the weights ``W'``
+    that minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
     """
     stays, removed = stays.to(gram.device), removed.to(gram.device)
     given = weight[:, removed].float() @ gram[removed][:, stays]
@@ -215,20 +214,20 @@ def _solve(
 
 
 def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
-    """``given (gram + lambda I)^-1``, ``(outputs, features)``; lambda is `ridge` times the mean of gram's diagonal."""
+    """Compute ``given (gram + lambda I)^-1``, where lambda is `ridge` times the mean of the diagonal of `gram`."""
     penalty = max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(gram)
     change = torch.cholesky_solve(given.T, factor).T
     if failed or not torch.isfinite(change).all():
         raise TrainingDiverged(
-            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or give more text"
+            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or use more calibration text"
         )
     return change
 
 
 def declare_biases(model: PreTrainedModel, linears: Sequence[str]) -> None:
-    """Give layers a bias in every block, and say so in the config, from which blocks are built."""
+    """Add a bias to the layers in `linears` of every block, and list them in the config for later loading."""
     if not linears:
         return
     family = family_of(model.config)

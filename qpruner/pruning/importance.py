@@ -1,9 +1,9 @@
-"""How much each unit matters: the importance criteria.
+"""Score the importance of units and blocks.
 
-Taylor and magnitude look at every matrix a unit owns part of: a salience of each weight is summed over the unit's rows
-or columns of a matrix, and the matrices are reduced to one score (`reduction`; the default `sum` and the others are
-those of LLM-Pruner, arXiv 2305.11627, section 3.2). Fluctuation and activation norm look at what reaches the output
-projection (o, down). Biases and norms are cut with their unit but do not count, as in LLM-Pruner.
+Taylor and magnitude use every matrix that a unit owns part of. They sum a salience per weight over the rows or columns
+of the unit, and reduce the scores of all matrices to one by `reduction` (LLM-Pruner, arXiv 2305.11627, section 3.2).
+Fluctuation (FLAP) and activation norm (Wanda) use the inputs of the output projections (o, down). Biases and norms are
+cut with their unit but not scored, as in LLM-Pruner.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Scores = dict[int, dict[str, torch.Tensor]]
-"""Block index -> kind of unit -> ``(units,)`` float64, on the CPU."""
+"""Block index -> kind of unit -> scores ``(units,)``, float64 on the CPU."""
 Kinds = Mapping[int, Sequence[UnitKind]]
-"""The kinds of unit to score, by block."""
+"""Block index -> kinds of unit to score."""
 
 
 def score(
     model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
 ) -> Scores:
-    """Score every unit that may go, by the criterion of `settings`; `magnitude` and `random` read no samples.
+    """Score the units of the blocks in `layers` by `settings.importance`; `magnitude` and `random` read no samples.
 
     Raises:
-        TrainingDiverged: Naming the parameter whose gradient or importance is NaN or infinite.
+        TrainingDiverged: If a gradient or score is NaN or infinite; the error names the parameter.
     """
     kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
     if importance == "random":
@@ -60,7 +60,7 @@ def score(
         scores = UnitScores(model, kinds)
         for name, parameter in scores.matrices.items():
             weight = parameter.detach().float()
-            # Of l2 no root is taken, as in LLM-Pruner.
+            # For l2 no square root is taken, as in LLM-Pruner.
             scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
     else:
         order = "second" if importance == "fisher" else settings.order
@@ -71,38 +71,36 @@ def score(
 def _taylor(
     model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str = "first", aggregation: str = "element"
 ) -> UnitScores:
-    """Estimate the change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
+    """Estimate how the loss changes when the weights of a unit are set to zero (LLM-Pruner, eqs. 3 to 5).
 
-    The entries of a matrix's salience are ``s = w g`` weight by weight (`element`, eq. 5), or summed over each row or
-    column a unit owns (`vector`, eq. 4). With ``s`` from the gradient of the mean loss over a batch and ``s_j`` from
-    that of sample j alone, an entry counts as ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`: the diagonal of the
-    Fisher information stands for the Hessian's, without the half, as in LLM-Pruner's code; with `vector` it is that of
-    a mask on the row, arXiv 2204.09656, eq. 7) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`). Entries are summed over the
-    unit.
+    Salience is ``s = w g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq.
+    4). Let ``s`` use the gradient of the mean loss over a batch, and ``s_j`` the gradient of sample j alone. A unit
+    sums ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries.
+    `second` uses the diagonal Fisher information for the Hessian, without the factor 1/2, as the code of LLM-Pruner
+    does; with `vector` it is the Fisher information of a mask on the row (arXiv 2204.09656, eq. 7).
 
-    LLM-Pruner puts all samples through one backward pass. `vector` is exact for any number of batches, and needs no
-    gradient of a weight. `element` is exact for one batch; over several, the absolute values of each are summed, and
-    `second` and `mixed` take a pass for every sample. `mixed` with `element` holds one float32 tensor more for every
-    weight it scores.
+    LLM-Pruner runs all samples in one backward pass. `vector` is exact for any number of batches and needs no weight
+    gradients. `element` is exact for one batch: the absolute values of several batches are summed, and `second` and
+    `mixed` need one pass per sample. `mixed` with `element` holds one more float32 tensor per scored matrix.
     """
     return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
 
 
 def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
-    """From the gradients of masks on rows and columns: one pass, whatever the order."""
+    """Score by the gradients of masks on rows and columns, in one pass for any `order`."""
     scores = UnitScores(model, kinds)
     dims = scores.dims.items()
     linears: dict[str, Any] = {name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in dims}
-    # The batch of all samples is the mean over tokens, so a sample counts as many times as it has tokens to predict.
+    # The loss of all samples is a mean over tokens, so each sample is weighted by its number of predicted tokens.
     counts = torch.tensor([int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows])
     shares = counts / counts.sum()
     sums: Any = dict.fromkeys(linears, 0)
     squares: Any = dict.fromkeys(linears, 0)
-    seen = dict.fromkeys(linears, 0)
+    num_seen = dict.fromkeys(linears, 0)
 
     def visit(name: str, by_sample: torch.Tensor) -> None:
-        part = shares[seen[name] : seen[name] + len(by_sample)].to(by_sample.device)
-        seen[name] += len(by_sample)
+        part = shares[num_seen[name] : num_seen[name] + len(by_sample)].to(by_sample.device)
+        num_seen[name] += len(by_sample)
         sums[name] = sums[name] + part @ by_sample
         squares[name] = squares[name] + by_sample.square().sum(dim=0) / len(samples.rows)
 
@@ -114,13 +112,13 @@ def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, or
 
 
 def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
-    """From every weight's own gradient, which its hook hands over and drops."""
+    """Score by the gradients of the weights, of which only one at a time is in memory."""
     scores = UnitScores(model, kinds)
     mean_squares: dict[str, torch.Tensor] = {}
 
     def visit_sample(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         square = _salience(parameter, gradient).square_().div_(len(samples.rows))
-        if order == "second":  # a sum of positive terms: each sample's can be added by itself
+        if order == "second":  # all terms are positive, so samples can be added one by one
             scores.add(name, square)
         else:
             mean_squares[name] = mean_squares[name].add_(square) if name in mean_squares else square
@@ -139,20 +137,20 @@ def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, o
 
 
 def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-    """``w g`` in float32; in the gradient's own memory where that is float32, for nobody reads it any more."""
+    """Compute ``w g`` in float32; overwrite a float32 gradient, which is not needed afterwards."""
     salience = gradient.float().contiguous()
     pieces = (torch.split(each.detach().view(-1), ENTRIES_AT_ONCE) for each in (salience, parameter.contiguous()))
     for piece, weights in zip(*pieces, strict=True):
-        piece.mul_(weights)  # a whole matrix would be there a second time in float32
+        piece.mul_(weights)  # in pieces, to hold no float32 copy of the whole matrix
     return salience
 
 
 def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic: str) -> Scores:
-    """Sum over a unit's columns of an output projection their squared norm times a statistic of their input feature.
+    """Score a unit by the columns it owns in an output projection: squared column norm times an input statistic.
 
-    `variance`: FLAP's ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4), what the output loses when a feature is
-    replaced by its mean. `mean_square`: Wanda's ``|W| * ||x||`` squared, ``E[x_j^2] * ||W_:j||^2`` (after arXiv
-    2306.11695, eq. 1), what it loses when a feature is replaced by zero. Both are measured in one pass.
+    `variance` is the score of FLAP, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4): the output error when feature
+    j is replaced by its mean. `mean_square` is the squared score of Wanda, ``|W| * ||x||``, summed over the column:
+    ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1), the output error when feature j is replaced by zero.
     """
     path, scores = family_of(model.config).block_path, Scores()
     outputs = {f"{path(index)}.{kind.output_linear}": (index, kind) for index, some in kinds.items() for kind in some}
@@ -168,9 +166,9 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
 
 
 class UnitScores:
-    """Add up scores of units by matrix, until they are reduced to one; of key/value groups, head by head.
+    """Sum scores per unit and matrix (for key/value groups per query head), then reduce the matrices to one score.
 
-    `matrices` are those that units own parts of, norms and biases left out; `dims` says along which dimension.
+    `matrices` maps names to the matrices that units own parts of; `dims` maps them to the dimension of the units.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
@@ -191,7 +189,7 @@ class UnitScores:
                     self._owners.setdefault(name, []).append((index, kind, position))
 
     def add(self, name: str, entries: torch.Tensor) -> None:
-        """Add a matrix's entries ``(rows, columns)``, or ``(experts, rows, columns)``, to the units that own them."""
+        """Add the entries of a matrix, ``(rows, columns)`` or ``(experts, rows, columns)``, to units that own them."""
         for index, kind, position in self._owners[name]:
             item = kind.slices[position]
             kept = (0, item.dim) if kind.partitions > 1 else (item.dim,)
@@ -203,9 +201,9 @@ class UnitScores:
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce the matrices of each unit to one score.
+        """Reduce the scores of all matrices to one score per unit.
 
-        With `modulo` query head h counts for key/value head h modulo their number, not for the one that serves it.
+        With `modulo`, query head h counts for key/value head ``h % number``, as in LLM-Pruner, not for its own group.
         """
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
@@ -218,7 +216,7 @@ class UnitScores:
 
 
 ENTRIES_AT_ONCE = 2**22
-"""Of a matrix, converted to float32 for a product: 16 MiB."""
+"""Entries of a matrix that are converted to float32 at once: 16 MiB."""
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda scores: scores.sum(dim=0),
     "mean": lambda scores: scores.mean(dim=0),
@@ -230,14 +228,14 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Refuse a weight, also of norms, biases and embeddings, that is NaN or infinite: it makes every gradient NaN."""
+    """Refuse a model with a NaN or infinite weight, because it would make every gradient NaN."""
     for name, parameter in model.named_parameters():
         check_finite(parameter, f"the weight {name}")
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
-    """Raise `TrainingDiverged` where a value is NaN or infinite."""
-    least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if one is; `isfinite` of all takes 5 bytes each
+    """Raise `TrainingDiverged` if any value is NaN or infinite."""
+    least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if any is; `isfinite` of all takes 5 bytes each
     if not torch.isfinite(least_and_most).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")
 
@@ -246,15 +244,15 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
-    """Score every block that may go by `block_influence`, or by `taylor`, summed over its weights.
+    """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights.
 
     Raises:
-        TrainingDiverged: Naming the block whose importance is NaN or infinite.
+        TrainingDiverged: If a score is NaN or infinite; the error names the block.
     """
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)
     else:
-        # Each matrix counts once: whole experts and the router, not their channels too.
+        # Each matrix counts once: in whole experts with the router, not in channels again.
         kinds = {}
         for index, some in unit_kinds_of(model.config, layers).items():
             has_experts = any(kind.name == EXPERT for kind in some)
@@ -268,9 +266,9 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
 
 @torch.no_grad()
 def _block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
-    """Compute one minus the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1).
+    """Compute one minus the mean cosine between block input and output (ShortGPT, arXiv 2403.03853, eq. 1).
 
-    A block that hardly turns its hidden states can go.
+    A block that hardly changes the direction of its hidden states matters least.
     """
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
@@ -281,7 +279,7 @@ def _block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Sam
         def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = block_inputs(args, kwargs)
             after = output[0] if isinstance(output, tuple) else output
-            # Spread over several devices, a block is given what lies on the device of the one before.
+            # In a model spread over devices, the input may lie on the device of the block before.
             pair = at_tokens(before.to(after.device), tokens).float(), at_tokens(after, tokens).float()
             sums[index] += float(torch.nn.functional.cosine_similarity(*pair).sum())
 

@@ -1,11 +1,11 @@
-"""The prune step: drop blocks, then score, select, compensate and cut, once or in several steps."""
+"""Prune a model: drop blocks, then score, select, compensate and cut units, in one or several steps."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,51 +17,44 @@ from qpruner.data.calibration import OnProgress, Samples
 from qpruner.errors import UserError
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton
+from qpruner.models.loading import OnWork, ignore_progress
 from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
 from qpruner.pruning.importance import Scores, block_importance, check_weights, score
 from qpruner.pruning.selection import select, select_rate
 from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, new_biases, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
-from qpruner.pruning.units import Kept, TooMuch, unit_kinds_of, unit_sizes
+from qpruner.pruning.units import Kept, RateTooHigh, unit_kinds_of, unit_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-OnWork = Callable[[str, int, int], None]
-"""Called with what is measured, how much of it is done, and how much there is."""
-
-
-def ignore_work(work: str, done: int, total: int) -> None:
-    """Report to nobody."""
-
-
 class Criteria:
-    """Measure importance and compensation on calibration samples; `seed` is the random control's.
+    """Score and compensate on calibration samples; `seed` is for `importance: random`.
 
-    Without samples, as for a model without weights, all units score alike, and the last blocks least.
+    Without samples (for a model without weights) all units score the same, and the later a block, the lower its score.
     """
 
     def __init__(
-        self, settings: PruneConfig, samples: Samples | None = None, seed: int = 0, on_work: OnWork = ignore_work
+        self, settings: PruneConfig, samples: Samples | None = None, seed: int = 0, on_work: OnWork = ignore_progress
     ) -> None:
         self._settings, self._samples, self._seed, self._on_work = settings, samples, seed, on_work
         self._step = 0
 
     def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
-        """Score every block that may go whole by `depth_importance`."""
+        """Score the blocks in `layers` by `prune.depth_importance`."""
         if (samples := self._samples_for("importance of blocks")) is None:
             return {index: -float(index) for index in layers}
         return block_importance(model, layers, self._settings.depth_importance, samples)
 
-    def compensate_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
-        """Solve the projection in front of the blocks that go, where the compensation is least squares."""
-        samples = self._samples_for("making up for blocks")
+    def compensate_blocks(self, model: PreTrainedModel, dropped: Collection[int], layers: Sequence[int]) -> None:
+        """Compensate for the blocks to drop if `prune.compensation` is least_squares."""
+        samples = self._samples_for("compensation of blocks")
         if samples is not None and self._settings.compensates_by == "least_squares":
-            compensate_blocks(model, gone, layers, self._settings.ridge, samples)
+            compensate_blocks(model, dropped, layers, self._settings.ridge, samples)
 
     def score_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
-        """Score every unit that may go by `importance`."""
+        """Score the units of the blocks in `layers` by `prune.importance`."""
         self._step += 1
         if (samples := self._samples_for("importance")) is None:
             kinds = unit_kinds_of(model.config, layers, self._settings.width_units)
@@ -69,7 +62,7 @@ class Criteria:
         return score(model, layers, self._settings, samples, self._seed)
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
-        """Change what stays, before the cut, so that it makes up for what goes."""
+        """Compensate for all units missing from `kept`, before they are cut, by the method `prune.compensation`."""
         method = self._settings.compensates_by
         if (samples := self._samples_for("compensation")) is None:
             declare_biases(model, new_biases(model, self._settings, list(kept)))
@@ -77,7 +70,7 @@ class Criteria:
             compensate(model, kept, method, self._settings.ridge, samples)
 
     def progress_of(self, work: str) -> OnProgress:
-        """Return what reports the progress of some work, with the step where there are several."""
+        """Return a callback that reports the progress of `work` with the number of the current step."""
         total = self._settings.num_steps
         step = f", step {self._step} of {total}" if self._step and total > 1 else ""
         return partial(self._on_work, f"{work}{step}")
@@ -88,25 +81,25 @@ class Criteria:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The cut model and what it kept, by block of the base model."""
+    """A pruned model and the units that it kept, by block index of the base model."""
 
     model: PreTrainedModel
     kept: Kept  # blocks that were not cut are not listed
-    parameters_before: int  # tied ones once
+    parameters_before: int  # tied parameters count once
     parameters_after: int
     dropped_blocks: tuple[int, ...] = ()
-    scores: Scores = field(default_factory=dict)  # before the first cut of a unit, whole blocks gone
-    block_scores: dict[int, float] = field(default_factory=dict)  # of every block that might have gone whole
+    scores: Scores = field(default_factory=dict)  # after blocks were dropped, before the first units were cut
+    block_scores: dict[int, float] = field(default_factory=dict)  # of every block that could have been dropped
 
 
 def prune(
-    model: PreTrainedModel, settings: PruneConfig, samples: Samples, seed: int = 0, on_work: OnWork = ignore_work
+    model: PreTrainedModel, settings: PruneConfig, samples: Samples, seed: int = 0, on_work: OnWork = ignore_progress
 ) -> Pruned:
-    """Cut the least important units of a model, in place, until the asked share of all parameters is gone.
+    """Cut the least important units of a model in place, so that the requested share of parameters is removed.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
-        TrainingDiverged: Naming the weight, gradient or importance that is NaN or infinite.
+        TrainingDiverged: If a weight, gradient or score is NaN or infinite; the error names it.
     """
     check_weights(model)
     settings = settled(model.config, settings)
@@ -114,12 +107,12 @@ def prune(
 
 
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
-    """Settle the settings for this model and compute the config after the cut, without weights.
+    """Fill in defaults for a model and compute its config after the cut, without weights.
 
-    Where scores decide on widths, the config has their average.
+    If widths depend on scores, the computed config has average widths.
 
     Raises:
-        UserError: For everything about the settings that this model cannot meet.
+        UserError: If the model cannot meet the settings.
     """
     settings = settled(model_config, settings)
     if settings.is_off:
@@ -132,7 +125,7 @@ def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
 
 
 def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
-    """Drop blocks, then select, compensate and cut units by some criteria, in place.
+    """Drop blocks, then select, compensate and cut units in place, by the scores of `criteria`.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
@@ -144,13 +137,13 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
     check_settings(model.config, settings)
     layers = cuttable_layers(model.config, settings)
     blocks, block_scores = list(range(model.config.num_hidden_layers)), {}
-    gone: set[int] = set()
+    dropped: set[int] = set()
     if settings.drops_blocks:
         block_scores = criteria.score_blocks(model, layers)
         order = sorted(layers, key=lambda index: block_scores[index])
-        gone = set(order[: _num_dropped(model, settings, order)])
-        criteria.compensate_blocks(model, gone, layers)
-        blocks = [index for index in blocks if index not in gone]
+        dropped = set(order[: _num_dropped(model, settings, order)])
+        criteria.compensate_blocks(model, dropped, layers)
+        blocks = [index for index in blocks if index not in dropped]
         keep_blocks(model, blocks)
         layers = tuple(new for new, old in enumerate(blocks) if old in layers)
     kept: Kept = {}
@@ -159,16 +152,16 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
         target = _width_target(model, settings, layers, before)
         try:
             kept, scores = _cut_widths(criteria, model, settings, layers, target)
-        except TooMuch as error:
+        except RateTooHigh as error:
             most = math.floor(1000 * (round((settings.rate or 0.0) * before) - target + error.most) / before) / 1000
-            highest = "" if gone else f"; as it is, a rate of {most:g} is the most"
+            highest = "" if dropped else f"; with the other keys as they are, the highest rate is {most:g}"
             raise UserError(f"{error}{highest}") from error
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
         before,
         num_parameters(model),
-        tuple(sorted(gone)),
+        tuple(sorted(dropped)),
         {blocks[index]: by_kind for index, by_kind in scores.items()},
         block_scores,
     )
@@ -177,7 +170,7 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
 def _cut_widths(
     criteria: Criteria, model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], target: int
 ) -> tuple[Kept, Scores]:
-    """Cut units in `settings.num_steps` steps; importance is measured anew before each."""
+    """Cut units in `settings.num_steps` steps, and score the remaining units before each step."""
     sizes = unit_sizes(model, layers, settings.width_units)
     alive: Kept = {
         index: {name: tuple(range(size.count * size.partitions)) for name, size in kinds.items()}
@@ -188,7 +181,7 @@ def _cut_widths(
     for step in range(1, num_steps + 1):
         scores = criteria.score_units(model, layers)
         first = first or scores
-        # By the base model's numbers; units that an earlier step removed come first to go.
+        # By unit numbers of the base model; units that an earlier step removed rank lowest.
         values: dict[int, dict[str, list[float]]] = {index: {} for index in sizes}
         for index, kinds in sizes.items():
             for name, size in kinds.items():
@@ -212,7 +205,7 @@ def _cut_widths(
 
 
 def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
-    """Count the parameters that must go out of the remaining blocks; new biases have to be made up for."""
+    """Count the parameters to remove from the remaining blocks, including as many as compensation adds as biases."""
     path, count = family_of(model.config).block_path, model.config.num_hidden_layers
     hidden = [
         model.get_submodule(f"{path(index)}.{linear}").out_features
@@ -224,7 +217,7 @@ def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequenc
 
 
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
-    """Count the blocks that go whole, of those that may go in the order in which they would.
+    """Count the blocks to drop; `order` lists the blocks that may be dropped, least important first.
 
     Raises:
         UserError: If the rate is too small for one block or leaves none.
@@ -232,34 +225,35 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
     removed = list(itertools.accumulate(sizes[:-1], initial=0))
     count = min(range(len(removed)), key=lambda count: abs(removed[count] - share * total))
-    # Finer units can take more away, not give it back.
+    # Finer units can remove more afterwards, but cannot give anything back.
     while settings.width_units and removed[count] > (settings.rate or 0.0) * total:
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names block, but only one block may go and one must stay: widen `prune.first_layer` / "
-            "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
+            "`prune.units` names block, but the other keys allow one block only, and one of these must stay: widen "
+            "`prune.first_layer` / `prune.last_layer`, name fewer `prune.protected_layers`, or remove `block`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""
         raise UserError(
-            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has "
-            f"{sizes[0] / total:.2%}: raise the rate{beside}, or take `block` out of `prune.units`"
+            f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but one block already has "
+            f"{sizes[0] / total:.2%}: raise the rate{beside}, or remove `block` from `prune.units`"
         )
     if abs(removed[count] - share * total) > max(sizes):
         raise UserError(
-            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but the {len(sizes)} blocks that "
-            f"may go have {sum(sizes) / total:.2%} and one must stay: lower the rate or widen the range"
+            f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but the {len(sizes)} blocks "
+            f"that may be dropped have {sum(sizes) / total:.2%}, and one of these must stay: lower the rate, or widen "
+            "`prune.first_layer` / `prune.last_layer`"
         )
     return count
 
 
 def block_sizes(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
-    """Count the parameters of each of some blocks."""
+    """Count the parameters of each block in `layers`."""
     path = family_of(model.config).block_path
     return [num_parameters(model.get_submodule(path(index))) for index in layers]
 
 
 def num_parameters(model: Any) -> int:
-    """Count the parameters, tied ones once."""
+    """Count the parameters; tied parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())

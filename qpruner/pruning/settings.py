@@ -1,4 +1,4 @@
-"""The prune section as a model takes it: defaults filled in, and what its family cannot do refused."""
+"""Fill in the defaults of the `prune` section for a model, and refuse settings that the model does not support."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUPED_MATMUL_MULTIPLE = 8
-"""Channels of a stacked expert come in multiples of this: `torch._grouped_mm` (2.13) refuses strides that are no
-multiple of 16 bytes."""
+"""The channels of a stacked expert are a multiple of this, because `torch._grouped_mm` (2.13) needs strides in
+multiples of 16 bytes."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A planned cut: the settings as this model takes them, and the config that is expected after it."""
+    """A planned cut: the settings with the defaults for a model, and the expected model config after the cut."""
 
     settings: PruneConfig
     expected: Any
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """Fill in the number of steps and the compensation; keys that have no effect get their defaults."""
+    """Fill in the number of steps and the compensation, and reset keys without effect to their defaults."""
     settings = settings.in_effect()
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
@@ -46,7 +46,7 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
     """List the blocks that may be cut.
 
     Raises:
-        UserError: If the range or a protected block is out of bounds, or nothing is left.
+        UserError: If the range or a protected block is out of bounds, or no block is left.
     """
     count, first, last = model_config.num_hidden_layers, settings.first_layer, settings.last_layer
     end = last if last >= 0 else count + last
@@ -71,10 +71,10 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
-    """Refuse what this model's family cannot do, and blocks that it does not have.
+    """Refuse settings that the model does not support.
 
     Raises:
-        UserError: Naming the key and the remedy.
+        UserError: If a setting is not supported; the message names key and remedy.
     """
     family = family_of(model_config)
     name, layers, stacked = family.model_type, cuttable_layers(model_config, settings), _stacked(model_config, settings)
@@ -82,26 +82,26 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     if stacked and (settings.looks_at_linears or aggregation == "vector" or compensation != "none"):
         raise UserError(
             f"`prune`: the experts of a {name} model are stacked in one parameter ({stacked[0].slices[0].parameter}), "
-            f"which no linear layer holds: take `importance` fisher, taylor, magnitude or random (got {importance}), "
+            f"not in linear layers: use `importance` fisher, taylor, magnitude or random (got {importance}), "
             f"`aggregation` element (got {aggregation}) and `compensation` none (got {compensation}), or `units` "
             "[attention]"
         )
     if any(kind.name == MLP for kind in stacked) and settings.round_to % GROUPED_MATMUL_MULTIPLE:
         raise UserError(
             f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a {name} model, got "
-            f"{settings.round_to}: torch's grouped matrix product takes rows of whole 16 bytes only"
+            f"{settings.round_to}: torch multiplies grouped matrices only if their rows have a multiple of 16 bytes"
         )
     if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
-            f"`prune.compensation`: the whole blocks of a {name} model cannot have least squares, for behind its MLP "
-            "there is a norm, or experts stand in its place: take it out, or name `attention` in `prune.units`, too"
+            f"`prune.compensation`: least_squares cannot compensate for whole blocks of a {name} model, because a norm "
+            "follows its MLP, or experts replace it: remove the key, or also name `attention` in `prune.units`"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)
 
 
 def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
-    """List the output projections that compensation gives a bias where the family has none."""
+    """List the output projections to which compensation adds a bias that the family does not have."""
     if settings.compensates_by != "bias":
         return []
     block = model.get_submodule(family_of(model.config).block_path(layers[0]))
@@ -111,19 +111,19 @@ def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[i
 
 
 def are_alike(model_config: Any) -> bool:
-    """Whether all blocks of a model have the same units."""
+    """Return True if all blocks of a model have the same units."""
     first, *others = unit_kinds_of(model_config, range(model_config.num_hidden_layers)).values()
     return all(kinds == first for kinds in others)
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
-    """List the kinds of unit that may go, block by block, whose weights no linear layer holds."""
+    """List the unit kinds of all blocks that may be cut and whose weights are stacked experts."""
     by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
     return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:
-    """Refuse what keeps blocks that are all cut alike from being a plain checkpoint."""
+    """Refuse settings and models with which `prune.uniform` cannot give a plain checkpoint."""
     family, count = family_of(model_config), model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(
@@ -131,14 +131,14 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
             "`prune.first_layer`, `prune.last_layer` and `prune.protected_layers` out, or set `uniform: false`"
         )
     if not are_alike(model_config):
-        raise UserError("`prune.uniform`: the blocks of this model are not alike to begin with: set `uniform: false`")
+        raise UserError("`prune.uniform`: the blocks of the base model already differ: set `uniform: false`")
     if ATTENTION in settings.width_units and len(plain_counts(model_config, 0)) < 2:
         raise UserError(
-            f"`prune.uniform`: no plain {family.model_type} checkpoint can have fewer heads, for its hidden size must "
-            f"be made up of them: set `prune.units: [{MLP}]`, or `uniform: false`"
+            f"`prune.uniform`: a plain {family.model_type} checkpoint cannot have fewer heads, because they make up "
+            f"its hidden size: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
     if new_biases(skeleton(model_config), settings, layers):
         raise UserError(
-            f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) has no place for output "
+            f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) cannot have output "
             "biases: use least_squares or none"
         )

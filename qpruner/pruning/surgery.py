@@ -1,4 +1,4 @@
-"""The cut itself: weights really get smaller."""
+"""Cut units and blocks out of a model, so that its weights become smaller."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda done, total: None) -> PreTrainedModel:
     """Remove every unit that is not kept, in place.
 
-    A cut block is built anew from its own config around the same tensors: two copies of a parameter never exist. Blocks
-    and kinds that `kept` does not name keep everything.
+    A cut block is rebuilt from its own config around the same tensors, so no parameter exists twice. Blocks and unit
+    kinds that `kept` does not name keep all units.
     """
     family, config = family_of(model.config), model.config
     ragged.install(family)
@@ -31,7 +31,7 @@ def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda don
         block = model.get_submodule(family.block_path(index))
         kinds = family.unit_kinds(config.per_layer_config[index], index)
         num_units[index] = {kind.name: kind.units_per_partition for kind in kinds}
-        # Whole experts come before channels, so that the channels of those that stay are cut together.
+        # Whole experts come first, so that channels are cut in the kept experts only.
         for kind in kinds:
             if kind.name in by_kind:
                 num_units[index][kind.name] = _cut_kind(block, kind, by_kind[kind.name])
@@ -44,13 +44,13 @@ def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda don
 
 
 def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """Remove every block but those of some indices, ascending, in place."""
+    """Remove all blocks in place except `kept`, which lists their indices in ascending order."""
     family = family_of(model.config)
     ragged.install(family)
     blocks: Any = model.get_submodule(family.blocks)
     ragged.keep_blocks(model.config, kept)
     model.set_submodule(family.blocks, torch.nn.ModuleList(blocks[index] for index in kept))
-    # A block knows its position, for the cache and for what its config lists by block.
+    # A block stores its position, for the cache and for the per-block lists of the config.
     for new, old in enumerate(kept):
         if new != old:
             _rebuild_block(model, new)
@@ -58,7 +58,7 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def check_not_shared(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks share weights with one another or with the rest: a cut of one would break both."""
+    """Refuse a model whose blocks share weights with other layers, because a cut of one would break the other."""
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -72,13 +72,13 @@ def check_not_shared(model: PreTrainedModel) -> None:
 
 
 def unit_indices(item: UnitSlice, units: Sequence[int]) -> torch.Tensor:
-    """List the indices along `item.dim` that some units own."""
+    """List the indices that `units` own along `item.dim`."""
     starts = torch.tensor(units, dtype=torch.long).unsqueeze(1) * item.width + item.offset
     return (starts + torch.arange(item.width)).flatten()
 
 
 def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) -> int:
-    """Cut one kind's units out of a block; returns how many stay (of one expert, where channels are stacked)."""
+    """Cut the units of one kind out of a block, and return how many are kept (channels: per expert)."""
     size = kind.units_per_partition
     groups = itertools.groupby(sorted(units), key=lambda unit: unit // size)
     by_partition = [[unit % size for unit in group] for _, group in groups]
@@ -99,7 +99,7 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
 
 
 def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]) -> torch.Tensor:
-    """List the indices of a dimension that stay: those of the kept units, and those that no unit owns."""
+    """List the indices of a dimension to keep: indices of kept units, and indices that no unit owns."""
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:
         stays[item.offset : item.offset + num_units * item.width] = False
@@ -108,7 +108,7 @@ def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Seque
 
 
 def _rebuild_block(model: PreTrainedModel, index: int) -> None:
-    """Build a block anew from its config around its present tensors."""
+    """Rebuild a block from its config around its existing tensors."""
     path = family_of(model.config).block_path(index)
     old: Any = model.get_submodule(path)
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def _rebuild_block(model: PreTrainedModel, index: int) -> None:
     new.train(old.training)
     for parameter, before in zip(new.parameters(), old.parameters(), strict=True):
         parameter.requires_grad_(before.requires_grad)
-    # A model that accelerate spread over several devices has hooks that carry inputs to a module's device.
+    # In a model that accelerate spread over devices, hooks move the inputs to the device of each module.
     for name, module in old.named_modules():
         if hasattr(module, "_hf_hook"):
             from accelerate.hooks import add_hook_to_module

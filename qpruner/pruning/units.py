@@ -1,4 +1,4 @@
-"""The units of a model that may be cut: what they weigh, which blocks have them, and how many must stay."""
+"""List the units of a model that may be cut: their blocks, their sizes, and how many must stay."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class KindSize:
     count: int  # units; for stacked experts, channels of one expert
     least: int = 1  # units that must stay
     partitions: int = 1  # stacked experts; each keeps its own channels
-    rows: int = 1  # of the key projection that a unit has (the head size); 1 for channels and experts
-    plain: tuple[int, ...] = ()  # numbers of units that a plain checkpoint can keep; empty where it can keep any
+    rows: int = 1  # rows of the key projection per unit (the head size); 1 for channels and experts
+    plain: tuple[int, ...] = ()  # numbers of units that a plain checkpoint can have; empty if any number is possible
 
     @property
     def most(self) -> int:
-        """Units that can go."""
+        """Number of units that can be removed."""
         return self.count - self.least
 
 
@@ -37,13 +37,13 @@ Sizes = Mapping[int, Mapping[str, KindSize]]
 """Block index -> kind of unit -> its size."""
 
 
-class TooMuch(UserError):
-    """A rate asks for more parameters than the units have; `most` can go."""
+class RateTooHigh(UserError):
+    """`prune.rate` asks to remove more parameters than the units have; `most` parameters can be removed."""
 
     def __init__(self, target: int, most: int) -> None:
         super().__init__(
-            f"`prune.rate` asks for {target:,} parameters to go out of blocks, but at most {most:,} can when each that "
-            "may be cut keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / "
+            f"`prune.rate` asks to remove {target:,} parameters from blocks, but at most {most:,} can be removed if "
+            "every block keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / "
             "`prune.last_layer` or name more `prune.units`"
         )
         self.most = most
@@ -52,7 +52,7 @@ class TooMuch(UserError):
 def unit_kinds_of(
     config: Any, layers: Iterable[int], units: Collection[str] = (ATTENTION, EXPERT, MLP)
 ) -> dict[int, tuple[UnitKind, ...]]:
-    """List some kinds of unit of some blocks."""
+    """List the unit kinds named in `units` for each block in `layers`."""
     family, configs = family_of(config), config.per_layer_config
     return {
         index: tuple(kind for kind in family.unit_kinds(configs[index], index) if kind.name in units)
@@ -61,10 +61,10 @@ def unit_kinds_of(
 
 
 def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
-    """Compute the sizes of the units that may go; the model may be on the meta device.
+    """Compute the sizes of the unit kinds in `units`; the model may be on the meta device.
 
     Raises:
-        UserError: If no block has units of a kind that was named.
+        UserError: If no block has units of a kind in `units`.
     """
     family = family_of(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
@@ -90,7 +90,7 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
 
 
 def plain_counts(config: Any, index: int) -> tuple[int, ...]:
-    """List the numbers of key/value groups that a plain checkpoint of this family can keep in every block."""
+    """List the numbers of key/value groups per block that a plain checkpoint of this family can have."""
     family, layer_config = family_of(config), config.per_layer_config[index]
     kinds = {kind.name: kind.units_per_partition for kind in family.unit_kinds(layer_config, index)}
     return tuple(
@@ -106,7 +106,7 @@ def available(sizes: Sizes) -> int:
 
 
 def most_removable(sizes: Sizes, round_to: int) -> int:
-    """Count the parameters that can go when every block keeps the least of each kind."""
+    """Count the parameters that can be removed if every block keeps the minimum of each kind."""
     return sum(
         size.parameters * (size.count - round_to if name == MLP else size.most)
         for kinds in sizes.values()

@@ -117,9 +117,9 @@ def _set_adapters(
             lora_b.copy_(starts[f"{path}.lora_B"])
             continue
         # Each layer has its own generator, so that its initial values do not depend on the bits of other layers.
-        own = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
-        drawn = torch.nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5), generator=own)
-        lora_a.copy_(drawn / drawn.norm(dim=1, keepdim=True) if lora.init == "loftq" else drawn)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+        random_a = torch.nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator)
+        lora_a.copy_(random_a / random_a.norm(dim=1, keepdim=True) if lora.init == "loftq" else random_a)
         lora_b.zero_()
     torch.manual_seed(seed)
 
@@ -141,22 +141,22 @@ class PlanAssembler:
 
     def model(self, plan: Mapping[str, int], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
         """Assemble the model of a plan (group -> bits); do not use the model that an earlier call returned."""
-        # Forget the held model first: if replacing its groups fails half way, the next plan is assembled from scratch.
-        held, self._peft_model = self._peft_model, None
-        if held is None:
+        # Forget the model first: if replacing its groups fails half way, the next plan is assembled from scratch.
+        current, self._peft_model = self._peft_model, None
+        if current is None:
             model, self._starts = assemble(
                 self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant, on_piece
             )
-            held = attach_adapters(model, self._starts, self._lora, self._group, seed)
+            current = attach_adapters(model, self._starts, self._lora, self._group, seed)
         else:
-            self._exchange(held, plan, seed, on_piece)
-        self._plan, self._peft_model = dict(plan), held
-        return held
+            self._exchange(current, plan, seed, on_piece)
+        self._plan, self._peft_model = dict(plan), current
+        return current
 
-    def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
-        model = held.get_base_model()
+    def _exchange(self, current: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
+        model = current.get_base_model()
         model.disable_input_require_grads()
-        held.enable_adapter_layers()  # an evaluation may have disabled them
+        current.enable_adapter_layers()  # an evaluation may have disabled them
         # As in MixedPrecisionQuantizer: a model that was first assembled unquantized lacks these flags.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)
@@ -178,7 +178,7 @@ class PlanAssembler:
                 layers[path] = packed_layer(old, bits, layer_tensors(packed, path), dtype, self._double_quant)
         for path, layer in _with_adapters(layers, self._lora).items():
             model.set_submodule(path, layer)
-        _set_adapters(held, self._starts, self._lora, [path for each in paths.values() for path in each], seed)
+        _set_adapters(current, self._starts, self._lora, [path for each in paths.values() for path in each], seed)
 
 
 def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> dict[str, torch.nn.Module]:
@@ -223,15 +223,15 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    whole: Any = model._no_split_modules
-    memory = get_balanced_memory(model, no_split_module_classes=whole)
-    places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
-    placed: PreTrainedModel = dispatch_model(model, places)
+    no_split: Any = model._no_split_modules
+    memory = get_balanced_memory(model, no_split_module_classes=no_split)
+    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=no_split)
+    placed: PreTrainedModel = dispatch_model(model, device_map)
     return placed
 
 
 def measured_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of all tensors of a model: packed weights, scales, adapters and the rest; shared tensors once.
+    """Count the bytes of all tensors of a model as they are packed, adapters included; a shared tensor counts once.
 
     bitsandbytes also stores a JSON blob per 4-bit layer and a format byte per 8-bit layer, which are not counted.
     """

@@ -50,7 +50,7 @@ FEW_WEIGHTS = 10_000_000
 
 
 class IndexEntry(Recorded):
-    """Index entry of a file: digest of its inputs, sha256, and the ratio |W - Q - BA| / |W - Q| (Frobenius norms)."""
+    """Index entry of a file: digest of its inputs, sha256, and the ratio of the errors with and without adapters."""
 
     inputs: str
     sha256: str
@@ -149,7 +149,7 @@ def read_index(bank: Path) -> BankIndex:
     """Read the index of a bank; raise `CorruptFile` if it is missing or damaged."""
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
-        raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}", bank)
+        raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}; repeat the command to rebuild it", bank)
     return index
 
 
@@ -214,7 +214,7 @@ class Starts:
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Return the file itself or, if it is on shared storage, a local copy (made if missing); None if sha256 differs."""
+    """Return the path of a bank file with this sha256: the file itself or a cached copy; None if the sha256 differs."""
     named = os.environ.get(BANK_CACHE)
     if not named and storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
@@ -237,5 +237,5 @@ def _is_intact(copy: Path, sha256: str) -> bool:
 
 @functools.cache
 def _digest_once(path: Path, modified_ns: int) -> str:
-    """Compute the sha256 of a file once per process; a new modification time computes it again."""
+    """Compute the sha256 of a file; the result is cached until the modification time changes."""
     return file_digest(path)

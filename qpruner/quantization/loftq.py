@@ -35,7 +35,7 @@ class LoftqStart:
 def loftq_start(weight: torch.Tensor, bits: int, lora: LoraConfig, double_quant: bool, seed: int) -> LoftqStart:
     """Compute the packed weight and the initial adapter of one linear layer W ``(rows, columns)`` with LoftQ.
 
-    The factor ``s = alpha / rank`` is the same as in peft; `seed` seeds the randomized SVD.
+    The product ``B A`` is scaled by alpha / rank, as in peft; `seed` seeds the randomized SVD.
     """
     rank, scaling = lora.rank, lora.alpha / lora.rank
     weight = weight.detach()

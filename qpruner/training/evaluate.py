@@ -1,4 +1,4 @@
-"""Score models on lm-eval tasks, built-in ones and those of a folder."""
+"""Score models on lm-eval tasks, both built-in tasks and tasks from a folder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from qpruner.data.calibration import OnProgress
 
 METRICS: tuple[str, ...] = get_args(AccuracyMetric)
-"""In order of preference."""
+"""lm-eval's accuracy metrics, in order of preference."""
 
 
 @dataclass(frozen=True)
 class TaskQuestions:
-    """A task's questions, to compare with the training rows, and the metric that scores it."""
+    """The questions of a task, to look for them in the training rows, and the metric that scores the task."""
 
     texts: list[str]
     metric: str
@@ -46,9 +46,9 @@ def score_tasks(
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory, with or without adapters.
 
-    `skip` and `limit` choose questions of each task, all after the first `skip` (every task must have more) if `limit`
-    is None. `metric` None takes the first of `METRICS` that a task reports. `on_progress` gets answered and all
-    requests (a question's choices, or a generation). Returns one score a task (the subtasks of a group one by one).
+    Each task is scored on `limit` questions (None for all) after its first `skip`; it must have more than `skip`. If
+    `metric` is None, it is the first of `METRICS` that the task reports. `on_progress` gets the numbers of answered and
+    of all requests (a choice, or a generation). Returns one score per task; a group of tasks has one per subtask.
     """
     from lm_eval import simple_evaluate
 
@@ -56,7 +56,7 @@ def score_tasks(
     if skip:
         stop, loaded = None if limit is None else skip + limit, manager.load(list(tasks))["tasks"]
         samples = {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
-    # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
+    # In bf16 a log-probability of -6 is rounded to steps of 0.03, and most plans differ by less.
     options = {"pretrained": model, "batch_size": settings.batch_size, "softmax_dtype": "float32"}
     was_training = model.training
     model.eval()
@@ -75,9 +75,9 @@ def score_tasks(
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
-    """Derive a class from lm-eval's model that reports progress and runs the head only where answers are.
+    """Derive a class from lm-eval's model that reports progress and computes only the logits of answers.
 
-    lm-eval passes each answer to a cache hook. It reads logits at the end of the rows, counting from the end.
+    lm-eval passes each answer to a cache hook, which counts them. It indexes an answer's logits from the row's end.
     """
     import torch
     from lm_eval.api.model import CacheHook
@@ -120,10 +120,10 @@ def _counting_model(on_progress: OnProgress) -> Any:
 def task_questions(
     tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
 ) -> dict[str, TaskQuestions]:
-    """Load the first `limit` questions of each task; `key` of the configuration names the tasks.
+    """Load the first `limit` questions of each task; errors name `key`, the configuration key that lists the tasks.
 
     Raises:
-        UserError: For an unknown task, one whose rows cannot be loaded, or one that does not report the metric.
+        UserError: If a task is unknown, its rows cannot be loaded, or it does not report the metric.
     """
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in (task for task in tasks if task not in known):
@@ -136,7 +136,7 @@ def task_questions(
     except Exception as error:  # the loaders of many data sets raise many types
         raise UserError(
             f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}; "
-            "mend the task's file or data, mind the network where they are on the hub, or name another task"
+            "fix the task's file or data, check the network if the data is on the hub, or name another task"
         ) from error
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
     questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
@@ -148,26 +148,26 @@ def task_questions(
 
 
 def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: str) -> str:
-    """Choose the metric that scores a task: the wanted one, else the first of `METRICS` that it reports."""
+    """Choose the metric that scores a task: `wanted`, or else the first of `METRICS` that the task reports."""
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
         raise UserError(
-            f"`{key}`: task `{task}` reports {', '.join(reported)}, which is none of {', '.join(METRICS)}: name a task "
-            "that reports an accuracy"
+            f"`{key}`: task `{task}` must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}: name "
+            "a task that reports an accuracy"
         )
     if wanted and wanted not in accuracies:
         raise UserError(
             f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
-            f"{', '.join(accuracies)}: name one that all report, `accuracy` for each task's own, or another task"
+            f"{', '.join(accuracies)}: set a metric that all report, `accuracy` for each task's own, or another task"
         )
     return wanted or accuracies[0]
 
 
 def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
-    """Refuse a question whose right answer is none of its choices: lm-eval counts it wrong, whatever a model says."""
+    """Refuse a question whose right answer is not among its choices: lm-eval would count every answer as wrong."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return
-    if task.multiple_input:  # the choices are questions with one ending, and the text says which is right
+    if task.multiple_input:  # the choices are contexts of one ending, and `doc_to_text` gives the right one
         count, right, choices = int(task.multiple_input), task.doc_to_text(doc), []
     else:
         choices = task.doc_to_choice(doc)
@@ -175,14 +175,14 @@ def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
     for answer in right if isinstance(right, list) else [right]:
         if not (0 <= answer < count if isinstance(answer, int) else answer in choices):
             raise UserError(
-                f"{place} has the answer {answer!r}, which is none of its {count} choices: give one of them, or its "
-                f"position from 0 to {count - 1}, in the rows or by the task file's `doc_to_target`"
+                f"{place} has the answer {answer!r}, which is not among its {count} choices: give a choice, or its "
+                f"position from 0 to {count - 1}, in the rows or in the task file's `doc_to_target`"
             )
 
 
 @functools.lru_cache(maxsize=4)
 def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
-    """Read lm-eval's index of tasks; the built-in ones (6 s) only if the folder does not have all of `tasks`."""
+    """Read lm-eval's index of tasks; read its built-in tasks (6 s) only if `include_path` lacks one of `tasks`."""
     # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from lm_eval.tasks import TaskManager
@@ -196,7 +196,7 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
 
 
 def _question(task: Any, doc: dict[str, Any]) -> str:
-    """Return a task's question, without the words around it if the row has it in a column of its own."""
+    """Return the text of a question; without the task's prompt, if the row has a column with the question alone."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
             passage = doc.get("passage", "")
@@ -205,7 +205,7 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, Any], wanted: str | None) -> TaskScore:
-    """Read a task's score from lm-eval's log, which has each question once for every filter of its answers."""
+    """Compute a task's score from lm-eval's log, which has an entry for each question and each answer filter."""
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         by_filter.setdefault(sample["filter"], []).append(sample)
@@ -217,7 +217,7 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
         for metric, name in keys
     }
     metric = _used_metric(task, dict(keys), wanted, "tasks")
-    name = next(name for its, name in keys if its == metric)
+    name = next(name for reported, name in keys if reported == metric)
     correct = tuple(float(sample[metric]) for sample in by_filter[name])
     value, stderr = measures.over_questions(correct)
     return TaskScore(
@@ -233,12 +233,12 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
 
 
 def _full_name(metric: str, name: str) -> str:
-    """Name a metric of a filter's answers as lm-eval does."""
+    """Return lm-eval's name of a metric under an answer filter."""
     return metric if name == "none" else f"{metric},{name}"
 
 
 def _metric_score(value: float, values: list[Any]) -> MetricScore:
-    """Add a standard error to lm-eval's value if it is the mean of numbers, one a question."""
+    """Add the standard error to lm-eval's value if the value is the mean over questions, else NaN."""
     if all(isinstance(each, int | float) for each in values):
         mean, stderr = measures.over_questions(values)
         if math.isclose(mean, value):
@@ -247,7 +247,7 @@ def _metric_score(value: float, values: list[Any]) -> MetricScore:
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
-    """Compute the negative log-likelihood of right choices, which shows small differences sooner than accuracy."""
+    """Compute the negative log-likelihood of each right choice; empty if a question has no choices."""
     losses = []
     for sample in samples:
         responses, target = sample["filtered_resps"], sample["target"]

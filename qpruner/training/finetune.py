@@ -1,8 +1,8 @@
 """Train adapters with transformers' Trainer, for trials and the final fine-tune alike.
 
-A checkpoint holds adapter, optimizer, scheduler and random state, so a resumed run is the run that was never
-interrupted. Where torch's process group is up, its processes share the work: each takes its part of every batch,
-gradients are summed over all, and the losses are those of one process. The first one saves and calls the listener.
+A checkpoint holds adapter, optimizer, scheduler and random state, so a resumed training gives the same result as an
+uninterrupted one. If torch has a process group, its processes share every batch and sum their gradients, so that losses
+equal those of one process. The first process saves and calls the listener.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks of a training, called in the first process; `on_save` in all.
+    """Callbacks of a training. All processes call `on_save`; the first process alone calls the others.
 
-    `on_rung` gets step, checkpoint folder and training loss, and may raise to stop; `on_step` gets step, total steps
-    and training loss. `before_save` may raise so that nothing is written; `on_save` comes before `on_rung`.
+    `on_rung` gets step, checkpoint folder and training loss, and may raise to stop the training. `on_step` gets step,
+    total steps and training loss. `before_save` may raise to prevent the save. `on_save` is called before `on_rung`.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
@@ -59,21 +59,21 @@ class Listener:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's rank among those that train together; rank 0 saves. Without a process group it is alone."""
+    """The rank of this process among the processes that train together. Rank 0 saves."""
 
     rank: int
     processes: int
 
     @classmethod
     def own(cls) -> Share:
-        """Ask torch's process group."""
+        """Read rank and number of processes from torch; rank 0 of 1 without a process group."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls(0, 1)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
 
 class TrainingResult(NamedTuple):
-    """Steps taken and the loss of the last one, in nats per token."""
+    """Number of steps, and training loss of the last step in nats per token."""
 
     steps: int
     train_loss: float
@@ -91,14 +91,14 @@ def finetune(
     listener: Listener | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train the adapters that `attach_adapters` made in place.
+    """Train a model's adapters (see `attach_adapters`) in place, and save checkpoints in `output`.
 
-    `rows` are the same in every process, `settings.batch_size` is that of all processes together, and `seed` that of
-    data order and dropout. `start` is a checkpoint of this very training to resume from. Checkpoints go to `output`.
+    All processes get the same `rows`, and `settings.batch_size` counts the rows of all processes. `seed` sets data
+    order and dropout. `start` is a checkpoint of the same training, to resume from.
 
     Raises:
-        TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
-            `DIVERGED_BY` above both the first step's and that of a blind guess, ln(vocabulary).
+        TrainingDiverged: If a step's loss or gradient is NaN or infinite, or its loss is more than `DIVERGED_BY` above
+            both the first step's loss and the loss of a blind guess, ln(vocabulary size).
     """
     share = Share.own()
     batches = _Batches(row_lengths(rows), settings, seed, share)
@@ -119,10 +119,10 @@ def finetune(
     if share.processes > 1:
         start = _shared(model, start)
     if share.rank:
-        # Dropout of its own, and none that another seed's process has; Trainer has seeded all processes alike.
+        # Trainer seeds all processes alike; every rank of every seed needs its own dropout.
         torch.manual_seed(int(np.random.SeedSequence([seed, share.rank]).generate_state(1)[0]))
     state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
-    if state and state.global_step == state.max_steps:  # Trainer would take one more (5.24)
+    if state and state.global_step == state.max_steps:  # Trainer would train one more step (5.24)
         trainer._load_from_checkpoint(str(start))
         return TrainingResult(state.global_step, _losses(state)[-1])
     trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -130,14 +130,14 @@ def finetune(
 
 
 def _losses(state: TrainerState) -> list[float]:
-    """Return the loss of every step of the whole training; a checkpoint has its history."""
+    """Return the losses of all steps, including those before the last resume."""
     return [float(each["loss"]) for each in state.log_history if "loss" in each]
 
 
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
-    """Have the processes exchange adapters alone, as each has read the bank, and return the first one's checkpoint.
+    """Make the processes synchronize adapters alone, since each has read the bank; return the first one's checkpoint.
 
-    Other machines may see an older listing of a shared folder.
+    All use that checkpoint, because another machine may see an older listing of a shared folder.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -150,12 +150,12 @@ def _shared(model: PeftModel, start: Path | None) -> Path | None:
 
 
 class _Batches(Sampler[list[int]]):
-    """Sample one process's micro-batches of an epoch, as positions of rows.
+    """Samples the micro-batches of one process in an epoch, as row numbers.
 
-    An optimizer batch is the next `batch_size` rows of the epoch's random order, however many processes share it. Its
-    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns, so that little is
-    padded. A process that finds no row left takes the blank row, which follows all others and has no token to learn.
-    Accelerate's own shares repeat rows there, and resume an epoch with the first epoch's order (1.15).
+    An optimizer batch is the next `batch_size` rows of the epoch's random order, for any number of processes. Its rows
+    are sorted by length, longest first, and dealt to the processes in micro-batches; this keeps padding short. If no
+    row is left for a process, it gets the blank row, which has no labels and comes after all others. Accelerate (1.15)
+    would repeat rows instead, and would resume every epoch in the first epoch's order.
     """
 
     def __init__(self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share) -> None:
@@ -167,7 +167,7 @@ class _Batches(Sampler[list[int]]):
         return -(-len(self._lengths) // (self._size * self._share.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Of seed and epoch apart: their sum would give the next seed this one's second epoch as its first.
+        # Both numbers are seeds: with their sum, a seed's second epoch would have the order of the next seed's first.
         order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
         for start in range(0, len(order), self._batch_size):
             batch = sorted(order[start : start + self._batch_size], key=self._lengths.__getitem__, reverse=True)
@@ -177,7 +177,7 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer with `_Batches`, logits at labelled tokens only, and checkpoints that wait for room or the storage."""
+    """Trainer with `_Batches` and logits at labelled tokens only; it retries a save while storage is unavailable."""
 
     batches: _Batches
     before_save: Callable[[], None]
@@ -192,11 +192,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if share.rank == 0:
             self.before_save()
         if share.processes > 1:
-            distributed.barrier()  # the others write nothing either where the first one may not
+            distributed.barrier()  # if `before_save` stops the first process, the others write nothing either
         retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:
-        """Count nothing: processes would wait for one another here, and one that saves again for all others."""
+        """Skip this count, because it synchronizes all processes: one that retries a save would wait for the others."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         pinned = self.args.dataloader_pin_memory
@@ -210,7 +210,7 @@ def _arguments(
 ) -> TrainingArguments:
     saving = {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
     chosen: dict[str, Any] = saving if schedule.save_steps else {"save_strategy": "no"}
-    # The other length stays transformers' default.
+    # The length that is not set stays at transformers' default.
     chosen |= {"num_train_epochs": schedule.epochs} if schedule.steps is None else {"max_steps": schedule.steps}
     return TrainingArguments(
         output_dir=str(output),
@@ -243,9 +243,9 @@ def _arguments(
 
 @dataclass(eq=False)
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Set the epoch, save at rungs, call the listener, and stop a diverging run.
+    """Sets the epoch, saves at rungs, calls the listener, and stops a diverging training.
 
-    Loss and gradient norm are those of all processes, so all of them stop at the same step.
+    Loss and gradient norm are over all processes, so all processes stop at the same step.
     """
 
     rungs: Sequence[int]
@@ -274,7 +274,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         if self.train_loss > tolerable + DIVERGED_BY:
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "
-                "the larger of the first step's and a blind guess's"
+                "the larger of the first step's loss and a blind guess's loss"
             )
         if state.is_world_process_zero:
             self.listener.on_step(state.global_step, state.max_steps, self.train_loss)

@@ -1,6 +1,6 @@
-"""Measure what a model costs to use: memory of a generation, and tokens a second of prefill and of decode.
+"""Measure a model's memory while it generates, and its tokens per second of prefill and of decode.
 
-Timings differ more over minutes than within one, so models that are compared are timed in turns.
+Speeds drift over minutes, so models to compare are timed in turns.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 16, 16
 NUM_TURNS = 3
-"""How many timed generations every row gets."""
+"""Number of timed generations of every row."""
 
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """Fine-tuned rows of different models that take turns in one process; `progress` is a file for `done total`.
+    """The fine-tuned rows that one process times in turns; the file `progress` gets `done total`.
 
     The prompt is the beginning of the confirmation rows in `data`.
     """
@@ -46,7 +46,7 @@ class InferenceJob:
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of each row's model; of rows of one checkpoint in a row, only groups are exchanged."""
+    """Measure memory and speed of each row's model; consecutive rows of one checkpoint exchange only its groups."""
     begin_job(job.threads)
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
@@ -66,8 +66,8 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
         memory_counter=("" if torch.cuda.is_available() else "tensors of the model, and ") + PeakMemory().counter,
     )
     found = []
-    for taken in turns:
-        prefill, decode, memory_bytes = zip(*taken, strict=True)
+    for of_row in turns:
+        prefill, decode, memory_bytes = zip(*of_row, strict=True)
         found.append(
             Inference(
                 memory_bytes=max(memory_bytes), prefill_tokens_per_second=prefill, decode_tokens_per_second=decode
@@ -77,20 +77,20 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Record when transformers' `generate` has read the prompt and when it has each new token."""
+    """Records the times at which transformers' `generate` starts and has each new token."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.seconds.append(time.perf_counter())  # the tokens are on the CPU, so the GPU has done its part
+        self.seconds.append(time.perf_counter())  # the tokens are on the CPU, so the GPU has finished
 
     def end(self) -> None:
         pass
 
 
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> tuple[float, float]:
-    """Generate 2 or more tokens greedily; return tokens a second of prefill, with the first one, and of decode."""
+    """Generate at least 2 tokens greedily; return tokens per second of prefill (until the first token) and decode."""
     clock = _Clock()
     length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     settings = GenerationConfig(**length, do_sample=False, pad_token_id=0)
@@ -100,9 +100,9 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> 
 
 
 def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> tuple[float, float, int]:
-    """Generate from one sequence, after a short warm-up; return tokens a second of prefill and decode, and the memory.
+    """Generate once, after a short warm-up; return tokens per second of prefill and of decode, and the memory in bytes.
 
-    That is CUDA's peak on a GPU; on a CPU the packed tensors and the rise of resident memory above the loaded model.
+    On a GPU the memory is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the loaded model.
     """
     ids = torch.tensor([prompt], device=model.device)
     model.eval()

@@ -1,6 +1,6 @@
-"""Run the rows of the final table: each gets the same fine-tune and the same evaluation.
+"""Fine-tune and evaluate the rows of the final table, each row in the same way.
 
-A worker process runs one of these functions for one row, alone or, a fine-tune, in a group; none of them knows of Ray.
+Worker processes run these functions, one row at a time; several processes may share a fine-tune. Ray is not used here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row: a plan on a checkpoint; its `folder` holds adapter and checkpoints.
+    """A row of the final table: a checkpoint quantized by a plan; its `folder` holds adapter and checkpoints.
 
-    `name` is that of the records and `title` that of the table. `seed` seeds data order and dropout of the fine-tune; a
-    row without one is scored as it is, quantized layers with their adapter start.
+    `name` is used in records, `title` in the table. `seed` sets data order and dropout of the fine-tune. A row without
+    a seed is scored without a fine-tune, with the initial adapters of its quantized layers.
     """
 
     name: str
@@ -44,30 +44,30 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Its title, and its training seed."""
+        """The row's title and training seed."""
         return f"{self.title} (no fine-tune)" if self.seed is None else f"{self.title}, training seed {self.seed}"
 
     @property
     def adapter(self) -> Path:
-        """The fine-tuned adapter, in peft's format."""
+        """Folder of the fine-tuned adapter, in peft's format."""
         return self.folder / "adapter"
 
     @property
     def checkpoints(self) -> Path:
-        """What its fine-tune resumes from, until its outcome is recorded."""
+        """Folder of the fine-tune's checkpoints, which is removed once the fine-tune is recorded."""
         return self.folder / "checkpoints"
 
     @property
     def progress(self) -> Path:
-        """`done total` of the steps of a fine-tune under way, then of the answers to the held-out tasks."""
+        """File with `done total`: first steps of the fine-tune, then answers to the held-out tasks."""
         return self.folder / "progress"
 
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A row and what a worker needs for it; `text` is held-out text in windows, for `evaluate_candidate`.
+    """A row and a worker's input for it; `text` is a folder of held-out text in windows, for `evaluate_candidate`.
 
-    For `confirm_trial` the row is a finished trial, and its folder that of the trial's last checkpoint.
+    For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last checkpoint.
     """
 
     config: RunConfig
@@ -80,7 +80,7 @@ class CandidateJob:
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """What a fine-tune ended with, as `CandidateRecord` has it; bytes are those of one process."""
+    """The result of a fine-tune, with the fields of `CandidateRecord`; bytes are those of one process."""
 
     seconds: float
     steps: int
@@ -96,11 +96,11 @@ class FinetuneOutcome:
 
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
-    """Fine-tune a row from its LoftQ start, or its latest checkpoint, on all training rows and save the adapter.
+    """Fine-tune a row on all training rows, from its LoftQ start or latest checkpoint, and save the adapter.
 
-    `TakenOver` is raised before anything more is written if another process has started the same fine-tune.
+    If another process starts the same fine-tune, this one raises `TakenOver` before its next write.
     """
-    # Imported before memory is measured: the rise should be the model's, not the libraries'.
+    # Imported before memory is measured, so that the rise does not include the library.
     import peft  # noqa: F401
 
     from qpruner.data.encoding import load_confirmation, load_encoded
@@ -169,7 +169,7 @@ def _train(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A row's scores on the held-out tasks, its loss on held-out text in nats per token, and what both took."""
+    """A row's scores on the held-out tasks, its loss on held-out text in nats per token, and the seconds of both."""
 
     scores: tuple[TaskScore, ...]
     text_loss: float | None
@@ -177,7 +177,7 @@ class Evaluation:
 
 
 def evaluate_candidate(job: CandidateJob) -> Evaluation:
-    """Score a row on held-out tasks and text; `CorruptFile` if it was fine-tuned and its adapter cannot be read."""
+    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read."""
     from qpruner.data.encoding import load_encoded
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks
@@ -198,9 +198,9 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
 
 
 def confirm_trial(job: CandidateJob) -> FinalistScore:
-    """Score a trial's last rung on the confirmation rows that choose and, in a search of accuracy, on new questions.
+    """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
-    These are as many again of every task, after those of the trials.
+    In a search by accuracy, also score it on new questions: as many of every task as trials had, and after these.
     """
     from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
@@ -224,7 +224,7 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
 
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:
-    """Build the row's model with its adapter start."""
+    """Build the row's model with its initial adapters."""
     from qpruner.quantization.assembly import plan_assembler
 
     quantize = config.quantize
@@ -234,15 +234,15 @@ def build(config: RunConfig, candidate: Candidate) -> PeftModel:
 
 
 class ProgressFile:
-    """A file with `done total` for the driver, written now and then and at the end."""
+    """Writes `done total` to a file for the driver, at intervals and at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._written = path, float("-inf")
-        with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
+        with contextlib.suppress(OSError):  # a row without a fine-tune may have no folder yet
             path.parent.mkdir(exist_ok=True)
 
     def write(self, done: int, total: int) -> None:
-        """Write the progress if it is time."""
+        """Write the progress if all is done or an interval has passed."""
         if done == total or time.monotonic() - self._written >= progress_seconds(self._path):
             self._written = time.monotonic()
             write_progress(self._path, f"{done} {total}")
@@ -259,7 +259,7 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 
 
 def begin_job(threads: int) -> None:
-    """Free the memory of a worker's earlier jobs, and use only the reserved cores."""
+    """Free the memory of the worker's earlier jobs; without a GPU, limit torch to the reserved cores."""
     import torch
 
     from qpruner.models.memory import release

@@ -1,4 +1,4 @@
-"""A fine-tune in the trackers: transformers' own callbacks, each in a row of this fine-tune."""
+"""Log a fine-tune to the trackers by transformers' own callbacks, as one run in each tracker."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.integrations import MLflowCallback, WandbCallback
 
 from qpruner.training.trackers import Guard, Trackers
 
-Row = tuple[TrainerCallback, Callable[[], object]]
-"""A tracker's callback, and what closes its row."""
+TrackerRun = tuple[TrainerCallback, Callable[[], object]]
+"""The callback that logs to a run in a tracker, and the function that closes that run."""
 
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
@@ -25,27 +25,27 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.rows: list[tuple[Guard, TrainerCallback, Callable[[], object]]] = []
+        self.runs: list[tuple[Guard, TrainerCallback, Callable[[], object]]] = []
 
     def open(self, tracker: str, trackers: Trackers, label: str, about: Mapping[str, Any]) -> None:
-        """Open a row of one tracker."""
+        """Open a run in one tracker."""
         guard = Guard(tracker, self.errors.append)
-        guard.run(lambda: self.rows.append((guard, *ROWS[tracker](trackers, label, about))))
+        guard.run(lambda: self.runs.append((guard, *OPENERS[tracker](trackers, label, about))))
 
     def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
-        """Pass the event on."""
-        for guard, row, _ in self.rows:
-            guard.run(partial(row.on_train_begin, *event, **kwargs))
+        """Tell every tracker that the training begins."""
+        for guard, callback, _ in self.runs:
+            guard.run(partial(callback.on_train_begin, *event, **kwargs))
 
     def on_log(self, *event: Any, **kwargs: Any) -> None:
-        """Pass the event on."""
-        for guard, row, _ in self.rows:
-            guard.run(partial(row.on_log, *event, **kwargs))
+        """Log the training's figures to every tracker."""
+        for guard, callback, _ in self.runs:
+            guard.run(partial(callback.on_log, *event, **kwargs))
 
 
 @contextmanager
 def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Log the fine-tune inside to the run's trackers, in rows of this label with these parameters."""
+    """Log the fine-tune in this context to the trackers, as runs with the name `label` and the parameters `about`."""
     callback = Tracked()
     if trackers:
         os.environ.update(trackers.environment)
@@ -54,18 +54,18 @@ def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> 
     try:
         yield callback
     finally:
-        for guard, _, close in callback.rows:
+        for guard, _, close in callback.runs:
             guard.run(close)
 
 
-def _wandb_row(trackers: Trackers, label: str, about: Mapping[str, Any]) -> Row:
+def _open_wandb(trackers: Trackers, label: str, about: Mapping[str, Any]) -> TrackerRun:
     import wandb
 
     wandb.init(name=label, config=dict(about), **trackers.wandb_settings("fine-tune"))
     return WandbCallback(), wandb.finish
 
 
-def _mlflow_row(trackers: Trackers, label: str, about: Mapping[str, Any]) -> Row:
+def _open_mlflow(trackers: Trackers, label: str, about: Mapping[str, Any]) -> TrackerRun:
     import mlflow
 
     mlflow.set_tracking_uri(trackers.tracking_uri)
@@ -80,4 +80,4 @@ def _mlflow_row(trackers: Trackers, label: str, about: Mapping[str, Any]) -> Row
     return MLflowCallback(), close
 
 
-ROWS = {"wandb": _wandb_row, "mlflow": _mlflow_row}
+OPENERS = {"wandb": _open_wandb, "mlflow": _open_mlflow}

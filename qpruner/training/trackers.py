@@ -1,8 +1,8 @@
-"""The trackers that `trackers` names beside TensorBoard: Weights & Biases, MLflow.
+"""Settings and checks of the trackers that the key `trackers` names: Weights & Biases and MLflow.
 
 Ray Tune's callbacks log trials (`cluster/tune/trackers.py`), transformers' callbacks log fine-tunes
-(`tracked_finetune.py`). Each tracker's own environment variables, set where the command is given, say where it is and
-who may write there; workers get them from the driver, and nothing of them is recorded or logged.
+(`tracked_finetune.py`). A tracker's address and key come from its own environment variables, which the driver passes to
+the workers. They are never recorded or logged.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Where the environment does not say otherwise: print nothing over the live view, report nothing on the user, and wait
-half a minute, not several, for a server that is away."""
+"""Defaults of environment variables: print nothing over the live view, send no reports about the user, and wait half a
+minute, not several, for a server that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Trackers:
 
     names: tuple[str, ...]  # `wandb`, `mlflow`
     run: str  # the run folder's name
-    folder: Path  # where `wandb` keeps its files, unless WANDB_DIR says so
+    folder: Path  # where `wandb` keeps its files, unless WANDB_DIR is set
     environment: Mapping[str, str] = field(repr=False)  # the trackers' variables, keys among them: never shown
 
     @property
     def tracking_uri(self) -> str:
-        """Return the address of MLflow."""
+        """The address of MLflow."""
         return self.environment["MLFLOW_TRACKING_URI"]
 
     @property
     def experiment(self) -> str:
-        """Return the name of MLflow's experiment."""
+        """The name of MLflow's experiment."""
         return self.environment.get("MLFLOW_EXPERIMENT_NAME", self.run)
 
     def wandb_settings(self, kind: str) -> dict[str, Any]:
-        """Return the arguments of `wandb.init` that all rows of a kind share."""
+        """Return the arguments of `wandb.init` for all runs of a kind (`trial` or `fine-tune`)."""
         return {
             "project": self.environment.get("WANDB_PROJECT", "qpruner"),
             "group": self.run,
@@ -62,7 +62,7 @@ class Trackers:
 
 
 def check_trackers(names: tuple[str, ...]) -> dict[str, str]:
-    """Check that every named tracker is installed, has an address and a key, and answers; return their variables."""
+    """Check that every named tracker is installed, configured and answers; return their environment variables."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -82,9 +82,9 @@ def _wandb_key() -> dict[str, str]:
     import wandb
 
     if key := wandb.api.api_key:
-        return {"WANDB_API_KEY": key}  # of whoever has logged in here, for workers elsewhere
+        return {"WANDB_API_KEY": key}  # workers on other machines need the key of this machine's login
     raise UserError(
-        "`trackers` names wandb, and there is no key for it: set WANDB_API_KEY, use `wandb login`, or set "
+        "`trackers` names wandb, but there is no key for it: set WANDB_API_KEY, run `wandb login`, or set "
         "WANDB_MODE=offline"
     )
 
@@ -95,15 +95,15 @@ def _check_mlflow() -> None:
     place = os.environ.get("MLFLOW_TRACKING_URI")
     if not place:
         raise UserError(
-            "`trackers` names mlflow, and MLFLOW_TRACKING_URI does not say where it is: set it to the address of a "
-            "server, or to a file that all machines see, such as sqlite:////shared/mlflow.db"
+            "`trackers` names mlflow, but MLFLOW_TRACKING_URI is not set: set it to the address of a server, or to a "
+            "database file that all machines see, such as sqlite:////shared/mlflow.db"
         )
     try:
         MlflowClient(tracking_uri=place).search_experiments(max_results=1)
-    except Exception as error:  # of sqlalchemy, of requests, of its own
+    except Exception as error:  # may come from sqlalchemy, requests or mlflow
         raise UserError(
-            f"`trackers` names mlflow, and MLFLOW_TRACKING_URI, {_without_password(place)}, does not work: "
-            f"{_without_password(first_line(error))}; see that it is right and the server is up, or leave mlflow out"
+            f"`trackers` names mlflow, but MLFLOW_TRACKING_URI, {_without_password(place)}, does not work: "
+            f"{_without_password(first_line(error))}; check the address and that the server runs, or leave mlflow out"
         ) from error
 
 
@@ -112,7 +112,7 @@ def _without_password(text: str) -> str:
 
 
 class Guard:
-    """Stops logging to a tracker after its first error, of which `on_error` gets a line."""
+    """Stops logging to a tracker after its first error, and passes a message to `on_error`."""
 
     def __init__(self, tracker: str, on_error: Callable[[str], None]) -> None:
         self._tracker, self._on_error, self._has_failed = tracker, on_error, False
@@ -123,9 +123,9 @@ class Guard:
             return
         try:
             action()
-        except Exception as error:  # of another's code and server
+        except Exception as error:  # the tracker's package or server may raise anything
             self._has_failed = True
             why = _without_password(first_line(error))
-            text = f"nothing more is logged to {self._tracker}: {why}; TensorBoard and the report have it all"
+            text = f"logging to {self._tracker} has stopped: {why}; TensorBoard and the report have all figures"
             logger.warning(text)
             self._on_error(text)

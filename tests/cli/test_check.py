@@ -1,4 +1,4 @@
-"""What `qpruner check` prints of a run before it is begun."""
+"""`qpruner check`: the sizes, memory, hours and warnings that it prints before a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(raw: dict[str, Any], *options: str, code: int = 0, verb: str = "check") -> str:
-    """Everything that is printed."""
+    """Run the command and return its whole output."""
     Path("config.yaml").write_text(yaml.safe_dump(raw))
     done = CliRunner().invoke(main, [verb, "config.yaml", *map(str, options)])
     assert done.exit_code == code, done.output
@@ -46,32 +46,32 @@ def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) ->
     assert list(told["memory"]) == ["trial, training", "trial, scoring", "prune", "sensitivity", "comparison"]
     parts = told["memory"]["trial, training"]["parts"]
     assert list(parts) == ["weights", "adapters", "gradients", "optimizer", "activations", "logits"]
-    training = r"    trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, the final fine-tune's, too\n(.*)\n"
+    training = r"    trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, in the final fine-tune too\n(.*)\n"
     [line] = re.findall(training, said)
     sizes = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+) MB", line)}
     assert sizes == {name: round(size / 1e6, 1) for name, size in parts.items()}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert "free here" in said and told["memory_free"] > 0
     assert re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said) and told["disk_needed"] > 0
-    # Logits of batches that no machine of ours holds.
+    # A batch whose logits fit no machine.
     warning = r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval"
     assert re.search(warning, check(with_key(tiny_raw, "evaluate.batch_size", 10**8)))
 
 
-def test_hours_are_estimated_where_steps_are_timed(tiny_raw: dict[str, Any]) -> None:
+def test_hours_are_estimated_only_with_measure(tiny_raw: dict[str, Any]) -> None:
     assert "time:        not estimated; `--measure` times" in check(tiny_raw)
     assert facts(tiny_raw)["hours"] is None
     raw = changed(tiny_raw, prune__selection="per_layer")
     said = check(raw, "--measure")
     assert re.search(r"time: +about .* on \d+ slots?, .* of slot time\n", said)
     assert re.search(r"on 1 slot: prune .*\n", said) and "measured on 1 CPU core: 4 rows x 64 tokens take" in said
-    assert " 0 s" not in said, "a stage that takes something is not told to take nothing"
+    assert " 0 s" not in said, "no stage is shown to take no time"
     refused = check(raw, "--measure", "--gpu", code=2)
-    assert "leave one of them out" in refused
+    assert "give only one of them" in refused
 
 
-def test_gpus_elsewhere_are_not_refused_for_want_of_one_here(tiny_raw: dict[str, Any]) -> None:
-    """What docs/cluster.md recommends for a cluster is checked on a laptop."""
+def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: dict[str, Any]) -> None:
+    """Settings for a cluster, as docs/cluster.md recommends them, can be checked on a laptop."""
     gpus = {"search__max_gpu_hours": 2, "search__resources_per_trial": {"cpu": 4, "gpu": 1}}
     workers = {"finetune__num_workers": 4, "training__micro_batch_size": 1}
     raw = changed(tiny_raw, **gpus, **workers, model__dtype="float16")
@@ -83,7 +83,7 @@ def test_gpus_elsewhere_are_not_refused_for_want_of_one_here(tiny_raw: dict[str,
     assert "use `search.max_hours`" in refused, "trials that hold no GPU anywhere"
 
 
-def test_the_answer_comes_last_and_all_keys_when_asked_for(tiny_raw: dict[str, Any]) -> None:
+def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
     Path("config.yaml").write_text(yaml.safe_dump(tiny_raw))
     done = CliRunner().invoke(main, ["check", "config.yaml"])
     assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
@@ -110,8 +110,8 @@ def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str
     assert facts(raw)["questions"]["fresh"] == {"qpruner_everyday_validation": 6}
 
 
-def test_few_trials_and_rows_that_are_cut_are_no_warning(tiny_raw: dict[str, Any]) -> None:
-    """Two blocks of four projections at two levels are eight unknowns."""
+def test_few_trials_and_truncated_rows_are_no_warning(tiny_raw: dict[str, Any]) -> None:
+    """Eight groups at two bit-widths are eight unknowns."""
     Path("rows.jsonl").write_text("".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3)))
     rows = {"data__validation": [{"source": "rows.jsonl", "format": "text"}], "sensitivity__methods": ["fisher"]}
     text = check(changed(tiny_raw, search__max_trials=7, data__max_length=256, **rows))
@@ -120,7 +120,7 @@ def test_few_trials_and_rows_that_are_cut_are_no_warning(tiny_raw: dict[str, Any
     assert not re.search(r"warning:.*(values to estimate|lose their ends)", text)
 
 
-def test_a_driver_at_work_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     raw = changed(tiny_raw, prune__first_layer=1)
     run(validate_config(raw), lambda event: None, until="prune")
     with hold_run(tmp_path / "run", print):
@@ -134,8 +134,8 @@ def test_a_driver_at_work_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any],
     assert "pruned earlier: the cut is skipped" in said and "no cut, achieved 0.00%" in said
 
 
-def test_a_plan_is_compared_with_what_was_cut(tiny_raw: dict[str, Any]) -> None:
-    """Global selection leaves the widths open until then."""
+def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, Any]) -> None:
+    """With global selection the widths are known only after the cut."""
     groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).pruned.groups]
     for bits in (4, 8):
         Path(f"{bits}.yaml").write_text(yaml.safe_dump(dict.fromkeys(groups, bits)))
@@ -150,16 +150,16 @@ def test_a_plan_is_compared_with_what_was_cut(tiny_raw: dict[str, Any]) -> None:
     assert {name for name, share in facts(tiny_raw)["share_done"].items() if share} == {"prepare", "prune"}
 
 
-def test_the_number_of_blocks_that_go_is_told(tiny_raw: dict[str, Any]) -> None:
-    """A multiple of 64 is what 4-bit layers on a CPU need of channels that stay."""
+def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -> None:
+    """4-bit layers on a CPU need a multiple of 64 channels."""
     raw = changed(tiny_raw, prune__units=["block"], prune__rate=0.5)
     assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks$", check(raw), re.MULTILINE)
     cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2", "--set", "prune.round_to=32")
     assert "`prune.round_to: 64` for MLP channels" in check(raw, *cut, code=2)
 
 
-def test_a_plan_is_read_where_the_number_of_blocks_is_known(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
-    """Groups are named after the blocks that stay; whichever go, of blocks that are alike it is the same number."""
+def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+    """Blocks of equal size are cut in a known number, and groups are numbered by the remaining blocks."""
     raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
     inspection = preflight.inspect(validate_config(raw))
     before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.pruned))
@@ -176,7 +176,7 @@ def test_a_plan_is_read_where_the_number_of_blocks_is_known(tiny_raw: dict[str, 
 
 @pytest.mark.parametrize(("key", "verb"), [("--plan", "run"), ("search.plan", "check")])
 def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
-    """By the name under which it was given, and with what else is wrong."""
+    """The message names the option or the key, whichever gave the plan."""
     raw = with_key(tiny_raw, "prune.selection", "per_layer")
     inspection = preflight.inspect(validate_config(raw))
     plan = tmp_path / "plan.yaml"
@@ -186,4 +186,4 @@ def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[s
     assert f"error: `{key}`: the plan in {plan} takes " in said
     told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
     over = inspection.pruned.plan_bytes(inspection.pruned.uniform(8)) - inspection.budget_bytes
-    assert told and 0 <= float(told[1]) * 1e6 - over < 101, "never too little"
+    assert told and 0 <= float(told[1]) * 1e6 - over < 101, "rounded up, never down"

@@ -1,4 +1,4 @@
-"""`qpruner status`, `trials`, `plan` and `compare` as a person at another shell has them: from a run's files alone."""
+"""`qpruner status`, `trials`, `plan` and `compare`, which read only the files of a run."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def printed(*arguments: object) -> str:
     return qpruner(*arguments).stdout
 
 
-def told(*arguments: object) -> dict[str, Any]:
-    """The JSON object of a verb."""
+def json_of(*arguments: object) -> dict[str, Any]:
+    """Return the JSON object that a verb prints."""
     result = qpruner(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 def listed(run: Path, *options: str) -> list[int]:
-    """The numbers of the trials that `qpruner trials` lists."""
-    return [row["trial"] for row in told("trials", run, *options)["trials"]]
+    """Return the numbers of the trials that `qpruner trials` lists."""
+    return [row["trial"] for row in json_of("trials", run, *options)["trials"]]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    """A run in its search, which this process drives."""
+    """A run in its search, locked by this process as its driver."""
     root = recorded_run(tmp_path / "run")
     with hold_run(root, print):
         yield root
@@ -70,7 +70,7 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 14 min 30 s left" in text
     assert "best so far:   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
     assert "best control:  validation loss 3.0000, trial 1 (seed-kl)" in text
-    stages = {each["stage"]: each["state"] for each in told("status", run)["stages"]}
+    stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
     assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
 
@@ -91,13 +91,13 @@ def test_status_names_the_winner(over: Path) -> None:
     assert "trial 1 (seed-kl), a control that no searched plan beat; " in lines()[-1]
 
 
-def test_status_shows_where_trials_are_and_why_they_failed(run: Path) -> None:
-    """Trial 5 is past its only rung, and says so itself; trial 6 has a slot and no worker yet, trial 7 no slot."""
+def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
+    """Trial 5 reports a step beyond its last rung; trial 6 has a slot but no worker yet; trial 7 has no slot."""
     folder = run / "trials" / DIGEST
     write_pulse(folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6))
     write_trial(folder, trial(6, "484844", [], status="running"))
     write_trial(folder, trial(7, "484448", [], status="running"))
-    text, search = printed("status", run), told("status", run)["search"]
+    text, search = printed("status", run), json_of("status", run)["search"]
     waiting = "1 of them waiting for a worker process to start, 1 of them waiting for a machine"
     assert f"1 failed, 3 running on 2 slots ({waiting}); about" in text
     assert (search["starting"], search["waiting"]) == (1, 1)
@@ -108,15 +108,15 @@ def test_status_shows_where_trials_are_and_why_they_failed(run: Path) -> None:
     shown = {line.split()[0]: line for line in text.splitlines()}
     assert "  3.1000 @2" in shown["5"], "at step 3, with the loss of step 2"
     assert "@" not in shown["2"] and "@" not in shown["6"] and reason in text
-    rows = {row["trial"]: row for row in told("trials", run)["trials"]}
+    rows = {row["trial"]: row for row in json_of("trials", run)["trials"]}
     places = [(rows[index]["step"], rows[index]["rung"]) for index in (2, 4, 5, 6)]
     assert places == [(8, 8), (0, None), (3, 2), (0, None)]
 
 
 @pytest.mark.parametrize("outcome", ["interrupted", "failed", "running"])
-def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> None:
-    """Ended by a person, by an error or, as `running` says without a driver, by a kill; the next command is not there
-    before it has begun a stage."""
+def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> None:
+    """A command ended by Ctrl-C, by an error or, as `running` without a driver shows, by a kill. The next command
+    changes this only when it starts a stage."""
     run = recorded_run(tmp_path / "run", pid=2**22 + 1)
     state = RunDir(run).read_state(RunState)
     assert state
@@ -136,7 +136,7 @@ def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> N
         check()
 
 
-def test_every_way_to_fail_has_a_remedy() -> None:
+def test_every_kind_of_failure_has_a_remedy() -> None:
     (kinds,) = [each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)]
     assert len(get_args(kinds)) == 8 and all(REMEDIES[kind] for kind in get_args(kinds))
 
@@ -145,20 +145,20 @@ def test_every_way_to_fail_has_a_remedy() -> None:
     ("options", "expected"),
     [
         ("--where loss<3.3 --where status=finished --sort loss", [2, 1, 0]),
-        ("--sort score --descending", [3, 0, 5, 1, 2, 4]),  # what has no loss comes last
+        ("--sort score --descending", [3, 0, 5, 1, 2, 4]),  # trials without a loss come last
         ("--where from!=gp", [0, 1]),
         ("--where origin!=gp", [0, 1]),
         ("--where failure=diverged", [4]),
         ("--where failure!=diverged", [0, 1, 2, 3, 5]),
-        ("--where loss!=3.1", [0, 1, 2, 3, 4]),  # what has no such figure has not this one
+        ("--where loss!=3.1", [0, 1, 2, 3, 4]),  # trials without a loss satisfy !=
     ],
 )
 def test_trials_are_filtered_and_sorted(options: str, expected: list[int], run: Path) -> None:
     assert listed(run, *options.split()) == expected
 
 
-def test_bytes_are_asked_for_as_the_table_shows_them(run: Path) -> None:
-    sizes = {row["trial"]: row["bytes"] for row in told("trials", run)["trials"]}
+def test_where_accepts_bytes_with_units(run: Path) -> None:
+    sizes = {row["trial"]: row["bytes"] for row in json_of("trials", run)["trials"]}
     middle = sorted(sizes.values())[len(sizes) // 2]
     for asked in (f"{middle / 1e6} MB", f"{middle / 1e6}MB", f"{middle / 2**10}KiB", f"{middle}"):
         found = listed(run, "--where", f"bytes<{asked}")
@@ -186,9 +186,9 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("trials RUN --where statsu=failed", "did you mean `status`?"),
         ("trials RUN --sort byte", "did you mean `bytes`?"),
         ("trials RUN --sort xyz", "they have `bits GROUP` for each group and trial, winner, from"),
-        ("trials RUN --where loss<low", "`loss` is a number, got 'low'"),
-        ("trials RUN --where bytes<126M", "`bytes` is a number, plain or with kB, MB, GB"),
-        ("trials RUN --where seconds<1hour", "`seconds` is a number, plain or with h, min, s, got"),
+        ("trials RUN --where loss<low", "`loss` must be a number, got 'low'"),
+        ("trials RUN --where bytes<126M", "`bytes` must be a number, plain or with kB, MB, GB"),
+        ("trials RUN --where seconds<1hour", "`seconds` must be a number, plain or with h, min, s, got"),
         ("trials RUN --where loss", "--where takes KEY=VALUE"),
         ("plan RUN", "not over"),
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
@@ -197,24 +197,24 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("compare RUN RUN/run.json", "the `output` of its configuration"),
     ],
 )
-def test_a_mistake_names_what_was_meant(run: Path, command: str, hint: str) -> None:
+def test_a_mistake_gets_a_hint(run: Path, command: str, hint: str) -> None:
     result = qpruner(*(word.replace("RUN", str(run)) for word in command.split()))
     assert result.exit_code == 2
     assert hint.replace("RUN", str(run)) in result.stderr
 
 
-def test_a_damaged_record_says_what_to_do(run: Path) -> None:
+def test_a_damaged_record_has_a_remedy(run: Path) -> None:
     (run / "run.json").write_text("{")
     done = qpruner("status", run)
     assert done.exit_code == 1
     assert f"{run / 'run.json'} is not a RunState" in done.stderr
-    assert "if a run wrote it, repeat `qpruner run`, which makes it anew" in done.stderr
+    assert "if a run wrote it, repeat `qpruner run` to write it again" in done.stderr
 
 
 # ---- plan
 
 
-def test_the_plan_that_is_printed_can_be_read_back(over: Path, tmp_path: Path) -> None:
+def test_a_printed_plan_can_be_read_back(over: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan"
     for options in ((), ("--json",)):
         file.write_text(printed("plan", over, *options))
@@ -228,17 +228,17 @@ def test_a_plan_is_printed_with_bytes_and_budget(over: Path) -> None:
     RunDir(over).write_record(
         "bank", BankRecord(digest="d", seconds=1.0, files={}, bytes=1, residual_ratio={}, group_bytes=sizes)
     )
-    lines, facts = printed("plan", over).splitlines(), told("plan", over)
+    lines, facts = printed("plan", over).splitlines(), json_of("plan", over)
     budget = facts["budget_bytes"]
     assert lines[1:4] == [
-        "# 8.0 MB in these groups; 24.0 MB besides: embeddings, norms, head, adapter",
+        "# 8.0 MB in these groups; 24.0 MB in the rest: embeddings, norms, head, adapter",
         f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB",
         "layers.0: 8  # 1.00 MB at 4, 2.00 MB at 8",
     ]
     assert facts["group_bytes"] == sizes
 
 
-def test_a_given_plan_is_no_search_that_could_be_over(tmp_path: Path) -> None:
+def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
     refused = qpruner("plan", run)
     assert refused.exit_code == 2
@@ -264,15 +264,15 @@ ALL_4 = dict.fromkeys(GROUPS, 4)
         (yaml.safe_dump(ALL_4) + "layers.0: 4", r"key `layers.0` is given twice\s.*line 7"),
     ],
 )
-def test_a_plan_that_is_none_for_the_model_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+def test_an_invalid_plan_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(PlanRefused, match=problem):
         read_plan(file, GROUPS, (4, 8))
 
 
-def test_bits_are_whole_numbers_however_they_are_written(tmp_path: Path) -> None:
-    """As those of a configuration are: they name files of the bank."""
+def test_bits_written_as_floats_become_integers(tmp_path: Path) -> None:
+    """The bank names its files by the bits, so 8.0 must become 8."""
     file = tmp_path / "plan.yaml"
     file.write_text("".join(f"{group}: 8.0\n" for group in GROUPS))
     assert [repr(bits) for bits in read_plan(file, GROUPS, (4, 8)).bits] == ["8"] * len(GROUPS)
@@ -282,12 +282,12 @@ def test_bits_are_whole_numbers_however_they_are_written(tmp_path: Path) -> None
 
 
 def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
-    """What a configuration leaves open is a dash, and no list shows as Python has it."""
+    """A key that only one run sets shows a dash for the other; lists are shown without Python's brackets."""
     source = {"source": "package:qpruner/demo/data/questions_train.jsonl", "format": "multiple_choice"}
     theirs = source | {"columns": {"choices": ["one", "other"]}}
     first = recorded_run(tmp_path / "first", is_over=True, data__train=[source | {"limit": 8}])
     second = recorded_run(tmp_path / "second", search__searcher="random", lora__rank=2, data__train=[theirs, source])
-    facts = told("compare", first, second)
+    facts = json_of("compare", first, second)
     assert [each["run"] for each in facts["runs"]] == [str(first), str(second)]
     assert facts["runs"][0]["selection_loss"] == pytest.approx(2.95)
     assert "selection_loss" not in facts["runs"][1], "its search is not over"
@@ -310,18 +310,18 @@ def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
 
 
 def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
-    """What an earlier configuration left in the folder is not counted."""
+    """Records of an earlier configuration in the same folder are not counted."""
     made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2, until="finetune", gpus=2.0)
     made.change("search", gpu_seconds=7200.0, confirmation_gpu_seconds=36.0)
     made.run.write_record("evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked"))
-    [facts] = told("compare", tmp_path / "run")["runs"]
+    [facts] = json_of("compare", tmp_path / "run")["runs"]
     assert (facts["search_hours"], facts["search_gpu_hours"]) == (0.5, 2.01)
     assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600), "prepare to finetune"
     assert facts["run_gpu_hours"] == pytest.approx(2.01 + 5 * 2 * 61.5 / 3600)
 
 
 def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
-    """A difference of two means says nothing without its interval, which pairing narrows."""
+    """Every difference has a confidence interval, which pairing by question narrows."""
     runs = [tmp_path / name for name in ("first", "second")]
     _, better = (MadeRun(run, num_trials=12, num_blocks=2) for run in runs)
 
@@ -334,7 +334,7 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
         for row in better.record("comparison").rows
     ]
     better.change("comparison", rows=tuple(rows))
-    facts = told("compare", *runs)
+    facts = json_of("compare", *runs)
     [found] = facts["differences"]
     accuracy, answers, confirmation = found["differences"]
     assert (found["run"], found["other"], found["seeds"]) == (str(runs[1]), str(runs[0]), [0, 1, 2])
@@ -345,11 +345,11 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     assert (answers["mean"], answers["verdict"]) == (pytest.approx(-before / 4, rel=0.05), "better")
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = printed("compare", *runs)
-    assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
+    assert "second minus first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
 
 
-def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
-    """`searched` was asked the same questions as the first at its end, whatever its search asked."""
+def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
+    """`searched` has the same test questions as the first run, but other questions in its search."""
     names = ("first", "questions", "rows", "both", "searched", "copy", "unfinished")
     made = {name: MadeRun(tmp_path / name, num_trials=12, num_blocks=2) for name in names[:-1]}
     MadeRun(tmp_path / names[-1], num_trials=12, num_blocks=2, until="search")
@@ -363,12 +363,13 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
         candidates = made[name].record("comparison").candidates
         tuned = tuple(each.model_copy(update={"adapter_sha256": f"sha of {each.seed}"}) for each in candidates)
         made[name].change("comparison", candidates=tuned)
-    found = told("compare", *(tmp_path / name for name in names))["differences"]
+    found = json_of("compare", *(tmp_path / name for name in names))["differences"]
     on_rows, on_questions = ["confirmation loss"], ["acc", "answer loss"]
     measures = [[each["measure"] for each in one["differences"]] for one in found]
     assert measures == [on_rows, on_questions, [], [*on_questions, *on_rows], [], []]
     assert [one["differ"] for one in found] == [["test questions"], ["confirmation rows"], [], [], [], []]
-    lines = [line for line in printed("compare", *(tmp_path / name for name in names)).splitlines() if " less " in line]
+    text = printed("compare", *(tmp_path / name for name in names))
+    lines = [line for line in text.splitlines() if " minus " in line]
     for line, end in zip(
         lines,
         [
@@ -384,14 +385,14 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
         assert line.endswith(end)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_show_their_folders(tmp_path: Path) -> None:
     runs = [recorded_run(tmp_path / place, is_over=True) for place in ("a/demo", "b/demo", "b/mine")]
     assert printed("compare", *runs).splitlines()[0].split() == list(map(str, runs))
     assert printed("compare", *runs[1:]).splitlines()[0].split() == ["demo", "mine"]
     assert printed("compare", runs[0], runs[0]).splitlines()[0].split() == ["demo", "demo"]
 
 
-def test_help_and_looking_at_a_run_import_no_heavy_library(over: Path) -> None:
+def test_help_and_status_import_no_heavy_library(over: Path) -> None:
     asked = [["--help"], ["--version"], ["run", "--help"]]
     asked += [[verb, str(over)] for verb in ("status", "trials", "plan", "compare")]
     code = (

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live part on a terminal, plain lines in a pipe."""
+"""The output of a running command: a live view on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def command_of(program: str, *options: object) -> list[str]:
 
 
 def in_a_pipe(program: str, *options: object, **environment: str) -> str:
-    """All that a pipe received."""
+    """Run a program and return all that a pipe received."""
     command, variables = command_of(program, *options), os.environ | environment
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> str:
-    """All that a pseudo-terminal of 120 columns received."""
+    """Run a program and return all that a pseudo-terminal of 120 columns received."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", **environment}
     command = command_of(program, *options)
@@ -74,7 +74,7 @@ def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> 
     try:
         while chunk := os.read(ours, 4096):
             received += chunk
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # Linux raises it when the other side is closed
         pass
     finally:
         os.close(ours)
@@ -90,14 +90,14 @@ def test_a_terminal_shows_the_search_live() -> None:
     assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
     assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
     assert "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
-    # Folded on a narrow one: what stands behind the edge is what is happening now.
+    # In a narrow window lines wrap, because the present state is at their end.
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
     assert "1 of 2 slots busy; about 14 min 30 s left" in seen
     assert "validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
 
 
-def test_sentences_are_broken_between_words() -> None:
+def test_prose_wraps_between_words() -> None:
     text = "It is worse than one random plan of equal bytes in confirmation loss, ± 0.1286 over seeds."
     program = f"from qpruner.cli.terminal import Terminal as T\nT(quiet=False).say({text!r}, {{}})"
     lines = [line.strip() for line in on_a_terminal(program=program.format("True"), COLUMNS="40").splitlines()]
@@ -115,7 +115,7 @@ PLAIN_LINES = [
 
 
 def test_a_pipe_gets_plain_lines_and_every_rung() -> None:
-    """Whatever the environment says of colours: what reads the last line reads JSON. So does a dumb terminal."""
+    """A pipe and a dumb terminal get plain lines, even if the environment forces colours."""
     assert in_a_pipe(TELL, FORCE_COLOR="1", TTY_COMPATIBLE="1").splitlines() == PLAIN_LINES
     assert on_a_terminal(TERM="dumb", FORCE_COLOR="1").splitlines() == PLAIN_LINES
     assert on_a_terminal("quiet") == ""
@@ -124,7 +124,7 @@ def test_a_pipe_gets_plain_lines_and_every_rung() -> None:
 def test_a_pipe_reports_progress_of_a_long_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether or not anything happens meanwhile: before the first count, and again while a count stays."""
+    """A line is printed before the first count, and again while a count does not change."""
     monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.3)
     said: list[str] = []
 
@@ -145,11 +145,11 @@ def test_a_pipe_reports_progress_of_a_long_step(
         wait_for("[report] running", 1)
         terminal.emit(events.StageFinished("report", 1.0, "well"))
         terminal.emit(events.Progress("export", 3, 5, "layers"))
-        wait_for("[export] layers: 3 of 5", 2)  # a verb that is no stage
+        wait_for("[export] layers: 3 of 5", 2)  # a verb without stages
         terminal.emit(events.Progress("export", 5, 5, "layers"))
     before = said.index("[evaluate] done in 1.0 s: well")
     assert said[0] == "[evaluate] arc for 9 models ..."
-    assert not any("[evaluate]" in each for each in said[before + 1 :]), "what is over is not told of"
+    assert not any("[evaluate]" in each for each in said[before + 1 :]), "no progress of a finished stage"
 
 
 CUT = """
@@ -163,27 +163,27 @@ with terminal.Terminal(quiet=False) as shown:
 """
 
 
-def test_a_command_ends_when_its_reader_has_gone() -> None:
+def test_a_command_ends_when_its_pipe_closes() -> None:
     with subprocess.Popen(command_of(CUT), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout and process.stdout.readline() == b"[evaluate] arc for 9 models ...\n"
         process.stdout.close()
         assert process.wait(timeout=60), "interrupted, while it waits for something"
 
 
-def live_part(terminal: Terminal) -> str:
-    """What a live part shows now."""
+def live_view(terminal: Terminal) -> str:
+    """Return the text that the live view shows now."""
     console = Console(file=io.StringIO(), width=120, record=True)
     console.print(terminal._view())
     return console.export_text()
 
 
-def test_markup_in_messages_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """rich has pictures for words between colons, and takes words in brackets for styles."""
+def test_markup_in_messages_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would replace words between colons by emoji, and words in brackets by styles."""
     terminal, told = Terminal(quiet=False), "kernels.cpp:100: no [bold] room"
     terminal.emit(events.StageStarted("bank", told))
     terminal.emit(events.Progress("bank", 1, 2, told))
     assert capsys.readouterr().out == f"[bank] {told} ...\n"
-    assert f"bank {told} " in live_part(terminal)
+    assert f"bank {told} " in live_view(terminal)
 
 
 def test_a_bar_shows_the_time_left_of_each_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,31 +194,31 @@ def test_a_bar_shows_the_time_left_of_each_count(monkeypatch: pytest.MonkeyPatch
     def bar_after(seconds: float, done: int, total: int, detail: str) -> str:
         now[0] += seconds
         terminal.emit(events.Progress("bank", done, total, detail))
-        (line,) = [line for line in live_part(terminal).splitlines() if line.startswith("bank ")]
+        (line,) = [line for line in live_view(terminal).splitlines() if line.startswith("bank ")]
         return " ".join(line.split())
 
     bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
     assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), "a minute a group, whatever the groups are called"
     assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00 left")
-    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), "what came before says nothing"
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), "each count has its own pace"
     assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04 left")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
-    """A run that is over, of 60 groups; its first trial has a name for its origin as long as they come."""
+    """A finished run with 60 groups, whose first trial has a very long origin."""
     made = MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20)
     made.trials[0] = made.trials[0].model_copy(update={"origin": "a control with a rather long name"})
     write_trial(made.run.trials / TRIALS, made.trials[0])
     return made
 
 
-def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
+def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
     text = in_a_pipe(TABLES, made.run.root)
     lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
     assert plans == [bar(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
-    # Columns are as wide as their widest cell, and two spaces apart.
+    # A column is as wide as its widest cell; two spaces separate columns.
     told = []
     for final in tables.final_tables(read_snapshot(made.run).results):
         part = [final.headings, *final.rows]
@@ -238,8 +238,8 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     assert "".join(part for part in plan if set(part) <= {"4", "8"}) == bar(made.trials[0]), "whole, in several lines"
 
 
-def test_a_picture_of_the_search(tmp_path: Path) -> None:
-    """`docs/pictures.py` tells a run again up to a moment of its search, with nothing that asks another host."""
+def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
+    """`docs/pictures.py` replays a run up to a moment of its search; the picture loads nothing from another host."""
     sys.path.insert(0, str(TESTS.parent.parent / "docs"))
     from pictures import moment_of, terminal_picture
 

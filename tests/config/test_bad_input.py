@@ -1,6 +1,6 @@
-"""A configuration with a mistake: refused with the key, the value, the rule and the remedy, before anything expensive.
+"""Mistakes in a configuration are refused with the key, the value, the rule and the remedy, before expensive work.
 
-What a model, its rows, tasks or device cannot have is in `tests/pipeline/test_preflight.py`.
+Mistakes about the model, its rows, tasks or device are tested in `tests/pipeline/test_preflight.py`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ RULES = [
     # bounds
     ("prune.rate=-0.1", "`prune.rate` ... greater than or equal to 0, got -0.1"),
     ("prune.rate=0.95", "`prune.rate` ... less than or equal to 0.9, got 0.95"),
-    ("prune={layer_rate: 1}", "`prune.layer_rate` ... less than 1, got 1"),
+    ("prune.rate=20", "`prune.rate` ... less than or equal to 0.9, got 20; it is a share: 20 % is 0.2"),
+    ("prune={layer_rate: 1}", "`prune.layer_rate` ... less than 1, got 1; it is a share"),
     ("prune.ridge=0", "`prune.ridge` ... greater than 0, got 0"),
     ("calibration.max_length=3", "`calibration.max_length` ... greater than or equal to 4, got 3"),
-    ("quantize.budget={fraction: 1.5}", "`quantize.budget.fraction` ... less than or equal to 1, got 1.5"),
+    ("quantize.budget={fraction: 1.5}", "`quantize.budget.fraction` ... equal to 1, got 1.5; it is a share"),
     ("quantize.budget={gib: .inf}", "`quantize.budget.gib` ... finite number, got inf"),
     ("search.resources_per_trial={gpu: -1}", "`search.resources_per_trial.gpu` ... greater than or equal to 0, got -1"),
     ("search.reduction_factor=1", "`search.reduction_factor` ... greater than or equal to 2, got 1"),
@@ -61,7 +62,7 @@ RULES = [
     # within a section
     ("prune.layer_rate=0.25", "`prune`: give `rate` or `layer_rate`, not both: take one out (on the command line"),
     ("prune={rate: null}", "`prune`: give `rate` or `layer_rate`, got neither"),
-    ("prune={layer_rate: 0.2, units: [block, mlp]}", "`layer_rate` is about ... take `block` out of `units`"),
+    ("prune={layer_rate: 0.2, units: [block, mlp]}", "`layer_rate` applies to ... take `block` out of `units`"),
     ("prune={layer_rate: 0.2, selection: global}", "`layer_rate` needs `selection: per_layer` ... got global"),
     ("prune={uniform: true, selection: global}", "`uniform` needs `selection: per_layer` ... got global: take"),
     ("prune.reduction=product", "`reduction: product` needs `selection: per_layer` ... such as sum"),
@@ -75,13 +76,13 @@ RULES = [
     ("search.first_rung=9", "`first_rung` must be at most `steps` (4), got 9"),
     ("search.metric=accuracy", "`metric: accuracy` needs at least one task under `tasks`"),
     ("search={metric: accuracy, tasks: [piqa]}", "`metric: accuracy` needs a `limit` of at least 2 ... got None"),
-    ("search.resources_per_trial={gpu: 1.5}", "`gpu` must be a share of one GPU or a whole number of them, got 1.5"),
+    ("search.resources_per_trial={gpu: 1.5}", "`gpu` must be a share ... such as 0.5, or a whole number, got 1.5"),
     ("finetune={steps: 4, epochs: 1}", "`finetune`: give exactly one of `steps` and `epochs`, got both: take one out"),
     ("finetune={}", "`finetune`: give exactly one of `steps` and `epochs`, got neither"),
     ("evaluate.text=[{source: x}]", "`text` is running text: give its sources `format: text`, got instruction"),
-    ("card.base_model=./base", "`card.base_model`: string should match pattern ... got './base'"),
-    ("card.datasets=[me/rows, package:x]", "`card.datasets.1`: string should match pattern ... got 'package:x'"),
-    ("card.license=Apache 2.0", "`card.license`: string should match pattern ... got 'Apache 2.0'"),
+    ("card.base_model=./base", "`card.base_model`: must be a hub id ... such as Hugging ... got './base'"),
+    ("card.datasets=[me/rows, package:x]", "`card.datasets.1`: must be a hub id ... got 'package:x'"),
+    ("card.license=Apache 2.0", "`card.license`: must be ... such as apache-2.0, got 'Apache 2.0'"),
     # between sections
     ("search.plan=kl; sensitivity.methods=[fisher]", "`search.plan` ... kl ... not measured ... ['fisher']"),
     ("search.plan=kl; quantize.bits=[4]", "`search.plan` ... not measured ... two bit-widths or more ... got [4]"),
@@ -95,14 +96,14 @@ RULES = [
 
 
 @pytest.mark.parametrize(("change", "message"), RULES, ids=[change for change, _ in RULES])
-def test_a_rule_is_told_with_key_value_and_remedy(change: str, message: str) -> None:
+def test_a_broken_rule_names_key_value_and_remedy(change: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate_config(changed_by(change, raw_config(Path("model"), Path("run"))))
     assert caught.value.exit_code == 2
     assert said(message, str(caught.value)), str(caught.value)
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     raw = changed_by("lora.rank=0; prune.rate=2; prune.rat=1; search.first_rung=9", raw_config(Path("m"), Path("run")))
     with pytest.raises(ConfigError) as caught:
         validate_config(raw)
@@ -126,7 +127,7 @@ def test_every_problem_is_told_at_once() -> None:
     ],
     ids=range(8),
 )
-def test_a_file_that_is_no_configuration_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(text)
     with pytest.raises(UserError) as caught:
@@ -134,7 +135,7 @@ def test_a_file_that_is_no_configuration_is_refused(text: bytes, message: str, t
     assert str(path) in str(caught.value) and said(message, str(caught.value)), str(caught.value)
 
 
-def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"configuration file .* does not exist.*tune_configs/"):
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="is a folder; give a configuration file"):
@@ -150,7 +151,11 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
         ("lora.rank=[", "lora.rank=[: the value is not valid YAML"),
         ("lora.rnak=3", "`lora.rnak` ... did you mean `lora.rank`"),
         ("lora.rank=null", "`lora.rank` ... valid integer, got None"),
-        ("serach.patience=", "no `serach.patience` in the file to be taken out: it has its default"),
+        ("search.patience=", "the file has no `search.patience` to remove: its default holds already"),
+        ("serach.patience=", "`serach` is not a known key; did you mean `search`?"),
+        ("search.patince=", "search.patince=: `search.patince` is not a known key; did you mean `search.patience`?"),
+        ("data.train.0.spilt=", "`data.train.0.spilt` is not a known key; did you mean `data.train.0.split`?"),
+        ("data.train.0.columns.text=", "the file has no `data.train.0.columns.text` to remove"),
         ("data.train.9.limit=3", "data.train.9.limit=3: `9` must be the number of an item, counted from 0 ... 1 item"),
         ("data.train.first.limit=3", "`first` must be the number of an item"),
         ("finetune.epochs=1", "exactly one ... both: take one out ... `--set finetune.steps=`"),
@@ -164,7 +169,7 @@ def test_a_wrong_override_is_refused(override: str, message: str, write_yaml: Ca
     assert said(message, str(caught.value)), str(caught.value)
 
 
-def test_overrides_take_keys_out_and_change_items(write_yaml: Callable[..., Path]) -> None:
+def test_overrides_remove_keys_and_change_list_items(write_yaml: Callable[..., Path]) -> None:
     raw = changed_by("finetune.random_plans=1", raw_config(Path("model"), Path("run")))
     path = write_yaml(raw)
 
@@ -193,7 +198,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("verb", "change", "options", "message"), COMMANDS)
-def test_a_command_ends_with_code_2(
+def test_a_command_with_a_mistake_exits_with_code_2(
     verb: str,
     change: dict[str, Any],
     options: tuple[str, ...],
@@ -214,7 +219,7 @@ def test_a_command_ends_with_code_2(
     assert not (tmp_path / "run" / "prepare").exists(), "no stage has run"
 
 
-def test_an_error_has_no_traceback_and_is_on_stderr_alone(tmp_path: Path) -> None:
+def test_an_error_goes_to_stderr_without_a_traceback(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "qpruner", "check", "none.yaml")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "")

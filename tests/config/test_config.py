@@ -1,4 +1,4 @@
-"""Keys that have no effect beside others: named in a warning, and otherwise as if they were not there."""
+"""Keys without effect are named in a warning and do not change anything else."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ IDLE = [
     ("prune.importance=random; prune.reduction=max", "prune.reduction", "`prune.importance` is random"),
     ("prune.importance=fluctuation; prune.query_heads=modulo", "prune.query_heads", "is fluctuation"),
     ("prune.ridge=0.1; prune.compensation=bias", "prune.ridge", "`prune.compensation` is bias"),
-    ("prune.depth_share=0.4; prune.units=[mlp]", "prune.depth_share", "no whole blocks go (`prune.units`)"),
-    ("prune={layer_rate: 0.2, depth_importance: taylor}", "prune.depth_importance", "no whole blocks go"),
+    ("prune.depth_share=0.4; prune.units=[mlp]", "prune.depth_share", "`prune.units` does not name block"),
+    ("prune={layer_rate: 0.2, depth_importance: taylor}", "prune.depth_importance", "does not name block"),
     (BLOCKS + "prune.depth_share=0.4", "prune.depth_share", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.compensation=bias", "prune.compensation", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.steps=2", "prune.steps", "`prune.units` names whole blocks only"),
@@ -59,7 +59,7 @@ EFFECTIVE = [
     "prune.uniform=true; prune.ridge=0.1",
     BLOCKS + "prune.uniform=true; prune.ridge=0.1",
     "search.patience=3; finetune.seeds=2",
-    "search.plan=plan.yaml; search.patience=3; search.confirm=4",  # a file may be that of a search
+    "search.plan=plan.yaml; search.patience=3; search.confirm=4",  # the file may have been written for a search
     "prune={rate: 0}",
     ONE_LEVEL + "search={steps: 4, first_rung: 1, max_concurrent: 2}",
 ]
@@ -80,7 +80,7 @@ def test_keys_with_an_effect_are_not_named(change: str) -> None:
     assert config_of(change).warnings == ()
 
 
-def test_each_key_is_named_once_and_a_key_at_its_default_never() -> None:
+def test_a_key_is_named_once_and_never_at_its_default() -> None:
     config = config_of("prune={units: [block], importance: magnitude, order: second, norm: l2}")
     assert [warning.split("`")[1] for warning in config.warnings] == ["prune.importance", "prune.order"]
     whole = validate_config(config_of("finetune={steps: 4}").model_dump(mode="json"))
@@ -89,8 +89,8 @@ def test_each_key_is_named_once_and_a_key_at_its_default_never() -> None:
     assert warning == "`finetune.random_plans` has no effect: `finetune.compare` is false"
 
 
-def test_in_effect_are_defaults_where_a_key_has_none() -> None:
-    """So that nothing is computed anew for the sake of such a key."""
+def test_in_effect_resets_keys_without_effect() -> None:
+    """A change of such a key must not make a stage run again."""
     idle = PruneConfig(importance="magnitude", order="second", aggregation="vector", norm="l1")
     assert idle.in_effect() == PruneConfig(importance="magnitude", norm="l1")
 

@@ -1,4 +1,4 @@
-"""The recipes of `tune_configs/`: each whole, run by the commands of its header, and true to what it says of itself."""
+"""The recipes of `tune_configs/` are complete, and the commands and figures of their headers are right."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
     schema = re.search(r"\$schema=(\S+)", text)
     assert schema and (path.parent / schema[1]).is_file()
     given = yaml.safe_load(path.read_text())
-    # Complete: a section that is left out would take values that the file does not show.
+    # Every section is given, so that no default is hidden.
     shown = {"model", "data", "calibration", "prune", "quantize", "lora", "training", "search", "finetune", "evaluate"}
     assert shown <= set(given)
     for line in (line for line in head if line.startswith("# Command:")):
@@ -46,8 +46,8 @@ def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FOR_GPUS, ids=named)
-def test_a_header_tells_the_memory_that_check_counts(path: Path) -> None:
-    """`python docs/recipes.py` writes the lines anew."""
+def test_a_header_states_the_memory_that_check_estimates(path: Path) -> None:
+    """`python docs/recipes.py` updates these lines."""
     lines = path.read_text().splitlines()
     commands = [number for number, line in enumerate(lines) if line.startswith("# Command:")]
     for number in commands:
@@ -61,7 +61,7 @@ def test_a_header_tells_the_memory_that_check_counts(path: Path) -> None:
 
 
 def test_the_large_recipes_fit_24_or_80_gib() -> None:
-    """The comparison trains the unquantized base: on the small card with checkpointing only."""
+    """The comparison trains the unquantized base model, which fits 24 GiB only with checkpointing."""
     for path in (PAPER / "llama2_7b_bayesian.yaml", ROOT / "tune_configs" / "qwen3_8b_p20.yaml"):
         assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], path
         peaks = RECIPES["peaks"](load_config(path, ["finetune.compare=true", "training.gradient_checkpointing=true"]))
@@ -69,7 +69,7 @@ def test_the_large_recipes_fit_24_or_80_gib() -> None:
 
 
 def inspected(path: Path, tiny_model: Path, folder: Path) -> preflight.Inspection:
-    """What `check` finds, offline: a recipe for the hub gets its model's shape, and the demo's rows and tasks."""
+    """Inspect a recipe offline: a hub model is replaced by its shape, its rows and tasks by those of the demo."""
     config = load_config(path)
     if config.model.source.startswith("package:"):
         return preflight.inspect(config, works_here=False)
@@ -87,12 +87,12 @@ def inspected(path: Path, tiny_model: Path, folder: Path) -> preflight.Inspectio
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
-def test_no_recipe_warns_about_itself(path: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_no_recipe_gives_a_warning(path: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert inspected(path, tiny_model, tmp_path).warnings == ()
 
 
 @pytest.mark.parametrize("model", ["llama2_7b", "smollm2_135m"])
-def test_the_papers_variants_differ_in_their_bits_alone(model: str) -> None:
+def test_the_paper_variants_differ_only_in_bits(model: str) -> None:
     uniform, by_information, bayesian = (load_config(PAPER / f"{model}_{variant}.yaml") for variant in VARIANTS)
     assert uniform.quantize.bits == (4,) and uniform.measured_methods == ()
     assert by_information.search.plan_method == "mutual_information"
@@ -104,7 +104,7 @@ def test_the_papers_variants_differ_in_their_bits_alone(model: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=named)
-def test_the_papers_recipes_cut_as_llm_pruner_does(path: Path) -> None:
+def test_the_paper_recipes_prune_like_llm_pruner(path: Path) -> None:
     config = load_config(path)
     prune, calibration = config.prune, config.calibration
     units = (prune.importance, prune.order, prune.aggregation, prune.reduction)
@@ -115,7 +115,7 @@ def test_the_papers_recipes_cut_as_llm_pruner_does(path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_seven_billion_recipes_train_as_llm_pruner_does(variant: str) -> None:
+def test_the_7b_recipes_train_like_llm_pruner(variant: str) -> None:
     config = load_config(PAPER / f"llama2_7b_{variant}.yaml")
     assert (config.prune.layer_rate, config.prune.first_layer, config.prune.last_layer) == (0.25, 4, 29)
     assert (config.lora.rank, config.training.batch_size, config.training.learning_rate) == (8, 64, 1e-4)

@@ -1,5 +1,4 @@
-"""Tokens come from the environment and stay there: a real small run leaves none in its records, logs, TensorBoard files
-or in what Ray writes down."""
+"""A run writes no token of the environment to its records, logs or TensorBoard files, or to Ray's files."""
 
 from __future__ import annotations
 
@@ -19,18 +18,18 @@ from qpruner.runs.logs import logging_to, quiet_libraries
 
 NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY")
 SECRETS = {name: f"secret-{number}-of-{name.lower()}" for number, name in enumerate(NAMES)}
-"""What hubs, clouds, Ray and trackers read; none of them is asked for anything here."""
+"""Environment variables that hubs, clouds, Ray and trackers read; nothing here connects to them."""
 
 
 @pytest.fixture
 def ray_files() -> Iterator[Path]:
-    """Where Ray writes; the names of its sockets must be short."""
+    """A folder for Ray's files, with a short path because socket names must be short."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         yield Path(folder)
 
 
-def test_no_address_that_the_hub_s_clients_ask_for_is_in_the_log(tmp_path: Path) -> None:
-    """One that is signed opens a gated model for a while."""
+def test_urls_of_hub_requests_are_not_logged(tmp_path: Path) -> None:
+    """A signed URL gives access to a gated model for a while."""
     quiet_libraries()
     with logging_to(tmp_path):
         for name in ("httpx", "httpx2"):
@@ -41,7 +40,7 @@ def test_no_address_that_the_hub_s_clients_ask_for_is_in_the_log(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_no_file_of_a_run_or_of_ray_has_a_token(tiny_model: Path, ray_files: Path, tmp_path: Path) -> None:
+def test_no_file_of_a_run_or_of_ray_contains_a_token(tiny_model: Path, ray_files: Path, tmp_path: Path) -> None:
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.max_trials", 2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_key(raw, "finetune.compare", False)))
     command = [sys.executable, "-m", "qpruner", "run", str(tmp_path / "config.yaml")]

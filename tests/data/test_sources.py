@@ -133,8 +133,8 @@ def test_limit_and_split_select_rows(tmp_path: Path) -> None:
         ("empty.csv", "\n\n", "no row under its header"),
         ("header.csv", "instruction,output\n", "no row under its header"),
         ("rows.csv", "Say it.,it\nSay that.,that\n", "rows.csv, which is the header"),
-        ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is no JSON: Expecting value"),
-        ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is no JSON object"),
+        ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is not JSON: Expecting value"),
+        ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is not a JSON object"),
         ("broken.parquet", "not parquet", "no rows can be read"),
     ],
 )

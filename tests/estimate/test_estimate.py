@@ -1,4 +1,4 @@
-"""Memory and hours that `qpruner check` tells: against what autograd keeps, what ASHA does, what a fine-tune takes."""
+"""The estimates of memory and hours are compared with autograd, with ASHA and with a real fine-tune."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def inspection(raw: dict[str, Any]) -> Inspection:
 
 @pytest.fixture
 def changed(raw: dict[str, Any]) -> Changed:
-    """The configuration with other keys; `section__key=value`."""
+    """Return the configuration with changed keys, given as `section__key=value`."""
     return lambda **keys: validate_config(with_keys(raw, **keys))
 
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
-    """A configuration with what an inspection would be under its settings of the cut."""
+    """Return a configuration and the inspection changed to its settings of the cut."""
     cuts, length = (Cut(config.prune, inspection.cuts[0].expected),), config.calibration.max_length
     return config, replace(inspection, cuts=cuts, sample_length=length)
 
 
 @pytest.fixture
 def cut(inspection: Inspection, changed: Changed) -> Callable[..., memory.Memory]:
-    """The cut's peak with other keys."""
+    """Estimate the memory of the cut with changed keys."""
     return lambda **keys: memory.prune_memory(*inspected(changed(**keys), inspection))
 
 
@@ -69,7 +69,7 @@ def cut(inspection: Inspection, changed: Changed) -> Callable[..., memory.Memory
 
 
 def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
-    """What autograd keeps for the backward pass, without the weights."""
+    """Return the bytes that autograd keeps for the backward pass, without the weights."""
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -85,8 +85,8 @@ def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_activations_are_near_to_what_autograd_keeps(family: str) -> None:
-    """Attention in float32, on a CPU without bfloat16 instructions, is not counted."""
+def test_activations_match_autograd(family: str) -> None:
+    """The estimate does not include attention in float32, as on a CPU without bfloat16 instructions."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
@@ -100,7 +100,7 @@ def test_activations_are_near_to_what_autograd_keeps(family: str) -> None:
     assert found == pytest.approx(kept_bytes(adapted, ids), rel=0.15 if has_bfloat16() else 0.25)
 
 
-def test_memory_grows_with_what_it_is_made_of(inspection: Inspection, changed: Changed) -> None:
+def test_memory_grows_with_length_and_batch(inspection: Inspection, changed: Changed) -> None:
     before = memory.training_memory(changed(), inspection)
     longer = memory.training_memory(changed(data__max_length=128), inspection)
     assert longer.parts["activations"] == 2 * before.parts["activations"]
@@ -113,10 +113,8 @@ def test_memory_grows_with_what_it_is_made_of(inspection: Inspection, changed: C
     assert wide.total == sum(wide.parts.values())
 
 
-def test_logits_are_counted_at_tokens_that_can_be_labelled(
-    inspection: Inspection, changed: Changed, tiny_model: Path
-) -> None:
-    """No row has more, however short its tokens; where its rows are packed or unknown, each may have full length."""
+def test_logits_are_counted_at_labelled_tokens(inspection: Inspection, changed: Changed, tiny_model: Path) -> None:
+    """The count is an upper bound for real rows; packed or unknown rows count with full length."""
     config, tokenizer = changed(), load_tokenizer(str(tiny_model))
     for rows in inspection.examples.values():
         encoded = encode(rows, tokenizer, 64, config.data.template, response_only=True)
@@ -148,8 +146,8 @@ def test_the_comparison_trains_the_base_model_at_16_bits(inspection: Inspection,
     assert "comparison" not in estimate.works(changed(finetune={"steps": 4}))
 
 
-def test_the_cut_counts_what_it_looks_at(inspection: Inspection, cut: Callable[..., memory.Memory]) -> None:
-    """Gradients only where importance takes them; compensation all samples; the larger of the two is the peak."""
+def test_the_cut_counts_gradients_and_samples(inspection: Inspection, cut: Callable[..., memory.Memory]) -> None:
+    """Gradients count only if importance needs them; compensation counts all samples; the larger one is the peak."""
     by_gradient, by_weights = cut(), cut(prune__importance="magnitude")
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
@@ -168,8 +166,8 @@ def test_the_cut_counts_what_it_looks_at(inspection: Inspection, cut: Callable[.
     assert "mean squares" not in cut(**mixed, prune__aggregation="vector").parts
 
 
-def test_each_sensitivity_counts_what_its_passes_hold(inspection: Inspection, changed: Changed) -> None:
-    """What they hold in truth: tests/sensitivity/test_memory.py."""
+def test_each_sensitivity_method_counts_its_passes(inspection: Inspection, changed: Changed) -> None:
+    """Their real memory is measured in tests/sensitivity/test_memory.py."""
 
     def of(*methods: str, rows: int = 4, vocabulary: int = 512) -> memory.Memory:
         config = changed(sensitivity__methods=methods, sensitivity__batch_size=rows)
@@ -189,8 +187,8 @@ def test_each_sensitivity_counts_what_its_passes_hold(inspection: Inspection, ch
 # ---- hours
 
 
-def test_stops_are_those_of_asha(changed: Changed) -> None:
-    """Trials one after another, each going on while among the best half so far: a few more than the shares."""
+def test_expected_steps_match_asha(changed: Changed) -> None:
+    """A simulated ASHA, where a trial continues while it is in the best half so far, takes few steps more."""
     config = changed(search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[])
     generator, seen, steps = np.random.default_rng(0), {rung: [] for rung in config.search.rungs}, 16.0
     for score in generator.random(399):
@@ -205,7 +203,7 @@ def test_stops_are_those_of_asha(changed: Changed) -> None:
     assert hours.expected_steps(changed(search__max_trials=3)) == (3 * 4, 3 * 3), "controls run to the end"
 
 
-def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Changed) -> None:
+def test_hours_follow_the_configuration(inspection: Inspection, changed: Changed) -> None:
     def of(rates: hours.Rates = RATES, **keys: Any) -> dict[str, float]:
         return hours.slot_hours(*inspected(changed(search__max_trials=40, **keys), inspection), rates)
 
@@ -220,7 +218,7 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Changed
     assert of(sensitivity__methods=["mutual_information", "fisher"])["sensitivity"] < once["sensitivity"]
 
 
-def test_wall_time_counts_slots_and_what_is_left(inspection: Inspection, changed: Changed) -> None:
+def test_wall_time_counts_slots_and_recorded_shares(inspection: Inspection, changed: Changed) -> None:
     def of(slots: int, done: dict[str, float] | None = None, **keys: Any) -> dict[str, Any]:
         found: dict[str, Any] = estimate.facts(changed(**keys), inspection, RATES, slots, done or {}, None)["hours"]
         return found
@@ -236,15 +234,15 @@ def test_wall_time_counts_slots_and_what_is_left(inspection: Inspection, changed
     assert of(4, **workers)["shared"]["finetune"] == 4
 
 
-def test_gpu_hours_count_what_a_trial_holds(inspection: Inspection, changed: Changed) -> None:
-    """Half a GPU is half as fast, two are paid for and no faster."""
+def test_gpu_hours_count_the_gpus_of_a_trial(inspection: Inspection, changed: Changed) -> None:
+    """Half a GPU is half as fast; two GPUs are no faster but count twice."""
     half, whole, two = (estimate.facts(changed(), inspection, RATES, 2, {}, gpus)["hours"] for gpus in (0.5, 1.0, 2.0))
     assert half["wall"] == pytest.approx(2 * whole["wall"]) and half["total"] == pytest.approx(whole["total"])
     assert two["wall"] == pytest.approx(whole["wall"]) and two["total"] == pytest.approx(2 * whole["total"])
     assert "0.5 of a GPU a slot" in half["rates"] and "of a GPU" not in whole["rates"] + two["rates"]
 
 
-def test_padding_is_that_of_the_micro_batches() -> None:
+def test_padding_matches_the_micro_batches() -> None:
     lengths = np.random.default_rng(0).lognormal(4, 0.7, 75).astype(int).tolist()
     dealt = list(_Batches(lengths, TrainingConfig(batch_size=16, micro_batch_size=4), 0, Share(0, 1)))
     in_order = [lengths[row] for micro_batch in dealt for row in micro_batch]
@@ -254,7 +252,7 @@ def test_padding_is_that_of_the_micro_batches() -> None:
 
 
 def test_the_head_is_counted_at_labelled_tokens(inspection: Inspection, changed: Changed) -> None:
-    """Prompts are not predicted unless `data.response_only` is false."""
+    """Prompts have labels only if `data.response_only` is false."""
     configs = changed(), changed(data__response_only=False)
     some, every = (hours.slot_hours(config, inspection, RATES)["finetune"] for config in configs)
     head = inspection.model_config.vocab_size * inspection.model_config.hidden_size
@@ -263,13 +261,13 @@ def test_the_head_is_counted_at_labelled_tokens(inspection: Inspection, changed:
 
 
 def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspection, changed: Changed) -> None:
-    """But for the winner's first, which no comparison changes."""
+    """The first fine-tune of the winner is not part of the comparison."""
     asked, alone = (hours.slot_hours(changed(**keys), inspection, RATES) for keys in ({}, {"finetune": {"steps": 4}}))
     assert {name: each for name, each in asked.items() if name != "comparison"} == alone
     one = alone["finetune"] + alone["evaluate"] / (1 + hours.UNTUNED)
     assert asked["comparison"] == pytest.approx(hours.num_compared(changed()) * one)
     fewer = changed(finetune={"steps": 4, "compare": True, "seeds": 1, "random_plans": 1})
-    # two seeds of winner, best seed and 4 plans
+    # two seeds less for the winner, the best seed plan and random plans
     assert hours.num_compared(fewer) == hours.num_compared(changed()) - 12
 
 
@@ -293,7 +291,7 @@ print(json.dumps({"peak": done.peak_memory_bytes, "seconds": done.seconds}))
 
 @pytest.fixture(scope="module")
 def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to its bank, of a model whose logits and activations stand out from what a process takes anyway."""
+    """A run up to its bank, with a model large enough to stand out from the memory of the process itself."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("real")
@@ -301,7 +299,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.update({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
-    # Packed rows are of full length, which is what the estimate is for.
+    # Packed rows have full length, as the estimate assumes.
     rows = {"data__max_length": 128, "data__packing": True}
     batches = {"training__batch_size": 16, "training__micro_batch_size": 16, "finetune__steps": 6}
     raw = with_keys(raw_config(folder / "model", folder / "run"), **rows, **batches, quantize__group="block")
@@ -313,7 +311,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: Path) -> None:
-    """Memory within a factor of 1.5; time, of which loading is no part and other work on the machine is, within 3."""
+    """Memory matches within a factor of 1.5; time without loading, on a machine with other load, within 3."""
 
     def last_line(*command: str) -> dict[str, Any]:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=600)

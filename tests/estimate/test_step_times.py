@@ -1,4 +1,4 @@
-"""A few real steps of a family's shapes, cut ones too, are timed without a weight of the model."""
+"""Real steps are timed with the shapes of a model, pruned ones too, without its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qpruner.pruning.surgery import cut
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
-    """Layers of two kinds, and fused projections; how long it takes is the machine's."""
+    """The families have two kinds of layers and fused projections; the times depend on the machine."""
     changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
     raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))
     config = cut(family_model(name), kept_of(name)).config

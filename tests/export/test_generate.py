@@ -73,9 +73,9 @@ def command(*arguments: object) -> Result:
 
 def answers(*arguments: object) -> dict[str, str]:
     """Return the answer of each model to the prompt, from `qpruner generate`."""
-    told = command("generate", *arguments, "--prompt", PROMPT, "--max-tokens", 12, "--json")
-    assert told.exit_code == 0, told.output
-    return {answer["model"]: answer["text"] for answer in json.loads(told.stdout)["answers"]}
+    done = command("generate", *arguments, "--prompt", PROMPT, "--max-tokens", 12, "--json")
+    assert done.exit_code == 0, done.output
+    return {answer["model"]: answer["text"] for answer in json.loads(done.stdout)["answers"]}
 
 
 @functools.cache
@@ -109,14 +109,14 @@ def test_prompts_of_a_file_are_answered_in_turn(run: Path, lively: Path, tmp_pat
     """Loading is reported on stderr; stdout has the answers only."""
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nAnswer: the\n")
     asked = ("generate", run, "--which", "base,final", "--file", tmp_path / "prompts.txt", "--max-tokens", 12)
-    told = command(*asked)
+    done = command(*asked)
     lines = []
     for prompt in (PROMPT, "Answer: the"):
         lines.append(f"> {prompt}\n")
         for name, folder in (("base", lively), ("final", run / "final")):
             lines.append(f"[{name}]\n{printable(expected(folder, prompt))}\n")
-    assert told.stdout == "".join(lines)
-    assert re.fullmatch(r"base \(\S+ MB\) \.\.\.\nfinal \(\S+ MB\) \.\.\.\n", told.stderr)
+    assert done.stdout == "".join(lines)
+    assert re.fullmatch(r"base \(\S+ MB\) \.\.\.\nfinal \(\S+ MB\) \.\.\.\n", done.stderr)
     answered = json.loads(command(*asked, "--json").stdout)["answers"]
     order = [(0, "base"), (1, "base"), (0, "final"), (1, "final")]
     assert [(each["prompt"], each["model"]) for each in answered] == order
@@ -133,8 +133,8 @@ def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path
         ("none", "which"),
         ("alpaca", alpaca_prompt("which")),
     ):
-        told = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", template, "--json")
-        (answer,) = json.loads(told.stdout)["answers"]
+        done = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", template, "--json")
+        (answer,) = json.loads(done.stdout)["answers"]
         assert answer["text"] == expected(lively, prompt), template
 
 
@@ -156,7 +156,7 @@ def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--prompt", "x", "--which", "finl"], "did you mean `final`?"),
         (["--prompt", " "], "`--prompt` is empty"),
@@ -165,10 +165,10 @@ def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: 
         (["--prompt", "word " * 300], "the model's context 256: shorten the prompt"),
     ],
 )
-def test_wrong_options_are_refused_with_a_remedy(run: Path, arguments: list[str], told: str) -> None:
+def test_wrong_options_are_refused_with_a_remedy(run: Path, arguments: list[str], message: str) -> None:
     done = command("generate", run, *arguments)
     assert done.exit_code == 2, done.output
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path
     adapted = Path(shutil.move(copy / "final", tmp_path / "final"))
     assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
     asked = ("--prompt", PROMPT, "--max-tokens", 2)
-    assert "final: not there yet; `qpruner run` makes them" in command("generate", copy, *asked).stderr
+    assert "final: not written yet; `qpruner run` writes them" in command("generate", copy, *asked).stderr
     assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
     (adapted / "adapter_model.safetensors").rename(adapted / "adapter_model.bin")
     weights = copy / "prune" / "model.safetensors"
@@ -211,12 +211,12 @@ def test_a_running_driver_gives_a_warning(run: Path, tmp_path: Path) -> None:
         ("generate", copy, "--prompt", PROMPT, "--max-tokens", 2, "--json"),
         ("export", copy, "--to", "peft", "--out", tmp_path / "peft", "--json"),
     )
-    warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy}, whose models may be replaced"
+    warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy} and may replace its models"
     with hold_run(copy, print):
         for arguments in asked:
-            told = command(*arguments)
-            assert told.exit_code == 0, told.output
-            assert warning in told.stderr and "warning" not in told.stdout
+            done = command(*arguments)
+            assert done.exit_code == 0, done.output
+            assert warning in done.stderr and "warning" not in done.stdout
     assert "warning" not in command(*asked[0]).stderr
 
 
@@ -231,9 +231,9 @@ def test_suggested_commands_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
         bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", where_next(there.root))
         for line in (bring, generate):
             words = {"FOLDER": tmp_path / "brought", "TEXT": PROMPT}
-            told = command(*(words.get(word, word) for word in shlex.split(line)))
-            assert told.exit_code == 0, told.output
-        assert printable(expected(tmp_path / "brought")).strip() in told.stdout
+            done = command(*(words.get(word, word) for word in shlex.split(line)))
+            assert done.exit_code == 0, done.output
+        assert printable(expected(tmp_path / "brought")).strip() in done.stdout
         refused = command("generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
         assert "HUSH" not in refused.output
         refused = command("generate", there.storage.address, "--prompt", PROMPT)

@@ -76,15 +76,15 @@ def loaded(card: bytes) -> Any:
 
 def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: Hub, tmp_path: Path) -> None:
     done = push(finished, "--json")
-    told, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
-    assert repository.private and told["is_private"]
-    size = f"{told['num_bytes'] / 1e6:.1f} MB"
-    assert f"[push] {told['num_files']} files, {size}, uploading to {REPO} ...\n" in done.stderr
-    assert told["num_bytes"] == sum(map(len, repository.files.values()))
-    assert told["card_lacks"] == ["base_model", "datasets"]
+    summary, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
+    assert repository.private and summary["is_private"]
+    size = f"{summary['num_bytes'] / 1e6:.1f} MB"
+    assert f"[push] {summary['num_files']} files, {size}, uploading to {REPO} ...\n" in done.stderr
+    assert summary["num_bytes"] == sum(map(len, repository.files.values()))
+    assert summary["card_lacks"] == ["base_model", "datasets"]
     assert "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat" in done.stderr
     local = {path.name: path.read_bytes() for path in (finished / "final").iterdir()}
-    assert set(repository.files) == set(local) and told["num_files"] == len(local)
+    assert set(repository.files) == set(local) and summary["num_files"] == len(local)
     changed = {name for name in local if local[name] != repository.files[name]}
     assert changed == {"README.md", "adapter_config.json"}
     assert f'from_pretrained("{REPO}")' in repository.files["README.md"].decode()
@@ -140,7 +140,7 @@ def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "code", "told"),
+    ("variable", "value", "code", "message"),
     [
         ("HF_TOKEN", "", 2, "set HF_TOKEN to a token with write"),
         ("HF_TOKEN", "hf_wrong", 1, "check that the token may write to it"),
@@ -150,13 +150,13 @@ def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -
     ids=["no-token", "wrong-token", "no-hub", "offline"],
 )
 def test_push_errors_name_the_remedy(
-    variable: str, value: Any, code: int, told: str, finished: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    variable: str, value: Any, code: int, message: str, finished: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable == "HF_TOKEN":
         monkeypatch.setenv(variable, value)
     else:
         monkeypatch.setattr(constants, variable, value)
-    assert told in push(finished, code=code).stderr
+    assert message in push(finished, code=code).stderr
     assert not hub.repositories and not hub.objects
 
 

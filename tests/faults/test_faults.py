@@ -18,7 +18,7 @@ from conftest import disk_of, fill, flip_a_byte, flipped, full_until_noticed, ra
 
 from qpruner.cli.main import _guarded
 from qpruner.config.load import validate_config
-from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
@@ -241,12 +241,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 16 MiB, enough for the run if nothing else fills it."""
     with disk_of("16m", tmp_path / "disk") as folder:
         yield folder
-
-
-def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dict[str, Any]) -> None:
-    fill(disk, leave=50_000)
-    with pytest.raises(UserError, match=r"`output`: the run needs about .* make room"):
-        go(with_key(tiny_raw, "output", str(disk / "run")), "bank")
 
 
 @pytest.mark.parametrize(("stage", "leave"), [("prune", 100_000), ("bank", 4096)])

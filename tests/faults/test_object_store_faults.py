@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import with_key
 from object_store import Gate, Store, talk_to
-from real_driver import driver
+from real_driver import driver, ended
 from whole_runs import MINUTES, command, comparable, kill_when, outcome, written_config
 
 pytestmark = pytest.mark.slow
@@ -52,14 +52,6 @@ def config_at(output: str, folder: Path, model: Path) -> Path:
 def trials_at(store: Store, run: str) -> list[dict[str, Any]]:
     keys = sorted(key for key in store.keys(f"{run}/trials") if key.endswith("/trial.json"))
     return [json.loads(store.read(f"{run}/trials/{key}")) for key in keys]
-
-
-def ended(config: Path, verb: str = "run") -> str:
-    """Run a command that must succeed, and return its output."""
-    with driver(config, verb=verb) as process:
-        code, said = process.end()
-    assert code == 0, said[-3000:]
-    return said
 
 
 def has_finished_trial(store: Store, run: str) -> bool:
@@ -130,7 +122,7 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
     store.copy(KILLED, run, ("prepare", "prune", "bank", "records", "run.json"))
     for name in ("prune/model.safetensors", entry):
         store.damage(f"{run}/{name}")
-    said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), verb="bank")
+    said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), "bank").said()
     (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
     assert "[prepare] already recorded" in said and "[prune] done" in said
     assert f"s3://runs/{run}/prune/model.safetensors is damaged" in said
@@ -163,6 +155,6 @@ def test_a_server_away_is_waited_for_then_reported(
         told = json.loads(said.splitlines()[-1])
         assert told["kind"] == "StageError", "not an error of Ray Tune"
         assert "cannot be reached" in told["error"] and "bring the storage back" in told["error"]
-        ended(config, verb="search")
+        ended(config)
     rungs = [trial["rungs"] for trial in trials_at(store, run)]
     assert comparable(rungs) == [trial["rungs"] for trial in undisturbed["trials"]]

@@ -26,6 +26,7 @@ from real_driver import (
     Driver,
     between_rungs,
     driver,
+    ended,
     pulse_of,
     rungs_of,
     search_config,
@@ -41,18 +42,10 @@ from qpruner.runs.storage import file_digest, write_json
 pytestmark = pytest.mark.slow
 
 
-def ended(config: Path, verb: str = "search") -> Path:
-    """Run an undisturbed command, and return the run folder."""
-    with driver(config, verb=verb) as process:
-        code, said = process.end()
-    assert code == 0, said[-3000:]
-    return config.parent / "run"
-
-
 @pytest.fixture(scope="module")
 def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with all stages up to the sensitivities."""
-    return ended(search_config(tiny_model, tmp_path_factory.mktemp("measured")), "sensitivity")
+    return ended(search_config(tiny_model, tmp_path_factory.mktemp("measured")), "sensitivity").run
 
 
 @pytest.fixture
@@ -67,13 +60,12 @@ def undisturbed(measured: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     """The run folder of an undisturbed search."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(measured, folder / "run")
-    return ended(search_config(tiny_model, folder))
+    return ended(search_config(tiny_model, folder)).run
 
 
 def finished(process: Driver) -> dict[str, Any]:
     """Wait for a search that must succeed, and return its record."""
-    code, said = process.end()
-    assert code == 0, said[-3000:]
+    process.end_well()
     return search_record(process.run)
 
 
@@ -225,7 +217,7 @@ def spoil(bank: Path, name: str) -> None:
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
     keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
     config = search_config(tiny_model, config.parent, **keys)
-    bank = ended(config, "bank") / "bank"
+    bank = ended(config, "bank").run / "bank"
     name = next(name for name in read_index(bank).files if name.startswith("4bit/"))
     spoil(bank, name)
     group = Path(name).stem

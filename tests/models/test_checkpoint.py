@@ -1,4 +1,4 @@
-"""Pruned folders: what is written is what is read, by us and by plain transformers after one import."""
+"""Pruned folders: qpruner and plain transformers read back what was written; folders of hub models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hub_server import Repository, serving
-from plain_transformers import WITHOUT_QPRUNER, run_python
-from safetensors.torch import load_file, save_file
+from plain_transformers import plain_transformers_answers, run_python
 from tiny_families import (
     DENSE,
     EXPERTS,
@@ -44,54 +43,20 @@ if TYPE_CHECKING:
 
     from qpruner.pruning.units import Kept
 
-NEW_TOKENS = 4
-
-FRESH_PROCESS = f"""{WITHOUT_QPRUNER}
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-root, tensors = Path(sys.argv[1]), {{}}
-input_ids = load_file(root / "prompt.safetensors")["input_ids"]
-
-def look_at(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    name = folder.relative_to(root).as_posix()
-    with torch.no_grad():
-        tensors[f"{{name}}/logits"] = model(input_ids=input_ids, use_cache=False).logits
-    for cache in (True, False):
-        options = {{"max_new_tokens": int(sys.argv[2]), "min_new_tokens": int(sys.argv[2]), "do_sample": False}}
-        found = model.generate(
-            input_ids, use_cache=cache, output_logits=True, return_dict_in_generate=True, **options
-        )
-        tensors[f"{{name}}/tokens, cache {{cache}}"] = found.sequences
-        tensors[f"{{name}}/scores, cache {{cache}}"] = torch.stack(found.logits)
-
-for folder in sorted(root.glob("plain/*/*")):
-    look_at(folder)
-assert not any(name.startswith("qpruner") for name in sys.modules)
-sys.meta_path.pop(0)
-import qpruner.hf
-for folder in sorted(root.glob("ragged/*/*")):
-    look_at(folder)
-save_file(tensors, root / "found.safetensors")
-"""
-
 
 def alike(name: str) -> Kept:
-    """Every block keeps the same units, but heads where no plain checkpoint can and channels where blocks differ."""
+    """Keep the same units in every block, except heads or channels that have to differ in a plain checkpoint."""
     channels = {"mixtral": stacked_channels(3, range(EXPERTS), 16), "qwen3_moe": None}.get(name, tuple(range(3, 27)))
     units = {"attention": None if name in HEADWISE else (0, 2), "mlp": channels}
     return {index: {kind: kept for kind, kept in units.items() if kept is not None} for index in range(LAYERS)}
 
 
 ALIKE = {"qwen3_moe": {"mlp_only_layers": []}}
-"""What makes all blocks of a family's tiny model alike."""
+"""Config keys that make all blocks of a tiny model alike."""
 
 
 def uniformly_pruned(name: str, units: tuple[str, ...] = ("attention", "mlp")) -> PreTrainedModel:
-    """With the key that a person would set, all blocks being alike to begin with."""
+    """Prune a tiny model whose blocks are alike with `prune.uniform`."""
     rate, units = (0.1, ("mlp",)) if name in HEADWISE else (0.25, units)
     settings = PruneConfig(rate=rate, uniform=True, units=units, importance="magnitude", round_to=8)
     samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
@@ -109,7 +74,7 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "plain/uniform": (FAMILY_NAMES, uniformly_pruned),
     "plain/experts": (MIXTURES, lambda name: uniformly_pruned(name, ("attention", "expert"))),
 }
-"""Kinds of pruned model by the folder they are written to: `ragged` needs our import, `plain` must not."""
+"""Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load without it."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
 
 
@@ -120,7 +85,7 @@ def cut_models() -> dict[str, PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def root(cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every model lies in the folder of its name."""
+    """Save every model in the folder of its name."""
     root, tokenizer = tmp_path_factory.mktemp("pruned"), load_tokenizer(str(tiny_model))
     for name, model in cut_models.items():
         save_checkpoint(model, tokenizer, root / name)
@@ -128,11 +93,11 @@ def root(cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_fact
 
 
 @pytest.fixture(scope="module")
-def fresh(root: Path) -> dict[str, torch.Tensor]:
-    """What a new Python process finds in the folders: logits and generated tokens."""
-    save_file({"input_ids": prompt()}, root / "prompt.safetensors")
-    run_python(FRESH_PROCESS, str(root), str(NEW_TOKENS), folder=root, HF_HUB_OFFLINE="1")
-    return load_file(root / "found.safetensors")
+def fresh(root: Path) -> dict[str, dict[str, Any]]:
+    """Return what a new process computes from each folder: logits and generated tokens."""
+    plain, ragged = ([name for name in CUT_MODELS if name.startswith(kind)] for kind in ("plain", "ragged"))
+    folders = [root / name for name in plain], root, [root / name for name in ragged]
+    return dict(zip((*plain, *ragged), plain_transformers_answers(prompt().tolist(), *folders), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -142,22 +107,20 @@ def llama(root: Path) -> Path:
 
 @pytest.mark.parametrize("name", CUT_MODELS)
 def test_a_new_process_finds_the_same_model(
-    name: str, fresh: dict[str, torch.Tensor], cut_models: dict[str, PreTrainedModel]
+    name: str, fresh: dict[str, dict[str, Any]], cut_models: dict[str, PreTrainedModel]
 ) -> None:
-    """With `import qpruner.hf` for blocks of different widths, with plain transformers where all blocks are alike.
-
-    A block that stands at another place, or has other heads, must still find its own keys and values.
-    """
-    assert torch.equal(fresh[f"{name}/logits"], logits_of(cut_models[name]))
-    cached, uncached = fresh[f"{name}/scores, cache True"], fresh[f"{name}/scores, cache False"]
-    assert cached.shape == (NEW_TOKENS, 2, 97)
+    """A block at another position, or with other heads, must still find its own keys and values in the cache."""
+    answer = fresh[name]
+    assert torch.equal(torch.tensor(answer["logits"]), logits_of(cut_models[name]))
+    cached, uncached = (torch.tensor(answer[f"logits {key}"]) for key in ("made", "made without cache"))
+    assert cached.shape == (5, 2, 97)
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
-    assert torch.equal(fresh[f"{name}/tokens, cache True"], fresh[f"{name}/tokens, cache False"])
+    assert answer["made"] == answer["made without cache"]
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_heads_that_do_not_divide_the_hidden_size_load(name: str, tmp_path: Path) -> None:
-    """Some configs refuse such a number of heads as the value for all blocks: then each block must have its own."""
+    """Some configs refuse such a number of heads as a global key, so it must be written per block."""
     groups = {"num_attention_heads": 10} | ({} if name in HEADWISE else {"num_key_value_heads": 5})
     stays = tuple(range(8)) if name in HEADWISE else (0, 1, 3, 4)
     kept = {index: units | {"attention": stays} for index, units in alike(name).items()}
@@ -209,8 +172,8 @@ def test_a_local_folder_is_used_where_it_is(llama: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "model").exists()
 
 
-def test_a_truncated_weight_file_is_named_and_an_index_beside_a_whole_one_ignored(llama: Path, tmp_path: Path) -> None:
-    """transformers takes the one file, too."""
+def test_a_truncated_weight_file_is_named(llama: Path, tmp_path: Path) -> None:
+    """An index beside a single complete file is ignored, as transformers does."""
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"one": "gone.safetensors"}}')
     assert prepare_base(ModelConfig(source=str(folder)), tmp_path / "unused").path == str(folder)
@@ -220,17 +183,17 @@ def test_a_truncated_weight_file_is_named_and_an_index_beside_a_whole_one_ignore
         load_dense(str(folder), "float32")
 
 
-# ---- of a hub
+# ---- hub models
 
 
 def of_hub(endpoint: str, home: Path, code: str) -> list[str]:
-    """Lines that code writes which takes the hub's model `me/mine` in a process of its own."""
+    """Run code that loads the hub model `me/mine` in a new process, and return the lines that it prints."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.errors import UserError\nfrom qpruner.models.checkpoint import prepare_base\n"
         "from qpruner.models.loading import load_model_config\n"
-        "def tell(*told): sys.stdout.write(f'{told}\\n')  # whole lines, from several threads\n"
-        f"try:\n    {code}\n    print('taken')\nexcept UserError as error:\n    print(error)"
+        "def report(*progress): sys.stdout.write(f'{progress}\\n')  # whole lines, from several threads\n"
+        f"try:\n    {code}\n    print('loaded')\nexcept UserError as error:\n    print(error)"
     )
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return run_python(program, **variables).strip().splitlines()
@@ -246,18 +209,18 @@ def files(llama: Path) -> dict[str, bytes]:
 
 
 def test_a_model_of_a_hub_is_fetched_with_progress(files: dict[str, bytes], tmp_path: Path) -> None:
-    """And its config, once fetched, is read where the hub is away."""
+    """The config, once fetched, can be read while the hub is down."""
     files |= {"more.json": b" " * 8_000_000, "README.md": b"---\nlicense: mit\n---\n"}
     place = tmp_path / "model"
-    code = f"{CONFIGURED}; prepare_base(ModelConfig(source='me/mine'), Path({str(place)!r}), True, tell)"
+    code = f"{CONFIGURED}; prepare_base(ModelConfig(source='me/mine'), Path({str(place)!r}), True, report)"
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
         written = of_hub(hub.endpoint, tmp_path / "home", code)
-    for name in ("model.safetensors", "README.md"):  # its licence is told there
+    for name in ("model.safetensors", "README.md"):  # the model card names the license
         assert (place / name).read_bytes() == files[name]
     total = round(sum(map(len, files.values())) / 1e6)
-    assert written[-2:] == [f"{('fetching MB', total, total)}", "taken"]
-    assert of_hub(hub.endpoint, tmp_path / "home", CONFIGURED) == ["taken"]
+    assert written[-2:] == [f"{('fetching MB', total, total)}", "loaded"]
+    assert of_hub(hub.endpoint, tmp_path / "home", CONFIGURED) == ["loaded"]
 
 
 @pytest.mark.parametrize("code", [CONFIGURED, FETCHED], ids=["before anything is fetched", "after it was fetched"])
@@ -266,20 +229,20 @@ def test_a_hub_model_with_pickled_weights_only_is_refused(files: dict[str, bytes
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
         said = of_hub(hub.endpoint, tmp_path / "home", code)[-1]
-    assert said.startswith("`model.source`: the hub's me/mine has no .safetensors weights")
+    assert said.startswith("`model.source`: me/mine on the hub has no .safetensors weights")
     assert "`model.revision`" in said and "save_pretrained" in said and "safe_serialization=True" in said
 
 
 @pytest.mark.parametrize("fetched_before", [CONFIGURED, FETCHED], ids=["its config alone", "all but a file"])
-def test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights(
+def test_a_partly_cached_hub_model_is_named_as_such(
     files: dict[str, bytes], tmp_path: Path, fetched_before: str
 ) -> None:
-    """`check` fetches the config of a model, and a node that runs it may see no hub."""
+    """`qpruner check` fetches the config only, and a node that runs the model may not reach the hub."""
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
-        assert of_hub(hub.endpoint, tmp_path / "home", fetched_before) == ["taken"]
+        assert of_hub(hub.endpoint, tmp_path / "home", fetched_before) == ["loaded"]
     for weights in tmp_path.glob("home/hub/*/snapshots/*/model.safetensors"):
         weights.unlink()
     said = of_hub(hub.endpoint, tmp_path / "home", FETCHED)[-1]
-    assert said.startswith("`model.source`: the hub does not answer, and this machine has not all that is read")
-    assert "fetch it where the hub is reached: `qpruner prepare CONFIG`" in said and "`hf download me/mine`" in said
+    assert "the hub does not answer, and the cache of this machine lacks files of me/mine" in said
+    assert "download it where the hub answers: `qpruner prepare CONFIG`" in said and "`hf download me/mine`" in said

@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU is computed in float32 where the CPU has no instructions for it, and not slower than float32."""
+"""On a CPU without bfloat16 instructions, products are computed in float32, and not much slower than float32."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ except RuntimeError as error:
 
 
 def test_bfloat16_is_computed_in_float32_and_not_much_slower() -> None:
-    """In a process of its own: kernels stay replaced."""
+    """In a new process, because replaced kernels cannot be restored."""
     run_python(SCRIPT, PYTHONWARNINGS="error::UserWarning")

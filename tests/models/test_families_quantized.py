@@ -1,4 +1,4 @@
-"""4- and 8-bit layers in every family: if this broke, a family could be pruned but the run would end at its bank."""
+"""4- and 8-bit layers in every family. Without them a run would fail when it fills the quantization bank."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 DTYPE, LORA = "float32", LoraConfig(rank=12, alpha=24)
 LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
 PATTERN = (4, 8, 16, 8, 4)
-"""Five widths over four projections a block, so that each projection gets others in each block."""
+"""Five bit-widths over four projections per block, so that each projection gets other bit-widths in each block."""
 OUTPUT_BIASES = ", output biases"
 NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
-"""Separate and fused projections, biases, norms: how the others differ does not reach a linear layer."""
+"""Separate and fused projections, biases, norms; the linear layers of other families are like these."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """One family's cut model, its folder with checkpoint and bank, and the same with packed layers."""
+    """A cut model, its folder with checkpoint and bank, and the same model with packed layers."""
 
     dense: PreTrainedModel
-    unpacked: PreTrainedModel  # every packed weight replaced by what it decodes to
-    model: PreTrainedModel  # what `assemble` made of the folder
+    unpacked: PreTrainedModel  # packed weights replaced by their decoded values
+    model: PreTrainedModel  # assembled from the folder
     plan: dict[str, int]
     folder: Path
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """One family at a time: cut, saved, packed group by group into a bank, put together again."""
+    """Cut a model, save it, pack it group by group into a bank, and assemble it again."""
     folder = tmp_path_factory.mktemp("family")
     name = str(request.param).removesuffix(OUTPUT_BIASES)
     dense = cut(family_model(name) if name == request.param else with_output_biases(name), kept_of(name))
@@ -86,7 +86,7 @@ def test_each_layer_is_of_its_plan(quantized: Quantized) -> None:
 
 
 def test_what_is_not_quantized_survives(quantized: Quantized) -> None:
-    """Biases of cut rows, norms, embeddings: one that was left at its initial value would cost accuracy silently."""
+    """A bias, norm or embedding left at its initial value would cost accuracy without an error."""
     groups = group_linears(quantized.model.config, GROUP)
     packed = {f"{path}.weight" for name, paths in groups.items() for path in paths if quantized.plan[name] != 16}
     found = dict(quantized.model.named_parameters())
@@ -117,7 +117,7 @@ def test_a_saved_model_loads_bit_for_bit(quantized: Quantized, tmp_path: Path) -
     assert torch.equal(logits_of(loaded), logits_of(quantized.model))
 
 
-def test_adapters_start_from_the_error_and_a_training_step_lowers_the_loss(quantized: Quantized) -> None:
+def test_adapters_start_from_the_quantization_error(quantized: Quantized) -> None:
     grouped = [path for paths in group_linears(quantized.model.config, GROUP).values() for path in paths]
     adapted = attach_adapters(*put_together(quantized.folder, quantized.plan), LORA, GROUP, seed=0)
     found = {key.partition(".lora_A")[0] for key, _ in adapted.named_parameters() if ".lora_A." in key}
@@ -135,7 +135,7 @@ def test_adapters_start_from_the_error_and_a_training_step_lowers_the_loss(quant
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_stacked_experts_alone_are_refused_by_name(name: str) -> None:
-    """Qwen3-MoE may begin with plain blocks."""
+    """The first blocks of Qwen3-MoE may be dense."""
     model = family_model(name, **({"mlp_only_layers": [0]} if name == "qwen3_moe" else {}))
     if name not in MIXTURES:
         check_quantizable(model.config)

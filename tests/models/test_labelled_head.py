@@ -1,4 +1,4 @@
-"""Every family computes logits only where a labelled token is predicted, and gets the loss and gradients it had."""
+"""Logits are computed only where a labelled token is predicted; loss and gradients do not change."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from qpruner.training.finetune import Schedule, Share, _arguments, _Trainer, fin
 PAD, BLANK = 0, {"input_ids": [0], "labels": [-100]}
 ARCHETYPES = ("llama", "gpt_neox", "mixtral")
 LABELLED = (4, 7, 1, 5)
-"""Tokens of each row that have a label, of 9, 12, 6 and 8."""
+"""Number of labelled tokens in each row; the rows have 9, 12, 6 and 8 tokens."""
 
 
 def rows() -> list[dict[str, list[int]]]:
-    """Prompts without labels and responses with them; one row has a label in the middle, too."""
+    """Make rows with unlabelled prompts and labelled responses; one row also has labels in the middle."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for length, labelled in zip((9, 12, 6, 8), LABELLED, strict=True):
@@ -43,7 +43,7 @@ def rows() -> list[dict[str, list[int]]]:
 
 
 def reference_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Each token's loss ``(batch, seq - 1)`` from logits at every position."""
+    """Compute the loss of each token ``(batch, seq - 1)`` from logits at every position."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     losses: torch.Tensor = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none"
@@ -71,7 +71,7 @@ def assert_same_gradients(
     [(name, "float32") for name in FAMILY_NAMES] + [("llama", "bfloat16"), ("gpt_neox", "bfloat16")],
 )
 def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> None:
-    """In float32 they agree to rounding; in bfloat16 gradients, which are added up in another order, to 2 % in norm."""
+    """In float32 they agree up to rounding; in bfloat16, gradients are summed in another order and agree to 2 %."""
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     model = family_model(name).to(getattr(torch, dtype))
     batch = collate(rows(), PAD)
@@ -83,7 +83,7 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> 
 
 @pytest.mark.parametrize("name", ARCHETYPES)
 def test_the_head_runs_at_labelled_tokens_only(name: str, tmp_path: Path) -> None:
-    """In every pass that reads losses or predictions, and in training."""
+    """This holds in every pass that reads losses or predictions, and in training."""
     model, seen = family_model(name), list[int]()
     head: Any = model.get_output_embeddings()
     head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel()))
@@ -116,8 +116,7 @@ def test_the_head_runs_at_labelled_tokens_only(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_training_step_has_the_models_own_loss(name: str, tmp_path: Path) -> None:
-    """Divided by the labelled tokens of the whole optimizer batch; with gradient checkpointing; with the loss of a
-    mixture's routers where its config asks for it."""
+    """The loss is divided by the labelled tokens of the optimizer batch, and includes the router loss of a mixture."""
     model = family_model(name, **({"output_router_logits": True} if family_name(name) in MIXTURES else {}))
     adapted: Any = attach_adapters(model, {}, LoraConfig(rank=2), "block", seed=0)
     adapted.enable_input_require_grads()
@@ -126,7 +125,7 @@ def test_a_training_step_has_the_models_own_loss(name: str, tmp_path: Path) -> N
     arguments = _arguments(settings, Schedule(steps=1), tmp_path, 0, Share(0, 1))
     trainer = _Trainer(model=adapted, args=arguments, train_dataset=[BLANK])  # type: ignore[arg-type]
     adapted.train()
-    tokens = torch.tensor(100)  # of the optimizer batch, of which this is a part
+    tokens = torch.tensor(100)  # in the optimizer batch that this batch is a part of
     found = []
     for trainer_class in (_Trainer, Trainer):
         torch.manual_seed(0)  # OPT has dropout of its own

@@ -1,4 +1,4 @@
-"""What a unit owns in every family: if this broke, pruning would cut the wrong rows and nothing would say so."""
+"""The weights that a unit owns in every family. With wrong ones, pruning would cut wrong rows without an error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from qpruner.pruning.units import Kept
 
 ARCHETYPES = ("llama", "gpt_neox", "mixtral")
-"""Grouped heads, fused heads, experts: where the family does not matter."""
+"""Grouped heads, fused heads, experts; for tests that need no other families."""
 MIXTURE_MODELS = tuple(name for name in MODEL_NAMES if family_name(name) in MIXTURES)
 
 
@@ -54,7 +54,7 @@ def assert_cut_equals_silenced(name: str, kept: Kept) -> None:
     whole = logits_of(model)
     found = logits_of(cut(model, kept))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
-    assert (found - whole).norm() > 0.2 * whole.norm(), "the cut must be visible for this test to say anything"
+    assert (found - whole).norm() > 0.2 * whole.norm(), "the cut must change the logits"
 
 
 def test_the_tiny_models_are_of_every_supported_family() -> None:
@@ -75,7 +75,7 @@ def test_cutting_units_is_the_same_as_silencing_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", MIXTURE_MODELS)
 def test_cutting_experts_is_the_same_as_never_routing_to_them(name: str) -> None:
-    """Channels are numbered as before when experts go with them."""
+    """Channels keep their numbers when experts are removed in the same cut."""
     assert_cut_equals_silenced(name, kept_experts(name))
     experts = (1, 2, 3)
     assert_cut_equals_silenced(name, {1: {"expert": experts, "mlp": stacked_channels(7, experts, 8)}})
@@ -83,7 +83,7 @@ def test_cutting_experts_is_the_same_as_never_routing_to_them(name: str) -> None
 
 @pytest.mark.parametrize("name", ARCHETYPES)
 def test_a_cut_in_two_steps_is_the_cut_in_one(name: str) -> None:
-    """`prune.steps` numbers the units of the second cut by what the first one left."""
+    """With `prune.steps` the second cut numbers the units that the first cut kept."""
     kept = kept_of(name)
     once, twice = cut(family_model(name), kept), family_model(name)
     for kind in ("attention", "mlp"):
@@ -100,7 +100,7 @@ def test_a_cut_in_two_steps_is_the_cut_in_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_dropping_blocks_is_the_same_as_passing_them_by(name: str) -> None:
-    """Windows, experts and cache positions belong to the block, not to the place where it stood."""
+    """Windows, experts and cache positions belong to a block, not to its old position."""
     whole = logits_of(family_model(name))
     for stay, gone in (((0, 2), 1), ((1, 2), 0)):
         model = keep_blocks(family_model(name), stay)
@@ -119,7 +119,7 @@ def test_cut_blocks_can_be_dropped_and_dropped_models_cut(name: str) -> None:
     torch.testing.assert_close(logits_of(cut_first), expected, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(logits_of(dropped_first), expected, rtol=1e-5, atol=2e-5)
     assert cut_first.num_parameters() == dropped_first.num_parameters()
-    # Without a reload: a block that kept its old position would look for its keys and values there.
+    # Without a reload, a block with its old position would look for its keys and values there.
     for model in (cut_first, dropped_first):
         cached, uncached = (generated_scores(model, use_cache) for use_cache in (True, False))
         torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
@@ -131,7 +131,7 @@ def test_cut_blocks_can_be_dropped_and_dropped_models_cut(name: str) -> None:
 @pytest.mark.parametrize("cut_of", [kept_of, kept_experts])
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_sizes_are_known_before_the_cut(name: str, cut_of: Callable[[str], Kept]) -> None:
-    """`qpruner check` tells sizes from the config alone; they must be those of the model that is made."""
+    """`qpruner check` computes sizes from the config alone; the cut model must have these sizes."""
     model, kept, promised = family_model(name), cut_of(name), 0
     for index, units in kept.items():
         sizes = unit_sizes(model, [index], tuple(units))[index]
@@ -171,7 +171,7 @@ def test_every_linear_layer_of_a_block_is_in_one_group(name: str, group: str) ->
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_group_is_measured_where_its_output_leaves(name: str) -> None:
-    """Sensitivity listens to these modules: all of them must exist and be called with the group's result."""
+    """Sensitivity hooks these modules, so they must exist and produce the output of the group."""
     config, block = family_model(name).config, f"{BLOCKS.get(name, 'model.layers')}.1"
     attention = f"{block}.{'attention' if name == 'gpt_neox' else 'self_attn'}"
     mlp = f"{block}.{'fc2' if name == 'opt' else 'mlp'}"
@@ -184,7 +184,7 @@ def test_a_group_is_measured_where_its_output_leaves(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHETYPES)
 def test_another_attention_is_set_for_every_block(name: str) -> None:
-    """Blocks of their own widths have configs of their own, which transformers does not reach."""
+    """Each cut block has its own config, which transformers does not change itself."""
     model = copy.deepcopy(cut(family_model(name), kept_of(name)))
     before = logits_of(model)
     model.set_attn_implementation("eager")
@@ -208,7 +208,7 @@ def test_experts_are_balanced_where_some_blocks_have_fewer(name: str) -> None:
     assert all(router.weight.grad.isfinite().all() and router.weight.grad.any() for router in routers)
 
 
-def test_an_unknown_architecture_is_told_with_the_supported_ones() -> None:
+def test_an_unsupported_architecture_is_refused() -> None:
     said = rf"`gpt2` is not supported; supported: {', '.join(FAMILY_NAMES)}\. .*docs/families\.md"
     with pytest.raises(UserError, match=said):
         family_of(AutoConfig.for_model("gpt2"))

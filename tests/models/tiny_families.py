@@ -1,7 +1,7 @@
-"""A tiny random model of every supported family, of that family's own class, cuts to try on it, and what a cut must do.
+"""Tiny random models of all supported families, cuts to try on them, and references for the cut models.
 
-`silenced` is the reference: the removed parts of the uncut model are switched off from first principles, by family,
-with no slice of the package's. Widths are such that every layer can hold 4 bits on a CPU (`plan.check_cpu_widths`).
+The reference `silenced` switches off the removed parts of an uncut model without code of the package. With these widths
+every layer can have 4 bits on a CPU (`plan.check_cpu_widths`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ WINDOW = 6
 _NAMES = "gemma2 gemma3_text gpt_neox granite llama mistral mixtral olmo2 opt phi3 qwen2 qwen3 qwen3_moe"
 FAMILY_NAMES = tuple(_NAMES.split())
 HEADWISE = ("gpt_neox", "opt")
-"""As many key/value heads as query heads, so a unit is one head."""
+"""Families without grouped heads, where an attention unit is one head."""
 MIXTURES = ("mixtral", "qwen3_moe")
 DENSE = tuple(name for name in FAMILY_NAMES if name not in MIXTURES)
 
 BLOCKS = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 LLAMA_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 OUTPUTS = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_attn.out_proj", "fc2")}
-"""Paths of the blocks in a model and of the output projections in a block, where they are not Llama's."""
+"""Paths of the blocks in a model and of the output projections in a block, where they differ from Llama."""
 
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
@@ -84,17 +84,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, every second block": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
     "qwen3_moe, weights sum to one": ("qwen3_moe", {"norm_topk_prob": True}),
 }
-"""Switches of a family that change what a unit owns or how it is used: name -> family and config keys."""
+"""Variants of families in which a unit owns other weights or is used in another way: name -> family, config keys."""
 MODEL_NAMES = (*FAMILY_NAMES, *VARIANTS)
 
 
 def family_name(name: str) -> str:
-    """The `model_type` of one of `MODEL_NAMES`."""
+    """Return the `model_type` of a name in `MODEL_NAMES`."""
     return VARIANTS[name][0] if name in VARIANTS else name
 
 
-def family_model(name: str, **others: Any) -> PreTrainedModel:
-    """Three float32 blocks; norms and biases are random, not one and zero; `others` are config keys."""
+def family_model(name: str, seed: int | None = None, **others: Any) -> PreTrainedModel:
+    """Build three float32 blocks with random norms and biases; `others` are config keys."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ragged.install()  # as loading does
@@ -107,7 +107,7 @@ def family_model(name: str, **others: Any) -> PreTrainedModel:
     if family not in HEADWISE:
         options["num_key_value_heads"] = KEY_VALUE_HEADS
     config = AutoConfig.for_model(family, **options | OPTIONS[family] | changes | others)
-    torch.manual_seed(MODEL_NAMES.index(name))
+    torch.manual_seed(MODEL_NAMES.index(name) if seed is None else seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -120,7 +120,7 @@ def family_model(name: str, **others: Any) -> PreTrainedModel:
 
 
 def with_output_biases(name: str) -> PreTrainedModel:
-    """As `compensation: bias` leaves a model: biases on o and down, where the family has none, named in the config."""
+    """Build a model with biases on o and down, as `compensation: bias` adds them, listed in its config."""
     model, linears = family_model(name), OUTPUTS.get(family_name(name), LLAMA_OUTPUTS)
     for block in blocks_of(model):
         ragged.add_output_biases(block, linears)
@@ -134,7 +134,7 @@ def with_output_biases(name: str) -> PreTrainedModel:
 
 
 def kept_of(name: str) -> Kept:
-    """Blocks 0 and 2 get different widths, block 1 keeps its own: attention units and channels."""
+    """Return a cut of attention units and channels: blocks 0 and 2 get different widths, block 1 is uncut."""
     heads = {0: (0, 2, 3, 5), 2: (1, 4)} if family_name(name) in HEADWISE else {0: (0, 2), 2: (1,)}
     channels = {0: (*range(3, 20), 38), 2: tuple(range(0, CHANNELS, 3))}
     for index in (0, 2):
@@ -144,7 +144,7 @@ def kept_of(name: str) -> Kept:
 
 
 def kept_experts(name: str) -> Kept:
-    """Whole experts and a little attention; block 0 keeps more experts than a token is sent to, block 1 as many."""
+    """Return a cut of whole experts and attention units; block 0 keeps 3 experts, block 1 keeps 2, the minimum."""
     kept: Kept = {0: {"attention": (0, 2)}, 2: {"attention": (1, 2)}}
     for index, experts in ((0, (0, 2, 3)), (1, (1, 3))):
         if has_experts(name, index):
@@ -153,7 +153,7 @@ def kept_experts(name: str) -> Kept:
 
 
 def stacked_channels(seed: int, experts: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` channels of each of some experts, other ones of each expert."""
+    """List `count` channels of each expert in `experts`, different channels for each."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         expert * EXPERT_CHANNELS + channel
@@ -163,7 +163,7 @@ def stacked_channels(seed: int, experts: Sequence[int], count: int) -> tuple[int
 
 
 def has_experts(name: str, index: int) -> bool:
-    """Whether block `index` of an uncut tiny model has experts."""
+    """Return True if block `index` of an uncut tiny model has experts."""
     dense = {"qwen3_moe": (2,), "qwen3_moe, every second block": (0, 2), "qwen3_moe, weights sum to one": (2,)}
     return family_name(name) in MIXTURES and index not in dense.get(name, ())
 
@@ -172,22 +172,22 @@ def has_experts(name: str, index: int) -> bool:
 
 
 def blocks_of(model: PreTrainedModel) -> Any:
-    """The list of blocks, as transformers names it."""
+    """Return the list of blocks of a model."""
     return model.get_submodule(BLOCKS.get(model.config.model_type, "model.layers"))
 
 
 def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
-    """What the attention and a plain MLP end in; the second is None where there are experts."""
+    """Return the output projections of attention and MLP; the second is None if the block has experts."""
     attention, mlp = OUTPUTS.get(family, LLAMA_OUTPUTS)
     return block.get_submodule(attention), dict(block.named_modules()).get(mlp)
 
 
 @torch.no_grad()
 def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
-    """The uncut model with everything that is not kept switched off, in place.
+    """Switch off all units of an uncut model that are not kept, in place.
 
-    Heads and channels: their columns of the output projection are zero, so nothing of them arrives. Experts: the router
-    gives them minus infinity. OLMo 2: the removed heads are left out of the mean that the query and key norms take.
+    The columns of removed heads and channels in the output projection become zero. The router gives removed experts
+    minus infinity. In OLMo 2 the query and key norms leave removed heads out of their mean.
     """
     family = family_name(name)
     for index, units in kept.items():
@@ -213,7 +213,7 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
 
 
 def skip_blocks(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
-    """The uncut model whose blocks `gone` hand their hidden states through, in place."""
+    """Make the blocks `gone` of an uncut model return their input, in place."""
     for index in gone:
         blocks_of(model)[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
     return model
@@ -224,7 +224,7 @@ def _removed(kept: Sequence[int], count: int) -> list[int]:
 
 
 def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
-    """Give an RMS norm over all heads a mean over the heads that stay."""
+    """Make an RMS norm over all heads average over the kept heads only."""
     stays = torch.ones(units, norm.weight.numel() // units)
     stays[list(gone)] = 0
     mask = stays.flatten()
@@ -237,7 +237,7 @@ def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
 
 
 def _never_route_to(router: Any, gone: Sequence[int]) -> None:
-    """Give a router's removed experts no chance; the rest is what Mixtral's and Qwen3's routers do."""
+    """Make a router never choose removed experts; the rest is as in Mixtral and Qwen3."""
     keeps_sum = getattr(router, "norm_topk_prob", True)
 
     def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -253,7 +253,7 @@ def _never_route_to(router: Any, gone: Sequence[int]) -> None:
 
 
 def prompt() -> torch.Tensor:
-    """Token ids ``(2, 9)``."""
+    """Return token ids ``(2, 9)``."""
     return torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
@@ -264,7 +264,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def generated_scores(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
-    """Logits ``(tokens, 2, vocabulary)`` of four tokens that are generated greedily behind the prompt."""
+    """Generate four tokens greedily after the prompt and return their logits ``(tokens, 2, vocabulary)``."""
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
     found = model.generate(prompt(), use_cache=use_cache, return_dict_in_generate=True, **options)
     return torch.stack(found.logits)

@@ -100,7 +100,7 @@ ON_CPU = [
 MODEL += [] if torch.cuda.is_available() else ON_CPU
 SOURCES = [
     ("TMP/none", "TMP/none ... does not exist ... name a model folder"),
-    ("nobody/no-such-model", "no model config can be read from 'nobody/no-such-model' ... see that the hub has"),
+    ("nobody/no-such-model", "no model config can be read from 'nobody/no-such-model' ... check that the hub has"),
     ("runs/mine/prune", "CWD/runs/mine/prune ... is no hub id ... name a model folder"),
     ("../mine", "CWD/../mine ... does not exist ... name a model folder"),
     ("~/no-such-model", "HOME/no-such-model ... does not exist ... name a model folder"),

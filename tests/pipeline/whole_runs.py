@@ -16,8 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
-from conftest import raw_config, with_key
+from real_driver import config_file
 
 MINUTES = 60.0
 NOT_COMPARED = {
@@ -65,21 +64,16 @@ def outcome(root: Path) -> dict[str, Any]:
 
 
 def written_config(folder: Path, model: Path) -> Path:
-    folder.mkdir(parents=True)
-    raw = raw_config(model, folder / "run")
-    for key, value in (
-        ("search.max_concurrent", 1),  # then the order of results, and with it every proposal, is fixed
-        ("search.max_trials", 3),  # two of them are controls
-        ("sensitivity.methods", ["mutual_information"]),
-        ("finetune.seeds", 1),
-        ("finetune.random_plans", 1),
-        ("evaluate.limit", 4),
-        ("evaluate.text", [TEST_QUESTIONS]),
-    ):
-        raw = with_key(raw, key, value)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
+    keys = {
+        "search.max_concurrent": 1,  # then the order of results, and with it every proposal, is fixed
+        "search.max_trials": 3,  # two of them are controls
+        "sensitivity.methods": ["mutual_information"],
+        "finetune.seeds": 1,
+        "finetune.random_plans": 1,
+        "evaluate.limit": 4,
+        "evaluate.text": [TEST_QUESTIONS],
+    }
+    return config_file(model, folder, **keys)
 
 
 def is_ray_agent(process: psutil.Process) -> bool:

@@ -1,19 +1,18 @@
-"""What the output projections do for what was cut, against solutions of their own on stacked activations.
+"""Compensation in the output projections, compared with reference solutions on stacked activations.
 
-The references run the whole model for every layer and keep all activations; what they are compared with does neither.
+The references run the whole model for every layer and keep all activations, which the package does not.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
-from tiny_decoders import FAMILIES, logits_of, samples_of, settings_of, stacked_inputs, tiny
+from tiny_decoders import FAMILIES, MemoryWitness, logits_of, samples_of, settings_of, stacked_inputs, tiny
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, leave_out_of_mean
 
 from qpruner.data.calibration import Samples
@@ -28,21 +27,21 @@ if TYPE_CHECKING:
 RIDGE = 0.01
 KEPT = {
     0: {"attention": (0, 2, 3), "mlp": tuple(range(0, 48, 2))},
-    # Block 1 is not cut: what was cut before it changes its inputs all the same.
+    # Block 1 is not cut, but its inputs change.
     2: {"attention": (1,), "mlp": tuple(range(48))},
 }
-"""Of four heads and 48 channels; the MLP of block 2 keeps all."""
+"""Kept units out of four heads and 48 channels; the MLP of block 2 keeps all channels."""
 NAMES = ("llama", "gemma2", "olmo2", "phi3", "opt", "gpt_neox")
 
 
 def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """Four key/value heads of eight in every family."""
+    """Build a decoder with four key/value heads of size eight."""
     grouped = "num_key_value_heads" in FAMILIES[name]
     return tiny(name, seed, **({"num_key_value_heads": 4} if grouped else {}))
 
 
 def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.Tensor]]:
-    """In model order, each output projection of which something is cut, its block, and the columns that stay."""
+    """List block, path and kept columns of each output projection that is cut, in model order."""
     attention, mlp = OUTPUTS.get(name, LLAMA_OUTPUTS)
     found = []
     for index, kinds in KEPT.items():
@@ -57,7 +56,7 @@ def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.
 
 
 def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
-    """OLMo 2: the query and key norms of one block take their mean over the heads that stay."""
+    """Make the query and key norms of one OLMo 2 block average over the kept heads only."""
     if name == "olmo2":
         attention = model.model.layers[index].self_attn
         for norm in (attention.q_norm, attention.k_norm):
@@ -65,11 +64,8 @@ def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
 
 
 @torch.no_grad()
-def made_up_by_hand(name: str, model: PreTrainedModel, method: str, samples: Samples) -> PreTrainedModel:
-    """On all activations at once, layer by layer, each on the model as it is pruned so far.
-
-    Ridge regression, or what the columns that go gave on average to the bias (FLAP).
-    """
+def compensated_by_hand(name: str, model: PreTrainedModel, method: str, samples: Samples) -> PreTrainedModel:
+    """Compensate layer by layer on all activations of the model pruned so far, by ridge regression or a bias (FLAP)."""
     for index, path, stays in outputs_of(name, model):
         norms_as_cut(name, model, index)
         linear = model.get_submodule(path)
@@ -92,9 +88,9 @@ def made_up_by_hand(name: str, model: PreTrainedModel, method: str, samples: Sam
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["least_squares", "bias"])
 def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> None:
-    """Padded batches of different lengths, windows, blocks side by side: whatever the family does with its inputs."""
+    """Batches are padded; families have windows, norms after sublayers, or attention and MLP in parallel."""
     samples, model, base = samples_of(batch_size=2), decoder(name), decoder(name)
-    by_hand = made_up_by_hand(name, decoder(name), method, samples)
+    by_hand = compensated_by_hand(name, decoder(name), method, samples)
     compensate(model, KEPT, method, RIDGE, samples)
     for _, path, stays in outputs_of(name, model):
         linear, expected, before = (each.get_submodule(path) for each in (model, by_hand, base))
@@ -104,7 +100,7 @@ def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> Non
             torch.testing.assert_close(linear.bias, expected.bias, rtol=1e-3, atol=1e-4)
             assert torch.equal(linear.weight[:, stays], before.weight[:, stays])
         else:
-            assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, "something was solved"
+            assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, "the weights must change"
     compensated = copy.deepcopy(model)
     for each in (compensated, by_hand):
         for index in KEPT:
@@ -117,7 +113,7 @@ def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> Non
 
 @pytest.mark.parametrize(("method", "name"), [("least_squares", "llama"), ("bias", "opt")])
 def test_the_pruned_model_is_nearer_to_the_base_model(method: str, name: str) -> None:
-    """What it is for, on tokens it was not calibrated on; a bias helps where inputs are not centred, as behind ReLU."""
+    """This holds on tokens outside the samples; a bias helps if the inputs are not centered, as after ReLU."""
     off = dict.fromkeys(("none", method), 0.0)
     for compensation, seed in itertools.product(off, range(2)):
         ridge = {"ridge": RIDGE} if compensation == "least_squares" else {}
@@ -128,7 +124,7 @@ def test_the_pruned_model_is_nearer_to_the_base_model(method: str, name: str) ->
     assert off[method] < 0.9 * off["none"]
 
 
-def test_a_strong_ridge_keeps_the_weights_and_a_weak_one_fits_the_samples() -> None:
+def test_ridge_trades_old_weights_for_the_fit() -> None:
     samples = samples_of()
     _, path, stays = outputs_of("llama", decoder())[0]
     weight = decoder().get_submodule(path).weight.detach().double()
@@ -145,24 +141,16 @@ def test_a_strong_ridge_keeps_the_weights_and_a_weak_one_fits_the_samples() -> N
 
 
 def test_activations_are_dropped_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept of a layer's inputs is one square matrix: of a 7B model's down projections 0.5 GB, not 30."""
-    seen: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
-    original = BlockStream.visit
+    """Only one square matrix per layer stays in memory: 0.5 GB for a down projection of a 7B model, not 30 GB."""
+    witness, original = MemoryWitness(), BlockStream.visit
 
-    def spying(self: BlockStream, index: int, linear: str, visit: Any) -> None:
-        def spy(inputs: torch.Tensor) -> None:
-            alive.append(sum(reference() is not None for reference in seen))
-            seen.append(weakref.ref(inputs))
-            visit(inputs)
+    def watched(self: BlockStream, index: int, linear: str, visit: Any) -> None:
+        original(self, index, linear, lambda inputs: (witness.see(inputs), visit(inputs)))
 
-        original(self, index, linear, spy)
-
-    monkeypatch.setattr(BlockStream, "visit", spying)
+    monkeypatch.setattr(BlockStream, "visit", watched)
     for method in ("least_squares", "bias"):
         compensate(decoder(), KEPT, method, RIDGE, samples_of(batch_size=1))
-    assert len(seen) == 2 * 3 * 5, "two methods, three layers, five samples"
-    assert max(alive) == 0
+    assert witness.num_alive == [0] * (2 * 3 * 5), "two methods, three layers, five samples"
 
 
 def test_weights_that_cannot_be_solved_are_named() -> None:
@@ -174,7 +162,7 @@ def test_weights_that_cannot_be_solved_are_named() -> None:
 
 
 def test_a_biased_model_is_the_same_once_saved_and_loaded(tmp_path: Any) -> None:
-    """Llama's blocks have no output bias: the folder says which got one."""
+    """Blocks of Llama have no output bias, so the folder must list the added ones."""
     pruned = prune(decoder(), settings_of(rate=0.2, compensation="bias"), samples_of())
     biases = [name for name, _ in pruned.model.named_parameters() if name.endswith("bias")]
     assert len(biases) == 2 * 3

@@ -1,4 +1,4 @@
-"""The prune step as a whole on tiny models: the rate, the units, the steps, and what it refuses."""
+"""Pruning tiny models as a whole: rate, units, steps, and refused settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def is_inside(inner: Kept, outer: Kept) -> bool:
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
-def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], selection: str) -> None:
+def test_the_model_loses_the_requested_rate(criterion: dict[str, Any], selection: str) -> None:
     model, rate = decoder(), 0.5
     before = num_parameters(model)
     pruned = prune(model, settings_of(rate=rate, selection=selection, **criterion), samples_of())
@@ -71,15 +71,15 @@ def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], sele
 
 @pytest.mark.parametrize(("rate", "steps"), [(0.2, 1), (0.3, 2), (0.5, 5)])
 def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
-    """Nothing but a rate: Fisher, global, least squares, multiples of 64, more steps the more goes."""
+    """The defaults are Fisher, global, least squares, multiples of 64, and more steps for higher rates."""
     model = decoder(intermediate_size=512)
     before = num_parameters(model)
     pruned = prune(model, PruneConfig(rate=rate), samples_of())
     assert abs(before - pruned.parameters_after - rate * before) <= CHANNEL * 64
     assert all(kinds["mlp"] % 64 == 0 for kinds in widths(pruned).values())
-    said = {"importance": "fisher", "selection": "global", "round_to": 64, "steps": steps, "rate": rate}
+    defaults = {"importance": "fisher", "selection": "global", "round_to": 64, "steps": steps, "rate": rate}
     for compensation, is_same in (("least_squares", True), ("none", False)):
-        named = prune(decoder(intermediate_size=512), PruneConfig(**said, compensation=compensation), samples_of())
+        named = prune(decoder(intermediate_size=512), PruneConfig(**defaults, compensation=compensation), samples_of())
         assert torch.equal(logits_of(named.model), logits_of(model)) == is_same
         assert named.kept == pruned.kept or not (is_same or steps == 1)
 
@@ -100,13 +100,13 @@ def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_said_follows_from_what_is(given: dict[str, Any], implied: dict[str, Any]) -> None:
-    """A default that another key rules out would be refused as if someone had written it."""
+def test_defaults_follow_from_other_keys(given: dict[str, Any], implied: dict[str, Any]) -> None:
+    """A default that contradicts another key would be refused as if the user had set it."""
     settings = PruneConfig.model_validate(given)
     assert {key: getattr(settings, key) for key in implied} == implied
 
 
-# ---- which units, and what stays of the others
+# ---- which units
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_blocks_outside_the_range_keep_their_weights(options: dict[str, Any], wh
 def test_steps_remove_nested_sets_and_end_where_one_step_does(
     monkeypatch: pytest.MonkeyPatch, selection: str, importance: str
 ) -> None:
-    """Importance is measured anew on the model that is left, so other units may go; never one that went comes back."""
+    """Every step scores the model that is left, so steps may remove other units, but never restore one."""
     chosen: list[Kept] = []
     sizes_seen: list[int] = []
     select, score = prune_module.select, prune_module.score
@@ -155,17 +155,17 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     once = prune(decoder(), settings_of(**options), samples_of())
     monkeypatch.setattr(prune_module, "select", spy_select)
     monkeypatch.setattr(prune_module, "score", spy_score)
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     settings = settings_of(**options, steps=3)
-    stepped = prune(decoder(), settings, samples_of(), on_work=lambda *progress: told.append(progress))
+    stepped = prune(decoder(), settings, samples_of(), on_work=lambda *progress: reports.append(progress))
     steps = [f"importance, step {step} of 3" for step in (1, 2, 3)]
-    assert [what for what, done, total in told if done == total and what in steps] == steps
+    assert [what for what, done, total in reports if done == total and what in steps] == steps
     assert sizes_seen == sorted(set(sizes_seen), reverse=True) and len(sizes_seen) == 3
     assert is_inside(chosen[1], chosen[0]) and is_inside(chosen[2], chosen[1])
     assert stepped.kept == chosen[-1] != once.kept
     tolerance = 0 if selection == "per_layer" else CHANNEL
     assert abs(stepped.parameters_after - once.parameters_after) <= tolerance
-    # What is reported is the importance of every unit of the base model.
+    # The scores in the result are those of the base model.
     for index, kinds in once.scores.items():
         assert all(torch.equal(stepped.scores[index][kind], values) for kind, values in kinds.items())
     assert {kind: len(values) for kind, values in stepped.scores[0].items()} == {"attention": 4, "mlp": 64}
@@ -177,7 +177,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
 @pytest.mark.parametrize("name", ["phi3", "opt", "gpt_neox"])
 @pytest.mark.parametrize("compensation", ["none", "bias"])
 def test_uniform_channels_are_plain_where_heads_cannot_be(name: str, compensation: str, tmp_path: Path) -> None:
-    """A phi of long context wants a factor for every pair of hidden size / heads; OPT and NeoX have output biases."""
+    """Long-context Phi-3 needs a factor per pair of hidden size / heads; OPT and GPT-NeoX have output biases."""
     long = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
     long |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
     length = {"original_max_position_embeddings": 32}
@@ -188,7 +188,7 @@ def test_uniform_channels_are_plain_where_heads_cannot_be(name: str, compensatio
         planned_cut(model.config, settings_of(rate=0.1, uniform=True))
     settings = settings_of(rate=0.15, units=["mlp"], uniform=True, compensation=compensation)
     if (name, compensation) == ("phi3", "bias"):
-        with pytest.raises(UserError, match="has no place for output biases"):
+        with pytest.raises(UserError, match="cannot have output biases"):
             prune(model, settings, samples_of())
         return
     prune(model, settings, samples_of())
@@ -197,7 +197,7 @@ def test_uniform_channels_are_plain_where_heads_cannot_be(name: str, compensatio
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits_of(model))
 
 
-# ---- what it would be, without weights
+# ---- without weights
 
 
 @pytest.mark.parametrize(
@@ -218,16 +218,16 @@ def test_uniform_channels_are_plain_where_heads_cannot_be(name: str, compensatio
     ids=str,
 )
 def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
-    """What `qpruner check` counts bytes on is what comes out, or where scores decide on widths their average."""
+    """`qpruner check` counts bytes on the planned config, which has average widths if widths depend on scores."""
     settings, model = settings_of(**options), decoder()
-    foreseen = skeleton(planned_cut(model.config, settings).expected)
+    planned = skeleton(planned_cut(model.config, settings).expected)
     pruned = prune(model, settings, samples_of())
-    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (foreseen, pruned.model)]
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (planned, pruned.model)]
     if settings.selection == "per_layer" or not pruned.kept:
         assert shapes[0] == shapes[1]
         return
-    assert abs(num_parameters(foreseen) - pruned.parameters_after) <= CHANNEL
-    channels = [block.mlp.up_proj.out_features for block in foreseen.model.layers]
+    assert abs(num_parameters(planned) - pruned.parameters_after) <= CHANNEL
+    channels = [block.mlp.up_proj.out_features for block in planned.model.layers]
     assert max(channels) - min(channels) <= 1
     assert len({kinds["mlp"] for kinds in widths(pruned).values()}) > 1
 
@@ -244,7 +244,7 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_a_model_that_accelerate_has_spread_is_cut_the_same(options: dict[str, Any]) -> None:
-    """`device_map: auto` leaves hooks on modules that carry their inputs to their device; they must outlive the cut."""
+    """`device_map: auto` adds hooks that move inputs to the device of a module; the cut must keep them."""
     from accelerate import dispatch_model
 
     plain = prune(decoder(), settings_of(**options), samples_of())
@@ -259,7 +259,7 @@ def test_a_model_that_accelerate_has_spread_is_cut_the_same(options: dict[str, A
 
 
 def test_a_model_that_was_left_on_disk_in_part_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """accelerate puts there, or in the machine's memory, what no GPU has room for; no cut can reach it."""
+    """accelerate places layers there, or in host memory, if no GPU has room; they cannot be cut."""
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     spilled = AutoModelForCausalLM.from_pretrained(
         tiny_model, device_map=places | {"model.rotary_emb": "cpu", "lm_head": "cpu"}, offload_folder=tmp_path
@@ -275,7 +275,7 @@ def test_a_model_that_was_left_on_disk_in_part_is_refused(tiny_model: Path, tmp_
 @pytest.mark.parametrize("units", [["attention", "expert"], ["attention", "mlp"], ["expert"]])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_experts_are_cut_whole_or_channel_by_channel(units: list[str], selection: str) -> None:
-    """With no compensation by default, which only linear layers can have."""
+    """The default is no compensation, which only linear layers can have."""
     model = tiny("mixtral", num_local_experts=6)
     before, base = num_parameters(model), copy.deepcopy(model)
     sizes = unit_sizes(model, range(3), units)[0]
@@ -296,7 +296,7 @@ def test_experts_are_cut_whole_or_channel_by_channel(units: list[str], selection
 
 @pytest.mark.parametrize("options", [{"rate": 0.3}, {"rate": 0.3, "uniform": True}, {"layer_rate": 0.4}], ids=str)
 def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> None:
-    """In bfloat16 torch's grouped product takes widths of whole 16 bytes only, so every step has to leave such."""
+    """The grouped product of torch needs rows of whole 16 bytes in bfloat16, so every step must keep such widths."""
     model = tiny("mixtral", intermediate_size=64).to(torch.bfloat16)
     pruned = prune(model, settings_of(units=["mlp"], round_to=8, steps=4, **options), samples_of())
     assert {kinds["mlp"] % (4 * 8) for kinds in widths(pruned).values()} == {0}
@@ -308,10 +308,8 @@ def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> N
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("rate", [0.05, 0.14, 0.32, 0.47])
 @pytest.mark.parametrize("units", [["attention"], ["attention", "expert"]])
-def test_heads_and_whole_experts_come_as_near_as_they_can(
-    units: list[str], rate: float, selection: str, steps: int
-) -> None:
-    """Where heads alone cannot give what experts leave, one more expert goes."""
+def test_heads_and_experts_come_nearest_to_the_rate(units: list[str], rate: float, selection: str, steps: int) -> None:
+    """If heads cannot fill what experts leave, one more expert is removed; early steps may cost half a head more."""
     model = tiny("mixtral")
     sizes = list(unit_sizes(model, [0], units)[0].values())
     before, asked = num_parameters(model), round(rate * num_parameters(model) * (1 if len(units) > 1 else 0.1))
@@ -319,26 +317,26 @@ def test_heads_and_whole_experts_come_as_near_as_they_can(
     nearest = min(abs(sum(each) - asked) for each in sums)
     options = {"units": units, "importance": "magnitude", "selection": selection, "steps": steps}
     pruned = prune(model, settings_of(rate=asked / before, **options), samples_of())
-    assert abs(before - pruned.parameters_after - asked) <= max(nearest, sizes[0].parameters / 2)
+    assert abs(before - pruned.parameters_after - asked) <= max(nearest, sizes[0].parameters / (2 if steps == 1 else 1))
 
 
-# ---- what is refused
+# ---- refused settings
 
 
 @pytest.mark.parametrize("options", [{"units": ["mlp"]}, {"units": ["attention"]}, {"last_layer": 1}], ids=str)
-def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> None:
+def test_the_highest_rate_in_the_message_is_accepted(options: dict[str, Any]) -> None:
     model_config = tiny().config
     with pytest.raises(UserError) as caught:
         planned_cut(model_config, settings_of(rate=0.9, **options))
-    (told,) = re.findall(r"as it is, a rate of (0\.\d+) is the most", str(caught.value))
-    planned_cut(model_config, settings_of(rate=float(told), **options))
+    (highest,) = re.findall(r"the highest rate is (0\.\d+)$", str(caught.value))
+    planned_cut(model_config, settings_of(rate=float(highest), **options))
     with pytest.raises(UserError):
-        planned_cut(model_config, settings_of(rate=float(told) + 0.1, **options))
+        planned_cut(model_config, settings_of(rate=float(highest) + 0.1, **options))
 
 
 @pytest.mark.parametrize("other", ["layers.0.mlp.up_proj.weight", "norm.weight"])
 def test_shared_weights_are_refused(other: str) -> None:
-    """A tied output head, as of every tiny model here, is no obstacle."""
+    """A tied output head, which all tiny models here have, is accepted."""
     model = decoder()
     data = model.get_parameter(f"model.{other}").data
     model.model.layers[2].mlp.up_proj.weight.data = data if data.dim() > 1 else data.view(1, -1)
@@ -353,8 +351,12 @@ def test_shared_weights_are_refused(other: str) -> None:
     [
         ("llama", {"rate": 0.4, "first_layer": 2}, ["lower the rate, widen `prune.first_layer`"]),
         ("llama", {"layer_rate": 0.3, "uniform": True}, ["leaves 3 key/value groups in a block"]),
-        # Of four heads a fifth is none: nobody may go on with a model that was not cut.
-        ("llama", {"layer_rate": 0.2, "units": ["attention"]}, ["0.2 takes no unit out", "raise it, lower that"]),
+        # A fifth of four heads is no head: a run must not continue with an uncut model.
+        (
+            "llama",
+            {"layer_rate": 0.2, "units": ["attention"]},
+            ["0.2 removes no unit", "raise the rate, lower"],
+        ),
         ("llama", {"layer_rate": 0.2, "units": ["mlp"], "round_to": 48}, ["in multiples of `prune.round_to`"]),
         (
             "mixtral",
@@ -373,7 +375,7 @@ def test_shared_weights_are_refused(other: str) -> None:
     ids=str,
 )
 def test_what_a_model_cannot_meet_is_refused(name: str, options: dict[str, Any], said: list[str]) -> None:
-    """And the model is as it was."""
+    """The refused model is unchanged."""
     model = tiny(name, **({"num_key_value_heads": 4} if name == "llama" else {}))
     by_rate = {} if "layer_rate" in options else {"rate": 0.2}
     settings = settings_of(**by_rate | ({"round_to": 8} if name == "mixtral" else {}) | options)

@@ -1,4 +1,4 @@
-"""Whole blocks: which go, how many, and together with what out of the others."""
+"""Dropping whole blocks: which blocks, how many, and together with units of other blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_BLOCKS = 6
 
 
 def decoder(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
-    """Six blocks; of a Llama's, the one after the first hardly does anything."""
+    """Build six blocks; in a Llama, block 1 contributes almost nothing."""
     model = tiny(name, seed, num_hidden_layers=NUM_BLOCKS, **options)
     if name == "llama":
         with torch.no_grad():
@@ -41,7 +41,7 @@ def settings_of(**options: Any) -> PruneConfig:
 
 @torch.no_grad()
 def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, float]:
-    """One minus the mean cosine between what goes into a block and what comes out, token by token, row by row."""
+    """Compute one minus the mean cosine between block input and output, token by token."""
     cosines: dict[int, list[float]] = {index: [] for index in range(NUM_BLOCKS)}
     model.model.norm = torch.nn.Identity()  # otherwise the last hidden states are normed
     for row in samples.rows:
@@ -54,16 +54,16 @@ def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, flo
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
-def test_block_influence_is_how_far_a_block_turns_its_tokens(batch_size: int) -> None:
-    """Padding is no token: with it the shorter samples would count for more."""
+def test_block_influence_is_one_minus_the_mean_cosine(batch_size: int) -> None:
+    """Padding does not count as tokens."""
     scores = block_importance(decoder(), range(NUM_BLOCKS), "block_influence", samples_of(batch_size=batch_size))
     assert scores == pytest.approx(influence_by_hand(decoder(), samples_of()), rel=1e-4)
-    assert max(scores.values()) > 1.2 * min(scores.values()), "the blocks are told apart"
+    assert max(scores.values()) > 1.2 * min(scores.values()), "the scores must differ"
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_taylor_is_the_sum_over_all_matrices_of_a_block(name: str) -> None:
-    """Experts are units whole and channel by channel; their weights and the router's count once."""
+    """The weights of experts belong to two kinds of unit, but count once."""
     rows, model = rows_of((12, 12, 12)), decoder(name)
     ids = torch.tensor([row["input_ids"] for row in rows])
     model(ids, labels=ids).loss.backward()
@@ -76,7 +76,7 @@ def test_taylor_is_the_sum_over_all_matrices_of_a_block(name: str) -> None:
 
 
 def test_a_block_whose_states_are_broken_is_named() -> None:
-    """No weight of a block is to blame."""
+    """The weights of the block itself are finite."""
     model = decoder()
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = float("inf")
@@ -87,9 +87,9 @@ def test_a_block_whose_states_are_broken_is_named() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
 @pytest.mark.parametrize("method", ["block_influence", "taylor"])
 def test_the_least_important_blocks_go_and_the_rest_stays(name: str, method: str) -> None:
-    """Dropping a block is leaving it out: the others keep their weights, windows and places in the cache."""
+    """The other blocks keep their weights and windows, and find their cache."""
     model, base = decoder(name), decoder(name)
-    # Early blocks, so that those behind them move up.
+    # Early blocks, so that later blocks move up.
     pruned = prune(model, settings_of(rate=0.3, depth_importance=method, last_layer=3), samples_of())
     ranked = sorted(pruned.block_scores, key=lambda index: pruned.block_scores[index])
     assert list(pruned.block_scores) == [0, 1, 2, 3]
@@ -101,17 +101,17 @@ def test_the_least_important_blocks_go_and_the_rest_stays(name: str, method: str
     torch.testing.assert_close(logits_of(pruned.model), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- what makes up for them
+# ---- compensation
 
 
 def front_of(name: str) -> str:
-    """The output projection of block 2."""
+    """Return the path of the MLP output projection of block 2."""
     return f"{BLOCKS.get(name, 'model.layers')}.2.{OUTPUTS.get(name, LLAMA_OUTPUTS)[1]}"
 
 
 @torch.no_grad()
-def made_up_by_hand(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """The output projection of block 2 with what blocks 3 and 4 add, each sample by itself."""
+def compensated_by_hand(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """Solve the output projection of block 2 so that it adds what blocks 3 and 4 add."""
     states: dict[int, list[torch.Tensor]] = {2: [], 4: []}
     for index, seen in states.items():
         blocks_of(model)[index].register_forward_hook(
@@ -126,11 +126,11 @@ def made_up_by_hand(model: PreTrainedModel, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "opt", "gpt_neox"])
-def test_the_block_in_front_adds_what_went(name: str) -> None:
-    """By least squares over the calibration tokens, padding left out; nothing else changes."""
+def test_the_block_before_adds_what_dropped_blocks_added(name: str) -> None:
+    """It is solved by least squares over the calibration tokens without padding; nothing else changes."""
     model, front = decoder(name), f"{front_of(name)}.weight"
     compensate_blocks(model, {3, 4}, (1, 2, 3, 4), 0.05, samples_of())
-    expected = made_up_by_hand(decoder(name), name)
+    expected = compensated_by_hand(decoder(name), name)
     torch.testing.assert_close(model.get_parameter(front).double(), expected, rtol=1e-3, atol=1e-4)
     before = decoder(name).state_dict()
     assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == [front]
@@ -144,17 +144,17 @@ def test_no_block_outside_the_range_is_changed(gone: set[int], layers: Sequence[
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
-def test_blocks_behind_a_norm_or_experts_go_uncompensated(name: str) -> None:
+def test_no_compensation_with_a_norm_or_experts(name: str) -> None:
     model_config = decoder(name).config
-    asked, unsaid = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
-    with pytest.raises(UserError, match=f"the whole blocks of a {name} model cannot have least squares"):
-        planned_cut(model_config, asked)
-    assert settled(model_config, unsaid).compensates_by == "none"
+    given, default = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
+    with pytest.raises(UserError, match=f"least_squares cannot compensate for whole blocks of a {name} model"):
+        planned_cut(model_config, given)
+    assert settled(model_config, default).compensates_by == "none"
     model = decoder(name)
     expected = logits_of(model)
     compensate_blocks(model, {2, 4}, range(NUM_BLOCKS), 0.3, samples_of())
-    assert torch.equal(logits_of(model), expected), "beside units that least squares makes up for, blocks go without"
-    assert logits_of(prune(model, unsaid, samples_of()).model).isfinite().all()
+    assert torch.equal(logits_of(model), expected), "blocks are dropped without compensation"
+    assert logits_of(prune(model, default, samples_of()).model).isfinite().all()
 
 
 @pytest.mark.parametrize(("selection", "depth_share"), [("per_layer", 0.5), ("global", 0.6)])
@@ -167,7 +167,7 @@ def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: fl
     assert abs(before - num_parameters(pruned.model) - 0.5 * before) <= channel
     assert abs(len(pruned.dropped_blocks) * block - depth_share * 0.5 * before) <= block / 2
     assert 1 in pruned.dropped_blocks
-    # What is kept is told by block of the base model.
+    # Kept units are listed by block of the base model.
     assert set(pruned.kept) == set(pruned.scores) == set(range(NUM_BLOCKS)) - set(pruned.dropped_blocks)
     for new, old in enumerate(sorted(pruned.kept)):
         up = base.model.layers[old].mlp.up_proj.weight[list(pruned.kept[old]["mlp"])]
@@ -175,8 +175,8 @@ def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: fl
 
 
 @pytest.mark.parametrize("rate", [0.08, 0.2, 0.5])
-def test_without_a_share_blocks_take_half_at_most_a_tenth(rate: float) -> None:
-    """Of twenty blocks, each about a twentieth of all parameters."""
+def test_default_depth_share_is_half_but_at_most_a_tenth(rate: float) -> None:
+    """Each of twenty blocks has about a twentieth of all parameters."""
     model = tiny("llama", num_hidden_layers=20)
     block = num_parameters(model.model.layers[0]) / num_parameters(model)
     pruned = prune(model, settings_of(rate=rate, units=["block", "mlp"]), samples_of())
@@ -186,7 +186,7 @@ def test_without_a_share_blocks_take_half_at_most_a_tenth(rate: float) -> None:
 @pytest.mark.parametrize("units", [["block"], ["block", "attention", "mlp"]], ids=str)
 @pytest.mark.parametrize("small", [(0, 2, 4), (1, 2, 3, 4, 5)], ids=str)
 def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ...], units: list[str]) -> None:
-    """Qwen3-MoE has plain blocks between those with experts; whichever go, no other number would be nearer."""
+    """Qwen3-MoE mixes dense blocks and blocks with experts; no other number of dropped blocks would be nearer."""
     model = decoder("qwen3_moe", mlp_only_layers=list(small))
     before = num_parameters(model)
     sizes = [num_parameters(block) for block in model.model.layers]
@@ -204,19 +204,19 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may go have"),
-        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "only one block may go and one must stay"),
-        # Three quarters of a block are nearest to one whole, but that is more than all that was to go.
+        ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may be dropped have"),
+        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "allow one block only, and one of these must stay"),
+        # The nearest number is one block, but it has more parameters than the rate allows.
         ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95}, "raise the rate or `prune.depth_share`"),
         (
             {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.4, "first_layer": 2},
-            "asks for .* parameters to go out of blocks, .* or name more `prune.units`$",
+            "asks to remove .* parameters from blocks, .* or name more `prune.units`$",
         ),
     ],
     ids=str,
 )
 def test_a_rate_that_no_number_of_blocks_meets_is_refused(options: dict[str, Any], said: str) -> None:
-    """The same before the weights are read and after."""
+    """The error is the same before and after the weights are read."""
     model, settings = decoder(), settings_of(**options)
     with pytest.raises(UserError, match=said):
         planned_cut(model.config, settings)

@@ -1,16 +1,15 @@
-"""Importance scores against a computation of their own: if this broke, the wrong units would go."""
+"""Importance scores compared with reference computations. With wrong scores, wrong units would be removed."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import re
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_decoders import PAD, rows_of, samples_of, settings_of, stacked_inputs, tiny
+from tiny_decoders import PAD, MemoryWitness, rows_of, samples_of, settings_of, stacked_inputs, tiny
 
 from qpruner.data.calibration import Samples, visit_gradients, visit_mask_gradients
 from qpruner.data.encoding import collate
@@ -32,7 +31,7 @@ MATRICES = {
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    """Its predictions are so sure of themselves that second order shows beside the first."""
+    """Build a model with confident predictions, so that second-order terms are visible."""
     model = tiny("llama")
     with torch.no_grad():
         model.model.norm.weight.mul_(60)
@@ -41,14 +40,14 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def samples() -> Samples:
-    """Five samples of different lengths in one batch, prompts masked in two of them."""
+    """Make five samples of different lengths in one batch, two with masked prompts."""
     rows = rows_of((9, 16, 12, 7, 16))
     masked = [{**row, "labels": [-100] * 3 + row["labels"][3:]} if index % 2 else row for index, row in enumerate(rows)]
     return Samples(masked, PAD, batch_size=8)
 
 
 def units_of(matrix: str, salience: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """Sum a matrix's salience over each unit, written out head by head and channel by channel."""
+    """Sum the salience of a matrix over each unit, head by head and channel by channel."""
     config, by_line = model.config, salience.sum(dim=0 if matrix in COLUMNS_OF_UNIT else 1)
     if matrix.startswith("mlp"):
         return by_line
@@ -60,7 +59,7 @@ def units_of(matrix: str, salience: torch.Tensor, model: PreTrainedModel) -> tor
 def by_unit(
     model: PreTrainedModel, salience: dict[str, torch.Tensor], reduce: Any = lambda parts: parts.sum(0)
 ) -> Scores:
-    """A unit's matrices reduced to one score, their sum where nothing is said."""
+    """Reduce the matrices of each unit to one score, by default their sum."""
     scores: Scores = {index: {} for index in LAYERS}
     for index, (kind, matrices) in itertools.product(LAYERS, MATRICES.items()):
         parts = [units_of(matrix, salience[f"model.layers.{index}.{matrix}.weight"], model) for matrix in matrices]
@@ -73,7 +72,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def gradients(model: PreTrainedModel, rows: Any) -> dict[str, torch.Tensor]:
-    """autograd's gradients of transformers' own loss on one padded batch, times the weights."""
+    """Return weight times gradient of the loss of transformers on one padded batch."""
     model.zero_grad()
     model(**collate(list(rows), PAD)).loss.backward()
     found = {name: (weight * weight.grad).detach().clone() for name, weight in weights_of(model).items()}
@@ -87,18 +86,15 @@ def assert_same(scores: Scores, expected: Scores) -> None:
         assert set(scores[index]) == set(kinds)
         for kind, values in kinds.items():
             torch.testing.assert_close(scores[index][kind], values.double(), rtol=1e-4, atol=0)
-    assert all(values.std() > 0 for kinds in scores.values() for values in kinds.values()), "nothing is told apart"
+    assert all(values.std() > 0 for kinds in scores.values() for values in kinds.values()), "scores must differ"
 
 
 @pytest.mark.parametrize(("aggregation", "batch_size"), [("element", 8), ("vector", 2), ("vector", 8)])
 @pytest.mark.parametrize("order", ["first", "second", "mixed", "fisher"])
-def test_taylor_is_that_of_gradients(
+def test_taylor_equals_weight_times_gradient(
     model: PreTrainedModel, samples: Samples, order: str, aggregation: str, batch_size: int
 ) -> None:
-    """Second order, Fisher information, is the mean of each sample's square, not the square of one gradient of all.
-
-    By vector, signs cancel within a row or column, never between two of them; batches make no difference there.
-    """
+    """Second order is the mean of squared sample gradients; by vector, signs cancel within a row or column only."""
     criterion = {"importance": "fisher"} if order == "fisher" else {"importance": "taylor", "order": order}
     settings = settings_of(aggregation=aggregation, **criterion)
     scores = score(model, LAYERS, settings, Samples(samples.rows, PAD, batch_size))
@@ -151,7 +147,7 @@ def test_the_last_matrix_of_an_expert_is_its_output_projection() -> None:
 def test_output_inputs_are_weighted_by_columns(
     model: PreTrainedModel, samples: Samples, importance: str, batch_size: int
 ) -> None:
-    """FLAP's variance and Wanda's norm, each over all real tokens however they were batched."""
+    """The variance of FLAP and the norm of Wanda are over all real tokens, for any batch size."""
     scores = score(model, LAYERS, settings_of(importance=importance), Samples(samples.rows, PAD, batch_size=batch_size))
     expected: Scores = {index: {} for index in LAYERS}
     for index in LAYERS:
@@ -176,7 +172,7 @@ def test_random_scores_are_those_of_the_seed_alone(model: PreTrainedModel, sampl
 
 
 @pytest.mark.parametrize("importance", ["fisher", "fluctuation"])
-def test_only_what_may_go_is_scored_as_among_all(model: PreTrainedModel, samples: Samples, importance: str) -> None:
+def test_scores_do_not_depend_on_other_units(model: PreTrainedModel, samples: Samples, importance: str) -> None:
     every = score(model, LAYERS, settings_of(importance=importance), samples)
     some = score(model, (1, 2), settings_of(importance=importance, units=["mlp"]), samples)
     assert {index: list(kinds) for index, kinds in some.items()} == {1: ["mlp"], 2: ["mlp"]}
@@ -204,30 +200,26 @@ def test_scoring_leaves_the_model_as_it_was(
 
 
 def test_one_gradient_at_a_time_is_alive(model: PreTrainedModel, samples: Samples) -> None:
-    """What keeps pruning within the memory of the weights: each gradient is freed before the next is handed over."""
-    weights = weights_of(model)
-    handed: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
+    """Each gradient is freed before the next is computed, so pruning needs little more memory than the weights."""
+    weights, witness = weights_of(model), MemoryWitness()
 
     def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        alive.append(sum(reference() is not None for reference in handed))
-        alive.append(sum(weight.grad is not None for weight in weights.values()))
-        handed.append(weakref.ref(gradient))
+        witness.see(gradient)
+        assert all(weight.grad is None for weight in weights.values())
 
     visit_gradients(model, weights, Samples(samples.rows, PAD, batch_size=3), visit)
-    assert len(handed) == 2 * len(weights), "once per batch and weight"
-    assert max(alive) == 0
+    assert witness.num_alive == [0] * 2 * len(weights), "once per batch and weight"
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
-def test_a_gradient_is_weighed_in_one_more_tensor_of_its_size(order: str) -> None:
-    """In float32, beside its own bfloat16: for the stacked experts of Mixtral-8x7B 3.8 GB, not three times that."""
-    num_channels = 600_000  # tensors that glibc maps and unmaps, whatever was freed before
+def test_salience_needs_one_float32_tensor_per_gradient(order: str) -> None:
+    """This takes 3.8 GB for the stacked experts of Mixtral-8x7B in bfloat16, not three times as much."""
+    num_channels = 600_000  # so large that glibc maps and unmaps each tensor
     model = tiny(num_hidden_layers=1, intermediate_size=num_channels).to(torch.bfloat16)
     num_weights = model.model.layers[0].mlp.down_proj.weight.numel()
     settings = settings_of(importance="taylor", order=order, units=["mlp"])
     samples = Samples(rows_of((4,)), PAD, 1)
-    score(model, (0,), settings, samples)  # what libraries take once
+    score(model, (0,), settings, samples)  # libraries allocate memory once
     peak = PeakMemory()
     score(model, (0,), settings, samples)
     assert peak.bytes() < 10 * num_weights, peak.bytes() / num_weights
@@ -235,9 +227,9 @@ def test_a_gradient_is_weighed_in_one_more_tensor_of_its_size(order: str) -> Non
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_mask_gradient_is_the_sum_of_weight_times_gradient(dim: int, samples: Samples) -> None:
-    """Of every row, or column, of a linear layer, for each sample by itself; biases, windows and padding included."""
+    """This holds per sample and row (or column) of a linear layer, with biases and padding."""
     model = tiny("gpt_neox")
-    # Of columns only where nothing else reads the layer's inputs.
+    # By column only for layers whose inputs no other layer reads.
     last = ("dense", "dense_4h_to_h")
     linears = {
         path: (module, dim)
@@ -248,7 +240,7 @@ def test_a_mask_gradient_is_the_sum_of_weight_times_gradient(dim: int, samples: 
 
     def visit(path: str, parts: torch.Tensor) -> None:
         found[path].append(parts)
-        assert all(parameter.grad is None for parameter in model.parameters()), "no weight needs a gradient for it"
+        assert all(parameter.grad is None for parameter in model.parameters()), "no weight gradient is needed"
 
     visit_mask_gradients(model, linears, Samples(samples.rows, PAD, 3), visit)
     for index, row in enumerate(samples.rows):
@@ -263,27 +255,24 @@ def test_a_mask_gradient_is_the_sum_of_weight_times_gradient(dim: int, samples: 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_nothing_of_a_batch_is_left_when_the_next_begins(dim: int, model: PreTrainedModel, samples: Samples) -> None:
-    """Without the cycle collector, which knows nothing of bytes: the demo's peak was three times one batch's."""
-    seen: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
-    layers = model.model.layers
+    """The garbage collector must not be needed: with it, the peak of the demo was three times one batch."""
+    witness, layers = MemoryWitness(), model.model.layers
     linear = layers[1].mlp.down_proj
-    layers[0].register_forward_pre_hook(lambda module, inputs: alive.append(sum(ref() is not None for ref in seen)))
-    linear.register_forward_hook(lambda module, inputs, output: seen.extend(map(weakref.ref, (*inputs, output))))
+    layers[0].register_forward_pre_hook(lambda module, inputs: witness.see())
+    linear.register_forward_hook(lambda module, inputs, output: witness.see(*inputs, output))
     gc.collect()
     gc.disable()
     try:
         visit_mask_gradients(model, {"down": (linear, dim)}, Samples(samples.rows, PAD, 1), lambda name, parts: None)
     finally:
         gc.enable()
-    assert len(alive) > 2 and alive == [0] * len(alive)
+    assert len(witness.num_alive) > 2 and not any(witness.num_alive)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "layers.2.input_layernorm", "embed_tokens"])
 def test_a_broken_weight_is_named(model: PreTrainedModel, samples: Samples, name: str, bad: float) -> None:
-    """Without the name, a person with a damaged checkpoint could only guess which of hundreds of weights it is; those
-    that are not scored, too, make all that comes after them NaN."""
+    """A damaged weight that is not scored also makes everything after it NaN, so it is named too."""
     with torch.no_grad():
         model.get_parameter(f"model.{name}.weight").view(-1)[3] = bad
     with pytest.raises(TrainingDiverged, match=rf"^the weight model\.{re.escape(name)}\.weight is NaN or infinite$"):
@@ -292,7 +281,7 @@ def test_a_broken_weight_is_named(model: PreTrainedModel, samples: Samples, name
 
 @pytest.mark.parametrize("criterion", ["magnitude", "activation_norm"])
 def test_importance_that_overflows_is_named(model: PreTrainedModel, samples: Samples, criterion: str) -> None:
-    """The weight is finite, its square is not: nothing could be ranked against it."""
+    """The weight is finite, but its square is not."""
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
         model.get_parameter(f"{name}.weight")[3, 4] = 1e30
@@ -304,7 +293,7 @@ def test_importance_that_overflows_is_named(model: PreTrainedModel, samples: Sam
 def test_a_gradient_that_is_broken_elsewhere_is_named(
     model: PreTrainedModel, samples: Samples, aggregation: str
 ) -> None:
-    """A final norm that is NaN: no scored weight is to blame, but what it makes of them is told."""
+    """The final norm is NaN and all scored weights are finite; the error names a gradient."""
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     flags = [parameter.requires_grad for parameter in model.parameters()]

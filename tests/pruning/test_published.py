@@ -1,9 +1,8 @@
-"""The same units as LLM-Pruner (arXiv 2305.11627) removes with its own settings, from a plain rewriting of its code.
+"""The units that LLM-Pruner (arXiv 2305.11627) removes with its own settings, by a reimplementation of its code.
 
-Its published results are on units chosen this way: if this broke, a comparison with them would compare other models.
-Where query heads share key/value heads, its code adds query head h to key/value head h modulo their number; so does
-`query_heads: modulo`, while `served` counts each for the one it is cut with. (Its own program beside ours:
-`benchmarks/llm_pruner.py`.)
+If other units were removed, a comparison with its published results would compare other models. If query heads share
+key/value heads, its code counts query head h for key/value head h modulo their number, as `query_heads: modulo` does;
+`served` counts it for its own key/value head. `benchmarks/llm_pruner.py` runs the original program.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import pytest
 import torch
 from tiny_decoders import PAD, rows_of, settings_of, tiny
 
-from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 from qpruner.pruning.prune import prune
 
@@ -34,7 +32,7 @@ CRITERIA: dict[str, dict[str, str]] = {
 
 
 def decoder(heads: str, seed: int = 0) -> PreTrainedModel:
-    """A Llama whose predictions are so sure of themselves that second order shows beside the first."""
+    """Build a Llama with confident predictions, so that second-order terms are visible."""
     num_heads, groups = HEADS[heads]
     model = tiny("llama", seed, hidden_size=48, num_attention_heads=num_heads, num_key_value_heads=groups)
     with torch.no_grad():
@@ -43,7 +41,7 @@ def decoder(heads: str, seed: int = 0) -> PreTrainedModel:
 
 
 def accumulate(model: PreTrainedModel, prompts: torch.Tensor, criterion: str) -> dict[str, torch.Tensor]:
-    """Its `acc_grad`: the mean square of each sample's gradient; then `.grad` of the loss of all samples at once."""
+    """Compute `acc_grad`, the mean square of sample gradients, and set `.grad` to the gradient over all samples."""
     squares: dict[str, torch.Tensor] = {}
     if criterion in ("param_second", "param_mix"):
         for prompt in prompts:
@@ -58,7 +56,7 @@ def accumulate(model: PreTrainedModel, prompts: torch.Tensor, criterion: str) ->
 
 
 def lines(name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], criterion: str) -> torch.Tensor:
-    """Its importance of each row of a `linear_out` layer and each column of a `linear_in` one."""
+    """Compute the importance of each row of a `linear_out` layer, or each column of a `linear_in` layer."""
     weight = model.get_parameter(name).detach()
     dim = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
     if criterion in ("l1", "l2"):
@@ -74,7 +72,7 @@ def lines(name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], c
 def published(
     model: PreTrainedModel, prompts: torch.Tensor, criterion: str, ratio: float, query_heads: str = "modulo"
 ) -> dict[int, Any]:
-    """Per layer, the key/value heads and channels that stay when `ratio` of a layer's own goes."""
+    """List the key/value heads and channels that each layer keeps when it loses the share `ratio`."""
     squares = accumulate(model, prompts, criterion)
     groups = model.config.num_key_value_heads
     rows = groups * HEAD_DIM
@@ -119,16 +117,8 @@ def test_the_same_units_stay(criterion: str, heads: str, query_heads: str, seed:
     assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (groups * ratio >= 1), "a real choice"
 
 
-@pytest.mark.parametrize("criterion", ["param_first", "l2"])
-def test_a_layer_rate_alone_keeps_the_published_units(criterion: str) -> None:
-    model, (rows, prompts) = decoder("grouped"), prompts_of()
-    expected = published(model, prompts, criterion, 0.4)
-    settings = PruneConfig.model_validate({"layer_rate": 0.4, "compensation": "none", **CRITERIA[criterion]})
-    assert prune(model, settings, Samples(rows, PAD, batch_size=len(rows))).kept == expected
-
-
-def test_criteria_and_what_heads_count_for_make_a_difference() -> None:
-    """Rows that agreed on everything would tell nothing apart."""
+def test_criteria_and_query_heads_change_the_kept_units() -> None:
+    """The tests above prove little if all criteria keep the same units."""
     prompts = prompts_of()[1]
     kept = [published(decoder("multi-head"), prompts, criterion, 0.5)[1]["mlp"] for criterion in CRITERIA]
     assert len(set(kept)) == len(kept)

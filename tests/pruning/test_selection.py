@@ -1,4 +1,4 @@
-"""Which units stay: if this broke, a rate of 20 % would be some other rate, or a block would lose its last head."""
+"""Selection of units: the rate is met, and no block loses its last head."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SELECTIONS = ["per_layer", "global"]
 
 
 def sizes_of(num_layers: int, **kinds: KindSize) -> Sizes:
-    """Blocks that are all alike, counted from 3, as behind `first_layer: 3`."""
+    """Make equal blocks, numbered from 3 as with `first_layer: 3`."""
     return {index: dict(kinds) for index in range(3, 3 + num_layers)}
 
 
 def random_scores(generator: np.random.Generator, sizes: Sizes, weight_of_heads: float = 1.0) -> Values:
-    """Gamma-distributed; heads matter `weight_of_heads` times as much a parameter as channels."""
+    """Draw gamma-distributed scores; heads score `weight_of_heads` times as much per parameter as channels."""
     return {
         index: {
             kind: (
@@ -52,7 +52,7 @@ def removed_by(kept: Kept, sizes: Sizes) -> int:
 
 
 def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
-    """By how much the blocks differ."""
+    """Return the largest difference between two blocks."""
     numbers = [kinds[kind] for kinds in counts.values()]
     return max(numbers) - min(numbers)
 
@@ -62,7 +62,7 @@ def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_asked_share_goes_to_within_one_channel(seed: int) -> None:
-    """Units of a random but possible decoder, from tiny to Llama's, 1 to 40 blocks of it."""
+    """The decoders are random but possible, from tiny ones to sizes of Llama, with 1 to 40 blocks."""
     generator = np.random.default_rng(seed)
     head_dim, heads_per_group = int(generator.choice([16, 64, 128])), int(generator.choice([1, 2, 4, 8]))
     groups = int(generator.integers(2, 33))
@@ -83,7 +83,7 @@ def test_the_asked_share_goes_to_within_one_channel(seed: int) -> None:
 @pytest.mark.parametrize("round_to", [32, 128])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_what_stays_is_a_multiple_of_round_to(selection: str, channels: int, round_to: int, rate: float) -> None:
-    """Also when the base model's own width is none."""
+    """This holds also if the base model has another width."""
     sizes = sizes_of(4, attention=KindSize(20000, 3), mlp=KindSize(60, channels))
     target = int(rate * available(sizes))
     scores = random_scores(np.random.default_rng(0), sizes, weight_of_heads=5.0)
@@ -97,7 +97,7 @@ def test_what_stays_is_a_multiple_of_round_to(selection: str, channels: int, rou
 @pytest.mark.parametrize("weight_of_heads", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("seed", range(7))
 def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: float, seed: int) -> None:
-    """However the scores fall: heads that matter most of all still go where channels cannot make up the rate."""
+    """Even the most important heads are removed if channels cannot meet the rate."""
     generator = np.random.default_rng(seed)
     attention = KindSize(64 * 576 * 8, int(generator.integers(2, 6)))  # as in SmolLM2-135M
     mlp = KindSize(3 * 576, int(generator.integers(900, 1600)))
@@ -120,7 +120,7 @@ def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_least_important_go_first(seed: int, selection: str) -> None:
-    """In every block, or wherever they are: there the first block, which matters least, loses more than the last."""
+    """With `global` the first block, which matters least, loses more than the last."""
     generator = np.random.default_rng(seed)
     sizes = sizes_of(4, attention=KindSize(2000, 4), mlp=KindSize(60, 200))
     scores = random_scores(generator, sizes, weight_of_heads=0.1)
@@ -131,7 +131,7 @@ def test_the_least_important_go_first(seed: int, selection: str) -> None:
             index: [v for unit, v in enumerate(scores[index][kind]) if unit not in kept[index][kind]]
             for index in scores
         }
-        # Only a block's last unit may be less important than what went elsewhere.
+        # Only the last unit of a block may be less important than units removed elsewhere.
         stays = {
             index: [scores[index][kind][unit] for unit in kept[index][kind] if len(kept[index][kind]) > 1]
             for index in scores
@@ -146,10 +146,10 @@ def test_the_least_important_go_first(seed: int, selection: str) -> None:
 @pytest.mark.parametrize(
     ("heads", "channels", "target", "heads_kept", "channels_kept"),
     [
-        # A unit a hundred times as large has to matter a hundred times as much to stay.
+        # A unit a hundred times as large must score a hundred times as much to stay.
         ([900.0, 5.0], [1.0] * 300, 1000, (0,), 300),
         ([900.0, 500.0], [1.0] * 300, 1000, (0, 1), 200),
-        # Channels alone fall short; the head that must go is worth 100 of them, and the dearest channels come back.
+        # Channels alone fall short, so a head is removed, and the most important channels come back.
         ([1e9, 1e8], [float(unit) for unit in range(100)], 1200, (0,), 80),
     ],
 )
@@ -163,8 +163,8 @@ def test_heads_and_channels_compete_by_parameter(
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_comes_back_after_a_step_that_took_too_much(seed: int, selection: str) -> None:
-    """A head is worth several steps here: once it went, there are steps with nothing to do."""
+def test_no_unit_returns_after_a_step_beyond_its_target(seed: int, selection: str) -> None:
+    """A head has more parameters than several steps, so the steps after it remove nothing."""
     generator = np.random.default_rng(seed)
     sizes = sizes_of(2, attention=KindSize(int(generator.integers(50, 400)), 4), mlp=KindSize(10, 12))
     target, steps = int(available(sizes) * generator.uniform(0.1, 0.6)), int(generator.integers(3, 9))
@@ -183,13 +183,13 @@ def test_nothing_comes_back_after_a_step_that_took_too_much(seed: int, selection
     assert abs(removed_by(alive, sizes) - target) <= sizes[3]["attention"].parameters
 
 
-# ---- every block alike
+# ---- uniform widths
 
 
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("expert", "attention"), ("attention",)], ids=str)
 @pytest.mark.parametrize("seed", range(7))
 def test_no_uniform_widths_are_nearer(seed: int, kinds: tuple[str, ...]) -> None:
-    """Against every combination; one that is half a unit of every block off may be passed over for a more even one."""
+    """Compared with every combination; within half a unit per block, a more even one may win."""
     generator = np.random.default_rng(seed)
     plain = tuple(sorted({int(count) for count in generator.integers(1, 12, 4)} | {12}))
     every = {
@@ -217,7 +217,7 @@ LLAMA_2_7B = (32, 4 * 128 * 4096, 11008, 3 * 4096, 32, 6_738_415_616, (1, 2, 4, 
 
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_2_7B], ids=["SmolLM2-135M", "Llama-2-7B"])
 def test_uniform_heads_lose_at_most_the_share(shape: Any) -> None:
-    """Which of the nearest widths hits a rate most closely is chance: half of all heads went for 0.1 % of the rate."""
+    """Without this rule half of all heads were removed to come 0.1 % closer to the rate."""
     heads, head, channels, channel, blocks, parameters, plain = shape
     sizes = sizes_of(blocks, attention=KindSize(head, heads, plain=plain), mlp=KindSize(channel, channels))
     for rate in np.arange(0.02, 0.5, 0.02):
@@ -227,16 +227,16 @@ def test_uniform_heads_lose_at_most_the_share(shape: Any) -> None:
 
 
 def test_too_few_plain_heads_are_refused() -> None:
-    """A silent cut of half as much would be taken for the one that was asked for."""
+    """A smaller cut without an error would be taken for the requested cut."""
     sizes = sizes_of(2, attention=KindSize(1000, 8, plain=(4, 8)), mlp=KindSize(10, 100))
-    with pytest.raises(UserError, match=r"at most 9,980 can .*plain checkpoint.*`uniform: false`"):
+    with pytest.raises(UserError, match=r"at most 9,980, .*plain checkpoint.*`uniform: false`"):
         counts_per_layer(sizes, 2 * 7000, uniform=True)
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("target", range(0, 20000, 2300))
-def test_the_nearest_goes_where_channels_can_give_nothing(target: int, uniform: bool) -> None:
-    """`round_to` as wide as the MLP: heads alone, 3000 parameters each, in all three blocks at once where uniform."""
+def test_nearest_heads_where_channels_cannot_shrink(target: int, uniform: bool) -> None:
+    """With `round_to` as wide as the MLP, only heads of 3000 parameters can be removed, if uniform in all blocks."""
     sizes = sizes_of(3, attention=KindSize(3000, 3), mlp=KindSize(180, 40))
     removed = parameters_of(counts_per_layer(sizes, target, round_to=40, uniform=uniform), sizes)
     step = 9000 if uniform else 3000
@@ -249,7 +249,7 @@ def test_the_nearest_goes_where_channels_can_give_nothing(target: int, uniform: 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_every_expert_keeps_its_own_channels_of_one_number(selection: str) -> None:
-    """Stacked experts have one shape: each may keep other channels, none more of them."""
+    """Stacked experts have one shape, so each keeps as many channels, but other ones."""
     sizes = sizes_of(3, attention=KindSize(900, 3), mlp=KindSize(40, 32, partitions=4))
     scores = random_scores(np.random.default_rng(0), sizes)
     target = int(0.3 * available(sizes))
@@ -268,17 +268,17 @@ def test_every_expert_keeps_its_own_channels_of_one_number(selection: str) -> No
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.3, 0.5])
 def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
-    """Mixtral-8x7B: experts 34 times as large as key/value groups, which could not make up for one less a block."""
+    """In Mixtral-8x7B an expert is 34 times as large as a key/value group."""
     group = 4096 * 128 * 10
     sizes = sizes_of(32, attention=KindSize(group, 8), expert=KindSize(3 * 4096 * 14336 + 4096, 8, least=2))
     target = int(rate * available(sizes))
     counts = counts_per_layer(sizes, target)
     assert abs(target - parameters_of(counts, sizes)) <= group
     assert spread(counts, "expert") <= 1
-    assert all(kinds["attention"] <= 8 * rate + 3 for kinds in counts.values()), "it does not stand in for experts"
+    assert all(kinds["attention"] <= 8 * rate + 3 for kinds in counts.values()), "attention must not replace experts"
 
 
-# ---- each block's own share
+# ---- the same share of every block
 
 
 @pytest.mark.parametrize(
@@ -296,20 +296,18 @@ def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
         (1, 11008, 0.2, 1, 2202),
         (1, 1536, 0.001, 1, 2),
         (64, 1, 0.9, 1, 0),
-        # What stays is a multiple.
+        # The number of kept units is a multiple of `round_to`.
         (1, 256, 0.2, 64, 64),
         (1, 256, 0.4, 64, 128),
         (1, 256, 0.95, 64, 192),
         (1, 256, 0.05, 64, 0),
     ],
 )
-def test_a_blocks_own_share_is_counted_as_published(
-    rows: int, count: int, rate: float, round_to: int, removed: int
-) -> None:
+def test_layer_rate_counts_units_as_llm_pruner(rows: int, count: int, rate: float, round_to: int, removed: int) -> None:
     assert units_at_rate(KindSize(7, count, rows=rows), rate, round_to) == removed
 
 
-def test_a_blocks_own_share_takes_its_least_important() -> None:
+def test_layer_rate_removes_the_least_important() -> None:
     sizes = {0: {"attention": KindSize(900, 4, rows=8), "mlp": KindSize(10, 10)}, 5: {"mlp": KindSize(10, 20)}}
     scores: Values = {
         0: {"attention": [4.0, 1.0, 3.0, 2.0], "mlp": [float(-unit) for unit in range(10)]},

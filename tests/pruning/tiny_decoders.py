@@ -1,22 +1,22 @@
-"""Tiny random decoders and samples for the pruning tests, and what their activations are by whole-model passes."""
+"""Tiny random decoders, samples and reference activations for the pruning tests."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tiny_families import family_model
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
-from qpruner.models import ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VOCABULARY, PAD = 60, 0
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64, "num_hidden_layers": 3}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD, "tie_word_embeddings": True}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": True, "layer_types": None}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 EXPERTS = GROUPED | {"head_dim": 8, "intermediate_size": 24, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -31,29 +31,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Attention and MLP side by side.
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 48},
     "mixtral": EXPERTS | {"num_local_experts": 4},
-    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "mlp_only_layers": []},
 }
 
 
 def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
-    """Three float32 blocks of a family, wide enough in their weights that every unit shows in the logits."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Build three float32 blocks with weights large enough that every unit changes the logits."""
+    return family_model(name, seed, **SIZES | FAMILIES[name] | options)
 
-    ragged.install()  # as loading does
-    config = AutoConfig.for_model(name, **(SIZES | TOKENS | FAMILIES[name] | options))
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
-            elif key.endswith("bias"):
-                parameter.normal_(0.0, 0.2)
-    return model.eval()
+
+class MemoryWitness:
+    """Count, each time tensors are seen, how many of those seen before are still in memory."""
+
+    def __init__(self) -> None:
+        self.num_alive: list[int] = []
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+
+    def see(self, *tensors: torch.Tensor) -> None:
+        self.num_alive.append(sum(reference() is not None for reference in self._seen))
+        self._seen += map(weakref.ref, tensors)
 
 
 def settings_of(**options: Any) -> PruneConfig:
-    """First-order Taylor block by block, nothing made up for, to within one channel; whatever the defaults are."""
+    """Make settings with first-order Taylor per layer, no compensation and no rounding, whatever the defaults are."""
     recipe: dict[str, Any] = {"compensation": "none"}
     if list(options.get("units", ())) != ["block"]:
         recipe |= {"importance": "taylor", "selection": "per_layer", "round_to": 1, "steps": 1}
@@ -61,20 +61,20 @@ def settings_of(**options: Any) -> PruneConfig:
 
 
 def rows_of(lengths: Sequence[int], seed: int = 1) -> list[dict[str, list[int]]]:
-    """Random samples of some lengths, every token of them predicted."""
+    """Make random rows of the given lengths with labels on all tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), seed: int = 1, batch_size: int = 8) -> Samples:
-    """Samples of different lengths, so that most batches are padded."""
+    """Make samples of different lengths, so that most batches are padded."""
     return Samples(rows_of(lengths, seed), PAD, batch_size)
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
-    """Logits ``(2, 11, vocabulary)`` of a prompt that is in no sample."""
+    """Compute logits ``(2, 11, vocabulary)`` of a prompt that is in no sample."""
     prompt = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(seed))
     logits: torch.Tensor = model(input_ids=prompt, use_cache=False).logits
     return logits
@@ -82,7 +82,7 @@ def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
 
 @torch.no_grad()
 def stacked_inputs(model: PreTrainedModel, linear: str, samples: Samples) -> torch.Tensor:
-    """What reaches a linear layer ``(tokens, features)`` float64: sample by sample, so that there is no padding."""
+    """Return the inputs ``(tokens, features)`` of a linear layer in float64, sample by sample without padding."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(linear).register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())

@@ -1,4 +1,4 @@
-"""Records of a finished run whose rows have given losses and answers, for the claim and the tables."""
+"""Records of a finished run with given losses and answers in its rows, for tests of claim and tables."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ Scored = tuple[CandidateRecord, tuple[TaskScore, ...]]
 def results_of(
     scored: Sequence[Scored], untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (), **changes: Any
 ) -> Results:
-    """A finished run whose rows are `scored`, the searched one last; `changes` are of the search's record."""
+    """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record."""
     search: dict[str, Any] = {
         **STAGE,
         "num_trials": 16,
@@ -139,7 +139,7 @@ def results_of(
 
 
 def snapshot(results: Results, **state: Any) -> Snapshot:
-    """A run with these records and no trials; `state` changes what its latest command did."""
+    """Return a run with these records and no trials; `state` updates the state of its latest command."""
     return Snapshot(RunDir("demo", create=False), Liveness(STATE.model_copy(update=state), None), results, ())
 
 
@@ -150,7 +150,7 @@ def row_of(
     plan: dict[str, int] = SEED_PLAN,
     measured_bytes: int = 100_000_000,
 ) -> list[Scored]:
-    """A row under as many training seeds as it has confirmation losses; without scores they all answer alike."""
+    """Return a row with one training seed per confirmation loss; without `scores` all seeds answer alike."""
     scores = scores or [score(answers(50, 20), [1.0] * 50)] * len(losses)
     return [
         (candidate(name, plan, measured_bytes, seed, confirmation_loss=loss), (scored,))
@@ -163,7 +163,7 @@ def searched_row(losses: Sequence[float], scores: Sequence[TaskScore] | None = N
 
 
 def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Scored]:
-    """As many random plans as there are distances from these losses, each under as many training seeds."""
+    """Return one random plan per distance from the losses, with one training seed per loss."""
     plans = [{"layers.0": 4, "layers.1": bits} for bits in (4, 8, 16)]
     return [
         scored
@@ -173,7 +173,7 @@ def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Score
 
 
 def with_figures(results: Results) -> Results:
-    """The same run, with a text and timings: three turns a training seed, each seed's own."""
+    """Return the run with losses on a text, and with timings: three turns for each training seed."""
     assert results.evaluate
     rows_scored = []
     for row in results.evaluate.rows:
@@ -191,7 +191,7 @@ def with_figures(results: Results) -> Results:
 
 
 def whole_results() -> Results:
-    """A finished run with every row, on two tasks; three of the rows under two training seeds."""
+    """Return a finished run with every row, on two tasks; three of the rows have two training seeds."""
     plans = {
         "base": {"layers.0": 16, "layers.1": 16},
         "pruned": {"layers.0": 16, "layers.1": 16},

@@ -1,7 +1,7 @@
-"""Run folders as searches leave them, made through the real record classes; no model is trained.
+"""Run folders as searches write them, made with the real record classes; no model is trained.
 
-`MadeRun` is a long search's, by default of 30 blocks, 200 trials and two tasks, random but for its best plan.
-`recorded_run` is one of six trials whose figures are written out here.
+`MadeRun` is the folder of a long search: by default 30 blocks, 200 trials, two tasks, and random figures except for the
+best plan. `recorded_run` is the folder of a search of six trials, whose figures are written out here.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from qpruner.search.trial_records import write_trial
 TRIALS, SEARCH = "1" * 16, "2" * 16
 STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
 NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
-"""Sensitivity method -> how far it is from what trials find."""
+"""Sensitivity method -> noise that is added to the true sensitivities."""
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison")
 STARTED = 1_790_000_000.0
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
-"""A name that would be markup if a report let it."""
+"""A name that would act as markup if a report did not escape it."""
 BUDGET = 93_000_000
 CONTROLS = {"uniform-4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
-"""The first trials' origins, and the share of groups with 8 bits."""
+"""Origin of one of the first trials -> share of groups with 8 bits."""
 LEVELS = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
 SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
 
 
 class MadeRun:
-    """Writes the folder of a run on `model`, up to and with the stage `until`.
+    """Writes the folder of a run on `model`, up to and including the stage `until`.
 
-    `outcome` is how its command ended, each of its jobs held `gpus`.
+    `outcome` is how its command ended; each of its jobs held `gpus` GPUs.
     """
 
     def __init__(
@@ -108,28 +108,28 @@ class MadeRun:
         self.run.write_state(self.state)
 
     def write(self, trial: TrialRecord, **changes: Any) -> None:
-        """Write a trial's record, changed."""
+        """Write a trial's record with these changes."""
         write_trial(self.run.trials / TRIALS, trial.model_copy(update=changes))
 
     def change(self, stage: str, **changes: Any) -> None:
-        """Change what a stage recorded."""
+        """Change the record of a stage."""
         self._records[stage] = self._records[stage].model_copy(update=changes)
         self.run.write_record(stage, self._records[stage])
 
     def win(self, best: TrialRecord, **changes: Any) -> None:
-        """Make a trial the winner, scored on fresh rows alone."""
+        """Make a trial the winner, and the only one scored on fresh rows."""
         fresh = (made_confirmation(best.index, best.origin, 3.0),)
         chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
         self.change("search", **chosen, confirmations=fresh, **changes)
 
     def change_search(self, **changes: Any) -> None:
-        """Change what the state tells of the search."""
+        """Change the search in the run's state."""
         assert self.state.search
         search = self.state.search.model_copy(update=changes)
         self.run.write_state(self.state.model_copy(update={"search": search}))
 
     def record(self, stage: str) -> Any:
-        """What a stage recorded."""
+        """Return the record of a stage."""
         return self._records[stage]
 
     def _add_trials(self, count: int) -> None:
@@ -166,7 +166,7 @@ class MadeRun:
             )
 
     def _begin(self, num_blocks: int, noises: Mapping[str, float]) -> dict[str, Record]:
-        """Records of the stages before the search."""
+        """Return the records of the stages before the search."""
         prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
         channels = self._random.integers(60, 150, num_blocks).tolist()
         layers = [made_layer(block, 3, each) for block, each in enumerate(channels)]
@@ -217,7 +217,7 @@ class MadeRun:
         }
 
     def _scored(self, best: dict[str, int]) -> list[Scored]:
-        """Fine-tunes of every row, three of the searched one, which comes last."""
+        """Return the fine-tunes of every row; the searched row comes last and has three."""
         found: list[Scored] = []
         for name in (*LEVELS, BEST_SEED, RANDOM, SEARCHED):
             plan = dict.fromkeys(self.groups, LEVELS[name]) if name in LEVELS else best
@@ -246,7 +246,7 @@ MEGABYTE = 10**6
 
 
 def config_of(folder: Path, **settings: Any) -> RunConfig:
-    """A configuration whose rungs are `RUNGS`; `section__key=value` sets others."""
+    """Return a configuration with the rungs `RUNGS`; `section__key=value` sets other keys."""
     raw = raw_config(Path("a-model"), folder)
     for key, value in {"search__steps": 8, "search__first_rung": 2, **settings}.items():
         raw = with_key(raw, key.replace("__", "."), value)
@@ -254,7 +254,7 @@ def config_of(folder: Path, **settings: Any) -> RunConfig:
 
 
 def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRecord:
-    """A trial that took a minute a rung, and started a minute after the one before; finished if it has all rungs."""
+    """Return a trial with a minute per rung, begun a minute after the previous one; with all rungs it is finished."""
     started = STARTED + 60 * index
     times = [started + 60 * count for count in range(1 + len(losses))]
     rungs = tuple(
@@ -279,7 +279,7 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
 
 
 def trials() -> list[TrialRecord]:
-    """Two controls, a plan that beats them, one that was stopped, one that failed and one that runs."""
+    """Return six trials: two controls, a plan that beats them, one stopped, one failed and one running."""
     return [
         trial(0, "444444", [3.4, 3.3, 3.2], origin="uniform-4"),
         trial(1, "884444", [3.3, 3.2, 3.0], origin="seed-kl"),
@@ -303,7 +303,7 @@ def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
 
 
 def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, **settings: Any) -> Path:
-    """A run in its search, or with the search behind it, as this process would have left it."""
+    """Write a run whose search is running or over, as if this process had written it."""
     run, records = RunDir(root), trials()
     for record in records:
         write_trial(run.trials / DIGEST, record)

@@ -1,4 +1,4 @@
-"""The model card: what hubs read of it is what is known and what the user states."""
+"""The model card: hubs read from it what the run knows and what the user states."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from qpruner.runs.run_dir import RunDir
 
 
 def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stated: Any) -> Any:
-    """The metadata of the card of a run on `base`, whose files lie in `folder`, written by the run where it is
-    converted; `stated` are keys of `card`."""
+    """Return the card's metadata for a run on `base`, whose files are in `folder` (written by the run if `converted`).
+    `stated` are keys of `card`."""
     made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     train = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
     config = made.state.config | {"data": made.state.config["data"] | {"train": train}, "card": stated}
@@ -63,7 +63,7 @@ def test_the_card_says_where_the_plan_came_from() -> None:
 
 
 def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> None:
-    """From a hub on loopback, as `prepare` fetches a model."""
+    """The model comes from a hub on loopback, as `prepare` fetches one."""
     card = "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n---\n# Base\n"
     code = (
         "from pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
@@ -88,8 +88,8 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     assert (found.base_model, found.license) == ("me/without", None)
 
 
-def test_a_card_copied_from_another_model_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
-    """What a folder holds is its user's to say."""
+def test_a_card_copied_from_another_model_is_warned_about(tmp_path: Path, tiny_model: Path) -> None:
+    """A local folder may hold any base model, so the user's statement stands."""
     raw = raw_config(tiny_model, tmp_path / "run") | {"card": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
     assert other_base_remark(validate_config(raw)) is None
     remark = other_base_remark(validate_config(with_key(raw, "model.source", "me/base")))
@@ -111,7 +111,7 @@ def test_a_card_copied_from_another_model_is_remarked(tmp_path: Path, tiny_model
 def test_a_local_models_licence_is_read_where_it_can_be(
     card: bytes, license: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in a run that was moved; a folder is no hub id, seen from where the command was given."""
+    """This also holds for a moved run; a folder seen from the command's working folder is no hub id."""
     base = tmp_path / "run" / "prepare" / "model"
     base.mkdir(parents=True)
     (base / "README.md").write_bytes(card)

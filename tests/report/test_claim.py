@@ -1,4 +1,4 @@
-"""Nobody may read a gain into the claim that the measurements do not carry."""
+"""The claim never states a gain that the measurements do not support."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from qpruner.runs.records import GIVEN, Confirmation, Results
 
 
 def line_about(results: Results, other: str) -> str:
-    """The claim's line about a row."""
+    """Return the claim's line about the comparison with a row."""
     begins = {BEST_SEED: "- Against the best seed", RANDOM: "- Against random plans"}[other]
     (line,) = [line for line in claim(results).splitlines() if line.startswith(begins)]
     return line
@@ -69,8 +69,8 @@ OTHER_RANDOM = row_of(RANDOM, [2.0, 2.1], plan={"layers.0": 4, "layers.1": 16})
         (OTHER_RANDOM, {"best_origin": GIVEN}, BEST_SEED, "no seed plan of this budget has finished in this folder."),
     ],
 )
-def test_what_cannot_be_compared_claims_nothing(rivals: Any, changes: Any, other: str, said: str) -> None:
-    """Rows of one plan share their fine-tunes; were they made apart, noise must still not look like a gain."""
+def test_without_a_fair_comparison_nothing_is_claimed(rivals: Any, changes: Any, other: str, said: str) -> None:
+    """Two rows with the same plan may be fine-tuned separately, but their noise must not look like a gain."""
     results = results_of([*rivals, *searched_row([1.0, 1.1])], **changes)
     line = line_about(results, other)
     assert said in line and "better" not in line and "loss" not in line
@@ -110,7 +110,7 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
 
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_winner_is_told_with_its_margin(metric: str) -> None:
+def test_the_winner_is_reported_with_its_margin(metric: str) -> None:
     def fresh(index: int, origin: str, value: float) -> Confirmation:
         return made_confirmation(index, origin, value, accuracy=1 - value, accuracy_stderr=0.1)
 
@@ -129,7 +129,7 @@ def test_the_winner_is_told_with_its_margin(metric: str) -> None:
 
 
 def test_a_margin_has_the_error_of_its_rows_where_known() -> None:
-    """Rows are hard and easy for all: their spread is far larger than that of the differences by row."""
+    """Rows are equally hard for both plans, so the losses spread far more than their differences by row."""
     control, best = np.array([1.0, 3.0, 2.0, 6.0]), np.array([0.9, 2.7, 1.9, 5.5])
     finalists = [
         made_confirmation(index, origin, float(rows.mean()), losses=tuple(rows))
@@ -148,7 +148,7 @@ def test_a_margin_has_the_error_of_its_rows_where_known() -> None:
 )
 @pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
 def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: str, other: str) -> None:
-    """Against one plan the interval is Student's over seeds, against several that of one more plan."""
+    """Against one plan the interval is Student's over seeds; against several it predicts one more plan."""
     noise = np.array([-0.02, 0.0, 0.02])
     half_width = stats.t.ppf(0.975, 2) * 0.02 * math.sqrt(1 / 3 if other == BEST_SEED else 1 + 1 / 3)
     ours = 2.0 + noise + widths * half_width
@@ -167,7 +167,7 @@ def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: 
     assert first.endswith(f" It {text}. Over 3 comparisons, each at 95 % by itself: {counts}."), "words before figures"
 
 
-def test_one_verdict_of_six_is_not_told_as_that_of_all() -> None:
+def test_one_verdict_of_six_is_counted_as_one_of_six() -> None:
     """Of six comparisons at 95 % each, one may show a difference by chance."""
     ours, off = np.array([2.0, 2.1, 1.9]), np.array([0.001, -0.001, 0.0])
     cases = {(-0.1, 0.0): "better in 1", (0.1, -0.1): "better in 1 and worse in 1"}
@@ -200,7 +200,7 @@ def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
 
 
 def test_seeds_that_agree_on_a_few_rows_prove_nothing() -> None:
-    """One row that every seed learns better says little of other rows; many that agree say much."""
+    """If every seed is better on one row, that says little about other rows; on many rows, it says much."""
     noise = np.array([-0.001, 0.0, 0.001])
     few = np.array([0.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     for gains, verdict in ((few, SAME), (np.repeat(0.1, 8) + few / 100, "better")):
@@ -217,7 +217,7 @@ def test_seeds_that_agree_on_a_few_rows_prove_nothing() -> None:
 
 
 def row_by_row(name: str, plan: dict[str, int], losses: Sequence[np.ndarray]) -> list[Scored]:
-    """A row whose seeds had these losses on each confirmation row."""
+    """Return a table row whose seeds have these losses on each confirmation row."""
     tuned = row_of(name, [float(by_row.mean()) for by_row in losses], plan=plan)
     known = [{"confirmation_losses": tuple(map(float, by_row))} for by_row in losses]
     return [(each.model_copy(update=update), scores) for (each, scores), update in zip(tuned, known, strict=True)]
@@ -230,7 +230,7 @@ def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
 
 
 def test_one_random_plan_says_nothing_of_random_plans() -> None:
-    """`finetune.random_plans: 1`, or no more of equal bytes: the row stays, and nothing is claimed."""
+    """With one random plan, the row is in the table, but the claim says nothing about random plans."""
     losses = [2.0, 2.1, 1.9]
     results = results_of([*row_of(BEST_SEED, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])])
     first, *lines = claim(results).splitlines()
@@ -240,7 +240,7 @@ def test_one_random_plan_says_nothing_of_random_plans() -> None:
 
 
 def test_random_plans_count_by_plan_not_by_fine_tune() -> None:
-    """Three plans under three seeds are nine fine-tunes, but three plans: a further one would lie as far from them."""
+    """Three plans under three seeds are nine fine-tunes, but the interval for one more plan is that of three values."""
     by_plan, by_seed = np.array([0.1, 0.0, -0.1]), np.array([0.02, 0.0, -0.02])
     ours = np.array([2.0, 2.1, 1.9])
     results = results_of([*random_rows(list(ours + 0.4 + by_seed), by_plan), *searched_row(list(ours))])
@@ -255,7 +255,7 @@ def test_random_plans_count_by_plan_not_by_fine_tune() -> None:
     assert ", 3 training seeds, paired: " in line_about(results, RANDOM)
 
 
-def test_one_training_seed_goes_by_its_questions() -> None:
+def test_one_training_seed_has_an_interval_over_questions() -> None:
     generator = np.random.default_rng(4)
     their_correct, our_correct = generator.integers(0, 2, (2, 60)).astype(float)
     hardness = generator.gamma(2.0, 1.0, 60)
@@ -275,14 +275,14 @@ def test_one_training_seed_goes_by_its_questions() -> None:
 
 
 def test_one_question_distinguishes_nothing() -> None:
-    """`evaluate.limit: 1` is what people try first; one answer has no spread to speak of."""
+    """Users often try `evaluate.limit: 1` first, and one answer has no spread."""
     scored = [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])]
     assert not re.search("better|worse", claim(results_of(scored)))
 
 
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None:
-    """A mean over some of the tasks would be taken for one over all."""
+    """A mean over some tasks would look like a mean over all tasks."""
     losses: list[list[float]] = [[1.0, 2.0, 3.0, 4.0]] * 2
     losses[lacking] = []
     scores = tuple(score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses))
@@ -307,8 +307,8 @@ def test_the_claim_says_what_was_lost_against_base_and_pruned() -> None:
     assert "base" not in claim(results_of(alike[1:])), "there is no such row"
 
 
-def test_the_claim_says_what_uniform_bits_know_for_their_bytes() -> None:
-    """The winner beside fewer bytes and beside more, each under the one seed that all had."""
+def test_the_claim_compares_the_winner_with_uniform_bits() -> None:
+    """One uniform plan has fewer bytes than the winner, one has more; all figures are from the first seed."""
     four, eight = dict.fromkeys(PLAN, 4), dict.fromkeys(PLAN, 8)
     uniform = [
         *row_of("uniform 4-bit", [1.75], plan=four, measured_bytes=80_000_000),
@@ -333,11 +333,11 @@ QUESTIONS = {
     "arc_challenge": 117,
     "openbookqa": 50,
 }
-"""A tenth of those of the seven tasks of the recipes."""
+"""Task of the recipes -> a tenth of its number of questions."""
 
 
 def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
-    """A fine-tune by its margins of the right answer over the others, a task each; those of `rows` are losses."""
+    """Return a fine-tune: task -> margins of the right answer per question; `rows` -> losses of confirmation rows."""
     losses = margins.get("rows", np.zeros(2))
     tuned = candidate(name, {"layers.0": plan}, seed=seed, confirmation_loss=float(losses.mean()))
     tasks = (
@@ -352,7 +352,7 @@ def differences(results: Results, other: str) -> dict[str, Difference]:
 
 
 def test_the_claim_never_contradicts_the_table() -> None:
-    """HellaSwag is half of all questions: what is gained there and lost on each of six other tasks is a loss."""
+    """HellaSwag has half of all questions; a gain there and a loss on each of six other tasks is a loss overall."""
     generator = np.random.default_rng(0)
     theirs = {task: generator.normal(0.3, 1, count) for task, count in QUESTIONS.items()}
     gains = {task: 0.5 if task == "hellaswag" else -0.12 for task in QUESTIONS}
@@ -370,11 +370,11 @@ def test_the_claim_never_contradicts_the_table() -> None:
 
 
 @pytest.mark.parametrize(("spread", "num_random", "num_seeds"), [(0.05, 3, 2), (0.2, 5, 1)])
-def test_one_more_random_plan_is_told_apart_in_5_percent(spread: float, num_random: int, num_seeds: int) -> None:
-    """Where plans differ little beside seeds and questions, and where they differ more.
+def test_one_more_random_plan_seems_different_in_5_percent(spread: float, num_random: int, num_seeds: int) -> None:
+    """Plans differ little in one case, and more in the other; the searched plan is one more random plan.
 
-    Questions are hard or easy for all, plans and seeds better or worse, each plan is lucky with single questions, and
-    with single seeds, and each fine-tune with single questions. The searched plan is one more random plan.
+    Margins have random effects of questions, plans and seeds, of plan with seed, and of question with plan and with
+    fine-tune.
     """
     generator = np.random.default_rng(num_random + num_seeds)
     plans, number = num_random + 1, 2000
@@ -400,7 +400,7 @@ def test_one_more_random_plan_is_told_apart_in_5_percent(spread: float, num_rand
 
 
 def test_accuracies_that_tie_show_no_difference() -> None:
-    """Of few questions random plans have the same accuracy by chance, which is no evidence that plans do not differ."""
+    """On few questions random plans may have equal accuracies by chance, which does not prove that plans are equal."""
     theirs = {"arc": np.array([1.0, 1.0, 1.0, -1.0])}
     ours = {"arc": np.array([1.0, 1.0, 1.0, 1.0])}
     random = [scored(RANDOM, 1, plan, theirs) for plan in (4, 8)]

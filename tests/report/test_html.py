@@ -1,4 +1,4 @@
-"""The page: self-contained, small, escaped, and there for runs that are not whole."""
+"""The page: self-contained, small, escaped, and written for unfinished runs, too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VOID = {"meta", "input", "br", "img", "link", "hr"}
 
 
 class Outline(HTMLParser):
-    """Elements that are open, attributes that point somewhere, and the text outside scripts and styles."""
+    """Collects tags, ids, attributes that name a target, and the text outside scripts and styles."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def page_of(root: Path) -> str:
 
 
 def page_now(made: MadeRun) -> str:
-    """The page without its pictures' files, which take most of the time."""
+    """Return the page without writing the pictures, which take most of the time."""
     snapshot = read_snapshot(made.run)
     return render(snapshot, sections(snapshot))
 
@@ -88,7 +88,7 @@ def words(text: str) -> str:
 
 
 def cells_of(page: str, caption: str) -> list[list[str]]:
-    """The text of a table's cells, by rows; the headings first."""
+    """Return the texts of a table's cells by row, headings first."""
     table = page[page.index(f"<caption>{caption}") :]
     rows = re.findall("<tr[^>]*>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)
     return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
@@ -194,7 +194,7 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
 
 
 def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None:
-    """The folder has every record, but the latest command came as far as pruning with another one."""
+    """The folder has all records, but the latest command, with another configuration, only reached pruning."""
     made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2)
     stages = {name: made.state.stages[name] for name in ("prepare", "prune")}
     made.run.write_state(made.state.model_copy(update={"stages": stages, "search": None, "outcome": "interrupted"}))
@@ -216,7 +216,7 @@ def test_results_follow_the_published_schema(long_run: Path, tmp_path: Path) -> 
 
 
 def test_every_stage_has_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
-    """The search's are its trials' and the confirmation's; a run on CPUs has none."""
+    """The search's GPU seconds are those of its trials and of the confirmation; a run on CPUs has none."""
 
     def held(made: MadeRun) -> dict[str, str]:
         return {row[0]: row[-1] for row in tables.stages(read_snapshot(made.run)).rows}
@@ -231,7 +231,7 @@ def test_every_stage_has_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
 
 
 def test_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
-    """The plan's block 2 is the base's block 3 where block 1 was removed."""
+    """If block 1 was removed, the plan's block 2 is the base's block 3."""
     made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=3)
     assert "numbered as in" not in page_now(made)
     layers = list(made.record("prune").layers)
@@ -262,12 +262,12 @@ COMMAND = "qpruner run my.yaml --set search.max_trials=200 --set finetune.compar
 
 
 def status(root: Path) -> tuple[dict[str, Any], str]:
-    """`qpruner status` as data and as text."""
+    """Return the output of `qpruner status`, as data and as text."""
     outputs = [CliRunner().invoke(main, ["status", str(root), *form]).output for form in (("--json",), ())]
     return json.loads(outputs[0]), outputs[1]
 
 
-def test_a_winner_alone_is_told_with_the_way_to_compare_it(tmp_path: Path) -> None:
+def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None:
     root = tmp_path / "run"
     report = {"report": StageState(state="done", started=STARTED, seconds=1.0)}
     made = MadeRun(root, num_trials=40, num_blocks=2, until="evaluate", stages=report)
@@ -299,7 +299,7 @@ def test_a_winner_alone_is_told_with_the_way_to_compare_it(tmp_path: Path) -> No
     assert "| interval |" not in markdown, "a term of the comparison's claim"
 
 
-def test_without_its_comparison_the_winner_is_reported_whole(tmp_path: Path) -> None:
+def test_without_its_comparison_the_winner_is_complete(tmp_path: Path) -> None:
     root = tmp_path / "run"
     begun = {"comparison": StageState(state="running", started=STARTED)}
     made = MadeRun(root, 6, 2, until="evaluate", stages=begun, outcome="interrupted")

@@ -1,4 +1,4 @@
-"""The page in a real browser: no complaint, plots drawn, tables that sort, readable in any theme and in print."""
+"""The page in a real browser: no errors, plots drawn, readable in any theme and in print."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Any]:
-    """Opens a page offline and waits until every plot is drawn; whatever the console or the network is asked fails."""
+    """Yield a function that opens a page offline and waits for its plots; console messages and requests fail a test."""
     contexts, complaints = [], []
 
     def open_page(path: Path, **options: Any) -> Any:
@@ -86,8 +86,8 @@ def test_plots_are_drawn_with_descriptions_and_answer_a_pointer(opened: Any, lon
         assert float(told) == pytest.approx(rise, rel=0.01)
 
 
-def test_the_map_tells_a_prediction_below_zero_from_none(opened: Any, tmp_path: Path) -> None:
-    """A first-order one is signed: here the largest is below zero, another half as large above it, and a third 0."""
+def test_the_map_shows_negative_predictions_differently(opened: Any, tmp_path: Path) -> None:
+    """First-order predictions have a sign: here the largest is negative, one of half its size positive, one is 0."""
     made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, noises={"first_order": 0.6})
     values = {4: (-0.02, 0.01, 0.0, 0.001), 8: (0.0, 0.0, 0.0, 0.0)}
     method = made.record("sensitivity").methods["first_order"].model_copy(update={"values": values})
@@ -112,7 +112,7 @@ def test_the_first_stop_of_the_keyboard_leads_to_the_answer(opened: Any, long_ru
     assert page.evaluate("document.querySelector('main').contains(document.activeElement)")
 
 
-def test_an_unfinished_run_of_hostile_names_says_what_is_missing(opened: Any, tmp_path: Path) -> None:
+def test_a_run_of_hostile_names_says_what_is_missing(opened: Any, tmp_path: Path) -> None:
     missing = STAGES[6:]
     begun = {missing[0]: StageState(state="running", started=0.0)}
     run = MadeRun(tmp_path / "run", 6, 2, HOSTILE, until="finetune", outcome="running", stages=begun, task=HOSTILE).run
@@ -151,7 +151,7 @@ def test_the_page_fits_the_window_and_text_is_readable(opened: Any, long_run: Pa
     assert sides == {"start": [False, True], "end": [True, False]}
 
 
-def test_print_shows_what_is_folded_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
+def test_print_unfolds_all_parts_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
     page = opened(long_run / "report.html", color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
     folded = page.locator("details:not([open])")
@@ -180,7 +180,7 @@ def rgb(color: str) -> str:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2's contrast ratio of two colours."""
+    """Return WCAG 2's contrast ratio of two colours."""
 
     def luminance(color: str) -> float:
         channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]

@@ -1,4 +1,4 @@
-"""Who is said to work on a run, by its lock: real processes that live, are stopped, killed, or run elsewhere."""
+"""Which process works on a run, according to its lock: real processes that run, are stopped or killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GO_ON = "repeat the command to go on, in /somewhere: qpruner run config.yaml"
 
 @contextmanager
 def driver(root: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the run, as a search in it that began long ago."""
+    """Start a process that holds the run, and write the state of a search that began long ago."""
     root.mkdir()
     with subprocess.Popen([sys.executable, "-c", HOLD, str(root)], stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -47,7 +47,7 @@ def driver(root: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def status(root: Path) -> list[str]:
-    """What `qpruner status` says, which leaves the folder as it was."""
+    """Return the lines of `qpruner status`, and check that it leaves the folder unchanged."""
     before = {path.name: path.stat().st_mtime_ns for path in root.iterdir()}
     said = CliRunner().invoke(main, ["status", str(root)])
     assert said.exit_code == 0, said.output
@@ -64,7 +64,7 @@ def stage_line(lines: list[str]) -> str:
 
 
 def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
-    """A run whose driver beat that long ago, on a machine that cannot be seen from here; we have its pid, too."""
+    """Write a run whose driver is on another machine, with this process's number and a heartbeat at that time."""
     recorded_run(root)
     (root / NAME).write_text(this_process().model_copy(update={"machine": "elsewhere"}).model_dump_json())
     then = time.time() - seconds_ago
@@ -104,20 +104,20 @@ def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
 
 
 def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
-    """A first command looks at the cluster and the model before it writes `run.json`."""
+    """The first command of a run checks the cluster and the model before it writes `run.json`."""
     root = recorded_run(tmp_path / "run", pid=2**22 + 1)
     with hold_run(root, print):
         lines = status(root)
         (root / "run.json").unlink()
         said = CliRunner().invoke(main, ["status", str(root)])
-    assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
+    assert f"(process {os.getpid()})" in lines[0] and "no stage has started yet" in lines[0]
     assert "cut off" in stage_line(lines)
     assert said.exit_code == 2
     assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
 
 
 def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> None:
-    """It gave its lock back, but its disk was full; or another process has its number now."""
+    """The process released its lock, but its disk was full; or another process now has its number."""
     root = recorded_run(tmp_path / "run")
     assert status(root)[0].endswith(f"cut off; {GO_ON}")
     (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
@@ -127,7 +127,7 @@ def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> Non
     assert status(recorded_run(tmp_path / "over", is_over=True))[0].endswith(": done")
 
 
-def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_with_a_hint(tmp_path: Path) -> None:
     def said(place: Path) -> str:
         done = CliRunner().invoke(main, ["status", str(place)])
         assert done.exit_code == 2
@@ -144,7 +144,7 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:
-    """The lock that is empty for a moment, and the state that is written a moment after it was read."""
+    """The lock is released for a moment, and the state is written a moment after it was read."""
     root = recorded_run(tmp_path / "run")
     (root / NAME).touch()
     taken = threading.Timer(MOMENT_SECONDS / 3, (root / NAME).write_text, [this_process().model_dump_json()])

@@ -1,4 +1,4 @@
-"""The plots: what a reader concludes from them is what was measured."""
+"""The plots show what was measured."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_trial_is_in_the_plot_with_the_front_and_the_best(tmp_path: Path) 
 
 
 def test_the_edge_does_not_cut_the_winners_label(made: MadeRun) -> None:
-    """On a telephone the largest plan's label lost its last letter."""
+    """On a phone the largest plan's label lost its last letter."""
     finished = sorted((trial for trial in made.trials if trial.status == "finished"), key=lambda each: each.plan_bytes)
     made.change_search(budget_bytes=finished[-1].plan_bytes)
     for best, side in ((finished[-1], "end"), (finished[0], "start")):
@@ -71,7 +71,7 @@ def test_the_edge_does_not_cut_the_winners_label(made: MadeRun) -> None:
 def test_one_far_control_does_not_press_the_others_together(
     made: MadeRun, name: str, metric: str, far: int, is_cut: bool
 ) -> None:
-    """Of a search by accuracy what is far lies below."""
+    """In a search by accuracy, outliers lie below."""
     made.change_search(metric=metric)
     for trial in made.trials:
         shift = far if trial.index == 0 else 0
@@ -90,7 +90,7 @@ def test_one_far_control_does_not_press_the_others_together(
 
 
 def test_the_best_so_far_goes_on_and_the_winner_is_marked(made: MadeRun) -> None:
-    """Fresh rows chose it: beside the best score so far it looks like a mistake, and unmarked it is not found."""
+    """Fresh rows chose the winner, so it may not have the best score; without a mark nobody would find it."""
     made.win(made.trials[9])
     for name in ("pareto", "progress"):
         assert [point["trial"] for point in values_of(made, name) if point["best"]] == [9]
@@ -120,7 +120,7 @@ def test_a_given_plan_is_shown_beside_the_trials_of_the_search(made: MadeRun) ->
 
 
 def test_shades_begin_at_the_least_where_none_is_below_zero(made: MadeRun) -> None:
-    """Else a measure that is nearly the same for all groups is one dark field, whatever plan it suggests."""
+    """Otherwise a measure that is nearly the same for all groups would be one dark field."""
     assert shares([0.7, 0.8, 0.9]) == pytest.approx([0.0, 0.5, 1.0])
     assert shares([-0.1, 0.0, 0.2]) == pytest.approx([-0.5, 0.0, 1.0])
     assert shares([0.3, 0.3]) == [1.0, 1.0] and not any(shares([0.0, 0.0]))

@@ -1,4 +1,4 @@
-"""Every record is a table, too, with rows of what it lists."""
+"""Every record can be turned into a table with one row per item of its list."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qpruner.runs.records import BankRecord, Recorded
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    """A run of 60 groups, 20 trials and 13 fine-tunes."""
+    """Return a run with 60 groups, 20 trials and 13 fine-tunes."""
     return qpruner.read_run(MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20).run.root)
 
 
@@ -38,15 +38,13 @@ def test_every_record_has_a_table() -> None:
         ("comparison", 13, {"name", "seed", "validation_loss", "bits of layers.00.mlp", "arc_easy acc", "text_loss"}),
     ],
 )
-def test_a_stage_s_record_has_a_row_for_each_that_it_lists(
-    stage: str, num_rows: int, columns: set[str], run: Snapshot
-) -> None:
+def test_a_stages_record_has_one_row_per_item(stage: str, num_rows: int, columns: set[str], run: Snapshot) -> None:
     frame = getattr(run.results, stage).to_dataframe()
     assert len(frame) == num_rows and columns <= set(frame.columns)
     assert not any(isinstance(cell, dict | list) for column in frame for cell in frame[column])
 
 
-def test_a_bank_has_a_row_a_group_and_a_trial_one_of_the_run_s_table(run: Snapshot) -> None:
+def test_a_bank_has_one_row_per_group_and_a_trial_one_row(run: Snapshot) -> None:
     by_group = {"4": {"a": 10, "b": 20}, "8": {"a": 30, "b": 40}}
     fields = {"digest": "", "seconds": 1.0, "files": {}, "bytes": 1, "residual_ratio": {"4": {"a": 0.5, "b": 0.6}}}
     frame = BankRecord(**fields, group_bytes=by_group).to_dataframe()

@@ -1,4 +1,4 @@
-"""The tables: each figure is the one that was measured."""
+"""The tables show the figures that were measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def whole() -> Results:
 
 
 def report(results: Results) -> str:
-    """The Markdown report."""
+    """Return the Markdown report."""
     run = snapshot(results)
     return markdown.render(run, sections(run), "pictures")
 
@@ -54,7 +54,7 @@ def test_the_winner_is_shown_in_figures() -> None:
 
 
 def test_finalists_stand_beside_the_winner_row_by_row() -> None:
-    """Their own errors say that nothing differs; most of them is which rows there are."""
+    """The losses' own errors hide the differences, because most of each error comes from the choice of rows."""
     rows_of = {2: np.array([1.0, 3.0, 2.0, 6.0]), 3: np.array([1.1, 3.3, 2.1, 6.1]), 7: np.array([0.9, 2.7, 1.9, 5.5])}
     scored = tuple(
         made_confirmation(index, origin, float(rows_of[index].mean()), losses=tuple(rows_of[index]))
@@ -87,7 +87,7 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
 
 
 def test_a_rows_standard_error_is_that_of_its_mean() -> None:
-    """Of the accuracy that stands there: luck with a question under one seed counts for less than under all of them."""
+    """It is the error of the mean over seeds: chance in one seed's answer counts less than chance in all seeds'."""
     by_seed = [answers(4, 2), answers(4, 3), answers(4, 3)]
     results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0] * 3, [score(each) for each in by_seed])])
     (row,) = [row for row in rows(results) if row.name == SEARCHED]
@@ -106,7 +106,7 @@ def test_a_rows_standard_error_is_that_of_its_mean() -> None:
     ],
 )
 def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str], name: str, in_full: str) -> None:
-    """acc and acc_norm of one model lie as far apart as models do (HellaSwag 53 and 69)."""
+    """acc and acc_norm of one model may differ as much as two models do (HellaSwag 53 and 69)."""
     asked = list(zip(("arc", "boolq"), metrics, strict=True))
     scores = tuple(score(answers(50, 20), [1.0] * 50, task, metric) for task, metric in asked)
     tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
@@ -122,7 +122,7 @@ def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str],
     assert f"| test {name} |" in card
 
 
-def test_rows_of_unequal_seeds_are_shown_alike(whole: Results) -> None:
+def test_rows_of_unequal_seeds_are_shown_under_the_first(whole: Results) -> None:
     told = {row.name: tables.cells(row) for row in rows(whole)}
     assert (told["base"]["seeds"], told[SEARCHED]["seeds"]) == ("1 (0)", "2 (0-1)")
     second = tables.final_tables(whole)[1]
@@ -137,7 +137,7 @@ def test_rows_of_unequal_seeds_are_shown_alike(whole: Results) -> None:
     assert len(tables.final_tables(equal)) == 3
 
 
-def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results) -> None:
+def test_the_report_has_every_row_claim_and_configuration(whole: Results) -> None:
     text = report(whole)
     lines = text.splitlines()
     for each in (*tables.final_tables(whole), tables.legend(whole), tables.by_task(whole)):
@@ -156,7 +156,7 @@ def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results
 
 
 def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
-    """By accuracies of 48 questions alone a pruned model may look better than its base."""
+    """By the accuracy on 48 questions alone, a pruned model may look better than its base."""
 
     def of_losses(accuracy: int, *losses: float) -> tuple[TaskScore, ...]:
         tasks = zip(("arc", "piqa"), losses, strict=False)
@@ -178,8 +178,8 @@ def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
     assert random[1:] == ("0.370 (0.242 to 0.498)", "0.750 (0.614 to 0.886)", "1.7500"), "a mean over fine-tunes"
 
 
-def test_a_row_tells_what_its_model_takes_to_use(whole: Results) -> None:
-    """Over all turns of all its models, since each training seed may have its own plan."""
+def test_a_row_shows_its_models_memory_and_speed(whole: Results) -> None:
+    """Figures are over all turns of all the row's models, since each training seed may have its own plan."""
     table = {row.name: row for row in rows(with_figures(whole))}
     assert table["base"].prefill_tokens_per_second == (110.0, 100.0, 150.0)
     assert table["base"].decode_tokens_per_second == (12.0, 10.0, 20.0)
@@ -239,7 +239,7 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def shown(markup: str) -> str:
-    """The text that a reader sees of a paragraph; fails where anything in it is an element but words of code."""
+    """Return the text that a reader sees of a paragraph; fail if it has any element except code."""
     found = re.fullmatch(r"<p>(.*)</p>\n", MARKDOWN.render(markup), re.DOTALL)
     assert found, MARKDOWN.render(markup)
     return html.unescape(re.sub(r"</?code>", "`", found[1]))

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a search, read back with its own reader; the last test opens it in a browser."""
+"""TensorBoard shows a search: files are read back with its own reader; the last test opens it in a browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from qpruner.runs.records import RungResult
 
 
 def show(root: Path, *events: Any, max_trials: int = 20) -> Board:
-    """Tell a board of these events."""
+    """Send these events to a board."""
     board = Board(root, config_of(Path("runs/demo"), search__max_trials=max_trials))
     for event in events:
         board.listen(event)
@@ -59,7 +59,7 @@ def files(root: Path) -> dict[Path, bytes]:
 
 
 def row(root: Path, run: str) -> dict[str, Any]:
-    """A trial's row of the HParams table."""
+    """Return a trial's row of the HParams table."""
     content = read(root, run).SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     columns = metadata.parse_session_start_info_plugin_data(content).hparams
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in columns.items()}
@@ -67,7 +67,7 @@ def row(root: Path, run: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose search is over but for a trial; only to be read."""
+    """Return a run folder in which all trials but one are over; tests only read it."""
     root = tmp_path_factory.mktemp("written") / "run"
     show(root, planned(trials()))
     return root
@@ -75,7 +75,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shown(written: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """Return a copy of `written`, which a test may change."""
     return Path(shutil.copytree(written, tmp_path / "run"))
 
 
@@ -118,8 +118,8 @@ def test_curves_have_every_step_and_controls_are_lines_beside(written: Path) -> 
     assert "max_trials: 20" in config_text(written)
 
 
-def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Path) -> None:
-    """A board is told of each trial at each rung and at its end, in the order of time."""
+def test_files_grow_to_what_the_records_alone_give(written: Path, tmp_path: Path) -> None:
+    """The board gets an event for each rung and each end of a trial, in order of time."""
     told = []
     for record in trials():
         for count in range(len(record.rungs) + 1):
@@ -132,7 +132,7 @@ def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", ["none", "cut short", "gone", "overwritten"])
-def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str) -> None:
+def test_lost_files_come_back_and_nothing_is_doubled(shown: Path, damage: str) -> None:
     whole = files(shown)
     for path, content in whole.items():
         if damage == "gone":
@@ -147,7 +147,7 @@ def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str
 
 
 def test_a_new_search_shows_nothing_of_the_last_one(shown: Path, tmp_path: Path) -> None:
-    """From its first moment: no trial, no curve, no final table, and its own configuration."""
+    """From the start it shows no old trial, curve or final table, but its own configuration."""
     write_result(shown, read_snapshot(MadeRun(tmp_path / "made", num_trials=5).run).results)
     assert "final table/text_summary" in read(shown, "result").Tags()["tensors"]
     events = (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html"))
@@ -189,7 +189,7 @@ def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
     assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in steps]
 
 
-def test_what_cannot_be_written_stops_no_search_and_is_made_up_for(written: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_no_search_and_files_follow_later(written: Path, tmp_path: Path) -> None:
     in_the_way = tmp_path / "tensorboard"
     in_the_way.touch()
     show(tmp_path, planned(trials()))

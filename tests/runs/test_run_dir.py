@@ -265,6 +265,10 @@ def test_files_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
         storage_at(tmp_path / "bank").publish(tmp_path / "scratch")
     assert calls[:3] == ["fsync scratch", "fsync scratch/4bit", "fsync scratch/4bit/layers.0"]
     assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
+    with watched(tmp_path) as calls:  # a checkpoint of a fine-tune, after which the one before is removed
+        storage_at(tmp_path / "bank").put_folder(tmp_path / "bank")
+    files = ["fsync bank", "fsync bank/4bit", "fsync bank/4bit/layers.0", "fsync bank.files.json"]
+    assert calls == [*files, "fsync ."]
 
 
 def test_files_get_the_read_permissions_of_their_folder(tmp_path: Path) -> None:

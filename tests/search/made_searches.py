@@ -1,4 +1,4 @@
-"""Searches on six small groups, and their trials, as several files of tests make them."""
+"""Searches on six small groups, their trials, and spaces of plans, for several files of tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import raw_config, with_key
+import numpy as np
+from conftest import raw_config, with_keys
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.config.load import validate_config
@@ -30,13 +31,23 @@ SEED_PLAN = "884444"
 CONTROLS = [("uniform-4", plan_of("444444")), ("seed-kl", plan_of(SEED_PLAN))]
 
 
+def space_of(names: Sequence[str], levels: tuple[int, ...] = (4, 8), share: float = 0.5, seed: int = 0) -> PlanSpace:
+    """Groups of unlike sizes, and a budget at this share of the way from the smallest plan to the largest."""
+    weights = np.random.default_rng(seed).integers(50, 200, len(names))
+    group_bytes = tuple(tuple(int(weight) * bits for bits in levels) for weight in weights)
+    lowest, highest = (sum(sizes[at] for sizes in group_bytes) for at in (0, -1))
+    return PlanSpace(tuple(names), levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest)))
+
+
+def blocks(number: int) -> list[str]:
+    return [f"layers.{index:02d}" for index in range(number)]
+
+
 def job_of(folder: Path, **settings: Any) -> SearchJob:
     """A search whose budget holds three groups at 8 bits."""
-    raw = raw_config(Path("model"), folder / "run")
-    for key, value in settings.items():
-        raw = with_key(raw, f"search.{key}", value)
+    keys = {f"search.{key}": value for key, value in settings.items()}
     return SearchJob(
-        config=validate_config(raw),
+        config=validate_config(with_keys(raw_config(Path("model"), folder / "run"), **keys)),
         trial=run_trial,
         materials=Materials(folder, folder, folder),
         layout=LAYOUT,

@@ -1,6 +1,6 @@
-"""Early stopping: controls run to the end, the poor stop, and an interruption changes no decision.
+"""Early stopping: controls run to the end, poor trials stop, and an interruption changes no decision.
 
-Ray's own ASHA code runs here. Of a trial it looks at nothing but the id, and we at its plan besides.
+Ray's own ASHA code runs here, on stand-ins for trials that have an id and a plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_config, with_key
+from conftest import raw_config, with_keys
 
 from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.job import METRIC, TIME
@@ -24,26 +24,24 @@ from qpruner.search.trial_records import objective
 
 STOP, CONTINUE = "STOP", "CONTINUE"
 CONTROLS = range(3)
-"""Trials whose plans are controls."""
+"""The numbers of the trials whose plans are controls."""
 GROUPS = tuple(f"layers.{index}" for index in range(8))
 SPACE = PlanSpace(GROUPS, (4, 8), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6)
 
 
 def plan_of(index: int) -> PrecisionPlan:
-    """A plan of its own for every trial: its number in binary, so the larger has the more bytes by and large."""
+    """A different plan for every trial: the bits of its number say which groups have 8 bits."""
     return SPACE.plan_of(index >> place & 1 for place in range(len(GROUPS)))
 
 
 def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: bool = False) -> RunConfig:
-    raw = raw_config(Path("model"), Path("run"))
     values = {"steps": steps, "reduction_factor": factor, "metric": metric, "pareto": pareto}
-    for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items():
-        raw = with_key(raw, f"search.{key}", value)
-    return validate_config(raw)
+    keys = {f"search.{key}": value for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items()}
+    return validate_config(with_keys(raw_config(Path("model"), Path("run")), **keys))
 
 
 class Session:
-    """One life of the scheduler, called as Ray's controller calls it."""
+    """The scheduler in one session, called as Ray's controller calls it."""
 
     def __init__(self, config: RunConfig, recorded: Sequence[TrialRecord] = ()) -> None:
         controls = [plan_of(index) for index in CONTROLS]
@@ -51,7 +49,7 @@ class Session:
         self.scheduler = RecordedAsha(config, SPACE, controls, recorded, lambda trial_id: False)
 
     def report(self, index: int, rung: RungResult) -> str:
-        """What the scheduler says of a trial's rung."""
+        """The decision of the scheduler after a rung of a trial."""
         if index not in self.trials:
             bits = {f"bits/{name}": value for name, value in plan_of(index).as_dict().items()}
             self.trials[index] = SimpleNamespace(trial_id=f"ray-{index}", config={"trial": index, **bits})
@@ -67,7 +65,7 @@ class Session:
 
 
 def rung(step: int, value: float) -> RungResult:
-    """A rung whose loss and error rate are the same figure."""
+    """A rung whose loss and error rate are both `value`."""
     return RungResult(step=step, loss=value, accuracy=1.0 - value)
 
 
@@ -93,8 +91,8 @@ def test_a_control_runs_to_the_last_rung_however_poor() -> None:
 
 
 @pytest.mark.parametrize(("metric", "factor"), [("loss", 2), ("loss", 3), ("accuracy", 4)])
-def test_what_is_worse_than_the_cutoff_stops(metric: str, factor: int) -> None:
-    """The best 1/factor of what a rung has seen goes on (arXiv 1810.05934, as Ray counts it)."""
+def test_a_trial_above_the_cutoff_stops(metric: str, factor: int) -> None:
+    """The best 1/factor of the scores at a rung so far continue (arXiv 1810.05934, as Ray counts it)."""
     session = Session(config_of(factor=factor, metric=metric))
     values = np.random.default_rng(0).uniform(0.2, 0.8, 40)
     cutoffs = [np.inf, *(np.percentile(values[:seen], 100 / factor) for seen in range(1, 40))]
@@ -129,10 +127,10 @@ def test_recorded_rungs_set_the_cutoff() -> None:
 
 
 class Search:
-    """Trials one after the other, each recorded before it is reported, as the trainable and the searcher do it."""
+    """Trials one after the other; each rung is recorded before it is reported, as in a real search."""
 
     def __init__(self, config: RunConfig, values: np.ndarray, interrupted: tuple[int, int] | None = None) -> None:
-        """Run all trials ``(trials, rungs)``; the scheduler is lost after this (trial, step) was reported."""
+        """Run trials with these losses ``(trials, rungs)``; a new session begins after the rung `interrupted`."""
         self.records, self.decisions = dict[int, TrialRecord](), dict[tuple[int, int], str]()
         session = Session(config)
         for index, row in enumerate(values):
@@ -160,7 +158,7 @@ class Search:
 
 @pytest.mark.parametrize(("steps", "metric", "seed"), [(8, "loss", 0), (6, "accuracy", 1)])
 def test_an_interruption_anywhere_changes_no_decision(steps: int, metric: str, seed: int) -> None:
-    """Plans differ, get better as they are trained, and do not keep their order exactly."""
+    """Losses fall from rung to rung, with noise that changes the order of the trials."""
     generator, config = np.random.default_rng(seed), config_of(steps=steps, metric=metric)
     plans = generator.uniform(0.3, 0.7, (24, 1))
     values = plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))

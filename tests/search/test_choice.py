@@ -1,4 +1,4 @@
-"""Random plans of equal bytes, of which none is likelier than another, and Pareto fronts by bytes and score."""
+"""Random plans of equal bytes, which are all equally likely, and Pareto fronts of bytes and score."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_random_plans_have_equal_bytes_and_differ(
 
 @pytest.mark.parametrize("num_high", [1, 7])
 def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
-    # So many other bytes that the band holds plans of several sizes, the draws of which must be evened out.
+    # With so many fixed bytes plans of several sizes are within the tolerance.
     space = space_of(8, (4, 8), 600_000)
     plan = space.plan_of([1] * num_high + [0] * (8 - num_high))
     wanted = equal_plans(space, plan)
@@ -55,7 +55,7 @@ def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
     assert stats.chisquare([counts[each] for each in wanted]).pvalue > 1e-3
 
 
-def test_where_few_plans_have_equal_bytes_those_are_all() -> None:
+def test_few_plans_of_equal_bytes_are_all_returned() -> None:
     space = space_of(6, (4, 8), 0)
     plans = [space.plan_of(indices) for indices in itertools.product((0, 1), repeat=6)]
     few = next(plan for plan in plans if len(equal_plans(space, plan)) == 2)
@@ -63,8 +63,8 @@ def test_where_few_plans_have_equal_bytes_those_are_all() -> None:
     assert random_plans(space, space.uniform(4), 3, seed=0) == []
 
 
-def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats() -> None:
-    """Of points on a small grid, some of them equal in one figure or both."""
+def test_no_plan_of_fewer_or_equal_bytes_beats_one_on_the_front() -> None:
+    """The points lie on a small grid, so some are equal in bytes, score or both."""
     points = [(float(size), float(score)) for size, score in np.random.default_rng(0).integers(0, 6, (20, 2))]
     expected = {
         point for point in points if not any(o != point and o[0] <= point[0] and o[1] <= point[1] for o in points)
@@ -74,7 +74,7 @@ def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats() -> None:
 
 @pytest.mark.parametrize("budget", [4.0, 5.0, 8.0])
 def test_the_hypervolume_is_botorchs(budget: float) -> None:
-    """Which maximizes, and asks for a corner instead of the smallest plan. Larger points are better in the mean."""
+    """BoTorch maximizes, and takes a corner in place of the smallest plan."""
     points = [(size, 6.0 - size + noise) for size, noise in np.random.default_rng(0).uniform(0, 5, (12, 2)).tolist()]
     smallest = min(points)
     corner = torch.tensor([-budget, -smallest[1]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The searcher `gp`: what its model learns from scores, rungs and sensitivities, and what it then proposes."""
+"""The searcher `gp`: what its model learns from scores, rungs and sensitivities, and which plans it proposes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from made_searches import blocks, space_of
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
 from qpruner.search.plan_model import Data, PlanModel, settled
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Ledger, Observation
-
-
-def space_of(names: Sequence[str], levels: tuple[int, ...] = (4, 8), share: float = 0.5, seed: int = 0) -> PlanSpace:
-    weights = np.random.default_rng(seed).integers(50, 200, len(names))
-    group_bytes = tuple(tuple(int(weight) * bits for bits in levels) for weight in weights)
-    lowest, highest = (sum(sizes[at] for sizes in group_bytes) for at in (0, -1))
-    return PlanSpace(tuple(names), levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest)))
-
-
-def blocks(number: int) -> list[str]:
-    return [f"layers.{index:02d}" for index in range(number)]
 
 
 def random_plans(space: PlanSpace, number: int, seed: int = 0) -> list[PrecisionPlan]:
@@ -37,7 +27,7 @@ def effects_of(number: int, seed: int = 0) -> np.ndarray:
 
 
 def loss_of(plan: PrecisionPlan, effects: np.ndarray) -> float:
-    """4 bits cost a group its effect, 8 bits a fiftieth of it."""
+    """A loss to which a group adds its effect at 4 bits, and a fiftieth of it at 8."""
     share = np.array([{4: 1.0, 8: 0.02, 16: 0.0}[bits] for bits in plan.bits])
     return 3.0 + float(effects @ share)
 
@@ -49,7 +39,7 @@ def posterior_of(
     return Posterior(PlanModel(space, priors), data, Plans(space).tensor(pending))  # type: ignore[arg-type]
 
 
-def told(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -> list[Observation]:
+def scored(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -> list[Observation]:
     return [Observation(index, plan, step, loss_of(plan, effects)) for index, plan in enumerate(plans)]
 
 
@@ -57,7 +47,7 @@ def told(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -> 
 def test_scores_that_add_up_are_predicted_from_few(levels: tuple[int, ...]) -> None:
     space, effects = space_of(blocks(12), levels), effects_of(12)
     plans = random_plans(space, 60)
-    posterior = posterior_of(space, told(plans[:24], effects))
+    posterior = posterior_of(space, scored(plans[:24], effects))
     expected = posterior.mean(Plans(space).tensor(plans[24:])).numpy()
     actual = np.array([loss_of(plan, effects) for plan in plans[24:]])
     assert np.abs(expected - actual).max() < 0.05 * np.ptp(actual)
@@ -73,7 +63,7 @@ def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
         "lying": {"first": {4: effects[::-1].tolist(), 8: [0.0] * 20}},
     }
     errors = {
-        name: float(np.std(posterior_of(space, told(plans[:10], effects), **priors).mean(rest).numpy() - actual))
+        name: float(np.std(posterior_of(space, scored(plans[:10], effects), **priors).mean(rest).numpy() - actual))
         for name, priors in rises.items()
     }
     assert errors["true"] < 0.3 * errors["none"]
@@ -95,11 +85,11 @@ def test_outlier_groups_are_found_from_few_trials() -> None:
 
 
 def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
-    """20 trials that ended at step 4 of 8, on another level and wider apart, and 4 that went on."""
+    """24 trials have a score at step 4, on another scale; 4 of them also have one at the last step, 8."""
     space, effects = space_of(blocks(14)), effects_of(14)
     plans = random_plans(space, 80)
     low = [Observation(index, plan, 4, 0.5 + 1.4 * loss_of(plan, effects)) for index, plan in enumerate(plans[:24])]
-    high = told(plans[:4], effects)
+    high = scored(plans[:4], effects)
     rest, actual = Plans(space).tensor(plans[24:]), np.array([loss_of(plan, effects) for plan in plans[24:]])
     together = posterior_of(space, sorted([*low, *high], key=lambda item: (item.index, item.step))).mean(rest).numpy()
     alone = posterior_of(space, high).mean(rest).numpy()
@@ -125,7 +115,7 @@ def search(space: PlanSpace, effects: np.ndarray, trials: int, **options: object
     proposer = GaussianProcessProposer(space, 0, **{"priors": {}, **options})  # type: ignore[arg-type]
     ran: list[PrecisionPlan] = []
     for index in range(trials):
-        ran.append(proposer.propose(index, History(tuple(told(ran, effects)))).plan)
+        ran.append(proposer.propose(index, History(tuple(scored(ran, effects)))).plan)
     return ran
 
 
@@ -153,7 +143,7 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget(pareto: bool) -> 
 
 
 def test_no_expected_improvement_without_scores() -> None:
-    """With many in flight the first proposals come before any score; `search.patience` must not count them."""
+    """With many trials at once the first proposals precede any score; `search.patience` must not count them."""
     space, effects = space_of(blocks(7)), effects_of(7)
     ledger = Ledger(space, GaussianProcessProposer(space, 0, {}), [], max_trials=40, patience=3)
     started = [ledger.next() for _ in range(16)]
@@ -167,7 +157,7 @@ def test_no_expected_improvement_without_scores() -> None:
 
 
 def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Observation, ...]:
-    """What a search with ASHA has seen: noisy scores at three rungs, every other trial stopped at the second."""
+    """The scores of a search with ASHA: noisy, at three rungs, every other trial stopped at the second."""
     noise = np.random.default_rng(2)
     return tuple(
         Observation(index, plan, step, loss_of(plan, effects) + above + 0.003 * noise.standard_normal())
@@ -193,7 +183,7 @@ def test_a_fit_is_kept_until_a_tenth_more_trials_are_over() -> None:
 
 
 def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
-    """A search that is taken up asks a new process, which has fitted nothing yet."""
+    """A resumed search asks a new process, which has no fit from before."""
     space, effects = space_of(blocks(20)), effects_of(20)
     plans = random_plans(space, 140)
     observations = rungs_of(plans, effects)

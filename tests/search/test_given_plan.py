@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import raw_config, with_key
-from real_driver import search_record
+from real_driver import config_file, search_record
+from whole_runs import said
 
 from qpruner.cli.main import main
 
 ENDED = "only one plan was to be tried (`search.plan`, or a single `quantize.bits`)"
 SEED, UNIFORM = 0, 1
-"""The search's trials, in their order."""
-
-
-def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qpruner", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def qpruner(*arguments: object) -> str:
-    """What a command that ends well says."""
-    done = call(*arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def written(folder: Path, model: Path, **keys: Any) -> Path:
-    raw = raw_config(model, folder / "run")
-    for key, value in keys.items():
-        raw = with_key(raw, key, value)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(raw))
-    return config
+"""The numbers of the trials of that search."""
 
 
 @pytest.fixture(scope="module")
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run whose search of a seed plan and the uniform one is over."""
     keys = {"sensitivity.methods": ["first_order"], "search.max_trials": 2, "finetune.compare": False}
-    config = written(tmp_path_factory.mktemp("given"), tiny_model, **keys)
-    qpruner("search", config)
+    config = config_file(tiny_model, tmp_path_factory.mktemp("given"), **keys)
+    said(config, verb="search")
     return config
 
 
@@ -57,24 +34,24 @@ def comparison_rows(run: Path) -> list[dict[str, Any]]:
 
 def plan_file(config: Path, **changes: int) -> tuple[Path, dict[str, int]]:
     """The uniform trial's plan, changed by hand."""
-    plan = yaml.safe_load(qpruner("plan", config.parent / "run", "--trial", UNIFORM)) | changes
+    plan = yaml.safe_load(said(config.parent / "run", "--trial", str(UNIFORM), verb="plan")) | changes
     file = config.parent / f"plan-{len(list(config.parent.iterdir()))}.yaml"
     file.write_text(yaml.safe_dump(plan))
     return file, plan
 
 
 @pytest.mark.slow
-def test_a_changed_plan_is_tuned_compared_and_forgotten(searched: Path) -> None:
-    """It wins whatever the others scored, beside the best seed; without it the search's winner is back."""
+def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> None:
+    """The given plan wins whatever its score; the next search without it has its old winner again."""
     run = searched.parent / "run"
     before = search_record(run)
     file, changed = plan_file(searched, **{"layers.0.qkv": 8, "layers.1.o": 8})
     compared = ("--set", "finetune.compare=true", "--set", "finetune.seeds=1")
-    told = qpruner("run", searched, "--plan", file, *compared, "--json")
+    told = said(searched, "--plan", str(file), *compared, "--json")
     assert json.loads(told.splitlines()[-1])["best_plan"] == changed
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
-    listed = json.loads(qpruner("trials", run, "--json"))["trials"]
+    listed = json.loads(said(run, "--json", verb="trials"))["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
         ("seed-first-order", "another"), ("uniform-4", "another"), ("given", "this"),
     ]  # fmt: skip
@@ -83,14 +60,14 @@ def test_a_changed_plan_is_tuned_compared_and_forgotten(searched: Path) -> None:
     assert (controls, list(confirmed)) == (["seed-first-order", "uniform-4"], [*controls, "given"])
     best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
     assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
-    [summary] = json.loads(qpruner("compare", run, "--json"))["runs"]
+    [summary] = json.loads(said(run, "--json", verb="compare"))["runs"]
     assert summary["best_control"] == min(row["loss"] for row in listed if row["from"] in controls)
     tuned = {row["name"]: row for row in comparison_rows(run)}
     assert tuned["searched"]["plan"] == changed
     assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
     assert tuned["best seed"]["origin"] == "seed-first-order at the winner's bytes"
 
-    qpruner("search", searched, "--set", "search.confirm=9")
+    said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
     assert again["num_reused"] >= 1 and again["confirmations"] == before["confirmations"]
     assert (again["best_plan"], again["best_origin"]) == (before["best_plan"], before["best_origin"])
@@ -101,8 +78,8 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     run = searched.parent / "run"
     before = {path: path.read_bytes() for path in run.glob(f"trials/*/{SEED:04}/trial.json")}
     file = searched.parent / "tried.json"
-    file.write_text(qpruner("plan", run, "--trial", SEED, "--json"))
-    qpruner("search", searched, "--plan", file)
+    file.write_text(said(run, "--trial", str(SEED), "--json", verb="plan"))
+    said(searched, "--plan", str(file), verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_index"], record["best_origin"]) == (0, SEED, "given")
     assert record["confirmations"][0]["origin"] == "seed-first-order", "the best seed may be itself"
@@ -116,7 +93,7 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
 def uniform(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with one bit-width."""
     keys = {"quantize": {"group": "block", "bits": [4]}, "finetune.seeds": 1, "finetune.random_plans": 1}
-    return written(tmp_path_factory.mktemp("uniform"), tiny_model, **keys)
+    return config_file(tiny_model, tmp_path_factory.mktemp("uniform"), **keys)
 
 
 METHODS = ("--set", "sensitivity.methods=[mutual_information]")
@@ -129,7 +106,7 @@ def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_check_tells_of_a_plan_without_a_file(uniform: Path) -> None:
+def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     said, facts = checked(uniform)
     assert "your plan:   every group at 4 bits, the only one of `quantize.bits`\n" in said
     assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
@@ -145,9 +122,9 @@ def test_check_tells_of_a_plan_without_a_file(uniform: Path) -> None:
 
 @pytest.mark.slow
 def test_one_bit_width_runs_whole_without_a_search(uniform: Path) -> None:
-    """The paper's first variant, with the comparisons that are left: the report has no sensitivities to show."""
+    """The first variant of the paper: the report has no sensitivities, and fewer comparisons."""
     run = uniform.parent / "run"
-    qpruner("run", uniform)
+    said(uniform)
     record = search_record(run)
     assert record["best_plan"] == {"layers.0": 4, "layers.1": 4}
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
@@ -161,7 +138,7 @@ def test_one_bit_width_runs_whole_without_a_search(uniform: Path) -> None:
 def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) -> None:
     """The paper's second variant: bits by mutual information, and no search."""
     run = tmp_path / "run"
-    qpruner("search", uniform, "--set", f"output={run}", *BY_INFORMATION)
+    said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert [each["origin"] for each in record["confirmations"]] == ["seed-mutual-information"]

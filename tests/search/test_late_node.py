@@ -1,5 +1,7 @@
-"""A node that joins while a run is at work, and is not like the driver's: a second raylet with code, packages or mounts
-of its own. No work is done there, no trial is held against anybody, and the error names it."""
+"""A node that joins during a run and differs from the driver's: a second raylet with its own code, packages or mounts.
+
+No work is done there, no trial counts as failed, and the error names the node.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ CPU, HELD = {"cpu": 1.0}, {"cpu": 1.0, "gpu": 1.0}
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
-    """A head and one node; this process has joined them from a folder without qpruner, which workers search first."""
+    """A head and one node, joined by this process from a folder without qpruner: workers import from there first."""
     monkeypatch.chdir(tmp_path)
     with raylets(1, num_gpus=1) as found:
         found.in_a_thread()
@@ -45,14 +47,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
 
 
 def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
-    """Add a node whose qpruner lacks what this one's work is made of."""
+    """Add a node whose qpruner lacks a package."""
     same, other = Path(qpruner.__file__).parent, folder / "other" / "qpruner"
     shutil.copytree(same, other, ignore=shutil.ignore_patterns("__pycache__", "cluster"))
     return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])})
 
 
 def with_a_folder_of_its_own(cluster: Raylets, folder: Path) -> Any:
-    """Add a node that has another file system where the run lies."""
+    """Add a node with another file system at the path of the run."""
     return cluster.add_apart(f"mount -t tmpfs apart {folder / 'run'}", num_gpus=1)
 
 
@@ -65,12 +67,12 @@ echo 0x10de > vendor; echo 0x030200 > class
 
 
 def with_a_gpu_that_torch_does_not_see(cluster: Raylets, folder: Path) -> Any:
-    """Add a node with a card in it; the others' GPUs are only counted, and no fault is found with them."""
+    """Add a node that has a card; the other nodes only claim to have GPUs, which the check accepts."""
     return cluster.add_apart(CARD, num_gpus=1)
 
 
 def standing_in(run: Path) -> Trial:
-    """A trial that says that it has begun, and ends when it may."""
+    """A trial that leaves a file when it begins, and ends once the file `go` is there."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         (run / f"began-{time.monotonic_ns()}").touch()
@@ -85,7 +87,7 @@ def standing_in(run: Path) -> Trial:
 
 
 Work = Callable[[dict[str, float], bytes, Path], int]
-"""Returns 1, on one process of the cluster with these resources that has passed the check."""
+"""Returns 1 from a process of the cluster with these resources that has passed the check."""
 
 
 def as_task(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
@@ -116,7 +118,7 @@ EVERY: tuple[Work, ...] = (as_task, in_executor, in_group)
     [
         (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here", EVERY, CPU),
         (with_a_folder_of_its_own, "`output`: {run} is not shared", EVERY, CPU),
-        # It would go on for days on the CPU. Groups need no look: they have no way to connect.
+        # Work there would run on the CPU for days. A group needs no check: its processes could not connect.
         (
             with_a_gpu_that_torch_does_not_see,
             "a GPU is reserved for work there, but torch",

@@ -1,6 +1,6 @@
-"""The search stage: when it ends, what another budget takes over, who is compared on fresh rows, and who wins.
+"""The search stage: when it ends, which trials it reuses, which it scores again on fresh rows, and which plan wins.
 
-Its parts are called on records as trials write them; the last test runs it whole, with real Ray.
+Most tests call a part of it on records as trials write them. The last one runs the whole stage with real Ray.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import away, disk_of, flipped, with_key
+from conftest import away, disk_of, flipped, with_keys
 from made_records import made_confirmation
 from made_searches import ANOTHER, LAYOUT, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
@@ -48,7 +48,7 @@ from qpruner.search.trial_records import (
 
 
 class Searching:
-    """A search as a driver finds it, with what Tune asks for plans; two trials may be in flight."""
+    """A search with these recorded trials, and the searcher that Tune asks for plans; two trials may run at once."""
 
     def __init__(self, job: SearchJob, *records: TrialRecord, proposer: Proposer | None = None) -> None:
         for record in records:
@@ -59,18 +59,18 @@ class Searching:
         self.searcher = PlanSearcher(job, self.ledger, lambda: self.room, self.events.append, self.halt)
 
     def suggest(self, name: str) -> int | str | None:
-        """Tune asks for a plan: the number of its trial, or the answer that there is none."""
+        """Ask for a plan as Tune does: returns the number of its trial, or the answer that there is none."""
         given = self.searcher.suggest(name)
         return int(given["trial"]) if isinstance(given, dict) else given
 
     def fail(self, name: str, **fields: Any) -> None:
-        """The worker of the trial that was suggested last writes this of its failure."""
+        """Record a failure of the last suggested trial as its worker does."""
         record = read_trials(self.job.trials)[-1]
         write_trial(self.job.trials, record.model_copy(update={"status": "failed", **fields}))
         self.searcher.on_trial_complete(name, error=True)
 
     def rest(self) -> list[tuple[int, str, str]]:
-        """All that the search would still run."""
+        """All trials that the search would still run."""
         found = []
         while (suggestion := self.ledger.next()) is not None:
             found.append((suggestion.index, suggestion.origin, str(suggestion.plan)))
@@ -96,7 +96,7 @@ def test_hours_of_earlier_sessions_count(tmp_path: Path) -> None:
 
 
 def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
-    """What another search's trial held before this one went on with it is not this one's, and stays the other's."""
+    """The GPU hours of a trial that another search began count for the search that spent them."""
     job = job_of(tmp_path, max_gpu_hours=1.0)
     cut_off = trial(0, "844444", [3.0], ANOTHER, status="running", gpu_seconds=3500.0)
     assert Searching(job, cut_off).suggest("a") == 0, "the hours of the search before are not its own"
@@ -115,7 +115,7 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Hopeless:
-    """A searcher that has nothing better to expect from its second proposal on."""
+    """A searcher whose expected improvement is below the noise from its second proposal on."""
 
     space: PlanSpace
     name: str = "gp"
@@ -125,7 +125,7 @@ class Hopeless:
 
 
 def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
-    """Killed and repeated after every trial, the search is over after as many as without: 2 controls and 3 more."""
+    """A search killed after every trial ends after as many trials as an undisturbed one: 2 controls and 3 more."""
     job = job_of(tmp_path, searcher="gp", patience=3, max_trials=9)
     for index in (0, 1, 2, 3, 4, "FINISHED"):
         search = Searching(job, proposer=Hopeless(job.space))
@@ -135,11 +135,11 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
     assert "below the noise (0.01) for 3 proposals in a row" in search.ledger.ended
 
 
-# ---- what another budget takes over
+# ---- trials of another budget
 
 
 def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
-    """One of them is over this budget, one is a control here, one was stopped early; none is run again."""
+    """None is run again: one is a control here, one is over this budget, one was stopped early."""
     job = job_of(tmp_path, max_trials=4)
     search = Searching(
         job,
@@ -147,8 +147,8 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
         trial(1, "888844", [3.0, 2.9, 2.8], ANOTHER, origin="seed-kl"),
         trial(2, "484444", [3.5], ANOTHER),
     )
-    told = [(item.index, item.step, item.score) for item in search.ledger.history().observations]
-    assert told == [(0, 1, 3.4), (0, 2, 3.3), (0, 4, 3.2), (1, 1, 3.0), (1, 2, 2.9), (1, 4, 2.8), (2, 1, 3.5)]
+    scores = [(item.index, item.step, item.score) for item in search.ledger.history().observations]
+    assert scores == [(0, 1, 3.4), (0, 2, 3.3), (0, 4, 3.2), (1, 1, 3.0), (1, 2, 2.9), (1, 4, 2.8), (2, 1, 3.5)]
     found = search.rest()
     assert [(index, origin) for index, origin, _ in found] == [(3, "seed-kl"), *((n, "random") for n in (4, 5, 6))]
     assert {plan for *_, plan in found}.isdisjoint({"444444", "888844", "484444"})
@@ -167,7 +167,7 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "goes_on"),
+    ("record", "is_resumed"),
     [
         (trial(0, "848444", [3.5], ANOTHER, status="running"), True),
         (trial(0, "888848", [3.5], ANOTHER, status="running"), False),  # does not fit
@@ -177,11 +177,11 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
         (trial(0, "484444", [3.5], status="failed", failure="hung"), False),
     ],
 )
-def test_what_was_cut_off_or_failed_for_no_fault_goes_on(record: TrialRecord, goes_on: bool, tmp_path: Path) -> None:
+def test_a_trial_that_failed_without_fault_is_resumed(record: TrialRecord, is_resumed: bool, tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    assert Searching(job, record).rest()[0][0] == (0 if goes_on else 1)
+    assert Searching(job, record).rest()[0][0] == (0 if is_resumed else 1)
     (found,) = read_trials(job.trials)
-    assert (found.search, found.status) == ((MINE, "running") if goes_on else (record.search, record.status))
+    assert (found.search, found.status) == ((MINE, "running") if is_resumed else (record.search, record.status))
 
 
 # ---- trials that do not end by themselves
@@ -195,23 +195,13 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
     first, second = read_trials(search.job.trials)
     assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(first.times) == 2
     assert (second.status, second.failure, second.kills) == ("running", None, 1)
-    told = search.messages()
-    assert told[0] == "trial 0 lost its worker and is resumed from its start" and len(told) == 3
-
-
-def test_a_trial_killed_for_no_progress_has_failed(tmp_path: Path) -> None:
-    search = Searching(job_of(tmp_path, trial_timeout_seconds=7))
-    search.suggest("a")
-    search.searcher.on_hung("a")
-    search.searcher.on_trial_complete("a", error=True)
-    (record,) = read_trials(search.job.trials)
-    assert (record.status, record.failure) == ("failed", "hung")
-    assert record.reason == "no progress for 7 s (`search.trial_timeout_seconds`); its worker was killed"
+    messages = search.messages()
+    assert messages[0] == "trial 0 lost its worker and is resumed from its start" and len(messages) == 3
 
 
 @pytest.mark.parametrize("failure", ["diverged", "infeasible"])
-def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp_path: Path) -> None:
-    """As of a bad one: in the session that met it, and in the next one, which has it from the record."""
+def test_the_searcher_learns_of_a_plan_that_cannot_be_trained(failure: str, tmp_path: Path) -> None:
+    """It counts as a bad plan, in the session in which it failed and in the next one."""
     search = Searching(job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-4"))
     search.suggest("a")
     search.fail("a", failure=failure)
@@ -222,7 +212,7 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
 
 
 def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> None:
-    """Three kills are no verdict while fewer rows are left to try, and the record names the rows that ran last."""
+    """Three kills fail a trial only at a micro-batch of one row; the record has the last micro-batch that ran."""
     job = job_of(tmp_path)
     training = job.config.training.model_copy(update={"batch_size": 16, "micro_batch_size": 16})
     job = replace(job, config=job.config.model_copy(update={"training": training}))
@@ -236,12 +226,12 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
         assert (record.micro_batch_size, record.peak_memory_bytes) == (size, 7_000)
     assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
-    told = "trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"
-    assert search.messages() == [told] * 6
+    message = "trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"
+    assert search.messages() == [message] * 6
 
 
-def test_a_trial_does_not_hang_while_the_storage_is_away(tmp_path: Path) -> None:
-    """Nor for the time in which the driver did not look, because it waited for the storage, too."""
+def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> None:
+    """The time in which the driver itself waits for the storage does not count either."""
     with disk_of("1m", tmp_path / "disk") as disk:
         job = replace(job_of(tmp_path, trial_timeout_seconds=1.0), trials=disk / "trials")
         search = Searching(job)
@@ -251,7 +241,7 @@ def test_a_trial_does_not_hang_while_the_storage_is_away(tmp_path: Path) -> None
         at_work = SimpleNamespace(trial_id="a", config={"trial": 0}, temporary_state=SimpleNamespace(ray_actor="a"))
 
         def looked_for(seconds: float) -> bool:
-            """Whether the trial was taken for hanging, at which its stand-in has nothing to be killed."""
+            """Whether the trial was found to hang; killing its stand-in is then an error of Ray."""
             until = time.monotonic() + seconds
             with suppress(RaySystemError):
                 while time.monotonic() < until:
@@ -267,6 +257,10 @@ def test_a_trial_does_not_hang_while_the_storage_is_away(tmp_path: Path) -> None
         time.sleep(1.5)
         assert not looked_for(0.2)
         assert looked_for(5.0)
+        search.searcher.on_trial_complete("a", error=True)
+        record = read_trial(job.trials, 0)
+    assert (record.status, record.failure) == ("failed", "hung")
+    assert record.reason == "no progress for 1 s (`search.trial_timeout_seconds`); its worker was killed"
 
 
 def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
@@ -276,8 +270,8 @@ def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
     assert search.halt.requested and not search.halt.interrupted
 
 
-def test_a_number_that_another_driver_took_ends_the_search(tmp_path: Path) -> None:
-    """It slept while the other did the trial after the one under way."""
+def test_a_trial_of_another_driver_ends_the_search(tmp_path: Path) -> None:
+    """This driver slept while another one ran the next trial."""
     search, theirs = Searching(job_of(tmp_path)), trial(0, "844444", [3.5, 3.4, 3.3])
     write_trial(search.job.trials, theirs)
     search.suggest("a")
@@ -287,7 +281,7 @@ def test_a_number_that_another_driver_took_ends_the_search(tmp_path: Path) -> No
 
 
 def test_a_broken_machine_ends_the_search(tmp_path: Path) -> None:
-    """Free again within seconds, it would take all plans that are left."""
+    """Without this, a machine that fails within seconds would get all plans that are left."""
     job = job_of(tmp_path, max_trials=20)
     search = Searching(job, trial(0, "444444", [3.5], status="running", worker="w", node="good"))
     search.room = 20
@@ -311,8 +305,8 @@ def test_a_broken_machine_ends_the_search(tmp_path: Path) -> None:
     assert [index for index, *_ in Searching(job).rest()][:4] == [0, 1, 3, 6], "by the next command, before new plans"
 
 
-def test_a_driver_that_slept_changes_no_others_trial(tmp_path: Path) -> None:
-    """Its worker leaves such a trial to the other's, which is no death to be counted, nor a second end."""
+def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None:
+    """Its own worker stops for the worker of the other driver: that counts neither as a death nor as an end."""
     job = job_of(tmp_path)
     begin_session(job.trials, job.search)
     search = Searching(job)
@@ -331,7 +325,7 @@ def test_a_driver_that_slept_changes_no_others_trial(tmp_path: Path) -> None:
 
 
 def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
-    """Its worker was killed after it had recorded the last rung, or with the driver: nobody works on it again."""
+    """Workers killed after they had recorded the last rung leave other checkpoints, which no worker removes later."""
     job = job_of(tmp_path)
     search = Searching(job)
     left = ["checkpoint-2", "checkpoint-4", ".checkpoint-2.worker", ".checkpoint-1.doomed"]
@@ -368,7 +362,7 @@ def test_no_more_plans_are_handed_out_than_there_is_room_for(tmp_path: Path) -> 
 
 
 def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
-    """Its plan is the next search's first, should there be one with more hours; one that had begun goes on."""
+    """A trial that has begun continues. With more hours, the next search begins with the withdrawn plan."""
     job = job_of(tmp_path, max_hours=1.0)
     write_seconds(job.trials, job.search, 3599.5)
     search = Searching(job)
@@ -383,12 +377,12 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
     assert more[:2] == [(0, "uniform-4", "444444"), (1, "seed-kl", SEED_PLAN)]
 
 
-# ---- what is damaged
+# ---- damaged files
 
 
 @pytest.mark.parametrize("copy", ["whole", "damaged", "missing"])
 def test_a_damaged_record_is_set_aside_and_its_trial_rerun(copy: str, tmp_path: Path) -> None:
-    """With its plan, which no searcher would propose at its number, as long as a copy of that can be read."""
+    """It is rerun with its own plan if the copy of its first record can be read."""
     job = job_of(tmp_path)
     for record in (trial(0, "444444", [3, 3, 3], origin="uniform-4"), trial(1, "484444", [3, 3, 3])):
         begin_trial(job.trials, record.model_copy(update={"rungs": (), "status": "running"}))
@@ -401,39 +395,39 @@ def test_a_damaged_record_is_set_aside_and_its_trial_rerun(copy: str, tmp_path: 
         kept_plan.unlink()
     damaged = path.read_bytes()[:-20] if copy == "whole" else flipped(path.read_bytes(), b'"layers.0": ')
     path.write_bytes(damaged)
-    told: list[str] = []
-    set_aside_damaged(job.trials, job.search, told.append)
-    assert len(told) == 1 and str(path) in told[0]
+    messages: list[str] = []
+    set_aside_damaged(job.trials, job.search, messages.append)
+    assert len(messages) == 1 and str(path) in messages[0]
     (kept,) = job.trials.glob("damaged/*/trial.json")
     assert kept.read_bytes() == damaged
     first, *others = Searching(job).rest()
     plans = ["444444", first[2], *(plan for _, _, plan in others)]
     assert len(set(plans)) == len(plans), "none is handed out twice"
     if copy == "whole":
-        assert "that trial is run again" in told[0] and first == (1, "random", "484444")
+        assert "that trial is run again" in messages[0] and first == (1, "random", "484444")
         path.write_bytes(damaged)
-        set_aside_damaged(job.trials, job.search, told.append)
+        set_aside_damaged(job.trials, job.search, messages.append)
         assert Searching(job).rest()[0] == first, "and so it is a second time"
     else:
-        assert "its number gets another plan" in told[0] and first == (1, "seed-kl", SEED_PLAN)
+        assert "its number gets another plan" in messages[0] and first == (1, "seed-kl", SEED_PLAN)
 
 
 @pytest.mark.parametrize("text", ['{"sec', '{"seconds": 9.0, "record_digest": "0"}'])
 def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
-    trials, told = job_of(tmp_path).trials, list[str]()
+    trials, messages = job_of(tmp_path).trials, list[str]()
     write_trial(trials, trial(0, "444444", [3, 3, 3], times=(10.0, 30.0)))
     clock = trials / f"search-{MINE}.json"
     clock.write_text(text)
     for _ in range(2):  # the second finds it whole
-        set_aside_damaged(trials, MINE, told.append)
-        assert len(told) == 1 and str(clock) in told[0] and "count from zero" in told[0]
+        set_aside_damaged(trials, MINE, messages.append)
+        assert len(messages) == 1 and str(clock) in messages[0] and "count from zero" in messages[0]
         assert read_clock(trials, MINE).seconds == 0.0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "away", None])
 def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp_path: Path) -> None:
-    """On a storage that is away for a moment it is not missing."""
-    trials, told = job_of(tmp_path).trials, list[str]()
+    """A checkpoint on a storage that is away for a moment does not count as missing."""
+    trials, messages = job_of(tmp_path).trials, list[str]()
     checkpoint = trials / "0000" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"w" * 1000)
@@ -443,26 +437,26 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     if damage in ("away", None):
         with away(trials) as end:
             threading.Timer(0.3 if damage else 0.0, end).start()
-            assert not restart_if_damaged(trials, running, told.append)
-        assert told == [] and read_trials(trials) == [running]
+            assert not restart_if_damaged(trials, running, messages.append)
+        assert messages == [] and read_trials(trials) == [running]
         return
     if damage == "flipped":
         (checkpoint / "weights").write_bytes(b"w" * 500 + b"v" + b"w" * 499)
     else:
         shutil.rmtree(checkpoint)
-    set_aside_damaged(trials, MINE, told.append)
+    set_aside_damaged(trials, MINE, messages.append)
     (found,) = read_trials(trials)
-    assert len(told) == 1 and str(checkpoint) in told[0] and "trial 0 is restarted" in told[0]
+    assert len(messages) == 1 and str(checkpoint) in messages[0] and "trial 0 is restarted" in messages[0]
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(trials.glob("damaged/*/weights"))) == (damage == "flipped")
 
 
-# ---- who is compared, and who wins
+# ---- finalists and the winner
 
 
 def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
-    """What was a seed at another budget is a plan like any other; a control that a searcher proposed there is one."""
+    """Whether a trial is a control depends on its plan at this budget, not on its origin."""
     trials = [
         trial(0, "444444", [3, 3, 3.9], origin="uniform-4"),
         trial(1, "448444", [3, 3, 3.8], ANOTHER, origin="seed-kl"),
@@ -475,7 +469,7 @@ def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
     assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
 
 
-def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> None:
+def test_finalists_of_a_front_are_all_plans_on_it(tmp_path: Path) -> None:
     plans = {"888444": 3.0, "484444": 3.5, "448444": 3.4, "448484": 3.6, "444444": 3.9}
     trials = [trial(index, plan, [3, 3, loss]) for index, (plan, loss) in enumerate(plans.items())]
     assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
@@ -495,7 +489,7 @@ def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> No
 
 
 def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
-    """By the trials' own scores the middle plan is on the front; on fresh rows the small one beats it."""
+    """The middle plan is on the front by the scores of the trials, but the small one beats it on fresh rows."""
     plans = {"884444": 3.0, "844444": 3.2, "444444": 3.4}
     trials = {index: trial(index, plan, [3, 3, loss]) for index, (plan, loss) in enumerate(plans.items())}
     fresh = [made_confirmation(index, "gp", loss) for index, loss in enumerate((3.1, 3.5, 3.3))]
@@ -514,21 +508,14 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_front_by_accuracy(tiny_raw: dict[str, Any]) -> None:
-    raw = tiny_raw
-    for key, value in {
+    search = {"max_trials": 6, "searcher": "gp", "first_rung": 2, "pareto": True, "metric": "acc", "limit": 8}
+    keys = {f"search.{key}": value for key, value in search.items()} | {
+        "search.tasks": ["qpruner_everyday_validation"],
         "sensitivity.methods": ["mutual_information"],
         "quantize.budget": {"fraction": 1.0},
-        "search.max_trials": 6,
-        "search.searcher": "gp",
-        "search.first_rung": 2,
-        "search.pareto": True,
-        "search.metric": "acc",
-        "search.tasks": ["qpruner_everyday_validation"],
-        "search.limit": 8,
-    }.items():
-        raw = with_key(raw, key, value)
+    }
     events: list[Event] = []
-    found = run(validate_config(raw), events.append, until="search").search
+    found = run(validate_config(with_keys(tiny_raw, **keys)), events.append, until="search").search
     assert found is not None
     assert (found.metric, found.metrics) == ("accuracy", {"qpruner_everyday_validation": "acc"})
     assert found.ended == "all 6 trials were spent (`search.max_trials`)"

@@ -1,5 +1,4 @@
-"""Tables of measured plans and replays of searches on them: what is measured, what is counted, and that the benchmark
-runs from a file to its JSON line."""
+"""The benchmark of searchers: tables of measured plans, replays of searches on them, and the figures of replays."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ LYING = [0.01, 0.06, 0.005, 0.02, 0.08]
 
 
 def test_plans_that_share_blocks_get_their_own_loss(tiny_model: Path, tmp_path: Path) -> None:
-    """What the shortcuts measure is the loss of the plan's own model."""
+    """The evaluator, which shares blocks between plans, measures the loss of each plan's own model."""
     text, folder = tmp_path / "text.txt", tiny_model
     text.write_text("\n".join(row["question"] for row in demo_rows("questions_train.jsonl")))
     job = Job(str(folder), str(text), str(tmp_path / "bank"), "2", (4, 8), context=24, num_validation=4, rungs=())
@@ -46,7 +45,7 @@ def test_plans_that_share_blocks_get_their_own_loss(tiny_model: Path, tmp_path: 
 
 
 def content() -> dict[str, Any]:
-    """Every plan of five groups, at two rungs; the first is another ranking, on another level."""
+    """A table of every plan of five groups, at three rungs."""
     plans = list(itertools.product((4, 8), repeat=5))
     losses = [3.0 + sum(rise for rise, bits in zip(MAIN, plan, strict=True) if bits == 4) for plan in plans]
     early = [1.0 + 2 * loss for loss in losses]
@@ -80,7 +79,7 @@ def table(tmp_path: Path) -> Path:
         (("sensitivities", "loss"), {"8": [0.0] * 5}, "`sensitivities.loss` lacks 4 bits"),
     ],
 )
-def test_what_is_no_table_is_refused(place: tuple[Any, ...], value: Any, said: str, table: Path) -> None:
+def test_an_invalid_table_is_refused(place: tuple[Any, ...], value: Any, said: str, table: Path) -> None:
     wrong = here = content()
     for key in place[:-1]:
         here = here[key]
@@ -99,7 +98,7 @@ def task(path: Path, searcher: str = "random", **changes: Any) -> Task:
 
 
 def replayed(of: Task, losses: Sequence[float]) -> Replay:
-    """A search whose trials ended in order, scores without noise, none a control."""
+    """A search whose trials ended in this order, without noise and controls."""
     trials = [EndedTrial(at, loss, loss, loss, False, True, 8 * (at + 1)) for at, loss in enumerate(losses)]
     return Replay(of, trials, best_seed=None, promises={}, proposals=len(losses), wasted=1, seconds=0.1)
 

@@ -1,4 +1,4 @@
-"""What is proposed next: never a plan twice, never one over budget, and the same again when a search is taken up."""
+"""Proposals: no plan twice, none over budget, and the same ones when a search is resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
+from made_searches import blocks, space_of
 
 from qpruner.cluster.tune import make_proposer
 from qpruner.errors import UserError
@@ -28,7 +29,7 @@ from qpruner.search.searchers import (
 
 MakeProposer = Callable[[PlanSpace, int], Proposer]
 NAMES = ("random", "hyperopt", "gp")
-"""bayesopt takes a third of a second a proposal, so it has a few tests of its own."""
+"""bayesopt is in few tests: each of its proposals takes a third of a second."""
 STEPS = (4, 8)
 
 
@@ -37,14 +38,6 @@ def maker(name: str) -> MakeProposer:
 
 
 PROPOSERS = pytest.mark.parametrize("make", [maker(name) for name in NAMES], ids=NAMES)
-
-
-def space_of(num_groups: int, share: float = 0.5, levels: tuple[int, ...] = (4, 8)) -> PlanSpace:
-    weights = np.random.default_rng(num_groups).integers(1, 5, num_groups) * 1000
-    sizes = tuple(tuple(int(weight) * bits for bits in levels) for weight in weights)
-    lowest, highest = (sum(group[at] for group in sizes) for at in (0, -1))
-    names = tuple(f"layers.{index}" for index in range(num_groups))
-    return PlanSpace(names, levels, sizes, 5000, 5000 + lowest + int(share * (highest - lowest)))
 
 
 def controls_of(space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
@@ -57,7 +50,7 @@ def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: i
 
 
 def rungs_of(suggestion: Suggestion) -> list[Observation]:
-    """What a trial that runs to its end reports: a loss that wants bits in the early groups."""
+    """The rungs of a finished trial; its loss is lower with more bits in the first groups."""
     score = 3.0 - sum((bits == 8) / (1 + index) for index, bits in enumerate(suggestion.plan.bits))
     return [Observation(suggestion.index, suggestion.plan, step, score + 1 / step) for step in STEPS]
 
@@ -69,7 +62,7 @@ def finish(ledger: Ledger, suggestion: Suggestion) -> None:
 
 
 def begin(ledger: Ledger, number: int, finished: Collection[int] = ()) -> list[Suggestion]:
-    """Begin so many trials; those of these numbers end before the next begins."""
+    """Begin some trials; those in `finished` end before the next one begins."""
     begun = []
     for index in range(number):
         suggestion = ledger.next()
@@ -90,14 +83,14 @@ def run(ledger: Ledger) -> list[Suggestion]:
 
 
 def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
-    """At the last step that any plan reached; an unknown plan would be a hole that the searcher knows nothing of."""
-    ledger = ledger_of(space_of(4), maker("random"))
+    """Its score is at the last step that any plan reached."""
+    ledger = ledger_of(space_of(blocks(4)), maker("random"))
     ruined, good, bad = begin(ledger, 3)
     ledger.close(ruined, is_untrainable=True)
     assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), "nothing is known yet"
     ledger.observe(Observation(good.index, good.plan, 4, 3.0))
-    told = [(item.index, item.step, item.score) for item in ledger.history().observations]
-    assert told == [(ruined.index, 4, pytest.approx(3.03)), (good.index, 4, 3.0)]
+    scores = [(item.index, item.step, item.score) for item in ledger.history().observations]
+    assert scores == [(ruined.index, 4, pytest.approx(3.03)), (good.index, 4, 3.0)]
     ledger.observe(Observation(good.index, good.plan, 8, 2.9))
     ledger.observe(Observation(bad.index, bad.plan, 8, 3.4))
     assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in ledger.history().observations
@@ -107,7 +100,7 @@ def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
 @PROPOSERS
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
 def test_controls_first_no_plan_twice_none_over_budget(make: MakeProposer, levels: tuple[int, ...]) -> None:
-    space = space_of(8, 0.4, levels)
+    space = space_of(blocks(8), levels, 0.4)
     suggestions = run(ledger_of(space, make))
     assert [(item.origin, item.plan) for item in suggestions[:2]] == controls_of(space)
     assert {item.origin for item in suggestions[2:]} == {make(space, 0).name}
@@ -116,9 +109,9 @@ def test_controls_first_no_plan_twice_none_over_budget(make: MakeProposer, level
 
 
 @PROPOSERS
-def test_a_small_space_is_tried_out_and_then_it_is_over(make: MakeProposer) -> None:
-    """Asked for 100 trials where 20-odd plans exist, the search ends instead of waiting for ever."""
-    space = space_of(5)
+def test_a_search_of_a_small_space_tries_every_plan_and_ends(make: MakeProposer) -> None:
+    """The search ends by itself if `max_trials` is larger than the number of plans."""
+    space = space_of(blocks(5))
     every = [PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=5)]
     ledger = ledger_of(space, make, max_trials=100)
     assert {item.plan for item in run(ledger)} == set(filter(space.is_feasible, every))
@@ -127,8 +120,8 @@ def test_a_small_space_is_tried_out_and_then_it_is_over(make: MakeProposer) -> N
 
 @PROPOSERS
 def test_a_proposal_depends_on_seed_number_and_results_only(make: MakeProposer) -> None:
-    """Not on the order in which results arrive, which on a cluster is another every time, nor on global states."""
-    space = space_of(10)
+    """It does not depend on the order in which results arrive, nor on global random states."""
+    space = space_of(blocks(10))
 
     def following(seed: int, order: int) -> list[Suggestion | None]:
         ledger = Ledger(space, make(space, seed), [], max_trials=20)
@@ -146,8 +139,8 @@ def test_a_proposal_depends_on_seed_number_and_results_only(make: MakeProposer) 
 
 @pytest.mark.parametrize("name", ["hyperopt", "bayesopt", "gp"])
 def test_a_searcher_learns_from_what_ran(name: str) -> None:
-    """After 30 results that all say "8 bits in the first groups", it proposes that more often than chance does."""
-    space = space_of(8, 1.0)
+    """After 30 results in favour of 8 bits in the first groups it proposes that more often than chance does."""
+    space = space_of(blocks(8), share=1.0)
     plans = [space.plan_of(row) for row in np.random.default_rng(0).integers(2, size=(30, 8))]
     results = [
         Observation(index, plan, 8, 3.0 - 0.5 * plan.bits[:3].count(8) + 0.5 * plan.bits[5:].count(8))
@@ -162,7 +155,7 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
 
 @PROPOSERS
 def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer) -> None:
-    space = space_of(8)
+    space = space_of(blocks(8))
     with_failure, without = ledger_of(space, make), ledger_of(space, make)
     failed, _ = (begin(ledger, 6, finished=(0, 1, 2, 3, 5))[4] for ledger in (with_failure, without))
     with_failure.close(failed)
@@ -174,8 +167,8 @@ def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer)
 
 @pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
 def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
-    """Killed with trials 3 and 5 under way: those are handed out again, as they were, before anything new."""
-    space, max_trials = space_of(9), 10
+    """Trials 3 and 5 were running when it was killed; they are handed out again before new ones."""
+    space, max_trials = space_of(blocks(9)), 10
     ledger, again = (ledger_of(space, maker(name), max_trials=max_trials) for _ in range(2))
     begun = begin(ledger, 7, finished=(0, 1, 2, 4, 6))
     ledger.observe(rungs_of(begun[5])[0])
@@ -193,20 +186,20 @@ def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
 
 def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
     """Of two plans with equal scores the smaller one is the better."""
-    told = []
+    scores = []
 
     class Listener(RandomProposer):
         def propose(self, index: int, history: History) -> Proposal:
-            told.append([item.score for item in history.observations])
+            scores.append([item.score for item in history.observations])
             return super().propose(index, history)
 
-    space = space_of(6, 1.0)
+    space = space_of(blocks(6), share=1.0)
     observations = tuple(Observation(at, space.uniform(bits), 8, 2.0) for at, bits in enumerate((4, 8)))
     proposer = ScalarizedProposer(Listener(space, 0), space, 0)
     for index in range(5):
         proposer.propose(index, History(observations))
-    assert all(small < large for small, large in told)
-    assert len({large for _, large in told}) == 5
+    assert all(small < large for small, large in scores)
+    assert len({large for _, large in scores}) == 5
 
 
 @pytest.mark.parametrize("version", [None, "2.0.3"])
@@ -222,4 +215,4 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
     for name in ("gp", "hyperopt", "random"):
         check_searcher(name)
     with pytest.raises(UserError, match=r'pip install "qpruner\[bayesopt\]"'):
-        make_proposer("bayesopt", space_of(4), 0, {})
+        make_proposer("bayesopt", space_of(blocks(4)), 0, {})

@@ -1,4 +1,4 @@
-"""What would have a session of Tune wait for ever, or end without a word: real Ray, with trials that stand in."""
+"""Faults at which Tune alone would wait for ever or end without a message: real Ray, with stand-ins for trials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ register_pickle_by_value(sys.modules[__name__])  # workers have no such module
 HELD = {"cpu": 1.0, "gpu": 1.0}
 LAST = RungResult(step=4, loss=3.0)
 SECONDS = 180.0
-"""After so many a search that should have ended has not, on a machine that does much else."""
+"""The longest that a search here may take, on a busy machine."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ra
 
 
 def within(room: Callable[[], int]) -> Callable[[], int]:
-    """The room for a search that is to end in time."""
+    """The room for trials, which also fails the test if the search does not end in time."""
     deadline = time.monotonic() + SECONDS
 
     def timed() -> int:
@@ -67,7 +67,7 @@ def reported(folder: Path, report: Report, result: RungResult) -> None:
 
 
 def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    """They are over with the first rung, after which its machine goes."""
+    """The GPU hours are spent with the first rung, after which the only machine is killed."""
     cluster, facts = joined
     told: list[str] = []
 
@@ -109,8 +109,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_of_the_driver_ends_the_search(
     room: int, joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
 ) -> None:
-    """It fills up when the trial has recorded its last rung and the driver has not heard of it; with room for another
-    trial Tune knows by then that there is none, and hearing of it is its last step."""
+    """The disk fills up after the trial has recorded its last rung and before the driver knows. With room for a second
+    trial, Tune has learned by then that there is none."""
     filler = disk / "filler"
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -134,7 +134,7 @@ def test_a_full_disk_of_the_driver_ends_the_search(
 
 
 def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:
-    """transformers tells of a missing file without the system's number, as of any other mistake."""
+    """transformers reports a missing file by an error without the errno of the system."""
     (disk / "config.json").write_text('{"model_type": "llama"}')
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:

@@ -110,9 +110,9 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert measured(events) == {"kl", "loss"}
     assert third.methods["fisher"] == second.methods["fisher"]
     assert third.methods["kl"].values == second.methods["kl"].values
-    (told,) = [event.text for event in events if isinstance(event, Message) and str(file) in event.text]
+    (message,) = [event.text for event in events if isinstance(event, Message) and str(file) in event.text]
     (aside,) = (Path(raw["output"]) / "damaged").iterdir()
-    assert f"set aside in {aside}" in told
+    assert f"set aside in {aside}" in message
     fourth = record_of(raw, f"{three}; lora.rank=2", events)
     assert measured(events) == {"kl", "loss", "first_order", "fisher", "second_order"}
     assert fourth.methods["kl"].values != second.methods["kl"].values

@@ -1,4 +1,4 @@
-"""Scores of real lm-eval tasks: which metrics are recorded, and which one tables and searches use."""
+"""Scores of real lm-eval tasks: which metrics are recorded, and which metric tables and searches use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = f'''
 import datasets
 
 def load(**_):
-    """Questions whose first choice is long and right in two of three, so that a score by length is another."""
+    """Make questions whose long first choice is right in two of three, so that acc and acc_norm differ."""
     rows = [
         {{"question": f"What is {{n}}?", "choices": [f"the one that comes after {{n - 1}}", str(n)],
           "answer": int(n % 3 == 0), "text": "[invalid]"}}
@@ -54,7 +54,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of tasks that ask the same and report different metrics."""
+    """Write a folder of tasks that ask the same questions and report different metrics."""
     made = tmp_path_factory.mktemp("tasks")
     (made / "rows.py").write_text(ROWS)
     for task, (kind, metrics) in TASKS.items():
@@ -76,7 +76,7 @@ def scores_of(model: tuple[Any, Any], folder: str, *tasks: str, **options: Any) 
 
 @pytest.fixture(scope="module")
 def positions(model: tuple[Any, Any]) -> list[int]:
-    """Tokens at which the model's head has run, a number a pass."""
+    """Collect, for each pass, the number of tokens for which the model's head ran."""
     found: list[int] = []
     model[0].get_output_embeddings().register_forward_hook(
         lambda _, inputs, __: found.append(inputs[0][..., 0].numel())
@@ -92,7 +92,7 @@ def scores(model: tuple[Any, Any], folder: str) -> dict[str, TaskScore]:
 def test_tables_prefer_acc_norm_and_know_acc(
     model: tuple[Any, Any], folder: str, positions: list[int], scores: dict[str, TaskScore]
 ) -> None:
-    """As lm-eval's own model scores answers, which computes logits at every token of the questions, too."""
+    """Scores equal those of lm-eval's own model, which also computes the logits of all question tokens."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -126,7 +126,7 @@ def test_tables_prefer_acc_norm_and_know_acc(
 
 
 def test_answers_that_a_task_filters_count_once(scores: dict[str, TaskScore]) -> None:
-    """lm-eval logs a question once for each filter; the first one counts."""
+    """lm-eval logs a question once for each filter; the first filter counts."""
     written = scores["toy_written"]
     values = {name: each.value for name, each in written.metrics.items()}
     assert values == {"exact_match,strict": 1.0, "exact_match,whole": 0.0}
@@ -145,5 +145,5 @@ def test_a_metric_that_a_task_does_not_report_is_refused(folder: str) -> None:
         task_questions(["toy_both", "toy_acc"], folder, "search.tasks", 6, "acc_norm")
     assert str(caught.value) == (
         "`search.metric` must be a metric that every task of `search.tasks` reports, got acc_norm, but `toy_acc` "
-        "reports acc: name one that all report, `accuracy` for each task's own, or another task"
+        "reports acc: set a metric that all report, `accuracy` for each task's own, or another task"
     )

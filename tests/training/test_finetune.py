@@ -1,4 +1,4 @@
-"""The training loop: going on from a checkpoint is the training that was never interrupted."""
+"""The training loop: a resumed training gives the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def losses(model: Any, rows: Rows, output: Path, start: Path | None = None, **ch
     return seen
 
 
-def test_going_on_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+def test_resuming_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     whole = losses(fresh(dropout=0.1), rows, tmp_path / "whole")
     assert len(whole) == 6
     resumed = losses(fresh(dropout=0.1), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
@@ -57,7 +57,7 @@ def test_going_on_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: 
     )
 
 
-def test_rungs_have_whole_checkpoints_and_adapters_alone_change(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
+def test_rungs_have_full_checkpoints_and_only_adapters_change(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     called: list[tuple[int, bool]] = []
 
     def on_rung(step: int, checkpoint: Path, loss: float) -> None:
@@ -78,7 +78,7 @@ def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_pa
 
 
 def test_a_halved_micro_batch_is_the_same_training(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    """What a trial that ran out of memory goes on with."""
+    """A trial that ran out of memory resumes with half the micro-batch."""
     expected = losses(fresh("float32"), rows, tmp_path / "whole", micro_batch_size=4)
     assert len({round(loss, 3) for loss in expected}) == 6
     half = losses(fresh("float32"), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", micro_batch_size=2)
@@ -86,15 +86,15 @@ def test_a_halved_micro_batch_is_the_same_training(fresh: Fresh, rows: Rows, tmp
 
 
 def some_lengths(num_rows: int) -> list[int]:
-    """Most of them short, some long, a few alike."""
+    """Return row lengths: most short, some long, a few equal."""
     return np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
 
 
 @pytest.mark.parametrize(("num_rows", "processes"), [(1, 3), (24, 1), (70, 3)])
 def test_processes_share_the_batches_of_a_random_order(num_rows: int, processes: int) -> None:
-    """A batch of twelve: what the processes take for a step are the next rows of the epoch's order, each once.
+    """In each step, the processes together take the next twelve rows of the epoch's order, each row once.
 
-    All rows of a turn, whatever process takes them, are as long as any of the next turn of the same batch.
+    In each turn of a batch, all rows of all processes are at least as long as any row of the next turn.
     """
     size, batch = 2, 12
     settings, lengths = TrainingConfig(batch_size=batch, micro_batch_size=size), some_lengths(num_rows)
@@ -128,7 +128,7 @@ class Gradients(TrainerCallback):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, fresh: Fresh, tmp_path: Path) -> None:
-    """The mean over all labelled tokens of the optimizer batch, in float32, however its rows are dealt."""
+    """It is the mean over all labelled tokens of the optimizer batch, in float32, for any size of micro-batch."""
     generator = np.random.default_rng(0)
     ids = [generator.integers(2, 500, length).tolist() for length in (6, 60, 8, 33, 7, 12, 51, 9)]
     rows = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
@@ -157,7 +157,7 @@ def test_only_the_rows_of_a_step_are_read(
 
 
 def test_every_epoch_of_every_seed_has_its_own_order(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    """Training seeds that share orders would be no independent ones."""
+    """Training seeds with equal orders would not be independent."""
     model, seen = fresh(), []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
     one_each = SETTINGS.model_copy(update={"micro_batch_size": 1})
@@ -174,8 +174,8 @@ def test_every_epoch_of_every_seed_has_its_own_order(fresh: Fresh, rows: Rows, t
 
 
 def test_a_loss_far_above_the_first_stops_the_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    """A model that has learnt its four rows meets a learning rate far too high; its logits are ten times as large as
-    those of a fresh one, so that a wrong guess costs something."""
+    """The model has learnt its four rows, then the learning rate is far too high. Its logits are ten times as large as
+    a fresh model's, so that a wrong guess has a high loss."""
     peft_model = fresh("float32")
     with torch.no_grad():
         peft_model.get_submodule(NORM).weight.fill_(10.0)

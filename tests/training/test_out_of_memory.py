@@ -1,4 +1,4 @@
-"""Memory or disk that run out in a command that is no stage: it says what to do, and takes itself for no defect."""
+"""If memory runs out in a command without stages, its message gives a remedy and does not report a defect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qpruner.hf  # noqa: F401
 
 WIDTH = 400_000
-"""Channels of a block whose weights take 154 MB."""
+"""MLP channels of a block with 154 MB of weights."""
 
 PROGRAM = """
 import json, re, resource, sys
@@ -42,7 +42,7 @@ for more, command in commands:
 
 
 def write_zeros(file: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """A safetensors file of bfloat16 zeros that takes no room on the disk."""
+    """Write a sparse safetensors file of bfloat16 zeros, which needs no disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
@@ -55,7 +55,7 @@ def write_zeros(file: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 
 @pytest.fixture
 def wide(tiny_model: Path, tmp_path: Path) -> Path:
-    """A model of one block that takes 154 MB, and 800 MB for a product of 1000 tokens."""
+    """Write a model of one block with 154 MB of weights, which needs 800 MB to process 1000 tokens."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "wide"))
     config = LlamaConfig.from_pretrained(folder)
     config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings = 1, WIDTH, 65536
@@ -67,8 +67,8 @@ def wide(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_memory_that_runs_out_is_told_with_what_helps(wide: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Address space that the system refuses, to a model, to an answer, and to an export."""
+def test_a_command_out_of_memory_names_a_remedy(wide: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The system refuses address space to the loading of a model, to an export and to a generation."""
     run = finished_run(tiny_model, tmp_path / "run")
     write_zeros(run / "final" / "adapter_model.safetensors", {"wide": [64, 3 * WIDTH]})
     asked = ["--max-tokens", "2"]
@@ -108,7 +108,7 @@ for spare in range(4, 22, 2):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_torchs_errors_are_known_as_out_of_memory(dtype: str) -> None:
-    """oneDNN's words for it among them, where it multiplies in bfloat16. With less to spare torch may crash."""
+    """They include oneDNN's error of a product in bfloat16. With even less memory, torch may crash."""
     done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True)
-    told = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
-    assert len(told) == 9 and all(line.startswith("True") for line in told), done
+    known = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
+    assert len(known) == 9 and all(line.startswith("True") for line in known), done

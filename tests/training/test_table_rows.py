@@ -1,4 +1,4 @@
-"""The rows of the final table, on real files: a row is scored with the adapter it was given, or not at all."""
+"""Rows of the final table, on real files: a row is scored with its own adapter, or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A configuration whose run has got as far as the bank."""
+    """Return a configuration whose run is done up to the stage `bank`."""
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("candidates") / "run")
     raw = with_key(raw, "evaluate.include_path", str(DEMO_DATA.parent / "tasks"))
     config = validate_config(with_key(raw, "training.learning_rate", 0.01))
@@ -67,19 +67,19 @@ def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed
 
 @pytest.fixture(scope="module")
 def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """A row that was fine-tuned."""
+    """Fine-tune a row; return its job and the outcome."""
     job = job_of(config, tmp_path_factory.mktemp("tuned") / "searched")
     return job, finetune_candidate(job)
 
 
 def changed(job: CandidateJob, **fields: Any) -> CandidateJob:
-    """The job with another row."""
+    """Return the job with these fields of its row changed."""
     return replace(job, candidate=replace(job.candidate, **fields))
 
 
 @pytest.fixture
 def copied(tuned: Tuned, tmp_path: Path) -> CandidateJob:
-    """The row in a folder of its own, to be damaged."""
+    """Return the fine-tuned row in a copy of its folder, which a test may damage."""
     return changed(tuned[0], folder=shutil.copytree(tuned[0].candidate.folder, tmp_path / "searched"))
 
 
@@ -115,11 +115,11 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
 
 
 def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: CandidateJob) -> None:
-    """Its driver was killed in between; the adapter that it had is given to nobody."""
+    """The driver was killed before it recorded the fine-tune, and the adapter is missing."""
     shutil.rmtree(copied.candidate.adapter)
     copied.candidate.progress.unlink()
     again = finetune_candidate(copied)
-    assert not copied.candidate.progress.exists(), "no step was told"
+    assert not copied.candidate.progress.exists(), "no step was reported"
     figures = ("steps", "train_loss", "validation_loss", "confirmation_loss", "adapter_sha256")
     assert [getattr(again, name) for name in figures] == [getattr(tuned[1], name) for name in figures]
 
@@ -132,7 +132,7 @@ def test_the_outcome_is_that_of_the_saved_adapter(tuned: Tuned) -> None:
 
 
 def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
-    """Over training seeds the data order differs; starts drawn anew would be one more noise between plans."""
+    """Training seeds differ in data order only; different starts would add noise between plans."""
     job, outcome = tuned
     other = changed(job, folder=tmp_path / "other", seed=1)
     assert finetune_candidate(other).validation_loss != outcome.validation_loss
@@ -141,7 +141,7 @@ def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
 
 
 def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
-    """One that a killed process did not list is not complete."""
+    """A checkpoint without a list of its files is ignored, because its process was killed."""
     assert latest_checkpoint(tmp_path / "none") is None
     claim = Ownership(tmp_path / "owner.json")
     claim.take()
@@ -232,7 +232,7 @@ def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: Tuned) -> None:
 
 
 def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path) -> None:
-    """Against transformers' own loss, a window at a time; the adapter counts."""
+    """The loss equals transformers' own, computed window by window with the adapter."""
     job, tokenizer = tuned[0], tokenizer_of(tuned[0])
     texts = [row["question"] for row in demo_rows("questions_confirmation.jsonl")]
     rows = text_windows(texts, tokenizer, 32)
@@ -252,7 +252,7 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
 
 
 def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
-    """The unquantized row is of other groups than the tuned one, with the same adapter."""
+    """An unquantized row takes turns with the quantized one; both have the same adapter."""
     job = tuned[0]
     dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, 16))
     signs = tmp_path / "turns"
@@ -270,7 +270,7 @@ def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
 
 
 def test_mapped_weights_are_counted_once(tmp_path: Path) -> None:
-    """A generation is what reads them first; they are among the model's own bytes already."""
+    """The generation is the first to read them, but they already count as the model's bytes."""
     config = LlamaConfig(hidden_size=512, num_hidden_layers=2, num_attention_heads=8)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -287,7 +287,7 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (shutil.rmtree, lambda adapter: 
 def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     copied: CandidateJob, damage: Callable[[Path], object]
 ) -> None:
-    """The untuned model's accuracy would stand in the table as the fine-tuned one's."""
+    """Otherwise the table would show the untuned model's accuracy as that of the fine-tuned model."""
     damage(copied.candidate.adapter)
     with pytest.raises(CorruptFile) as caught:
         evaluate_candidate(copied)
@@ -301,14 +301,14 @@ def own_scores(job: CandidateJob, model: Any) -> tuple[TaskScore, ...]:
 
 
 def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: Tuned) -> None:
-    """Neither an adapter that lies in its folder nor a start may touch the `no fine-tune` rows."""
+    """A `no fine-tune` row must use neither the adapter in its folder nor initial adapters."""
     job = job_of(config, tuned[0].candidate.folder, bits=(16,), seed=None)
     model = load_dense(str(job.candidate.checkpoint), config.model.dtype)
     assert evaluate_candidate(job).scores == own_scores(job, model)
 
 
 def test_an_untuned_quantized_row_has_its_adapter_start(tuned: Tuned) -> None:
-    """With the adapter start, and not with the adapter that a fine-tune left in its folder."""
+    """It has the initial adapters, and not the adapter that a fine-tune left in its folder."""
     job = changed(tuned[0], seed=None)
     assert (job.candidate.adapter / ADAPTER).is_file() and 4 in job.candidate.plan.values()
     model = build(job.config, job.candidate)

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow as they really are: what they got, read back by their own packages."""
+"""Real Weights & Biases and MLflow: what was logged to them is read back by their own packages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """What a worker is given stays in its process; here the tests share one."""
+    """Restore the environment after each test, since a worker's variables are set in the tests' process."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
@@ -43,7 +43,7 @@ def same_environment() -> Iterator[None]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Both trackers on this machine."""
+    """Return variables that keep both trackers on this machine."""
     return {
         "WANDB_MODE": "offline",
         "WANDB_API_KEY": SECRET,
@@ -51,8 +51,8 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def mlflow_rows(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
-    """MLflow's runs by name, each with the curve of its loss."""
+def mlflow_runs(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
+    """Return MLflow's runs by name, each with its loss curve."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
@@ -65,7 +65,7 @@ def mlflow_rows(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """What an offline run's file holds: protobuf records in LevelDB's log format behind seven bytes of header."""
+    """Read an offline run's file: seven bytes of header, then protobuf records in LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, parts, found = file.read_bytes(), 7, b"", []
@@ -82,8 +82,8 @@ def wandb_records(file: Path) -> list[Any]:
     return found
 
 
-def wandb_rows(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Configuration and lines of every row, by name."""
+def wandb_runs(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Return the configuration and the logged lines of every run, by name."""
     rows: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     deadline = time.monotonic() + 60
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
@@ -117,7 +117,7 @@ def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path
         told = subprocess.run(["grep", "-rlF", SECRET, tmp_path, short_folder], capture_output=True, text=True)
         assert told.stdout == "", "recorded or logged"
     rungs, trials = rungs_of(command.run), trials_of(command.run)
-    by_mlflow, by_wandb = mlflow_rows(tmp_path), wandb_rows(command.run)
+    by_mlflow, by_wandb = mlflow_runs(tmp_path), wandb_runs(command.run)
     names = {index: f"trial-{index:04d}-{trials[index]['origin']}" for index in range(2)}
     [tuned] = by_mlflow.keys() - set(names.values())
     assert by_mlflow.keys() == by_wandb.keys()
@@ -145,8 +145,8 @@ def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], tiny_
         torch.manual_seed(0)
         finetune(fresh(), rows, SETTINGS, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert now.errors == []
-    run, curve = mlflow_rows(tmp_path)["searched, training seed 0"]
-    about, lines = wandb_rows(tmp_path)["searched, training seed 0"]
+    run, curve = mlflow_runs(tmp_path)["searched, training seed 0"]
+    about, lines = wandb_runs(tmp_path)["searched, training seed 0"]
     assert run.data.params["row"] == about["row"] == "searched"
     for each in (curve, [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]):
         assert [step for step, _ in each] == [1, 2, 3, 4]
@@ -168,7 +168,7 @@ def test_a_tracker_that_goes_away_stops_no_fine_tune(
         done = finetune(fresh(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert done.steps == 3
     (trouble,) = now.errors
-    assert trouble.startswith("nothing more is logged to mlflow: ")
+    assert trouble.startswith("logging to mlflow has stopped: ")
 
 
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
     done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
-    assert done.returncode and "UserError: `trackers` names wandb, and there is no key for it" in done.stderr
+    assert done.returncode and "UserError: `trackers` names wandb, but there is no key for it" in done.stderr
 
 
 @WITH_BOTH

@@ -1,7 +1,6 @@
-"""Where each model family keeps its projections, and what a pruning unit of it consists of.
+"""Describe the supported model families: where their projections are, and which weights a pruning unit owns.
 
-A family is one file in this folder that makes a `Family` instance; it is found here by itself. Everything outside asks
-`family_of(config)`.
+A family is one file in this folder that creates a `Family` instance; `families` finds it. Other code calls `family_of`.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ __all__ = ["ATTENTION", "EXPERT", "MLP", "Family", "UnitKind", "UnitSlice", "fam
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Every family by its `model_type`, from the files of this folder."""
+    """Map each `model_type` to its family, from the files of this folder."""
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
     return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}
 
 
 def family_of(config: Any) -> Family:
-    """Find the family of a transformers config; `UserError` with the supported list when there is none."""
+    """Return the family of a transformers config; raise `UserError` if it is not supported."""
     family = families().get(config.model_type)
     if family is None:
         raise UserError(
             f"`model.source`: architecture `{config.model_type}` is not supported; supported: {', '.join(families())}. "
-            "A new family is one file: docs/families.md says how"
+            "To add a family, see docs/families.md"
         )
     return family

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each sublayer, windowed and full attention in turn, soft-capped logits."""
+"""Gemma 2: norms before and after each sublayer, alternating windowed and full attention, soft-capped logits."""
 
 from qpruner.models.families.family import DividedFamily
 

@@ -1,4 +1,4 @@
-"""Gemma 3, text models: as Gemma 2, with query and key norms over one head."""
+"""Gemma 3 text models: like Gemma 2, with query and key norms per head."""
 
 from qpruner.models.families.family import DividedFamily
 

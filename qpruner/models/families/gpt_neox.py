@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: q, k and v of a head lie together in one layer; biases, parallel residual, no gate."""
+"""GPT-NeoX and Pythia: q, k and v in one layer, ordered head by head; biases, parallel residual, no gate."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from qpruner.models.families.family import ATTENTION, DerivedHeadFamily, UnitKin
 
 @dataclass(frozen=True)
 class GptNeoX(DerivedHeadFamily):
-    """Rows of `query_key_value` are head by head: query, key, value of the first head, then of the second."""
+    """GPT-NeoX: the rows of `query_key_value` are q, k, v of the first head, then q, k, v of the second, and so on."""
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return {"qkv": ("attention.query_key_value",), "o": ("attention.dense",)}

@@ -1,4 +1,4 @@
-"""Llama 1-3.x; SmolLM, TinyLlama and Vicuna are of this family."""
+"""Llama 1 to 3.x, and models of the same architecture: SmolLM, TinyLlama, Vicuna."""
 
 from qpruner.models.families.family import DividedFamily
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama's block, with a sliding window in some versions."""
+"""Mistral: the block of Llama, with a sliding window in some versions."""
 
 from qpruner.models.families.family import Family
 

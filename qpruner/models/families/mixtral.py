@@ -1,4 +1,4 @@
-"""Mixtral: Llama's attention, and an MLP of experts whose weights are stacked in one parameter each."""
+"""Mixtral: the attention of Llama, and experts whose weights are stacked in one parameter per projection."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from qpruner.models.families.family import EXPERT, MLP, Family, UnitKind, UnitSl
 
 @dataclass(frozen=True)
 class MixtureFamily(Family):
-    """Experts stacked in one parameter for each projection.
+    """A mixture-of-experts family, with all experts of a block stacked in one parameter per projection.
 
     `mlp.experts.gate_up_proj` is ``(experts, 2 * channels, hidden)``, `mlp.experts.down_proj`
     ``(experts, hidden, channels)``, the router `mlp.gate.weight` ``(experts, hidden)``.
@@ -24,7 +24,7 @@ class MixtureFamily(Family):
         return self.attention_projections()
 
     def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
-        """List attention, whole experts with their row of the router, and channels; each expert keeps its own."""
+        """List attention units, whole experts with their router rows, and the channels inside each expert."""
         experts, channels = getattr(layer_config, self.experts_key), getattr(layer_config, self.expert_channels_key)
         names = ("mlp.experts.gate_up_proj", "mlp.gate.weight", "mlp.experts.down_proj")
         whole = tuple(UnitSlice(name, 0, 1) for name in names)
@@ -35,7 +35,7 @@ class MixtureFamily(Family):
         )
         return (
             self.attention_kind(layer_config),
-            UnitKind(EXPERT, experts, whole, least=layer_config.num_experts_per_tok),  # what a token is sent to
+            UnitKind(EXPERT, experts, whole, least=layer_config.num_experts_per_tok),  # as many as a token is sent to
             UnitKind(MLP, experts * channels, stacked, partitions=experts),
         )
 
@@ -45,7 +45,7 @@ class MixtureFamily(Family):
         return widths | {self.experts_key: num_units[EXPERT], self.expert_channels_key: channels}
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
-        """Show the router's logits as wide as those of a whole block: the balancing loss adds them up over blocks."""
+        """Pad router logits to the full number of experts, because the balancing loss joins those of all blocks."""
         router: Any = getattr(block.mlp, "gate", None)
         if router is not None and (missing := getattr(config, self.experts_key) - len(router.weight)) > 0:
             router.register_forward_hook(functools.partial(_widen_logits, missing=missing))
@@ -55,7 +55,7 @@ class MixtureFamily(Family):
 
 
 def _widen_logits(router: Any, args: Any, output: tuple[Any, ...], missing: int) -> tuple[Any, ...]:
-    """Pad the logits with minus infinity for the experts that are gone; routing does not read them."""
+    """Pad router logits with minus infinity for removed experts; routing itself does not read these logits."""
     from torch.nn.functional import pad
 
     return (pad(output[0], (0, missing), value=float("-inf")), *output[1:])

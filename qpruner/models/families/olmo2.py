@@ -1,9 +1,8 @@
 """OLMo 2: query and key norms over all heads together, so their weights are cut with the heads.
 
-The norm's mean square is then over the heads that stay. A model whose removed heads were only set to zero would divide
-by the old number of heads and make every attention score smaller by kept / all heads; taking the mean over what is left
-keeps queries and keys at their size. "Cut equals masked" therefore holds for this family with a norm that leaves the
-masked heads out of its mean.
+After a cut, the norms average over the kept heads, so that queries and keys keep their size. In a model whose removed
+heads were only set to zero, the norms would still divide by the old number of heads, and queries and keys would grow.
+So "cut equals masked" holds for this family only if the norms leave the masked heads out of their mean.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Olmo2(Family):
-    """Llama's projections, and norms that follow the heads."""
+    """OLMo 2, where an attention unit also owns its entries of the query and key norms."""
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
         kind = super().attention_kind(layer_config)
@@ -32,7 +31,7 @@ class Olmo2(Family):
 
     @contextmanager
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
-        """Give the norms a mean over the heads that stay."""
+        """Make the query and key norms average over the kept heads only."""
         with ExitStack() as hooks:
             for item in kind.slices[:2] if kind.name == ATTENTION else ():
                 stays = [unit * item.width + row for unit in kept for row in range(item.width)]
@@ -42,7 +41,7 @@ class Olmo2(Family):
 
 
 def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, stays: list[int]) -> torch.Tensor:
-    """Compute an RMS norm with its mean over some entries alone."""
+    """Compute an RMS norm whose mean is over the entries `stays` only."""
     hidden = args[0].float()
     mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
     normed: torch.Tensor = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)

@@ -1,4 +1,4 @@
-"""OPT: biases everywhere, no gate, the MLP's two layers lie in the block itself."""
+"""OPT: biases everywhere, no gate, and an MLP whose two layers are children of the block."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from qpruner.models.families.family import DerivedHeadFamily
 
 @dataclass(frozen=True)
 class Opt(DerivedHeadFamily):
-    """Llama's names for q, k and v alone; OPT-350m has its norms behind the sublayers."""
+    """OPT, which shares the names of q, k and v with Llama; in OPT-350m norms follow the sublayers."""
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return super().attention_projections() | {"o": ("self_attn.out_proj",)}

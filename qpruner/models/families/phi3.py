@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (text): q, k and v in one layer, one after the other; gate and up likewise."""
+"""Phi-3 and Phi-4 (text): q, k and v concatenated in one layer, gate and up in another."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, Uni
 
 @dataclass(frozen=True)
 class Phi3(Family):
-    """Rows of `qkv_proj` are all queries, then all keys, then all values; of `gate_up_proj` all gates, then all ups."""
+    """Phi-3: the rows of `qkv_proj` are all queries, all keys, all values; of `gate_up_proj`, all gates, all ups."""
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return {"qkv": ("self_attn.qkv_proj",), "o": ("self_attn.o_proj",)}
@@ -38,7 +38,7 @@ class Phi3(Family):
         return UnitKind(MLP, channels, slices)
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """Check the rope factors: one for every pair of hidden size / heads, whatever the head size."""
+        """Return True if there is one long-rope factor per pair of hidden size / heads, as transformers requires."""
         rope = config.rope_parameters
         pairs = int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"]) // 2
         return all(len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key))

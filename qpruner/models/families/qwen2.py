@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5: Llama's block with biases on q, k and v."""
+"""Qwen2 and 2.5: the block of Llama, with biases on q, k and v."""
 
 from qpruner.models.families.family import Family
 

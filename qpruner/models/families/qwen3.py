@@ -1,4 +1,4 @@
-"""Qwen3: query and key norms over one head, so a cut of heads does not touch them."""
+"""Qwen3: query and key norms per head, so cutting heads does not change them."""
 
 from qpruner.models.families.family import Family
 

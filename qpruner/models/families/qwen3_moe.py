@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, an MLP of experts in most blocks and a plain one in the others."""
+"""Qwen3-MoE: the attention of Qwen3, experts in most blocks and a dense MLP in the others."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from qpruner.models.families.mixtral import MixtureFamily
 
 @dataclass(frozen=True)
 class Qwen3Moe(MixtureFamily):
-    """Blocks named in `mlp_only_layers`, or skipped by `decoder_sparse_step`, have Llama's MLP."""
+    """Qwen3-MoE, with a dense MLP in blocks of `mlp_only_layers` and in blocks that `decoder_sparse_step` skips."""
 
     def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
         if self._has_experts(layer_config, index):
@@ -27,7 +27,7 @@ class Qwen3Moe(MixtureFamily):
 
     def keep_blocks(self, config: Any, kept: list[int]) -> None:
         super().keep_blocks(config, kept)
-        # Which blocks are plain depends on their position: spell it out before positions change.
+        # Which blocks are dense depends on their position, so list them before positions change.
         config.mlp_only_layers = [new for new, old in enumerate(kept) if not self._has_experts(config, old)]
         config.decoder_sparse_step = 1
 
