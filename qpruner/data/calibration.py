@@ -135,8 +135,7 @@ def _visit_activations(
 ) -> None:
     """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
 
-    `places` maps names to a layer and two flags: True visits the activation (first flag) or the gradient (second flag)
-    at the layer's input, False at its output.
+    `places` maps a name to a layer, whether activations are inputs, and whether gradients are those of inputs.
     """
     num_rows = 0
 

@@ -1,7 +1,7 @@
 """Compare an export with the final model.
 
-The outputs of each layer with an adapter are compared, because a lost adapter exceeds the rounding error there. The
-predictions are compared to check all other weights.
+The outputs of each layer with an adapter are compared, because a lost adapter exceeds the rounding error there.
+Predictions are compared to check all other weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ PEFT_PREFIX = "base_model.model."
 NUM_PROBES = 64
 MOST_ERROR = 0.05
 """Largest allowed relative error of a layer's outputs. Rounding causes 0.003 at 4 bits, and 0.009 at 8 bits, where
-inputs are rounded too (the demo's 210 layers, 2026-11). Wrongly decoded weights cause at least 0.09, the error of 4
-bits."""
+inputs are rounded too (the demo's 210 layers, 2026-11). Wrongly decoded weights cause at least 0.09, as 4 bits do."""
 LEAST_ADAPTER = 2.0**-9
 """Smallest adapter that is checked, as a share of the layer's outputs: bfloat16 rounds by about as much."""
 MOST_DIVERGENCE = 0.05

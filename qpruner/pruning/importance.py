@@ -112,7 +112,7 @@ def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, or
 
 
 def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
-    """Score by the gradients of the weights, of which only one at a time is in memory."""
+    """Score by the weight gradients, with one gradient at a time in memory."""
     scores = UnitScores(model, kinds)
     mean_squares: dict[str, torch.Tensor] = {}
 

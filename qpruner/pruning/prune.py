@@ -230,7 +230,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names block, but the other keys allow one block only, and one of these must stay: widen "
+            "`prune.units` names block, but only one block may be cut, and at least one such block must stay: widen "
             "`prune.first_layer` / `prune.last_layer`, name fewer `prune.protected_layers`, or remove `block`"
         )
     if count < 1:
@@ -242,7 +242,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
     if abs(removed[count] - share * total) > max(sizes):
         raise UserError(
             f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but the {len(sizes)} blocks "
-            f"that may be dropped have {sum(sizes) / total:.2%}, and one of these must stay: lower the rate, or widen "
+            f"that may be dropped have {sum(sizes) / total:.2%}, and one of them must stay: lower the rate, or widen "
             "`prune.first_layer` / `prune.last_layer`"
         )
     return count

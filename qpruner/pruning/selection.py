@@ -1,6 +1,7 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-The share is met to within one MLP channel, or `round_to` channels; without channels, to the nearest coarse unit.
+The share is met to within one MLP channel, or `round_to` channels; without channels, to the nearest coarse unit,
+or within one such unit if `global` selection takes several steps.
 """
 
 from __future__ import annotations

@@ -45,8 +45,7 @@ def assemble(
     """Build the model of a plan from a dense checkpoint and a bank, and call `on_piece` after each piece read.
 
     Returns:
-        The model without adapters, and the initial values of its adapters: `<layer>.lora_A` ``(rank, columns)`` and
-        `<layer>.lora_B` ``(rows, rank)``.
+        The model, and initial adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 

@@ -25,7 +25,7 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 
 
 def model_card(run: Snapshot) -> str:
-    """Return the model card of a complete run's final model; the base model's card gives the licence if none is set."""
+    """Return the final model's card; if `card.license` is not set, the licence comes from the base model's card."""
     assert run.results.evaluate and run.results.search and run.results.prepare
     config, search = run.state.config, run.results.search
     base = config["model"]["source"]
@@ -88,7 +88,7 @@ def other_base_remark(config: RunConfig) -> str | None:
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:
-    """Return True if a source is the id of a model or data set on a hub, and not a path that exists in `folder`."""
+    """Return True if a source is the id of a model or data set on a hub, not a local file or folder."""
     return (
         source.count("/") == 1
         and not source.startswith(("/", ".", "~", "package:"))

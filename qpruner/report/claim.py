@@ -1,4 +1,4 @@
-"""Writes the claim: how the searched plan compares with others, with no gain that the measured spread does not show."""
+"""Writes the claim: how the searched plan compares with others, as far as the measured spread allows a verdict."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The searched row compared with the row `other`; `more_bytes` is how much larger that row is, as a share.
+    """A comparison of the searched row with the row `other`; `more_bytes` is how much larger `other` is, as a share.
 
-    `no_claim` says why nothing can be claimed; `differences` is then empty. `origin` is empty if the row is missing.
+    `no_claim` says why nothing can be claimed; `differences` is then empty. `origin` is empty if `other` is missing.
     """
 
     other: str
@@ -65,7 +65,7 @@ def claim(results: Results) -> str:
     """State how the searched plan compares with the base and pruned model, and with other plans of equal bytes.
 
     Returns:
-        A paragraph on the first line, then one line for each fact behind it, which begins with a dash.
+        A paragraph on the first line; after it, one line for each fact behind the claim, beginning with a dash.
     """
     assert results.search
     found, winner = comparisons(results), _winner(results, results.search)
@@ -114,7 +114,7 @@ def _alone(results: Results) -> str:
 
 
 def margin(search: SearchRecord) -> str:
-    """Compare a searched winner with the best control on fresh rows, a control with the best searched plan, if any."""
+    """Compare the winner with the best control on fresh rows or, if a control won, with the best searched plan."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
     others = [each for each in search.confirmations if each.control != search.control_won and each != best]
     if not others:
@@ -131,7 +131,7 @@ def margin(search: SearchRecord) -> str:
 
 
 def _margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
-    """Describe the standard error of a loss margin paired by row; without row losses, that of each score."""
+    """Describe the standard error of a difference in loss; without losses by row, the errors of both scores."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:
         verdict = ", so it may be chance" if abs(apart.mean) < Z_95 * apart.stderr else ""
@@ -159,7 +159,7 @@ def _compared(results: Results, other: str) -> Comparison:
 
 
 def _beside_rows(results: Results) -> str:
-    """Compare the winner with those of the rows base, pruned and uniform bits that exist.
+    """Compare the winner with the rows base, pruned and uniform bits, as far as these rows exist.
 
     All figures are from the first training seed, which every row has.
     """

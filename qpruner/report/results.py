@@ -24,11 +24,11 @@ Turns = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the final table: means over its fine-tunes, and as `..._spread` their standard deviation.
+    """One row of the final table: means over its fine-tunes; a field `..._spread` is the standard deviation.
 
-    The fine-tunes of a row differ in training seed, in the row `random` also in plan. Losses are in nats per token,
-    answer losses in nats per answer (None if a task has no choices). `accuracy_stderr` is over questions. `name` is
-    used in records, `title` in reports. A plan is written with one character per group.
+    The fine-tunes differ in training seed, those of the row `random` also in plan. Losses are in nats per token, answer
+    losses in nats per answer (None if a task has no choices). `accuracy_stderr` is over questions. Records use `name`,
+    reports use `title`. A plan is written with one character per group.
     """
 
     name: str
@@ -69,7 +69,7 @@ def under_first_seed(results: Results) -> list[Row]:
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports, which calls a plan `searched` only if the search found it."""
+    """Return a row's name in reports; a control that won and a given plan are not called `searched`."""
     if name != SEARCHED or search is None:
         return name
     if search.best_origin == GIVEN:

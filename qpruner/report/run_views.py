@@ -105,7 +105,7 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
     """Return a trial as a flat row: figures of its last rung, then the bits of every group.
 
-    `step` is the trial's current step, which may lie between two rungs.
+    `step` is the trial's current step, which may be later than its last rung.
     """
     last = trial.rungs[-1] if trial.rungs else None
     search, record = run.state.search, run.results.search
@@ -200,7 +200,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the score of the best control; beside a given plan, that control may come from another search."""
+    """Return the score of the best control; if a plan was given, an earlier search may have tried that control."""
     metric = run.state.config["search"]["metric"]
     finished = [each for each in run.own_trials if each.status == "finished"]
     controls = [each for each in finished if each.is_control and not each.is_given]

@@ -13,7 +13,7 @@ from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecor
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """A search at one moment: its trials by number, the best finished searched plan and the best finished control.
+    """The progress of a search: its trials by number, and the best searched plan and best control that finished.
 
     `seconds_left` is estimated from the mean time of the trials that are over.
     """
@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials to plot together: this search's; for a given plan also all given plans and the search's."""
+    """Return the trials to plot together; a given plan is plotted with other given plans and the search beside it."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 
@@ -97,7 +97,7 @@ def control_name(control: TrialRecord) -> str:
 def best_so_far(
     over: Iterable[TrialRecord], metric: str, counts: Callable[[TrialRecord], bool] = lambda trial: not trial.is_control
 ) -> list[float | None]:
-    """Return the best score among the first 1, 2, ... trials; only finished trials for which `counts` is true count."""
+    """Return the best score among the first 1, 2, ... trials; `counts` selects the trials that compete."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:

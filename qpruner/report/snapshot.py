@@ -59,7 +59,7 @@ class Snapshot:
 
     @property
     def how_to_compare(self) -> str | None:
-        """How to add the comparison to a finished run that has none by configuration; None for other runs."""
+        """A sentence on how to add the comparison; None unless the run finished without one, as configured."""
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         return how_to_compare(self.state.command) if is_finished else None
 
@@ -72,7 +72,7 @@ class Snapshot:
 
     @property
     def plan(self) -> PrecisionPlan | None:
-        """`best_plan` as an object that notebooks show with one cell per group."""
+        """`best_plan` as a `PrecisionPlan`, which notebooks show with one cell per group."""
         return PrecisionPlan.from_dict(self.best_plan) if self.best_plan else None
 
     @property

@@ -140,7 +140,7 @@ def final_tables(results: Results) -> list[Table]:
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
-    """Build one part of the final table; heading or caption name the metrics behind the accuracy."""
+    """Build one part of the final table; its heading or its caption names the metric of the accuracy."""
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
@@ -286,7 +286,7 @@ def trials(run: Snapshot) -> Table:
 def finalists(search: SearchRecord) -> Table:
     """Build the table of the trials scored on fresh rows, with each loss minus the winner's, paired by row.
 
-    The choice of rows causes most of a loss's standard error. The differences do not have this error.
+    Most of a loss's own standard error comes from the choice of rows. Pairing by row removes this part.
     """
     best = next((each for each in search.confirmations if each.index == search.best_index), None)
     body = [
@@ -303,7 +303,7 @@ def _less(each: FinalistScore, best: FinalistScore | None) -> str:
 
 
 def front(search: SearchRecord) -> Table:
-    """Build the table of plans that no plan of fewer or equal bytes beats on fresh rows."""
+    """Build the table of the front: the plans that no plan of fewer or equal bytes beats on fresh rows."""
     caption = "Plans that no plan of fewer or equal bytes beats on fresh rows"
     if search.hypervolume is not None:
         unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
@@ -334,7 +334,7 @@ def methods(measured: SensitivityRecord) -> Table:
 
 
 def groups(measured: SensitivityRecord, plan: dict[str, int]) -> Table:
-    """Build the table of each group's bits in the plan, beside the costs of fewer bits that sensitivities predict."""
+    """Build the table of groups: their bits in the plan, and the cost of fewer bits that each sensitivity predicts."""
     rises: dict[str, Sequence[float]] = {}
     *lower, highest = sorted({bits for method in measured.methods.values() for bits in method.values})
     for name, method in measured.methods.items():

@@ -141,7 +141,7 @@ def run_name(trial: TrialRecord) -> str:
 
 
 def control_name(trial: TrialRecord) -> str:
-    """Return the name of a control's run in TensorBoard; given plans have a number, as there may be several."""
+    """Return the name of a control's run in TensorBoard; a given plan's name has the trial's number."""
     return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
 
 
@@ -224,7 +224,7 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 
 
 def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """Make a row of the HParams table; TensorBoard merges rows of equal title, and adds the run's last scalars.
+    """Make a row of the HParams table. TensorBoard merges rows of equal title, and adds the run's last scalars.
 
     tensorboardX's own `hparams` has neither titles nor times.
     """

@@ -50,8 +50,8 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
 def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
     """Compute the hypervolume of a front of bytes and scores (Zitzler and Thiele, 1998), in the unit of the score.
 
-    It is the mean over all budgets from the smallest plan to this one of how much the best plan inside a budget beats
-    the smallest plan. A plan that fills this budget adds nothing.
+    The best plan inside a budget beats the smallest plan by some score. The result is the mean of that score over all
+    budgets from the bytes of the smallest plan to `budget_bytes`. A plan of `budget_bytes` adds nothing.
     """
     area, lowest = 0.0, smallest[1]
     for position in non_dominated(points):

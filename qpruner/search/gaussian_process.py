@@ -2,8 +2,8 @@
 
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
 under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are knapsacks
-of sampled effects, plans improved from them, and neighbours of the best plans. For a Pareto front the improvement is
-that of the hypervolume: a sum over ranges of bytes, each with the plan of the front to beat in it.
+of sampled effects, plans improved from those knapsacks, and neighbours of the best plans. For a Pareto front the
+improvement is that of the hypervolume, summed over ranges of bytes. Each range has its own plan to beat.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NUM_CLIMBS = 3
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: beside two other jobs on two cores a proposal took 0.9 s, not 12 s."""
+    """Limit torch to one thread: a proposal beside two other jobs on two cores then took 0.9 s instead of 12 s."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -51,7 +51,7 @@ def _one_thread() -> Iterator[None]:
 class GaussianProcessProposer:
     """Proposes the plan with the largest log expected improvement over the best scored or running plan.
 
-    With `pareto` it is the improvement of the front, averaged over the sizes from the smallest plan to the budget.
+    With `pareto` the improvement is that of the front, averaged over the sizes from the smallest plan to the budget.
     """
 
     name = "gp"
@@ -112,7 +112,7 @@ class GaussianProcessProposer:
         return candidates, values
 
     def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
-        """Return knapsacks of sampled effects, and what an ascent of the expected improvement makes of them."""
+        """Return knapsacks of sampled effects and, for each, a few plans that ascend the expected improvement."""
         noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
         effects = posterior.effects(noise)
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
@@ -259,7 +259,7 @@ class Plans:
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Return the plans that differ in one group, and the most promising that raise a group and lower another."""
+        """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise one and lower another."""
         growth = self.bytes - self.bytes[self._rows, plan][:, None]
         rise = effects - effects[self._rows, plan][:, None]
         room = self.capacity - self.sizes(plan[None])[0]

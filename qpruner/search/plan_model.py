@@ -51,15 +51,16 @@ class PlanModel:
     to 0 at the highest. The covariance of the effects is a sum of these parts:
 
     - `size`: proportional to the bytes that the lowest level saves;
-    - `sublayer`: one effect for all groups whose names are equal without numbers (`layers.#.qkv`), a kind;
-    - `depth`: effects of the groups of a kind, similar in neighbouring blocks, if all names have a number;
+    - `sublayer`: one effect for all groups of a kind, whose names differ in numbers only (`layers.#.qkv`);
+    - `depth`: effects that are similar for groups of a kind in neighbouring blocks, if all names have a number;
     - `group`: an independent effect for every group, with one variance for each kind;
     - `sensitive`: the mean of the sensitivities times an independent factor for every group; heavy-tailed like `group`;
     - `level`: an independent effect for every level between lowest and highest;
     - `methods`: proportional to each sensitivity.
 
     `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
-    effect is the mean of the sensitivities `priors`, each scaled to the same variance, or that of `size` if all are 0.
+    effect is proportional to the mean of the sensitivities `priors`, scaled to the same variance; if all are 0, to the
+    bytes saved.
     """
 
     def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
@@ -82,7 +83,7 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, no top level."""
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)`` of lower levels."""
         below = torch.arange(self.num_levels - 1)
         hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)
@@ -175,7 +176,7 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
 def settled(history: History) -> tuple[Observation, ...]:
     """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
 
-    With more trials only those of the first ones, a number that grows by a tenth, so that a fit serves many proposals.
+    With more trials only the first ones count. Their number grows by a tenth, so that a fit serves many proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

@@ -27,9 +27,9 @@ OWN = ("group", "sensitive")  # parts in which every group has an effect of its 
 class Posterior:
     """A `PlanModel` conditioned on scores; its methods predict the last rung, in the unit of the score.
 
-    Running plans, `pending` ``(p, groups)``, count as scored with their expected scores: the mean stays and the
-    variance falls (kriging believer, Ginsbourger et al. 2010). The hyperparameters are those of `fitted`, a posterior
-    of the same model and rungs. Without it they are fitted to `data`.
+    The `pending` plans ``(p, groups)`` are running. Each counts as if its expected score had been observed: the mean
+    stays and the variance falls (kriging believer, Ginsbourger et al. 2010). The hyperparameters are those of
+    `fitted`, a posterior of the same model and rungs. Without it they are fitted to `data`.
     """
 
     unit: Tensor
@@ -91,7 +91,7 @@ class Posterior:
         return mean, solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance ``(references, n)`` of the score of plans minus that of each reference plan."""
+        """Return mean and variance ``(references, n)`` of the difference in score from each reference plan."""
         mean, white, prior = self.marginals(plans)
         mean_at, white_at, prior_at = self.marginals(reference)
         zeros = self._ranks.new_zeros

@@ -26,7 +26,7 @@ Prior = Mapping[int, Sequence[float]]
 class Observation:
     """The score of suggestion `index` at the rung of `step` optimizer steps; smaller is better.
 
-    It has no standard error: all trials answer the same questions, so their choice adds no noise between plans.
+    It has no standard error: all trials answer the same questions, so the questions add no noise between plans.
     """
 
     index: int
@@ -142,7 +142,7 @@ class Ledger:
     """Keeps every plan of a search, in order.
 
     A plan that diverges or does not fit in memory counts as bad, not as unknown. It gets a score at the last step that
-    any plan has reached: as far above the worst score there as that is above the best (1 % above a single one).
+    any plan has reached: the worst score there plus the range of scores there (plus 1 % if there is only one).
     """
 
     space: PlanSpace
@@ -190,7 +190,7 @@ class Ledger:
             self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Queue a trial that is not over, before new ones; it reports its last rung again."""
+        """Queue an unfinished trial to be handed out before new ones; it will report its last rung again."""
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
@@ -201,7 +201,7 @@ class Ledger:
         self._counted.discard(suggestion.index)
 
     def end(self, reason: str) -> None:
-        """Make no new suggestions from now on, and keep the first reason for it."""
+        """End the search after the trials that are running or queued; only the first `reason` is kept."""
         self.ended = self.ended or reason
 
     def history(self) -> History:

@@ -121,7 +121,7 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
 
 
 def _rebuild(folder: Path, path: Path) -> str:
-    """Set aside a trial whose record is damaged, record that its plan is to be run again, and describe both."""
+    """Set aside a trial with a damaged record and have its plan run again; return a description of both."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
     where = f"set aside in {quarantine(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
@@ -188,7 +188,7 @@ def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
-    """Remove the checkpoints that killed workers left of trials that are over; keep the last recorded one of each."""
+    """Remove all checkpoints of these trials but the last recorded one; killed workers may have left others."""
     last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
 
     def clean(folder: Path) -> None:

@@ -30,7 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class _Owner(BaseModel):
-    """The process that owns a fine-tune, as a file: the latest that started it, or the first of a group."""
+    """The content of the file that names the owner of a fine-tune: its latest process, or the first of a group."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -46,9 +46,9 @@ def score_tasks(
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory, with or without adapters.
 
-    Each task is scored on `limit` questions (None for all) after its first `skip`; it must have more than `skip`. If
-    `metric` is None, it is the first of `METRICS` that the task reports. `on_progress` gets the numbers of answered and
-    of all requests (a choice, or a generation). Returns one score per task; a group of tasks has one per subtask.
+    The first `skip` questions of a task are left out; the next `limit` (None: all) score it. If `metric` is None, a
+    task is scored by the first of `METRICS` that it reports. `on_progress` gets the numbers of answered and of all
+    requests (one per choice or generation). Returns one score per task; a group of tasks has one per subtask.
     """
     from lm_eval import simple_evaluate
 
@@ -77,7 +77,7 @@ def score_tasks(
 def _counting_model(on_progress: OnProgress) -> Any:
     """Derive a class from lm-eval's model that reports progress and computes only the logits of answers.
 
-    lm-eval passes each answer to a cache hook, which counts them. It indexes an answer's logits from the row's end.
+    lm-eval passes each answer to a cache hook, which counts it. Answers' logits are the last ones of a sequence.
     """
     import torch
     from lm_eval.api.model import CacheHook
@@ -196,7 +196,7 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
 
 
 def _question(task: Any, doc: dict[str, Any]) -> str:
-    """Return the text of a question; without the task's prompt, if the row has a column with the question alone."""
+    """Return a question's text: the row's column for the question if it has one, else the task's full prompt."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
             passage = doc.get("passage", "")

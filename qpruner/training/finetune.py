@@ -59,7 +59,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class Share:
-    """The rank of this process among the processes that train together. Rank 0 saves."""
+    """This process's rank among the processes that train together; rank 0 saves."""
 
     rank: int
     processes: int
@@ -135,9 +135,9 @@ def _losses(state: TrainerState) -> list[float]:
 
 
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
-    """Make the processes synchronize adapters alone, since each has read the bank; return the first one's checkpoint.
+    """Set up DistributedDataParallel for the adapters alone, and return the first process's checkpoint to all.
 
-    All use that checkpoint, because another machine may see an older listing of a shared folder.
+    Every process has read the other weights from the bank. Machines may see different listings of a shared folder.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -196,7 +196,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:
-        """Skip this count, because it synchronizes all processes: one that retries a save would wait for the others."""
+        """Do not count operations: the count synchronizes all processes, so one that repeats a save would hang."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         pinned = self.args.dataloader_pin_memory

@@ -46,7 +46,7 @@ class InferenceJob:
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of each row's model; consecutive rows of one checkpoint exchange only its groups."""
+    """Measure memory and speed of each row's model; between rows of one checkpoint, only groups are exchanged."""
     begin_job(job.threads)
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]

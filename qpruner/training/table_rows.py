@@ -200,7 +200,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
 def confirm_trial(job: CandidateJob) -> FinalistScore:
     """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
-    In a search by accuracy, also score it on new questions: as many of every task as trials had, and after these.
+    In a search by accuracy, also score it on new questions: for each task, `search.limit` after those of the trials.
     """
     from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss

@@ -309,7 +309,10 @@ def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> N
 @pytest.mark.parametrize("rate", [0.05, 0.14, 0.32, 0.47])
 @pytest.mark.parametrize("units", [["attention"], ["attention", "expert"]])
 def test_heads_and_experts_come_nearest_to_the_rate(units: list[str], rate: float, selection: str, steps: int) -> None:
-    """If heads cannot fill what experts leave, one more expert is removed; early steps may cost half a head more."""
+    """If heads cannot fill what experts leave, one more expert is removed.
+
+    An early `global` step may remove units that the final count would keep, so several steps come within one head.
+    """
     model = tiny("mixtral")
     sizes = list(unit_sizes(model, [0], units)[0].values())
     before, asked = num_parameters(model), round(rate * num_parameters(model) * (1 if len(units) > 1 else 0.1))
@@ -317,7 +320,8 @@ def test_heads_and_experts_come_nearest_to_the_rate(units: list[str], rate: floa
     nearest = min(abs(sum(each) - asked) for each in sums)
     options = {"units": units, "importance": "magnitude", "selection": selection, "steps": steps}
     pruned = prune(model, settings_of(rate=asked / before, **options), samples_of())
-    assert abs(before - pruned.parameters_after - asked) <= max(nearest, sizes[0].parameters / (2 if steps == 1 else 1))
+    heads_off = 1 if selection == "global" and steps > 1 else 1 / 2
+    assert abs(before - pruned.parameters_after - asked) <= max(nearest, heads_off * sizes[0].parameters)
 
 
 # ---- refused settings

@@ -114,7 +114,7 @@ class Family:
             sublayers["mlp"] = (mlp, (self.mlp,) if self.mlp else mlp[-1:])
         return sublayers
 
-    # ---- what pruning removes
+    # ---- pruning units
 
     def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
         """List the unit kinds of block `index` from its layer config; whole experts come before channels."""
@@ -151,7 +151,7 @@ class Family:
         """Make an uncut block compute the kept units exactly as the cut block will."""
         return nullcontext()
 
-    # ---- what the config holds
+    # ---- config keys
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
         """Return the width keys of block `index` for its number of units per kind (channels per expert)."""
@@ -172,7 +172,7 @@ class Family:
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = [config.layer_types[index] for index in kept]
 
-    # ---- how a block of other widths is built
+    # ---- building blocks of other widths
 
     def build_config(self, config: Any, index: int) -> Any:
         """Return the config from which transformers builds block `index`."""

@@ -8,7 +8,7 @@ from qpruner.models.families.family import DerivedHeadFamily
 
 @dataclass(frozen=True)
 class Opt(DerivedHeadFamily):
-    """OPT, which shares the names of q, k and v with Llama; in OPT-350m norms follow the sublayers."""
+    """OPT: q, k and v are named as in Llama, and in OPT-350m the norms follow the sublayers."""
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return super().attention_projections() | {"o": ("self_attn.out_proj",)}

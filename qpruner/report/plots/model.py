@@ -85,7 +85,7 @@ def _bits_map(cells: Values) -> Spec:
 
 
 def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
-    """Draw the predictions of one method by block; the plot's parameter `method` selects the method."""
+    """Draw one sensitivity's predictions by block; the reader selects the sensitivity (parameter `method`)."""
     places = {cell["group"]: {"block": cell["block"], "part": cell["part"]} for cell in cells}
     values: Values = []
     for name, method in record.methods.items():
