@@ -151,12 +151,12 @@ class Context:
 
     @property
     def known_slots(self) -> Slots:
-        """The slots of the cluster, or of this machine without starting Ray."""
+        """The slots of the cluster at `address`; without it those of this machine, found without starting Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
     def executor(self) -> ModelExecutor:
-        """Runs the work on a single model: on a cluster in an actor, otherwise in this process.
+        """The executor of work on a single model: an actor on the cluster at `address`, otherwise this process.
 
         The actor reserves one GPU, or all GPUs of a machine if `model.device_map` is auto. Without GPUs it reserves all
         cores of a machine.
@@ -215,14 +215,14 @@ class Context:
 
         return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)
 
-    def check_ours(self, stage: str) -> None:
+    def check_lock(self, stage: str) -> None:
         """Raise an error if another driver took over the lock, for example while this process was suspended."""
         if not self.holds_run():
             raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} belongs to another driver, or is missing")
 
     def forget(self, stage: str) -> None:
         """Delete the record of a stage."""
-        self.check_ours(stage)
+        self.check_lock(stage)
         self.run_dir.forget(stage)
 
     def close(self) -> None:

@@ -68,12 +68,12 @@ def run_stage(stage: Stage[Any]) -> None:
         if stage.record is None:
             stage.run(run.root)
         else:
-            context.check_ours(stage.name)
+            context.check_lock(stage.name)
             scratch = run.begin(stage.name, stage.keeps_scratch)
             fields = stage.run(scratch)
             fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
             record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
-            context.check_ours(stage.name)
+            context.check_lock(stage.name)
             run.commit(stage.name, scratch, record)
             context.add_record(stage.name, record)
     seconds = record.seconds if record else time.monotonic() - started
@@ -91,9 +91,9 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
 
 
 def recorded(context: Context) -> dict[str, float]:
-    """Load the records of the stages that `run` would skip into the context, without checking the files of the stages.
+    """Add the records of stages that `run` would skip to the context; return the share of each stage that is done.
 
-    Return the finished share of each stage, from 0 to 1.
+    The files of the stages are not checked.
     """
     context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
     for kind in STAGES:

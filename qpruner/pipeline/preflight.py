@@ -79,7 +79,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
 
 
 def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> None:
-    """Raise an error if samples are longer than the learned position table of the model."""
+    """Raise an error if rows or samples are longer than the learned position table of the model."""
     model_config = shapes.model_config
     if not family_of(model_config).has_learned_positions:
         return

@@ -37,7 +37,7 @@ LONGEST_HEADING = 5
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by split, and questions by use: to score trials (`search`), choose (`fresh`) and test (`evaluate`)."""
+    """Rows by split, and questions that score trials (`search`), choose the winner (`fresh`) or test (`evaluate`)."""
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]

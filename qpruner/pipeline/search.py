@@ -80,7 +80,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def search_digest(self) -> str:
-        """Digest of everything that the proposed plans depend on, or of the given plan."""
+        """Digest of everything that the proposed plans depend on, including a given plan."""
         return self._digest_of_search(self.given)
 
     def _digest_of_search(self, given: PrecisionPlan | None) -> str:
@@ -97,7 +97,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that the result of a trial depends on; includes the search if `reuse_trials` is off."""
+        """Digest of everything that the result of a trial depends on, and of the search if `reuse_trials` is off."""
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
         return digest_of(

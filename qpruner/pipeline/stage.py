@@ -100,7 +100,7 @@ class Stage(ABC, Generic[RecordType]):
         return record if record and record.digest == digest and run.has_folder(self.name) else None
 
     def is_whole(self, folder: Path) -> bool:
-        """Verify the checksums of a folder and its subfolders; set the first damaged folder aside and return False."""
+        """Return True if the checksums of a folder and its subfolders match; else set the damaged folder aside."""
         inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
         for part in (folder, *inner):
             try:
