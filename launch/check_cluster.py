@@ -1,7 +1,7 @@
-"""Finds in seconds what `ray up` would meet after minutes: no credentials, a host that does not answer.
+"""Finds problems within seconds that `ray up` would find after minutes: no credentials, a host that does not answer.
 
-Usage: python launch/check_cluster.py CLUSTER.yaml     (launch/up.sh runs it first; exit code 2 if anything is wrong)
-Nothing is started and nothing changed. The file itself is checked offline, by Ray's own preparation and schema.
+Usage: python launch/check_cluster.py CLUSTER.yaml     (launch/up.sh runs it first; exit code 2 if there is a problem)
+It starts and changes nothing. It checks the file itself without the network, against the schema of Ray.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HOST_NEEDS = (
     'python3 -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || '
     'echo "python3 is older than 3.11 or lacks venv"'
 )
-"""Prints what a host lacks to be installed."""
+"""Prints the missing requirements of a host."""
 
 
 def problems(path: Path) -> list[str]:
-    """What is wrong with a cluster file and with what it needs, one sentence each; nothing if `ray up` may start."""
+    """Return the problems of a cluster file and of the hosts, files and keys that it names, one sentence each."""
     try:
         text = path.read_text()
         config = yaml.safe_load(text)
@@ -45,7 +45,7 @@ def problems(path: Path) -> list[str]:
 
 
 def unedited(path: Path, text: str) -> list[str]:
-    """Lines that still have a placeholder."""
+    """Return the lines that still contain a placeholder."""
     return [
         f"{path}:{number}: replace {word}; docs/cluster.md says by what"
         for number, line in enumerate(text.splitlines(), 1)
@@ -54,7 +54,7 @@ def unedited(path: Path, text: str) -> list[str]:
 
 
 def refused_by_ray(config: Any) -> list[str]:
-    """What Ray's own preparation and schema say."""
+    """Return the problem that Ray finds in the file, if any."""
     import logging
 
     import click
@@ -63,7 +63,7 @@ def refused_by_ray(config: Any) -> list[str]:
 
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict) or "type" not in config["provider"]:
         return ["a cluster file needs at least `cluster_name` and `provider: {type: ...}`"]
-    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it says that mounted files are not folders
+    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # Ray warns that mounted files are not folders
     try:
         validate_config(prepare_config(config))
     except ValidationError as error:
@@ -76,7 +76,7 @@ def refused_by_ray(config: Any) -> list[str]:
 
 
 def missing_files(config: dict[str, Any]) -> list[str]:
-    """Files of this machine that the cluster file names and that are not there."""
+    """Return the files that the cluster file names and that do not exist on this machine."""
     named = [("auth.ssh_private_key", config.get("auth", {}).get("ssh_private_key"))]
     named += [(f"file_mounts.{remote}", local) for remote, local in config.get("file_mounts", {}).items()]
     return [
@@ -87,14 +87,13 @@ def missing_files(config: dict[str, Any]) -> list[str]:
 
 
 def missing_programs(_: dict[str, Any]) -> list[str]:
-    """What `ray up` calls on this machine and would not find, on AWS once a head is paid for."""
+    """Return the programs that `ray up` needs on this machine and that are not installed."""
     missing = [program for program in ("ssh", "rsync") if not shutil.which(program)]
     return [f"{program} is not installed on this machine: `ray up` needs it" for program in missing]
 
 
 def aws_names(config: dict[str, Any]) -> list[str]:
-    """What cannot be the name of an image, subnet or group: for what it does not find the AWS CLI prints None, or
-    nothing."""
+    """Return values that cannot name an image, subnet or group; the AWS CLI prints None if it finds nothing."""
     begins = {"ImageId": "ami-", "SubnetIds": "subnet-", "SecurityGroupIds": "sg-"}
     found = {}
     for kind, settings in config["available_node_types"].items():
@@ -103,7 +102,7 @@ def aws_names(config: dict[str, Any]) -> list[str]:
             value = machine[key]
             for name in value or [None] if isinstance(value, list) else [value]:
                 if not re.fullmatch(f"{begins[key]}[0-9a-f]+", str(name)):
-                    # Types share most of it: each value is told once.
+                    # Node types share most settings, so report each value once.
                     found.setdefault((key, name), f"available_node_types.{kind}.node_config.{key}")
     return [
         f"`{place}` must be {begins[key]} and hexadecimal digits, got {name!r}: see what step 1 of docs/cluster.md "
@@ -113,7 +112,7 @@ def aws_names(config: dict[str, Any]) -> list[str]:
 
 
 def aws_credentials(config: dict[str, Any]) -> list[str]:
-    """Whether AWS knows who is calling."""
+    """Return the reason why AWS does not accept the credentials, if any."""
     try:
         import boto3
         from botocore.config import Config
@@ -134,7 +133,7 @@ def aws_credentials(config: dict[str, Any]) -> list[str]:
 
 
 def hosts(config: dict[str, Any]) -> list[str]:
-    """Hosts that do not answer or lack something; workers are asked by way of the head, as Ray will."""
+    """Return the hosts that do not answer or lack a requirement; workers are reached through the head, as Ray does."""
     auth, provider = config["auth"], config["provider"]
     head = provider.get("external_head_ip") or provider["head_ip"]
     if provider["head_ip"] in provider["worker_ips"]:
@@ -148,7 +147,7 @@ def hosts(config: dict[str, Any]) -> list[str]:
 
 
 def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) -> str | None:
-    """Why Ray could not be installed on `host`, if so."""
+    """Return the reason why Ray cannot be installed on a host, if any."""
     done = on_host(auth, host, HOST_NEEDS, SSH_SECONDS, by_way_of)
     if done.returncode:
         reason = re.sub(r"\s+", " ", done.stderr).strip() or f"exit code {done.returncode}"
@@ -161,7 +160,7 @@ def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) 
 def on_host(
     auth: dict[str, Any], host: str, command: str, seconds: float, by_way_of: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a bash command on a host over ssh as Ray would: same account, key and (un)checked host keys, no questions."""
+    """Run a bash command on a host over ssh as Ray does: same account and key, no check of host keys, no questions."""
     key = auth.get("ssh_private_key")
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", "-o", "StrictHostKeyChecking=no"]
     options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
@@ -185,7 +184,7 @@ def on_host(
 
 
 def main() -> None:
-    """Exit code 2 and one line a problem, if there is any."""
+    """Print one line for each problem, and exit with code 2 if there is any."""
     if len(sys.argv) != 2:
         sys.exit("usage: check_cluster.py CLUSTER.yaml")
     found = problems(Path(sys.argv[1]))

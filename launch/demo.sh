@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to the demo's table: makes .venv, installs, prunes a real model, searches, fine-tunes, measures.
 # Needs bash, Python 3.11 or newer, 8 GB of disk for the installation and 1 GB for the run, 6 GiB of memory.
-# Usage: bash launch/demo.sh [further options of `qpruner run`]     Again: it goes on from what is recorded.
+# Usage: bash launch/demo.sh [further options of `qpruner run`]     Repeated, it resumes from its records.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh demo demo-model

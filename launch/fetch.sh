@@ -22,7 +22,7 @@ if [[ $from == s3://* ]]; then
   from=${from%/} parts=()
   for part in "$@"; do parts+=(--include "$part" --include "$part/*"); done
   run aws s3 sync "$from" "$into" --exclude '*' "${parts[@]}"
-  # It succeeds whatever is there.
+  # `aws s3 sync` also succeeds if a part does not exist.
   for part in "$@"; do
     if aws s3 ls "$from/$part" | grep -E " ${part##*/}/?\$" >/dev/null; then fetched+=("$part"); else missing+=("$part"); fi
   done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's root and installs qpruner with some extras; does nothing where that is done already.
+# Makes .venv in the project's root and installs qpruner with some extras; does nothing if they are installed already.
 # Usage: bash launch/setup.sh EXTRAS [GROUP]     (demo.sh and test.sh call it)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,8 +23,8 @@ fi
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
   fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
 
-# What is installed is a function of pyproject.toml, of what was asked for, and of pip's constraints: a cluster's workers
-# have the versions of their head, and those of a head that took its place.
+# The installation depends on pyproject.toml, the extras, and the constraints of pip. By the constraints, the workers of a
+# cluster get the versions of their head, and the versions of a new head if it is replaced.
 wanted=$("$python" - "$extras" "$group" <<'PY'
 import hashlib, os, pathlib, sys
 files = ["pyproject.toml", *os.environ.get("PIP_CONSTRAINT", "").split()]
@@ -39,7 +39,7 @@ if [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
 fi
 
 free_mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
-# Further extras take little.
+# Further extras need little space.
 compgen -G '.venv/qpruner-installed-*' >/dev/null || [ "$free_mib" -ge 8000 ] ||
   fail "the installation takes up to 8 GB, but only ${free_mib} MB are free in $PWD; make room"
 

@@ -1,6 +1,6 @@
-"""Names the machines of a cluster that AWS still has, in the region of its file; launch/down.sh asks at the end.
+"""Prints the machines of a cluster that still run on AWS, in the region of its file; launch/down.sh ends with this.
 
-Usage: python launch/still_there.py CLUSTER.yaml      (exit code 1 if there is one)
+Usage: python launch/still_there.py CLUSTER.yaml      (exit code 1 if there are any)
 """
 
 import sys
@@ -12,7 +12,7 @@ GONE = ("shutting-down", "terminated")
 
 
 def main() -> None:
-    """Exit code 1 and their ids, if there is one that is not on its way out."""
+    """Print the ids of machines that are not ending, and exit with code 1 if there are any."""
     config = yaml.safe_load(Path(sys.argv[1]).read_text())
     provider = config["provider"]
     if provider["type"] != "aws":

@@ -1,6 +1,6 @@
 """Stops Ray on every worker of an on-premise cluster; launch/down.sh runs it on the head.
 
-`ray down` itself leaves their raylets running (Ray 2.60). Addresses and key are those that `ray up` left on the head.
+`ray down` does not end their raylets (Ray 2.60). The addresses and the key are in the file that `ray up` wrote there.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from check_cluster import on_host
 
 
 def main() -> None:
-    """Exit code 1 and the names, if any worker could not be reached."""
+    """Stop all workers, print their answers, and exit with code 1 if a worker could not be reached."""
     config = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
     workers = config["provider"]["worker_ips"]
 

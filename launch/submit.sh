@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Copies a configuration to the head and runs it there, as a job that goes on when you log out (`ray job submit`), or
-# attached to this terminal (`ray submit`). Again: it goes on from what is recorded.
+# Copies a configuration to the head and runs it there, as a job that continues after you log out (`ray job submit`), or
+# attached to this terminal (`ray submit`). Repeated, it resumes from its records.
 # Usage: bash launch/submit.sh [--attached] CLUSTER.yaml CONFIG.yaml [options of `qpruner run`]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
@@ -25,7 +25,7 @@ if [ -n "$attached" ]; then
   run ray submit "$cluster" "$repository/launch/search.py" -- "${quoted[@]}"
 else
   job=$(printf %s "${name%.*}" | tr -c "A-Za-z0-9._-" -)-$(date -u +%Y%m%d-%H%M%S)
-  # Through ssh, so that the job server need not listen anywhere but on the head's loopback.
+  # Over ssh, so that the job server only has to listen on the head's loopback.
   run ray exec "$cluster" \
     "ray job submit --no-wait --submission-id $job -- python \$HOME/qpruner/launch/search.py ${quoted[*]}"
   echo "== follow: bash launch/watch.sh $named $job"

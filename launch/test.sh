@@ -3,7 +3,7 @@
 # Usage: bash launch/test.sh [options of pytest]     Long tests: .venv/bin/pytest -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Minutes of one core, on a machine that does nothing else, packages installed.
+# Minutes on one core of an otherwise idle machine, with packages installed.
 CORE_MINUTES=18
 cores=$(nproc)
 processes=$((cores < 8 ? cores : 8))
@@ -15,5 +15,5 @@ for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do
   .venv/bin/$check
 done
 echo "== pytest"
-# A process a core, at most eight of a gigabyte each; a file's tests stay together, since they share what is dear to make.
+# One process per core, at most eight, with a gigabyte each. Tests of a file run in one process, because they share set-ups.
 exec .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile "$@"

@@ -8,6 +8,6 @@ cluster=$(cluster_file "$1")
 if [ $# -eq 2 ]; then
   run ray exec "$cluster" "ray job logs --follow $(printf '%q' "$2")"
 else
-  # Against a head that is gone, `ray status` would wait for ever.
+  # If the head is gone, `ray status` would wait forever.
   run ray exec "$cluster" "timeout 60 ray status && timeout 60 ray list nodes && timeout 60 ray list jobs"
 fi

@@ -1,4 +1,4 @@
-"""Copy this checkout, for what builds, installs or runs it as a newcomer would."""
+"""Copy this checkout, for tests that build, install or run it as a new user would."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_checkout(into: Path) -> Path:
-    """Copy every file that git would take, committed or not; skips the test where this is no git checkout."""
+    """Copy all files that git does not ignore; skip the test if this is no git checkout."""
     if not (ROOT / ".git").exists():
-        pytest.skip("no git checkout: nothing says which files are the project's")
+        pytest.skip("no git checkout: the files of the project are unknown")
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
         if (ROOT / name).exists():  # a deletion that is not committed yet
             (into / name).parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def copy_checkout(into: Path) -> Path:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Return what a git command prints."""
+    """Run a git command, and return its output."""
     done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""The Chromium that tests open pages in."""
+"""A headless Chromium for tests of pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless browser; a test is skipped where there is none."""
+    """Start the browser; skip the test if there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:

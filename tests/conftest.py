@@ -1,4 +1,4 @@
-"""A two-layer Llama with a tokenizer of its own, built once a session, and a whole configuration around it."""
+"""A two-layer Llama with its tokenizer, built once a session, and a complete configuration for it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Threads that wait for one another on a busy machine: a 64 x 128 LoftQ start took 290 ms with two, 1.3 ms with one.
+# On a busy machine, threads wait for one another: a 64 x 128 LoftQ start took 290 ms with two, 1.3 ms with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Two minutes for a disk that no test makes room on.
+# Instead of two minutes, for full disks on which no test makes room.
 os.environ.setdefault("QPRUNER_STORAGE_PATIENCE_SECONDS", "1")
-# Ray's word for "one machine": clusters of several raylets then lie on loopback.
+# Ray then treats the cluster as one machine, so that several raylets use loopback addresses.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-# Ray starts a cluster of its own for a question that no cluster was joined for; every later test would find it joined.
+# Otherwise Ray starts a cluster when it is asked anything, and every later test finds it.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import pytest
 import yaml
 
-# A machine with the kit of benchmarks/gpu_7b.py has no Ray.
+# There is no Ray on machines with the kit of benchmarks/gpu_7b.py.
 pytest_plugins = ["object_store", *(["searched_runs", "whole_runs"] if find_spec("ray") else [])]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 
 def demo_rows(name: str) -> list[dict[str, Any]]:
-    """Rows of one of the demo's data files."""
+    """Read the rows of a data file of the demo."""
     return [json.loads(line) for line in (DEMO_DATA / name).read_text().splitlines()]
 
 
@@ -70,7 +70,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh(tiny_model: Path) -> Callable[..., Any]:
-    """Builds the same unquantized model with plain adapters each time."""
+    """Return a function that builds the same unquantized model with plain adapters each time."""
     from qpruner.config.schema import LoraConfig
     from qpruner.quantization.assembly import assemble, attach_adapters
 
@@ -82,7 +82,7 @@ def fresh(tiny_model: Path) -> Callable[..., Any]:
 
 
 def raw_config(model: Path, output: Path) -> dict[str, Any]:
-    """A small but complete configuration as plain data."""
+    """Make a small but complete configuration as plain data."""
     source = "package:qpruner/demo/data"
     return {
         "output": str(output),
@@ -112,7 +112,7 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
 
 
 def _mount(option: str, folder: Path) -> None:
-    """Mount a file system in memory on a folder; skips the test where that is not permitted."""
+    """Mount a file system in memory on a folder; skip the test if that is not permitted."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "qpruner-test", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
@@ -120,7 +120,7 @@ def _mount(option: str, folder: Path) -> None:
 
 @contextmanager
 def disk_of(size: str, folder: Path) -> Iterator[Path]:
-    """A real file system of that size, as `mount` counts it, on a new folder."""
+    """Mount a real file system of some size, such as `16m`, on a new folder."""
     folder.mkdir()
     _mount(f"size={size}", folder)
     try:
@@ -131,31 +131,36 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def away(disk: Path) -> Iterator[Callable[[], None]]:
-    """Covered by an empty read-only file system until what is handed out is called."""
+    """Hide a folder behind an empty read-only file system, until the yielded function is called."""
     _mount("ro", disk)
     yield lambda: subprocess.run(["umount", disk], check=True) and None
 
 
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Fill a file system except for some bytes; return the file that takes the room."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    return filler
+
+
 @contextmanager
 def full(disk: Path) -> Iterator[Callable[[], None]]:
-    """No byte is left until what is handed out is called."""
-    filler = disk / "filler"
-    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    """Fill a file system completely, until the yielded function is called."""
+    filler = fill(disk)
     yield filler.unlink
     filler.unlink(missing_ok=True)
 
 
 @contextmanager
 def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
-    """Fill a file system but for some bytes until something waits for room; hands out the file that does."""
-    filler = disk / "filler"
+    """Fill a file system except for some bytes, until qpruner waits for room; yield the file that takes the room."""
 
     class MakeRoom(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "trying again" in record.getMessage():
                 filler.unlink(missing_ok=True)
 
-    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    filler = fill(disk, leave)
     logger, handler = logging.getLogger("qpruner.runs.storage.retry"), MakeRoom()
     logger.addHandler(handler)
     try:
@@ -165,20 +170,20 @@ def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
 
 
 def flip_a_byte(path: Path) -> None:
-    """What a disk does: same size, and safetensors reads it without a word."""
+    """Damage a file as a disk may: its size stays, and safetensors still reads it."""
     data = bytearray(path.read_bytes())
     data[-min(100, len(data))] ^= 0x10
     path.write_bytes(data)
 
 
 def flipped(text: bytes, before: bytes) -> bytes:
-    """What a disk does to a record: the lowest bit after some text is another, which of a digit makes a digit."""
+    """Flip the lowest bit of the byte after some text, which turns a digit into another digit."""
     at = text.index(before) + len(before)
     return text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :]
 
 
 def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of `raw` with `section.key` set."""
+    """Return a copy of a configuration with `section.key` set."""
     changed = copy.deepcopy(raw)
     here = changed
     *sections, last = key.split(".")
@@ -192,14 +197,14 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def with_keys(raw: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    """A copy of `raw` with other keys; `section__key=value`."""
+    """Return a copy of a configuration with keys set as `section__key=value`."""
     for key, value in keys.items():
         raw = with_key(raw, key.replace("__", "."), value)
     return raw
 
 
 def changed_by(change: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy with keys changed as `key=value; key=value`, values in YAML."""
+    """Return a copy of a configuration with keys set as `key=value; key=value`, values in YAML."""
     for part in change.split("; "):
         key, _, value = part.partition("=")
         raw = with_key(raw, key, yaml.safe_load(value))
@@ -207,7 +212,7 @@ def changed_by(change: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def said(message: str, text: str) -> bool:
-    """Whether a text has the parts of a message, which ` ... ` separates."""
+    """Return True if a text has all parts of a message, which ` ... ` separates."""
     return all(part in text for part in message.split(" ... "))
 
 
@@ -218,7 +223,7 @@ def tiny_raw(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def write_yaml(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes plain data as the YAML file that the command line takes."""
+    """Return a function that writes a configuration to a YAML file."""
 
     def write(raw: dict[str, Any]) -> Path:
         path = tmp_path / "config.yaml"

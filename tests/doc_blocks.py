@@ -1,4 +1,4 @@
-"""Find the fenced blocks of README, docs and the other pages of the project."""
+"""Find the fenced code blocks of README, docs and the other pages of the project."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its file as seen from the root, the line of its opening fence, and what is behind and inside."""
+    """A fenced block: its page relative to the root, the line of its opening fence, its language and its text."""
 
     page: str
     line: int
@@ -22,7 +22,7 @@ class Block:
 
     @property
     def first(self) -> str:
-        """Return the line that it is known by: the first that is no comment."""
+        """Return the first line that is no comment, which identifies the block."""
         return next((line for line in self.text.splitlines() if line.strip() and not line.startswith("#")), "")
 
     def __str__(self) -> str:
@@ -30,7 +30,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Return all of them, page by page."""
+    """Return all fenced blocks, page by page."""
     return [
         Block(str(page.relative_to(ROOT)), text[: found.start()].count("\n") + 1, found["language"], found["text"])
         for page in PAGES

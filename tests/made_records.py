@@ -1,4 +1,4 @@
-"""Records of a search and of a cut as stages would leave them; tests change what they look at."""
+"""Records of a search and of pruning as stages write them; tests change single fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qpruner.runs.records import Confirmation, LayerWidths, PruneRecord, SearchR
 
 
 def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
-    """Nine trials of `gp`, of which trial 7, with that plan, won against the control of trial 2."""
+    """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of trial 2."""
     fields: dict[str, Any] = {
         "digest": "c" * 16,
         "seconds": 600.0,
@@ -37,13 +37,13 @@ def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
 
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
-    """A trial on fresh rows; a control where a control's name is its origin."""
+    """Make a finalist, which is a control if its origin is the name of one."""
     fields = {"control": origin.startswith(("uniform-", "seed-")), "reused": False, "stderr": 0.0625}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 
 
 def made_layer(index: int, groups: int, channels: int, experts: int | None = None) -> LayerWidths:
-    """A block of 4 groups, 200 channels and perhaps 8 experts that keeps the first of them."""
+    """Make a block of 4 groups, 200 channels and perhaps 8 experts that keeps the first ones of each."""
     return LayerWidths(
         layer=index,
         kept_kv_groups=tuple(range(groups)),
@@ -59,7 +59,7 @@ def made_layer(index: int, groups: int, channels: int, experts: int | None = Non
 
 
 def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
-    """A cut of 150 to 120.24 million parameters."""
+    """Make a record of pruning from 150 to 120.24 million parameters."""
     fields: dict[str, Any] = {
         "digest": "0" * 16,
         "seconds": 1.5,

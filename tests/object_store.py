@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, in a process of its own: moto's, which forgets everything when it ends."""
+"""A real S3 server on loopback (moto), in a process of its own, that keeps everything in memory."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ Machine = Callable[[str], RunDir]
 
 @dataclass
 class Store:
-    """The server."""
+    """The server and access to its objects."""
 
     port: int
     process: subprocess.Popen[bytes] = field(repr=False)
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the clouds' own tools read, too."""
+        """Environment variables by which qpruner and the tools of AWS reach the server."""
         return KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
 
     def uri(self, name: str) -> str:
         return f"s3://{BUCKET}/{name}"
 
     def client(self, service: str, region: str = "us-east-1") -> Any:
-        """AWS's own client of the stand-in."""
+        """Make a boto3 client for the server."""
         import boto3
 
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": region}
         return boto3.client(service, endpoint_url=f"http://127.0.0.1:{self.port}", **keys)
 
     def suspend(self) -> None:
-        """It takes connections and answers nobody."""
+        """Suspend the server: it accepts connections, but does not answer."""
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
     def read(self, key: str) -> bytes:
-        """An object, past qpruner and past pyarrow, whose reads are of two requests."""
+        """Read an object in one request, unlike pyarrow."""
         found: bytes = self.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read()
         return found
 
@@ -71,7 +71,7 @@ class Store:
         self.write(key, bytes(data))
 
     def keys(self, prefix: str) -> dict[str, int]:
-        """Bytes of every object under a prefix, by its key from there."""
+        """Return the size of every object under a prefix, by its key after the prefix."""
         from pyarrow.fs import FileSelector
 
         root = f"{BUCKET}/{prefix}"
@@ -79,7 +79,7 @@ class Store:
         return {each.path[len(root) + 1 :]: each.size for each in found if each.is_file}
 
     def copy(self, run: str, target: str, parts: Sequence[str]) -> None:
-        """Copy what of a run begins with one of these names."""
+        """Copy the objects of a run whose keys start with one of the names."""
         for key in self.keys(run):
             if key.startswith(tuple(parts)):
                 self.write(f"{target}/{key}", self.read(f"{run}/{key}"))
@@ -97,7 +97,7 @@ class Store:
 
 @contextmanager
 def object_store(**settings: str) -> Iterator[Store]:
-    """Start the server, with such variables in its environment, with an empty bucket; it is gone afterwards."""
+    """Run the server with an empty bucket until the end of the block; settings are environment variables."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -128,7 +128,7 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Goes to a machine of that name, with a cache of its own; returns the test's run as it is seen there."""
+    """Switch to a machine of some name, with its own cache, and return the run of the test there."""
     talk_to(store, monkeypatch)
 
     def go(name: str) -> RunDir:
@@ -140,20 +140,20 @@ def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 
 @pytest.fixture(params=["folder", "uri"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
-    """An empty run, in a folder and at a URI."""
+    """An empty run: once in a folder, and once at a URI."""
     found: RunDir = request.getfixturevalue("machine")("first") if request.param == "uri" else RunDir(tmp_path / "run")
     return found
 
 
 def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process find that server, not one that another test had."""
+    """Make this process use a server, and not that of an earlier test."""
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     objects.open_bucket.cache_clear()
 
 
 class Gate:
-    """A way to a server on loopback that can be shut: nobody listens then, and who was connected is cut off."""
+    """A proxy for a server on loopback that can be shut, which also closes its connections."""
 
     def __init__(self, port: int) -> None:
         self._server = port

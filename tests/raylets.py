@@ -1,4 +1,4 @@
-"""Several raylets on this machine, on loopback, each a node that can be killed; their GPUs are counted, not there."""
+"""Several raylets on loopback, each a node that tests can kill; their GPUs exist only as numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLONE_NEWNS = 0x20000
 
 @dataclass
 class Raylets:
-    """A head that can run nothing, and its workers' nodes that live."""
+    """A head without cores, and the living nodes for workers."""
 
     cluster: Any  # Ray's own
     nodes: list[Any] = field(default_factory=list)
@@ -33,21 +33,21 @@ class Raylets:
         return address
 
     def add(self, **resources: Any) -> Any:
-        """Start a node with what Ray's `add_node` is given, else one core."""
+        """Start a node with one core, or with the given arguments of `add_node` in Ray."""
         node = self.cluster.add_node(**{"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES} | resources)
         self.nodes.append(node)
         return node
 
     def in_a_thread(self) -> None:
-        """Let threads add nodes; only the main one may set the signal handler by which they end with this process."""
+        """Allow threads to add nodes: leave out the signal handler, which only the main thread can set."""
         self.cluster._shutdown_at_exit = False
 
     def add_apart(self, mounts: str, **resources: Any) -> Any:
-        """Start a node that has other file systems than this machine."""
+        """Start a node with its own mounted file systems."""
         libc = ctypes.CDLL(None, use_errno=True)
 
         def start() -> Any:
-            # Mounts belong to a thread, and to what it starts.
+            # A thread and the processes that it starts have their own mounts.
             if libc.unshare(CLONE_NEWNS):
                 pytest.skip(f"mounting is not permitted here: {os.strerror(ctypes.get_errno())}")
             subprocess.run(["bash", "-ec", f"mount --make-rprivate /; {mounts}"], check=True)
@@ -58,12 +58,12 @@ class Raylets:
             return thread.submit(start).result()
 
     def kill(self, node: Any) -> None:
-        """SIGKILL to a raylet; Ray's workers on its machine notice within seconds, and end."""
+        """Kill a raylet (SIGKILL); its workers notice within seconds and end."""
         os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         self.nodes.remove(node)
 
     def drain(self, node_id: str, seconds: float) -> None:
-        """Tell Ray that a machine will be gone in so many seconds, as a cloud does before it takes a spot instance."""
+        """Announce to Ray that a node will end in some seconds, as a cloud does for spot instances."""
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -72,14 +72,14 @@ class Raylets:
         assert accepted, why_not
 
     def kill_machine(self, node: Any) -> None:
-        """SIGKILL to a raylet and to all that it has started."""
+        """Kill a raylet and all processes that it has started (SIGKILL)."""
         workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
         self.kill(node)
         for worker in workers:
             worker.kill()
 
     def kill_head(self) -> None:
-        """SIGKILL to the control store, the head's raylet and all that runs beside them."""
+        """Kill the control store, the raylet and all other processes of the head (SIGKILL)."""
         for started in self.cluster.head_node.all_processes.values():
             for each in started:
                 os.kill(each.process.pid, signal.SIGKILL)
@@ -87,7 +87,7 @@ class Raylets:
 
 @contextmanager
 def raylets(number: int, **resources: Any) -> Iterator[Raylets]:
-    """A head and this many nodes, each of one core or of these resources; all gone afterwards."""
+    """Run a head and some nodes with one core or the given resources, until the end of the block."""
     import ray
     from ray.cluster_utils import Cluster
 

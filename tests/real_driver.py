@@ -1,4 +1,4 @@
-"""A real `qpruner` process for the tests that send it signals, and what its run folder says meanwhile."""
+"""Run a real `qpruner` process, send it signals, and read its run folder meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MINUTES = 60.0
 
 
 def config_file(model: Path, folder: Path, **keys: Any) -> Path:
-    """A configuration file with these keys, in the folder that its run folder is in."""
+    """Write a configuration file with these keys; the run folder is next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(with_keys(raw_config(model, folder / "run"), **keys)))
@@ -30,7 +30,7 @@ def config_file(model: Path, folder: Path, **keys: Any) -> Path:
 
 
 def search_config(model: Path, folder: Path, **keys: Any) -> Path:
-    """A configuration file whose trials have four rungs and take a few seconds."""
+    """Write a configuration whose trials have four rungs and take a few seconds."""
     settings = {
         "sensitivity.methods": ["mutual_information", "first_order"],
         "search.steps": 32,
@@ -42,14 +42,14 @@ def search_config(model: Path, folder: Path, **keys: Any) -> Path:
 
 @dataclass
 class Driver:
-    """A `qpruner` process and what became of it."""
+    """A running `qpruner` process."""
 
     process: subprocess.Popen[str]
     run: Path
     out: Path
 
     def wait_until(self, condition: Callable[[], Any], what: str, minutes: float = 10) -> Any:
-        """Wait for something that happens while the driver lives; returns what the condition gave."""
+        """Wait for a condition while the process runs; return its value."""
         deadline = time.monotonic() + minutes * MINUTES
         while not (found := condition()):
             assert self.process.poll() is None, f"the run ended before {what}: {self.said()[-3000:]}"
@@ -58,7 +58,7 @@ class Driver:
         return found
 
     def end(self, minutes: float = 10) -> tuple[int, str]:
-        """Wait for the end; returns the exit code and all that was said."""
+        """Wait for the process to end; return the exit code and the output."""
         code = self.process.wait(timeout=minutes * MINUTES)
         return code, self.said()
 
@@ -72,7 +72,7 @@ class Driver:
         return self.out.read_text()
 
     def interrupt(self) -> None:
-        """Ctrl-C, which a terminal sends to the whole process group."""
+        """Send Ctrl-C to the process group, as a terminal does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
 
@@ -80,10 +80,9 @@ class Driver:
 def driver(
     config: Path, *options: str, verb: str = "search", inside: Sequence[str] = (), **environment: str
 ) -> Iterator[Driver]:
-    """Start the command, `inside` another machine if that is given; at the end nothing of it is left, also when the
-    test fails."""
+    """Start a command, with `inside` before it; at the end of the block, kill it and all processes that it started."""
     run = Path(yaml.safe_load(config.read_text())["output"])
-    # Beside the folder, which may be a file system of its own that a test fills.
+    # Not in the folder, which may be a file system that a test fills.
     out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
     with out.open("w") as file:
         process = subprocess.Popen(
@@ -94,17 +93,15 @@ def driver(
             text=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
             process_group=0,
-            # Tests that were started in the background ignore Ctrl-C, and what they start would, too.
+            # If the tests run in the background, they and their processes ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    descendants: set[psutil.Process] = set()
+    descendants: list[psutil.Process] = []
     try:
         yield Driver(process, run, out)
-        with suppress(psutil.NoSuchProcess):
-            descendants.update(psutil.Process(process.pid).children(recursive=True))
     finally:
         with suppress(psutil.NoSuchProcess):
-            descendants.update(psutil.Process(process.pid).children(recursive=True))
+            descendants += psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
         for child in descendants:
@@ -113,14 +110,14 @@ def driver(
 
 
 def ended(config: Path, verb: str = "search") -> Driver:
-    """A command that nothing happened to, after its end."""
+    """Run an undisturbed command, which must succeed."""
     with driver(config, verb=verb) as process:
         process.end_well()
     return process
 
 
 def trials_of(run: Path) -> dict[int, dict[str, Any]]:
-    """The trials' records by number."""
+    """Read the records of the trials, by index."""
     found = {}
     for path in sorted(run.glob("trials/*/*/trial.json")):
         with suppress(FileNotFoundError):  # withdrawn meanwhile
@@ -130,7 +127,7 @@ def trials_of(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def rungs_of(run: Path) -> dict[int, list[dict[str, Any]]]:
-    """What the trials measured, by number."""
+    """Read the rungs of the trials, by index."""
     return {index: trial["rungs"] for index, trial in trials_of(run).items()}
 
 
@@ -140,7 +137,7 @@ def search_record(run: Path) -> dict[str, Any]:
 
 
 def between_rungs(run: Path, index: int) -> int | None:
-    """The process of a trial that has a rung behind it and one before it, None at other times."""
+    """Return the process id of a trial that is between two rungs, else None."""
     trial = trials_of(run).get(index)
     if trial is None or trial["status"] != "running" or not trial["rungs"]:
         return None
@@ -149,6 +146,6 @@ def between_rungs(run: Path, index: int) -> int | None:
 
 
 def pulse_of(run: Path, index: int) -> dict[str, Any] | None:
-    """The last sign of life of a trial's worker."""
+    """Read the last progress of the worker of a trial."""
     path = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
     return json.loads(path.read_text()) if path else None

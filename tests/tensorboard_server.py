@@ -1,14 +1,15 @@
-"""The real TensorBoard, as a command starts it."""
+"""Run the real TensorBoard."""
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from object_store import free_port
 
 
 @contextmanager
@@ -18,10 +19,8 @@ def serving(
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """Start it on a free port of loopback, hand out its address once it lists a run of the awaited name, and end it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Start TensorBoard on loopback; yield its address once it lists the awaited run."""
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [*command, "--host=127.0.0.1", f"--port={port}"],

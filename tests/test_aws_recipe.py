@@ -1,6 +1,6 @@
-"""Run the recipe of docs/cluster.md for AWS, with AWS's CLI and Ray's node provider, on a stand-in of AWS (moto).
+"""Run the AWS recipe of docs/cluster.md against a simulation of AWS (moto), with the AWS CLI and Ray's node provider.
 
-The stand-in has accounts, roles, networks, machines and buckets, but checks no permission and starts nothing.
+The simulation has roles, networks, machines and buckets, but checks no permissions and starts no machines.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ provider = AWSNodeProvider(config["provider"], config["cluster_name"])
 for name, kind in config["available_node_types"].items():
     provider.create_node(kind["node_config"], {TAG_RAY_USER_NODE_TYPE: name}, 1)
 """
-"""What `ray up` and the head's autoscaler ask AWS for: a machine of each type."""
+"""Program that requests a machine of each type from AWS, as `ray up` and the autoscaler do."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """An empty account on the stand-in, a checkout, and the environment of somebody's shell who has the keys."""
+    """An empty AWS account, a checkout, and the environment variables of a shell with the keys."""
 
     store: Store
     checkout: Path
     environment: dict[str, str]
 
     def run(self, *command: str, code: int = 0) -> str:
-        """Run something in the checkout, which must exit with this code; return its errors."""
+        """Run a command in the checkout, which must exit with this code; return its stderr."""
         done = subprocess.run(
             command, cwd=self.checkout, env=self.environment, capture_output=True, text=True, timeout=180
         )
@@ -54,7 +54,7 @@ class Account:
         return done.stderr
 
     def follow(self, *starts: str, options: tuple[str, ...] = ("-euo", "pipefail")) -> None:
-        """Run blocks of the page, found by how they begin, in one shell."""
+        """Run blocks of docs/cluster.md in one shell, found by their first words."""
         found = [block for block in blocks() if block.page == "docs/cluster.md"]
         texts = [next(block.text for block in found if block.first.startswith(start)) for start in starts]
         self.run("bash", *options, "-c", "\n".join(texts))
@@ -70,7 +70,7 @@ def account(tmp_path: Path) -> Iterator[Account]:
     image = {"ami_id": "ami-0123456789abcdef0", "name": f"{IMAGE} 20261101", "creation_date": "2026-11-01T00:00:00Z"}
     images.write_text(json.dumps([image]))
     bin.mkdir()
-    (bin / "curl").write_text("#!/bin/sh\necho 198.51.100.7\n")  # the address as the internet sees it
+    (bin / "curl").write_text("#!/bin/sh\necho 198.51.100.7\n")  # the public address of this machine
     (bin / "curl").chmod(0o755)
     with object_store(MOTO_AMIS_PATH=str(images), MOTO_IAM_LOAD_MANAGED_POLICIES="true") as store:
         own = {"PATH": f"{bin}:{tools}", "HOME": str(tmp_path), "AWS_PAGER": ""}
@@ -86,17 +86,13 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
         policy = iam.get_role_policy(RoleName=role, PolicyName="bucket")["PolicyDocument"]
         assert policy["Statement"][0]["Resource"] == [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
 
-    names, edited = ((account.checkout / name).read_text() for name in ("aws_ids.sh", "cluster.yaml"))
-    assert "None" not in names, "the CLI's word for what it did not find"
-    (account.checkout / "cluster.yaml").write_text(
-        edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-")
-    )
-    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())  # a terminal goes on after errors
-    assert ((account.checkout / "aws_ids.sh").read_text(), (account.checkout / "cluster.yaml").read_text()) == (
-        names,
-        edited,
-    ), "who begins anew ends with the same"
-    if shutil.which("rsync"):  # which `up.sh` asks for before it looks at the file
+    files = [account.checkout / name for name in ("aws_ids.sh", "cluster.yaml")]
+    names, edited = (file.read_text() for file in files)
+    assert "None" not in names, "the AWS CLI prints None for missing things"
+    files[1].write_text(edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-"))
+    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())  # without -e, as in a terminal
+    assert [file.read_text() for file in files] == [names, edited], "a second time gives the same"
+    if shutil.which("rsync"):  # the script needs it
         account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")
     account.run(sys.executable, "-c", START)
     machines = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]]
@@ -118,20 +114,19 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
 
 
 def test_results_in_a_bucket_are_fetched(account: Account, tmp_path: Path) -> None:
-    of_a_run = {"report.html", "report.md", "pictures/kept.png", "results.json", "records/prune.json"}
-    of_a_run |= {"final/adapter/weights"}
-    for name in (*of_a_run, "bank/large", "records.txt", "finals/x"):
+    expected = {"report.html", "report.md", "pictures/kept.png", "results.json", "records/prune.json"}
+    expected |= {"final/adapter/weights"}
+    for name in (*expected, "bank/large", "records.txt", "finals/x"):
         account.store.write(f"runs/mine/{name}", name.encode())
-    run, mistyped, mine, part = (
-        *map(account.store.uri, ("runs/mine", "runs/mien")),
-        tmp_path / "mine",
-        tmp_path / "part",
-    )
+    run, mistyped = map(account.store.uri, ("runs/mine", "runs/mien"))
+    mine, part = tmp_path / "mine", tmp_path / "part"
     fetch = ("bash", "launch/fetch.sh", "cluster.yaml")
     account.run(*fetch, f"{run}/", str(mine))
-    assert {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()} == of_a_run
+    assert {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()} == expected
     refused = account.run(*fetch, mistyped, str(mine), "report.html", "final", code=1)
-    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused, "whatever was fetched before"
+    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused, (
+        "even if files were fetched before"
+    )
     assert "not fetched: record; " in account.run(*fetch, run, str(part), "final", "record", code=1)
     assert (part / "final" / "adapter" / "weights").is_file()
     endpoint = "https://minio.example:9000"

@@ -1,33 +1,25 @@
-"""The benchmark of cuts measures what it says, on the demo's own text where no public text is."""
+"""The benchmark of pruning: which rows it measures, and the demo text it uses without public data."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_gpu_benchmark import script
 
 from qpruner.models.loading import load_tokenizer, resolve_source
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def pruning_benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("pruning_benchmark", ROOT / "benchmarks" / "pruning.py")
-    assert spec and spec.loader
-    bench = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = bench  # dataclasses look their module up
-    spec.loader.exec_module(bench)
-    return bench
+    return script("pruning")
 
 
-def test_measured_rows_are_taken_at_any_commit(tmp_path: Path, pruning_benchmark: Any) -> None:
-    """A plain command goes on with those beside the script; nothing is measured here."""
+def test_rows_of_any_commit_are_reused(tmp_path: Path, pruning_benchmark: Any) -> None:
+    """Recorded rows need not be measured again, unless they are of other data."""
     bench = pruning_benchmark
     tasks = bench.ends_kept(["same text"])
     assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 18
@@ -39,8 +31,8 @@ def test_measured_rows_are_taken_at_any_commit(tmp_path: Path, pruning_benchmark
         bench.Measurements(None, file, 0.0, bench.OWN).rows(tasks)
 
 
-def test_without_public_data_the_demos_text_is_divided(pruning_benchmark: Any) -> None:
-    """It is short: no part is empty, and nothing that is evaluated is calibrated on."""
+def test_without_public_data_the_demo_text_is_divided(pruning_benchmark: Any) -> None:
+    """No part of the short text is empty, and no evaluated text is used for calibration."""
     bench = pruning_benchmark.Bench.__new__(pruning_benchmark.Bench)  # without the model
     bench.evaluated, bench.pad_id = pruning_benchmark.OWN, 0
     bench.tokenizer = load_tokenizer(resolve_source(pruning_benchmark.SOURCE, "model.source"))

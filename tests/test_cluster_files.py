@@ -1,4 +1,4 @@
-"""The cluster files as Ray will read them, and what the launch scripts say before anything costs time or money."""
+"""The cluster files as Ray reads them, and the checks of the launch scripts before `ray up`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def prepared(path: Path) -> dict[str, Any]:
-    """A cluster file after Ray's own preparation, validated by Ray's own schema."""
+    """Prepare and validate a cluster file with the functions of Ray."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config: dict[str, Any] = prepare_config(yaml.safe_load(path.read_text()))
@@ -31,20 +31,20 @@ def prepared(path: Path) -> dict[str, Any]:
 
 
 @FILES
-def test_ray_accepts_the_file_and_it_carries_an_installation(path: Path) -> None:
+def test_ray_accepts_the_file_and_mounts_the_package(path: Path) -> None:
     config, mounts = prepared(path), prepared(path)["file_mounts"]
     assert all(remote == f"~/qpruner/{local}" and (ROOT / local).exists() for remote, local in mounts.items())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {"pyproject.toml", "qpruner", "launch", "tune_configs", project["readme"], *project["license-files"]}
     assert set(mounts.values()) == needed
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
-    # Ray's launcher puts each in parentheses of its own, and the shell takes two of them for arithmetic.
+    # Ray puts each command in parentheses, and a shell takes double parentheses for arithmetic.
     commands = [each for key, value in config.items() if key.endswith("_commands") for each in value]
     assert commands and not [each for each in commands if each.lstrip().startswith("(")]
 
 
-def test_machines_at_aws_are_set_up_as_ones_of_your_own() -> None:
-    """A real `ray up` of the other file (tests/cluster) shows that versions and token travel from head to workers."""
+def test_both_cluster_files_set_machines_up_alike() -> None:
+    """So a real `ray up` of one file (tests/cluster) shows that versions and token reach the workers."""
     aws, own = prepared(AWS), prepared(ON_PREMISE)
     for key in ("file_mounts", "rsync_exclude", "cluster_synced_files"):
         assert aws[key] == own[key]
@@ -52,8 +52,8 @@ def test_machines_at_aws_are_set_up_as_ones_of_your_own() -> None:
     assert aws["head_setup_commands"][-3:] == own["head_setup_commands"][-3:]
 
 
-def test_a_token_becomes_its_owners_alone(tmp_path: Path) -> None:
-    """As Ray leaves it where somebody called `ray.init()` before; the head goes on with it."""
+def test_a_token_becomes_readable_for_its_owner_only(tmp_path: Path) -> None:
+    """An earlier `ray.init()` may have left a readable token; the head keeps its value."""
     [command] = [each for each in yaml.safe_load(AWS.read_text())["head_setup_commands"] if "get-auth-token" in each]
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
@@ -63,8 +63,8 @@ def test_a_token_becomes_its_owners_alone(tmp_path: Path) -> None:
     assert (token.read_text(), f"{token.stat().st_mode & 0o777:o}") == ("a" * 64, "600")
 
 
-def test_keys_lie_in_a_file_of_their_own_that_git_never_takes(tmp_path: Path) -> None:
-    """Every shell of a machine has what `launch/node_secrets.sh` says, where there is one."""
+def test_keys_are_in_a_file_that_git_ignores(tmp_path: Path) -> None:
+    """Every shell of a machine reads `launch/node_secrets.sh` if it exists."""
     installed = tmp_path / "qpruner" / "launch"
     shutil.copytree(ROOT / "launch", installed)
     ask = ["bash", "-euc", 'source ~/qpruner/launch/node_env.sh; echo "$RAY_AUTH_MODE ${MY_KEY:-none}"']
@@ -77,17 +77,17 @@ def test_keys_lie_in_a_file_of_their_own_that_git_never_takes(tmp_path: Path) ->
 
 
 def ec2_complaints(node_config: dict[str, Any]) -> str:
-    """What the AWS client itself would say to launching such a machine, offline."""
+    """Check the settings of a machine with the AWS client offline, and return its complaints."""
     from botocore.session import get_session
     from botocore.validate import ParamValidator
 
-    given = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # Ray's key: it picks one of them
+    given = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # a key of Ray, not of AWS
     run_instances = get_session().get_service_model("ec2").operation_model("RunInstances")
     report = ParamValidator().validate({**given, "MinCount": 1, "MaxCount": 1}, run_instances.input_shape)
     return str(report.generate_report())
 
 
-def test_machines_at_aws_come_on_demand_and_go_when_idle() -> None:
+def test_aws_machines_start_on_demand_and_end_when_idle() -> None:
     pytest.importorskip("botocore", reason="needs boto3: pip install 'qpruner[cluster]'")
     config = prepared(AWS)
     assert 0 < config["idle_timeout_minutes"] <= 30 and config["provider"]["cache_stopped_nodes"] is False
@@ -97,11 +97,11 @@ def test_machines_at_aws_come_on_demand_and_go_when_idle() -> None:
     assert "InstanceTyp" in ec2_complaints({"InstanceTyp": "g6e.2xlarge"})
 
 
-# ---- what is checked before `ray up`
+# ---- checks before `ray up`
 
 
 def check(path: Path, script: str = "check_cluster.py", **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script on a cluster file, with no credentials but those given."""
+    """Run a script on a cluster file, without the AWS credentials of this machine."""
     base = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     return subprocess.run(
         ["bash" if script.endswith(".sh") else sys.executable, f"launch/{script}", str(path)],
@@ -114,7 +114,7 @@ def check(path: Path, script: str = "check_cluster.py", **environment: str) -> s
 
 
 def filled(path: Path, folder: Path, **changes: str) -> Path:
-    """A cluster file with its placeholders replaced: of AWS, or of this machine with a key that opens nothing."""
+    """Write a cluster file with its placeholders replaced, and a key that gives access to nothing."""
     values = {
         AWS: {"ami": "ami-0abc", "subnet": "subnet-0abc", "sg": "sg-0abc", "head": "mine", "worker": "theirs"},
         ON_PREMISE: {"HEAD": "127.0.0.1", "WORKER": "127.0.0.2", "USER": "nobody"},
@@ -133,7 +133,7 @@ def filled(path: Path, folder: Path, **changes: str) -> Path:
 
 @pytest.fixture
 def with_programs(tmp_path: Path) -> dict[str, str]:
-    """A PATH that ends in what `ray up` calls, where this machine lacks it; what stands in for it is not called."""
+    """A PATH with stand-ins for ssh and rsync, used only if this machine lacks them; no test calls them."""
     for name in ("ssh", "rsync"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ MISTAKES = [
     pytest.param(
         ON_PREMISE, "[127.0.0.2]", "[127.0.0.1]", "`provider.worker_ips` has the head, 127.0.0.1", id="head-as-worker"
     ),
-    # Whether this machine has no sshd or one that refuses the key: Ray would try for 15 minutes.
+    # No sshd here, or one that refuses the key; Ray would try for 15 minutes.
     pytest.param(ON_PREMISE, "", "", "nobody@127.0.0.1 cannot be reached over ssh", id="host"),
 ]
 
@@ -183,24 +183,21 @@ def test_a_mistake_is_named_before_ray_starts(
     assert "ray up" not in done.stdout
 
 
-def test_a_name_that_aws_cannot_have_given_is_told(tmp_path: Path, with_programs: dict[str, str]) -> None:
-    """What the AWS CLI prints for what it did not find, put where the name belongs."""
+def test_an_impossible_aws_id_is_reported(tmp_path: Path, with_programs: dict[str, str]) -> None:
+    """The AWS CLI prints `None` for missing things, and users copy that into the file."""
     path = filled(AWS, tmp_path, ami="None", subnet="None")
     path.write_text(path.read_text().replace("[sg-0abc]", "[]"))
     done = check(path, **with_programs)
     assert done.returncode == 2
-    said = done.stderr.splitlines()
-    assert len(said) == 3, "once for all types of machines, and told before anybody is asked"
-    for key, begins, got in (
-        ("ImageId", "ami-", "'None'"),
-        ("SubnetIds", "subnet-", "'None'"),
-        ("SecurityGroupIds", "sg-", "None"),
-    ):
-        (line,) = [line for line in said if f"node_config.{key}` must be {begins} and hexadecimal digits" in line]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3, "once for all types of machines"
+    wrong = [("ImageId", "ami-", "'None'"), ("SubnetIds", "subnet-", "'None'"), ("SecurityGroupIds", "sg-", "None")]
+    for key, begins, got in wrong:
+        (line,) = [line for line in lines if f"node_config.{key}` must be {begins} and hexadecimal digits" in line]
         assert f"got {got}: see what step 1 of docs/cluster.md printed" in line
 
 
-def test_machines_left_at_aws_are_named(tmp_path: Path) -> None:
+def test_remaining_aws_machines_are_named(tmp_path: Path) -> None:
     pytest.importorskip("moto", reason="needs moto: pip install 'qpruner[dev]'")
     path = filled(AWS, tmp_path)
     with object_store() as store:
@@ -223,7 +220,7 @@ def test_machines_left_at_aws_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_clean_and_say_how_they_are_used(path: Path) -> None:
+def test_scripts_are_valid_and_explain_their_usage(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     if shellcheck := shutil.which("shellcheck"):
         done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", path], cwd=ROOT, capture_output=True, text=True)
@@ -235,8 +232,8 @@ def test_scripts_are_clean_and_say_how_they_are_used(path: Path) -> None:
         assert done.returncode == 2 and f"launch/{path.name} " in done.stderr
 
 
-def test_results_in_googles_storage_are_fetched_by_its_own_tool(tmp_path: Path) -> None:
-    """Not taken for a folder on the head."""
+def test_results_in_google_storage_are_fetched_by_gcloud(tmp_path: Path) -> None:
+    """The URI is not taken for a folder on the head."""
     command = ["bash", "launch/fetch.sh", "cluster.yaml", "gs://mine/run", str(tmp_path / "here")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and not (tmp_path / "here").exists()

@@ -1,4 +1,4 @@
-"""The demo itself: a real pretrained model through the whole flow, as `launch/demo.sh` runs it. Minutes long."""
+"""The demo as `launch/demo.sh` runs it: a real pretrained model through the whole flow, in minutes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def memory_bytes(driver: psutil.Process) -> int:
-    """Proportional share of memory of a process and all it started; processes that end meanwhile count nothing."""
+    """Sum the proportional memory (PSS) of a process and its descendants, except those that just ended."""
     total = 0
     for process in [driver, *driver.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -48,9 +48,9 @@ def test_demo(tmp_path: Path) -> None:
             driver.kill()
     text = (tmp_path / "out").read_text()
     assert driver.returncode == 0, text[-3000:]
-    told = json.loads(text.splitlines()[-1])
+    outcome = json.loads(text.splitlines()[-1])
     report = json.loads((run / "results.json").read_text())
-    table = {row["name"]: row for row in told["table"]}
+    table = {row["name"]: row for row in outcome["table"]}
     others = ["uniform 4-bit", "uniform 8-bit", "mutual-information seed", "best seed", "random"]
     assert list(table) == ["base", "pruned", *others, "searched"]
     unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
@@ -58,9 +58,9 @@ def test_demo(tmp_path: Path) -> None:
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
     candidates = report["records"]["comparison"]["candidates"]
     assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates)
-    assert report["claim"] == told["claim"]
+    assert report["claim"] == outcome["claim"]
     checked = subprocess.run([*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT)
     expected = json.loads(checked.stdout.splitlines()[-1])["memory"]["trial, training"]["total"]
-    assert expected / 1.5 < table["searched"]["peak_memory_bytes"] < expected * 1.5, "what `qpruner check` had told"
-    assert all(row["perplexity"] > 1 and row["decode_tokens_per_second"] for row in told["table"])
+    assert expected / 1.5 < table["searched"]["peak_memory_bytes"] < expected * 1.5, "the estimate of `qpruner check`"
+    assert all(row["perplexity"] > 1 and row["decode_tokens_per_second"] for row in outcome["table"])
     assert peak < MEMORY_LIMIT_BYTES

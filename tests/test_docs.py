@@ -1,7 +1,7 @@
-"""README and docs are right: their commands, in blocks and in prose, and their snippets run (`pytest -m docs`).
+"""README and docs are right: their commands and snippets run in a fresh checkout with a tiny model (`pytest -m docs`).
 
-They run in a fresh checkout with the two-layer model of the tests, the demo's recipe included. `NOT_RUN` and
-`INLINE_NOT_RUN` say why the others do not. The fast tests compare verbs, keys, messages and links with the code.
+`NOT_RUN` and `INLINE_NOT_RUN` give the reasons for the others. The fast tests compare verbs, keys, messages and links
+with the code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qpruner.config.load import validate_config
 
 RUN = ("bash", "python")
 LANGUAGES = (*RUN, "yaml", "text")
-"""`yaml` is checked as a part of a configuration; `text` is nothing to run."""
+"""`yaml` is validated as part of a configuration; `text` is not run."""
 
 AWS = "needs an AWS account; tests/test_cluster_files.py checks the file against Ray's schema and AWS's client"
 RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand-in of AWS"
@@ -58,7 +58,7 @@ NOT_RUN = {
     ("docs/cluster.md", "ray list nodes"): CLUSTER,
     ("docs/cluster.md", "sbatch"): SLURM,
 }
-"""Page and start of the first line -> why the block is not run here."""
+"""Page and start of the first line -> the reason why the block is not run here."""
 INLINE_NOT_RUN = {
     "qpruner run my.yaml --address auto": MACHINES,
     "qpruner check CONFIG --address auto": MACHINES,
@@ -83,14 +83,14 @@ INLINE_NOT_RUN = {
     "sbatch": SLURM,
     "apt-get": "installs programs of the system",
 }
-"""Start of a command in prose -> why it is not run here."""
+"""Start of a command in prose -> the reason why it is not run here."""
 PROGRAMS = re.compile(
     r"(qpruner|tensorboard|python|pytest|bash|pip|pipx|mkdocs|ray|aws|gcloud|hf|wandb|sbatch|srun|apt-get|ssh-[\w-]+|rm"
     r"|source|export|(launch|benchmarks)/\S+) "
 )
-"""What a command in prose begins with."""
+"""Programs that commands in prose start with."""
 PLACES = {"RUN ...": "runs/demo", "RUN": "runs/demo", "CONFIG": "my.yaml", "VERB": "run", "FOLDER": "dense"}
-"""What stands for words in capitals when a command in prose is run."""
+"""Replacements for words in capitals when a command in prose is run."""
 
 BLOCKS = blocks()
 CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
@@ -99,7 +99,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def reason(block: Block) -> str | None:
-    """Return why a block is not run."""
+    """Return the reason why a block is not run."""
     return next((why for key, why in NOT_RUN.items() if matches(block, *key)), None)
 
 
@@ -108,7 +108,7 @@ def matches(block: Block, page: str, start: str) -> bool:
 
 
 def spans(page: Path) -> list[str]:
-    """Return the code in a page's prose; a verb with something behind it is `qpruner`'s (`plan RUN`)."""
+    """Return the code in the prose of a page; `qpruner` is put before verbs with arguments (`plan RUN`)."""
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     found = [" ".join(span.split()).removeprefix(".venv/bin/") for _, span in CODE_SPAN.findall(prose)]
     verb = re.compile(rf"({'|'.join(main.commands)}) [^=]*$")
@@ -116,14 +116,14 @@ def spans(page: Path) -> list[str]:
 
 
 def inline_commands(page: Path) -> list[str]:
-    """Return those that are commands: a program and more than words that name a part of it (`ray up` is a name)."""
+    """Return the commands in the prose of a page: a program with arguments, not just a name like `ray up`."""
     return [
         span for span in spans(page) if PROGRAMS.match(span) and not all(map(PLAIN_WORD.fullmatch, span.split()[1:]))
     ]
 
 
 def filled(command: str) -> str:
-    """Return a command with something in place of the words in capitals."""
+    """Replace the words in capitals in a command."""
     return re.sub("|".join(map(re.escape, PLACES)), lambda found: PLACES[found[0]], command)
 
 
@@ -157,7 +157,7 @@ def test_every_block_runs_or_says_why_not() -> None:
 
 @each_page
 def test_no_command_in_prose_is_overlooked(page: Path) -> None:
-    """What has options is a command, of a program that PROGRAMS has."""
+    """Code with options is a command, so PROGRAMS must have its program."""
     with_options = {span for span in spans(page) if re.match(r"[a-z][\w./-]* (.* )?--?[a-z]", span)}
     assert sorted(with_options - set(INLINE)) == []
 
@@ -170,7 +170,7 @@ def test_files_that_commands_name_are_there() -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name)
 def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
-    """`ROOM/` and `ROOM/FILE.py` are in the package or here; of `ROOM/FILE.py: NAME` the file has the name."""
+    """`ROOM/` and `ROOM/FILE.py` exist here or in the package; in `ROOM/FILE.py: NAME`, the file has the name."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     paths = re.findall(r"`(?:qpruner/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)(?:: ([A-Za-z_.]+))?`", text)
     assert len(paths) > 10
@@ -191,7 +191,7 @@ def test_the_syntax_is_right(block: Block) -> None:
 
 
 def commands_in(page: Path) -> list[tuple[str, list[str]]]:
-    """Return every `qpruner VERB` in code on a page, with its long options."""
+    """Return every `qpruner VERB` in the code of a page, with its long options."""
     bash = [block.text for block in BLOCKS if ROOT / block.page == page and block.language == "bash"]
     code = [*(re.sub(r"#.*", "", text) for text in bash), *spans(page)]
     found = re.findall(r"(?:^|[\s/(])qpruner ([a-z]\w*)([^\n|;&#]*)", "\n".join(code), re.MULTILINE)
@@ -221,12 +221,12 @@ def test_parts_of_a_configuration_are_valid(block: Block) -> None:
     for section, keys in yaml.safe_load(block.text).items():
         raw[section] = raw.get(section, {}) | keys if isinstance(keys, dict) else keys
         if section == "prune" and "layer_rate" in keys and "rate" not in keys:
-            del raw[section]["rate"]  # each says how much goes
+            del raw[section]["rate"]  # only one rate is allowed
     validate_config(raw)
 
 
-def test_messages_in_troubleshooting_are_the_code_s() -> None:
-    """A row is found by its message; one that was reworded is found no more."""
+def test_messages_in_troubleshooting_exist_in_the_code() -> None:
+    """Users search for a row by its message."""
     said = "\n".join(text for file in (ROOT / "qpruner").rglob("*.py") for text in strings(file))
     rows = re.findall(r"^\| (.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
     quoted = [span.strip() for row in rows for _, span in CODE_SPAN.findall(row) if " " in span.strip()]
@@ -236,7 +236,7 @@ def test_messages_in_troubleshooting_are_the_code_s() -> None:
 
 
 def strings(file: Path) -> list[str]:
-    """Return the texts of a module, joined as Python joins them; what is filled in is left out."""
+    """Return the string literals of a module; in f-strings, the placeholders are left out."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     joined = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
     parts = [[str(part.value) if isinstance(part, ast.Constant) else "\0" for part in values] for values in joined]
@@ -245,14 +245,14 @@ def strings(file: Path) -> list[str]:
 
 @each_page
 def test_links_lead_to_files(page: Path) -> None:
-    """Who reads the repository follows them from file to file; MkDocs looks at their anchors."""
+    """This is for readers of the repository; MkDocs checks the anchors."""
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
-    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # the theme's word on its own future is none on these pages
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # a warning about the future of MkDocs
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     pages = list(tmp_path.rglob("*.html"))
@@ -262,12 +262,12 @@ def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
         assert [place for place in loaded if re.match(r"(?:https?:)?//", place)] == [], page
 
 
-# ---- everything that can run
+# ---- running the commands
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A fresh checkout with a `.venv` that has qpruner and its dependencies, and a `my.yaml`."""
+    """A fresh checkout with a `my.yaml`, and a `.venv` with qpruner and its dependencies."""
     folder = copy_checkout(tmp_path_factory.mktemp("docs") / "qpruner")
     environment = folder / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
@@ -276,7 +276,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python")
     options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
     subprocess.run([*pip, "install", *options, "--editable", folder], check=True, timeout=120)
-    # What launch/setup.sh leaves where it has installed; without pip here it could not.
+    # launch/setup.sh writes this file after an installation, which it could not do here without pip.
     asked = (folder / "pyproject.toml").read_bytes() + b"demo demo-model"
     (environment / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())
     for name, output in (("tune_configs/demo_smollm2_cpu.yaml", "runs/demo"), ("my.yaml", "runs/mine")):
@@ -285,7 +285,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
 
 def smallest_config(model: Path, output: Path) -> dict[str, Any]:
-    """Return what ends soonest: the three plans of two blocks inside the budget, none of them compared."""
+    """Make the configuration with the shortest run: three plans of two blocks, and no comparison."""
     raw = raw_config(model, output)
     raw["sensitivity"] |= {"methods": ["fisher"]}
     raw["quantize"] |= {"group": "block"}
@@ -296,13 +296,13 @@ def smallest_config(model: Path, output: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def demo(checkout: Path) -> Path:
-    """The checkout once the demo ran in it."""
+    """The checkout after a run of the demo."""
     execute(checkout, "bash", "bash launch/demo.sh --quiet")
     return checkout
 
 
 def newcomer(checkout: Path) -> dict[str, str]:
-    """Return the environment of who works in the checkout."""
+    """Return the environment variables of a new user in the checkout."""
     ours = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_INDEX_URL")
     system = [place for place in os.environ["PATH"].split(":") if Path(place) != Path(sys.executable).parent]
     own = {"PYTHON": sys.executable, "EDITOR": "cat", "HOME": str(checkout.parent)}
@@ -311,7 +311,7 @@ def newcomer(checkout: Path) -> dict[str, str]:
 
 
 def execute(checkout: Path, language: str, text: str) -> None:
-    """Run a block as a newcomer would: in the checkout, with its `.venv` on the path and nothing of ours."""
+    """Run a block in the checkout as a new user would, with only its `.venv` on the path."""
     command = ["bash", "-euo", "pipefail"] if language == "bash" else [str(checkout / ".venv/bin/python"), "-"]
     done = subprocess.run(
         command, input=text, cwd=checkout, env=newcomer(checkout), capture_output=True, text=True, timeout=900
@@ -320,7 +320,7 @@ def execute(checkout: Path, language: str, text: str) -> None:
 
 
 def show_tensorboard(checkout: Path, command: str) -> None:
-    """Run TensorBoard from its start until it answers with the demo's trials, and end it."""
+    """Run TensorBoard until it lists the trials of the demo."""
     words = shlex.split(command, comments=True)
     program = [str(checkout / ".venv/bin/python"), "-m", "tensorboard.main", *words[1:]]
     with serving(program, "trial-0000", checkout, newcomer(checkout)) as address:
@@ -347,7 +347,7 @@ def test_command_in_prose(command: str, demo: Path) -> None:
         return
     if "plan.yaml" in command:
         execute(demo, "bash", "qpruner plan runs/demo > plan.yaml")
-    if "export" in command:  # refuses to write over what a block before this wrote
+    if "export" in command:  # it refuses to overwrite an earlier export
         shutil.rmtree(demo / "runs/demo/export", ignore_errors=True)
     execute(demo, "bash", command)
 
@@ -355,7 +355,7 @@ def test_command_in_prose(command: str, demo: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.parametrize("folder", ["final", "prune", "export/merged", "export/peft/base"])
 def test_mixed_models_load_after_our_import_only(folder: str, demo: Path) -> None:
-    """The column of transformers in using.md, where blocks differ; `test_export.py` has it where they are alike."""
+    """As docs/using.md says of models whose blocks differ in size; `test_export.py` tests models of equal blocks."""
     for form in ("merged", "peft"):
         if not (demo / "runs/demo/export" / form).exists():
             execute(demo, "bash", f"qpruner export runs/demo --to {form}")

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_7b.py` and its kit, with a tiny shape on the CPU: by the very functions that run on a GPU."""
+"""`benchmarks/gpu_7b.py` and its kit with a tiny model on the CPU, through the same functions as on a GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = "ray datasets pyarrow pandas lm_eval scipy sklearn botorch gpytorch hyperopt matplotlib tensorboardX boto3"
-"""What qpruner installs with, and a machine with the kit lacks."""
+"""Dependencies of qpruner that a machine with the kit lacks."""
 
 
 def script(name: str) -> Any:
+    """Import a script of benchmarks/."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -39,7 +40,7 @@ def lines_of(work: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_all_parts_run_without_ray_and_datasets(tmp_path: Path) -> None:
-    """And one that fails, for want of an earlier one, says so and ends nothing."""
+    """A part that fails because an earlier one is missing is reported, and the others still run."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys('{ABSENT}'.split()))\n")
     parts = script("gpu_7b").PARTS
     command = (sys.executable, "benchmarks/gpu_parts.py", "bank", *parts, "--shape", "tiny", "--work", tmp_path / "w")
@@ -65,8 +66,8 @@ def test_a_part_out_of_time_is_ended_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_kit_runs_beside_torch_and_numpy_alone(tmp_path: Path) -> None:
-    """The machine that it is for, but for its GPU."""
+def test_the_kit_needs_only_torch_and_numpy(tmp_path: Path) -> None:
+    """As on the machine that the kit is for, except for the GPU."""
     kit, folder, bare = script("gpu_kit"), tmp_path / "kit", tmp_path / "bare"
     if run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path, "click").returncode:
         pytest.skip("no package index answers")

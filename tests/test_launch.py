@@ -1,4 +1,4 @@
-"""The launch scripts fail early and say why, on the machines that newcomers have."""
+"""The launch scripts fail early with a clear message on unprepared machines."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from conftest import disk_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "dirname", "df", "awk", "cat", "sed", "env", "sha256sum")
-
-
 UNREACHABLE = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
-"""Nothing listens at port 9 of this machine: the same as an index out of reach."""
+"""Variables for an unreachable package index: nothing listens at port 9 of this machine."""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the scripts need."""
+    """A copy of the files that the scripts need."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "launch", folder / "launch")
     shutil.copy2(ROOT / "pyproject.toml", folder)
@@ -65,8 +63,8 @@ def test_a_missing_or_old_python_is_named(version: str | None, problem: str, che
     assert done.returncode == 1 and f"{problem}; install Python 3.11 or newer" in done.stderr
 
 
-def test_new_versions_of_the_head_are_installed_again(checkout: Path, tmp_path: Path) -> None:
-    """As on a cluster, whose workers have the versions of their head as constraints; here without a network."""
+def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> None:
+    """Workers of a cluster install the versions of their head; here without a network."""
     versions = tmp_path / "versions.txt"
     versions.write_text("idna==3.10\n")
     asked = (checkout / "pyproject.toml").read_bytes() + versions.read_bytes() + b"demo "

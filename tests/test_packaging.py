@@ -1,4 +1,4 @@
-"""What a user installs: wheel, source archive and fresh checkout, beside the dependencies and nothing else."""
+"""Installations from a wheel, a source archive and a checkout, with only the dependencies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qpruner.runs.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = [f"3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
-"""Versions of Python that this one is not, from the oldest that is supported."""
+"""Supported versions of Python other than this one."""
 MINUTES = 60
 
 
@@ -50,10 +50,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def environment_with(source: Path, environment: Path) -> Path:
-    """A virtual environment into which pip installed a wheel, an archive or a checkout."""
+    """Make a virtual environment with a wheel, an archive or a checkout installed by pip."""
     _python("-m", "venv", "--without-pip", str(environment))
     (site,) = environment.glob("lib/python*/site-packages")
-    # The dependencies as they are. What .pth files lie there are not followed: the editable install stays unseen.
+    # Shares the installed dependencies, but not the editable qpruner: .pth files there are not followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
     _python("-m", "pip", "--python", str(environment / "bin" / "python"), "install", *options, str(source))
@@ -62,12 +62,12 @@ def environment_with(source: Path, environment: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that has the wheel."""
+    """A virtual environment with the wheel."""
     return environment_with(built.wheel, tmp_path_factory.mktemp("environment") / "wheel")
 
 
 def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
-    """What a command prints with an environment's programs first on the path, and nothing of the checkout."""
+    """Run a command in a virtual environment, without access to the checkout, and return its output."""
     bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     path = f"{environment / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -88,10 +88,10 @@ def _python(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["wheel", "archive", "checkout"])
-def test_an_installation_is_whole_and_names_its_commit(
+def test_an_installation_is_complete_and_names_its_commit(
     source: str, built: Built, environment: Path, tmp_path: Path
 ) -> None:
-    """Every file of the package is there: the demo's data and tasks, the page's template and style, `py.typed`."""
+    """It has every file of the package, with data, tasks, templates and `py.typed`."""
     if source != "wheel":
         environment = environment_with(getattr(built, source), tmp_path / "environment")
     commit = git(built.checkout, "rev-parse", "HEAD")
@@ -104,15 +104,15 @@ def test_an_installation_is_whole_and_names_its_commit(
     assert {name for name in there if "__pycache__" not in name} == {*tracked, "commit.txt"}
 
 
-def test_the_source_archive_has_what_a_checkout_has(built: Built) -> None:
+def test_the_source_archive_has_all_files_of_a_checkout(built: Built) -> None:
     with tarfile.open(built.archive) as archive:
         there = {name.partition("/")[2] for name in archive.getnames()}
     tracked = set(git(built.checkout, "ls-files").splitlines())
     assert {name for name in tracked - there if not name.startswith(".")} == set()
 
 
-def test_a_checkout_tells_its_commit_and_modification(built: Built, tmp_path: Path) -> None:
-    """A folder inside somebody else's repository must not be given that one's commit."""
+def test_a_checkout_names_its_commit_and_changes(built: Built, tmp_path: Path) -> None:
+    """A copy inside another repository must not report the commit of that one."""
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "--quiet", str(built.checkout), str(checkout))
     commit = git(checkout, "rev-parse", "HEAD")[:12]
@@ -127,12 +127,9 @@ def test_a_checkout_tells_its_commit_and_modification(built: Built, tmp_path: Pa
 
 
 def test_bash_completes_verbs_options_choices_and_files(environment: Path) -> None:
-    """Files are left to the shell itself."""
-    for typed, offered in (
-        ("qpruner st", "status"),
-        ("qpruner run --a", "--address"),
-        ("qpruner export --to m", "merged"),
-    ):
+    """The shell itself completes files."""
+    completions = {"qpruner st": "status", "qpruner run --a": "--address", "qpruner export --to m": "merged"}
+    for typed, offered in completions.items():
         script = (
             'eval "$(_QPRUNER_COMPLETE=bash_source qpruner)"\n'
             f"COMP_WORDS=({typed}) COMP_CWORD={len(typed.split()) - 1}\n"
@@ -148,11 +145,11 @@ def test_bash_completes_verbs_options_choices_and_files(environment: Path) -> No
 
 
 def interpreter(version: str) -> str:
-    """A Python of that version on the path or of pyenv, which can make environments; skips the test without one."""
+    """Find a Python that can make environments, on the path or in pyenv; skip the test if there is none."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     found = [shutil.which(f"python{version}"), *sorted(versions.glob(f"{version}.*/bin/python"))]
     for python in filter(None, found):
-        # pyenv's own `python3.x` is there for versions that are not chosen, and fails.
+        # pyenv has a `python3.x` that fails for versions that are not selected.
         probe = f"import sys, venv, ensurepip; print('{version}' == '%d.%d' % sys.version_info[:2])"
         if subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60).stdout == "True\n":
             return str(python)

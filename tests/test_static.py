@@ -1,4 +1,4 @@
-"""What a person notices before anything runs: what is mistyped, the version, the schema and the reference."""
+"""Mistyped commands, the version, the schema and the reference pages."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
         (("run", "x.yaml", "--adress", "auto"), "Did you mean '--address'?"),
     ],
 )
-def test_what_is_mistyped_names_the_nearest(mistyped: tuple[str, ...], nearest: str) -> None:
+def test_a_mistyped_word_gets_the_nearest_one(mistyped: tuple[str, ...], nearest: str) -> None:
     done = CliRunner().invoke(main, mistyped)
     assert done.exit_code == 2
     assert nearest in done.output
 
 
-def test_the_version_is_the_same_wherever_it_is_told() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == VERSION
     newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest and newest[1] == VERSION
@@ -51,5 +51,5 @@ def test_the_reference_is_current(page: str) -> None:
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1.0, "1 row"), (0.5, "0.5 rows")]
 )
-def test_one_is_one_and_all_others_are_many(number: float, text: str) -> None:
+def test_only_one_is_singular(number: float, text: str) -> None:
     assert counted(number, "row") == text

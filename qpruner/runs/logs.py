@@ -73,7 +73,7 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads changed files while a command works on a run at a URI: those of one folder, and one other file."""
+    """Uploads the changed files of one folder, and one other file, while a command works on a run at a URI."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file

@@ -1,8 +1,8 @@
-"""Machines on one machine: processes in their own network, process and mount namespaces, joined by a bridge.
+"""Several machines simulated on one: each is a process with its own network, process and mount namespaces.
 
-Every machine has its own name, address, loopback, process ids, /root, /tmp, /run and /dev/shm; the rest of the file
-system is shared. The first one holds the bridge and stands for the user's laptop; the others run an sshd. All of it
-lives in the namespaces of child processes that die with this one, so that nothing outlasts a test, however it ends.
+Every machine has its own name, address, loopback, process ids, /root, /tmp, /run and /dev/shm, and shares the rest of
+the file system. A bridge connects them. One machine stands for the user's laptop; the others run an sshd. All of them
+are child processes that die with this process, so nothing remains after a test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Found = TypeVar("Found")
 
 TOOLS = ("ip", "hostname", "nsenter", "unshare", "setpriv", "mount")
 SSH = ("ssh-keygen", "rsync", "/usr/sbin/sshd")
-"""What machines that are reached over ssh take besides."""
+"""Further tools for machines with ssh."""
 PRIVATE = ["--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child"]
 UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", *PRIVATE]
 NETWORK = "10.77.0"
@@ -49,7 +49,7 @@ Subsystem sftp internal-sftp
 
 
 def skip_where_impossible(*tools: str) -> None:
-    """Skip the test that asks, and say why, where machines cannot be made or more tools are missing."""
+    """Skip the calling test without root, or without the tools for machines and these further tools."""
     if os.geteuid() != 0:
         pytest.skip("namespaces need root")
     if missing := [tool for tool in (*TOOLS, *tools) if not shutil.which(tool)]:
@@ -57,9 +57,9 @@ def skip_where_impossible(*tools: str) -> None:
 
 
 def link_environment(folder: Path, constraints: bytes = b"") -> None:
-    """Make `folder/.venv` what `launch/setup.sh cluster` makes there, out of the environment that runs this test.
+    """Link this test's environment to `folder/.venv`, so that `launch/setup.sh cluster` finds it installed.
 
-    `constraints` is the content of the file that `PIP_CONSTRAINT` names there: a worker's `versions.txt`.
+    `constraints` is the content of the file that `PIP_CONSTRAINT` names there: `versions.txt` on a worker.
     """
     venv = folder / ".venv"
     venv.mkdir(parents=True)
@@ -71,7 +71,7 @@ def link_environment(folder: Path, constraints: bytes = b"") -> None:
 
 
 def small_config(path: Path, model: Path, output: Path) -> Path:
-    """The tests' small search as a file: three trials, two at a time."""
+    """Write the configuration of a small search: three trials, two at a time."""
     raw = raw_config(model, output)
     for key, value in {
         "search.max_trials": 3,
@@ -86,16 +86,16 @@ def small_config(path: Path, model: Path, output: Path) -> Path:
 
 
 def num_trials(run: Path) -> int:
-    """Count the trials of a run that has come to its end."""
+    """Return the number of trials of a finished run."""
     assert (run / "report.md").exists()
     return sum(json.loads(path.read_text())["status"] != "running" for path in run.glob("trials/*/*/trial.json"))
 
 
 class Machine:
-    """One set of namespaces and the process that holds them; `home` is what it sees as /root.
+    """One simulated machine; `home` is the folder that it sees as /root.
 
-    Its private folders go to `folder`, whose name is the machine's. It shares `visible`, folders below /tmp or /root,
-    with the real machine. Its first process becomes `command`, and the machine ends with it.
+    `folder` gives the machine its name and holds its private folders. The folders `visible`, below /tmp or /root, are
+    shared with the real machine. `command` runs as the first process, and the machine ends with it.
     """
 
     def __init__(self, folder: Path, visible: Iterable[Path], command: str) -> None:
@@ -104,7 +104,7 @@ class Machine:
         for path in (self.home, temporary):
             path.mkdir(parents=True)
         private = {Path("/root"): self.home, Path("/tmp"): temporary}
-        # Its own name must resolve: without, each look-up of Ray's waits for a name server.
+        # The machine must resolve its own name; otherwise Ray waits for a name server at each look-up.
         (folder / "hosts").write_text(f"127.0.0.1 localhost {folder.name}\n")
         mounts = [("--bind", folder / "hosts", Path("/etc/hosts"))]
         for path in visible:
@@ -126,7 +126,7 @@ class Machine:
     def run(
         self, command: list[str], environment: Mapping[str, str], folder: Path, seconds: float
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on it, with nothing but `environment`; stderr goes into stdout."""
+        """Run a command on this machine with only `environment`; stderr is part of stdout."""
         return subprocess.run(
             [*self.entered(folder), *command],
             env=dict(environment),
@@ -138,11 +138,11 @@ class Machine:
         )
 
     def entered(self, folder: Path) -> list[str]:
-        """What makes the command that follows one on this machine."""
+        """Return the words before a command that run it on this machine."""
         return ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", "--uts", f"--wd={folder}"]
 
     def processes(self) -> list[str]:
-        """Command lines of what runs on it besides its first process and what serves ssh."""
+        """Return the command lines of all processes except the first process and those of sshd."""
         lines = []
         for process in self.first.children(recursive=True):
             try:
@@ -154,18 +154,18 @@ class Machine:
         return lines
 
     def network(self, *command: str) -> None:
-        """Run `ip` in its network, but with the real machine's process ids."""
+        """Run `ip` in the network of this machine, with the process ids of the real machine."""
         subprocess.run(["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", *command], check=True)
 
     def end(self) -> None:
-        """Everything in it dies with its first process."""
+        """End the first process, and with it all others of this machine."""
         self.holder.kill()
         self.holder.wait()
         psutil.wait_procs([self.first], timeout=10)
 
 
 class Machines:
-    """A laptop and hosts that it reaches over ssh with `~/.ssh/id_ed25519`."""
+    """A laptop, and hosts that it can reach over ssh with `~/.ssh/id_ed25519`."""
 
     def __init__(self, folder: Path, visible: Iterable[Path], num_hosts: int) -> None:
         visible = [*visible, Path(sys.prefix), Path(sys.base_prefix)]
@@ -189,7 +189,7 @@ class Machines:
         folder.mkdir()
         new_key(folder / "host_key")
         (folder / "sshd_config").write_text(SSHD_CONFIG.format(address=address, folder=folder))
-        # sshd starts once its address is there.
+        # sshd starts when the host has its address.
         up = f"until ip -brief addr show dev eth0 2>/dev/null | grep -q {address}; do sleep 0.1; done"
         host = Machine(folder, visible, f"bash -c '{up}; exec /usr/sbin/sshd -D -e -f {folder}/sshd_config'")
         (host.home / ".ssh").mkdir(mode=0o700)
@@ -210,7 +210,7 @@ class Machines:
 
 @contextmanager
 def machines(folder: Path, visible: Iterable[Path], num_hosts: int, *tools: str) -> Iterator[Machines]:
-    """A laptop and hosts, gone afterwards; skips the test where they or more tools are impossible."""
+    """Start a laptop and hosts, and end them afterwards; skip the test where they cannot be made."""
     skip_where_impossible(*SSH, *tools)
     made = Machines(folder, visible, num_hosts)
     try:
@@ -220,14 +220,14 @@ def machines(folder: Path, visible: Iterable[Path], num_hosts: int, *tools: str)
 
 
 def new_key(path: Path) -> None:
-    """A fresh ssh key without a passphrase."""
+    """Make a new ssh key without a passphrase."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
 
 
 def wait_for(look: Callable[[], Found | None], what: str, seconds: float = 120.0) -> Found:
-    """Look again and again until there is something."""
+    """Call `look` until it returns something true, and return that."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
-        assert time.monotonic() < deadline, f"not there after {seconds:g} s: {what}"
+        assert time.monotonic() < deadline, f"after {seconds:g} s still missing: {what}"
         time.sleep(0.1)
     return found

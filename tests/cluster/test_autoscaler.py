@@ -1,7 +1,7 @@
-"""A whole run on a cluster of a head that can run nothing: Ray's own autoscaler starts its workers and takes them back.
+"""A whole run on a cluster whose head runs no work: Ray's autoscaler starts workers and ends idle ones.
 
-The head is a machine made of namespaces, the workers are raylets on it, started and ended by Ray's provider for such
-tests; their GPUs are counted, not there. The cluster file is as `ray up` leaves it on the head.
+The head is a simulated machine. The workers are raylets on it, which a test provider of Ray starts and ends; Ray counts
+GPUs on them that do not exist. The cluster file is the one that `ray up` would write on the head.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cluster
 MAX_WORKERS = 3
 IDLE_SECONDS = 20.0
 HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
-"""As the provider calls them."""
+"""The names that the provider gives."""
 PROVIDER = {
     "type": "external",
     "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -57,7 +57,7 @@ AUTOSCALER = {
 
 
 def cluster_file(path: Path, worker: dict[str, float]) -> Path:
-    """A cluster of workers of this size, none at first."""
+    """Write the file of a cluster that starts without workers; each worker has these resources."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     resources, most = worker | {"object_store_memory": 80 * 2**20}, MAX_WORKERS
@@ -85,22 +85,22 @@ def cluster_file(path: Path, worker: dict[str, float]) -> Path:
 
 @dataclass
 class Head:
-    """The machine that Ray's head runs on, and all its workers."""
+    """The machine of Ray's head and of all workers."""
 
     machine: Machine
     folder: Path
 
     def num_workers(self) -> int:
-        """Raylets besides the head's."""
+        """Count the raylets of workers."""
         return sum("/raylet/raylet " in line for line in self.machine.processes()) - 1
 
     def driver(self, verb: str, config: Path, *options: str) -> AbstractContextManager[Driver]:
-        """A `qpruner` process there."""
+        """Start a `qpruner` process on the head."""
         inside = self.machine.entered(self.folder)
         return driver(config, "--address", "auto", *options, verb=verb, inside=inside, **ENVIRONMENT)
 
     def most_seen(self, process: Driver, until: Callable[[], bool]) -> Counter[str]:
-        """Watch until something is so; returns the most workers, trials in flight and trials begun at once."""
+        """Watch until the condition holds; return the largest numbers of workers, trials in flight and begun trials."""
         most, deadline = Counter[str](), time.monotonic() + 900
         while not until():
             assert time.monotonic() < deadline, process.said()[-4000:]
@@ -113,7 +113,7 @@ class Head:
 
 @contextmanager
 def started(folder: Path, base: Path, worker: dict[str, float], num_cpus: int = 0) -> Iterator[Head]:
-    """A head without workers."""
+    """Start a head without workers."""
     skip_where_impossible()
     folder.mkdir()
     machine = Machine(folder / "head", [base, ROOT, Path(sys.prefix), Path(sys.base_prefix)], "sleep infinity")
@@ -129,16 +129,16 @@ def started(folder: Path, base: Path, worker: dict[str, float], num_cpus: int = 
 
 
 def config_of(model: Path, folder: Path, **keys: object) -> Path:
-    """A small run's file."""
+    """Write the configuration of a small run."""
     given = {"sensitivity.methods": ["mutual_information"], "finetune.compare": False, "search.steps": 16}
     return search_config(model, folder / "small", **{**given, "search.max_concurrent": None, **keys})
 
 
-def test_a_run_starts_its_workers_and_they_go_when_they_idle(
+def test_a_run_starts_workers_that_end_when_idle(
     tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """From nothing: the first stage waits for the first worker, the trials for a second; no third one ever comes, since
-    two trials may be in flight. A trial that is too large for every type is refused before anything is started."""
+    """The first stage starts one worker, and two trials in flight start a second; no third worker starts. A trial that
+    is too large for every node type is refused before any worker starts."""
     with started(tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1, "GPU": 1}) as head:
         config = config_of(tiny_model, tmp_path, **{"search.max_trials": 6, "search.max_concurrent": 2})
         with head.driver("check", config, "--set", "search.resources_per_trial={cpu: 1, gpu: 2}") as large:
@@ -156,11 +156,11 @@ def test_a_run_starts_its_workers_and_they_go_when_they_idle(
         wait_for(lambda: head.num_workers() == 0, "the end of idle workers", 3 * IDLE_SECONDS + 60)
 
 
-def test_what_waits_for_workers_that_never_come_is_left_alone(
+def test_trials_that_wait_for_workers_never_begin_at_the_end(
     tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The autoscaler is stopped, as good as one without quota: one trial at a time runs on the head, three more wait.
-    Ctrl-C waits for the one, and begins none of the others; nor does a search whose hours are over."""
+    """The autoscaler is stopped, as if the cloud had no quota: one trial runs on the head and three wait. Neither after
+    Ctrl-C nor after `search.max_hours` does a waiting trial begin; the running trial finishes its rung."""
     with started(tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1}, num_cpus=1) as head:
         for process in head.machine.first.children(recursive=True):
             if any(argument.startswith("--autoscaling-config=") for argument in process.cmdline()):
@@ -170,7 +170,7 @@ def test_what_waits_for_workers_that_never_come_is_left_alone(
         with head.driver("search", config) as run:
             most = head.most_seen(run, lambda: any(trial["rungs"] for trial in trials_of(run.run).values()))
             assert most == {"in flight": 1 + MAX_WORKERS, "begun": 1}
-            # What enters a machine does not pass it on.
+            # nsenter does not pass the signal on to the command.
             psutil.Process(run.process.pid).children()[0].send_signal(signal.SIGINT)
             code, said = run.end()
         assert code == 130, said[-4000:]

@@ -1,4 +1,4 @@
-"""How many trials a cluster takes at once, and which cluster a run joins."""
+"""How many trials run at once on a cluster, and which cluster a run joins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = Node(2, 0)
 CLOUD = Slots((HEAD,), HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=2)
-"""A head without GPUs, and an autoscaler with two types: two machines at once, of the larger type one."""
+"""A head without GPUs, and an autoscaler that may start two of three workers."""
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ CLOUD = Slots((HEAD,), HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=
         ),
     ],
 )
-def test_a_trials_resources_lie_on_one_machine(slots: Slots, resources: dict[str, float], expected: int) -> None:
+def test_a_trial_gets_its_resources_from_one_machine(slots: Slots, resources: dict[str, float], expected: int) -> None:
     assert slots.concurrent(resources, None) == expected
     assert slots.concurrent(resources, 2) == min(2, expected)
 
@@ -59,12 +59,12 @@ def test_a_trials_resources_lie_on_one_machine(slots: Slots, resources: dict[str
     [(TWO_NODES, "2 has 8 CPUs and 2"), (CLOUD, "1 and of those that the autoscaler may start has 64 CPUs and 8")],
 )
 def test_a_trial_that_fits_on_no_machine_is_refused(slots: Slots, largest: str) -> None:
-    """Ray would wait for ever."""
+    """Ray would wait forever."""
     with pytest.raises(UserError, match=rf"'gpu': 9.* on one machine.* the largest of {largest} GPUs: ask for less"):
         slots.concurrent({"cpu": 1, "gpu": 9}, None)
 
 
-def test_a_gpu_is_taken_where_there_is_one() -> None:
+def test_a_trial_gets_a_gpu_if_any_machine_has_one() -> None:
     for slots in (TWO_NODES, CLOUD):
         assert slots.resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}
     assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
@@ -75,15 +75,15 @@ def test_a_gpu_is_taken_where_there_is_one() -> None:
     assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
 
 
-def test_the_cluster_file_says_what_may_be_started() -> None:
+def test_workers_are_read_from_the_cluster_file() -> None:
     assert read_growth(ROOT / "cluster.yaml", HEAD) == Slots((), HEAD, (Node(8, 1),) * 5, max_workers=4)
     assert not read_growth(ROOT / "launch" / "cluster_onprem.yaml", HEAD).workers, "its machines do not say their size"
     with pytest.raises(UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"):
         read_growth(ROOT / "nowhere.yaml", HEAD)
 
 
-def test_rays_private_names_stand_in_one_file_and_exist() -> None:
-    import qpruner.cluster.group  # chooses Ray Train's second API
+def test_private_names_of_ray_are_in_one_file_and_exist() -> None:
+    import qpruner.cluster.group  # chooses the second API of Ray Train
 
     private = re.compile(r"\bray(\.\w+)*\._(?!_)|from ray[\w.]* import [^\n]*\b_\w|import_module\(.ray")
     files = Path(qpruner.__file__).parent.rglob("*.py")
@@ -91,19 +91,16 @@ def test_rays_private_names_stand_in_one_file_and_exist() -> None:
     assert all(getattr(ray_private, name) is not None for name in ray_private.NAMES)
 
 
-# ---- on real nodes
-
-
 @pytest.fixture(scope="module")
 def joined() -> Iterator[tuple[Raylets, Cluster]]:
-    """A head that can run nothing, which this process has joined."""
+    """A cluster that this process has joined; its only node runs no work."""
     with raylets(0) as cluster:
         yield cluster, connect(cluster.address)
         disconnect()
 
 
-def test_a_process_that_has_joined_a_cluster_runs_in_no_other(joined: tuple[Raylets, Cluster]) -> None:
-    """As in a notebook, where somebody else works with Ray, too."""
+def test_a_process_in_one_cluster_cannot_join_another(joined: tuple[Raylets, Cluster]) -> None:
+    """As in a notebook that has called `ray.init` itself."""
     present = joined[0].address
     assert not joined[1].was_joined and connect(present).was_joined and connect("auto").was_joined
     with pytest.raises(UserError, match=rf"joined the Ray cluster at {present} already.*`ray.shutdown"):
@@ -161,26 +158,25 @@ sys.stdin.readline()
 print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
 disconnect()
 """
-"""Says which cluster it is in and where it listens, waits for a line, and says what a task there returned."""
+"""Prints its cluster and the addresses on which it listens; after a line of input prints the result of a task."""
 
 
 @contextmanager
 def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
-    # The other tests' word for loopback (conftest.py) is left out.
+    """Start `LOCAL` without the variables by which conftest.py keeps Ray on loopback."""
     ours = ("RAY_AUTH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-    known = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command, pipe = [sys.executable, "-c", LOCAL], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=known | environment) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=kept | environment) as process:
         try:
             yield process
         finally:
-            process.terminate()  # Ray's own handler ends what it has started
+            process.terminate()  # the handler of Ray ends its other processes
 
 
-def test_a_run_without_an_address_has_a_ray_of_its_own(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
-    """Also where everything in the environment speaks of a cluster, as on its head, and beside another such run. It
-    listens on loopback alone; by itself Ray takes an address on which whoever gets through may run code. Until the
-    first run there is no token; each needs one that its own processes have, too."""
+def test_a_run_without_an_address_starts_its_own_ray(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+    """This holds on the head of a cluster, whose variables name the cluster, and for two such runs at once. Ray listens
+    on loopback only, and the first run makes a token that only its owner can read."""
     address = joined[0].address
     head = {"RAY_ADDRESS": address, "RAY_GCS_SERVER_PORT": address.rpartition(":")[2], "HOME": str(tmp_path)}
     with ExitStack() as stack:

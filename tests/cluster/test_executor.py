@@ -1,4 +1,4 @@
-"""Work on the cluster is as work in this process: events at once, errors as they were, the model kept."""
+"""Work behaves the same on a cluster and in this process: events arrive at once, errors keep their type."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import run
-from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
+from qpruner.runs.events import Emit, Event, Message, Progress, StageStarted, TableMade
 from qpruner.runs.run_dir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
@@ -38,14 +38,14 @@ CHECK = packed_check({}, None)
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Iterator[str]:
-    """The address of a cluster with one GPU node."""
+    """The address of a cluster with one node, which has one GPU."""
     with raylets(1, num_gpus=1) as started:
         yield started.address
 
 
 @pytest.fixture(scope="module")
 def joined(one_gpu: str) -> Iterator[str]:
-    """The same, with this process as its driver."""
+    """The address of that cluster, which this process has joined."""
     connect(one_gpu)
     yield one_gpu
     disconnect()
@@ -53,22 +53,23 @@ def joined(one_gpu: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=["here", "cluster"])
 def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
-    place: ModelExecutor = LocalExecutor(0.0, GpuTime())
+    """An executor of each kind."""
+    made: ModelExecutor = LocalExecutor(0.0, GpuTime())
     if request.param == "cluster":
         request.getfixturevalue("joined")
-        place = ClusterExecutor(GPU, GpuTime(), CHECK)
-    yield place
-    place.close()
+        made = ClusterExecutor(GPU, GpuTime(), CHECK)
+    yield made
+    made.close()
 
 
 def ignore(event: Event) -> None:
-    """Take an event."""
+    """Ignore an event."""
 
 
-# Functions that a worker cannot import are sent whole when they are made inside another.
+# Workers cannot import this file; nested functions are pickled with their code.
 
 
-def test_events_arrive_while_the_work_goes_on(executor: ModelExecutor, tmp_path: Path) -> None:
+def test_events_arrive_during_the_work(executor: ModelExecutor, tmp_path: Path) -> None:
     heard = tmp_path / "heard"
 
     def work(job: int, cache: ModelCache, emit: Emit) -> int:
@@ -81,7 +82,7 @@ def test_events_arrive_while_the_work_goes_on(executor: ModelExecutor, tmp_path:
     assert "done=1" in heard.read_text()
 
 
-def test_errors_keep_their_type_and_all_they_say(executor: ModelExecutor) -> None:
+def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
     def work(job: Exception, cache: ModelCache, emit: Emit) -> None:
         raise job
 
@@ -113,8 +114,8 @@ def test_the_cache_keeps_the_model_for_the_next_work(executor: ModelExecutor) ->
     executor.close()  # gives the one GPU back
 
 
-def test_a_worker_that_is_killed_has_its_work_run_again(joined: str, tmp_path: Path) -> None:
-    """Deaths between which work got on do not count, as in a fine-tune that goes from checkpoint to checkpoint."""
+def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> None:
+    """After progress between two deaths, as between checkpoints of a fine-tune, deaths are counted anew."""
     marks, events = tmp_path / "killed", list[Event]()
     marks.mkdir()
 
@@ -131,9 +132,9 @@ def test_a_worker_that_is_killed_has_its_work_run_again(joined: str, tmp_path: P
     place = ClusterExecutor(GPU, GpuTime(), CHECK)
     try:
         assert place.run(partial(work, 1), events.append) == 1
-        # Where it takes long to start, that is told as well.
-        told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
-        assert len(told) == 1 and told[0].startswith("a worker died")
+        # A slow start is reported as well.
+        texts = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
+        assert len(texts) == 1 and texts[0].startswith("a worker died")
         with pytest.raises(WorkerDied, match=f"{MAX_DEATHS} workers died"):
             place.run(partial(work, 10**6), ignore)
     finally:
@@ -143,8 +144,8 @@ def test_a_worker_that_is_killed_has_its_work_run_again(joined: str, tmp_path: P
     assert list(found) == [(0, deaths)]
 
 
-def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
-    """Of two tasks for one GPU the second waits, which costs nothing; nor does the time between pieces of work."""
+def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
+    """Waiting for a GPU and the time between two pieces of work do not count."""
 
     def work(seconds: float, cache: ModelCache, emit: Emit) -> None:
         time.sleep(seconds)
@@ -164,8 +165,8 @@ def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["task", "executor", "group"])
-def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: Path) -> None:
-    """A spot instance that is gone says nothing of the work on it."""
+def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> None:
+    """The work starts again on another machine, more than `MAX_DEATHS` times."""
 
     def task(job: None) -> int:
         import ray
@@ -200,7 +201,7 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
     with raylets(1, num_gpus=1) as cluster, ThreadPoolExecutor(1) as thread:
         cluster.in_a_thread()
-        disconnect()  # what tests before it have joined
+        disconnect()  # from the cluster of the tests before
         connect(cluster.address)
         try:
             taking = thread.submit(take_machines_away)
@@ -211,8 +212,8 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
-    """The worker that cut the model holds the GPU while the bank is built, which is no reason to wait for ever. The
+def test_stages_share_the_only_gpu_of_a_cluster(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The worker that cut the model holds the GPU while the bank is built; the bank must not wait for it forever. The
     driver never holds a model."""
 
     def models() -> set[int]:
@@ -227,11 +228,11 @@ def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Pa
     there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity")
     nodes, begin = events[:2]
     assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], "head and worker"
-    assert isinstance(begin, StageStarted), "nodes were looked at before anything was done"
+    assert isinstance(begin, StageStarted), "nodes are checked before the first stage"
     here = run(validate_config(raw_config(tiny_model, tmp_path / "here")), ignore, None, "sensitivity")
     assert there.prune and here.prune and there.bank and here.bank and there.sensitivity and here.sensitivity
     for record in (there.prune, there.bank, there.sensitivity):
-        assert 0 < record.gpu_seconds <= record.seconds, "the one GPU was held while work went on"
+        assert 0 < record.gpu_seconds <= record.seconds, "one GPU is held while work runs"
     assert there.prune.layers == here.prune.layers and there.bank.files == here.bank.files
     for name, method in here.sensitivity.methods.items():
         for bits, values in method.values.items():
@@ -241,7 +242,7 @@ def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Pa
 def test_workers_find_paths_relative_to_the_driver(
     one_gpu: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers have the files, and the folder that Ray was started in."""
+    """Workers run in another folder than the driver."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, "data/model")
     shutil.copytree(str(files("qpruner") / "demo"), "data/demo")
@@ -252,14 +253,5 @@ def test_workers_find_paths_relative_to_the_driver(
     assert prepared and prepared.model_path == str(tmp_path / "data/model")
     context = Context(config, RunDir(tmp_path / "run"), ignore, None, inspect(config))
     assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
-    assert context.worker_config.calibration.token_ids == str(tmp_path / "data/ids.json"), "a dry run reads it there"
-    assert context.config.model.source == "data/model", "what is recorded and digested stays as the user wrote it"
-
-
-def test_more_gpus_than_any_node_has_are_refused(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Ray would wait for ever."""
-    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
-    events: list[Event] = []
-    with pytest.raises(UserError, match=r"'gpu': 2.* the largest of 2 has 1 CPUs and 1 GPUs: ask for less"):
-        run(validate_config(raw), events.append, one_gpu, "prune")
-    assert not [event for event in events if isinstance(event, StageFinished)]
+    assert context.worker_config.calibration.token_ids == str(tmp_path / "data/ids.json")
+    assert context.config.model.source == "data/model", "records and digests keep the path of the configuration"

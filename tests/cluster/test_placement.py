@@ -1,5 +1,4 @@
-"""Where trials run: one a GPU, on every node, and never two on one; through the search itself, with trials that only
-say where they are."""
+"""A real search with trials that only record where they run: every GPU of every node runs one trial at a time."""
 
 from __future__ import annotations
 
@@ -38,13 +37,13 @@ from qpruner.search.trial_records import (
 )
 
 GPUS = (2, 1)
-"""Of two nodes; the head, the third, has none and no core."""
+"""The GPUs of two nodes; a third node, the head, has no GPU and no core."""
 NUM_TRIALS = 8
 
 
 @pytest.fixture(scope="module")
 def joined() -> Iterator[tuple[Raylets, Cluster]]:
-    """A cluster of three raylets that this process has joined."""
+    """A cluster of three nodes that this process has joined."""
     with raylets(0) as cluster:
         for number in GPUS:
             cluster.add(num_cpus=4, num_gpus=number)
@@ -54,24 +53,27 @@ def joined() -> Iterator[tuple[Raylets, Cluster]]:
 
 @pytest.fixture
 def slots(joined: tuple[Raylets, Cluster]) -> Slots:
-    """What it can run."""
+    """The slots of that cluster."""
     return joined[1].slots()
 
 
+# Workers cannot import this file; nested functions are pickled with their code.
+
+
 def waiting(folder: Path, pattern: str, number: int) -> Callable[[], None]:
-    """What waits for files; made here, it is sent whole to workers, which cannot import this file."""
+    """Make a function that waits for so many files."""
 
     def wait() -> None:
         deadline = time.monotonic() + 120
         while len(list(folder.glob(pattern))) < number:
-            assert time.monotonic() < deadline, f"never {number} times {pattern}"
+            assert time.monotonic() < deadline, f"not {number} files {pattern} in time"
             time.sleep(0.05)
 
     return wait
 
 
-def standing_in(folder: Path, at_once: int) -> Trial:
-    """A trial that says where it runs and from when to when; none ends before so many have run at once."""
+def recording_trial(folder: Path, at_once: int) -> Trial:
+    """Make a trial that records where and when it runs; trials end only after `at_once` of them have run together."""
     wait = waiting(folder, "began-*", at_once)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -82,8 +84,8 @@ def standing_in(folder: Path, at_once: int) -> Trial:
         wait()
         time.sleep(0.2)
         node, devices = ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
-        said = {"node": node, "devices": devices, "began": began, "ended": time.time(), "pid": os.getpid()}
-        (folder / f"said-{name}").write_text(json.dumps(said))
+        place = {"node": node, "devices": devices, "began": began, "ended": time.time(), "pid": os.getpid()}
+        (folder / f"ended-{name}").write_text(json.dumps(place))
         (checkpoint := folder / f"checkpoint-{name}").mkdir()
         report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
 
@@ -91,38 +93,34 @@ def standing_in(folder: Path, at_once: int) -> Trial:
 
 
 def search_of(folder: Path, slots: Slots, at_once: int = 0, **settings: Any) -> SearchJob:
-    """A search of random plans whose trials take what they do by default, and end once so many have run at once."""
+    """Make a search of random plans with recording trials and default resources."""
     job = job_of(folder, **{"searcher": "random", "max_trials": NUM_TRIALS, "first_rung": 4} | settings)
-    return replace(job, trial=standing_in(folder, at_once), resources=slots.resources_per_trial(None), controls=[])
+    return replace(job, trial=recording_trial(folder, at_once), resources=slots.resources_per_trial(None), controls=[])
 
 
-def overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return bool(one["began"] < other["ended"] and other["began"] < one["ended"])
-
-
-def test_every_gpu_has_one_trial_and_no_gpu_two(slots: Slots, tmp_path: Path) -> None:
+def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> None:
     job = search_of(tmp_path, slots, at_once=sum(GPUS))
     assert job.resources == {"cpu": 1.0, "gpu": 1.0}
     events: list[Event] = []
     outcome = search(job, Room(lambda: slots, job.resources, None, events.append), events.append)
     assert [event for event in events if isinstance(event, SlotsFound)] == [SlotsFound(sum(GPUS))]
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
-    said = [json.loads(path.read_text()) for path in tmp_path.glob("said-*")]
-    assert len(said) == NUM_TRIALS
+    ended = [json.loads(path.read_text()) for path in tmp_path.glob("ended-*")]
+    assert len(ended) == NUM_TRIALS
     used: dict[str, set[str]] = defaultdict(set)
-    for trial in said:
+    for trial in ended:
         used[trial["node"]].add(trial["devices"])
     assert sorted(used.values(), key=len) == [{"0"}, {"0", "1"}], "each trial sees one GPU, and every GPU had a trial"
-    for one, other in itertools.combinations(said, 2):
-        if overlap(one, other) and one["node"] == other["node"]:
-            assert one["devices"] != other["devices"], (one, other)
+    for one, other in itertools.combinations(ended, 2):
+        if one["began"] < other["ended"] and other["began"] < one["ended"]:
+            assert (one["node"], one["devices"]) != (other["node"], other["devices"])
     pulses = [read_pulse(job.trials, trial.index) for trial in outcome.trials]
-    assert Counter(pulse.node for pulse in pulses if pulse) == Counter(trial["node"] for trial in said)
-    assert len({trial["pid"] for trial in said}) < NUM_TRIALS, "workers that were used again kept to their GPU"
+    assert Counter(pulse.node for pulse in pulses if pulse) == Counter(trial["node"] for trial in ended)
+    assert len({trial["pid"] for trial in ended}) < NUM_TRIALS, "reused workers keep their GPU"
 
 
-def test_ctrl_c_begins_nothing_that_waits_for_a_machine(slots: Slots, tmp_path: Path) -> None:
-    """With room for six, as on a cluster that may grow, three wait; the next session would begin with them."""
+def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
+    """There is room for six trials, as on a cluster that may grow, but for three of them no machine."""
     is_first = True
 
     def emit(event: Event) -> None:
@@ -139,11 +137,11 @@ def test_ctrl_c_begins_nothing_that_waits_for_a_machine(slots: Slots, tmp_path: 
 
 
 @pytest.mark.slow
-def test_trials_of_a_broken_gpu_are_retried_once_mended(
+def test_trials_that_failed_on_a_broken_gpu_are_retried(
     joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
 ) -> None:
-    """Elsewhere none ends before as many have failed there as may."""
-    broken, whole = joined[0].nodes[1].node_id, standing_in(tmp_path, 0)
+    """Trials on the other node wait until `MAX_ERRORS` trials have failed."""
+    broken, intact_trial = joined[0].nodes[1].node_id, recording_trial(tmp_path, 0)
     wait = waiting(tmp_path, "failed-*", MAX_ERRORS)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -153,7 +151,7 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
             (tmp_path / f"failed-{time.monotonic_ns()}").touch()
             raise RuntimeError("CUDA error: unspecified launch failure")
         wait()
-        whole(job, start, report, progress)
+        intact_trial(job, start, report, progress)
 
     job = replace(search_of(tmp_path, slots), trial=trial)
     with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)") as caught:
@@ -165,7 +163,7 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
 
 
 def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: Path) -> None:
-    """Its machine was cut off, and came back; the other worker is a line in the record and a copy of its own here."""
+    """As if its machine had been cut off for a while; another worker's id in the record stands for that worker."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
@@ -185,8 +183,8 @@ def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: 
         finally:
             if is_first:
                 names = [path.name for path in folder.glob("checkpoint-*")]
-                told = [names, read_trial(trials, 0).worker, others.is_dir()]
-                (tmp_path / "left").write_text(json.dumps(told))
+                found = [names, read_trial(trials, 0).worker, others.is_dir()]
+                (tmp_path / "left").write_text(json.dumps(found))
 
     trials, folder = tmp_path / "trials", tmp_path / "trials" / "0000"
     others = folder / ".checkpoint-4.another"
@@ -195,4 +193,4 @@ def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: 
     assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
     assert [trial.status for trial in outcome.trials] == ["finished"]
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["checkpoint-4", "pulse.json", "suggested.json", "trial.json"], "what both had copied is gone, too"
+    assert left == ["checkpoint-4", "pulse.json", "suggested.json", "trial.json"], "unpublished copies are deleted"

@@ -1,8 +1,8 @@
-"""A real `ray up` of launch/cluster_onprem.yaml on machines made of namespaces, and a real search on it in two parts.
+"""A real `ray up` of launch/cluster_onprem.yaml on simulated machines, and a real search there in two parts.
 
-Everything goes through the launch scripts, as in docs/cluster.md: up, submit attached and as a job, watch, fetch, down.
-What stands in for the real thing: /shared is another folder, the packages are installed already, and the head has no
-cores for trials, so that what runs has run on the workers.
+All commands are the launch scripts, as in docs/cluster.md: up, submit (attached and as a job), watch, fetch, down.
+Different from a real cluster, /shared is another folder, the packages are already installed, and the head has no cores
+for trials, so that all trials run on workers.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ pytestmark = pytest.mark.cluster
 
 NUM_WORKERS = 2
 PATIENCE_SECONDS = 30 * 60.0
-"""No step takes long; on a machine that is busy with other things each may."""
+"""The limit for each step; only a busy machine comes near it."""
 BUSY = (
     "RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=300 RAY_raylet_start_wait_time_s=90 "
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S=600 RAY_health_check_timeout_ms=60000 RAY_health_check_failure_threshold=20"
 )
-"""The same for Ray; only a raylet gives its agents 15 s to start, whatever is set."""
+"""Longer limits of Ray for a busy machine. The 15 s for the agents of a raylet cannot be changed."""
 CLIENT = "import sys, ray; ray.init(sys.argv[1]); print('let in')"
 
 
 @dataclass
 class Cluster:
-    """The machines, a cluster file for them, and the folder that they share."""
+    """The machines, their cluster file, and the folder that they share."""
 
     machines: Machines
     file: Path
     shared: Path
 
     def laptop(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on the laptop, in the repository."""
+        """Run a command in the repository on the laptop."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         base = {"PATH": path, "HOME": "/root", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         return self.machines.laptop.run(list(command), base | environment, ROOT, PATIENCE_SECONDS)
 
     def script(self, name: str, *arguments: str) -> str:
-        """Run a launch script on the laptop, of this cluster; returns what it printed."""
+        """Run a launch script for this cluster on the laptop; return its output."""
         done = self.laptop("bash", *f"launch/{name}".split(), str(self.file), *arguments)
         print(done.stdout)
         assert done.returncode == 0, done.stdout[-5000:]
         return done.stdout
 
-    def submitted(self, config: Path, *options: str) -> str:
-        """The name of a job."""
-        said = self.script("submit.sh", str(config), *options)
-        return said.split(f"follow: bash launch/watch.sh {self.file} ")[1].split()[0]
+    def submit(self, config: Path, *options: str) -> str:
+        """Submit a search as a job; return the name of the job."""
+        printed = self.script("submit.sh", str(config), *options)
+        return printed.split(f"follow: bash launch/watch.sh {self.file} ")[1].split()[0]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Machines that nothing has been started on."""
+    """Machines on which nothing has been started."""
     if importlib.util.find_spec("aiohttp_cors") is None:
         pytest.skip("needs Ray's job server: pip install 'qpruner[cluster]'")
     folder = tmp_path_factory.mktemp("cluster")
     shared, file = folder / "shared", folder / "cluster.yaml"
     shared.mkdir()
-    # What a head writes to `versions.txt`, as its setup commands do.
+    # The same command writes `versions.txt` on a head.
     freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
     versions = subprocess.run(freeze, check=True, capture_output=True).stdout
     with machines(folder / "machines", [tmp_path_factory.getbasetemp(), ROOT], 1 + NUM_WORKERS) as made:
@@ -102,39 +102,38 @@ def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:
     head, token = cluster.machines.addresses[0], cluster.machines.hosts[0].home / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o077 == 0, "the token is its owner's alone"
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
-    wrong, without = right | {"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}
+    wrong, none = right | {"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}
 
-    def is_let_in(*command: str, **given: str) -> bool:
+    def is_accepted(*command: str, **given: str) -> bool:
         return cluster.laptop(*command, **given).returncode == 0
 
     for command in (("ray", "status", "--address", f"{head}:6379"), ("python", "-c", CLIENT, f"ray://{head}:10001")):
-        # On a busy machine the client server may give up before it has started one's process.
-        wait_for(partial(is_let_in, *command, **right), f"an answer to {command}", PATIENCE_SECONDS)
-        assert not is_let_in(*command, **wrong) and not is_let_in(*command, **without), command
-    # The job server listens on the head's loopback only, and asks for the token there, too.
-    assert not is_let_in("ray", "job", "list", "--address", f"http://{head}:8265", **right)
+        # On a busy machine the client server may give up before it has started the process of a client.
+        wait_for(partial(is_accepted, *command, **right), f"an answer to {command}", PATIENCE_SECONDS)
+        assert not is_accepted(*command, **wrong) and not is_accepted(*command, **none), command
+    # The job server listens on the head's loopback only, and requires the token there as well.
+    assert not is_accepted("ray", "job", "list", "--address", f"http://{head}:8265", **right)
     ask = "import urllib.request as r; r.urlopen('http://127.0.0.1:8265/api/jobs/')"
     there = cluster.laptop("ray", "exec", str(cluster.file), f'python -c "{ask}"')
     assert "HTTP Error 401" in there.stdout, there.stdout
 
 
-def test_a_mistake_in_the_configuration_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    """In the words of qpruner on the head."""
+def test_the_log_shows_a_mistake_in_the_configuration(cluster: Cluster, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("modle: {source: x}\n")
-    job = cluster.submitted(wrong)
-    # Ray may end following a job before it has read the last lines of one that fails at once.
+    job = cluster.submit(wrong)
+    # If a job fails at once, `ray job logs --follow` may end before the last lines.
     wait_for(lambda: "modle" in cluster.script("watch.sh", job), "the mistake", PATIENCE_SECONDS)
     assert "FAILED" in cluster.script("watch.sh")
 
 
-def test_a_search_attached_and_gone_on_with_by_a_job(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_job_resumes_a_search_that_was_run_attached(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
     run = cluster.shared / "small"
     config = small_config(tmp_path / "small.yaml", tiny_model, run)
     said = cluster.script("submit.sh --attached", str(config))
     assert "== qpruner run tune_configs/small.yaml --address auto" in said and num_trials(run) == 3
-    # One more trial; the space is one that three shells have to leave alone.
-    job = cluster.submitted(config, "--set", "search.max_trials= 4")
+    # One more trial; three shells must keep the space in this argument.
+    job = cluster.submit(config, "--set", "search.max_trials= 4")
     assert "already recorded" in cluster.script("watch.sh", job) and num_trials(run) == 4
     assert "SUCCEEDED" in cluster.script("watch.sh")
     cluster.script("fetch.sh", str(run), str(tmp_path / "fetched"))
@@ -144,7 +143,7 @@ def test_a_search_attached_and_gone_on_with_by_a_job(cluster: Cluster, tiny_mode
         "bash", "launch/fetch.sh", str(cluster.file), str(run), str(tmp_path / "part"), "gone", "records"
     )
     assert part.returncode == 1 and "error: not fetched: gone; " in part.stdout, part.stdout[-3000:]
-    assert (tmp_path / "part" / "records").is_dir(), "one that is missing keeps nobody from the others"
+    assert (tmp_path / "part" / "records").is_dir(), "the other parts are fetched"
 
 
 def test_down_leaves_nothing(cluster: Cluster) -> None:
@@ -154,4 +153,4 @@ def test_down_leaves_nothing(cluster: Cluster) -> None:
     cluster.machines.end()
     assert not any(psutil.pid_exists(machine.first.pid) for machine in [*hosts, cluster.machines.laptop])
     kept = [path for name in ("ray-config-*", "ray_ssh_*", "ray/cluster-*") for path in Path("/tmp").glob(name)]
-    assert not kept, "what Ray's launcher keeps in /tmp was the laptop's own"
+    assert not kept, "Ray's launcher wrote only to /tmp of the laptop"

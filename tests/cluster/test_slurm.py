@@ -1,6 +1,6 @@
-"""launch/slurm.sbatch as it stands, under a real SLURM of two nodes made of namespaces.
+"""launch/slurm.sbatch, unchanged, under a real SLURM with two simulated machines as nodes.
 
-What stands in for the real thing: the nodes' eight cores and one GPU are SLURM's belief only; trials run on CPUs.
+SLURM counts eight cores and one GPU on each node; in truth the nodes share this machine's cores, and trials use CPUs.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass
 class Slurm:
-    """The nodes, a checkout that they share, and how to call commands on the first."""
+    """The nodes, and a checkout that they share."""
 
     nodes: list[Machine]
     checkout: Path
     environment: dict[str, str]
 
     def run(self, *command: str, node: int = 0) -> str:
-        """Run a command in the checkout; returns what it printed."""
+        """Run a command in the checkout, by default on the first node; return its output."""
         done = self.nodes[node].run(list(command), self.environment, self.checkout, 10 * MINUTES)
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
 
     def submit(self, *options: str) -> tuple[str, str]:
-        """Submit a job and wait for its end; returns its state and its log."""
+        """Submit a job and wait for its end; return its state and its log."""
         job = self.run("sbatch", "--parsable", *options)
         state = lambda: self.run("scontrol", "show", "job", job).split("JobState=")[1].split()[0]  # noqa: E731
         under_way = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
@@ -65,7 +65,7 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Both nodes idle."""
+    """A SLURM cluster with two idle nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     checkout, key, conf = folder / "checkout", folder / "munge.key", folder / "slurm.conf"
     tools, visible = ("munged", "slurmctld", "slurmd", "sbatch"), [tmp_path_factory.getbasetemp()]
@@ -105,13 +105,13 @@ def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
     assert "== ray symmetric-run on 2 nodes" in text
     assert "2/2" in text or "Ray runtime started" in text, text[:3000]
     assert num_trials(output) == 3
-    assert not list(slurm.checkout.glob(".ray-token-*")), "the token goes with the job"
+    assert not list(slurm.checkout.glob(".ray-token-*")), "the token is deleted at the end"
     left = [line for node in slurm.nodes for line in node.processes() if "raylet" in line or "gcs_server" in line]
     assert not left
 
 
-def test_a_job_whose_ray_does_not_start_has_failed(slurm: Slurm, tiny_model: Path) -> None:
-    """Somebody else listens at Ray's port; `ray symmetric-run` itself ends as if all were well (Ray 2.60)."""
+def test_a_job_fails_if_ray_does_not_start(slurm: Slurm, tiny_model: Path) -> None:
+    """Another process listens on Ray's port. `ray symmetric-run` itself exits with 0 (Ray 2.60)."""
     config = small_config(slurm.checkout / "refused.yaml", tiny_model, slurm.checkout / "runs" / "refused")
     listen = "import socket, time; server = socket.create_server(('', 6379)); time.sleep(1200)"
     slurm.run("sh", "-c", f'{sys.executable} -c "{listen}" > /dev/null 2>&1 &')

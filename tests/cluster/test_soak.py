@@ -1,6 +1,6 @@
-"""The soak: a real search on three raylets while its driver, its workers and their machines are killed at random.
+"""A real search on three raylets whose driver, workers and raylets are killed at random.
 
-`pytest -m cluster tests/cluster/test_soak.py -s` prints what was killed and how long it all took.
+`pytest -m cluster tests/cluster/test_soak.py -s` prints the numbers of kills and the time.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ pytestmark = pytest.mark.cluster
 
 NUM_KILLS, NUM_NODES, SEED = 10, 3, 0
 TRIALS_A_ROUND = 5
-"""A search that is over before the last kill is given so many trials more."""
+"""The trials at first, and those that are added if the search is over before the last kill."""
 
 
 def working(run: Path) -> list[int]:
-    """The processes that trials run in."""
+    """Return the process ids of running trials."""
     running = [index for index, trial in trials_of(run).items() if trial["status"] == "running"]
     pids = {pulse["pid"] for index in running if (pulse := pulse_of(run, index))}
     return sorted(filter(psutil.pid_exists, pids))
 
 
 def disturb(process: Driver, cluster: Raylets, generator: random.Random, killed: Counter[str]) -> None:
-    """SIGKILL at random instants to random victims, until the driver has ended or there were kills enough.
+    """Kill random processes at random times, until the driver has ended or `NUM_KILLS` are reached.
 
-    Three of four kills wait until trials run; the others come at any time, mostly while a driver starts.
+    Three of four kills wait until trials run. The others mostly happen while a driver starts.
     """
     while killed.total() < NUM_KILLS:
         at_work, pause = generator.random() < 0.75, generator.uniform(1.0, 15.0)
@@ -65,7 +65,7 @@ def disturb(process: Driver, cluster: Raylets, generator: random.Random, killed:
             return
 
 
-def test_kills_at_random_cost_no_trial_and_repeat_no_plan(
+def test_random_kills_lose_no_trial_and_repeat_no_plan(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = search_config(tiny_model, tmp_path, **{"search.max_concurrent": NUM_NODES}), tmp_path / "run"
@@ -84,13 +84,13 @@ def test_kills_at_random_cost_no_trial_and_repeat_no_plan(
                 code, said = process.end()
             assert code in (0, -signal.SIGKILL), said[-4000:]
             trials = trials_of(run)
-            assert finished == {index: trials[index] for index in finished}, "what is finished is not run again"
+            assert finished == {index: trials[index] for index in finished}, "finished trials are not run again"
             finished = {index: trial for index, trial in trials.items() if trial["status"] == "finished"}
             assert num_drivers < 3 * NUM_KILLS
     record, rungs = search_record(run), load_config(config).search.rungs
     assert sorted(trials) == list(range(number)) and record["num_trials"] == number
     assert len({tuple(trial["plan"].values()) for trial in trials.values()}) == number
-    # Three deaths in a row without a rung between them may happen to a trial here; nothing else may.
+    # A trial may fail only because its worker died three times in a row without a rung between.
     assert set(record["failures"]) <= {"lost"}, record["failures"]
     for index, trial in trials.items():
         steps = tuple(rung["step"] for rung in trial["rungs"])

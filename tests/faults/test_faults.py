@@ -1,7 +1,4 @@
-"""Real faults while stages work: damaged files, a full disk, weights and losses that are no numbers.
-
-Nothing of qpruner is replaced here: files are cut short, a real file system is filled, and the weights really are NaN.
-"""
+"""Real faults while stages run: damaged files, a full disk, NaN in weights and losses."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import disk_of, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+from conftest import disk_of, fill, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
 
 from qpruner.cli.main import _guarded
 from qpruner.config.load import validate_config
@@ -38,24 +35,24 @@ RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "
 
 
 def names(events: list[Event], kind: type[Event]) -> list[str]:
-    """The stages that an event of this kind tells of, in order."""
+    """List the stages of the events of one kind."""
     return [event.stage for event in events if isinstance(event, kind)]
 
 
 def go(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> tuple[Results, list[Event]]:
-    """Runs the flow in process; returns the records and what it said."""
+    """Run the flow in this process; return the records and the events."""
     events: list[Event] = []
 
-    def tell(event: Event) -> None:
+    def on_event(event: Event) -> None:
         events.append(event)
         if emit:
             emit(event)
 
-    return run(validate_config(raw), tell, until=until), events
+    return run(validate_config(raw), on_event, until=until), events
 
 
 def failing(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> StageError:
-    """Runs the flow, which must fail in a stage; returns the error."""
+    """Run the flow, which must fail in a stage; return the error."""
     with pytest.raises(StageError) as caught:
         go(raw, until, emit)
     assert caught.value.exit_code == 1
@@ -64,14 +61,14 @@ def failing(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | Non
 
 @pytest.fixture(scope="module")
 def banked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A run that has got as far as the bank."""
+    """The folder of a run up to the bank."""
     root = tmp_path_factory.mktemp("banked") / "run"
     go(raw_config(tiny_model, root), "bank")
     return root
 
 
 def copy_of(root: Path, raw: dict[str, Any]) -> Path:
-    """A copy of a run where the configuration has its own."""
+    """Copy a run to the `output` of a configuration."""
     return shutil.copytree(root, Path(raw["output"]))
 
 
@@ -81,14 +78,14 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("place", "damage"),
     [
-        # Trials alone read the rows of `train`: a search that met them would meet them again.
+        # Only trials read the rows of `train`, so that no earlier stage notices the damage.
         pytest.param("prepare/data/train", lambda rows: flip_a_byte(next(rows.glob("*.arrow"))), id="rows-flipped"),
         pytest.param("prepare/data/train", shutil.rmtree, id="rows-missing"),
         pytest.param("prune", lambda model: flip_a_byte(model / "model.safetensors"), id="weights-flipped"),
         pytest.param("prune", lambda model: flip_a_byte(list_path(model)), id="list-flipped"),
     ],
 )
-def test_what_is_damaged_alone_is_set_aside_and_made_again(
+def test_only_damaged_files_are_set_aside_and_made_again(
     place: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     root = copy_of(banked, tiny_raw)
@@ -101,10 +98,10 @@ def test_what_is_damaged_alone_is_set_aside_and_made_again(
         assert str(aside) in told and aside.name.startswith(f"{place.replace('/', '-')}-")
     assert names(events, StageFinished) == [stage]
     assert folder_digests(folder) == before
-    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
+    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "intact again"
 
 
-def test_rows_damaged_meanwhile_are_named_with_the_remedy(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: dict[str, Any]) -> None:
     rows = copy_of(banked, tiny_raw) / "prepare" / "data" / "sensitivity"
 
     def damage(event: Event) -> None:
@@ -127,7 +124,7 @@ SET_ASIDE = "repeat the command: what is damaged is set aside, and "
         ("candidates/searched/adapter/adapter_config.json", "delete {run}/candidates/searched, then repeat"),
         ("search/best.json", "delete {run}/records/search.json, then repeat the command"),
         ("final/config.json", "delete {run}/final, then repeat the command"),
-        # With a trial its plan would go, with a bank all that is whole, and a model may only have been out of sight.
+        # Deleting these would lose a plan, the intact entries of a bank, or a model that was only unreachable.
         ("bank/4bit/layers.0.json", SET_ASIDE),
         ("prune/model.safetensors", SET_ASIDE),
         ("trials/0123abcd/0003/trial.json", SET_ASIDE),
@@ -135,8 +132,8 @@ SET_ASIDE = "repeat the command: what is damaged is set aside, and "
         ("../models/trials/record.json", "fetch or write that file again"),
     ],
 )
-def test_a_damaged_files_remedy_costs_nothing_else(file: str, remedy: str, tmp_path: Path) -> None:
-    """What can be read of the others took hours, and nobody is told to delete a file of their own."""
+def test_the_remedy_for_a_damaged_file_loses_nothing_else(file: str, remedy: str, tmp_path: Path) -> None:
+    """The other files took hours, and users need not delete files of their own."""
     run = tmp_path / "run"
     path = (run / file).resolve()
     path.parent.mkdir(parents=True)
@@ -151,8 +148,8 @@ def test_a_damaged_files_remedy_costs_nothing_else(file: str, remedy: str, tmp_p
         assert len(notes) == 1 and str(path) in notes[0] and "set aside" in notes[0]
 
 
-def test_other_readers_errors_get_their_remedy(tmp_path: Path) -> None:
-    """An adapter that is gone names its row; safetensors' own error is mended by the next command."""
+def test_errors_of_other_readers_get_a_remedy(tmp_path: Path) -> None:
+    """The error for a missing adapter names its row; the next command repairs a damaged safetensors file."""
     from safetensors.torch import load_file
 
     from qpruner.training.checkpoints import load_adapter
@@ -178,7 +175,7 @@ def test_other_readers_errors_get_their_remedy(tmp_path: Path) -> None:
         ("evaluate", "evaluate.batch_size"),
     ],
 )
-def test_the_remedy_for_memory_is_the_stages_own(stage: str, key: str) -> None:
+def test_the_remedy_for_memory_fits_the_stage(stage: str, key: str) -> None:
     stages = {each.name: each for each in STAGES}
     with pytest.raises(StageError) as caught, explained(stages[stage]):
         torch.empty(2**50)
@@ -186,7 +183,7 @@ def test_the_remedy_for_memory_is_the_stages_own(stage: str, key: str) -> None:
     assert ("gradient_checkpointing" in caught.value.remedy) == key.startswith("training.")
 
 
-def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_stage_with_a_missing_folder_runs_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
     root = copy_of(banked, tiny_raw)
     shutil.rmtree(root / "prune")
     _, events = go(tiny_raw, "bank")
@@ -194,19 +191,19 @@ def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[
     assert names(events, StageSkipped) == ["prepare", "bank"]
 
 
-def test_a_model_cut_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) -> None:
-    """Another kind of machine rounds differently; here other instructions of this one do."""
+def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: dict[str, Any]) -> None:
+    """Machines of another kind round differently; here, other instructions of the same machine do."""
     raw = with_key(tiny_raw, "prune.compensation", "least_squares")
     before, _ = go(raw, "bank")
     weights = Path(raw["output"]) / "prune" / "model.safetensors"
-    whole = weights.read_bytes()
+    original = weights.read_bytes()
     flip_a_byte(weights)
     with torch.backends.mkldnn.flags(enabled=False):
         after, events = go(raw, "bank")
-    if weights.read_bytes() == whole:
+    if weights.read_bytes() == original:
         pytest.skip("all instructions of this machine round alike")
     assert names(events, StageFinished) == ["prune", "bank"]
-    assert before.bank and after.bank and before.bank.digest != after.bank.digest, "nor is any trial of it taken over"
+    assert before.bank and after.bank and before.bank.digest != after.bank.digest, "so no trial is reused either"
     assert {event.done for event in events if isinstance(event, Progress) and event.stage == "bank"} == set(range(1, 9))
 
 
@@ -219,7 +216,7 @@ def test_a_model_cut_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) 
     ],
     ids=["truncated", "digest-flipped", "number-flipped"],
 )
-def test_a_corrupt_record_is_named_and_its_stage_run_again(
+def test_a_corrupt_record_is_named_and_its_stage_runs_again(
     stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     run_dir, kind = RunDir(copy_of(banked, tiny_raw)), RECORDS[stage]
@@ -228,10 +225,10 @@ def test_a_corrupt_record_is_named_and_its_stage_run_again(
     _, events = go(tiny_raw, "bank")
     (told,) = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
     assert "run again" in told and "\n" not in told, "a message is one line"
-    assert names(events, StageFinished) == [stage], "what depends on it is as it was"
+    assert names(events, StageFinished) == [stage], "later stages are unchanged"
     again = run_dir.read_record(stage, kind)
     assert before and again
-    # What the machine measured is another figure each time.
+    # These measurements differ each time.
     measured = {"seconds": 0} | ({"peak_memory_bytes": 0} if stage == "prune" else {})
     assert again.model_copy(update=measured) == before.model_copy(update=measured)
 
@@ -241,20 +238,13 @@ def test_a_corrupt_record_is_named_and_its_stage_run_again(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 16 MiB: enough for the run, if nothing else fills it."""
+    """A real file system of 16 MiB, enough for the run if nothing else fills it."""
     with disk_of("16m", tmp_path / "disk") as folder:
         yield folder
 
 
-def fill(disk: Path, leave: int) -> Path:
-    """Takes all of a file system but some bytes; returns the file that holds them."""
-    filler = disk / "filler"
-    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
-    return filler
-
-
 @pytest.mark.parametrize(("stage", "leave"), [("prune", 100_000), ("bank", 4096)])
-def test_a_disk_that_fills_up_costs_that_stage_only(
+def test_a_disk_that_fills_up_fails_only_that_stage(
     stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     raw = with_key(tiny_raw, "output", str(disk / "run"))
@@ -278,10 +268,10 @@ def test_a_disk_that_fills_up_costs_that_stage_only(
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("prune", StageStarted), ("bank", Progress)])
-def test_a_disk_full_for_a_while_costs_a_stage_only_time(
+def test_a_disk_full_for_a_while_only_delays_a_stage(
     stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
-    """The bank's first entry is built by then: a bank that has no room at all is refused with its size."""
+    """For the bank, this is after its first entry; a bank without any room is refused with its size."""
     with contextlib.ExitStack() as meanwhile:
 
         def fill_once(event: Event) -> None:
@@ -295,11 +285,11 @@ def test_a_disk_full_for_a_while_costs_a_stage_only_time(
     assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
 
 
-# ---- what is no number
+# ---- NaN
 
 
-def poisoned_model(model: Path, folder: Path, parameter: str) -> Path:
-    """A copy of a model with one NaN in one parameter."""
+def model_with_nan(model: Path, folder: Path, parameter: str) -> Path:
+    """Copy a model, with one NaN in one parameter."""
     from safetensors.torch import load_file, save_file
 
     copy = shutil.copytree(model, folder)
@@ -320,7 +310,7 @@ def poisoned_model(model: Path, folder: Path, parameter: str) -> Path:
 def test_nan_weights_stop_the_first_stage_that_reads_them(
     importance: str, rate: float, parameter: str, tiny_raw: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = poisoned_model(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
+    model = model_with_nan(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
     raw = with_key(with_key(tiny_raw, "prune.importance", importance), "prune.rate", rate)
     error = failing(with_key(raw, "model.source", str(model)), "sensitivity")
     assert error.stage == "prune"
@@ -331,7 +321,7 @@ def test_nan_weights_stop_the_first_stage_that_reads_them(
 
 
 def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> TrialJob:
-    """A trial of a run that has its bank, every group at 4 bits."""
+    """Make a trial of a run that has a bank, with every group at 4 bits."""
     bank = RunDir(root).read_record("bank", BankRecord)
     assert bank is not None
     plan = dict.fromkeys(bank.residual_ratio["4"], 4)
@@ -349,8 +339,7 @@ def test_a_diverging_trial_names_step_and_learning_rate(banked: Path, tiny_raw: 
 
 
 def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[str, Any]) -> None:
-    """It may take longer than a trial may stand still: every file of the model, every group of the bank. The rows come
-    last, and are not there."""
+    """Loading may take longer than the limit for hung trials. The rows are loaded last, and are missing here."""
     root, beats = copy_of(banked, tiny_raw), list[int]()
     job = trial_of(root, tiny_raw, "nowhere")
     with pytest.raises(CorruptFile, match="nowhere"):
@@ -362,7 +351,7 @@ def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[st
 
 
 @pytest.mark.parametrize(("on_path", "program"), [(True, "qpruner"), (False, ".venv/bin/qpruner")])
-def test_the_command_to_go_on_with_is_found_by_this_shell(
+def test_ctrl_c_prints_a_command_that_this_shell_finds(
     on_path: bool, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> dict[str, object]:

@@ -1,7 +1,6 @@
-"""Runs at a URI: killed, and taken up on a machine that has nothing; damaged objects; a server that does not answer.
+"""Faults of runs at a URI: a killed driver, an empty machine, damaged objects, a server that does not answer.
 
-The server is a real one on loopback, in a process of its own. What a disturbed run ends in is compared with that of a
-run in a folder that nothing happened to.
+The S3 server is a real one on loopback. The results are compared with those of an undisturbed run in a folder.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test is a machine that has nothing of any run yet."""
+    """Each test runs on a machine without local copies."""
     talk_to(store, monkeypatch)
     monkeypatch.setenv("QPRUNER_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run in a folder ends in."""
+    """The outcome of an undisturbed run in a folder."""
     folder = tmp_path_factory.mktemp("undisturbed") / "a"
     config = config_at(str(folder / "run"), folder, tiny_model)
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
@@ -42,7 +41,7 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def config_at(output: str, folder: Path, model: Path) -> Path:
-    """A configuration whose final table has the base model, the pruned one and the winner only."""
+    """Write a configuration whose final table has only the base model, the pruned model and the winner."""
     config = written_config(folder, model)
     raw = with_key(yaml.safe_load(config.read_text()), "finetune.compare", False)
     del raw["finetune"]["seeds"]
@@ -55,25 +54,24 @@ def trials_at(store: Store, run: str) -> list[dict[str, Any]]:
     return [json.loads(store.read(f"{run}/trials/{key}")) for key in keys]
 
 
-def has_one_trial_behind_it(store: Store, run: str) -> bool:
+def has_finished_trial(store: Store, run: str) -> bool:
     trials = trials_at(store, run)
     return len(trials) > 1 and trials[0]["status"] == "finished"
 
 
 KILLED = "killed/run"
+TakenUp = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def taken_up(
-    store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The trials at the instant when the driver was killed, and what the same command on an empty machine said."""
+def taken_up(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TakenUp:
+    """The trials when the driver was killed, and the output of the same command on an empty machine."""
     folder = tmp_path_factory.mktemp("killed")
     config = config_at(store.uri(KILLED), folder / "a", tiny_model)
     with pytest.MonkeyPatch.context() as patch:
         talk_to(store, patch)
         patch.setenv("QPRUNER_CACHE", str(folder / "first"))
-        kill_when(config, lambda: has_one_trial_behind_it(store, KILLED))
+        kill_when(config, lambda: has_finished_trial(store, KILLED))
         before = trials_at(store, KILLED)
         shutil.rmtree(folder / "first")
         patch.setenv("QPRUNER_CACHE", str(folder / "second"))
@@ -83,7 +81,7 @@ def taken_up(
 
 
 def test_a_killed_run_ends_as_undisturbed_on_another_machine(
-    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], undisturbed: dict[str, Any]
+    store: Store, taken_up: TakenUp, undisturbed: dict[str, Any]
 ) -> None:
     before, told = taken_up
     assert told["run"] == store.uri(KILLED)
@@ -99,9 +97,7 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     assert "driver.lock" not in keys and not any("checkpoints/" in key for key in keys)
 
 
-def test_verbs_that_look_at_a_run_take_its_uri(
-    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_verbs_for_finished_runs_accept_a_uri(store: Store, taken_up: TakenUp, tmp_path: Path) -> None:
     def said(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "qpruner", *words], capture_output=True, text=True, timeout=5 * MINUTES
@@ -119,8 +115,8 @@ def test_verbs_that_look_at_a_run_take_its_uri(
     assert exported["status"] == "ok" and (merged / "config.json").is_file()
 
 
-def test_damaged_objects_alone_are_set_aside_and_made_again(
-    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
+def test_only_damaged_objects_are_set_aside_and_made_again(
+    store: Store, taken_up: TakenUp, tiny_model: Path, tmp_path: Path
 ) -> None:
     run, entry = "damaged/run", "bank/4bit/layers.0.o.safetensors"
     store.copy(KILLED, run, ("prepare", "prune", "bank", "records", "run.json"))
@@ -138,13 +134,8 @@ def test_damaged_objects_alone_are_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_server_away_is_waited_for_then_told(
-    comes_back: bool,
-    store: Store,
-    taken_up: tuple[list[dict[str, Any]], dict[str, Any]],
-    undisturbed: dict[str, Any],
-    tiny_model: Path,
-    tmp_path: Path,
+def test_a_server_away_is_waited_for_then_reported(
+    comes_back: bool, store: Store, taken_up: TakenUp, undisturbed: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = f"away-{comes_back}/run"
     store.copy(KILLED, run, ("prepare", "prune", "bank", "sensitivity", "records", "run.json"))
@@ -153,7 +144,7 @@ def test_a_server_away_is_waited_for_then_told(
     config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)
     patience = {"QPRUNER_STORAGE_PATIENCE_SECONDS": "100" if comes_back else "2"}
     with driver(config, AWS_ENDPOINT_URL=f"http://127.0.0.1:{gate.port}", **patience) as process:
-        process.wait_until(lambda: has_one_trial_behind_it(store, run), "a finished trial")
+        process.wait_until(lambda: has_finished_trial(store, run), "a finished trial")
         gate.shut()
         if comes_back:
             time.sleep(15)
@@ -162,7 +153,7 @@ def test_a_server_away_is_waited_for_then_told(
     assert code == (0 if comes_back else 1), said[-3000:]
     if not comes_back:
         told = json.loads(said.splitlines()[-1])
-        assert told["kind"] == "StageError", "what Tune makes of it is no reason"
+        assert told["kind"] == "StageError", "not an error of Ray Tune"
         assert "cannot be reached" in told["error"] and "bring the storage back" in told["error"]
         ended(config)
     rungs = [trial["rungs"] for trial in trials_at(store, run)]

@@ -1,6 +1,6 @@
-"""Faults while a search runs, each the real one: signals, memory that ends, a storage that is full or away.
+"""Real faults during a search: signals, too little memory, a storage that is full or away, machines that die.
 
-The undisturbed search is run once; what a disturbed one ends in is compared with it.
+The results of a disturbed search are compared with those of one undisturbed search.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to the sensitivities."""
+    """A run folder with all stages up to the sensitivities."""
     return ended(search_config(tiny_model, tmp_path_factory.mktemp("measured")), "sensitivity").run
 
 
 @pytest.fixture
 def config(measured: Path, tiny_model: Path, tmp_path: Path) -> Path:
-    """A configuration whose run has got as far as the sensitivities."""
+    """A configuration whose run folder has all stages up to the sensitivities."""
     shutil.copytree(measured, tmp_path / "run")
     return search_config(tiny_model, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(measured: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search that nothing happened to."""
+    """The run folder of an undisturbed search."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(measured, folder / "run")
     return ended(search_config(tiny_model, folder)).run
 
 
 def finished(process: Driver) -> dict[str, Any]:
-    """The record of a search that must end well."""
+    """Wait for a search that must succeed, and return its record."""
     process.end_well()
     return search_record(process.run)
 
 
 def between(process: Driver, index: int) -> int:
-    """Wait until a trial is between two rungs and the driver knows of the first; returns its process."""
+    """Wait until a trial is between two rungs and the driver knows the first; return the process id of its worker."""
 
     def at_work() -> int | None:
         return between_rungs(process.run, index) if f"trial {index:3d} [" in process.said() else None
@@ -92,7 +92,7 @@ def test_a_killed_trial_resumes_from_its_last_rung(config: Path, undisturbed: Pa
     assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
 
 
-def test_a_trial_that_dies_again_and_again_fails_alone(config: Path, tmp_path: Path) -> None:
+def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> None:
     with driver(config) as process:
         killed = set[int]()
         while trials_of(process.run).get(1, {}).get("status") != "failed":
@@ -110,8 +110,8 @@ def test_a_trial_that_dies_again_and_again_fails_alone(config: Path, tmp_path: P
     assert record["failures"] == {"lost": 1} and record["num_failed"] == 1 and record["num_trials"] == 5
 
 
-def test_a_hanging_trial_is_killed_and_its_slot_freed(config: Path, undisturbed: Path) -> None:
-    """A stopped process ignores SIGTERM."""
+def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path, undisturbed: Path) -> None:
+    """A suspended process ignores SIGTERM."""
     with driver(config, "--set", "search.trial_timeout_seconds=20") as process:
         pid = between(process, 1)
         os.kill(pid, signal.SIGSTOP)
@@ -121,14 +121,14 @@ def test_a_hanging_trial_is_killed_and_its_slot_freed(config: Path, undisturbed:
     assert trials[1]["status"] == "failed" and trials[1]["failure"] == "hung"
     assert "no progress for 20 s (`search.trial_timeout_seconds`)" in trials[1]["reason"]
     assert record["num_trials"] == 5 and record["failures"] == {"hung": 1}
-    assert rungs_of(process.run)[2] == rungs_of(undisturbed)[2], "the next trial had the only slot"
+    assert rungs_of(process.run)[2] == rungs_of(undisturbed)[2], "the next trial got the only slot"
 
 
 # ---- Ctrl-C
 
 
-def test_ctrl_c_once_finishes_the_rung_and_can_go_on(config: Path, undisturbed: Path) -> None:
-    """A checkpoint that is damaged meanwhile is named, and its trial run again."""
+def test_ctrl_c_once_finishes_the_rung_and_can_resume(config: Path, undisturbed: Path) -> None:
+    """A trial whose checkpoint is damaged before the search resumes is reported and run again."""
     with driver(config) as process:
         between(process, 1)
         process.interrupt()
@@ -139,7 +139,7 @@ def test_ctrl_c_once_finishes_the_rung_and_can_go_on(config: Path, undisturbed: 
     assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": again}
     trial = trials_of(process.run)[1]
     assert len(trial["rungs"]) > 1, "the rung that ran was finished"
-    assert trial["status"] == "running" and 2 not in trials_of(process.run), "and nothing was begun after it"
+    assert trial["status"] == "running" and 2 not in trials_of(process.run), "and no trial was started after it"
     assert not (process.run / "records" / "search.json").exists()
     assert not (process.run / "driver.lock").exists()
     (state,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
@@ -149,16 +149,15 @@ def test_ctrl_c_once_finishes_the_rung_and_can_go_on(config: Path, undisturbed: 
         assert f"{state.parent} is damaged: set aside in" in process.said()
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert (record["sessions"], record["resumed"]) == (2, 1), "the damaged one began anew"
+    assert (record["sessions"], record["resumed"]) == (2, 1), "the damaged trial started again"
 
 
-def test_ctrl_c_twice_leaves_at_once_and_can_go_on(config: Path, undisturbed: Path) -> None:
+def test_ctrl_c_twice_leaves_at_once_and_can_resume(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         pid = between(process, 1)
-        # A rung that would never finish.
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(pid, signal.SIGSTOP)  # the rung would never finish
         process.interrupt()
-        process.wait_until(lambda: "Ctrl-C again leaves at once" in process.said(), "the word of the first Ctrl-C")
+        process.wait_until(lambda: "Ctrl-C again leaves at once" in process.said(), "the answer to the first Ctrl-C")
         process.interrupt()
         started = time.monotonic()
         code, _ = process.end(minutes=3)
@@ -170,19 +169,19 @@ def test_ctrl_c_twice_leaves_at_once_and_can_go_on(config: Path, undisturbed: Pa
 
 
 def fresh_scores(run: Path) -> dict[int, tuple[int, str]]:
-    """When, and what, each finalist was scored on fresh rows, by its trial."""
+    """Read the fresh score of each finalist and when it was written, by trial index."""
     paths = run.glob("trials/*/*/fresh.json")
     return {int(path.parent.name): (path.stat().st_mtime_ns, path.read_text()) for path in paths}
 
 
-def test_only_what_is_damaged_of_a_search_is_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A finalist's weights, which can be read and would give other scores; another's score; a trial's record."""
+def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Damaged are the weights of one finalist, the score of another, and the record of a trial."""
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "records" / "search.json").unlink()
     before = fresh_scores(run)
     first, other = sorted(before)[:2]
     (weights,) = run.glob(f"trials/*/{first:04d}/checkpoint-*/adapter_model.safetensors")
-    (weights.parent.parent / "fresh.json").unlink()  # made of the weights as they were
+    (weights.parent.parent / "fresh.json").unlink()  # the score of the intact weights
     flip_a_byte(weights)
     (score,) = run.glob(f"trials/*/{other:04d}/fresh.json")
     score.write_text(before[other][1][:-3])
@@ -206,7 +205,7 @@ def test_only_what_is_damaged_of_a_search_is_made_again(undisturbed: Path, tiny_
 
 
 def spoil(bank: Path, name: str) -> None:
-    """Adapter starts far too large in one of the bank's files, which its index calls whole."""
+    """Make the initial adapters in one file of a bank far too large, and update the index of the bank."""
     path = bank / name
     tensors = load_file(path)
     save_file({key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path)
@@ -231,9 +230,9 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
     assert all("nan at step 1" in trial["reason"] for trial in failed.values()), "stopped at once"
     proposed = {index for index, trial in trials.items() if trial["origin"] == "gp"}
     assert len(proposed) >= 8
-    # Of the plans inside the budget 94 in 128 have that group at 4 bits: of nine that know nothing of it, two or fewer
-    # would have it once in a thousand times.
-    assert len(ruined & proposed) <= 2, "two of the controls had told it"
+    # 94 of the 128 plans inside the budget have that group at 4 bits: among nine plans that ignore the failures, two or
+    # fewer would have it once in a thousand times.
+    assert len(ruined & proposed) <= 2, "two of the controls had shown it"
     assert record["best_plan"][group] == 8
 
 
@@ -253,12 +252,12 @@ BIG = {
     "search.first_rung": 2,
     "search.max_trials": 1,
 }
-"""Trials whose steps take some 440 MB, and a quarter of that with micro-batches of 4 rows."""
+"""Keys for trials whose steps take some 440 MB, or a quarter with micro-batches of 4 rows."""
 
 
 @pytest.fixture(scope="module")
 def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of large batches up to the sensitivities, and `undisturbed` beside it, with its one trial."""
+    """A folder with two runs of large batches: `measured` up to the sensitivities, `undisturbed` with its one trial."""
     folder = tmp_path_factory.mktemp("big")
     for name, verb in (("measured", "sensitivity"), ("undisturbed", "search")):
         config = search_config(tiny_model, folder / name, **BIG)
@@ -276,15 +275,15 @@ while all(map(psutil.pid_exists, victims)):
         kept.append(b"x" * 2**26)
 os._exit(0)
 """
-"""Takes memory until so little is left, and gives it back when a process is gone."""
+"""Takes memory until only so much is available, and ends when one of the given processes has ended."""
 
 
 def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Ray's own monitor kills a worker of two: one gives back more than there is too little."""
+    """Ray's own memory monitor kills one of two workers, which frees enough."""
     config = search_config(tiny_model, tmp_path, **{"search.max_concurrent": 2})
     memory = psutil.virtual_memory()
     limit = memory.available - 4 * 10**9
-    # Without the buffer, which wants up to 500 MB more back than there is too little: as much as two workers hold.
+    # Without the buffer, by which Ray frees up to 500 MB too much: as much as two workers hold.
     monitor = {"RAY_memory_usage_threshold": str(1 - limit / memory.total), "RAY_max_kill_memory_buffer_bytes": "0"}
     with driver(config, **monitor) as process:
         between(process, 1)
@@ -295,9 +294,9 @@ def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path
     killed = [int(index) for index in re.findall(r"trial (\d+) lost its worker, which Ray killed for memory", said)]
     assert len(killed) == 1, said
     smaller = [index for index, trial in trials_of(process.run).items() if trial["micro_batch_size"] is not None]
-    assert smaller == killed, "it goes on with half the rows at once, and no other does"
+    assert smaller == killed, "it alone resumes with half the rows at once"
     starts = {index: len(trial["begun"]) for index, trial in trials_of(process.run).items()}
-    assert starts == {index: 2 if index in killed else 1 for index in range(5)}, "the other one's worker lived on"
+    assert starts == {index: 2 if index in killed else 1 for index in range(5)}, "the other worker lived on"
     assert record["num_trials"] == 5 and record["failures"] == {}
 
 
@@ -305,8 +304,8 @@ def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path
 def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     retry: bool, big: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Its process may take 280 MiB of address space more than it has when the trial begins. Whole batches took 490, 16
-    rows 360, 8 rows 220; where oneDNN multiplies in bfloat16, one row of half as many tokens took more than 150."""
+    """The process may take 280 MiB of address space more than at the start of the trial: 32 rows took 490, 16 rows 360,
+    8 rows 220; where oneDNN multiplies in bfloat16, one row of half as many tokens took more than 150."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
     with driver(config) as process:
@@ -326,45 +325,44 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     assert trial["status"] == "finished" and trial["micro_batch_size"] in (16, 8, 4)
     expected = trials_of(big / "undisturbed" / "run")[0]
     assert expected["micro_batch_size"] is None
-    for found, whole in zip(trial["rungs"], expected["rungs"], strict=True):
-        assert found["loss"] == pytest.approx(whole["loss"], rel=2e-3)
+    losses, expected_losses = ([rung["loss"] for rung in each["rungs"]] for each in (trial, expected))
+    assert losses == pytest.approx(expected_losses, rel=2e-3)
 
 
 GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-"""Where the kernel counts memory of groups of processes: of version 1, else of version 2."""
+"""Folders of the memory limits of control groups, in version 1 and version 2."""
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A group of processes with a limit of its own: the file that sets it. The group's name is its folder's."""
+    """The file with the memory limit of a new control group."""
     base, name = (GROUPS[0], "memory.limit_in_bytes") if GROUPS[0].is_dir() else (GROUPS[1], "memory.max")
     folder = base / f"qpruner-{os.getpid()}"
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"no groups can be made here: {error}")
+        pytest.skip(f"control groups cannot be made here: {error}")
     try:
         if not (folder / name).exists():
-            pytest.skip("groups have no limit of memory here")
+            pytest.skip("control groups have no memory limit here")
         yield folder / name
     finally:
         folder.rmdir()
 
 
 def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """What it takes from its first sign of life on counts; each process that goes on is moved into the group until
-    more have been killed than a trial may lose for another reason."""
+    """Each new worker is moved into a small control group, until more are killed than may die for other reasons."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     pids: list[int] = []
 
-    def another() -> int | None:
+    def new_worker() -> int | None:
         pulse = pulse_of(process.run, 0)
         return pulse["pid"] if pulse and pulse["pid"] not in pids else None
 
     with driver(search_config(tiny_model, tmp_path, **BIG)) as process:
         group.write_text(str(20 * 2**20))
         for _ in range(MAX_KILLS + 1):
-            pids.append(process.wait_until(another, "a process that tells of its trial"))
+            pids.append(process.wait_until(new_worker, "a new worker"))
             (group.parent / "cgroup.procs").write_text(str(pids[-1]))
         finished(process)
         assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS + 1
@@ -383,10 +381,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("trouble", "passes"), [(full, True), (full, False), (away, True)])
-def test_a_full_or_missing_storage_is_waited_for_then_told(
+def test_a_full_or_missing_storage_is_waited_for(
     trouble: Any, passes: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
 ) -> None:
-    """Covered by an empty read-only file system, the run's own files cannot be reached."""
+    """Mounting an empty file system over the run folder makes its files unreachable."""
     shutil.copytree(measured, disk / "run")
     config = search_config(tiny_model, disk)
     with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60" if passes else "2") as process:
@@ -400,7 +398,7 @@ def test_a_full_or_missing_storage_is_waited_for_then_told(
                 code, said = process.end(minutes=2)
                 assert code == 1, said[-3000:]
                 told = json.loads(said.splitlines()[-1])
-                assert told["kind"] == "StageError", "what Tune makes of it is no reason"
+                assert told["kind"] == "StageError", "not an error of Ray Tune"
                 assert "no space left" in told["error"] and "make room" in told["error"]
     if not passes:
         ended(config)
@@ -411,50 +409,50 @@ def test_a_full_or_missing_storage_is_waited_for_then_told(
 
 
 def node_of(cluster: Raylets, run: Path, index: int) -> Any:
-    """The living node that a trial is at work on, if it is at work on one."""
+    """Find the living node on which a trial runs."""
     pulse = pulse_of(run, index) or {}
     return next((node for node in cluster.nodes if node.node_id == pulse.get("node")), None)
 
 
-def test_a_dead_machine_is_not_held_against_its_trial(config: Path, undisturbed: Path) -> None:
-    """Once more in a row than a trial's own process may die."""
+def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturbed: Path) -> None:
+    """Machines die more often in a row than the process of a trial may."""
     with raylets(MAX_KILLS + 2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
         before = rungs_of(process.run)[1]
         for _ in range(MAX_KILLS + 1):
             node = process.wait_until(lambda: node_of(cluster, process.run, 1), "trial 1 on a living node")
             cluster.kill_machine(node)
-        assert rungs_of(process.run)[1] == before, "no rung in between, which would forgive a trial its deaths"
+        assert rungs_of(process.run)[1] == before, "no rung in between, which would reset the count"
         record = finished(process)
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
     assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
 
 
-def test_trials_leave_a_machine_that_is_drained(config: Path, undisturbed: Path) -> None:
-    """A spot notice. Left alone by us, Tune goes on with the worker there and hands it one trial after another."""
+def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None:
+    """As after a spot notice. Without qpruner's handling, Ray Tune keeps giving trials to the worker there."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
         node = node_of(cluster, process.run, 1)
         raylet = node.all_processes["raylet"][0].process
         cluster.drain(node.node_id, seconds=3600)
         record = finished(process)
-        assert raylet.poll() is not None, "a machine that does nothing any more leaves the cluster before its time"
+        assert raylet.poll() is not None, "an idle drained machine leaves the cluster early"
         last = pulse_of(process.run, 4)
     assert last and last["node"] != node.node_id
     assert rungs_of(process.run) == rungs_of(undisturbed) and record["failures"] == {}
     assert process.said().count("lost its worker and is resumed from step") == 1
 
 
-def test_a_worker_taken_for_dead_writes_nothing_more(config: Path, undisturbed: Path) -> None:
-    """A machine that is cut off for a while: its raylet does not answer, and its trial goes on elsewhere."""
+def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: Path) -> None:
+    """A machine is unreachable for a while: its raylet does not answer, and its trial resumes elsewhere."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         pid = between(process, 1)
         first = trials_of(process.run)[1]["worker"]
         raylet = node_of(cluster, process.run, 1).all_processes["raylet"][0].process.pid
         for stopped in (raylet, pid):
             os.kill(stopped, signal.SIGSTOP)
-        process.wait_until(lambda: trials_of(process.run)[1]["worker"] != first, "another worker at it")
+        process.wait_until(lambda: trials_of(process.run)[1]["worker"] != first, "another worker on the trial")
         second = trials_of(process.run)[1]["worker"]
         os.kill(pid, signal.SIGCONT)
         writers = set()
@@ -467,15 +465,14 @@ def test_a_worker_taken_for_dead_writes_nothing_more(config: Path, undisturbed: 
 
 
 def test_a_new_head_resumes_from_the_run_folder(config: Path, undisturbed: Path) -> None:
-    """The head's machine takes the control store and the driver with it; a worker's machine lives on for a while."""
+    """The machine of the head dies with the driver; the machine of a worker lives on for a while."""
     with raylets(1) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
         cluster.kill_head()
         process.process.send_signal(signal.SIGKILL)
         process.process.wait()
         before = rungs_of(process.run)
-        # Of what Ray wrote nothing is there any more.
-        shutil.rmtree(process.run / "tune")
+        shutil.rmtree(process.run / "tune")  # nothing that Ray wrote is left
         with raylets(1) as another, driver(config, "--address", another.address) as second:
             record = finished(second)
             assert "taking over from process" in second.said()

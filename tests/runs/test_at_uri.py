@@ -1,4 +1,4 @@
-"""What a worker does for a run at a URI, on machines that have nothing of it: without Ray, on a real S3 server."""
+"""The work of a worker for a run at a URI, on machines without local copies; without Ray, on a real S3 server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import FILES, children, fetch, files_in, objects, published_folders, storage_at, write_text
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS
 from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
 
 @contextmanager
 def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that fine-tunes a row; entered as soon as it has left its first checkpoint."""
+    """Start a process that fine-tunes a row, and wait for its first checkpoint."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", FINETUNE, str(config_file), row]
     checkpoints = job_of(str(config_file), row).candidate.checkpoints
@@ -63,7 +63,7 @@ def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen
 
 @pytest.fixture(scope="module")
 def config_file(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A configuration whose run has got as far as the bank; the machine that did it has left nothing."""
+    """A configuration whose run has a bank, made on a machine that is gone."""
     folder = tmp_path_factory.mktemp("uri")
     with pytest.MonkeyPatch.context() as patch:
         talk_to(store, patch)
@@ -78,7 +78,7 @@ def config_file(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def machine(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Goes to a machine of that name; returns a row's job as it is given there."""
+    """Switch to a machine of some name, and return the job of a row there."""
 
     def go(name: str, row: str = "searched") -> CandidateJob:
         monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
@@ -117,16 +117,6 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
     assert (one.scores, one.text_loss) == (other.scores, other.text_loss)
 
 
-def test_a_fine_tunes_damaged_checkpoint_is_not_resumed(machine: Machine, store: Store, tmp_path: Path) -> None:
-    checkpoints = machine("any", "broken").candidate.checkpoints
-    for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt"):
-        (tmp_path / name).write_text("{}")
-    storage_at(sent := checkpoints / "checkpoint-2").put_folder(tmp_path)
-    assert not is_damaged(sent) and latest_checkpoint(checkpoints) == sent
-    store.damage("run/candidates/broken/checkpoints/checkpoint-2/optimizer.pt")
-    assert is_damaged(sent) and latest_checkpoint(checkpoints) is None
-
-
 def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Store, tmp_path: Path) -> None:
     run_dir = RunDir(machine("evaluating").config.output)
     adapter = run_dir.candidates / "0123abcd" / "adapter"
@@ -147,7 +137,7 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Stor
 
 
 def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, store: Store, tmp_path: Path) -> None:
-    """As an object is deleted that whoever fetched it found damaged."""
+    """Somebody may have deleted a damaged object."""
     config, events = machine("looking").config, list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
@@ -163,8 +153,8 @@ def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, sto
     assert f"{context.run_dir.place}/final/model.safetensors is missing" in text and "set aside in" in text
 
 
-def test_a_fine_tune_that_was_cut_off_writes_nothing_more(machine: Machine, config_file: Path) -> None:
-    """Its machine stands still from its first checkpoint on, until another one has ended what it began."""
+def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_file: Path) -> None:
+    """Its process is suspended after the first checkpoint, until another machine has finished the fine-tune."""
     machine("cut-off", "taken-over")
     with finetune_elsewhere(config_file, "taken-over") as process:
         process.send_signal(signal.SIGSTOP)
@@ -178,18 +168,18 @@ def test_a_fine_tune_that_was_cut_off_writes_nothing_more(machine: Machine, conf
 
 
 def written_in(folder: Path) -> dict[str, float]:
-    """When each file of a row was written; of its progress a process may give a sign before it knows."""
+    """When each file of a row was written, except its progress, which a process writes before it notices."""
     names = set(files_in(folder)) - {"progress"}
     return {name: found.modified for name in names if (found := storage_at(folder / name).stat())}
 
 
-def test_a_trial_runs_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:
+def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_path: Path) -> None:
     job = machine("fifth")
     candidate = job.candidate
     trial = TrialJob(job.config, Materials(candidate.checkpoint, candidate.bank, job.data), candidate.plan)
     told: list[RungResult] = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))
     assert [result.step for result in told] == [1, 2, 4]
-    # One file a group of the plan, by its contents; the bank's others stay where they are.
+    # One file per group of the plan; the other files of the bank are not downloaded.
     copies = list((tmp_path / "fifth" / "bank").iterdir())
     assert len(copies) == len(candidate.plan)

@@ -1,4 +1,4 @@
-"""A run at a URI: what lies there is complete or not there, wherever it is read. A real S3 server on loopback."""
+"""A run at a URI: folders are complete or missing on every machine. The S3 server is a real one on loopback."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from qpruner.runs.storage.objects import mirror_of, objects_at
 
 @pytest.fixture
 def run(machine: Machine) -> RunDir:
-    """A run of its own in the store, seen from a machine of its own."""
+    """A new run in the store, as a new machine sees it."""
     return machine("first")
 
 
 def go_through(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process look for the store there."""
+    """Make this process reach the store at an address."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
     objects.open_bucket.cache_clear()
 
@@ -79,7 +79,7 @@ OPTIONS = "a URI can have the options endpoint_override, region, and scheme (htt
         ("s3://bucket/a/../b", FORM),
         ("s3://bucket/run?acl=public", OPTIONS),
         ("s3://bucket/" + "r" * 300, "must be shorter"),
-        # A key may have a slash in it: what comes after is a path then, to who reads URIs.
+        # A key may contain a slash; the rest of it then looks like the path of the URI.
         ("s3://AKIAKEY:HUSH/WORD@bucket/run", "credentials come from the environment"),
         ("https://AKIAKEY:HUSHWORD@store.example/bucket/run", "credentials come from the environment"),
         ("s3://[AKIAKEY:HUSHWORD@bucket/run", FORM),
@@ -103,7 +103,7 @@ def test_a_path_finds_its_object_on_any_machine(monkeypatch: pytest.MonkeyPatch)
         assert str(path).startswith(cache)
         assert display_name(path) == "s3://bucket/team/run/records/prune.json"
         assert RunDir(mirror_of(uri)).storage.address == uri
-        # In quotes: a shell gives ? and & a meaning of their own.
+        # In quotes, because ? and & mean something to a shell.
         assert f"`qpruner plan '{uri}'`" in where_next(mirror_of(uri))
     assert "`qpruner plan s3://bucket/run`" in where_next(mirror_of("s3://bucket/run"))
     assert display_name(Path("/shared/run")) == storage_at(Path("/shared/run")).address == "/shared/run"
@@ -127,7 +127,7 @@ for path in sorted(fetch(RunDir(sys.argv[1]).stage("prune")).iterdir()):
 def test_a_damaged_copy_is_fetched_again(
     harm: Callable[[Path], object], run: RunDir, machine: Machine, tmp_path: Path
 ) -> None:
-    """By the next process that uses it, and by no one else."""
+    """The next process that uses it downloads it, and later ones do not."""
     storage_at(run.stage("prune")).publish(folder_of(tmp_path, config="c", weights="w" * 1000))
     there = machine("second")
     weights = fetch(there.stage("prune")) / "weights"
@@ -139,15 +139,15 @@ def test_a_damaged_copy_is_fetched_again(
 
 
 def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_path: Path) -> None:
-    """A large model takes half a minute to compare, and there may be a trial for each of eight GPUs."""
+    """Comparing a large model takes half a minute, and eight trials may start at once."""
     storage_at(run.stage("prune")).publish(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""))
-    target, heard = machine("second").stage("prune"), list[int]()
+    target, pieces = machine("second").stage("prune"), list[int]()
 
     def num_pieces() -> int:
-        """How many are read when it is fetched now."""
-        heard.clear()
-        fetch(target, lambda: heard.append(len(heard)) if len(heard) < 50 else pytest.fail("it waits"))
-        return len(heard)
+        """Fetch the folder, and return how many pieces were read."""
+        pieces.clear()
+        fetch(target, lambda: pieces.append(len(pieces)) if len(pieces) < 50 else pytest.fail("it waits"))
+        return len(pieces)
 
     with watched(tmp_path / "second") as calls:
         assert num_pieces() == 2
@@ -157,15 +157,15 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
     named = calls.index("rename")
     assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}, "durable before its list"
     assert num_pieces() == 0
-    base.verified.clear()  # as another process has it
-    with exclusive(target):  # whoever compares waits for nobody
+    base.verified.clear()  # as in another process
+    with exclusive(target):  # comparing needs no lock
         assert (num_pieces(), num_pieces()) == (2, 0)
 
 
-def test_who_waits_for_a_folder_hears_of_every_piece(
+def test_waiting_for_a_folder_shows_progress(
     run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
+    """A trial that waits or downloads must not look hung: here for another process, then for two files."""
     for name in ("PIECE_BYTES", "HASHED_BYTES"):
         monkeypatch.setattr(base, name, 2**16)
     pieces = {"one": 3, "other": 2}
@@ -183,7 +183,7 @@ def test_who_waits_for_a_folder_hears_of_every_piece(
     assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
 
 
-def test_what_is_written_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
+def test_written_files_are_uploaded_and_not_downloaded(run: RunDir, store: Store, tmp_path: Path) -> None:
     target = run.begin("prune")
     with writing_folder(target) as folder:
         folder.mkdir()
@@ -213,7 +213,7 @@ storage_at(RunDir(sys.argv[1]).stage("prune")).publish(Path(sys.argv[2]))
 """
 
 
-def test_a_folder_whose_sender_is_killed_is_not_there(machine: Machine, store: Store, tmp_path: Path) -> None:
+def test_a_folder_uploaded_in_part_does_not_exist(machine: Machine, store: Store, tmp_path: Path) -> None:
     """The small file arrives long before the large one."""
     there = machine("first")
     scratch = folder_of(tmp_path, small="s")
@@ -231,7 +231,7 @@ def test_a_folder_whose_sender_is_killed_is_not_there(machine: Machine, store: S
 
 @pytest.mark.parametrize("harm", ["damaged", "missing"])
 def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, store: Store) -> None:
-    """By whoever fetches it, and by a check on a machine whose own copy is whole."""
+    """By a download, and by a check on a machine whose own copy is intact."""
     with writing_folder(run.stage("prune")) as folder:
         folder.mkdir(parents=True)
         (folder / "weights").write_text("w" * 1000)
@@ -252,7 +252,7 @@ def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, sto
 
 
 class Stores(BaseHTTPRequestHandler):
-    """Answers as S3 and Google's storage do to who may use some objects only: that role may not see the bucket."""
+    """Answers as S3 and Google Cloud Storage do to a role that may use some objects, but not see the bucket."""
 
     def do_GET(self) -> None:
         path, code, message = self.path.partition("?")[0], 200, ""
@@ -282,10 +282,10 @@ class Stores(BaseHTTPRequestHandler):
         ("s3://runs/no-keys", "access is refused .*credentials come from the environment"),
     ],
 )
-def test_what_a_store_refuses_is_told(
+def test_a_refusal_of_the_store_is_reported(
     uri: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Google's requests are signed here, so any key will do."""
+    """The client signs requests to Google itself, so any key works."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     as_text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
     account = {"type": "service_account", "client_email": "a@p.iam.gserviceaccount.com", "private_key_id": "k"}
@@ -314,7 +314,9 @@ def test_what_a_store_refuses_is_told(
 
 
 @pytest.mark.parametrize("how", ["unused-port", "unknown-host", "no-bucket"])
-def test_an_unreachable_store_is_told_within_seconds(how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_reported_within_seconds(
+    how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri, expected = f"{run.place}-other", "check the network and the endpoint"
     if how == "no-bucket":
         uri, expected = "s3://no-such-bucket/run", "there is no bucket no-such-bucket"
@@ -327,7 +329,7 @@ def test_an_unreachable_store_is_told_within_seconds(how: str, run: RunDir, monk
 
 
 def test_a_store_away_for_a_while_is_waited_for(run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens for longer than one request tries; both who writes and who reads wait for it."""
+    """It is away for longer than one request lasts; both writing and reading wait for it."""
     path, gate = run.root / "clock.json", Gate(store.port)
     go_through(f"127.0.0.1:{gate.port}", monkeypatch)
     write_json(path, SearchClock(seconds=1.0))
@@ -341,17 +343,16 @@ def test_a_store_away_for_a_while_is_waited_for(run: RunDir, store: Store, monke
     gate.shut()
 
 
-def test_a_store_that_stays_away_is_told_with_its_remedy(
+def test_a_store_that_stays_away_is_reported_with_the_remedy(
     run: RunDir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_through(f"127.0.0.1:{free_port()}", monkeypatch)
-    expected = rf"{run.place}/clock.json cannot be reached \(NETWORK.*\n.*bring the storage back"
-    with pytest.raises(StorageError, match=expected):
+    error = r"cannot be reached \(NETWORK.*\n.*bring the storage back"
+    with pytest.raises(StorageError, match=f"{run.place}/clock.json {error}"):
         write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
-    assert not write_progress(run.root / "pulse.json", "nobody waits for progress")
+    assert not write_progress(run.root / "pulse.json", "fails at once")
     assert read_progress(run.root / "pulse.json") is None
-    taken = pytest.raises(StorageError, match=rf"{run.place}/{NAME} cannot be reached .*\n.*bring the storage back")
-    with taken, hold_run(run.root, print):
+    with pytest.raises(StorageError, match=f"{run.place}/{NAME} {error}"), hold_run(run.root, print):
         pass
     (run.root / LOG).write_text("begun")
     uploader = Uploader(run.root, "tensorboard", LOG)
@@ -361,8 +362,8 @@ def test_a_store_that_stays_away_is_told_with_its_remedy(
     assert "tried again by the next command" in caplog.text
 
 
-def test_files_that_grow_are_sent_as_they_changed(run: RunDir, store: Store) -> None:
-    """Those of an earlier command that this one did not write are deleted."""
+def test_changed_files_are_uploaded(run: RunDir, store: Store) -> None:
+    """Files that only an earlier command wrote are deleted."""
     folder, key = run.root / "tensorboard", key_of(run.root)
     store.write(f"{key}/tensorboard/old", b"of an earlier command")
     uploader = Uploader(run.root, "tensorboard", LOG)
@@ -376,20 +377,20 @@ def test_files_that_grow_are_sent_as_they_changed(run: RunDir, store: Store) -> 
     assert set(store.keys(key)) == {"tensorboard/events", LOG}
 
 
-def test_a_log_goes_on_where_other_machines_ended(machine: Machine) -> None:
-    """Of two commands on one machine, too: the second is refused only after its log is open."""
+def test_a_log_continues_that_of_other_machines(machine: Machine) -> None:
+    """Two commands on one machine may also log at once: the second is refused only after its log is open."""
     here, logger = machine("first"), logging.getLogger("qpruner.test")
     log = here.root / LOG
     with logging_to(here.root):
         logger.info("begun")
         with logging_to(here.root):
-            logger.info("not sent yet: there is no object")
+            logger.info("not uploaded yet")
         storage_at(log).put(log)
-        logger.info("killed before this was sent")
+        logger.info("killed before the upload")
     with logging_to(here.root):
         logger.info("again")
     text = log.read_text()
-    assert [text.count(said) for said in ("begun", "not sent yet", "killed before", "again")] == [1, 2, 1, 1]
+    assert [text.count(line) for line in ("begun", "not uploaded yet", "killed before", "again")] == [1, 2, 1, 1]
     storage_at(log).put(log)
     there = machine("second").root / LOG
     with logging_to(there.parent):

@@ -1,4 +1,4 @@
-"""A storage that is full or away: waited for, then told with the remedy; what was written stays whole."""
+"""A full or missing storage is waited for, then reported with the remedy; written files stay complete."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
-    """What tells that its machine has the storage, the rows and the plan's tensors."""
+def test_files_that_a_trial_reads_first_are_waited_for(disk: Path) -> None:
+    """These are the id of the run, the rows, and the tensors of the plan."""
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
     save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
     tensors, _ = build_entry({"mlp": torch.randn(8, 64)}, 8, LoraConfig(), double_quant=False, seed=0)
     file = write_entry(disk / "bank", "mlp", 8, tensors)
     seal(disk / "bank")
-    told = (str(disk / "run"), "the run", "run.id", "this run")
+    storage = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
-        (disk / "run", lambda: check_node(versions(), told)),
+        (disk / "run", lambda: check_node(versions(), storage)),
         (disk / "rows", lambda: load_encoded(disk / "rows")),
         (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
     ):
         with away(place) as end:  # type: ignore[attr-defined]
             threading.Timer(0.3, end).start()
-            read()  # raises where nobody waits
+            read()  # raises unless it waits
 
 
-def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
-    """A large model on a disk that fills up at its end; what goes on where it came to did some each time."""
+def test_pauses_end_but_restart_if_an_attempt_continues(disk: Path) -> None:
+    """Each attempt takes longer than all pauses together, as for a large model; a resumable one makes progress."""
     attempts = 0
 
     def write() -> None:
@@ -97,7 +97,7 @@ def test_pauses_end_and_begin_anew_where_an_attempt_goes_on(disk: Path) -> None:
         (away, r"cannot be reached \(Read-only.*\n.*bring the storage back"),
     ],
 )
-def test_a_full_or_missing_storage_is_told_or_waited_for(
+def test_a_full_or_missing_storage_is_reported_or_waited_for(
     trouble: Callable[..., Iterator[None]], message: str, disk: Path
 ) -> None:
     path = disk / "trials" / "record.json"
@@ -117,8 +117,7 @@ def test_a_full_or_missing_storage_is_told_or_waited_for(
 
 @contextmanager
 def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
-    """The system really renames something, and the answer is an error: EIO as of a server that went away in between,
-    ENOENT as of one that was asked again."""
+    """Raise an error after a rename that succeeded: EIO from a lost server, or ENOENT from a repeated request."""
     renames = 0
 
     def on_call(frame: FrameType, event: str, function: object) -> None:
@@ -126,7 +125,7 @@ def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
         if event == "c_return" and function in (os.rename, os.replace):
             renames += 1
             if renames == nth:
-                raise OSError(number, os.strerror(number))  # the interpreter calls no profiler after that
+                raise OSError(number, os.strerror(number))  # this also turns the profiler off
 
     sys.setprofile(on_call)
     try:
@@ -136,24 +135,16 @@ def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
     assert renames >= nth
 
 
-NO_ANSWER = pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
-
-
-@NO_ANSWER
-def test_a_record_whose_renaming_got_no_answer_is_written(number: int, tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
+@pytest.mark.parametrize("renamed", [1, 2], ids=["folder", "list"])
+def test_a_rename_without_an_answer_is_noticed(renamed: int, number: int, tmp_path: Path) -> None:
+    """The record and the folder are written; the folder is the only copy of hours of work."""
+    path, scratch, target = tmp_path / "record.json", tmp_path / "scratch", tmp_path / "prune"
     write_json(path, SearchClock(seconds=1.0))
     with lost_answer(number):
         write_json(path, SearchClock(seconds=2.0))
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
     assert list(tmp_path.iterdir()) == [path]
-
-
-@NO_ANSWER
-@pytest.mark.parametrize("renamed", [1, 2], ids=["folder", "list"])
-def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number: int, tmp_path: Path) -> None:
-    """A stage took hours to write the only copy."""
-    scratch, target = tmp_path / "scratch", tmp_path / "prune"
     with writing_folder(scratch) as folder:
         folder.mkdir()
         (folder / "weights").write_text("hours")
@@ -161,7 +152,7 @@ def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number
     (target / "unfinished").write_text("half")
     with lost_answer(number, renamed):
         storage_at(target).publish(scratch)
-    assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
+    assert folder_digests(tmp_path).keys() == {"record.json", "prune/weights", "prune.files.json"}
     storage_at(target).verify()
 
 
@@ -169,7 +160,7 @@ TENSOR = {"weight": torch.zeros(50_000)}
 SAVES: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda path: save_file(TENSOR, path),
     "torch": lambda path: torch.save(TENSOR, path),
-    # shutil collects what its copies met into one error without a number.
+    # shutil collects the errors of its copies in one error without errno.
     "shutil": lambda path: shutil.copytree(path.parents[1] / "checkpoint", path, dirs_exist_ok=True),
     "tokenizers": lambda path: Tokenizer(BPE({f"word {number}": number for number in range(10_000)}, [])).save(
         str(path)
@@ -179,7 +170,7 @@ SAVES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("library", SAVES)
 @pytest.mark.parametrize("leave", [0, 8192])
-def test_a_full_disk_in_a_librarys_words_is_waited_for(library: str, leave: int, disk: Path) -> None:
+def test_a_full_disk_that_a_library_reports_is_waited_for(library: str, leave: int, disk: Path) -> None:
     path = disk / "saved"
     (disk.parent / "checkpoint").mkdir()
     (disk.parent / "checkpoint" / "weights").write_bytes(b"w" * 150_000)
@@ -198,6 +189,6 @@ def test_another_error_is_not_repeated(tmp_path: Path) -> None:
     assert storage_error(caught.value) is None
 
 
-def test_a_folder_left_on_another_machines_disk_is_told(tmp_path: Path) -> None:
+def test_a_folder_missing_on_this_machine_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"prune was written on another machine and is not here\n.*mount the folder"):
         require_arrived(tmp_path / "prune")

@@ -1,7 +1,4 @@
-"""Records and folders of a run, in a folder and at a URI: what can be read is complete, whatever was killed and when.
-
-The writers here are processes of their own that are killed with SIGKILL in the middle of their work.
-"""
+"""Records and folders of a run, in a folder and at a URI, are complete even if their writer is killed (SIGKILL)."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ def bank_record(digest: str = "a") -> BankRecord:
 
 
 def folder_of(tmp_path: Path, **files: str) -> Path:
-    """A folder with such files, `a__b` for `a/b`."""
+    """Make a folder with the given files; `a__b` stands for `a/b`."""
     folder = tmp_path / "made"
     shutil.rmtree(folder, ignore_errors=True)
     for name, text in files.items():
@@ -103,7 +100,7 @@ def folder_of(tmp_path: Path, **files: str) -> Path:
 
 @contextmanager
 def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-    """A process that writes until it is killed; it prints a line each time it has got somewhere."""
+    """Start a process that writes until it is killed, and prints a line after each step."""
     with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -122,19 +119,19 @@ def kill_within_a_write(process: subprocess.Popen[str], lines: IO[str], generato
 
 
 def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> None:
-    """And a reader meanwhile never sees half of one: the terminal, `qpruner status` and other nodes are."""
-    generator, seen = random.Random(0), set[str]()
+    """A reader never sees a part of one: the terminal, `qpruner status` and other nodes read at any time."""
+    generator, digests = random.Random(0), set[str]()
 
     def look(turn: int) -> None:
         record = run_dir.read_record("bank", BankRecord)
         assert record is not None and len(record.files) == 400 * (record.bytes % 2)
         assert set(record.files.values()) <= {record.digest}
-        seen.add(f"{turn} {record.digest}")
+        digests.add(f"{turn} {record.digest}")
 
     assert run_dir.read_record("bank", BankRecord) is None
     for turn in (1, 2):
         with writer(WRITE_FOR_EVER, run_dir.place) as (process, lines):
-            while len(seen) < 20 * turn:
+            while len(digests) < 20 * turn:
                 look(turn)
             kill_within_a_write(process, lines, generator)
         look(turn)
@@ -145,7 +142,7 @@ def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> No
     assert run_dir.read_record("bank", BankRecord) is None and not exists(run_dir.record_path("bank"))
 
 
-def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -> None:
+def test_files_of_a_killed_stage_are_complete_or_unrecorded(tmp_path: Path) -> None:
     run, generator = RunDir(tmp_path / "a" / "run"), random.Random(1)
     for turn in range(4):
         with writer(COMMIT_FOR_EVER, str(run.root), str(1000 * turn)) as (process, lines):
@@ -168,21 +165,14 @@ def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -
     ids=["cut", "zeros", "binary", "list", "fields-missing", "own-digest-missing"],
 )
 def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
-    """A disk that was full or lost power; the stage is then run again instead of ending in a traceback."""
+    """As after a full disk or a power failure; the stage then runs again instead of failing with a traceback."""
     storage_at(run_dir.record_path("prepare")).write(content)
     with pytest.raises(CorruptFile, match=f"{run_dir.place}/records/prepare.json is not a PrepareRecord"):
         run_dir.read_record("prepare", PrepareRecord)
 
 
-QUESTION = TaskScore(
-    task="arc",
-    metric="acc",
-    value=1.0,
-    stderr=math.nan,
-    num_questions=1,
-    correct=(1.0,),
-    metrics={"acc": MetricScore(value=1.0, stderr=math.nan)},
-)
+ACC = MetricScore(value=1.0, stderr=math.nan)
+QUESTION = TaskScore(task="arc", metric="acc", num_questions=1, correct=(1.0,), metrics={"acc": ACC}, **dict(ACC))
 ROW = RowScores(digest="0" * 16, name="base", seed=0, scores=(QUESTION,))
 
 
@@ -195,8 +185,8 @@ ROW = RowScores(digest="0" * 16, name="base", seed=0, scores=(QUESTION,))
     ],
     ids=["question", "row", "sample"],
 )
-def test_a_score_of_one_has_no_error_and_can_be_read(record: Recorded, tmp_path: Path) -> None:
-    """Its standard error is no number; a record that nobody can read makes its stage run again each time."""
+def test_a_score_without_standard_error_can_be_read(record: Recorded, tmp_path: Path) -> None:
+    """It is NaN for a single question; an unreadable record would make its stage run again each time."""
     write_json(tmp_path / "record.json", record)
     assert "NaN" in (tmp_path / "record.json").read_text() and OWN_DIGEST in (tmp_path / "record.json").read_text()
     again = read_json(tmp_path / "record.json", type(record))
@@ -213,7 +203,7 @@ def test_a_second_commit_replaces_the_first(run_dir: RunDir, tmp_path: Path) -> 
     assert run_dir.read_record("prune", BankRecord) == bank_record("new")
 
 
-def test_no_record_vouches_for_files_which_are_gone(tmp_path: Path) -> None:
+def test_files_that_are_missing_have_no_record(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     (run.stage("bank") / "unfinished").mkdir(parents=True)
     run.commit("bank", run.begin("bank"), bank_record())
@@ -244,8 +234,7 @@ def test_folders_are_listed_moved_and_removed(run_dir: RunDir, tmp_path: Path) -
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[str]]:
-    """Hands out what the interpreter has the system do, in order: `rename`, and `fsync PATH` for what is below a folder
-    and open then."""
+    """Yield the list of system calls in the block: `rename`, and `fsync PATH` for open files below a folder."""
     calls: list[str] = []
 
     def on_call(frame: FrameType, event: str, function: object) -> None:
@@ -264,8 +253,8 @@ def watched(folder: Path) -> Iterator[list[str]]:
         sys.setprofile(None)
 
 
-def test_what_gets_its_name_is_on_the_disk_before(tmp_path: Path) -> None:
-    """Else a machine that loses power may keep the name and no contents; so is the list that vouches for a folder."""
+def test_files_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
+    """Otherwise a power failure may leave the name without the contents; this includes the list of a folder."""
     with watched(tmp_path) as calls:
         write_json(tmp_path / "records" / "bank.json", bank_record())
     assert calls == [f"fsync records/.bank.json.{os.getpid()}", "rename", "fsync records"]
@@ -282,8 +271,8 @@ def test_what_gets_its_name_is_on_the_disk_before(tmp_path: Path) -> None:
     assert calls == [*files, "fsync ."]
 
 
-def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
-    """safetensors writes for its owner alone, and a team shares a run."""
+def test_files_get_the_read_permissions_of_their_folder(tmp_path: Path) -> None:
+    """safetensors makes files readable for the owner only, but a team shares a run."""
     scratch = tmp_path / "scratch"
     scratch.mkdir(mode=0o755)
     save_file({"weight": torch.ones(2)}, scratch / "model.safetensors")
@@ -292,7 +281,7 @@ def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
 
 
 def test_only_the_storage_knows_where_a_run_is_kept() -> None:
-    """Everything else asks `storage_at` for what it needs."""
+    """All other modules use `storage_at`."""
     package = Path(__file__).parents[2] / "qpruner"
     words = ("mirror_of", "objects_at", "ObjectStorage", "isinstance(storage")
     files = [path for path in package.rglob("*.py") if "storage" not in path.relative_to(package).parts]
@@ -312,7 +301,7 @@ with working_folder({PREFIX!r}) as folder:
 
 
 def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes with the next one's; folders that others work in stay."""
+    """The next process deletes it, but keeps folders in use and those of other users."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     foreign = tmp_path / f"{PREFIX}foreign"

@@ -77,7 +77,6 @@ class TrialRecord(Recorded):
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
-    """All starts of workers on this trial."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row, with `loss at STEP` and perhaps `accuracy at STEP` for each rung."""
@@ -129,7 +128,7 @@ class TrialRecord(Recorded):
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs the trial again, as one that hung before its first rung, perhaps over files."""
+        """Whether the next session runs the trial again: its infrastructure failed, or it hung before a rung."""
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
@@ -174,7 +173,7 @@ class FinalistScore(FreshScore):
 
 
 class KeptScore(FinalistScore):
-    """A `FinalistScore` as the folder of the trial keeps it for later commands."""
+    """A `FinalistScore` stored in the folder of the trial for later commands."""
 
     digest: str
     """Digest of the weights and of the rows and questions."""
@@ -219,7 +218,6 @@ class SearchRecord(Record):
     failures: dict[str, int] = {}
     """Number of failed trials by `TrialRecord.failure`."""
     num_reused: int
-    """Number of trials reused from other searches."""
     ended: str
     """Why the search ended."""
     search_seconds: float

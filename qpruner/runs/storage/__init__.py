@@ -48,7 +48,7 @@ def storage_at(path: Path) -> Storage:
 
 
 def run_path(output: str | Path) -> Path:
-    """Return the path on this machine for the folder or URI of a run, without asking the storage."""
+    """Return the path on this machine for the folder or URI of a run; raise `UserError` if either is invalid."""
     if isinstance(output, str) and "://" in output:
         return mirror_of(output)
     root = Path(output).expanduser().resolve()
@@ -84,9 +84,6 @@ def export_command(root: Path) -> str:
     return "" if storage.fills_this_disk else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
 
 
-# ---- one file
-
-
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
     """Write a record as JSON with its own digest; a reader sees the old file or the new one, never a part."""
     fields = json.loads(data.model_dump_json())
@@ -108,7 +105,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
-    """Read a record that is known to exist: while it is missing, the storage is taken to be away."""
+    """Read a record that is known to exist; if it is missing, retry, because the storage must be away."""
 
     def read() -> RecordType:
         record = read_json(path, kind)
@@ -182,9 +179,6 @@ def put_file(file: Path, target: Path) -> str:
     if file != target:
         file.unlink()
     return sha256
-
-
-# ---- folders
 
 
 def children(folder: Path) -> list[str]:

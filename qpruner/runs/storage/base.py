@@ -90,7 +90,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder; on repetition, accept that a network file system had done so and lost the answer."""
+    """Rename a file or folder; also succeed if an earlier attempt renamed it, but the answer of the server was lost."""
     try:
         path.replace(target)
     except FileNotFoundError:
@@ -164,7 +164,7 @@ class Stat(NamedTuple):
 
 
 class Storage:
-    """A file or folder of a run, identified by its path on this machine; this class keeps it at that path.
+    """A file or folder of a run in a local or shared folder, identified by its path on this machine.
 
     Methods on one file raise `FileNotFoundError` if it is missing, and `OSError` if the storage is full or away; the
     callers retry. Methods on folders and file lists retry by themselves.
@@ -194,8 +194,6 @@ class Storage:
     def staging(self) -> Path:
         """The path on this machine to write to: the path itself, or a folder from which to upload."""
         return self.path
-
-    # ---- one file
 
     def open(self) -> AbstractContextManager[Any]:
         """Open the file for reading."""
@@ -252,8 +250,6 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Stat(found.st_mtime, found.st_size) if stat.S_ISREG(found.st_mode) else None
-
-    # ---- folders
 
     def names(self) -> list[str]:
         """List the names in the folder, sorted; empty if there is no folder."""
@@ -322,8 +318,6 @@ class Storage:
             sync(target.parent)
 
         retry_storage(move, target)
-
-    # ---- lists
 
     @property
     def file_list(self) -> Storage:

@@ -153,8 +153,6 @@ class ObjectStorage(Storage):
     def staging(self) -> Path:
         return cache_root() / "scratch" / self.path.relative_to(cache_root() / "runs")
 
-    # ---- one object
-
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
         with self._translated(), self._system.open_input_stream(self._path) as stream:
@@ -186,8 +184,6 @@ class ObjectStorage(Storage):
     def put(self, file: Path) -> str:
         with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
             return copy_pieces(source.read, stream.write)
-
-    # ---- folders
 
     def names(self) -> list[str]:
         return sorted(info.base_name for info in self._infos(recursive=False))
@@ -281,15 +277,13 @@ class ObjectStorage(Storage):
                 "(AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
             ) from error
 
-    # ---- pyarrow
-
     @property
     def _system(self) -> Any:
         return open_bucket(self.scheme, self.bucket, self.query)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Translate the errors of pyarrow, whose kind is only in their text, to errors of Python."""
+        """Translate errors of pyarrow inside the block to Python errors, by their text."""
         try:
             yield
         except OSError as error:

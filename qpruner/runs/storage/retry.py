@@ -39,16 +39,13 @@ def retry_storage(
 ) -> Result:
     """Run an operation; repeat it with growing pauses while the storage is full or away, then raise `StorageError`.
 
-    Args:
-        operation: Safe to repeat after a failure half way.
-        path: The path in the error message if the error itself names none.
-        seconds: Total time of the pauses, `PATIENCE_SECONDS` by default.
-        was_there: Also wait for a missing file, because the file was there before.
-        resumable: Restart the count of `seconds` after a long attempt, because the next attempt continues that one.
+    The pauses take `seconds` in all (`PATIENCE_SECONDS` by default); with `resumable` they start again after a long
+    attempt, because the next attempt continues that one. With `was_there`, a missing file means that the storage is
+    away. An error that names no file is reported with `path`.
     """
     limit = PATIENCE_SECONDS if seconds is None else seconds
 
-    def should_stop(state: RetryCallState) -> bool:
+    def stop(state: RetryCallState) -> bool:
         if resumable and time.monotonic() - state.start_time - state.idle_for > limit:
             state.start_time, state.idle_for = time.monotonic(), 0.0
         return state.idle_for >= limit
@@ -62,9 +59,7 @@ def retry_storage(
         return storage_error(error, path) is not None or (was_there and isinstance(error, FileNotFoundError))
 
     try:
-        retrying = Retrying(
-            retry=retry_if_exception(is_away), stop=should_stop, wait=PAUSES, before_sleep=log, reraise=True
-        )
+        retrying = Retrying(retry=retry_if_exception(is_away), stop=stop, wait=PAUSES, before_sleep=log, reraise=True)
         return retrying(operation)
     except Exception as error:
         if trouble := storage_error(error, path):

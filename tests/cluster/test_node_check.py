@@ -1,4 +1,4 @@
-"""Nodes of a real cluster that differ: their own storage, another qpruner, a small disk, or no answer at all."""
+"""The check of nodes on a real cluster: nodes with other storage, another qpruner, a small disk, or no answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
-    """A head and one node; this process has joined them from a folder without qpruner, which workers search first."""
+    """A cluster with one worker node. The working directory contains no qpruner, as workers import from it first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(BANK_CACHE, str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
@@ -38,7 +38,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
         disconnect()
 
 
-def test_nodes_that_differ_are_named_with_what_differs(cluster: Raylets, tiny_model: Path, tmp_path: Path) -> None:
+def test_nodes_that_differ_are_named_with_the_difference(cluster: Raylets, tiny_model: Path, tmp_path: Path) -> None:
     shared, cache, other = tmp_path / "shared", tmp_path / "cache", tmp_path / "other"
     shared.mkdir()
     same = Path(qpruner.__file__).parent.parent
@@ -66,12 +66,12 @@ def test_nodes_that_differ_are_named_with_what_differs(cluster: Raylets, tiny_mo
     assert f"`output`: {config.output} cannot be written there (Read-only file system)" in storage
     (table,) = [event for event in events if isinstance(event, TableMade)]
     assert sorted(row[-1] for row in table.body) == ["ok", "ok", "other versions, storage, disk", "storage"]
-    assert list(shared.iterdir()) == [], "nothing is left of the look"
+    assert list(shared.iterdir()) == [], "the check leaves no files"
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_a_silent_node_is_named_in_time_a_dead_one_has_left(dies: bool, cluster: Raylets, tmp_path: Path) -> None:
-    """A stopped raylet takes connections and answers nothing."""
+def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(dies: bool, cluster: Raylets, tmp_path: Path) -> None:
+    """A stopped raylet accepts connections but does not answer."""
     (tmp_path / "driver").write_text("driver")
     node = cluster.nodes[0]
     raylet = node.all_processes["raylet"][0].process.pid
@@ -81,7 +81,7 @@ def test_a_silent_node_is_named_in_time_a_dead_one_has_left(dies: bool, cluster:
     os.kill(raylet, signal.SIGSTOP)
     try:
         looking.start()
-        # The others' answers: every node has been asked.
+        # Once another node has answered, every node was asked.
         while dies and looking.is_alive() and not any(path.name != "driver" for path in tmp_path.iterdir()):
             time.sleep(0.1)
         if dies:
