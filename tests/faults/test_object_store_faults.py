@@ -127,7 +127,7 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
     assert "[prepare] already recorded" in said and "[prune] done" in said
     assert f"s3://runs/{run}/prune/model.safetensors is damaged" in said
     assert f"set aside in s3://runs/{run}/damaged/{aside.partition('/')[0]}" in said
-    assert f"s3://runs/{run}/{entry} is missing or damaged; it alone is built again" in said
+    assert f"s3://runs/{run}/{entry} is missing or damaged; only this file is built again" in said
     assert "1 entries to build" in said
     for name in ("prune/model.safetensors", entry):
         assert store.read(f"{run}/{name}") == store.read(f"{KILLED}/{name}")

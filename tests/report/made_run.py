@@ -20,7 +20,7 @@ from made_rows import STATE, Scored, candidate, results_of, score, with_figures
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.pipeline.progress import _environment
+from qpruner.pipeline.run import _environment
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
