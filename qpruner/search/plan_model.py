@@ -83,7 +83,7 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, without the last level."""
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, minus the last level."""
         below = torch.arange(self.num_levels - 1)
         hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)

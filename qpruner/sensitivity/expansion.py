@@ -51,7 +51,7 @@ class Expansion:
 
 
 def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
-    """Predict the rise of the loss by every (group, bits), in one forward and backward pass of the unquantized model."""
+    """Predict the rise of the loss by every (group, bits) in one forward and backward pass of the unquantized model."""
     owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
     linears = {path: model.get_submodule(path) for path in owner}
     first_order = np.zeros((len(starts.levels), len(starts.groups)))

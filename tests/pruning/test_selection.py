@@ -330,7 +330,7 @@ def test_layer_rate_removes_the_least_important() -> None:
         (7, -1, (), range(7, 8)),
         (1, -2, (3, -4), (1, 2, 5, 6)),
         (0, -9, (), "8 blocks, 0 to 7"),
-        (0, -1, (-9,), "no block -9; the model has 8, 0 to 7"),
+        (0, -1, (-9,), "no block -9; the model has blocks 0 to 7"),
     ],
 )
 def test_a_range_includes_both_ends_but_not_the_protected(
