@@ -9,7 +9,6 @@ from typing import Any
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
-from qpruner.report.liveness import RUNNING
 from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import (
     bar,
@@ -21,7 +20,7 @@ from qpruner.report.search_progress import (
     score_title,
     search_progress,
 )
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
     difference_text,
