@@ -377,8 +377,8 @@ def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
             "; their confirmation rows differ, so they are not compared.",
             "nothing to compare, their test questions and confirmation rows differ.",
             "",
-            "nothing to compare, it is the same fine-tuned model.",
-            "nothing to compare, one of them has no final table yet.",
+            "nothing to compare, both runs have the same fine-tuned model.",
+            "nothing to compare, one of the runs has no final table yet.",
         ],
         strict=True,
     ):
