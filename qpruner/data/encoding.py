@@ -138,9 +138,7 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     if template == "alpaca":
         return alpaca_prompt(example.prompt, example.context), response
     if not tokenizer.chat_template:
-        raise UserError(
-            "`data.template: chat` needs a tokenizer with a chat template, which this model lacks: set `alpaca`"
-        )
+        raise UserError("`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`")
     content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
     messages = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), response
