@@ -352,8 +352,8 @@ def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
         "rows": (on_questions, ["confirmation rows"], "; their confirmation rows differ, so they are not compared."),
         "both": ([], [], "nothing to compare, their test questions and confirmation rows differ."),
         "searched": ([*on_questions, *on_rows], [], ""),
-        "copy": ([], [], "nothing to compare, it is the same fine-tuned model."),
-        "unfinished": ([], [], "nothing to compare, one of them has no final table yet."),
+        "copy": ([], [], "nothing to compare, both runs have the same fine-tuned model."),
+        "unfinished": ([], [], "nothing to compare, one of the runs has no final table yet."),
     }
     made = {name: MadeRun(tmp_path / name, 12, 2) for name in ("first", *expected) if name != "unfinished"}
     MadeRun(tmp_path / "unfinished", 12, 2, until="search")
