@@ -56,7 +56,7 @@ def test_an_unexpected_error_has_a_remedy(
     done = CliRunner().invoke(main, ["prepare", str(config), "--json"])
     assert done.exit_code == 1
     told = "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
-    assert told in done.stderr and f"please report it with {log}, which has all of it" in done.stderr
+    assert told in done.stderr and f"please report it with {log}, which has the whole traceback" in done.stderr
     assert done.stderr.count("remedy:") == 1
     assert "can be repeated" in json.loads(done.stdout.splitlines()[-1])["error"]
     state = RunDir(tmp_path / "run").read_state(RunState)

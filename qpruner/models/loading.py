@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from qpruner.config.schema import HUB_ID
 from qpruner.errors import CorruptFile, UserError, first_line
@@ -274,12 +275,18 @@ def check_folder(path: Path, named: str) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Return True if a safetensors file is as long as its header says."""
+    """Return True if a safetensors file is as long as its header says; read the header alone.
+
+    `safe_open` maps the whole file, which fails where address space is limited.
+    """
     try:
-        with safe_open(file, framework="numpy"):
-            return True
-    except (SafetensorError, OSError):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         return False
+    return bool(end == file.stat().st_size)
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The bank stage: what is packed once, where it is packed, and what of an earlier bank is reused."""
+"""The bank stage: pack the weights of every group once, and reuse files of an earlier bank."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, files_in, remove, write_json
 
 if TYPE_CHECKING:
-    from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
+    from qpruner.quantization.bank import GroupJob, IndexEntry
 
 
 class Bank(Stage[BankRecord]):
-    """Pack the weights of every group at every bit-width, with the start of its adapter."""
+    """Pack the weights of every group at every bit-width, with the initial weights of the adapter."""
 
     name = "bank"
     help = "Run up to the bank of packed weights and adapter starts."
@@ -35,11 +35,11 @@ class Bank(Stage[BankRecord]):
 
     @property
     def _levels(self) -> tuple[int, ...]:
-        """The bit-widths that are packed."""
+        """The bit-widths below 16, which are packed."""
         return tuple(bits for bits in self.config.quantize.bits if bits != FULL_BITS)
 
     def _made_from(self) -> tuple[Any, ...]:
-        """Everything that an entry is made from."""
+        """Return everything that an entry of the bank depends on."""
         from qpruner.quantization.bank import FORMAT
 
         config, quantize, pruned = self.config, self.config.quantize, self.context.record(PruneRecord)
@@ -55,39 +55,24 @@ class Bank(Stage[BankRecord]):
         check_quantizable(self.context.inspection.model_config)
 
     def begin(self) -> None:
-        """Forget the record of a bank with a missing or damaged file, so that this file is built again."""
+        """Delete the record if the index or a file is missing or damaged, so that the stage builds it again."""
         from qpruner.quantization import bank as store
 
-        bank = self.context.bank
-        try:
+        bank, record, index = self.context.bank, None, None
+        with suppress(CorruptFile):  # `run_stage` reports it
             record = self.matching_record(self.digest)
-        except CorruptFile:  # reported where the record is asked for
-            return
         if record is None:
             return
-        index, found = self._index_of(record), None
         with suppress(CorruptFile):
-            found = store.read_index(bank)
-        if found != index:
-            self.notify(f"{display_name(bank / store.INDEX)} is damaged or another bank's; it is made again")
-            write_json(bank / store.INDEX, index)
-        intact = store.intact_files(bank, index)
-        damaged = [name for name in index.files if name not in intact]
-        for name in damaged:
-            self.notify(f"{display_name(bank / name)} is missing or damaged; it alone is built again")
-        if damaged:
+            index = store.read_index(bank)
+        intact = store.intact_files(bank, record.files)
+        problems = {name: "is missing or damaged; only this file" for name in record.files if name not in intact}
+        if index is None or index.digest != record.digest:
+            problems[store.INDEX] = "is missing, damaged or of another bank; the whole bank"
+        for name, problem in problems.items():
+            self.notify(f"{display_name(bank / name)} {problem} is built again")
+        if problems:
             self.context.forget(self.name)
-
-    def _index_of(self, record: BankRecord) -> BankIndex:
-        """Rebuild the index of a recorded bank."""
-        from qpruner.quantization import bank as store
-
-        files, made_from = {}, digest_of(*self._made_from())
-        for bits, by_group in record.residual_ratio.items():
-            for group, ratio in by_group.items():
-                name = str(store.entry_file(Path(), group, int(bits)))
-                files[name] = store.IndexEntry(inputs=made_from, sha256=record.files[name], residual_ratio=ratio)
-        return store.BankIndex(digest=record.digest, files=files)
 
     def detail(self) -> str:
         return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"
@@ -135,17 +120,17 @@ class Bank(Stage[BankRecord]):
 
 
 def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Reuse the intact files of an earlier bank, and of a killed command, that were made from the same inputs.
+    """Reuse intact files of the earlier bank, and of a killed command, that were made from the same inputs.
 
-    Files of a bank in a folder are linked. Nothing else stays in `scratch`: writing to an old link would change that
-    bank.
+    Files of the earlier bank are linked into `scratch`. Other files are removed from `scratch`, because writing to an
+    old link would change the earlier bank.
     """
     from qpruner.quantization import bank as store
 
     kept = _fitting(scratch, inputs, levels)
     for name in set(files_in(scratch)) - {*kept, store.INDEX}:
         remove(scratch / name)
-    earlier = {} if scratch == bank else _fitting(bank, inputs, levels)  # the same folder at a URI
+    earlier = {} if scratch == bank else _fitting(bank, inputs, levels)  # equal for a run at a URI
     for name in earlier.keys() - kept.keys():
         (scratch / name).parent.mkdir(exist_ok=True)
         (scratch / name).hardlink_to(bank / name)
@@ -153,7 +138,7 @@ def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> 
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """List a bank's intact files of these bit-widths that were made from the same inputs."""
+    """Return the index entries of intact files of these bit-widths that were made from the same inputs."""
     from qpruner.quantization import bank as store
 
     try:
@@ -164,28 +149,28 @@ def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, Inde
     fitting = {
         name: entry for name, entry in index.files.items() if entry.inputs == inputs and Path(name).parts[0] in wanted
     }
-    return {name: fitting[name] for name in store.intact_files(bank, index.model_copy(update={"files": fitting}))}
+    intact = store.intact_files(bank, {name: entry.sha256 for name, entry in fitting.items()})
+    return {name: fitting[name] for name in intact}
 
 
 def _group_jobs(
     context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str], inputs: str
 ) -> list[GroupJob]:
-    """Make a job for each group of which entries are left to build."""
+    """Make a job for each group with missing entries."""
     from qpruner.quantization import bank as store
 
     config, jobs = context.config, []
-    made = (config.model.dtype, config.lora, config.quantize.double_quant, config.seed, inputs)
-    settings = (context.checkpoint, scratch, *made)
+    settings = (config.model.dtype, config.lora, config.quantize.double_quant, config.seed, inputs)
     for group in context.layout.groups:
         left = tuple(bits for bits in levels if str(store.entry_file(Path(), group.name, bits)) not in kept)
         if left:
             paths = tuple(linear.name for linear in group.linears)
-            jobs.append(store.GroupJob(group.name, paths, left, *settings))
+            jobs.append(store.GroupJob(group.name, paths, left, context.checkpoint, scratch, *settings))
     return jobs
 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, IndexEntry]]]:
-    """Build the groups, on several workers where it takes long enough to start them."""
+    """Build the groups here or, for a large model, on several workers; yield each job with its index entries."""
     from qpruner.quantization.bank import FEW_WEIGHTS, build_group
 
     is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
@@ -195,7 +180,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
             yield job, context.executor.run(partial(_build_here, job), context.emit)
         return
     if context.address:
-        # Its machine builds, too; the sensitivities load the model again.
+        # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
         context.executor.close()
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in context.run_tasks(build_group, jobs, resources, concurrent, on_held=context.gpu_time.add):
@@ -203,7 +188,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
 
 
 def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
-    """Build a group in the process that keeps the pruned model for the sensitivities."""
+    """Build a group in the process of the executor."""
     from qpruner.quantization.bank import build_group
 
     return build_group(job)

@@ -1,4 +1,4 @@
-"""The comparison: what the winner stands beside gets the same fine-tune and the same tasks, once the winner is done."""
+"""The comparison stage: fine-tune and score the baselines of the winner in the same way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qpruner.wording import counted
 
 
 class Comparison(Stage[ComparisonRecord]):
-    """Fine-tune and score every row of the final table; what is recorded of the winner is reused."""
+    """Fine-tune and score every row of the final table; the records of the winner are reused."""
 
     name = "comparison"
     record = ComparisonRecord
@@ -29,7 +29,7 @@ class Comparison(Stage[ComparisonRecord]):
 
     @cached_property
     def jobs(self) -> list[RowJob]:
-        """Every row of the table under every training seed."""
+        """One job for each row of the table and training seed."""
         return jobs_of(self.context, table_rows(self.context))
 
     def inputs(self) -> tuple[Any, ...]:
@@ -45,7 +45,6 @@ class Comparison(Stage[ComparisonRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
-        # Whatever becomes of the comparison: the winner's report is there.
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         text = context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
         with row_set_aside_if_damaged(context.run_dir, self.name):

@@ -1,17 +1,16 @@
 """The rows of the final table, and the jobs that fine-tune and score them.
 
-A row is a plan under some training seeds; a job is a row under one of them. What a job leaves lies in a folder named by
-the digest of all that it depends on, and is recorded as the job ends: nothing is trained or scored twice, not after an
-interruption, not where two rows are the same model, and not when rows or seeds are added.
+A row is a plan with some training seeds; a job is a row with one of the seeds. Every job has a folder, named by the
+digest of everything that the job depends on. Equal jobs share a folder, and its record is reused by later commands.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qpruner.cluster.slots import worker_resources
 from qpruner.pipeline.context import Context
@@ -30,23 +29,21 @@ from qpruner.wording import counted
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the final table.
-
-    `plans` has a training seed and a plan for each fine-tune: one plan under all seeds, except in the random row.
-    """
+    """One row of the final table, with a training seed and a plan for each of its fine-tunes."""
 
     name: str
     origin: str
     plans: tuple[tuple[int, PrecisionPlan], ...]
 
 
+Result = TypeVar("Result")
 RowJob = tuple[Row, Candidate]
 
 
 def winner_row(context: Context) -> Row:
-    """Return the winner under the first training seed.
+    """Return the row of the winner, with the first training seed.
 
-    It is not the trials' seed: the winner was selected under that data order, which would flatter it.
+    This seed differs from the seed of the trials: with the data order that selected it, the winner would look too good.
     """
     searched = context.record(SearchRecord)
     plan = PrecisionPlan.from_dict(searched.best_plan)
@@ -56,9 +53,8 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List every row of the comparison.
 
-    Seed plans are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
-    compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
-    seeds, the others the first of them.
+    Seed plans and random plans have the bytes of the winner, for a fair comparison. The searched plan, the best seed
+    plan and the random plans get `finetune.seeds` training seeds; the other rows get the first of these seeds.
     """
     config, space, winner = context.config, context.space, winner_row(context)
     measured = context.record(SensitivityRecord)
@@ -89,11 +85,11 @@ def table_rows(context: Context) -> list[Row]:
 
 
 def _best_seed_method(context: Context) -> str | None:
-    """Return the sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
+    """Return the sensitivity method whose seed plan was best on fresh rows, or None if no seed plan was confirmed."""
     searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
-    # A plan that is several controls ran once, under one of its names.
+    # Equal control plans ran as a single trial, under one of their names.
     of_plan = {plan: names[origin] for origin, plan in reversed(controls) if origin in names}
     methods = {origin: of_plan[plan] for origin, plan in controls if plan in of_plan}
     seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
@@ -102,21 +98,18 @@ def _best_seed_method(context: Context) -> str | None:
 
 
 def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
-    """List the models before any fine-tune: base, pruned, and quantized by the winner's plan."""
+    """List the models before any fine-tune: base, pruned, and quantized by the plan of the winner."""
     full = context.space.uniform(FULL_BITS).as_dict()
     steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
     return candidates_for(context, [(name, plan, None) for name, plan in steps])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:
-    """Make a candidate of each row name, plan and training seed (None for no fine-tune).
-
-    Equal models with equal fine-tunes share a folder, whatever their rows.
-    """
+    """Make a candidate for each row name, plan and training seed (None for no fine-tune)."""
     config, run = context.config, context.run_dir
     banked, searched = context.record(BankRecord), context.record(SearchRecord)
     checkpoints = {BASE: run.base_model(context.record(PrepareRecord))}
-    # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
+    # Everything that a fine-tune depends on.
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
     return [
@@ -146,42 +139,56 @@ def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
 
 
 def distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
-    """Keep one job for each different model and training seed: a winner that is a control is not trained twice."""
+    """Return one job for each folder, because equal models with equal fine-tunes share a folder."""
     return list({job.folder: job for _, job in jobs}.values())
 
 
-def worker_jobs(
-    context: Context, jobs: list[Candidate], num_workers: int = 1, text: Path | None = None
-) -> tuple[list[CandidateJob], dict[str, float], int]:
-    """Return the tasks of workers, the resources of each, and how many run at once."""
+def run_jobs(
+    context: Context,
+    function: Callable[[CandidateJob], Result],
+    jobs: list[Candidate],
+    num_workers: int = 1,
+    text: Path | None = None,
+    fresh: bool = False,
+    **more: Any,
+) -> Iterator[tuple[int, Result]]:
+    """Run a function on every job, several at once; yield position and result of each job as it ends."""
+    if not jobs:
+        return
     resources, concurrent = context.task_resources(len(jobs), num_workers)
     threads = int(resources.get("cpu", 1))
     tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
-    return tasks, resources, concurrent
+    if num_workers == 1:
+        yield from context.run_tasks(function, tasks, resources, concurrent, fresh, **more)
+        return
+    from qpruner.cluster.group import run_groups
+
+    scratch = context.run_dir.scratch("train")
+    yield from run_groups(function, tasks, resources, num_workers, concurrent, scratch, context.check_node, **more)
 
 
 def gpus_held(context: Context, num_workers: int = 1) -> float:
-    """Count the GPUs that a job of this many workers holds."""
+    """Return how many GPUs a job with this many workers reserves."""
     return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
 
 
-def job_progress(stage: Stage[Any], signs: list[Path], num_jobs: int, what: str) -> Callable[[], None]:
-    """Return what emits the progress of equally long jobs, summed from their workers' files: `done total`.
+def job_progress(stage: Stage[Any], files: list[Path], num_jobs: int, unit: str) -> Callable[[], None]:
+    """Return a callback that emits the progress of equally long jobs, summed from the progress files of workers.
 
-    There is a file in `signs` for each job that is left of `num_jobs`; the others are done.
+    `files` has one path for each of the `num_jobs` jobs that is not finished. Each file holds `done total`.
     """
     last = -1
 
     def emit() -> None:
         nonlocal last
-        found = [(text or "").split() for text in for_each(read_progress, signs)]
+        found = [(text or "").split() for text in for_each(read_progress, files)]
         parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
         if not parts:
             return
         each = parts[0][1]
-        done = (num_jobs - len(signs)) * each + sum(done for done, _ in parts)
+        done = (num_jobs - len(files)) * each + sum(done for done, _ in parts)
         if done != last:
             last = done
-            stage.context.emit(Progress(stage.name, done, num_jobs * each, what))
+            stage.context.emit(Progress(stage.name, done, num_jobs * each, unit))
 
     return emit

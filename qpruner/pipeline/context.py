@@ -1,4 +1,4 @@
-"""What the stages of a run share: configuration, records so far, folders, cluster."""
+"""The state that all stages of a run share."""
 
 from __future__ import annotations
 
@@ -35,45 +35,45 @@ Result = TypeVar("Result")
 
 @dataclass
 class Context:
-    """One run at work: what is known before the first stage, and the records of the stages so far."""
+    """The configuration, folders, cluster and records that the stages of a run share."""
 
     config: RunConfig
     run_dir: RunDir
     emit: Emit
-    address: str | None  # of a Ray cluster to join
+    address: str | None  # of the Ray cluster to join
     inspection: preflight.Inspection
     writes: bool = True
-    gpu_time: GpuTime = field(default_factory=GpuTime)  # of work outside the trials
-    assumed: Slots | None = None  # to plan with instead of those of this machine
-    holds_run: Callable[[], bool] = lambda: True  # False once another driver has the run
+    gpu_time: GpuTime = field(default_factory=GpuTime)  # GPU seconds used outside the trials
+    assumed: Slots | None = None  # replaces the slots of this machine in plans
+    holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
     records: Results = field(default_factory=Results)
 
     def record(self, kind: type[RecordType]) -> RecordType:
-        """Return the record of an earlier stage, by its class."""
+        """Return the record of an earlier stage by the class of the record."""
         return next(record for _, record in self.records if isinstance(record, kind))
 
     def add_record(self, stage: str, record: Record) -> None:
-        """Keep a stage's record for the stages after it."""
+        """Add the record of a stage for the stages after it."""
         self.records = self.records.model_copy(update={stage: record})
 
     @property
     def data(self) -> Path:
-        """The encoded rows, one folder a split; read through `load_encoded`."""
+        """Folder of the encoded rows, with a subfolder for each split; read by `load_encoded`."""
         return self.run_dir.stage("prepare") / "data"
 
     @property
     def checkpoint(self) -> Path:
-        """The pruned model and its tokenizer, fetched to this machine."""
+        """Folder of the pruned model and its tokenizer, fetched to this machine."""
         return fetch(self.run_dir.stage("prune"))
 
     @property
     def bank(self) -> Path:
-        """The bank's files; read through `read_plan`."""
+        """Folder of the bank; read by `quantization.bank.read_plan`."""
         return self.run_dir.stage("bank")
 
     @cached_property
     def worker_config(self) -> RunConfig:
-        """The configuration with absolute paths: workers have another current folder."""
+        """The configuration with absolute paths, because workers run in another current folder."""
         model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
         ids = calibration.token_ids
         return self.config.model_copy(
@@ -86,7 +86,7 @@ class Context:
 
     @cached_property
     def task_digest(self) -> str:
-        """Digest of the questions and files of the tasks."""
+        """Digest of all task questions and of the files in `evaluate.include_path`."""
         questions = self.inspection.questions
         return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self.task_files)
 
@@ -99,31 +99,31 @@ class Context:
 
     @cached_property
     def pruned_config(self) -> Any:
-        """The transformers config of the pruned model, read without its weights."""
+        """The transformers config of the pruned model."""
         with tempfile.TemporaryDirectory() as here:
             fetch_file(self.run_dir.stage("prune") / CONFIG_FILE, Path(here) / CONFIG_FILE)
             return checkpoint_config(Path(here))
 
     @cached_property
     def layout(self) -> Layout:
-        """Groups and sizes of the pruned model as it is."""
+        """The groups of the pruned model and their sizes."""
         return preflight.layout_for(self.config, self.pruned_config)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About the bytes of a checkpoint of a fine-tune: the adapter, and Adam's two moments of it."""
+        """Estimated bytes of a training checkpoint: the adapter and its two Adam moments."""
         return 3 * self.inspection.pruned.adapter_bytes
 
     @cached_property
     def space(self) -> PlanSpace:
-        """The plans inside the budget."""
+        """The plans within the budget."""
         quantize = self.config.quantize
         budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
         return PlanSpace.of(self.layout, quantize.bits, budget)
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
-        """The plan in the file that `search.plan` names; refused if it is none for this model, or over the budget."""
+        """The plan of the file in `search.plan`; a plan that does not fit the model or the budget is refused."""
         file = self.config.search.plan_file
         if file is None:
             return None
@@ -133,7 +133,7 @@ class Context:
 
     @cached_property
     def trackers(self) -> Trackers | None:
-        """The trackers beside TensorBoard, or None."""
+        """The configured experiment trackers, or None."""
         names, root = self.config.trackers, self.run_dir.root
         if not names:
             return None
@@ -141,24 +141,25 @@ class Context:
 
     @cached_property
     def cluster(self) -> Cluster:
-        """The cluster that was given, that of `RAY_ADDRESS`, or one on this machine; connects on first use."""
+        """The Ray cluster at `address`, or a new one on this machine; connects on first use."""
         return connect(self.address)
 
     @property
     def slots(self) -> Slots:
-        """The cluster's slots as they are now."""
+        """The current slots of the cluster."""
         return self.cluster.slots()
 
     @property
     def known_slots(self) -> Slots:
-        """The slots, found without starting Ray."""
+        """The slots of the cluster at `address`; without it those of this machine, found without starting Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
     def executor(self) -> ModelExecutor:
-        """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU.
+        """The executor of work on a single model: an actor on the cluster at `address`, otherwise this process.
 
-        It holds a GPU, all of its machine where the dense model is spread; every core where trials run on CPUs.
+        The actor reserves one GPU, or all GPUs of a machine if `model.device_map` is auto. Without GPUs it reserves all
+        cores of a machine.
         """
         is_spread = self.config.model.device_map == "auto"
         if not self.address:
@@ -173,28 +174,28 @@ class Context:
 
     @cached_property
     def check_node(self) -> bytes:
-        """A pickled check that each process on the cluster calls first: its node may have joined late."""
+        """A pickled function that checks a node; every process on the cluster calls it first."""
         if not self.address:
             return packed_check({}, None)
         return packed_check(versions(), self.run_dir if self.writes else None)
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for one trial; it stays the same when machines leave."""
+        """The resources that Ray reserves for one trial."""
         asked, slots = self.config.search.resources_per_trial, self.known_slots
         resources = slots.resources_per_trial(asked.model_dump() if asked else None)
         slots.concurrent(resources, None)
         return resources
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Return the resources of one of several equal tasks, or of each of its workers, and how many run at once.
+        """Return the resources of each worker of equal tasks, and how many of the tasks run at once.
 
         On CPUs the tasks share the cores.
         """
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
         room = max(slots.fits(resources), min(slots.at_most(resources), limit))
-        # Where every machine is gone for a while, one task waits for another.
+        # While every machine is away, the tasks run one after the other.
         concurrent = min(max(room // num_workers, 1), num_tasks)
         if concurrent and not resources.get("gpu"):
             resources = {"cpu": slots.cores_each(concurrent * num_workers)}
@@ -209,23 +210,23 @@ class Context:
         fresh: bool = False,
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
-        """Run jobs by `cluster.tasks.run_tasks` on nodes that pass the run's check."""
+        """Run jobs on the nodes that pass `check_node`; yield position and result of each job as it ends."""
         from qpruner.cluster.tasks import run_tasks
 
         return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)
 
-    def check_ours(self, stage: str) -> None:
-        """Check the lock before a record is written or removed: this process may have slept."""
+    def check_lock(self, stage: str) -> None:
+        """Raise an error if another driver took over the lock, for example while this process was suspended."""
         if not self.holds_run():
-            raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} is another's, or gone")
+            raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} belongs to another driver, or is missing")
 
     def forget(self, stage: str) -> None:
-        """Remove the record of a stage."""
-        self.check_ours(stage)
+        """Delete the record of a stage."""
+        self.check_lock(stage)
         self.run_dir.forget(stage)
 
     def close(self) -> None:
-        """Give back the model's memory, and leave the cluster unless it was joined before."""
+        """Free the memory of the model, and disconnect from the cluster unless the caller had connected before."""
         if "executor" in self.__dict__:
             self.executor.close()
         if "cluster" in self.__dict__ and not self.cluster.was_joined:

@@ -1,4 +1,4 @@
-"""The evaluate stage: held-out accuracies, memory and speed, step by step and of the fine-tuned winner."""
+"""The evaluate stage: measure accuracies on held-out tasks, memory and speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline.comparison_rows import candidates_for, gpus_held, job_progress, untuned_candidates, worker_jobs
+from qpruner.pipeline.comparison_rows import candidates_for, gpus_held, job_progress, run_jobs, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
@@ -29,7 +29,7 @@ from qpruner.wording import counted, error_text
 
 
 class Evaluate(Stage[EvalRecord]):
-    """Score the model before any fine-tune, step by step, and the winner after, on tasks the search never saw."""
+    """Score the base, pruned, quantized and fine-tuned models on tasks that the search did not use."""
 
     name = "evaluate"
     help = "Run up to the held-out evaluation."
@@ -38,7 +38,7 @@ class Evaluate(Stage[EvalRecord]):
 
     @cached_property
     def jobs(self) -> list[Candidate]:
-        """Base, pruned and quantized before any fine-tune, then the winner after its own."""
+        """The base, pruned and quantized models without a fine-tune, and the fine-tuned winner."""
         [winner] = self.context.record(FinetuneRecord).candidates
         untuned = untuned_candidates(self.context, winner.plan)
         return [*untuned, *candidates_for(self.context, [(winner.name, winner.plan, winner.seed)])]
@@ -76,7 +76,10 @@ class Evaluate(Stage[EvalRecord]):
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """Encode the text that perplexity is measured on, and describe it; answers to questions are no text."""
+    """Encode the text for perplexity into a folder; return a description and the folder, or None without text.
+
+    The text is `evaluate.text` or, unless the confirmation rows are multiple-choice, half of the confirmation rows.
+    """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
         tokenizer = load_tokenizer(str(context.checkpoint))
@@ -87,21 +90,21 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
         return None, None
     rows = load_confirmation(context.data, "judge")
     save_encoded(rows, folder)
-    counted = "responses" if context.config.data.response_only else "whole rows"
+    part = "responses" if context.config.data.response_only else "whole rows"
     if all(row.format == "text" for row in examples["confirmation"]):
-        counted = "text"
-    return f"the {counted} of the {len(rows)} confirmation rows that chose nothing", folder
+        part = "text"
+    return f"the {part} of the {len(rows)} confirmation rows that chose nothing", folder
 
 
 def scores_digest(context: Context) -> str:
-    """Compute the digest of what a row is scored on."""
+    """Compute the digest of the tasks and texts that rows are scored on."""
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
     return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
 
 
 def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
-    """Score the models without a record of these tasks and this text; return the scores by folder."""
+    """Score the models that have no record for these tasks and this text; return all scores by folder."""
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
@@ -110,47 +113,46 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
         if record and record.digest == digest:
             found[job.folder] = record
     left = [job for job in jobs if job.folder not in found]
-    if left:
-        tasks, resources, concurrent = worker_jobs(context, left, text=text)
-        signs = [job.progress for job in left]
-        for_each(remove, signs)  # of a session that was interrupted
-        on_tick = job_progress(stage, signs, len(jobs), "answers")
-        for position, scored in context.run_tasks(evaluate_candidate, tasks, resources, concurrent, on_tick=on_tick):
-            job = left[position]
-            record = RowScores(
-                digest=digest,
-                name=job.name,
-                seed=job.seed,
-                scores=scored.scores,
-                text_loss=scored.text_loss,
-                gpu_seconds=scored.seconds * gpus_held(context),
-            )
-            write_json(job.folder / "scores.json", record)
-            found[job.folder] = record
-            stage.notify(f"{job.label}: {scores_line(record.scores)}")
+    files = [job.progress for job in left]
+    for_each(remove, files)  # files of an interrupted command
+    on_tick = job_progress(stage, files, len(jobs), "answers")
+    for position, scored in run_jobs(context, evaluate_candidate, left, text=text, on_tick=on_tick):
+        job = left[position]
+        record = RowScores(
+            digest=digest,
+            name=job.name,
+            seed=job.seed,
+            scores=scored.scores,
+            text_loss=scored.text_loss,
+            gpu_seconds=scored.seconds * gpus_held(context),
+        )
+        write_json(job.folder / "scores.json", record)
+        found[job.folder] = record
+        stage.notify(f"{job.label}: {scores_line(record.scores)}")
     return found
 
 
 def scores_line(scores: tuple[TaskScore, ...]) -> str:
-    """Write `task acc_norm 0.650 (se 0.048)` for every task."""
+    """Format the score of every task, such as `arc_easy acc_norm 0.650 (se 0.048)`."""
     return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
 
 
 def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """Measure memory and speed of each row, by its folder; training seeds of one plan are one model."""
+    """Measure memory and speed of the models one after another; return the setting and the results by folder."""
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context
+    # Fine-tunes of a plan that differ only in the training seed are measured once.
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: str(job.checkpoint)):
         models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
     resources, _ = context.task_resources(1)
     alone = tuple(same[0] for same in models.values())
     stage.notify(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
-    signs = context.run_dir.candidates / "turns"
-    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
-    remove(signs)  # of an earlier command
-    on_tick = job_progress(stage, [signs], 1, "memory and tokens a second")
+    progress = context.run_dir.candidates / "turns"
+    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), progress)
+    remove(progress)  # the file of an earlier command
+    on_tick = job_progress(stage, [progress], 1, "memory and tokens a second")
     [(_, (setting, found))] = context.run_tasks(
         measure_inference, [task], resources, 1, fresh=True, on_tick=on_tick, on_held=context.gpu_time.add
     )

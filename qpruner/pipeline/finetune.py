@@ -1,9 +1,9 @@
-"""The finetune stage: the winner's full fine-tune, and the final folder made of it."""
+"""The finetune stage: fine-tune the winner in full and write the final folder."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from qpruner.pipeline.comparison_rows import (
     job_keys,
     job_progress,
     jobs_of,
+    run_jobs,
     winner_row,
-    worker_jobs,
 )
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import layout_for
@@ -62,7 +62,7 @@ class Finetune(Stage[FinetuneRecord]):
 
     @cached_property
     def jobs(self) -> list[RowJob]:
-        """The winner under the first training seed."""
+        """The job of the winner, with the first training seed."""
         return jobs_of(self.context, [winner_row(self.context)])
 
     def inputs(self) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class Finetune(Stage[FinetuneRecord]):
         slots, resources = context.known_slots, worker_resources(context.trial_resources, wanted)
         if (fits := slots.at_most(resources)) < wanted:
             raise UserError(
-                f"`finetune.num_workers` asks for {wanted} workers of {resources} at once, got room for {fits} on "
+                f"`finetune.num_workers`: {wanted} workers of {resources} must run at once, but only {fits} fit on "
                 f"{counted(len(slots.nodes), 'machine')}, the largest with {slots.largest}: ask for fewer, or add "
                 "machines"
             )
@@ -88,21 +88,19 @@ class Finetune(Stage[FinetuneRecord]):
     def detail(self) -> str:
         settings = self.config.finetune
         length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
-        # The plan's loss here beside its loss as a trial, after as many steps, looks like an error.
-        return f"the winner, {length}, under another training seed than the trials', so its loss is not that of a trial"
+        return f"the winner, {length}, with another training seed than the trials, so its loss differs from its trial's"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         tuned = finetune_jobs(self, self.jobs)
         [(_, winner)] = self.jobs
-        context.forget(self.name)  # the folder that it vouches for is about to be written over
+        context.forget(self.name)  # because the final folder is about to be overwritten
         before = context.gpu_time.seconds
-        # Where people look for the model; the stage's own folder keeps nothing.
         write = partial(write_final, self.config, winner, context.run_dir.root / "final")
         with row_set_aside_if_damaged(context.run_dir, self.name):
             context.executor.run(write, context.emit)
         context.executor.close()
-        # The fine-tune may be one of an earlier session.
+        # An earlier command may have run the fine-tune.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
 
@@ -116,12 +114,12 @@ class Finetune(Stage[FinetuneRecord]):
 
 
 def have_rows(jobs: Iterable[RowJob]) -> bool:
-    """Whether every fine-tuned row is recorded and intact."""
+    """Return True if every fine-tuned row is recorded and intact."""
     return all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs]))
 
 
 def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord]:
-    """Fine-tune the rows without a record, each in processes of its own; return a record for every row and seed."""
+    """Fine-tune the rows that have no record, each in new processes; return a record for every row and seed."""
     context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
     for job, each in zip(models, for_each(_recorded, [job.folder for job in models]), strict=True):
@@ -129,30 +127,35 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
             found[job.folder] = each
         elif each:
             where = quarantine(job.folder, job.folder.parent)
-            stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew")
-    for_each(remove, [job.checkpoints for job in models if job.folder in found])  # of a driver that was killed
+            stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned again")
+    for_each(remove, [job.checkpoints for job in models if job.folder in found])  # left by a killed driver
     left = [job for job in models if job.folder not in found]
     for job in left:
         for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
             where = quarantine(checkpoint, job.folder.parent)
-            stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it")
-    if left:
-        origins = {job.folder: row.origin for row, job in jobs}
-        on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
-        for position, outcome in _finetuned(context, left, on_tick):
-            job = left[position]
-            record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
-            write_json(job.folder / "record.json", record)
-            remove(job.checkpoints)
-            text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
-            stage.notify(f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB")
-            for trouble in outcome.tracker_errors:
-                stage.notify(f"warning: {job.label}: {trouble}")
+            stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not resume from it")
+    origins = {job.folder: row.origin for row, job in jobs}
+    on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
+
+    def saved(position: int) -> list[Path]:
+        return sorted(published_folders(left[position].checkpoints))
+
+    num_workers = context.config.finetune.num_workers
+    tuned = run_jobs(context, finetune_candidate, left, num_workers, fresh=True, on_tick=on_tick, progress=saved)
+    for position, outcome in tuned:
+        job = left[position]
+        record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
+        write_json(job.folder / "record.json", record)
+        remove(job.checkpoints)
+        text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
+        stage.notify(f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB")
+        for error in outcome.tracker_errors:
+            stage.notify(f"warning: {job.label}: {error}")
     return [found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}) for row, job in jobs]
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
-    """Read the record of a fine-tuned row, or say what is damaged; a fetch checks weights at a URI."""
+    """Return the record of a fine-tuned row, None without one, or a message if the row is damaged."""
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = read_json(folder / "record.json", CandidateRecord)
@@ -164,26 +167,8 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
     return record
 
 
-def _finetuned(
-    context: Context, jobs: list[Candidate], on_tick: Callable[[], None]
-) -> Iterator[tuple[int, FinetuneOutcome]]:
-    """Yield positions and outcomes as the fine-tunes end; as many run at once as the slots take."""
-
-    def saved(position: int) -> list[Path]:
-        return sorted(published_folders(jobs[position].checkpoints))
-
-    num_workers = context.config.finetune.num_workers
-    tasks, resources, concurrent = worker_jobs(context, jobs, num_workers)
-    more: dict[str, Any] = {"on_tick": on_tick, "progress": saved}
-    if num_workers > 1:
-        from qpruner.cluster.group import run_groups
-
-        scratch, check = context.run_dir.scratch("train"), context.check_node
-        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, check, **more)
-    return context.run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, **more)
-
-
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
+    """Make the record of a finished fine-tune."""
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
     if job.checkpoint != context.checkpoint:
         layout = layout_for(context.config, context.inspection.model_config)
@@ -205,33 +190,33 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
 
 @contextmanager
 def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside a row whose adapter is damaged, so that the next command makes it again."""
+    """Set aside a row if its adapter turns out to be damaged, so that the next command fine-tunes it again."""
     try:
         yield
     except CorruptFile as error:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        # One that the driver sees whole took hours: the machine that read it may not see the storage.
+        # If the driver can read the row, the other machine may not see the storage.
         is_whole = isinstance(_recorded(row), CandidateRecord)
-        state = "the driver sees it whole" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
-        remedy = "see that the machine that read it sees `output`" if is_whole else "that row alone is fine-tuned anew"
+        state = "on the driver it is intact" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
+        remedy = "make `output` visible to all machines" if is_whole else "only that row is fine-tuned again"
         raise StageError(stage, f"{error}; {state}", f"repeat the command: {remedy}") from error
 
 
 def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
-    """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
+    """Write packed weights, adapter and tokenizer for transformers, which loads them after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
-    told, quantize = loading_progress(emit, "finetune"), config.quantize
+    on_progress, quantize = loading_progress(emit, "finetune"), config.quantize
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
-    with reporting_tensors(told):
+    with reporting_tensors(on_progress):
         model, _ = assemble(
             checkpoint, winner.bank, quantize.group, winner.plan, config.model.dtype, quantize.double_quant
         )
     scratch = empty_folder(storage_at(folder.with_name(f".{folder.name}")).staging)
     with writing_folder(scratch):
-        save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
+        save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, on_progress)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)
     storage_at(folder).publish(scratch)

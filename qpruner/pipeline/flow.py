@@ -1,7 +1,7 @@
 """The flow: its stages, and the one loop that runs them.
 
-Each stage leaves a record. A stage whose record has the digest of its present inputs is skipped, which makes
-`qpruner run` safe to repeat after any crash. Verbs, functions of the API, `status` and estimates derive from `STAGES`.
+Each stage leaves a record. A stage is skipped if the digest in its record equals the digest of its current inputs, so
+`qpruner run` can be repeated after any crash. Verbs, API functions, `status` and estimates derive from `STAGES`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ STAGES: tuple[type[Stage[Any]], ...] = (
 
 
 def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
-    """List the stages up to this one."""
+    """List the stages up to and including `until`."""
     return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
 
 
 def run_flow(context: Context, until: str) -> Results:
-    """Run every stage up to `until` that the configuration asks for; return the records."""
+    """Run the stages that the configuration asks for, up to `until`, and return their records."""
     for kind in stages_until(until):
         if kind.is_wanted(context.config):
             run_stage(kind(context))
@@ -50,9 +50,9 @@ def run_flow(context: Context, until: str) -> Results:
 
 
 def run_stage(stage: Stage[Any]) -> None:
-    """Run one stage unless it is recorded, and add its record to those of the context.
+    """Run one stage unless its record is valid, and add the record to the context.
 
-    Its files go into a scratch folder; the folder is published first, its record last.
+    The stage writes into a scratch folder. The folder is published before the record is written.
     """
     context, run = stage.context, stage.context.run_dir
     stage.begin()
@@ -68,12 +68,12 @@ def run_stage(stage: Stage[Any]) -> None:
         if stage.record is None:
             stage.run(run.root)
         else:
-            context.check_ours(stage.name)
+            context.check_lock(stage.name)
             scratch = run.begin(stage.name, stage.keeps_scratch)
             fields = stage.run(scratch)
             fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
             record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
-            context.check_ours(stage.name)
+            context.check_lock(stage.name)
             run.commit(stage.name, scratch, record)
             context.add_record(stage.name, record)
     seconds = record.seconds if record else time.monotonic() - started
@@ -81,19 +81,19 @@ def run_stage(stage: Stage[Any]) -> None:
 
 
 def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
-    """Return the record for which the stage need not run, if its files are intact."""
+    """Return the record of the stage if its digest matches and the files of the stage are intact."""
     try:
         record = stage.matching_record(digest)
     except CorruptFile as error:
-        stage.notify(f"{error}; the stage is run again")
+        stage.notify(f"{error}; the stage runs again")
         return None
     return record if record and stage.is_whole(stage.context.run_dir.stage(stage.name)) else None
 
 
 def recorded(context: Context) -> dict[str, float]:
-    """Add to the context the records for which `run` would skip stages; nothing is run, mended or written.
+    """Add the records of stages that `run` would skip to the context; return the share of each stage that is done.
 
-    Returns how much of each stage is done, from 0 to 1. Whether its files are intact is left to the run.
+    The files of the stages are not checked.
     """
     context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
     for kind in STAGES:
@@ -101,7 +101,7 @@ def recorded(context: Context) -> dict[str, float]:
             continue
         stage, record = kind(context), None
         with suppress(CorruptFile):
-            if exists(context.run_dir.record_path(stage.name)):  # what the stage depends on takes time to read
+            if exists(context.run_dir.record_path(stage.name)):  # computing the digest of the inputs takes time
                 record = stage.matching_record(stage.digest)
         if record is None:
             shares[kind.name] = stage.share_done()
@@ -113,13 +113,13 @@ def recorded(context: Context) -> dict[str, float]:
 
 @contextmanager
 def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
-    """Turn what a stage may meet into a `StageError` with stage, cause and remedy; `root` is the run folder."""
+    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy; `root` is the run folder."""
     try:
         yield
     except StageError:
         raise
     except TrainingDiverged as error:
-        remedy = "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
+        remedy = "the weights of the base model are broken or too large for `model.dtype`: use another copy or dtype"
         if stage.trains:
             remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
         raise StageError(stage.name, str(error), remedy) from error
@@ -138,23 +138,23 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
 
 
 def _damage_remedy(path: Path | None, root: Path | None) -> str:
+    """Say how to replace a damaged file: the run repairs some files itself, others must be deleted first."""
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
     if parts[0] in ("trials", *(stage.name for stage in STAGES if stage.repairs_files)):
-        return "repeat the command: what is damaged is set aside, and that alone is made again"
-    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # a row is a folder of its own
-    if parts[0] in Results.model_fields:  # a stage is there when its record is
+        return "repeat the command: the damaged file is set aside, and only that file is made again"
+    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # each candidate has its own folder
+    if parts[0] in Results.model_fields:  # without its record the stage runs again
         doomed = RunDir(root, create=False).record_path(parts[0])
-    return f"delete {display_name(doomed)}, then repeat the command: what it held is made again"
+    return f"delete {display_name(doomed)}, then repeat the command: its contents are made again"
 
 
 def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:
-    """Cause and remedy of errors that libraries raise under types of their own."""
+    """Return cause and remedy of errors that PyTorch and safetensors raise, or None for any other error."""
     if is_out_of_memory(error):
         return shortage_text(error), f"lower {stage.memory_keys}"
     if type(error).__name__ == "SafetensorError":
-        # Of the run's own, and of this machine's copies, a command that begins finds what is damaged by itself.
-        remedy = "repeat the command, which makes or fetches anew what is the run's; a model of yours has to be mended"
+        remedy = "repeat the command, which replaces damaged files of the run; replace a damaged model of your own"
         return f"a safetensors file is damaged ({error})", remedy
     return None

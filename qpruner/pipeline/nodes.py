@@ -1,6 +1,6 @@
-"""Check the cluster's nodes before anything expensive: one table, and an error that names each unusable node.
+"""Check all nodes of the cluster before the run starts: show a table and raise an error that names unusable nodes.
 
-Nodes that join later, as an autoscaler's do, are checked where work on them begins (`cluster.node_check.check_node`).
+Nodes that join later are checked when work starts on them (`cluster.node_check.check_node`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HEADINGS = ("node", "CPUs", "GPUs", "state")
 
 
 def look_at_nodes(context: Context) -> None:
-    """Ask every node what it is, and show the answers in one table."""
+    """Check every node and show the results in a table; raise an error if a node has a problem."""
     config, resources, inspection = context.config, context.trial_resources, context.inspection
     root = context.run_dir.root
-    with _left_in(root) as (folder, driver):
+    with _test_file(root) as (folder, driver):
         reports = look_at_all(folder, driver, _copies(config, inspection.pruned, context.run_dir))
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
@@ -38,16 +38,16 @@ def look_at_nodes(context: Context) -> None:
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise UserError(f"{counted(len(problems), 'problem')} with the cluster's nodes:\n{lines}")
-    # Ray itself counts no GPUs where there is no driver: somebody declared them.
+    # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
         check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
 def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
-    """Return what every node keeps copies of."""
+    """List the bank and model files that every node copies to its disk."""
     banked: list[str] = []
-    with contextlib.suppress(CorruptFile):  # reported where the stage reads its record
+    with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)
         banked = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
     levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
@@ -60,10 +60,10 @@ def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
 
 
 @contextlib.contextmanager
-def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
-    """Put a file of the driver's into a folder of the run's storage; afterwards remove all that was made for it.
+def _test_file(storage: Path) -> Iterator[tuple[Path, str]]:
+    """Write a test file to a new folder on the storage; yield the folder and the file name, then remove them.
 
-    The names are new each time: a network file system may remember for a while that a name is not there.
+    The names are random because a network file system may cache that a name does not exist.
     """
     driver = uuid.uuid4().hex
     folder = storage / f".nodes-{driver}"
@@ -76,7 +76,7 @@ def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
         yield folder, driver
     finally:
         remove(folder)
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
+        with contextlib.suppress(OSError):  # a folder is not empty
             for place in made:
                 place.rmdir()
 
@@ -84,9 +84,9 @@ def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
 def troubles(
     report: NodeReport, config: RunConfig, resources: Mapping[str, float], storage: Path, is_unseen: bool
 ) -> dict[str, str]:
-    """Find what is wrong with a node: short words and sentences.
+    """Return the problems of a node as keywords and sentences.
 
-    `is_unseen` says that the driver does not see what the node wrote to the storage.
+    `is_unseen` is True if the driver cannot see the file that the node wrote to the storage.
     """
     found = {} if report.has_left else dict(report.problems)
     if report.has_left or "no answer" in found:
@@ -100,9 +100,9 @@ def troubles(
             try:
                 check_gpu(config, capability)
             except UserError as error:
-                found["GPUs"] = f"{kind}: {error}, or that node out of the cluster"
+                found["GPUs"] = f"{kind}: {error}, or remove the node from the cluster"
     if is_unseen:
-        found.setdefault("storage", "is not shared with it: what it wrote is not here")
+        found.setdefault("storage", "is not shared with it: the driver cannot see the file that the node wrote")
     if "storage" in found:
         place = storage_at(storage)
         found["storage"] = f"`output`: {place.name} {found['storage']}; {place.access_remedy}"
@@ -110,7 +110,7 @@ def troubles(
 
 
 def row(report: NodeReport, found: Mapping[str, str]) -> tuple[str, ...]:
-    """Make a node's row of the table."""
+    """Return the table row of a node."""
     kinds = dict.fromkeys(f"x {kind}, {amount(memory)}" for kind, memory, _ in report.gpus)
     if report.size.gpus and not kinds and "no answer" not in found:
         kinds = {"(none seen by torch)": None}

@@ -1,6 +1,6 @@
-"""Check a configuration against its model, rows, tasks and device before a weight is loaded.
+"""Check a configuration against its model, rows, tasks and device before weights are loaded.
 
-`inspect` is what `qpruner check` prints and what `qpruner run` does first.
+`qpruner check` prints the result of `inspect`, and `qpruner run` starts with it.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
-"""Compute capability that bitsandbytes' layers of so many bits need."""
+"""Minimum compute capability for the bitsandbytes layers of a bit-width."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a configuration makes of its model: configs, sizes, the cuts, the budget of the pruned model."""
+    """Shapes and sizes of the base and the pruned model, with cuts and budget, known from the configuration alone."""
 
     model_config: Any
     base: Layout
     cuts: tuple[Cut, ...]
     pruned: Layout
     is_estimate: bool
-    """Global selection, or which blocks go, leaves the widths open until the scores are known."""
+    """Whether the pruned shapes depend on scores, as with global selection or dropped blocks."""
     budget_bytes: int
     plan: PrecisionPlan | None
-    """That of the file that `search.plan` names, where the groups are known before the cut."""
+    """The plan of the file in `search.plan`; None without one or if the groups depend on scores."""
     packs: bool
-    """Whether later stages use the pruned model. One that is only saved may have widths no device can run."""
+    """Whether later stages quantize the pruned model. Otherwise its widths need not suit the device."""
 
 
 @dataclass(frozen=True)
 class Inspection(Shapes, Rows):
-    """What a run would be: also its rows, questions and samples."""
+    """Everything known of a run before its first stage: shapes, rows, questions and samples."""
 
     samples: dict[str, int]
-    """Number of samples of `importance` and of `sensitivity`."""
+    """Number of `importance` and `sensitivity` samples."""
     sample_length: int
-    """Tokens of the longest importance sample, at most."""
+    """Maximum number of tokens of an importance sample."""
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
-    """Validate a configuration against model, data, tasks and, if it works here, this machine's device."""
+    """Validate a configuration against model, data and tasks and, if the run `works_here`, against this machine."""
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(
@@ -79,7 +79,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
 
 
 def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> None:
-    """Refuse more tokens than a table of positions has rows."""
+    """Raise an error if rows or samples are longer than the learned position table of the model."""
     model_config = shapes.model_config
     if not family_of(model_config).has_learned_positions:
         return
@@ -91,12 +91,12 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
         if length > (most := int(model_config.max_position_embeddings)):
             raise UserError(
                 f"`{name}`: {length} tokens are more than the {most} positions that this {model_config.model_type} "
-                f"model has learned: give at most {most}"
+                f"model has learned: use at most {most}"
             )
 
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
-    """Compute what the configuration makes of the model."""
+    """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and device."""
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
@@ -116,26 +116,26 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
 
 def _plan_in_file(config: RunConfig, model_config: Any, cut: Cut) -> PrecisionPlan | None:
-    """Read the plan of `search.plan`; None where there is none, or the groups are known after the cut alone."""
+    """Read the plan of `search.plan`; return None without one or if the groups are unknown before the cut."""
     file, drops_blocks = config.search.plan_file, cut.settings.drops_blocks and not cut.settings.is_off
-    # Where blocks are not alike, how many go depends on which.
+    # If blocks differ in size, the number of dropped blocks depends on scores.
     if file is None or (drops_blocks and not are_alike(model_config)):
         return None
     return read_plan(file, [group.name for group in layout_for(config, cut.expected).groups], config.quantize.bits)
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn that the trials may end before the searcher begins."""
+    """Warn if the controls may use up all trials."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} uniform and seed plans come first, which may leave none of {trials} trials "
+            f"up to {num_controls} uniform and seed plans run first and may leave none of {trials} trials "
             "(`search.max_trials`) to the searcher: allow more trials, or name fewer `sensitivity.methods`"
         )
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """Compute groups and sizes of a model under this configuration's quantization and adapters."""
+    """Compute groups and sizes of a model, with the quantization and adapters of the configuration."""
     return layout_of(
         model_config,
         config.quantize.group,
@@ -146,12 +146,12 @@ def layout_for(config: RunConfig, model_config: Any) -> Layout:
 
 
 def is_pruned(model_config: Any) -> bool:
-    """Whether the blocks already differ in width, so that the cut is skipped."""
+    """Return True if the blocks differ in width, so the model was pruned earlier and is not cut again."""
     return bool(model_config.is_heterogeneous)
 
 
 def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """Plan the cut of this model; one that was pruned earlier is not cut again."""
+    """Plan the cut of a model; a model that was pruned earlier is not cut again."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
@@ -164,7 +164,7 @@ def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
 
 
 def check_quantizable(model_config: Any) -> None:
-    """Refuse weights that no bit-width can be given to; pruning alone works for such models."""
+    """Raise an error if bitsandbytes cannot quantize the model."""
     family = family_of(model_config)
     if family.unquantizable:
         raise UserError(
@@ -175,7 +175,7 @@ def check_quantizable(model_config: Any) -> None:
 
 
 def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """Return the budget in bytes; a search of a front may have all that the largest plan takes."""
+    """Return the budget in bytes; raise an error if the budget leaves no choice between plans."""
     budget, levels = quantize.budget, quantize.bits
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
     size = _asked_bytes(budget, levels, [layout.plan_bytes(layout.uniform(bits)) for bits in levels])
@@ -201,7 +201,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
 
 
 def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Convert a budget to bytes by those of each uniform plan; mean bits lie between neighbours."""
+    """Convert a budget to bytes, given the bytes of each uniform plan; mean bits are interpolated."""
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
@@ -215,12 +215,12 @@ def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]
 
 
 def amount(size: int) -> str:
-    """Render bytes as `1.5 GiB`, or MiB where GiB would show nothing."""
+    """Format bytes as GiB, such as `1.5 GiB`, or as MiB below one GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
 def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
-    """Refuse a GPU of a compute capability that cannot run the configured layers."""
+    """Raise an error if a GPU of this compute capability cannot run the configured bit-widths."""
     for bits in config.quantize.bits:
         needed = NEEDED_CAPABILITY.get(bits, (0, 0))
         if capability < needed:
@@ -234,7 +234,7 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
 def check_device(
     capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
 ) -> None:
-    """Refuse a device, a CPU or a GPU of this compute capability, that cannot train and run the pruned model."""
+    """Raise an error if the pruned model cannot run on a GPU of this compute capability, or on a CPU (None)."""
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     for cut in cuts if packs else ():
@@ -247,6 +247,7 @@ def check_device(
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
+    """Raise an error if a cut may leave widths that 4-bit layers on a CPU decode wrongly."""
     if 4 not in config.quantize.bits:
         return
     groups = layout_for(config, cut.expected).groups
@@ -257,15 +258,15 @@ def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
 
 
 def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
-    """Refuse widths that a block may be left with where scores decide on them."""
+    """Raise an error if global selection may leave a block with a width that 4-bit layers on a CPU decode wrongly."""
     family = family_of(model_config)
     for kind in family.unit_kinds(model_config.per_layer_config[index], index):
         if kind.name not in prune.width_units or not kind.output_linear:
             continue
         columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
         multiple = prune.round_to if kind.name == MLP else 1
-        left = (units * columns for units in (*range(multiple, kind.num_units, multiple), kind.num_units))
-        wrong = next(filter(decodes_wrongly, left), None)
+        widths = (units * columns for units in (*range(multiple, kind.num_units, multiple), kind.num_units))
+        wrong = next(filter(decodes_wrongly, widths), None)
         if wrong is None:
             continue
         linear = f"{family.block_path(index)}.{kind.output_linear}"
@@ -278,6 +279,7 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
 
 
 def _own_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the GPU of this machine, or None without a GPU."""
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

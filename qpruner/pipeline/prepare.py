@@ -1,4 +1,4 @@
-"""The prepare stage: the base model in a folder, and every split encoded once."""
+"""The prepare stage: provide the base model in a folder and encode the data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qpruner.runs.storage import fetch, file_digest, require_arrived, writing_fo
 
 
 class Prepare(Stage[PrepareRecord]):
-    """Bring the base model into a folder and encode the data."""
+    """Provide the base model in a folder and encode the data."""
 
     name = "prepare"
-    help = "Bring the base model into a folder and encode the data."
+    help = "Provide the base model in a folder and encode the data."
     record = PrepareRecord
     repairs_files = True
     starts_ray = False
@@ -37,15 +37,15 @@ class Prepare(Stage[PrepareRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, folder = self.context, scratch / "model"
-        # Other machines see the run's storage, but not each other's caches of the hub.
+        # Other machines see the storage of the run, but not the hub cache of this machine.
         is_shared = bool(context.address) or not context.run_dir.storage.fills_this_disk
-        bring = partial(_bring_base, context.worker_config.model, folder, is_shared)
-        base = context.executor.run(bring, context.emit)
+        provide = partial(_provide_base, context.worker_config.model, folder, is_shared)
+        base = context.executor.run(provide, context.emit)
         if base.converted:
             require_arrived(folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
         return {
-            # In the run's own folder, which has another path on each machine and may be moved.
+            # Relative to the run folder, whose path differs between machines.
             "model_path": "prepare/model" if base.converted else str(base.path),
             "converted": base.converted,
             "source_bytes": base.source_bytes,
@@ -60,20 +60,20 @@ class Prepare(Stage[PrepareRecord]):
         return base.num_parameters * base.element_bytes
 
 
-def _bring_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
-    """Bring the base model into a folder: its own, or `target` where it is converted."""
+def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
+    """Find or download the base model; write it to `target` if it has to be converted."""
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base
 
 
 def loading_progress(emit: Emit, stage: str) -> OnWork:
-    """Report the loading and saving of weights as progress of a stage."""
+    """Return a callback that reports loading and saving of weights as progress of a stage."""
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
-    """Encode every split and the calibration samples; return rows by split."""
+    """Encode every split and the calibration samples; return the number of rows by split."""
     config, settings = context.config, context.config.data
     tokenizer, examples = load_tokenizer(model_path), context.inspection.examples
     splits = {
@@ -91,7 +91,7 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 
 
 def _source_digests(config: RunConfig) -> list[str]:
-    """List the sha256 of every local file that is read; the configuration identifies hub sources."""
+    """List the sha256 of every local file that the stage reads; hub sources are identified by their names."""
     sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
     sources += config.calibration.data or ()
     names = [source.source for source in sources] + [config.model.source]

@@ -1,4 +1,4 @@
-"""The prune stage: the cut model, and what it kept of every block."""
+"""The prune stage: cut the base model and record the width of every block."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Prune(Stage[PruneRecord]):
-    """Score, select, compensate, cut and save."""
+    """Score all units, select the units to keep, compensate, cut and save the model."""
 
     name = "prune"
     help = "Run up to the pruned checkpoint."
@@ -70,7 +70,7 @@ class Prune(Stage[PruneRecord]):
         return base.num_parameters * base.element_bytes
 
     def preview(self) -> PruneRecord:
-        """Cut the model in memory and drop it; return what the record would be."""
+        """Cut the model in memory and return the record; nothing is written."""
         context = self.context
         settings = _settings(context)
         context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
@@ -91,12 +91,12 @@ def _settings(context: Context) -> PruneConfig:
 def cut_and_save(
     config: RunConfig, settings: PruneConfig, base: Path, rows: Path, scratch: Path, cache: ModelCache, emit: Emit
 ) -> dict[str, Any]:
-    """Cut the base model, save it in `scratch` and keep it in the cache; return the record's fields."""
+    """Cut the base model, save it in `scratch` and keep it in the cache; return the fields of the record."""
     from qpruner.report.plots.model import save_importance
 
     source, on_weights = str(fetch(base)), loading_progress(emit, "prune")
     tokenizer = load_tokenizer(source)
-    # As lists: an error that is kept would keep a mapped file open, and its disk busy.
+    # A list, because a stored exception would keep a mapped file open.
     samples = list(load_encoded(rows))
     cache.clear()
     model = load_dense(source, config.model.dtype, config.model, on_weights)
@@ -106,7 +106,7 @@ def cut_and_save(
         retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
     cache.keep(pruned.model)
     listed = Storage(scratch).read_list()
-    assert listed, "was just written"
+    assert listed, "writing_folder wrote the list"
     weights = {name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")}
     return fields | {"weights": digest_of(weights)}
 
@@ -114,12 +114,12 @@ def cut_and_save(
 def cut_in_memory(
     config: RunConfig, settings: PruneConfig, examples: list[Example], cache: ModelCache, emit: Emit
 ) -> dict[str, Any]:
-    """Cut the base model and drop it; return the record's fields."""
+    """Cut the base model without saving it; return the fields of the record."""
     with tempfile.TemporaryDirectory() as scratch:
         base = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         samples = importance_samples(config, examples, load_model_config(config.model).vocab_size, tokenizer)
-        started = time.monotonic()  # what was prepared is another stage's
+        started = time.monotonic()  # without the work of the prepare stage
         model = load_dense(base.path, config.model.dtype, config.model, loading_progress(emit, "prune"))
         _, fields = _cut(config, settings, model, samples, int(tokenizer.pad_token_id), emit)
         return fields | {"seconds": time.monotonic() - started}
@@ -128,7 +128,7 @@ def cut_in_memory(
 def _cut(
     config: RunConfig, settings: PruneConfig, model: PreTrainedModel, rows: Rows, pad_id: int, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
-    """Cut a model in place; returns it with the record's fields."""
+    """Cut a model in place; return the pruned model and the fields of the record."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.prune import block_sizes, prune
 
@@ -142,7 +142,7 @@ def _cut(
     )
     peak_bytes = memory.bytes()
     if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-        emit(Message("prune", "warning: nothing was cut: the rate is less than half of the smallest step"))
+        emit(Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest step; raise it"))
     element_bytes = DTYPE_BYTES[config.model.dtype]
     fields = {
         "importance": settings.criterion,
@@ -178,7 +178,7 @@ def describe(settings: PruneConfig) -> str:
 
 
 def target_text(settings: PruneConfig) -> str:
-    """`target 20.00% of all parameters`, or `25.00% of each block's units`."""
+    """Describe the target rate, such as `target 20.00% of all parameters`."""
     if settings.is_off:
         return "no cut"
     if settings.layer_rate is not None:
@@ -187,7 +187,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """List what each block of the base model keeps; `before` has the parameters of each."""
+    """List the kept units of each block of the base model; `before` has the number of parameters of each block."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))
@@ -196,9 +196,9 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
     for index, parameters in enumerate(before):
         layer_config = base.per_layer_config[index]
         kinds = {kind.name: kind for kind in family.unit_kinds(layer_config, index)}
-        everything = {name: tuple(range(kind.num_units)) for name, kind in kinds.items()}
-        gone = index in pruned.dropped_blocks
-        kept = {name: () if gone else stays for name, stays in (everything | pruned.kept.get(index, {})).items()}
+        is_dropped = index in pruned.dropped_blocks
+        kept = {name: () if is_dropped else tuple(range(kind.num_units)) for name, kind in kinds.items()}
+        kept |= {} if is_dropped else pruned.kept.get(index, {})
         if EXPERT in kinds:
             experts, size = set(kept[EXPERT]), kinds[MLP].units_per_partition
             kept[MLP] = tuple(channel for channel in kept[MLP] if channel // size in experts)
@@ -213,7 +213,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
                 base_experts=kinds[EXPERT].num_units if EXPERT in kinds else None,
                 heads_per_group=layer_config.num_attention_heads // kinds[ATTENTION].num_units,
                 base_parameters=parameters,
-                kept_parameters=0 if gone else after[position[index]],
+                kept_parameters=0 if is_dropped else after[position[index]],
             )
         )
     return layers

@@ -1,4 +1,4 @@
-"""The report stage: `report.html`, `report.md` and `results.json` from the records."""
+"""The report stage: write `report.html`, `report.md` and `results.json` from the records."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from qpruner.runs.records import Record
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, read_text
 
-# A copied run folder keeps these words: the names alone stay true.
 WRITTEN = "report.html, report.md and results.json"
 
 
 class Report(Stage[Record]):
-    """Write every file of the report; cheap, so it is done anew each time."""
+    """Write every file of the report; runs in every command because it is cheap."""
 
     name = "report"
-    help = "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."
+    help = "Write the report of a run folder again, finished or not; with a configuration, run the whole flow."
 
     def warnings(self) -> Iterator[str]:
         from qpruner.report.card import other_base_remark
@@ -46,14 +45,11 @@ class Report(Stage[Record]):
 
 
 def report_unfinished(run_dir: RunDir) -> str:
-    """Write the report of a run that ended before its last stage, and return where it is, for a person.
-
-    What keeps it from being written must not hide why the run ended.
-    """
+    """Write the report of an unfinished run and return a message: its path, or a warning if it cannot be written."""
     from qpruner.report.files import write_report
 
     try:
         return f"{display_name(write_report(run_dir))} has the run so far"
     except Exception as error:
         logging.getLogger(__name__).exception("no report of the unfinished run could be written")
-        return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it anew"
+        return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it again"

@@ -1,54 +1,68 @@
-"""What a command does around the flow: checks before, the run folder's lock, log and report."""
+"""Run a command: check the configuration, hold the lock of the run folder, keep `run.json`, and run the flow."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import platform
+import re
 import shutil
-from collections.abc import Sequence
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from qpruner.cluster.slots import with_gpus_for
+import psutil
+
+from qpruner.cluster.slots import num_cores, with_gpus_for
 from qpruner.config.schema import RunConfig
-from qpruner.errors import StorageError, UserError
+from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
-from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.report.search_progress import event_line
+from qpruner.runs import events
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
-from qpruner.runs.records import PruneRecord, Results
+from qpruner.runs.records import PruneRecord, Results, RunState, StageState
 from qpruner.runs.run_dir import LOG, RunDir
-from qpruner.runs.storage import CACHE, Storage, exists
+from qpruner.runs.storage import CACHE, Storage, exists, progress_seconds
+from qpruner.runs.version import describe
+from qpruner.wording import as_called
 
 logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
 SMALL_FILES = 2**20
-"""Bytes of records, log and report, which every command writes."""
+"""Bytes that every command needs for records, log and report."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a run would be."""
+    """What a run would do, as `check` found it."""
 
-    inspection: preflight.Inspection  # of the recorded pruned model where there is one
-    slots: int  # trials, or fine-tunes, that fit at once
-    resources: dict[str, float]  # of one
-    done: dict[str, float]  # how much of each stage is recorded with the same inputs, from 0 to 1
-    disk: tuple[int, int]  # bytes that are needed at most, and bytes that are free
+    inspection: preflight.Inspection  # describes the recorded pruned model, if there is one
+    slots: int  # trials or fine-tunes that run at once
+    resources: dict[str, float]  # of one trial
+    done: dict[str, float]  # recorded share of each stage, from 0 to 1
+    disk: tuple[int, int]  # needed bytes at most, and free bytes
 
 
 def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False) -> Checked:
-    """Find what `run` would refuse before its first stage, and what it would do.
+    """Raise the errors that `run` would raise before its first stage; return what `run` would do.
 
-    Without an `address` it looks at this machine, or at one assumed to have the GPUs that a trial asks for.
+    Without an `address` the run is planned for this machine. With `gpu_is_elsewhere` it is planned for a machine with
+    the GPUs that a trial asks for.
     """
     inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
@@ -77,9 +91,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
 def run(
     config: RunConfig, emit: Emit, address: str | None = None, until: str = Report.name, command: str | None = None
 ) -> Results:
-    """Run the flow up to a stage, skipping what is recorded; return the records so far.
+    """Run the flow up to the stage `until`, skip recorded stages, and return all records.
 
-    Without an `address` Ray is started on this machine when it is needed. `command` is what repeats it in a shell.
+    Without an `address` Ray starts on this machine when it is needed. `command` is the shell command to show to users.
     """
     from qpruner.report.tensorboard import FOLDER, Board  # loads torch
 
@@ -92,7 +106,7 @@ def run(
         hold_run(run_dir.root, lambda text: emit(Message(COMMAND, text))) as holds_run,
         contextlib.closing(Uploader(run_dir.root, FOLDER, LOG)) as uploader,
     ):
-        _ = run_dir.id  # there from now on: beside it a lock that is gone was taken away
+        _ = run_dir.id  # creates the id: if the id exists, a missing lock counts as taken over
         progress = RunProgress(run_dir, config, until, command, holds_run)
         board = Board(run_dir.root, config)
 
@@ -108,19 +122,19 @@ def run(
                 _warn_and_check(context, stages)
                 results = run_flow(context, until)
         except BaseException as error:
-            # A report would wait once more for a storage that is away.
+            # A report would wait again for a storage that does not answer.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.is_written and not is_away and holds_run():  # else the report of an earlier command stands
+            if progress.is_written and not is_away and holds_run():  # else keep the report of an earlier command
                 report_unfinished(run_dir)
             raise
-        # Where nothing was done, an earlier report, maybe of a whole run, has more.
+        # If no stage ran, an earlier report may be more complete.
         if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             on_event(Message(Report.name, report_unfinished(run_dir)))
         return results
 
 
 def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
-    """Return what the prune stage would record; nothing is written."""
+    """Prune the model in memory and return the record that the prune stage would write."""
     inspection = preflight.inspect(config, works_here=address is None, packs=False)
     run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
@@ -130,17 +144,17 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
 
 
 def _check_room(context: Context) -> tuple[int, int]:
-    """Refuse a disk too small for the large files still to write; return about the bytes needed at most, and free."""
+    """Raise an error if the disk is too small for the run; return the needed bytes at most, and the free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
     sizes = {stage.name: stage(context).disk_bytes() for stage in wanted}
     free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(sizes.values())
-    if free < needed:  # what is recorded, or left by a killed command, takes time to find out
+    if free < needed:  # subtract existing files, which takes time to find
         shares = recorded(context)
         left = {name: round(size * (1 - shares[name])) for name, size in sizes.items()}
         for name in left:
-            with contextlib.suppress(FileNotFoundError):  # another driver may be at work
+            with contextlib.suppress(FileNotFoundError):  # another driver may remove files
                 left[name] -= sum(Storage(run.scratch_path(name)).files().values())
         needed = SMALL_FILES + sum(max(0, size) for size in left.values())
     if free < needed:
@@ -153,7 +167,7 @@ def _check_room(context: Context) -> tuple[int, int]:
 
 
 def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
-    """Warn of keys without effect and of what the stages will meet; refuse what cannot work in one of them."""
+    """Emit the warnings of the configuration and the stages, then raise the errors of stages and nodes."""
     for warning in context.config.warnings:
         context.emit(Message(COMMAND, f"warning: {warning}"))
     for stage in stages:
@@ -163,3 +177,132 @@ def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> Non
         stage(context).check()
     if context.address:
         look_at_nodes(context)
+
+
+class RunProgress:
+    """Writes the state of the latest command to `run.json`, for `status` in other shells and on other machines.
+
+    Steps inside a stage are written at intervals. `has_begun` is True once a stage has started. `is_written` is True
+    once the file describes this command; a command that starts no stage keeps the file of an earlier command.
+    """
+
+    def __init__(
+        self, run: RunDir, config: RunConfig, until: str, command: str | None, holds_run: Callable[[], bool]
+    ) -> None:
+        now, before = time.time(), None
+        with contextlib.suppress(CorruptFile):
+            before = run.read_state(RunState)
+        self._run, self._holds_run, self._written = run, holds_run, 0.0
+        self._earlier_stages = before.stages.keys() if before else set()
+        self.is_written = self.has_begun = False
+        self._state = RunState(
+            config=config.model_dump(mode="json"),
+            until=until,
+            command=command or as_called(),
+            folder=os.getcwd(),
+            environment=_environment(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=now,
+            updated=now,
+            outcome="running",
+            resumed=before.resumed + (before.outcome != "done") if before else 0,
+        )
+
+    def listen(self, event: events.Event) -> None:
+        """Update the state by an event, and write the file."""
+        match event:
+            case events.StageStarted(stage, detail):
+                self.is_written = self.has_begun = True
+                self._set(stage, StageState(state="running", started=time.time(), text=detail))
+            case events.StageFinished(stage, seconds, figures):
+                self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
+            case events.StageSkipped(stage, figures, seconds):
+                self._set(stage, StageState(state="recorded", started=time.time(), seconds=seconds, text=figures))
+            case events.SearchPlanned(search):
+                self._state = self._state.model_copy(update={"search": search})
+            case events.SlotsFound(slots) if self._state.search:
+                search = self._state.search.model_copy(update={"slots": slots})
+                self._state = self._state.model_copy(update={"search": search})
+            case events.Progress(stage, done, total, detail):
+                self._update(stage, {"done": done, "total": total} | ({"text": detail} if detail else {}))
+        is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
+        begins_steps = isinstance(event, events.Progress) and event.done == 0
+        if self.is_written and (
+            not is_small or begins_steps or time.monotonic() - self._written >= progress_seconds(self._run.root)
+        ):
+            self._write()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Write the outcome of the command when the block ends."""
+        outcome, text, is_refused = "interrupted", None, False  # by Ctrl-C, for example
+        try:
+            yield
+            outcome = "done"
+        except QprunerError as error:
+            outcome, text, is_refused = "failed", str(error), isinstance(error, UserError)
+            raise
+        except Exception as error:
+            note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has the whole traceback")
+            outcome, text = "failed", f"{type(error).__name__}: {error}\n{note}"
+            raise
+        finally:
+            # The file of an earlier command may describe stages that this command did not reach.
+            has_all = self._earlier_stages <= self._state.stages.keys()
+            self.is_written = self.has_begun or (has_all and not is_refused)
+            if self.is_written:
+                self._state = self._state.model_copy(update={"outcome": outcome, "error": text})
+                self._write()
+
+    def _set(self, stage: str, state: StageState) -> None:
+        self._state = self._state.model_copy(update={"stages": {**self._state.stages, stage: state}})
+
+    def _update(self, stage: str, update: dict[str, object]) -> None:
+        if stage in self._state.stages:
+            self._set(stage, self._state.stages[stage].model_copy(update=update))
+
+    def _write(self) -> None:
+        self._state = self._state.model_copy(update={"updated": time.time()})
+        self._written = time.monotonic()
+        if not self._holds_run():
+            return
+        try:
+            self._run.write_state(self._state)
+        except (OSError, StorageError) as error:
+            # If the disk is full, the stage itself raises a better error.
+            logger.warning(
+                "run.json could not be written: %s; `qpruner status` shows an older state until it can", error
+            )
+
+
+def _environment() -> dict[str, str]:
+    """Return the versions of packages and the hardware of this machine."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(Path("/proc/cpuinfo")),
+        "cpu cores": str(num_cores()),
+        "memory": f"{psutil.virtual_memory().total / 1024**3:.1f} GiB",
+        "gpus": _gpus(),
+        "qpruner": describe(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model(cpuinfo: Path) -> str:
+    """Return the CPU name from the kernel, or from Python on ARM and other systems."""
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if names:
+            return str(names[0])
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> str:
+    """Describe the GPUs by kind, such as `2 x NVIDIA H100 80GB HBM3, 79.2 GiB`, or return `none`."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter(f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB" for gpu in gpus)
+    return "; ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "none"

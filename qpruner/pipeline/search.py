@@ -1,8 +1,7 @@
-"""The search stage: controls, trials under Ray Tune, and the choice among the best on fresh rows.
+"""The search stage: run controls and trials under Ray Tune, then choose the winner on fresh rows.
 
-A trial's result depends on weights, data and training (`trials_digest`); what is proposed depends on budget, searcher
-and sensitivities besides (`search_digest`). Searches that share the former share a folder of trials, so that one with
-another budget starts from what the last one left.
+The result of a trial depends on weights, data and training (`trials_digest`). The proposed plans also depend on budget,
+searcher and sensitivities (`search_digest`). Searches with equal `trials_digest` share a folder and reuse its trials.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline.comparison_rows import worker_jobs
+from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
@@ -57,12 +56,12 @@ if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
 
 FINALISTS = "scoring finalists on fresh rows"
-REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
-"""What to do when all trials failed and no word is known for the reason, or there are several."""
+REMEDY = "fix the cause, delete the folders of those trials in the run's `trials`"
+"""Advice if all trials failed for several reasons or an unknown one."""
 
 
 class Search(Stage[SearchRecord]):
-    """Try candidate plans as parallel trials, and score the best few again on fresh rows."""
+    """Try plans in parallel trials, and score the best plans again on fresh rows."""
 
     name = "search"
     help = "Run up to the precision search."
@@ -71,7 +70,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan that is taken instead of a search: from a file, a sensitivity's seed plan, or the only one."""
+        """The plan that replaces the search, or None: from a file, a seed plan, or the only possible plan."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
             return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
@@ -81,7 +80,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def search_digest(self) -> str:
-        """Digest of what is proposed, or of the plan that is given in its place."""
+        """Digest of everything that the proposed plans depend on, including a given plan."""
         return self._digest_of_search(self.given)
 
     def _digest_of_search(self, given: PrecisionPlan | None) -> str:
@@ -98,7 +97,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
+        """Digest of everything that the result of a trial depends on, and of the search if `reuse_trials` is off."""
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
         return digest_of(
@@ -115,12 +114,11 @@ class Search(Stage[SearchRecord]):
 
     @property
     def folder(self) -> Path:
-        """Where the trials are recorded."""
+        """Folder of the trial records."""
         return self.context.run_dir.trials / self.trials_digest
 
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
-        # More trials or hours continue with those there are.
         ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
         return (self.trials_digest, self.search_digest, *ends)
 
@@ -132,22 +130,22 @@ class Search(Stage[SearchRecord]):
         check_searcher(settings.searcher)
         if not self.context.trial_resources.get("gpu") and settings.max_gpu_hours is not None:
             raise UserError(
-                f"`search.max_gpu_hours` ends no search whose trials hold no GPU, got {settings.max_gpu_hours:g}; use "
+                f"`search.max_gpu_hours` has no effect if trials use no GPU, got {settings.max_gpu_hours:g}; use "
                 "`search.max_hours`"
             )
         check_trackers(self.config.trackers)
 
     def begin(self) -> None:
-        """Report what is known of the trials, and forget the record where one of them was damaged."""
+        """Emit the recorded trials; delete the record of the search if a trial of it was damaged."""
         context, settings = self.context, self.config.search
-        # Its memory is needed before the trials start.
+        # The trials need the memory of the executor.
         context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
-        with contextlib.suppress(CorruptFile):  # which is met again where the record is read
+        with contextlib.suppress(CorruptFile):  # `run_stage` reports it
             if not all(trial.is_over for trial in own) and self.matching_record(self.digest):
-                context.forget("search")  # all of them were over, before a trial's record was damaged
+                context.forget("search")  # a damaged trial has to run again
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
@@ -173,11 +171,15 @@ class Search(Stage[SearchRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
-        # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
+        # With a given plan the controls do not run, but controls of an earlier search are recognized.
         controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
         known = replace(job, controls=controls)
-        _ = self.context.cluster  # Tune and tasks take the one that this process has joined
-        resumed = self._tell_recorded(job)
+        _ = self.context.cluster  # connects to Ray
+        own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
+        if resumed := own.count(True):
+            self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
+        if others := own.count(False):
+            self.notify(f"starting with {counted(others, 'trial')} of earlier searches")
         outcome, finalists = self._finalists(job, known)
         confirmations, gpu_seconds = confirm(self, finalists, known)
         by_index = {trial.index: trial for trial in finalists}
@@ -216,17 +218,8 @@ class Search(Stage[SearchRecord]):
             "resumed": resumed,
         }
 
-    def _tell_recorded(self, job: SearchJob) -> int:
-        """Tell what the search starts from; return the number of its own recorded trials."""
-        own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
-        if resumed := own.count(True):
-            self.notify(f"going on from {counted(resumed, 'recorded trial')}")
-        if others := own.count(False):
-            self.notify(f"starting from {counted(others, 'trial')} that earlier searches left")
-        return resumed
-
     def _job(self) -> SearchJob:
-        """Collect what the trials are run with."""
+        """Collect everything that the trials need."""
         from qpruner.cluster.tune import SearchJob
         from qpruner.search.trial import run_trial
 
@@ -249,7 +242,7 @@ class Search(Stage[SearchRecord]):
         )
 
     def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials, again where the files of a finalist turn out to be damaged."""
+        """Run the trials and choose the finalists; repeat this if the files of a finalist are damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -263,10 +256,9 @@ class Search(Stage[SearchRecord]):
             if self.given:
                 finalists = finalists_beside(usable, self.given, known)
             else:
-                # A plan that was given in place of an earlier search may not win.
-                mine = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
-                finalists = choose_finalists(mine, job)
-            # What is fine to read may not be what was written.
+                # A plan that replaced an earlier search may not win.
+                eligible = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
+                finalists = choose_finalists(eligible, job)
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.notify)]:
                 return outcome, finalists
 
@@ -295,19 +287,19 @@ def plan_of(trial: TrialRecord) -> PrecisionPlan:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials and every finished control; for a front, all trials that could be on it."""
+    """Choose the best finished trials and all finished controls; for a front also the non-dominated trials."""
     if not trials:
-        cause = "its hours were over before any machine took a trial"
-        raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")
+        cause = "its hours ended before any trial could start"
+        raise StageError("search", cause, "find out why (`ray status`), allow more hours, then repeat the command")
     finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
-        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        remedy = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
-            f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
-            f"{mend} and repeat the command",
+            f"none of {counted(len(trials), 'trial')} finished; the first reason: {[*reasons, 'unknown'][0]}",
+            f"{remedy} and repeat the command",
         )
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
@@ -318,14 +310,14 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
 
 
 def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan, and every control that a search has finished to compare it with."""
+    """Choose the trial of the given plan and, for comparison, every finished control of earlier searches."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
-    """Score the finalists on fresh rows and report them; return them and the GPU seconds."""
+    """Score the finalists on fresh rows; return the scores and the GPU seconds."""
     confirmations, scores = [], _fresh_scores(stage, finalists, job)
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
@@ -347,28 +339,26 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
 
 
 def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Score each finalist on fresh rows; scores of an earlier command are reused."""
+    """Score each finalist on fresh rows; reuse the scores of an earlier command."""
     context, paths = stage.context, [trial_folder(job.trials, trial.index) / "fresh.json" for trial in finalists]
-    # Which rows there are is told by the folder of trials, as all that they were trained on.
+    # The name of the trials folder is a digest that includes the rows.
     asked = (context.config.search.metric, context.inspection.questions["fresh"])
     digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
-    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "that finalist is scored again"), paths)
+    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "the finalist is scored again"), paths)
     found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
     context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
-    if left:
-        candidates = [_candidate(context, finalists[position], job) for position in left]
-        jobs, resources, concurrent = worker_jobs(context, candidates)
-        held: list[float] = []
-        for number, score in context.run_tasks(confirm_trial, jobs, resources, concurrent, on_held=held.append):
-            position = left[number]
-            found[position] = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
-            write_json(paths[position], found[position])
-            context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
+    candidates, held = [_candidate(context, finalists[position], job) for position in left], list[float]()
+    for number, score in run_jobs(context, confirm_trial, candidates, on_held=held.append):
+        position = left[number]
+        found[position] = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
+        write_json(paths[position], found[position])
+        context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     return [found[position] for position in range(len(finalists))]
 
 
 def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidate:
+    """Make a candidate of the last checkpoint of a finished trial."""
     checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
     assert checkpoint is not None, "a finished trial has a checkpoint"
     seed = context.config.seed
@@ -376,7 +366,7 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the best on fresh rows; a control wins a tie."""
+    """Return the best finalist on fresh rows; in a tie a control wins."""
     scores = [objective(each, job.config) for each in confirmations]
     position = winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
@@ -385,8 +375,8 @@ def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmati
 def front_of(
     confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
 ) -> tuple[FrontPoint, ...]:
-    """List the confirmed plans that no plan of fewer or equal bytes beats, by bytes."""
-    weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
+    """List the non-dominated finalists by bytes."""
+    points = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
     return tuple(
         FrontPoint(
             index=each.index,
@@ -395,11 +385,11 @@ def front_of(
             plan_bytes=trials[each.index].plan_bytes,
             **each.model_dump(include=set(FreshScore.model_fields)),
         )
-        for each in (confirmations[position] for position in non_dominated(weighed))
+        for each in (confirmations[position] for position in non_dominated(points))
     )
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute the hypervolume of a front, from its smallest plan to the budget."""
+    """Compute the hypervolume of a front between its smallest plan and the budget."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
     return hypervolume(points, points[0], job.space.budget_bytes)

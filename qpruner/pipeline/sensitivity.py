@@ -1,4 +1,4 @@
-"""The sensitivity stage: how much each group suffers at fewer bits, method by method."""
+"""The sensitivity stage: score by several methods how much each group loses at fewer bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score how much each group suffers at fewer bits; scores of the same inputs are reused."""
+    """Score how much each group loses at fewer bits; reuse earlier scores of the same inputs."""
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -40,7 +40,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         return (self._scores_digest(), self.config.measured_methods)
 
     def _scores_digest(self) -> str:
-        """Digest of what every method's scores depend on."""
+        """Compute the digest of everything that the scores of any method depend on."""
         config = self.config
         return digest_of(
             "scores",
@@ -67,14 +67,14 @@ class Sensitivity(Stage[SensitivityRecord]):
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def _reuse_scores(self, scratch: Path, ending: str) -> None:
-        """Keep of an earlier stage's scores and of a killed command's those of the same inputs that are intact."""
+        """Copy intact scores of the same inputs from the stage folder to `scratch`; remove other scores from there."""
         root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
         for name in children(scratch):
-            if scratch != stage and not name.endswith(ending):  # at a URI they are the same folder
+            if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
                 remove(scratch / name)
         files = {name: folder / name for folder in (stage, scratch) for name in children(folder)}
         for name in (name for name in files if name.endswith(ending)):
-            if scores := self.read_intact(files[name], MethodScores, root, "its scores are made anew"):
+            if scores := self.read_intact(files[name], MethodScores, root, "its scores are computed again"):
                 write_json(scratch / name, scores)
 
     def summary(self, record: SensitivityRecord) -> str:
@@ -85,18 +85,19 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
+    """Describe the lowest and highest score of a method."""
     lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
     rises = [low - high for low, high in zip(lowest, highest, strict=True)]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
 
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
-    """Compute the scores of the missing methods, and of those that come from the same passes."""
+    """Compute the scores of the missing methods, and of methods that need the same passes."""
     from qpruner.data.calibration import Samples
     from qpruner.sensitivity import methods as scoring
 
     config = context.config
-    rows = list(load_encoded(context.data / "sensitivity"))  # they travel to other machines, a mapped file does not
+    rows = list(load_encoded(context.data / "sensitivity"))  # a mapped file cannot be sent to other machines
     pad_id = int(load_tokenizer(str(context.checkpoint)).pad_token_id)
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
@@ -119,7 +120,7 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
 def _on_model(
     context: Context, subject: Subject, methods: Sequence[str], score: Callable[[Any, Subject], Result]
 ) -> Result:
-    """Score on the pruned model where it is kept; the samples' progress is reported as that of the methods."""
+    """Score groups on the pruned model in the executor, and report progress under the names of the methods."""
     work = partial(_score, context.checkpoint, context.config.model.dtype, subject, methods, score)
     return context.executor.run(work, context.emit)
 
@@ -133,17 +134,20 @@ def _score(
     cache: ModelCache,
     emit: Emit,
 ) -> Result:
+    """Load the pruned model from the cache and score its groups."""
     model = cache.pruned_model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
-    samples = replace(subject.samples, on_progress=_method_progress(emit, methods))
-    return score(model, replace(subject, samples=samples))
+    names = ", ".join(methods)
+    samples = replace(subject.samples, on_progress=_progress(emit, names))
+    return score(model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group")))
 
 
-def _method_progress(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
-    return lambda done, total: emit(Progress("sensitivity", done, total, ", ".join(methods)))
+def _progress(emit: Emit, work: str) -> Callable[[int, int], None]:
+    """Return a callback that emits the progress of some work of the stage."""
+    return lambda done, total: emit(Progress("sensitivity", done, total, work))
 
 
 def _measured(context: Context, subject: Subject) -> Measurement:
-    """Measure KL and loss of every group, the samples shared among the slots."""
+    """Measure KL divergence and loss of every group; every slot measures a share of the samples."""
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import measure_share, measure_subject
 
@@ -151,14 +155,14 @@ def _measured(context: Context, subject: Subject) -> Measurement:
     num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)
     if num_slots <= 1:
         return _on_model(context, subject, MEASUREMENT, measure_subject)
-    # Every slot loads the model, the one that held it too.
+    # Every slot loads the model, so free the memory of this copy.
     context.executor.close()
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
     shares = [
         replace(subject, samples=replace(samples, rows=samples.rows[share::num_shares])) for share in range(num_shares)
     ]
     work = partial(measure_share, context.checkpoint, config.model.dtype, int(resources.get("cpu", 1)))
-    on_progress, parts = _method_progress(context.emit, MEASUREMENT), dict[int, Measurement]()
+    on_progress, parts = _progress(context.emit, ", ".join(MEASUREMENT)), dict[int, Measurement]()
     for position, part in context.run_tasks(work, shares, resources, num_shares, on_held=context.gpu_time.add):
         parts[position] = part
         on_progress(len(parts), num_shares)

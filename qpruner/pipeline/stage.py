@@ -1,4 +1,4 @@
-"""What a stage of the flow is: one step that leaves a record."""
+"""The base class of the stages."""
 
 from __future__ import annotations
 
@@ -21,30 +21,29 @@ FileType = TypeVar("FileType", bound=BaseModel)
 
 
 class Stage(ABC, Generic[RecordType]):
-    """One stage at work on one run.
+    """A step of the flow that leaves a record.
 
-    Its module is imported by the command line for its name and help, so it imports torch, transformers and Ray inside
-    functions only.
+    The command line imports every stage, so torch, transformers and Ray are imported inside functions only.
     """
 
     name: ClassVar[str]
-    """Its folder, record and verb, and the function of the API."""
+    """Names the folder and record of the stage, its verb and its API function."""
     help: ClassVar[str] = ""
-    """What the verb does, in one sentence; empty where there is no such verb."""
+    """Help text of the verb; empty if the stage has no verb."""
     record: type[RecordType] | None = None
-    """Class of its record; None of a stage that runs every time."""
+    """Class of the record; None for a stage that always runs."""
     keeps_scratch: ClassVar[bool] = False
-    """Whether it uses what a killed command left in its scratch folder."""
+    """Whether the stage reuses the scratch folder of a killed command."""
     repairs_files: ClassVar[bool] = False
-    """Whether a command that begins compares its files with their checksums and makes damaged ones again."""
+    """Whether the stage verifies the checksums of its files at the start of a command and rebuilds damaged files."""
     starts_ray: ClassVar[bool] = True
-    """Whether Ray may be started on this machine for it."""
+    """Whether the stage may start Ray on this machine."""
     trains: ClassVar[bool] = False
-    """Whether a loss that is no number comes from training, not from the weights of the base model."""
+    """Whether the stage trains; if so, training has caused a loss that is NaN or infinite."""
     memory_keys: ClassVar[str] = (
         "`training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
     )
-    """What to lower where memory runs out."""
+    """Keys to lower if memory runs out."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -52,31 +51,31 @@ class Stage(ABC, Generic[RecordType]):
 
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:
-        """Whether the configuration asks for this stage."""
+        """Return True if the configuration asks for this stage."""
         return True
 
     def warnings(self) -> Iterable[str]:
-        """Warn before the first stage of what this one will meet."""
+        """Return warnings to show before the first stage starts."""
         return ()
 
     def check(self) -> None:
-        """Refuse before the first stage what cannot work in this one, with a `UserError`."""
+        """Raise a `UserError` before the first stage starts if this stage cannot work."""
 
     def begin(self) -> None:
-        """Forget the record where files that it vouches for are damaged or gone."""
+        """Delete the record if files that it describes are damaged or missing."""
 
     def inputs(self) -> tuple[Any, ...]:
-        """Everything that the record depends on."""
+        """Return everything that the record depends on."""
         return ()
 
     @property
     def digest(self) -> str:
-        """Digest of its name and inputs."""
+        """Digest of the name and inputs of the stage."""
         return digest_of(self.name, *self.inputs())
 
     @abstractmethod
     def detail(self) -> str:
-        """Describe the work that begins."""
+        """Describe the work of the stage in one line, before it starts."""
 
     @abstractmethod
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -87,33 +86,33 @@ class Stage(ABC, Generic[RecordType]):
         """Describe the record in one line."""
 
     def share_done(self) -> float:
-        """How much of a stage without a record is done, from 0 to 1."""
+        """Return the finished share of a stage without a record, from 0 to 1."""
         return 0.0
 
     def disk_bytes(self) -> int:
-        """About the bytes that it leaves on this machine."""
+        """Estimate how many bytes the stage leaves on this machine."""
         return 0
 
     def matching_record(self, digest: str) -> RecordType | None:
-        """Read the record if it has this digest and its folder is there; `CorruptFile` if it cannot be read."""
+        """Return the record if its digest matches and its folder exists; raise `CorruptFile` if it is unreadable."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
         return record if record and record.digest == digest and run.has_folder(self.name) else None
 
     def is_whole(self, folder: Path) -> bool:
-        """Whether a folder and those in it are as their lists of checksums say; the first damaged one is set aside."""
+        """Return True if the checksums of a folder and its subfolders match; else set the damaged folder aside."""
         inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
         for part in (folder, *inner):
             try:
                 storage_at(part).verify()
             except CorruptFile as error:
                 where = f"set aside in {quarantine(part, self.context.run_dir.root)}, " if files_in(part) else ""
-                self.notify(f"warning: {error}; {where}the stage is run again")
+                self.notify(f"warning: {error}; {where}the stage runs again")
                 return False
         return True
 
     def read_intact(self, file: Path, kind: type[FileType], place: Path, remedy: str) -> FileType | None:
-        """Read a JSON file; a damaged one is set aside in `place` and counts as missing."""
+        """Read a JSON file; return None if it is missing, or damaged and therefore set aside in `place`."""
         try:
             return read_json(file, kind)
         except CorruptFile as error:

@@ -153,12 +153,12 @@ def read_index(bank: Path) -> BankIndex:
     return index
 
 
-def intact_files(bank: Path, index: BankIndex) -> list[str]:
-    """List the files of a bank that exist and match their sha256 in the index."""
+def intact_files(bank: Path, expected: Mapping[str, str]) -> list[str]:
+    """List the files of a bank that exist and have the expected sha256."""
     existing = files_in(bank)
-    names = [name for name in index.files if name in existing]
+    names = [name for name in expected if name in existing]
     found = for_each(file_digest, [bank / name for name in names])
-    return [name for name, sha256 in zip(names, found, strict=True) if sha256 == index.files[name].sha256]
+    return [name for name, sha256 in zip(names, found, strict=True) if sha256 == expected[name]]
 
 
 def read_plan(

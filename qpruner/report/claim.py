@@ -21,6 +21,7 @@ from qpruner.report.results import (
 )
 from qpruner.report.search_progress import cost, score, score_name
 from qpruner.report.statistics import (
+    SAME,
     Difference,
     difference_text,
     more_bytes,
@@ -197,7 +198,7 @@ def _verdicts(found: Sequence[Comparison]) -> str:
         rival = RIVALS[each.other]
         measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
         phrases = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
-        parts.append(" and ".join(phrases) or f"is not distinguishable from {rival}")
+        parts.append(" and ".join(phrases) or f"is {SAME} from {rival}")
     if not parts:
         return ""
     counts = [f"{word} in {verdicts.count(word)}" for word in shown if word in verdicts]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.data.calibration import Samples
+from qpruner.data.calibration import OnProgress, Samples, ignore_counts
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import Starts
@@ -46,6 +46,8 @@ class Subject:
     group: str
     bank: Path
     scaling: float
+    on_group: OnProgress = ignore_counts
+    """Counts the groups that `by_information` has scored after its pass over the samples."""
 
     def starts(self, model: PreTrainedModel) -> Starts:
         """Open the bank to read the initial weights of the model's groups."""
@@ -57,7 +59,7 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(model, subject.samples, subject.group, settings, seed)
+    found = mutual_information.measure(model, subject.samples, subject.group, settings, seed, subject.on_group)
     lowest, highest = subject.levels[0], subject.levels[-1]
     values = {
         bits: tuple(value * (highest - bits) / (highest - lowest) for value in found.values) for bits in subject.levels

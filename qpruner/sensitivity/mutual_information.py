@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from qpruner.config.schema import SensitivityConfig
-from qpruner.data.calibration import Samples, visit_outputs
+from qpruner.data.calibration import OnProgress, Samples, ignore_counts, visit_outputs
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import Rows
 from qpruner.errors import UserError
@@ -51,11 +51,16 @@ class MutualInformation:
 
 
 def measure(
-    model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int
+    model: PreTrainedModel,
+    samples: Samples,
+    group: str,
+    settings: SensitivityConfig,
+    seed: int,
+    on_group: OnProgress = ignore_counts,
 ) -> MutualInformation:
     """Estimate the mutual information of every group's output with the predicted token, in one pass over the samples.
 
-    `seed` seeds the choice of positions and the shuffling of labels. Progress counts batches, then groups.
+    `seed` seeds the choice of positions and the shuffling of labels. `on_group` counts the groups after that pass.
     """
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
@@ -82,7 +87,7 @@ def measure(
         components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
         raw.append(estimate(components, labels, settings.num_neighbors))
         baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
-        samples.on_progress(len(raw), len(modules))
+        on_group(len(raw), len(modules))
     return MutualInformation(tuple(raw), tuple(baseline), len(samples.rows), len(labels), num_classes)
 
 

@@ -319,7 +319,7 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     if not retry:
         assert (trial["status"], trial["failure"]) == ("failed", "infeasible")
         assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith("(micro-batch 32)")
-        assert code == 1 and "none of 1 trial finished; the first said: out of memory" in said
+        assert code == 1 and "none of 1 trial finished; the first reason: out of memory" in said
         return
     assert code == 0, said[-3000:]
     assert trial["status"] == "finished" and trial["micro_batch_size"] in (16, 8, 4)

@@ -1,4 +1,4 @@
-"""A run that has got as far as the sensitivities, searches that might have followed, and what later stages report.
+"""A run that has finished the sensitivity stage, made-up searches after it, and readers of events.
 
 `tests/conftest.py` loads the fixtures.
 """
@@ -31,14 +31,14 @@ def ignore(event: Event) -> None:
 
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
-    """A search that ended with `plan`; `losses` are those of its confirmed controls."""
+    """Make the record of a search that `plan` won; `losses` are the losses of its confirmed controls."""
     fresh = enumerate((losses or {"seed-fisher": 2.0}).items())
     confirmations = tuple(made_confirmation(index, origin, loss) for index, (origin, loss) in fresh)
     return made_search(plan.as_dict(), digest="0" * 16, confirmations=confirmations, best_control=0)
 
 
 def with_winner(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> Context:
-    """The run once a search has ended with `winner`."""
+    """Return the run after a search that `winner` won."""
     return with_records(context, search=searched_record(winner, losses))
 
 
@@ -47,18 +47,18 @@ def with_records(context: Context, **records: Record) -> Context:
 
 
 def a_winner(context: Context) -> PrecisionPlan:
-    """A plan that is no control."""
+    """Return a plan that is no control."""
     return context.space.plan_of([0, 1, 1, 0, 0, 1, 0, 0])
 
 
 def told(events: Sequence[Event], stage: str) -> list[str]:
-    """Which rows a stage worked on."""
+    """List the rows that a stage reported."""
     messages = [event.text for event in events if isinstance(event, Message) and event.stage == stage]
     return [text.partition(":")[0] for text in messages]
 
 
 def progress_of(events: Sequence[Event], stage: str) -> dict[str, list[tuple[int, int]]]:
-    """What a stage counted, and how far it was."""
+    """Collect the progress of a stage by its description."""
     found: dict[str, list[tuple[int, int]]] = {}
     for event in events:
         if isinstance(event, Progress) and event.stage == stage:
@@ -71,7 +71,7 @@ def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | 
 
 
 def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
-    """By row and training seed; of several random plans the last."""
+    """Return the folders by row and training seed; for the random row the folder of its last plan."""
     wanted = [(name, plan.as_dict(), seed) for name, row in rows.items() for seed, plan in row.plans]
     found = candidates_for(context, wanted)
     return {(name, seed): job.folder for (name, _, seed), job in zip(wanted, found, strict=True)}
@@ -79,7 +79,7 @@ def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Pat
 
 @pytest.fixture(scope="session")
 def sensed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Event]]:
-    """A configuration whose run has got as far as the sensitivities, and what was told meanwhile."""
+    """A configuration whose run has finished the sensitivity stage, and its events."""
     events: list[Event] = []
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("finish") / "run")
     for key, value in (
@@ -108,5 +108,5 @@ def context(sensed_raw: dict[str, Any]) -> Context:
 
 @pytest.fixture
 def changed(sensed_raw: dict[str, Any], context: Context) -> Callable[[str, Any], Context]:
-    """The same run with another configuration."""
+    """Return a function that gives the run another configuration."""
     return lambda key, value: replace(context, config=validate_config(with_key(sensed_raw, key, value)))

@@ -1,4 +1,4 @@
-"""The bank stage: built once, mended file by file, refused when it is somebody else's."""
+"""The bank stage: damaged and missing files are built again, and files of the same inputs are reused."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
 @pytest.fixture
 def raw(finished: Path, tiny_raw: Raw) -> Raw:
-    """A configuration whose run folder has the whole bank."""
+    """A configuration whose run folder has a finished bank."""
     shutil.copytree(finished, tiny_raw["output"])
     return tiny_raw
 
 
 def built(events: list[Event]) -> list[str]:
-    """Groups that were built."""
+    """List the groups that were built."""
     return [event.detail for event in events if isinstance(event, Progress) and event.stage == "bank"]
 
 
@@ -70,19 +70,13 @@ def test_only_damaged_and_missing_files_are_built_again(raw: Raw) -> None:
     assert set(record.files.values()) == set(whole.values())
 
 
-def test_a_damaged_index_is_made_again_from_the_record(raw: Raw) -> None:
-    """It costs no entry, except those that are damaged, too."""
+def test_a_bank_with_a_damaged_index_is_built_again(raw: Raw) -> None:
     folder = Path(raw["output"]) / "bank"
-    index, whole = read_index(folder), folder_digests(folder / "4bit")
-    (folder / INDEX).unlink()
-    _, events = bank_of(raw)
-    assert str(folder) in said(events) and INDEX in said(events)
-    assert is_skipped(events) and read_index(folder) == index
+    index, intact = read_index(folder), folder_digests(folder / "4bit")
     os.truncate(folder / INDEX, 100)
-    flip_a_byte(folder / "4bit" / "layers.1.down.safetensors")
     _, events = bank_of(raw)
-    assert built(events) == ["layers.1.down"]
-    assert read_index(folder) == index and folder_digests(folder / "4bit") == whole
+    assert str(folder / INDEX) in said(events) and len(built(events)) == 8
+    assert read_index(folder) == index and folder_digests(folder / "4bit") == intact
 
 
 def test_another_bit_width_builds_no_file_anew(tiny_raw: Raw) -> None:
@@ -95,7 +89,7 @@ def test_another_bit_width_builds_no_file_anew(tiny_raw: Raw) -> None:
 
 
 def interrupt(raw: Raw, num_groups: int) -> list[Event]:
-    """Build so many groups, then Ctrl-C; what it leaves is what a SIGKILL leaves."""
+    """Build this many groups, then end the command as Ctrl-C does."""
     events: list[Event] = []
 
     def emit(event: Event) -> None:
@@ -109,7 +103,7 @@ def interrupt(raw: Raw, num_groups: int) -> list[Event]:
 
 
 def test_groups_of_an_interrupted_command_are_reused(finished: Path, tiny_raw: Raw) -> None:
-    """Except those whose files are damaged meanwhile."""
+    """A group whose file is damaged in between is built again."""
     first = interrupt(tiny_raw, 3)
     flip_a_byte(Path(tiny_raw["output"]) / ".scratch-bank" / "8bit" / f"{built(first)[1]}.safetensors")
     _, events = bank_of(tiny_raw)
@@ -118,8 +112,8 @@ def test_groups_of_an_interrupted_command_are_reused(finished: Path, tiny_raw: R
     assert read_index(Path(tiny_raw["output"]) / "bank").files == read_index(finished / "bank").files
 
 
-def test_what_another_bank_left_harms_none(raw: Raw) -> None:
-    """What it linked lies in the bank, too."""
+def test_files_of_an_interrupted_bank_change_no_other_bank(raw: Raw) -> None:
+    """The interrupted command had linked files of the finished bank."""
     raw = with_key(raw, "quantize.bits", [4, 16])
     record, _ = bank_of(raw)
     interrupt(with_key(raw, "quantize.bits", [4, 8, 16]), 1)
@@ -134,7 +128,7 @@ def test_what_another_bank_left_harms_none(raw: Raw) -> None:
 
 
 def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
-    """Nor one that was copied here by hand: every file is whole, and made from other weights."""
+    """Neither is a bank of other weights that was copied into the run folder by hand."""
     folder = Path(raw["output"]) / "bank"
     before, _ = bank_of(raw)
     shutil.copytree(folder, tmp_path / "copy")
@@ -162,7 +156,7 @@ def test_workers_build_what_this_process_builds(
 
 @pytest.mark.slow
 def test_a_bank_file_damaged_under_a_search_stops_it(raw: Raw) -> None:
-    """A disk flips a byte after the bank was checked: the trials that meet it say nothing of their plans."""
+    """The disk flips a byte after the bank was checked, so the trials that read it say nothing about their plans."""
     raw = with_key(with_key(raw, "search.max_trials", 3), "sensitivity.methods", ["mutual_information"])
     path = Path(raw["output"]) / "bank" / "4bit" / "layers.1.down.safetensors"
 

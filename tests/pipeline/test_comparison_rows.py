@@ -1,4 +1,4 @@
-"""Which plans the final table compares, under which training seeds, and which jobs they are."""
+"""The rows of the final table: their plans, training seeds and jobs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MI_ROW = "mutual-information seed"
 
 
 def test_seed_rows_are_the_best_of_the_winners_bytes(context: Context) -> None:
-    """A seed plan with the whole budget against a winner that left bytes unused would be no fair comparison."""
+    """A seed plan may use only the bytes of the winner, for a fair comparison."""
     space, methods = context.space, context.record(SensitivityRecord).methods
     assert space.groups == context.record(SensitivityRecord).groups
     every = [PrecisionPlan(space.groups, bits) for bits in itertools.product((4, 8), repeat=len(space.groups))]
 
     def gain(plan: PrecisionPlan, method: str) -> float:
         rises = methods[method].values
-        # More bits are never taken to be worse.
+        # More bits never count as worse.
         worth = np.maximum(np.array(rises[4]) - np.array(rises[8]), 0.0)
         return float(worth @ (np.array(plan.bits) == 8))
 
@@ -103,7 +103,7 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
 
 
 def test_all_seed_plans_are_rows_on_request(changed: Callable[[str, Any], Context]) -> None:
-    """The best has its own row, under all training seeds."""
+    """The best seed plan has its own row, with all training seeds."""
     context = changed("finetune.seed_rows", "all")
     methods = ("mutual_information", "fisher", "kl")
     config = context.config
@@ -140,7 +140,7 @@ def test_all_seed_plans_are_rows_on_request(changed: Callable[[str, Any], Contex
 def test_check_counts_the_fine_tunes_without_a_search(
     changes: dict[str, Any], method: str | None, number: int, context: Context, sensed_raw: dict[str, Any]
 ) -> None:
-    """The winner's own fine-tune is a row's, too, and no seed plan beside it was confirmed."""
+    """A given plan may equal the plan of another row, and no seed plan was confirmed."""
     for key, value in changes.items():
         sensed_raw = with_key(sensed_raw, key, value)
     given, measured = replace(context, config=validate_config(sensed_raw)), context.record(SensitivityRecord)
@@ -155,7 +155,7 @@ def test_check_counts_the_fine_tunes_without_a_search(
 
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
-    """The winner's own fine-tune is one of its row, whatever is compared with it afterwards."""
+    """A winner that is a control shares the fine-tune of the row of that control."""
     winner = context.space.uniform(8)
     rows = rows_of(context, winner)
     assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
@@ -176,7 +176,7 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     ],
 )
 def test_a_row_is_named_as_in_the_final_table(found: dict[str, Any], title: str, context: Context) -> None:
-    """In every line that tells of it while it is worked on."""
+    """Every message about a row uses its title in the table."""
     winner = a_winner(context)
     found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
     labels = [job.label for row, job in Comparison(found_context).jobs if row.name == "searched"]
@@ -206,7 +206,7 @@ def test_only_what_a_fine_tune_depends_on_repeats_it(
 
 
 def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Path) -> None:
-    """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
+    """One of three jobs is finished; equal progress is emitted once, and half a file is ignored."""
     events: list[Event] = []
     signs = [tmp_path / "a", tmp_path / "b"]
     emit = job_progress(Comparison(replace(context, emit=events.append)), signs, 3, "answers")

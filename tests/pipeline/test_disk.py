@@ -1,4 +1,4 @@
-"""Room on a real file system: what is asked of it is what the run has still to write."""
+"""Free room on a real file system: a run needs room only for files that it has not written yet."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ MIB = 2**20
 
 
 def ignore(event: Event) -> None:
-    """Nobody listens."""
+    """Ignore an event."""
 
 
 @pytest.fixture
 def raw(tmp_path: Path, tiny_raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A run on a disk of its own."""
+    """A configuration whose run folder is on a small disk."""
     with disk_of("48m", tmp_path / "disk") as disk:
         yield with_key(tiny_raw, "output", str(disk / "run"))
 
 
 @contextmanager
 def with_free(raw: dict[str, Any], num_bytes: int) -> Iterator[None]:
-    """Have so much room on the run's disk, and no more."""
+    """Fill the disk except for this many bytes."""
     disk = Path(raw["output"]).parent
     filler = disk / "filler"
     with filler.open("wb") as file:
@@ -44,7 +44,7 @@ def with_free(raw: dict[str, Any], num_bytes: int) -> Iterator[None]:
 
 
 def needed(raw: dict[str, Any]) -> int:
-    """Bytes that the refusal of a full disk names."""
+    """Return the needed bytes in the error about a full disk."""
     with with_free(raw, 8192), pytest.raises(UserError) as caught:
         check(validate_config(raw), ignore)
     found = re.search(r"needs about ([\d.]+) MiB more in .*make room", str(caught.value))
@@ -52,8 +52,8 @@ def needed(raw: dict[str, Any]) -> int:
     return round(float(found[1]) * MIB)
 
 
-def test_what_a_run_holds_already_is_paid_for(raw: dict[str, Any]) -> None:
-    """The disk took the first half of the run: it takes the rest, though it never again has room for the whole."""
+def test_files_of_finished_stages_need_no_more_room(raw: dict[str, Any]) -> None:
+    """A disk that is too small for a second copy of the run is large enough to finish the run."""
     whole = needed(raw)
     run(validate_config(raw), ignore, until="bank")
     written = sum(path.stat().st_size for path in Path(raw["output"], "bank").rglob("*.safetensors"))
@@ -63,11 +63,11 @@ def test_what_a_run_holds_already_is_paid_for(raw: dict[str, Any]) -> None:
         check(validate_config(raw), ignore)
         run(validate_config(raw), ignore, until="bank")
     other = with_key(raw, "prune.rate", 0.3)
-    assert needed(other) > left + written // 2, "of another model nothing is there"
+    assert needed(other) > left + written // 2, "another model needs all of its room"
 
 
-def test_what_a_killed_stage_left_is_paid_for(raw: dict[str, Any]) -> None:
-    """The stage begins with an empty folder again."""
+def test_the_scratch_folder_of_a_killed_stage_counts_as_room(raw: dict[str, Any]) -> None:
+    """The next command empties the scratch folder."""
     run(validate_config(raw), ignore, until="prepare")
     left = needed(raw)
     half_written = Path(raw["output"], ".scratch-prune", "model.safetensors")

@@ -1,4 +1,4 @@
-"""The held-out evaluation: the GPU seconds that it counts, and the text that perplexity is measured on."""
+"""The evaluate stage: its GPU seconds, and the text for perplexity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_ca
 def test_gpu_seconds_of_each_job_are_counted_once(
     context: Context, changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rows that are one model count once; the work is made up, and a job holds half a GPU for 8 seconds."""
+    """Rows that share a model count once; each faked job reserves half a GPU for 8 seconds."""
     winner = context.space.uniform(8)  # a control
     context = with_winner(changed("training.learning_rate", 0.003), winner)
     context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
@@ -65,7 +65,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
         others = len({each.digest for each in compared.candidates}) - 1
         assert others < len(compared.candidates) - 1
-        assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "the winner's are told"
+        assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "without the winner"
         assert gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
     finally:
         for stage in (Finetune, Evaluate, Comparison):
@@ -73,7 +73,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
 
 
 def test_the_text_is_described(context: Context, sensed_raw: dict[str, Any], tmp_path: Path) -> None:
-    """Answers to questions are none; responses are, and so is a text that is named."""
+    """Responses and `evaluate.text` have a perplexity, answers to questions have none."""
     source = "package:qpruner/demo/data"
     text = {"source": f"{source}/questions_test.jsonl", "format": "text", "columns": {"text": "question"}}
 

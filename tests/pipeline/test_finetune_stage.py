@@ -1,4 +1,4 @@
-"""The winner's fine-tune and the rows beside it: nothing is trained twice, and the final folder is the winner's."""
+"""The fine-tunes of the winner and of other rows: none runs twice, and the final folder holds the winner."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from qpruner.runs.storage import file_digest, write_json
 def test_the_comparison_changes_nothing_of_the_winner(
     settings: dict[str, Any], context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
-    """`finetune` and `evaluate` of a finished run stay recorded when a comparison is added or taken away."""
+    """The record of the finetune stage stays valid when a comparison is added or removed."""
     other = changed("finetune", {"steps": 4} | settings)
     assert Finetune(context).digest == Finetune(other).digest
-    assert Finetune(context).detail().endswith(", so its loss is not that of a trial"), "it may be 0.3 worse"
+    assert Finetune(context).detail().endswith(", so its loss differs from its trial's"), "it may be 0.3 worse"
 
 
 @pytest.mark.slow
 def test_an_interrupted_comparison_is_completed(context: Context, changed: Callable[[str, Any], Context]) -> None:
-    """All fine-tunes but one were recorded before; what is recorded stands when seeds are taken away."""
+    """Only the missing and the damaged row are fine-tuned; fewer seeds need no fine-tune."""
     events: list[Event] = []
     one_plan, two_seeds = {"steps": 4, "random_plans": 1}, {"steps": 4, "random_plans": 1, "seeds": 2}
     whole, fewer = (replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds))
@@ -58,7 +58,7 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
 
     try:
         records = finetune_all(whole)
-        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "what is recorded is not gone on from"
+        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "a recorded fine-tune needs no checkpoints"
         assert told(events, "comparison") == ["random, training seed 2"]
         counted = progress_of(events, "comparison")
         assert list(counted) == ["steps"]
@@ -88,7 +88,7 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
 
 @pytest.mark.slow
 def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
-    """Also where its adapter or the final folder is damaged, and where another final model could not be written."""
+    """A damaged adapter is trained again, and a damaged final folder is written again."""
     events: list[Event] = []
     alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
     [(_, job)] = Finetune(alone).jobs
@@ -149,7 +149,7 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
 def test_the_final_folder_is_the_recorded_winners(
     context: Context, changed: Callable[[str, Any], Context], tmp_path: Path
 ) -> None:
-    """Also where a command ended before the record of another winner was written, as by a kill."""
+    """A command for another winner overwrites the final folder but fails to write its record."""
     alone = changed("finetune", {"steps": 4})
     weights, records = (alone.run_dir.root / name for name in ("final/model.safetensors", "records"))
     try:
@@ -180,8 +180,7 @@ def test_the_final_folder_is_the_recorded_winners(
 def test_two_workers_fine_tune_what_one_does(
     changed: Callable[[str, Any], Context], sensed_raw: dict[str, Any]
 ) -> None:
-    """Through Ray Train, on packed 4- and 8-bit layers; in bfloat16, whose numbers have three digits, as does what both
-    agree on."""
+    """Ray Train runs both workers on packed 4- and 8-bit layers in bfloat16, so about three digits agree."""
     found = {}
     for workers in (2, 1):
         whole = with_key(sensed_raw, "training.micro_batch_size", 2)
@@ -209,14 +208,14 @@ def test_two_workers_fine_tune_what_one_does(
 
 
 def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
-    """The machine that could not read it may not see the storage; the row took hours."""
+    """A machine that cannot read the row may not see the storage."""
     run_dir = RunDir(tmp_path)
     folder = run_dir.candidates / "0123abcd"
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
-    for is_there, cause in ((True, "the driver sees it whole"), (False, "set aside in")):
+    for is_there, cause in ((True, "on the driver it is intact"), (False, "set aside in")):
         if not is_there:
             weights.unlink()
         with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
@@ -226,7 +225,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
 
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
-    """As an earlier session left it for some row."""
+    """Make the record of a fine-tuned row."""
     losses = dict.fromkeys(("train_loss", "validation_loss", "confirmation_loss"), loss)
     ones = dict.fromkeys(("seconds", "plan_bytes", "measured_bytes", "num_parameters", "peak_memory_bytes"), 1)
     about = {"digest": folder.name, "name": "", "origin": "", "seed": seed, "plan": {}, "mean_bits": 4.0, "steps": 4}

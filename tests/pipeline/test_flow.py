@@ -1,4 +1,4 @@
-"""The flow is data: one tuple of stages, and no second list of them."""
+"""The flow is one tuple of stages, and no other list of stages exists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = [stage.name for stage in STAGES]
 
 
 def named_in(node: ast.AST) -> set[str]:
-    """The stages that a literal or a comparison names as strings."""
+    """Return the names of stages in a literal or a comparison."""
     match node:
         case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts) | ast.Dict(keys=parts):
             pass

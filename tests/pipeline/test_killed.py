@@ -1,4 +1,4 @@
-"""A run may be killed at any instant and repeated: same plans, same losses, same report."""
+"""A run that is killed at any time and repeated has the same plans, losses and report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_killed_in_a_stage_and_repeated_gives_the_same(tiny_model: Path, tmp_pat
 
 @pytest.mark.slow
 def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """By Ctrl-C, too: Tune's own handler would end the search early and let it pass for a finished one."""
+    """The signal handler of Tune must not turn Ctrl-C into the regular end of a search."""
     config = written_config(tmp_path / "killed", tiny_model)
     root = config.parent / "run"
     kills = 0
@@ -56,7 +56,7 @@ def trial_is_between_rungs(root: Path, index: int) -> bool:
 
 
 def search_of(root: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """The search's record, and the trials of its folder by number."""
+    """Return the record of the search, and its trials by number."""
     record = json.loads((root / "records" / "search.json").read_text())
     paths = (root / "trials" / record["trials_digest"]).glob("*/trial.json")
     trials = [json.loads(path.read_text()) for path in paths]
@@ -65,7 +65,7 @@ def search_of(root: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
 
 @pytest.mark.slow
 def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_path: Path) -> None:
-    """It measures and packs nothing."""
+    """The stages before the search stay recorded."""
     root = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     first, before = search_of(root)
     other = ("quantize.budget={fraction: 0.8}", "search.searcher=random", "search.max_trials=3", f"output={root}")
@@ -75,7 +75,7 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
     assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
     assert (second["num_trials"], second["num_reused"]) == (3, len(before))
     assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
-    assert {index: after[index] for index in before} == before, "what was taken over is as it was"
+    assert {index: after[index] for index in before} == before, "reused trials stay unchanged"
     assert len({tuple(trial["plan"].values()) for trial in after.values()}) == len(after) == len(before) + 3
     controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
     assert controls["uniform-4"]["reused"]
@@ -85,7 +85,7 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
 
 @pytest.mark.slow
 def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """And may be killed: what the winner has is there before, stays meanwhile, and is not made again."""
+    """The comparison may be killed, and changes nothing of the winner."""
     config = written_config(tmp_path / "added", tiny_model)
     root, compared = config.parent / "run", ("--set", "finetune.compare=true")
 

@@ -1,4 +1,4 @@
-"""What is wrong with a node, from what it said: plain data, no Ray."""
+"""Problems of a node, found in its report without Ray."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def test_a_node_that_can_do_the_run_is_ok() -> None:
     ("fields", "unseen", "word", "part"),
     [
         ({"problems": {"storage": "cannot be written there"}}, False, "storage", f"`output`: {RUN} cannot be written"),
-        ({}, True, "storage", "what it wrote is not here; `output` must lie in a folder that every node"),
+        ({}, True, "storage", "file that the node wrote; `output` must be in a folder that every node"),
         ({"problems": {"GPUs": "torch sees 1"}}, False, "GPUs", "torch sees 1"),
         ({"gpus": (L40S, V100)}, False, "GPUs", "capability 7.0 cannot run 8-bit layers, which need 7.5; leave 8 out"),
         ({"problems": {"no answer": "in 60 s"}, "gpus": ()}, True, "no answer", "in 60 s"),
     ],
 )
-def test_what_is_wrong_is_told_with_the_remedy(fields: dict[str, Any], unseen: bool, word: str, part: str) -> None:
+def test_a_problem_is_named_with_its_remedy(fields: dict[str, Any], unseen: bool, word: str, part: str) -> None:
     report = replace(FINE, **fields)
     told = found(report, unseen=unseen)
     assert list(told) == [word] and part in told[word]
     assert row(report, told)[-1] == word
 
 
-def test_a_node_that_left_is_not_missed() -> None:
+def test_a_node_that_left_has_no_problems() -> None:
     left = replace(FINE, problems={"no answer": "gone"}, has_left=True)
     assert found(left, unseen=True) == {} and row(left, {})[-1] == "left the cluster"
 
@@ -63,7 +63,7 @@ def test_older_gpus_run_what_they_can() -> None:
 
 
 def test_a_node_that_no_trial_fits_on_needs_neither_disk_nor_gpus() -> None:
-    """The head of a cluster of GPUs."""
+    """The head of a cluster of GPUs may have neither."""
     head = replace(FINE, size=Node(4, 0), problems={"disk": "full", "GPUs": "none"}, gpus=())
     assert found(head) == {}
     assert list(found(head, gpu=0)) == ["disk"]
@@ -78,8 +78,8 @@ def test_versions_that_differ_are_named() -> None:
     assert differences(own | {"torch": "0.1"}) == f"torch is {own['torch']} there and 0.1 here"
 
 
-def test_gpus_declared_to_ray_are_not_looked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray counts none by itself where there is no driver."""
+def test_gpus_declared_to_ray_need_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU driver Ray finds no GPUs itself, so these GPUs were declared by hand."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for has_hardware, trouble in ((False, ""), (True, "Ray counts 2 GPUs, torch sees 0; install a torch")):
         monkeypatch.setattr("qpruner.cluster.node_check._has_hardware", lambda has=has_hardware: has)
@@ -104,7 +104,7 @@ def test_copies_must_fit_beside_what_is_there(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.gpu
 def test_gpus_that_ray_hides_are_seen() -> None:
-    """By a process that reserves none."""
+    """A process that reserves no GPU sees all GPUs of its node."""
     code = "import json; from qpruner.cluster.node_check import _gpus; print(json.dumps(_gpus(1)))"
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """Bad models, rows and tasks, one a row: each is refused, or warned about, before a weight is loaded.
 
-A row is what to change in a configuration that is otherwise accepted, and what the error must hold: the key, the value
-found, the rule it breaks, the remedy. The configuration alone: `tests/config/test_bad_input.py`.
+A row has a change of a valid configuration and the parts of the message: key, value, rule and remedy. Errors that the
+configuration alone causes: `tests/config/test_bad_input.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DEMO_DATA, changed_by, demo_rows, said, with_key
+from conftest import DEMO_DATA, changed_by, said, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import DataSource, RunConfig
-from qpruner.data.sources import load_examples, normalized
+from qpruner.data.sources import load_examples
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
 from qpruner.pipeline.preflight import Inspection, inspect
@@ -36,7 +36,7 @@ BY_ACCURACY = f"search.metric=accuracy; search.tasks=[{SEARCH_TASK}]; search.lim
 
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads weights while an input is judged fails the test."""
+    """Fail if weights are loaded before an input is refused."""
     from transformers import PreTrainedModel
 
     def refuse(*args: object, **options: object) -> None:
@@ -47,7 +47,7 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def inspected(tiny_raw: dict[str, Any]) -> Callable[[str | dict[str, Any]], Inspection]:
-    """What an inspection finds with some keys changed."""
+    """Return a function that inspects the configuration with some keys changed."""
     return lambda change: inspect(config_of(change, tiny_raw))
 
 
@@ -60,7 +60,7 @@ def config_of(change: str | dict[str, Any], raw: dict[str, Any]) -> RunConfig:
 
 
 def refused_with(message: str, change: str | dict[str, Any], raw: dict[str, Any]) -> None:
-    """Nothing is left behind, and the message has all its parts."""
+    """Check that a change is refused with all parts of the message, and that nothing is left behind."""
     with pytest.raises(UserError) as caught:
         inspect(config_of(change, raw))
     assert caught.value.exit_code == 2
@@ -86,15 +86,15 @@ MODEL = [
     ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
     ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... every group fits at 8 bits ... got 1.0"),
     ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the lowest ... 4 and 8, got 9"),
-    ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name a folder"),
-    ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name a folder"),
+    ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name"),
+    ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name"),
 ]
 ON_CPU = [
-    ("prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`"),
     (
         "prune.round_to=32; prune.selection=global; prune.rate=0.1",
         "`prune.selection: global` ... mlp.down_proj with 32 columns ... `prune.round_to` a multiple of 64",
     ),
+    ("prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`"),
     ("model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16"),
 ]
 MODEL += [] if torch.cuda.is_available() else ON_CPU
@@ -221,7 +221,10 @@ ROWS = [
     ("data.train.0.columns={question: [question, topic]}", "`data.train.0.columns.question` ... one column"),
     ("data.train.0.columns={choices: question}", "`data.train.0.columns.choices` ... question ... list"),
     ("data.max_length=8", "`data.max_length` ... 8 ... no labelled token in any row ... make it longer"),
-    ("data.confirmation.0.limit=1", "`data.confirmation` must have at least 2 rows ... got 1 ... raise its `limit`"),
+    (
+        "data.confirmation.0.limit=1",
+        "`data.confirmation` must have at least 2 different ... got 1 ... raise",
+    ),
     (
         "data.template=chat; data.train.0={source: package:qpruner/demo/data/instructions.jsonl}",
         "`data.template: chat` ... needs a tokenizer with a chat template ... set `alpaca`",
@@ -252,8 +255,14 @@ UNKNOWN = f"has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}"
 TASKS = [
     ("evaluate.tasks=[qpruner_everyday_tset]", f"`evaluate.tasks` ... {UNKNOWN}"),
     ("search.tasks=[qpruner_everyday_tset]", f"`search.tasks` ... {UNKNOWN}"),
-    (f"{BY_ACCURACY}8; search.metric=acc_norm", f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... name one"),
-    (f"{BY_ACCURACY}61", "`search.limit` ... leave as many questions of every task ... 120, got 61 ... lower it to 60"),
+    (
+        f"{BY_ACCURACY}8; search.metric=acc_norm",
+        f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... another",
+    ),
+    (
+        f"{BY_ACCURACY}61",
+        "`search.limit` ... at most half of the questions ... 120, got 61 ... lower it to 60",
+    ),
     ("evaluate.include_path=/no/tasks", "`evaluate.include_path` ... /no/tasks ... does not exist ... name"),
     ("evaluate.include_path=package:qpruner/demo/__init__.py", "`evaluate.include_path` ... is a file ... name"),
 ]
@@ -289,7 +298,7 @@ def test_rows_of_two_uses_must_not_overlap(key: str, split: str, message: str, t
 
 @pytest.fixture
 def demo_tasks(tmp_path: Path) -> Path:
-    """The demo's tasks and rows, to be changed."""
+    """A copy of the tasks and rows of the demo."""
     return Path(shutil.copytree(DEMO_DATA.parent, tmp_path / "demo")) / "tasks"
 
 
@@ -309,22 +318,20 @@ def test_a_task_without_accuracy_is_refused(section: str, demo_tasks: Path, tiny
     del task["doc_to_choice"]
     (demo_tasks / "likelihood.yaml").write_text(yaml.safe_dump(task).replace("FUNCTION", "!function rows.load"))
     change = {f"{section}.tasks": ["likelihood"], "evaluate.include_path": str(demo_tasks)}
-    message = "reports bits_per_byte ... none of acc_norm, acc, exact_match ... name a task that reports an accuracy"
+    message = "one of acc_norm, acc, exact_match, but reports bits_per_byte ... name a task that reports an accuracy"
     refused_with(f"`{section}.tasks` ... {message}", change, tiny_raw)
 
 
 def test_a_task_whose_answer_is_no_choice_is_refused(demo_tasks: Path, tiny_raw: dict[str, Any]) -> None:
-    """A task file that takes the answers' positions for one more than they are."""
+    """The task file counts the positions of answers from one instead of zero."""
     task = demo_tasks / f"{TEST_TASK}.yaml"
     task.write_text(task.read_text().replace("choices.label.index(answerKey)", "choices.label.index(answerKey) + 1"))
-    message = (
-        f"`evaluate.tasks`: question ... of task `{TEST_TASK}` has the answer 4 ... none of its 4 choices ... 0 to 3"
-    )
+    message = f"`evaluate.tasks`: question ... of task `{TEST_TASK}` has the answer 4 ... its 4 choices ... 0 to 3"
     refused_with(message, {"evaluate.include_path": str(demo_tasks)}, tiny_raw)
 
 
 def test_a_task_s_rows_that_are_no_json_are_refused(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
-    """With what the reader says, not only that generating the data set failed."""
+    """The error of the JSON reader is shown, not only that the data set could not be made."""
     (tmp_path / "questions.jsonl").write_text('{"question": "a"}\n{"question": }\n')
     task = {"task": "mine", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
     task["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "questions.jsonl")}}
@@ -335,7 +342,7 @@ def test_a_task_s_rows_that_are_no_json_are_refused(tiny_raw: dict[str, Any], tm
 
 
 def test_model_rows_and_tasks_are_refused_at_once(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
-    """Each look takes a person's time, and one at a cluster more."""
+    """A user should not have to repeat the command for each problem."""
     (tmp_path / "bare.jsonl").write_text('{"x": 1}\n')
     change = {
         "model.source": "/no/model",
@@ -354,7 +361,7 @@ def test_model_rows_and_tasks_are_refused_at_once(tiny_raw: dict[str, Any], tmp_
 
 
 def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
-    """The smallest leaves a choice, the largest cannot hold every group at 8 bits; a front may have all of it."""
+    """The smallest budget leaves a choice, and the largest is one byte below every group at 8 bits."""
 
     def named(change: str, bound: str) -> tuple[int, str]:
         with pytest.raises(UserError) as caught:
@@ -381,90 +388,58 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
 
 
 @pytest.fixture
-def warned(inspected: Any) -> Callable[..., list[str]]:
-    """The warnings on something; else all but those of the scene's few rows and questions to score on."""
+def warned(inspected: Any) -> Callable[[str | dict[str, Any], str], list[str]]:
+    """Return the warnings of a changed configuration that contain some words."""
+    return lambda change, words: [warning for warning in inspected(change).warnings if words in warning]
 
-    def warnings(change: str | dict[str, Any], about: str | None = None) -> list[str]:
-        few = (" tokens of ", "over so few")
-        every = inspected(change).warnings
-        return [each for each in every if (about in each if about else not any(part in each for part in few))]
 
-    return warnings
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ("", "tokens of 16 rows", "`data.validation` ... tokens of 16 rows ... least 500 tokens"),
+        ("", "tokens of 8 rows", "half of `data.confirmation` chooses the winner ... least 500 tokens"),
+        (f"{BY_ACCURACY}16", "`search.tasks`", "16 questions ... up to 0.12 ... at least 40 ... `search.limit`"),
+        ("evaluate.limit=4", "`evaluate.tasks`", "4 questions ... up to 0.25 ... `evaluate.limit`"),
+        (
+            "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=3",
+            "`search.max_trials`",
+            "3 uniform and seed plans ... none of 3 trials ... `sensitivity.methods`",
+        ),
+    ],
+)
+def test_too_little_to_tell_plans_apart_is_a_warning(change: str, words: str, message: str, warned: Any) -> None:
+    (warning,) = warned(change, words)
+    assert said(message, warning), warning
+
+
+def test_enough_to_tell_plans_apart_is_no_warning(warned: Any) -> None:
+    assert warned(f"{BY_ACCURACY}8", "tokens of") == warned("evaluate.limit=40", "`evaluate.tasks`") == []
+    enough = "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=4"
+    assert warned(enough, "`search.max_trials`") == []
 
 
 def test_rows_without_a_response_are_a_warning(warned: Any, tmp_path: Path) -> None:
-    """An empty cell, and a row of a file that lacks the column."""
-    rows = [{"instruction": f"Say {number}.", "output": "it"} for number in range(40)]
-    rows[3], rows[7] = {"instruction": "Explain tea.", "output": " "}, {"instruction": "Explain salt."}
-    (tmp_path / "rows.jsonl").write_text(jsonl(*rows))
-    change = {"data.train": [{"source": str(tmp_path / "rows.jsonl")}], "data.max_length": 256}
-    (warning,) = warned(change, "have no response")
-    assert said("2 rows of `data.train` of 40 ... 'Explain tea.' ... leave them out", warning)
-    assert warned("", "have no response") == []
-
-
-def test_rows_without_room_for_a_response_are_a_warning(warned: Any, tmp_path: Path) -> None:
-    """Rows that lose their ends alone are none: that is what `data.max_length` is for, and `check` counts them."""
-    rows = [{"instruction": "Say it.", "output": "word " * 8} for _ in range(30)]
-    rows += [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(7)]
+    """The response is an empty cell, missing, or cut off behind a long prompt."""
+    rows = [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(37)]
     (tmp_path / "cut.jsonl").write_text(jsonl(*rows))
     rows += [{"instruction": f"Say {number} " * 150, "output": "it"} for number in range(3)]
+    rows[3], rows[7] = {"instruction": "Explain tea.", "output": " "}, {"instruction": "Explain salt."}
     (tmp_path / "lost.jsonl").write_text(jsonl(*rows))
-    cut, lost = ([{"source": str(tmp_path / name)}] for name in ("cut.jsonl", "lost.jsonl"))
-    (warning,) = warned({"data.train": lost, "data.max_length": 256}, "all of their response")
-    assert said("about 3 of 40 rows of `data.train` ... `data.max_length` of 256 tokens or more", warning)
-    assert warned({"data.train": lost, "data.max_length": 512}, "all of their response") == []
-    assert warned({"data.train": cut, "data.max_length": 256, "search.max_trials": 8}) == []
-    assert num_cut(load_examples([DataSource(source=cut[0]["source"])], "data.train"), 256) == 7
-
-
-def test_too_few_tokens_to_score_on_are_a_warning(warned: Any, tmp_path: Path) -> None:
-    """Every other confirmation row chooses; letters of other scripts than the Latin one are tokens of their own."""
-    for warning, key, rows in zip(warned("", "tokens of"), ("validation", "confirmation"), (16, 8), strict=True):
-        told = rf"`data.{key}` .* about [1-4]?\d?\d tokens of {rows} rows: .*; give 500 tokens at least, by more rows"
-        assert re.search(told, warning), warning
-
-    def rows_of(*texts: str, **keys: Any) -> dict[str, Any]:
-        (tmp_path / "rows.jsonl").write_text(jsonl(*({"text": f"{row} {text}"} for row, text in enumerate(texts))))
-        return {"data.validation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}], **keys}
-
-    for enough in (["word " * 20] * 40, ["\u5b57" * 20] * 40):
-        (confirmation,) = warned(rows_of(*enough), "tokens of")
-        assert "`data.confirmation`" in confirmation
-    validation, _ = warned(rows_of("word " * 10_000, **{"data.max_length": 64}), "tokens of")
-    assert "about 64 tokens of 1 row:" in validation, "a row is cut"
-    assert warned(f"{BY_ACCURACY}8", "tokens of") == []
-
-
-def test_too_few_questions_are_a_warning(warned: Any) -> None:
-    """Of the test, and of trials where accuracy is searched, with the standard error."""
-    trials, test = warned(f"{BY_ACCURACY}16; evaluate.limit=4", "over so few")
-    assert said("16 questions ... 0.12 ... `search.limit`", trials) and said("4 questions ... 0.25", test)
-    assert warned("evaluate.limit=40", "over so few") == []
-
-
-def test_trials_that_the_controls_use_up_are_a_warning(warned: Any) -> None:
-    few = "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials="
-    assert warned(f"{few}4") == []
-    (warning,) = warned(f"{few}3")
-    assert said(
-        "3 uniform and seed plans ... none of 3 trials ... `search.max_trials` ... `sensitivity.methods`", warning
+    cut, lost = (
+        {"data.train": [{"source": f"{tmp_path}/{name}.jsonl"}], "data.max_length": 256} for name in ("cut", "lost")
     )
+    empty, too_long = warned(lost, "`data.train`")
+    assert said("2 rows of `data.train` of 40 ... 'Explain tea.' ... remove the rows", empty)
+    assert said("about 3 of 40 rows of `data.train` ... `data.max_length` of 256 tokens or more; raise it", too_long)
+    assert len(warned(lost | {"data.max_length": 512}, "`data.train`")) == 1
+    assert warned(cut, "`data.train`") == [], "rows that lose only their ends are counted by `check`"
+    assert num_cut(load_examples([DataSource(source=f"{tmp_path}/cut.jsonl")], "data.train"), 256) == 37
 
 
-def test_a_repeated_confirmation_row_is_left_out(inspected: Any, tmp_path: Path) -> None:
-    """Every other row chooses the winner: twice in a row, one would choose and judge."""
+def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) -> None:
+    """Otherwise the same row could choose the winner and judge it."""
     texts = [f"{row} and {row}" for row in ("one", "one", "two", "three", "Two!", "one")]
     (tmp_path / "rows.jsonl").write_text(jsonl(*({"text": text} for text in texts)))
     found = inspected({"data.confirmation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}]})
     assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
-    assert said("3 rows of `data.confirmation` left out ... 'one and one'", found.warnings[0])
-
-
-def test_a_question_that_scores_and_chooses_is_a_warning(inspected: Any, demo_tasks: Path) -> None:
-    questions = demo_rows("questions_validation.jsonl")[:4]
-    questions[3] = questions[0]
-    (demo_tasks.parent / "data" / "questions_validation.jsonl").write_text(jsonl(*questions))
-    warning = inspected(f"{BY_ACCURACY}2; evaluate.include_path={demo_tasks}").warnings[0]
-    asked = normalized(questions[0]["question"])
-    assert said(f"`search.tasks` repeat 1 question ... {asked} ... `search.limit`", warning)
+    assert said("3 rows of `data.confirmation` skipped as repeated ... 'one and one'", found.warnings[0])

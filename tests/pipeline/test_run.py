@@ -1,4 +1,4 @@
-"""`qpruner run` as a user types it: real Ray, real bitsandbytes, real lm-eval, on the two-layer model."""
+"""A whole `qpruner run` on the two-layer model with real Ray, bitsandbytes and lm-eval."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_final_folder_loads_in_plain_transformers(undisturbed: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(undisturbed / "final")], check=True, timeout=2 * MINUTES)
 
 
-def test_files_are_as_large_as_told_and_as_readable_as_folders(undisturbed: Path) -> None:
+def test_files_have_the_reported_size_and_are_readable(undisturbed: Path) -> None:
     searched = json.loads((undisturbed / "results.json").read_text())["table"][-1]
     on_disk = sum(path.stat().st_size for path in (undisturbed / "final").glob("*.safetensors"))
     # Names and JSON headers weigh about 100 bytes a tensor, which shows on a model this small.
@@ -108,7 +108,7 @@ def test_tensorboard_finds_every_trial_once(undisturbed: Path) -> None:
 
 
 def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
-    """Whatever its model card is told to state; what it lacks is said."""
+    """Keys of `card` change the model card only, and missing keys are reported."""
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "records").iterdir()}
     shown = {path.name for path in (undisturbed / "tensorboard").iterdir()}
     shutil.rmtree(undisturbed / "tensorboard")
@@ -132,7 +132,7 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
 
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:
-    """The last trial ran in an actor that others had used; without Ray, in another process, it is the same."""
+    """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
     trial, threads = trials_of(undisturbed)[-1], torch.get_num_threads()
     materials = Materials(undisturbed / "prune", undisturbed / "bank", undisturbed / "prepare" / "data")
     rungs: list[RungResult] = []

@@ -1,4 +1,4 @@
-"""Whole runs on the two-layer model, by the command line: one that nothing happens to, and killed ones.
+"""Whole runs on the two-layer model by the command line, undisturbed or killed.
 
 `tests/conftest.py` loads the fixtures.
 """
@@ -25,8 +25,7 @@ NOT_COMPARED = {
     *("prefill_tokens_per_second", "decode_tokens_per_second"),
     *("model_path", "output", "worker", "node", "checkpoint", "environment", "state", "standing", "record_digest"),
 }
-"""What may differ between two runs of one configuration: times, memory, folders, that it was resumed, and so digests of
-whole records."""
+"""Fields that may differ between two runs of one configuration, such as times, memory and folders."""
 TEST_QUESTIONS = {
     "source": "package:qpruner/demo/data/questions_test.jsonl",
     "format": "text",
@@ -39,14 +38,14 @@ def command(config: Path, *options: str, verb: str = "run") -> list[str]:
 
 
 def said(config: Path, *options: str, verb: str = "run") -> str:
-    """What a command that ends well writes on its stdout."""
+    """Run a command that must succeed, and return its stdout."""
     ended = subprocess.run(command(config, *options, verb=verb), capture_output=True, text=True, timeout=15 * MINUTES)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 
 
 def comparable(value: Any) -> Any:
-    """A result without what may differ."""
+    """Return a result without the fields that may differ."""
     if isinstance(value, dict):
         return {key: comparable(item) for key, item in value.items() if key not in NOT_COMPARED}
     if isinstance(value, list):
@@ -59,7 +58,7 @@ def trials_of(root: Path) -> list[dict[str, Any]]:
 
 
 def outcome(root: Path) -> dict[str, Any]:
-    """The report's data, and the plan, rungs and end of every trial."""
+    """Return the comparable data of the report and of every trial."""
     return comparable({"report": json.loads((root / "results.json").read_text()), "trials": trials_of(root)})
 
 
@@ -77,7 +76,7 @@ def written_config(folder: Path, model: Path) -> Path:
 
 
 def is_ray_agent(process: psutil.Process) -> bool:
-    """Ray's two agents notice their raylet's death by themselves, but only after up to 95 s (measured, Ray 2.60)."""
+    """Return True for two processes of Ray that end up to 95 s after their raylet (measured, Ray 2.60)."""
     try:
         return process.name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     except psutil.NoSuchProcess:
@@ -87,7 +86,7 @@ def is_ray_agent(process: psutil.Process) -> bool:
 def kill_when(
     config: Path, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL, *options: str
 ) -> None:
-    """Start a run, signal the driver once the condition holds, and wait until Ray's processes are gone."""
+    """Start a run, signal the driver when the condition holds, and wait until the processes of Ray have ended."""
     driver = subprocess.Popen(command(config, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     descendants: list[psutil.Process] = []
     try:
@@ -108,14 +107,14 @@ def kill_when(
 
 
 def has_claim(root: Path, claim: str) -> bool:
-    """Whether report and model card have it, line by line."""
+    """Return True if report and model card have every line of the claim."""
     pages = [(root / name).read_text() for name in ("report.md", "final/README.md")]
     return all(line in page for page in pages for line in claim.splitlines())
 
 
 @pytest.fixture(scope="module")
 def ended(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A finished run's folder and the JSON object on its last line of stdout."""
+    """The folder of a finished run, and the JSON object on its last line of stdout."""
     config = written_config(tmp_path_factory.mktemp("undisturbed") / "a", tiny_model)
     return config.parent / "run", json.loads(said(config, "--json").splitlines()[-1])
 

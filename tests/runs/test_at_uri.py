@@ -130,7 +130,7 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Stor
     place = f"{run_dir.place}/candidates"
     assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
-    assert caught.value.remedy == "repeat the command: that row alone is fine-tuned anew"
+    assert caught.value.remedy == "repeat the command: only that row is fine-tuned again"
     assert not files_in(adapter.parent) and "record.json" in children(run_dir.candidates / "damaged" / aside)
     with pytest.raises(CorruptFile), row_set_aside_if_damaged(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
