@@ -91,7 +91,7 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 
 
 def _source_digests(config: RunConfig) -> list[str]:
-    """List the sha256 of every local file that the stage reads; hub sources are identified by their names."""
+    """List the sha256 of every local file that the stage reads; sources on the hub have none."""
     sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
     sources += config.calibration.data or ()
     names = [source.source for source in sources] + [config.model.source]

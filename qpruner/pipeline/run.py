@@ -144,7 +144,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
 
 
 def _check_room(context: Context) -> tuple[int, int]:
-    """Raise an error if the disk is too small for the run; return the needed bytes at most, and the free bytes."""
+    """Raise an error if the disk is too small for the run; return the bytes needed at most, and the free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
