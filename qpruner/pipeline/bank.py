@@ -138,7 +138,7 @@ def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> 
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Return the index entries of the bank's intact files that have these bit-widths and this digest of inputs."""
+    """Return the index entries of intact files in `bank` that have these bit-widths and this digest of inputs."""
     from qpruner.quantization import bank as store
 
     try:

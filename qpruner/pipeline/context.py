@@ -168,7 +168,7 @@ class Context:
 
     @cached_property
     def check_node(self) -> bytes:
-        """A pickled function that checks a node; every process on the cluster calls it first."""
+        """A pickled function that checks a node; every process on the cluster calls this function first."""
         if not self.address:
             return packed_check({}, None)
         return packed_check(versions(), self.run_dir if self.writes else None)

@@ -1,6 +1,6 @@
 """Check a configuration against its model, rows, tasks and device before any weights are loaded.
 
-`qpruner check` prints the result of `inspect`, and `qpruner run` starts with it.
+`qpruner check` prints the result of `inspect`, and `qpruner run` starts with this check.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Ite
         if lost > MOST_LOST * len(rows):
             yield (
                 f"about {lost} of {counted(len(rows), 'row')} of `data.{split}` lose their whole response: their "
-                f"prompts have {longest} tokens or more; raise `data.max_length`"
+                f"prompts have {longest} tokens (`data.max_length`) or more; raise that limit"
             )
 
 

@@ -93,7 +93,7 @@ def run(
 ) -> Results:
     """Run the flow up to the stage `until`, skip recorded stages, and return all records.
 
-    Without an `address` Ray starts on this machine when it is needed. `command` is the shell command to show to users.
+    Without an `address` Ray starts on this machine when a stage needs Ray. `command` is the command line to show users.
     """
     from qpruner.report.tensorboard import FOLDER, Board  # loads torch
 

@@ -94,7 +94,7 @@ class Stage(ABC, Generic[RecordType]):
         return 0
 
     def matching_record(self, digest: str) -> RecordType | None:
-        """Return the record if its digest matches and its folder exists; raise `CorruptFile` if it is unreadable."""
+        """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
         return record if record and record.digest == digest and run.has_folder(self.name) else None
