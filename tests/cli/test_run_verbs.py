@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from made_records import made_confirmation
-from made_run import DIGEST, GROUPS, MadeRun, recorded_run, trial, trials
+from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 
 from qpruner.cli.main import main
 from qpruner.errors import PlanRefused
@@ -93,7 +93,7 @@ def test_status_names_the_winner(over: Path) -> None:
 
 def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     """Trial 5 reports a step beyond its last rung; trial 6 has a slot but no worker yet; trial 7 has no slot."""
-    folder = run / "trials" / DIGEST
+    folder = run / "trials" / TRIALS
     write_pulse(folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6))
     write_trial(folder, trial(6, "484844", [], status="running"))
     write_trial(folder, trial(7, "484448", [], status="running"))
@@ -121,7 +121,7 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
     state = RunDir(run).read_state(RunState)
     assert state
     RunDir(run).write_state(state.model_copy(update={"outcome": outcome}))
-    write_trial(run / "trials" / DIGEST, trial(6, "484844", [], status="running"))
+    write_trial(run / "trials" / TRIALS, trial(6, "484844", [], status="running"))
 
     def check() -> None:
         lines = printed("status", run).splitlines()
@@ -246,7 +246,7 @@ def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     assert yaml.safe_load(printed("plan", run, "--trial", 0)) == trials()[0].plan
     over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
     assert yaml.safe_load(printed("plan", over)) == trials()[2].plan
-    write_trial(RunDir(over).trials / DIGEST, trial(1, "884444", [3.3, 3.2, 3.0], origin="given"))
+    write_trial(RunDir(over).trials / TRIALS, trial(1, "884444", [3.3, 3.2, 3.0], origin="given"))
     assert "given plan:    validation loss 3.0000, trial 1 (given)" in printed("status", over)
 
 
@@ -377,8 +377,8 @@ def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
             "; their confirmation rows differ, so they are not compared.",
             "nothing to compare, their test questions and confirmation rows differ.",
             "",
-            "nothing to compare, it is the same fine-tuned model.",
-            "nothing to compare, one of them has no final table yet.",
+            "nothing to compare, both runs have the same fine-tuned model.",
+            "nothing to compare, one of the runs has no final table yet.",
         ],
         strict=True,
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made_records import made_confirmation, made_search
-from made_rows import (
+from made_run import (
     ORIGINS,
     PLAN,
     SEED_PLAN,
@@ -32,7 +31,7 @@ from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
 from qpruner.report.tables import by_task
-from qpruner.runs.records import GIVEN, Confirmation, Results
+from qpruner.runs.records import GIVEN, Results
 
 
 def line_about(results: Results, other: str) -> str:
@@ -48,23 +47,21 @@ def difference(results: Results, measure: str, other: str = BEST_SEED) -> Differ
     return found
 
 
-SIZES = {"measured_bytes": 101_100_000}
 OTHER_RANDOM = row_of(RANDOM, [2.0, 2.1], plan={"layers.0": 4, "layers.1": 16})
+
+
+def seed_row(measured_bytes: int, name: str = BEST_SEED) -> list[Scored]:
+    return row_of(name, [2.0, 2.1], measured_bytes=measured_bytes)
 
 
 @pytest.mark.parametrize(
     ("rivals", "changes", "other", "said"),
     [
-        (
-            row_of(BEST_SEED, [2.0, 2.1], plan=PLAN),
-            {},
-            BEST_SEED,
-            "it is the winner's own plan, so there is no gain",
-        ),
-        (row_of(BEST_SEED, [2.0, 2.1], **SIZES), {}, BEST_SEED, "at equal bytes, because it takes 1.1% more"),
-        (row_of(BEST_SEED, [2.0, 2.1], measured_bytes=98_900_000), {}, BEST_SEED, "it takes 1.1% fewer"),
+        (row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), {}, BEST_SEED, "it is the winner's own plan, so there is no gain"),
+        (seed_row(101_100_000), {}, BEST_SEED, "no claim at equal bytes, because it takes 1.1% more"),
+        (seed_row(98_900_000), {}, BEST_SEED, "it takes 1.1% fewer"),
         # Of several random plans one is enough.
-        ([*row_of(RANDOM, [2.0, 2.1], **SIZES), *OTHER_RANDOM], {}, RANDOM, "it takes 1.1% more"),
+        ([*seed_row(101_100_000, RANDOM), *OTHER_RANDOM], {}, RANDOM, "it takes 1.1% more"),
         (OTHER_RANDOM, {}, BEST_SEED, "no claim, no seed plan was confirmed."),
         (OTHER_RANDOM, {"best_origin": GIVEN}, BEST_SEED, "no seed plan of this budget has finished in this folder."),
     ],
@@ -77,11 +74,10 @@ def test_without_a_fair_comparison_nothing_is_claimed(rivals: Any, changes: Any,
     assert not next(each for each in comparisons(results) if each.other == other).differences
 
 
-@pytest.mark.parametrize("other_bytes", [101_000_000, 99_000_000])
-def test_a_percent_either_way_counts_as_equal_bytes(other_bytes: int) -> None:
-    results = results_of([*row_of(BEST_SEED, [2.0], measured_bytes=other_bytes), *searched_row([1.0])])
-    assert f"({ORIGINS[BEST_SEED]}, {other_bytes / 1e8 - 1:+.2%} bytes)" in line_about(results, BEST_SEED)
-    assert "no claim" not in line_about(results, BEST_SEED)
+@pytest.mark.parametrize(("other_bytes", "share"), [(101_000_000, "+1.00%"), (99_000_000, "-1.00%")])
+def test_a_percent_either_way_counts_as_equal_bytes(other_bytes: int, share: str) -> None:
+    line = line_about(results_of([*seed_row(other_bytes), *searched_row([1.0, 1.1])]), BEST_SEED)
+    assert f"({ORIGINS[BEST_SEED]}, {share} bytes)" in line and "no claim" not in line
 
 
 def test_a_control_that_won_is_named() -> None:
@@ -111,20 +107,17 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
 def test_the_winner_is_reported_with_its_margin(metric: str) -> None:
-    def fresh(index: int, origin: str, value: float) -> Confirmation:
-        return made_confirmation(index, origin, value, accuracy=1 - value, accuracy_stderr=0.1)
+    def told(*finalists: tuple[int, str, float], **changes: Any) -> str:
+        fresh = (made_confirmation(*each, accuracy=1 - each[-1], accuracy_stderr=0.1) for each in finalists)
+        return search_text(made_search(PLAN, metric=metric, confirmations=tuple(fresh), **changes))[1]
 
-    finalists = (fresh(2, "seed-kl", 0.4), fresh(3, "seed-fisher", 0.5), fresh(7, "gp", 0.3))
-    search = made_search(PLAN, metric=metric, confirmations=(*finalists, fresh(9, "gp", 0.35)))
     ours, theirs = ("0.3000", "0.4000") if metric == "loss" else ("0.7000", "0.6000")
-    text = search_text(search)[1]
+    text = told((2, "seed-kl", 0.4), (3, "seed-fisher", 0.5), (7, "gp", 0.3), (9, "gp", 0.35))
     assert text.startswith("On fresh rows trial 7 (gp) was best, a searched plan. Its selection ")
     assert f"is {ours}, that of the best control {theirs} (trial 2, seed-kl): a margin of 0.1000 (stand" in text
-    alone = made_search(PLAN, metric=metric, confirmations=finalists[-1:])
-    assert search_text(alone)[1].endswith("was best, a searched plan."), "there was no control"
+    assert told((7, "gp", 0.3)).endswith("was best, a searched plan."), "there was no control"
     won = {"best_index": 2, "best_origin": "seed-kl", "control_won": True}
-    behind = (fresh(2, "seed-kl", 0.3), fresh(7, "gp", 0.5), fresh(8, "gp", 0.4))
-    text = search_text(made_search(PLAN, metric=metric, **won, confirmations=behind))[1]
+    text = told((2, "seed-kl", 0.3), (7, "gp", 0.5), (8, "gp", 0.4), **won)
     assert "that of the best searched plan" in text and "(trial 8, gp): a margin of 0.1000" in text
 
 
@@ -189,44 +182,89 @@ def test_more_accuracy_and_less_loss_are_better() -> None:
         assert line_about(results, BEST_SEED).count(f", {verdict}") == 3
 
 
-def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
-    """One more right answer of 50 under every seed has no spread over seeds, but other questions would differ."""
-    base, ours = [score(answers(50, 20))] * 3, [score(answers(50, 21))] * 3
-    results = results_of([*row_of(BEST_SEED, [2.0] * 3, base), *searched_row([1.9] * 3, ours)])
-    found = difference(results, "acc")
-    assert (found.spread, found.verdict) == (pytest.approx(0.0), SAME)
-    assert found.half_width == pytest.approx(1.96 * np.std(answers(50, 1), ddof=1) / math.sqrt(50))
-    assert difference(results, "confirmation loss").verdict == SAME, "equal to the last bit is no spread of zero"
-
-
-def test_seeds_that_agree_on_a_few_rows_prove_nothing() -> None:
-    """If every seed is better on one row, that says little about other rows; on many rows, it says much."""
-    noise = np.array([-0.001, 0.0, 0.001])
-    few = np.array([0.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    for gains, verdict in ((few, SAME), (np.repeat(0.1, 8) + few / 100, "better")):
-        theirs = [2.0 + np.arange(8) + off for off in noise]
-        ours = [rows_of_seed - gains + off for rows_of_seed, off in zip(theirs, noise, strict=True)]
-        results = results_of([*row_by_row(BEST_SEED, SEED_PLAN, theirs), *row_by_row(SEARCHED, PLAN, ours)])
-        found = difference(results, "confirmation loss")
-        assert found.mean == pytest.approx(-gains.mean())
-        assert found.half_width == pytest.approx(
-            max(1.96 * gains.std(ddof=1) / math.sqrt(8), stats.t.ppf(0.975, 2) * 0.001 / math.sqrt(3))
-        )
-        assert found.verdict == verdict
-        assert "over seeds, 8 rows, 95 % interval" in line_about(results, BEST_SEED)
-
-
-def row_by_row(name: str, plan: dict[str, int], losses: Sequence[np.ndarray]) -> list[Scored]:
+def row_by_row(name: str, losses: Sequence[np.ndarray], **row: Any) -> list[Scored]:
     """Return a table row whose seeds have these losses on each confirmation row."""
-    tuned = row_of(name, [float(by_row.mean()) for by_row in losses], plan=plan)
+    tuned = row_of(name, [float(by_row.mean()) for by_row in losses], **row)
     known = [{"confirmation_losses": tuple(map(float, by_row))} for by_row in losses]
     return [(each.model_copy(update=update), scores) for (each, scores), update in zip(tuned, known, strict=True)]
 
 
-def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
-    results = results_of([*row_of(BEST_SEED, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
-    assert difference(results, "confirmation loss").mean == pytest.approx(-1.05)
-    assert ", 2 training seeds, paired: " in line_about(results, BEST_SEED)
+def better_by(gains: np.ndarray) -> list[Scored]:
+    """Return the best seed and the searched plan, which under each of three seeds gains as much on each row."""
+    theirs = [2.0 + np.arange(len(gains)) + noise for noise in (-0.001, 0.0, 0.001)]
+    ours = [by_row - gains * (1 + off) for by_row, off in zip(theirs, (-0.01, 0.0, 0.01), strict=True)]
+    return [*row_by_row(BEST_SEED, theirs), *row_by_row(SEARCHED, ours, plan=PLAN)]
+
+
+FEW, MANY = np.array([0.8] + [0.0] * 7), np.array([0.18] + [0.1] * 7)
+LOSSES, STUDENT = np.array([2.0, 2.1, 1.9]), float(stats.t.ppf(0.975, 2))
+AGREED, THREE_OF_FOUR = [score(answers(50, 21))] * 3, [score(answers(4, 3))]
+ROWS = {
+    "one more right answer": [*row_of(BEST_SEED, [2.0] * 3), *searched_row([1.9] * 3, AGREED)],
+    "better on one row": better_by(FEW),
+    "better on every row": better_by(MANY),
+    "two seeds in common": [*row_of(BEST_SEED, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])],
+    "nine fine-tunes of three plans": [
+        *random_rows([2.42, 2.5, 2.28], [0.1, 0.0, -0.1]),
+        *searched_row([2.0, 2.1, 1.9]),
+    ],
+    "random plans tie": [
+        *row_of(RANDOM, [2.0], THREE_OF_FOUR),
+        *row_of(RANDOM, [2.0], THREE_OF_FOUR, plan={"layers.0": 4, "layers.1": 16}),
+        *searched_row([2.0], [score(answers(4, 4))]),
+    ],
+    "one question": [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])],
+}
+
+
+def over_rows(gains: Sequence[float]) -> float:
+    return float(1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)))
+
+
+@pytest.mark.parametrize(
+    ("case", "measure", "verdict", "mean", "half_width", "said"),
+    [
+        # Under every seed alike, so it has no spread over seeds, but other questions would differ.
+        ("one more right answer", "acc", SAME, 0.02, over_rows(answers(50, 1)), "(± 0.0000 over seeds, 50 questions, "),
+        # Equal to the last bit is no spread of zero.
+        ("one more right answer", "confirmation loss", SAME, -0.1, 0.0, "3 training seeds, paired: "),
+        # On one row of eight, it says little about other rows, even if every seed agrees.
+        ("better on one row", "confirmation loss", SAME, -0.1, over_rows(FEW), "over seeds, 8 rows, 95 % interval"),
+        ("better on every row", "confirmation loss", "better", -0.11, over_rows(MANY), "8 rows, 95 % interval"),
+        ("two seeds in common", "confirmation loss", "better", -1.05, None, ", 2 training seeds, paired: "),
+        # The interval is for one more plan, of three values. Student's interval for the mean of the plans, or of nine
+        # fine-tunes, would make it "better".
+        (
+            "nine fine-tunes of three plans",
+            "confirmation loss",
+            SAME,
+            -0.4,
+            STUDENT * 0.1 * math.sqrt(4 / 3),
+            "3 train",
+        ),
+        # On few questions accuracies may be equal by chance, which does not prove that plans are equal.
+        ("random plans tie", "acc", SAME, 0.25, 0.0, "4 questions"),
+        # Users often try `evaluate.limit: 1` first, and one answer has no spread.
+        (
+            "one question",
+            "acc",
+            SAME,
+            1.0,
+            None,
+            "one training seed (the intervals lack the spread over seeds), paired",
+        ),
+        ("one question", "answer loss", SAME, -2.9, None, "1 question, no interval"),
+    ],
+)
+def test_a_verdict_needs_a_difference_beyond_its_interval(
+    case: str, measure: str, verdict: str, mean: float, half_width: float | None, said: str
+) -> None:
+    other, results = ROWS[case][0][0].name, results_of(ROWS[case])
+    found = difference(results, measure, other)
+    assert (found.verdict, found.mean) == (verdict, pytest.approx(mean))
+    assert said in line_about(results, other)
+    if half_width is not None:
+        assert found.half_width == pytest.approx(half_width)
 
 
 def test_one_random_plan_says_nothing_of_random_plans() -> None:
@@ -237,22 +275,6 @@ def test_one_random_plan_says_nothing_of_random_plans() -> None:
     assert "random" not in first and first.endswith("each at 95 % by itself: better in 1 of 3.")
     assert len(lines) == 1 and lines[0].startswith("- Against the best seed")
     assert RANDOM in [row.name for row in rows(results)]
-
-
-def test_random_plans_count_by_plan_not_by_fine_tune() -> None:
-    """Three plans under three seeds are nine fine-tunes, but the interval for one more plan is that of three values."""
-    by_plan, by_seed = np.array([0.1, 0.0, -0.1]), np.array([0.02, 0.0, -0.02])
-    ours = np.array([2.0, 2.1, 1.9])
-    results = results_of([*random_rows(list(ours + 0.4 + by_seed), by_plan), *searched_row(list(ours))])
-    found = difference(results, "confirmation loss", RANDOM)
-    assert found.mean == pytest.approx(-0.4)
-    assert found.spread == pytest.approx(0.02)
-    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 * math.sqrt(1 + 1 / 3))
-    # Student's interval for the mean of the three plans, or of nine fine-tunes, would have made it "better".
-    assert found.verdict == SAME and abs(found.mean) > stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
-    (row,) = [row for row in rows(results) if row.name == RANDOM]
-    assert row.seeds == (0, 1, 2) and len(row.plans) == 3
-    assert ", 3 training seeds, paired: " in line_about(results, RANDOM)
 
 
 def test_one_training_seed_has_an_interval_over_questions() -> None:
@@ -272,12 +294,6 @@ def test_one_training_seed_has_an_interval_over_questions() -> None:
     line = line_about(results, BEST_SEED)
     assert ", one training seed (the intervals lack the spread over seeds), paired by question and row: " in line
     assert line.endswith("confirmation loss -1.0000 nats (no interval), not distinguishable.")
-
-
-def test_one_question_distinguishes_nothing() -> None:
-    """Users often try `evaluate.limit: 1` first, and one answer has no spread."""
-    scored = [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])]
-    assert not re.search("better|worse", claim(results_of(scored)))
 
 
 @pytest.mark.parametrize("lacking", [0, 1])
@@ -397,12 +413,3 @@ def test_one_more_random_plan_seems_different_in_5_percent(spread: float, num_ra
     assert set(spoke) == {"acc", "answer loss", "confirmation loss"}
     shares = {measure: count / number for measure, count in spoke.items()}
     assert all(0.04 <= share <= 0.06 for share in shares.values()), shares
-
-
-def test_accuracies_that_tie_show_no_difference() -> None:
-    """On few questions random plans may have equal accuracies by chance, which does not prove that plans are equal."""
-    theirs = {"arc": np.array([1.0, 1.0, 1.0, -1.0])}
-    ours = {"arc": np.array([1.0, 1.0, 1.0, 1.0])}
-    random = [scored(RANDOM, 1, plan, theirs) for plan in (4, 8)]
-    found = differences(results_of([*random, scored(SEARCHED, 1, 16, ours)]), RANDOM)
-    assert found["acc"].mean == 0.25 and found["acc"].verdict == SAME

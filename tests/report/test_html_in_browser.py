@@ -88,7 +88,7 @@ def test_plots_are_drawn_with_descriptions_and_answer_a_pointer(opened: Any, lon
 
 def test_the_map_shows_negative_predictions_differently(opened: Any, tmp_path: Path) -> None:
     """First-order predictions have a sign: here the largest is negative, one of half its size positive, one is 0."""
-    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, noises={"first_order": 0.6})
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2)
     values = {4: (-0.02, 0.01, 0.0, 0.001), 8: (0.0, 0.0, 0.0, 0.0)}
     method = made.record("sensitivity").methods["first_order"].model_copy(update={"values": values})
     made.change("sensitivity", methods={"first_order": method})

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 from made_records import made_confirmation, made_search
-from made_rows import (
+from made_run import (
     ORIGINS,
     PLAN,
     SEED_PLAN,

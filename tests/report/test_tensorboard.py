@@ -12,8 +12,8 @@ import pytest
 from chromium import chromium
 from made_run import (
     GROUPS,
-    MINE,
     RUNGS,
+    SEARCH,
     STARTED,
     MadeRun,
     config_of,
@@ -164,7 +164,7 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
     known = trials()
     for index, plan, last in ((6, "844448", 3.05), (7, "484448", 2.95)):
         given = trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
-        show(shown, planned(known, search=given.search, beside=MINE, max_trials=1), TrialChanged(given))
+        show(shown, planned(known, search=given.search, beside=SEARCH, max_trials=1), TrialChanged(given))
         known.append(given)
     assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
     levels = {"uniform-4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}

@@ -16,8 +16,7 @@ from click.testing import CliRunner
 from made_run import recorded_run
 
 from qpruner.cli.main import main
-from qpruner.report.liveness import MOMENT_SECONDS
-from qpruner.report.snapshot import read_snapshot
+from qpruner.report.snapshot import MOMENT_SECONDS, read_snapshot
 from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import RunState
 from qpruner.runs.run_dir import RunDir
