@@ -204,7 +204,7 @@ class Context:
         fresh: bool = False,
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
-        """Run a function on jobs, on nodes that pass `check_node`; yield position and result of each job as it ends."""
+        """Run `function(job)` for all jobs on nodes that pass `check_node`; yield position and result of each job."""
         from qpruner.cluster.tasks import run_tasks
 
         return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)

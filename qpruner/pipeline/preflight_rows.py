@@ -48,7 +48,7 @@ class Rows:
 
 
 def check_rows(config: RunConfig) -> Rows:
-    """Load all rows and questions of the run; raise an error if they overlap, collect warnings."""
+    """Load all rows and questions of the run, with warnings; raise an error if two uses of the data overlap."""
     loaded: tuple[dict[str, list[Example]], list[str]]
     tasks: dict[str, dict[str, TaskQuestions]]
     loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
@@ -101,7 +101,7 @@ def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
 
 
 def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn of rows without a response, and of prompts that leave no room for a response."""
+    """Warn about rows without a response, and about prompts that leave no room for a response."""
     longest = config.data.max_length
     for split in SPLITS:
         rows = examples[split]

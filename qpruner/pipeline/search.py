@@ -61,7 +61,7 @@ REMEDY = "fix the cause, delete the folders of those trials in the run's `trials
 
 
 class Search(Stage[SearchRecord]):
-    """Try plans in parallel trials, and score the best plans again on fresh rows."""
+    """Try plans in parallel trials, and score the best plans again on rows that no trial has used."""
 
     name = "search"
     help = "Run up to the precision search."
@@ -242,7 +242,7 @@ class Search(Stage[SearchRecord]):
         )
 
     def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials and choose the finalists; repeat this if the files of a finalist are damaged."""
+        """Run the trials and choose the finalists; repeat both steps if the files of a finalist are damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -287,7 +287,7 @@ def plan_of(trial: TrialRecord) -> PrecisionPlan:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials, all finished controls and, under `search.pareto`, the non-dominated trials."""
+    """Choose the best finished trials, all finished uniform and seed plans and, for `search.pareto`, the front."""
     if not trials:
         cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
         raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
@@ -310,14 +310,14 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
 
 
 def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan and, for comparison, every finished control of earlier searches."""
+    """Choose the trial of the given plan and, for comparison, each finished trial of a uniform or seed plan."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
-    """Score the finalists on fresh rows; return their scores and the GPU seconds that scoring used."""
+    """Score the finalists on rows that no trial has used; return the scores and the GPU seconds that scoring used."""
     confirmations, scores = [], _fresh_scores(stage, finalists, job)
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
@@ -339,7 +339,7 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
 
 
 def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Score each finalist on fresh rows; reuse the scores of an earlier command."""
+    """Score each finalist on rows that no trial has used; reuse the scores of an earlier command."""
     context, paths = stage.context, [trial_folder(job.trials, trial.index) / "fresh.json" for trial in finalists]
     # The name of the trials folder is a digest that includes the rows.
     asked = (context.config.search.metric, context.inspection.questions["fresh"])
@@ -366,7 +366,7 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the best finalist on fresh rows, a control in a tie; None without finalists."""
+    """Return the finalist with the best score, in a tie a uniform or seed plan; None without finalists."""
     scores = [objective(each, job.config) for each in confirmations]
     position = winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
