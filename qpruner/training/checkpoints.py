@@ -84,12 +84,12 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
     share = Share.own()
     if share.processes > 1:
-        distributed.barrier()  # each has saved its random state
+        distributed.barrier()  # wait until every process has saved its random state
     if share.rank > 0:
         return
-    ownership.check()  # saving took time
+    ownership.check()  # the owner may have changed during the save
     storage_at(folder / checkpoint.name).put_folder(checkpoint)
-    ownership.check()  # and so did publishing; only now the new checkpoint counts
+    ownership.check()  # or while the checkpoint was published
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
