@@ -1,6 +1,6 @@
 """Reads a run from its folder, finished or not, for reports and for commands such as `qpruner status`.
 
-Its state file and its lock tell whether its latest command is still running.
+The run's state file and its lock show whether the latest command is still running.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Liveness:
 
     @property
     def outcome(self) -> str:
-        """The recorded outcome of the command, or else `running`, `cut off` or `most likely gone`."""
+        """The command's recorded outcome; without a recorded one, `RUNNING`, `CUT_OFF` or `GONE`."""
         if self.state.outcome != RUNNING:
             return self.state.outcome
         if self.driver is None or not self._is_of_driver:
@@ -52,7 +52,7 @@ class Liveness:
 
     @property
     def successor(self) -> Holder | None:
-        """The process of a newer command that holds the lock but has not begun a stage, if any."""
+        """The process of a newer command, if one holds the lock but has not begun a stage."""
         if self.driver and self.driver.state == "alive" and not self._is_of_driver:
             return self.driver.holder
         return None
@@ -103,7 +103,7 @@ class Snapshot:
 
     @property
     def how_to_compare(self) -> str | None:
-        """A sentence on how to add the comparison; None unless the run finished without one, as configured."""
+        """A sentence on how to add the comparison; None unless the run finished and its configuration asks for none."""
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         return how_to_compare(self.state.command) if is_finished else None
 
@@ -141,7 +141,7 @@ class Snapshot:
 
     @property
     def statuses(self) -> dict[str, str]:
-        """Trial status -> text; without a running command, `running` reads `begun`."""
+        """Trial status -> its word in reports; without a running command, the word for `running` is `begun`."""
         return STATUSES if self.liveness.outcome == RUNNING else {**STATUSES, "running": "begun"}
 
     @property
@@ -152,7 +152,7 @@ class Snapshot:
 
     @property
     def metric(self) -> str:
-        """What the search scores trials by: `loss` or `accuracy`."""
+        """The measure by which the search scores trials: `loss` or `accuracy`."""
         return self.state.search.metric if self.state.search else "loss"
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -196,7 +196,7 @@ class Snapshot:
 
     @property
     def missing(self) -> str | None:
-        """A sentence with the stages that have no record yet; None if all have one."""
+        """A sentence that lists the stages without a record; None if every stage has a record."""
         asked = [name for name in Results.model_fields if name != "comparison" or self.lacks_comparison]
         names = [name for name in asked if getattr(self.results, name) is None]
         return f"There is no result yet from: {', '.join(names)}." if names else None
@@ -206,7 +206,7 @@ def read_snapshot(run: RunDir) -> Snapshot:
     """Read a run's folder.
 
     Raises:
-        UserError: If no command has worked on it.
+        UserError: If no command has worked on the folder.
         CorruptFile: If a record cannot be read.
     """
     liveness = read_liveness(run)
@@ -222,7 +222,7 @@ def read_snapshot(run: RunDir) -> Snapshot:
 
 
 def _no_run(run: RunDir) -> str:
-    """Say why a folder is not a run, and what to name instead."""
+    """Say why a folder is not a run, and which folder to name instead."""
     driver = driver_of(run.root)
     if driver and driver.state == "alive":
         process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"

@@ -183,7 +183,7 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
     done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
-    assert done.returncode and "UserError: `trackers` names wandb, but there is no key for it" in done.stderr
+    assert done.returncode and "UserError: `trackers` names wandb, but there is no API key" in done.stderr
 
 
 @WITH_BOTH
