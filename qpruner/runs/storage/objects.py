@@ -297,9 +297,7 @@ class ObjectStorage(Storage):
                 cause = f"{self.name}: access is refused ({detail})"
                 raise StorageError(cause, f"{CREDENTIALS}; correct the credentials, then repeat the command") from error
             if GONE.search(text):
-                raise StorageError(
-                    f"there is no bucket {self.bucket}", "create it, then repeat the command"
-                ) from error
+                raise StorageError(f"there is no bucket {self.bucket}", "create it, then repeat the command") from error
             if isinstance(error, FileNotFoundError) or ("AWS Error" not in text and "google::cloud" not in text):
                 raise  # a missing object, or a request that pyarrow itself refused
             raise OSError(errno.EHOSTUNREACH, detail, self.name) from error
