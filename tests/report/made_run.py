@@ -93,23 +93,15 @@ def candidate(
     validation_loss: float = 2.125,
     confirmation_loss: float = 2.0,
 ) -> CandidateRecord:
-    return CandidateRecord(
-        **STAGE,
-        name=name,
-        origin=ORIGINS.get(name, "unquantized" if name in (BASE, PRUNED) else "uniform"),
-        seed=seed,
-        plan=plan,
-        plan_bytes=measured_bytes,
-        measured_bytes=measured_bytes,
-        mean_bits=sum(plan.values()) / len(plan),
-        num_parameters=120_000_000,
-        steps=40,
-        train_loss=1.9,
-        validation_loss=validation_loss,
-        confirmation_loss=confirmation_loss,
-        peak_memory_bytes=900_000_000,
-        memory_counter="rss",
-    )
+    sizes = {
+        "plan_bytes": measured_bytes,
+        "measured_bytes": measured_bytes,
+        "mean_bits": sum(plan.values()) / len(plan),
+    }
+    losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
+    costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
+    origin = ORIGINS.get(name, "unquantized" if name in (BASE, PRUNED) else "uniform")
+    return CandidateRecord(**STAGE, name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs)
 
 
 def score(
@@ -129,22 +121,13 @@ def results_of(
     scored: Sequence[Scored], untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (), **changes: Any
 ) -> Results:
     """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record."""
-    search: dict[str, Any] = {
-        **STAGE,
-        "num_trials": 16,
-        "num_finished": 7,
-        "num_stopped": 8,
-        "num_reused": 5,
-        "ended": "all 16 trials were spent (`search.max_trials`)",
-        "confirmations": (
-            made_confirmation(2, "seed-kl", 2.125, reused=True),
-            made_confirmation(11, "gp", 2.0625, stderr=0.03125),
-        ),
-        "best_index": 11,
-        "resumed": 3,
-        "sessions": 2,
-        "failures": {"diverged": 1},
-    }
+    trials = {"num_trials": 16, "num_finished": 7, "num_stopped": 8, "num_reused": 5, "failures": {"diverged": 1}}
+    told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
+    control, best = (
+        made_confirmation(2, "seed-kl", 2.125, reused=True),
+        made_confirmation(11, "gp", 2.0625, stderr=0.03125),
+    )
+    search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
     rows += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
     kl = made_methods({4: (0.5125, 0.25), 8: (0.0125, 0.0)}, "kl")
@@ -152,7 +135,7 @@ def results_of(
         prepare=PrepareRecord(**STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}),
         prune=made_prune(made_layer(0, 2, 100)),
         sensitivity=SensitivityRecord(**STAGE, groups=tuple(PLAN), methods=kl),
-        search=made_search(scored[-1][0].plan, **(search | changes)),
+        search=made_search(scored[-1][0].plan, **search),
         finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
         evaluate=EvalRecord(**STAGE, rows=tuple(rows), tested="asked"),
     )
@@ -197,14 +180,11 @@ def with_figures(results: Results) -> Results:
     assert results.evaluate
     rows = []
     for row in results.evaluate.rows:
-        seed = row.seed or 0
-        taken = Inference(
-            memory_bytes=300_000_000 + 10_000_000 * seed,
-            prefill_tokens_per_second=(100.0 + seed, 110.0 + seed, 150.0 + seed),
-            decode_tokens_per_second=(20.0, 10.0, 12.0),
-        )
-        figures = {"text_loss": math.log(8.0 + 2 * seed), "inference": None if row.seed is None else taken}
-        rows.append(row.model_copy(update=figures))
+        seed, decoded = row.seed or 0, (20.0, 10.0, 12.0)
+        read = (100.0 + seed, 110.0 + seed, 150.0 + seed)
+        figures = {"prefill_tokens_per_second": read, "decode_tokens_per_second": decoded}
+        taken = None if row.seed is None else Inference(memory_bytes=(30 + seed) * 10_000_000, **figures)
+        rows.append(row.model_copy(update={"text_loss": math.log(8.0 + 2 * seed), "inference": taken}))
     setting = InferenceSetting(device="NVIDIA X", prompt_tokens=128, new_tokens=16, memory_counter="cuda peak")
     given = {"rows": tuple(rows), "text": "the text", "inference": setting}
     return results.model_copy(update={"evaluate": results.evaluate.model_copy(update=given)})
@@ -320,23 +300,21 @@ class MadeRun:
             slot, seconds = int(np.argmin(ends)), 20.0 + 12.0 * sum(steps) / 4
             ends[slot] += seconds
             rungs = [RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps]
-            trials.append(
-                TrialRecord(
-                    index=index,
-                    digest=TRIALS,
-                    search=SEARCH,
-                    origin=origin,
-                    plan={group: int(value) for group, value in zip(self.groups, bits, strict=True)},
-                    plan_bytes=int(40_000_000 + (self._weights * bits / 8).sum()),
-                    mean_bits=float((self._weights * bits).sum() / self._weights.sum()),
-                    status=status,  # type: ignore[arg-type]
-                    rungs=tuple(rungs),
-                    reason={"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status),
-                    seconds=seconds,
-                    gpu_seconds=seconds * self._gpus,
-                    times=(ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot]),
-                )
-            )
+            taken = {"seconds": seconds, "gpu_seconds": seconds * self._gpus}
+            times = (ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot])
+            plan = {group: int(value) for group, value in zip(self.groups, bits, strict=True)}
+            size = int(40_000_000 + (self._weights * bits / 8).sum())
+            mean_bits = float((self._weights * bits).sum() / self._weights.sum())
+            told = {"reason": {"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status)}
+            told |= {
+                "digest": TRIALS,
+                "search": SEARCH,
+                "origin": origin,
+                "status": status,
+                "rungs": rungs,
+                "times": times,
+            }
+            trials.append(TrialRecord(index=index, plan=plan, plan_bytes=size, mean_bits=mean_bits, **taken, **told))
         return trials
 
     def _before_the_search(self, num_blocks: int) -> dict[str, Record]:
@@ -360,18 +338,11 @@ class MadeRun:
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
         found = [(each.index, each.origin, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
-        search = {
-            "trials_digest": TRIALS,
-            "budget_bytes": BUDGET,
-            "num_trials": len(self.trials),
-            **{f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")},
-            "ended": f"all {len(self.trials)} trials were spent (`search.max_trials`)",
-            "search_seconds": 1800.0,
-            "confirmations": tuple(made_confirmation(*each) for each in found),
-            "best_index": best.index,
-            "best_origin": best.origin,
-            "best_control": 1,
-        }
+        search = {f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")}
+        search |= {"num_trials": len(statuses), "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)"}
+        search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0, "best_control": 1}
+        search |= {"best_index": best.index, "best_origin": best.origin}
+        search |= {"confirmations": tuple(made_confirmation(*each) for each in found)}
         untuned = [(name, self._scores(name)) for name in UNTUNED]
         made = with_figures(results_of(self._scored(best.plan), untuned, **search, **self._stage))
         assert made.search and made.finetune and made.evaluate

@@ -25,7 +25,6 @@ from qpruner.report.html import render
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import StageState
-from qpruner.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2_000_000
@@ -59,12 +58,6 @@ def words(page: BeautifulSoup) -> str:
     return re.sub(r"\s+", " ", page.get_text())
 
 
-def cells_of(page: BeautifulSoup, caption: str) -> list[list[str]]:
-    """Return the texts of a table's cells by row, headings first."""
-    [table] = [each for each in page("table") if each.caption.get_text().startswith(caption)]
-    return [[cell.get_text() for cell in row(["th", "td"])] for row in table("tr")]
-
-
 def attributes_of(page: BeautifulSoup) -> list[tuple[str, str]]:
     return [item for tag in page(True) for item in tag.attrs.items()]
 
@@ -95,7 +88,7 @@ def test_the_page_answers_first_and_has_every_part(long_run: Path, long_page: Be
     assert len(shown) == 3 and all((long_run / picture).read_bytes().startswith(b"\x89PNG") for picture in shown)
 
 
-def test_every_table_names_its_rows_and_columns(long_run: Path, long_page: BeautifulSoup) -> None:
+def test_every_table_names_its_rows_and_columns(long_page: BeautifulSoup) -> None:
     found = long_page.main("table")
     assert len(found) > 10 and len(long_page.main("tr")) > 200
     for table in found:
@@ -106,16 +99,6 @@ def test_every_table_names_its_rows_and_columns(long_run: Path, long_page: Beaut
             assert (first.name, first["scope"]) == ("th", "row") and all(cell.name == "td" for cell in others)
     classes = {heading.get_text(): heading.get("class") for table in found for heading in table.thead("th")}
     assert (classes["test acc"], classes["from"]) == (["number"], None)
-    headings, *body = cells_of(long_page, "Accuracy by held-out task")
-    assert headings[:3] == ["model", "arc_easy acc (400 questions)", "piqa acc (200 questions)"]
-    untuned = [f"{name} (no fine-tune)" for name in ("base", "pruned", "searched")]
-    assert len(body) == 10 and [row[0] for row in body][:3] == untuned
-    headings, *body = cells_of(long_page, "Predicted cost of fewer bits")
-    assert headings[:3] == ["group", "bits", "mutual_information, 4 instead of 8 bits"] and len(body) == 60
-    sensitivity = read_snapshot(RunDir(long_run, create=False)).sensitivity
-    assert sensitivity
-    rises = [low - high for low, high in zip(*sensitivity.methods["kl"].values.values(), strict=True)]
-    assert [float(row[4]) for row in body] == pytest.approx(rises, rel=0.01)
 
 
 @pytest.mark.parametrize(("until", "mark"), [("search", "winner"), ("sensitivity", "best so far")])
@@ -209,16 +192,14 @@ def test_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
     numbered = tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(layers))
     made.change("prune", layers=numbered, dropped_blocks=(1,))
     page = page_now(made)
-    found = [tuple(row[:2]) for row in cells_of(page, "Kept of each block")]
+    [table] = [each for each in page("table") if each.caption.get_text() == "Kept of each block"]
+    found = [tuple(cell.get_text() for cell in row(["th", "td"])[:2]) for row in table("tr")]
     assert found == [("block", "in the pruned model"), ("0", "0"), ("1", "-"), ("2", "1"), ("3", "2")]
     assert "Blocks are numbered as in the pruned model." in words(page)
 
 
-def test_a_notebook_gets_a_table_of_trials_and_the_answer(long_run: Path) -> None:
+def test_a_notebook_shows_the_answer_and_the_plan(long_run: Path) -> None:
     found = qpruner.read_run(long_run)
-    frame = found.to_dataframe()
-    assert len(frame) == 200 and set(frame["bits of layers.00.mlp"]) <= {4, 8}
-    assert frame["loss at 16"].notna().sum() == (frame["status"] == "finished").sum()
     shown = BeautifulSoup(found._repr_html_(), "html.parser").get_text()
     assert "92.0 MB" in shown and "Searched: gp, trial 11" in shown
     assert found.plan.as_dict() == found.best_plan and found.plan._repr_html_().count("<span") == 60
