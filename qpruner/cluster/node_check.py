@@ -250,7 +250,7 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds
     except ImportError:  # another qpruner or none: `differences` reports it
         return ""
     except FileNotFoundError:
-        return "is not shared with it: a file of the driver is missing there"
+        return "is not shared with this node: a file of the driver is missing there"
     except Exception as error:  # of a file system, of credentials, or of another qpruner
         line = str(error).strip().partition("\n")[0]
         return f"cannot be {action} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"

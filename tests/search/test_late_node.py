@@ -164,7 +164,7 @@ def test_a_late_node_that_differs_is_named_and_not_retried(cluster: Raylets, tmp
     with pytest.raises(NodeDiffers) as caught:
         search(job, lambda: 2, tell)
     joining.join()
-    assert f"`output`: {run} is not shared with it" in caught.value.cause
+    assert f"`output`: {run} is not shared with this node" in caught.value.cause
     assert f"{late[0].node_id[:8]})" in caught.value.cause
     assert "repeat the command" in str(caught.value)
     first, second = read_trials(job.trials)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,11 +36,8 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """Restore the environment after each test, since a worker's variables are set in the tests' process."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+    with patch.dict(os.environ):
+        yield
 
 
 def environment(folder: Path) -> dict[str, str]:
