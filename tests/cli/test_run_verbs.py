@@ -187,7 +187,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("plan RUN", "not over"),
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
-        ("status RUN/run.json", "RUN/run.json is a file, but a run is a folder; name that folder"),
+        ("status RUN/run.json", "RUN/run.json is a file, but a run is a folder; name the folder"),
         ("compare RUN RUN/run.json", "the `output` of its configuration"),
     ],
 )
