@@ -287,7 +287,7 @@ def test_shared_weights_are_refused(other: str) -> None:
         ("llama", {"layer_rate": 0.2, "units": ["attention"]}, ["0.2 removes no unit", "raise the rate, lower"]),
         ("llama", {"layer_rate": 0.2, "units": ["mlp"], "round_to": 48}, ["in multiples of `prune.round_to`"]),
         ("llama", {"last_layer": -9}, ["must be a range within the model's 3 blocks, 0 to 2"]),
-        ("llama", {"protected_layers": [-9]}, ["there is no block -9; the model has 3, 0 to 2"]),
+        ("llama", {"protected_layers": [-9]}, ["there is no block -9; the model has blocks 0 to 2"]),
         ("opt", {"uniform": True}, ["cannot have fewer heads", "`prune.units: [mlp]`, or `uniform: false`"]),
         ("phi3", {"uniform": True, "units": ["mlp"], "compensation": "bias"}, ["cannot have output biases"]),
         (
