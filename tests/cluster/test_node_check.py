@@ -60,7 +60,7 @@ def test_nodes_that_differ_are_named_with_the_difference(cluster: Raylets, tiny_
     assert heading == "4 problems with the cluster's nodes:"
     versions, storage, disk = (line for line in lines if first[:8] in line)
     assert "qpruner's code is " in versions and "peft is 0.1.0 there and " in versions and "torch" not in versions
-    assert f"`output`: {config.output} is not shared with it" in storage
+    assert f"`output`: {config.output} is not shared with this node" in storage
     assert f"in {cache}, where 0.000 GiB can be written" in disk
     (storage,) = (line for line in lines if second[:8] in line)
     assert f"`output`: {config.output} cannot be written there (Read-only file system)" in storage
