@@ -156,7 +156,7 @@ class DeathCounter:
         if self._in_a_row[position] == MAX_DEATHS:
             raise WorkerDied(
                 f"{MAX_DEATHS} workers died in a row in the same task, the last one: {first_line(death)}\n  remedy: "
-                "free memory on the node, since its lack is the usual cause (see Ray's log there); then repeat the command"
+                "free memory on the node, as its lack is the usual cause (see Ray's log there), then repeat the command"
             ) from error
         return first_line(death)
 
