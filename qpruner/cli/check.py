@@ -19,7 +19,7 @@ from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import budget_text
 from qpruner.report.card import other_base_remark
-from qpruner.report.liveness import driver_text
+from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
 from qpruner.wording import counted
 

@@ -19,7 +19,7 @@ from qpruner.export import forms
 from qpruner.export.generate import WHICH, Sampling, Source, sources
 from qpruner.models.memory import release
 from qpruner.pipeline.prepare import loading_progress
-from qpruner.report.liveness import warning_of_driver
+from qpruner.report.snapshot import warning_of_driver
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.wording import nearest
 

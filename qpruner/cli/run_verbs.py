@@ -20,9 +20,9 @@ import yaml
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import budget_text
-from qpruner.report import liveness, run_views
+from qpruner.report import run_views
 from qpruner.report.search_progress import score_with_step
-from qpruner.report.snapshot import read_snapshot
+from qpruner.report.snapshot import GONE, RUNNING, read_snapshot
 from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
@@ -60,7 +60,7 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
             for each in facts["stages"]
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
-        is_running = facts["outcome"] == liveness.RUNNING and facts["has_begun"]
+        is_running = facts["outcome"] == RUNNING and facts["has_begun"]
         for line in (*_search_lines(facts["search"], is_running), *filter(None, [facts["to_compare"]])):
             terminal.say(line)
     return {"status": "ok", **facts}
@@ -69,16 +69,15 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
 def _headline(facts: dict[str, Any]) -> str:
     text, quiet = f"{facts['run']}: {facts['outcome']}", duration(facts["seconds_since_sign_of_life"])
     process = f"on {facts['host']} (process {facts['pid']})"
-    match facts["outcome"]:
-        case "done":
-            return text
-        case "failed":
-            return f"{text}: {facts['error']}"
-        case liveness.RUNNING:
-            begun = "" if facts["has_begun"] else "; no stage has started yet; below is the previous command"
-            return f"{text} {process}, last sign of life {quiet} ago{begun}"
-        case liveness.GONE:
-            text = f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone"
+    if facts["outcome"] == "done":
+        return text
+    if facts["outcome"] == "failed":
+        return f"{text}: {facts['error']}"
+    if facts["outcome"] == RUNNING:
+        begun = "" if facts["has_begun"] else "; no stage has started yet; below is the previous command"
+        return f"{text} {process}, last sign of life {quiet} ago{begun}"
+    if facts["outcome"] == GONE:
+        text = f"{facts['run']}: no sign of life for {quiet} {process}: {GONE}"
     return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
 
 

@@ -1,4 +1,4 @@
-"""Read the metadata of a model card, and write its section on loading the model."""
+"""Read the metadata of a model card, and write the card's section on loading the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from qpruner.hf import PEFT_BASE
 
 Form = Literal["packed", "peft", "merged", "merged and plain"]
-"""Final folder; peft export; merged model with blocks of different widths; merged model that transformers can load."""
+"""The final folder, a peft export, a merged model with blocks of different widths, a merged model of equal blocks."""
 
 STATED = {"base_model": "base model", "license": "licence", "datasets": "datasets"}
 """Keys of a card's metadata, which are also keys of the configuration section `card`, and their names in messages."""
@@ -41,7 +41,7 @@ model = PeftModel.from_pretrained(base, folder)
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Read the YAML metadata of a card; return an empty dictionary if they are missing or invalid."""
+    """Read the YAML metadata of a card; return an empty dictionary if the card has no valid metadata."""
     block = REGEX_YAML_BLOCK.search(card.removeprefix("\N{BOM}"))
     try:
         metadata = yaml.safe_load(block[2]) if block else None
@@ -77,5 +77,5 @@ def loading_section(form: Form, place: str = "this folder") -> str:
 
 
 def with_loading_section(card: str, form: Form, place: str) -> str:
-    """Replace the section on loading in a card by the section for a form and a repository."""
+    """Replace a card's section on loading by the section for a model of this form in the repository `place`."""
     return _SECTION.sub(lambda _: f"{loading_section(form, place)}\n", card)

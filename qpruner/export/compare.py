@@ -1,7 +1,7 @@
 """Compare an export with the final model.
 
-The outputs of each layer with an adapter are compared, because a lost adapter exceeds the rounding error there.
-Predictions are compared to check all other weights.
+The outputs of each layer with an adapter are compared, because they change by more than the rounding error if the
+adapter is lost. Predictions are compared to check all other weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PEFT_PREFIX = "base_model.model."
 NUM_PROBES = 64
 MOST_ERROR = 0.05
 """Largest allowed relative error of a layer's outputs. Rounding causes 0.003 at 4 bits, and 0.009 at 8 bits, where
-inputs are rounded too (the demo's 210 layers, 2026-11). Wrongly decoded weights cause at least 0.09, as 4 bits do."""
+inputs are rounded too (the demo's 210 layers, 2026-11). Wrongly decoded weights cause 0.09 or more."""
 LEAST_ADAPTER = 2.0**-9
-"""Smallest adapter that is checked, as a share of the layer's outputs: bfloat16 rounds by about as much."""
+"""Smallest effect of an adapter that is checked, as a share of the layer's outputs. bfloat16 rounds by as much."""
 MOST_DIVERGENCE = 0.05
 """Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
-and a quarter of the divergence without all adapters (0.20). A single lost adapter is too small to exceed it: five that
-were tried in the demo gave 0.016 to 0.027."""
+and a quarter of the divergence without all adapters (0.20). A single lost adapter does not exceed the limit:
+five that were removed in the demo, one at a time, gave 0.016 to 0.027."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) -> str | None:
     """Describe how a layer's outputs differ from the expected outputs; None if they are close enough.
 
-    `added` is the adapter's part of the outputs. Projecting the error on it gives the share of the adapter that the
-    export has; rounding errors hardly change this share, because they are independent of the adapter.
+    `added` is the adapter's part of the outputs. Projecting the error on `added` gives the share of the adapter that
+    the export has; rounding errors hardly change this share, because they are independent of the adapter.
     """
     error = found - expected
     relative_error = float(error.norm() / expected.norm())

@@ -51,7 +51,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
     if not exists(final / ADAPTER_FILES[0]):
         raise UserError(f"{run.place} has no final model: repeat `qpruner run` to finish the run")
     if target.exists():
-        raise UserError(f"{target} exists: delete it or name another folder with `--out`")
+        raise UserError(f"{target} exists: delete this folder or name another with `--out`")
     record = ExportRecord(final=run.final_digests())
     final = fetch(final)
     scratch = target.with_name(f".{target.name}")

@@ -30,7 +30,7 @@ AGAINST_SHORTAGE = (
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 Template = Literal["chat", "alpaca", "none"]
-"""Prompt template: the tokenizer's chat template (or none if it has none), that of `data.template: alpaca`, or none."""
+"""Prompt template: the tokenizer's chat template if it has one, the template of `data.template: alpaca`, or none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer without special tokens (which `num_tokens` counts), ended by an end token or by the length limit."""
+    """An answer: `text` leaves out the special tokens that `num_tokens` counts; `ended` says what ended the answer."""
 
     text: str
     num_tokens: int
@@ -101,7 +101,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class Source:
-    """Folder of a model; `dense` is the `model` section of the run's configuration if the model is not quantized."""
+    """The folder of a model; `dense` is the run's configuration section `model` if the model is not quantized."""
 
     name: str
     folder: Path
@@ -128,11 +128,11 @@ class Source:
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run named in `which` (all if it is empty), or the single model in a folder."""
+    """Find the models of a run that `which` names (all if `which` is empty), or the single model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
             f"models are loaded from a folder, not from a URI: download the final model with `{command}`, "
-            "then name FOLDER"
+            "then name this FOLDER"
         )
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
@@ -150,13 +150,13 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
         if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
             raise UserError(
                 f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside its "
-                "adapter_config.json (pickled adapters are not read: save it again with peft's save_pretrained)"
+                "adapter_config.json (pickled adapters are not read: save the adapter with peft's save_pretrained)"
             )
     return found
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
-    """Find the models in the folder of a run."""
+    """Find the models of a run that `which` names; if `which` is empty, all models that the run has made."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     dense = ModelConfig.model_validate(state.config["model"])

@@ -27,7 +27,7 @@ HUBS_OWN = ".gitattributes"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Result of a push: `url` is the commit, `card_lacks` the keys to set in the configuration section `card`."""
+    """The result of a push: `url` is the commit's address, `card_lacks` lists keys to set in the section `card`."""
 
     url: str
     num_files: int
@@ -60,7 +60,7 @@ def push(
         repo = api.create_repo(repo_id, private=not is_public, exist_ok=True).repo_id
         is_private = bool(api.repo_info(repo).private)
         if not is_private and not is_public:
-            raise UserError(f"{repo} exists and is public: give `--public` if the model may be, or name another")
+            raise UserError(f"{repo} exists and is public: give `--public` to publish, or name another REPO_ID")
         notify(f"{counted(len(files), 'file')}, {num_bytes / 1e6:.1f} MB, uploading to {repo} ...")
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
         earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *(name for name, _ in files)}
@@ -72,7 +72,7 @@ def push(
     except OfflineModeIsEnabled as error:
         raise UserError("HF_HUB_OFFLINE is set, which forbids access to the hub: unset it") from error
     except HfHubHTTPError as error:
-        remedy = "check that the token may write to it (`hf auth whoami`), then repeat the command"
+        remedy = "check that the token may write to the repository (`hf auth whoami`), then repeat the command"
         raise StageError("push", first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
         raise StageError("push", f"the hub cannot be reached: {first_line(error)}", "repeat the command") from error
@@ -84,11 +84,11 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     final = run.root / "final"
     folder = final if what == "final" else run.root / "export" / what
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
-        remedy = "repeat `qpruner run` to finish it" if what == "final" else f"`qpruner export {run.root} --to {what}`"
+        remedy = "repeat `qpruner run`" if what == "final" else f"run `qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
     record = None if what == "final" else read_json(folder / MARK, ExportRecord)
     if what != "final" and (not record or record.final != run.final_digests()):
-        remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
+        remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
         raise UserError(f"{folder} was not exported from the current final model, which the card describes: {remedy}")
     yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):

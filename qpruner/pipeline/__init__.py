@@ -1,1 +1,1 @@
-"""Run the flow: `flow.py` has the stages and the loop, `run.py` what a command does around it."""
+"""Run the stages: `flow.py` lists and runs them, `run.py` does the rest of a command (checks, lock, `run.json`)."""

@@ -1,4 +1,4 @@
-"""The bank stage: pack the weights of every group once, and reuse files of an earlier bank."""
+"""The bank stage: pack the weights of every group once for all trials, and reuse files of an earlier bank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Bank(Stage[BankRecord]):
-    """Pack the weights of every group at every bit-width, with the initial weights of the adapter."""
+    """Write one entry (a file) for each group and bit-width: packed weights and initial weights of the adapter."""
 
     name = "bank"
     help = "Run up to the bank of packed weights and adapter starts."
@@ -35,11 +35,11 @@ class Bank(Stage[BankRecord]):
 
     @property
     def _levels(self) -> tuple[int, ...]:
-        """The bit-widths below 16, which are packed."""
+        """The bit-widths of `quantize.bits` below 16; weights at 16 bits are not packed."""
         return tuple(bits for bits in self.config.quantize.bits if bits != FULL_BITS)
 
     def _made_from(self) -> tuple[Any, ...]:
-        """Return everything that an entry of the bank depends on."""
+        """Return everything that an entry of the bank depends on, for a digest."""
         from qpruner.quantization.bank import FORMAT
 
         config, quantize, pruned = self.config, self.config.quantize, self.context.record(PruneRecord)
@@ -55,7 +55,7 @@ class Bank(Stage[BankRecord]):
         check_quantizable(self.context.inspection.model_config)
 
     def begin(self) -> None:
-        """Delete the record if the index or a file is missing or damaged, so that the stage builds it again."""
+        """Delete the record if the index or an entry is missing or damaged, so that the stage runs again."""
         from qpruner.quantization import bank as store
 
         bank, record, index = self.context.bank, None, None
@@ -120,10 +120,10 @@ class Bank(Stage[BankRecord]):
 
 
 def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Reuse intact files of the earlier bank, and of a killed command, that were made from the same inputs.
+    """Collect reusable entries in `scratch`, of a killed command and the earlier bank; return their index entries.
 
-    Files of the earlier bank are linked into `scratch`. Other files are removed from `scratch`, because writing to an
-    old link would change the earlier bank.
+    An entry is reusable if it is intact and was made from the same inputs. Entries of the earlier bank are linked. All
+    other files are removed from `scratch`: some may be links, and writing to a link would change the earlier bank.
     """
     from qpruner.quantization import bank as store
 
@@ -138,7 +138,7 @@ def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> 
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Return the index entries of intact files of these bit-widths that were made from the same inputs."""
+    """Return the index entries of intact files in `bank` that have these bit-widths and this digest of inputs."""
     from qpruner.quantization import bank as store
 
     try:
@@ -156,7 +156,7 @@ def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, Inde
 def _group_jobs(
     context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str], inputs: str
 ) -> list[GroupJob]:
-    """Make a job for each group with missing entries."""
+    """Make a job for each group that lacks entries; `kept` has the names of the existing entries."""
     from qpruner.quantization import bank as store
 
     config, jobs = context.config, []
@@ -170,7 +170,7 @@ def _group_jobs(
 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, IndexEntry]]]:
-    """Build the groups here or, for a large model, on several workers; yield each job with its index entries."""
+    """Build the groups, on several workers if that saves time; yield each finished job with its new index entries."""
     from qpruner.quantization.bank import FEW_WEIGHTS, build_group
 
     is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
@@ -188,7 +188,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
 
 
 def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
-    """Build a group in the process of the executor."""
+    """Build a group in the process of the executor, and return its index entries."""
     from qpruner.quantization.bank import build_group
 
     return build_group(job)

@@ -1,4 +1,4 @@
-"""The comparison stage: fine-tune and score the baselines of the winner in the same way."""
+"""The comparison stage: fine-tune and score baselines in the same way as the winning plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.pipeline.comparison_rows import RowJob, distinct, job_keys, jobs_of, table_rows
-from qpruner.pipeline.evaluate import measure_in_turns, score_jobs
+from qpruner.pipeline.evaluate import measure_in_turns, rows_of, score_jobs
 from qpruner.pipeline.finetune import finetune_jobs, have_rows, row_set_aside_if_damaged
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
@@ -17,7 +17,7 @@ from qpruner.wording import counted
 
 
 class Comparison(Stage[ComparisonRecord]):
-    """Fine-tune and score every row of the final table; the records of the winner are reused."""
+    """Fine-tune and score every row of the final table, but reuse the records of the winner."""
 
     name = "comparison"
     record = ComparisonRecord
@@ -29,7 +29,7 @@ class Comparison(Stage[ComparisonRecord]):
 
     @cached_property
     def jobs(self) -> list[RowJob]:
-        """One job for each row of the table and training seed."""
+        """One job for each fine-tune of each row of the table."""
         return jobs_of(self.context, table_rows(self.context))
 
     def inputs(self) -> tuple[Any, ...]:
@@ -57,10 +57,7 @@ class Comparison(Stage[ComparisonRecord]):
         scoring = sum(scored[job.folder].gpu_seconds for job in models if job.folder.name not in own)
         return {
             "candidates": tuned,
-            "rows": [
-                scored[job.folder].model_copy(update={"name": row.name, "inference": taken[job.folder]})
-                for row, job in jobs
-            ],
+            "rows": rows_of([job for _, job in jobs], scored, taken),
             "inference": setting,
             "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
         }

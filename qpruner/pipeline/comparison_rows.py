@@ -1,7 +1,7 @@
 """The rows of the final table, and the jobs that fine-tune and score them.
 
-A row is a plan with some training seeds; a job is a row with one of the seeds. Every job has a folder, named by the
-digest of everything that the job depends on. Equal jobs share a folder, and its record is reused by later commands.
+A row has one or more fine-tunes, which differ in training seed or plan; each fine-tune is a job. The folder of a job is
+named by the digest of everything that the job depends on. Equal jobs share a folder, and later commands reuse it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ RowJob = tuple[Row, Candidate]
 
 
 def winner_row(context: Context) -> Row:
-    """Return the row of the winner, with the first training seed.
+    """Return the row of the winning plan, with the first training seed.
 
-    This seed differs from the seed of the trials: with the data order that selected it, the winner would look too good.
+    This seed differs from the seed of the trials: with the data order of its trial, the winner would look too good.
     """
     searched = context.record(SearchRecord)
     plan = PrecisionPlan.from_dict(searched.best_plan)
@@ -51,10 +51,10 @@ def winner_row(context: Context) -> Row:
 
 
 def table_rows(context: Context) -> list[Row]:
-    """List every row of the comparison.
+    """List the rows of the final table in order.
 
-    Seed plans and random plans have the bytes of the winner, for a fair comparison. The searched plan, the best seed
-    plan and the random plans get `finetune.seeds` training seeds; the other rows get the first of these seeds.
+    Plans made from sensitivities (seed plans) and random plans have about the bytes of the winner. The winner, the best
+    seed plan and the random plans get `finetune.seeds` training seeds; the other rows get the first of these seeds.
     """
     config, space, winner = context.config, context.space, winner_row(context)
     measured = context.record(SensitivityRecord)
@@ -85,7 +85,7 @@ def table_rows(context: Context) -> list[Row]:
 
 
 def _best_seed_method(context: Context) -> str | None:
-    """Return the sensitivity method whose seed plan was best on fresh rows, or None if no seed plan was confirmed."""
+    """Return the sensitivity method of the best seed plan among the finalists, or None if none is a seed plan."""
     searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
@@ -98,7 +98,7 @@ def _best_seed_method(context: Context) -> str | None:
 
 
 def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
-    """List the models before any fine-tune: base, pruned, and quantized by the plan of the winner."""
+    """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
     full = context.space.uniform(FULL_BITS).as_dict()
     steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
     return candidates_for(context, [(name, plan, None) for name, plan in steps])
@@ -127,14 +127,14 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
 
 
 def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
-    """Make a job for each row and training seed."""
+    """Make a job for each fine-tune of each row."""
     fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
     jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
     return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
 
 
 def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
-    """List name, origin, seed and folder of each job, for a digest."""
+    """List row name, origin of the plan, training seed and folder of each job, for a digest."""
     return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
 
 
@@ -152,7 +152,7 @@ def run_jobs(
     fresh: bool = False,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run a function on every job, several at once; yield position and result of each job as it ends."""
+    """Run a function on every job, several at once; yield each job's position in `jobs` and result as it ends."""
     if not jobs:
         return
     resources, concurrent = context.task_resources(len(jobs), num_workers)

@@ -17,7 +17,6 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
@@ -44,16 +43,16 @@ class Context:
     inspection: preflight.Inspection
     writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)  # GPU seconds used outside the trials
-    assumed: Slots | None = None  # replaces the slots of this machine in plans
+    assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
     records: Results = field(default_factory=Results)
 
     def record(self, kind: type[RecordType]) -> RecordType:
-        """Return the record of an earlier stage by the class of the record."""
+        """Return the record of this class, which an earlier stage has made."""
         return next(record for _, record in self.records if isinstance(record, kind))
 
     def add_record(self, stage: str, record: Record) -> None:
-        """Add the record of a stage for the stages after it."""
+        """Add the record of a stage, for later stages."""
         self.records = self.records.model_copy(update={stage: record})
 
     @property
@@ -116,20 +115,15 @@ class Context:
 
     @cached_property
     def space(self) -> PlanSpace:
-        """The plans within the budget."""
+        """All plans of the pruned model within the budget."""
         quantize = self.config.quantize
         budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
         return PlanSpace.of(self.layout, quantize.bits, budget)
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
-        """The plan of the file in `search.plan`; a plan that does not fit the model or the budget is refused."""
-        file = self.config.search.plan_file
-        if file is None:
-            return None
-        plan = read_plan(file, self.space.groups, self.space.levels)
-        check_affordable(file, self.space.plan_bytes(plan), self.space.budget_bytes)
-        return plan
+        """The plan of the file in `search.plan`, or None without a file."""
+        return preflight.plan_in_file(self.config, self.layout, self.space.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:
@@ -146,12 +140,12 @@ class Context:
 
     @property
     def slots(self) -> Slots:
-        """The current slots of the cluster."""
+        """The machines of the cluster now."""
         return self.cluster.slots()
 
     @property
     def known_slots(self) -> Slots:
-        """The slots of the cluster at `address`; without it those of this machine, found without starting Ray."""
+        """The machines of the cluster at `address`, or without an address this machine, found without starting Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
@@ -174,7 +168,7 @@ class Context:
 
     @cached_property
     def check_node(self) -> bytes:
-        """A pickled function that checks a node; every process on the cluster calls it first."""
+        """A pickled function that checks a node; every process on the cluster calls this function first."""
         if not self.address:
             return packed_check({}, None)
         return packed_check(versions(), self.run_dir if self.writes else None)
@@ -188,9 +182,9 @@ class Context:
         return resources
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Return the resources of each worker of equal tasks, and how many of the tasks run at once.
+        """Return the Ray resources of each worker, and how many of the `num_tasks` equal tasks run at once.
 
-        On CPUs the tasks share the cores.
+        Without GPUs the tasks share the cores.
         """
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
@@ -210,7 +204,7 @@ class Context:
         fresh: bool = False,
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
-        """Run jobs on the nodes that pass `check_node`; yield position and result of each job as it ends."""
+        """Run `function(job)` for all jobs on nodes that pass `check_node`; yield position and result of each job."""
         from qpruner.cluster.tasks import run_tasks
 
         return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)

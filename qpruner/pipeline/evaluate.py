@@ -59,9 +59,7 @@ class Evaluate(Stage[EvalRecord]):
             scored = score_jobs(self, jobs, text)
             before = context.gpu_time.seconds
             setting, taken = measure_in_turns(self, [job for job in jobs if job.seed is not None])
-        rows = [
-            scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)}) for job in jobs
-        ]
+        rows = rows_of(jobs, scored, taken)
         return {
             "rows": rows,
             "text": about,
@@ -76,9 +74,9 @@ class Evaluate(Stage[EvalRecord]):
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """Encode the text for perplexity into a folder; return a description and the folder, or None without text.
+    """Encode the text for perplexity into a folder; return its description and the folder, both None without text.
 
-    The text is `evaluate.text` or, unless the confirmation rows are multiple-choice, half of the confirmation rows.
+    It is `evaluate.text` or, without multiple-choice rows, the half of `data.confirmation` that judges the winner.
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
@@ -97,14 +95,14 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
 
 
 def scores_digest(context: Context) -> str:
-    """Compute the digest of the tasks and texts that rows are scored on."""
+    """Compute the digest of everything that models are scored on: tasks, their metrics, texts and settings."""
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
     return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
 
 
 def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
-    """Score the models that have no record for these tasks and this text; return all scores by folder."""
+    """Score the models that have no record for these tasks and texts; return the scores of all models by job folder."""
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
@@ -137,8 +135,15 @@ def scores_line(scores: tuple[TaskScore, ...]) -> str:
     return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
 
 
+def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]) -> list[RowScores]:
+    """List the scores of the jobs under their row names, with memory and speed where they were measured."""
+    return [
+        scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)}) for job in jobs
+    ]
+
+
 def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """Measure memory and speed of the models one after another; return the setting and the results by folder."""
+    """Measure memory and speed of the models one after another; return the setting, and the results by job folder."""
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context

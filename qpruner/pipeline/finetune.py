@@ -75,9 +75,9 @@ class Finetune(Stage[FinetuneRecord]):
         slots, resources = context.known_slots, worker_resources(context.trial_resources, wanted)
         if (fits := slots.at_most(resources)) < wanted:
             raise UserError(
-                f"`finetune.num_workers`: {wanted} workers of {resources} must run at once, but only {fits} fit on "
-                f"{counted(len(slots.nodes), 'machine')}, the largest with {slots.largest}: ask for fewer, or add "
-                "machines"
+                f"`finetune.num_workers`: {wanted} workers with {resources} each must run at once, but only {fits} fit "
+                f"on {counted(len(slots.nodes), 'machine')}, the largest with {slots.largest}: use fewer workers, or "
+                "add machines"
             )
 
     def begin(self) -> None:
@@ -88,7 +88,7 @@ class Finetune(Stage[FinetuneRecord]):
     def detail(self) -> str:
         settings = self.config.finetune
         length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
-        return f"the winner, {length}, with another training seed than the trials, so its loss differs from its trial's"
+        return f"the winner, {length}, with another training seed, and so another loss, than in its trial"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
@@ -114,12 +114,12 @@ class Finetune(Stage[FinetuneRecord]):
 
 
 def have_rows(jobs: Iterable[RowJob]) -> bool:
-    """Return True if every fine-tuned row is recorded and intact."""
+    """Return True if the fine-tune of every job is recorded and its files are intact."""
     return all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs]))
 
 
 def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord]:
-    """Fine-tune the rows that have no record, each in new processes; return a record for every row and seed."""
+    """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
     context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
     for job, each in zip(models, for_each(_recorded, [job.folder for job in models]), strict=True):
@@ -155,7 +155,7 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
-    """Return the record of a fine-tuned row, None without one, or a message if the row is damaged."""
+    """Return the record in a job's folder, None if there is none, or a message if the folder is damaged."""
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = read_json(folder / "record.json", CandidateRecord)
@@ -190,7 +190,7 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
 
 @contextmanager
 def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside a row if its adapter turns out to be damaged, so that the next command fine-tunes it again."""
+    """Set aside a job's folder if the block finds its adapter damaged, so that the next command fine-tunes it again."""
     try:
         yield
     except CorruptFile as error:
@@ -199,13 +199,14 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
         # If the driver can read the row, the other machine may not see the storage.
         is_whole = isinstance(_recorded(row), CandidateRecord)
-        state = "on the driver it is intact" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
-        remedy = "make `output` visible to all machines" if is_whole else "only that row is fine-tuned again"
-        raise StageError(stage, f"{error}; {state}", f"repeat the command: {remedy}") from error
+        state = "the driver finds the file intact" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
+        remedy = "repeat the command: only that row is fine-tuned again"
+        remedy = "make `output` visible to all machines, then repeat the command" if is_whole else remedy
+        raise StageError(stage, f"{error}; {state}", remedy) from error
 
 
 def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
-    """Write packed weights, adapter and tokenizer for transformers, which loads them after `import qpruner.hf`."""
+    """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
     on_progress, quantize = loading_progress(emit, "finetune"), config.quantize

@@ -1,7 +1,7 @@
 """The flow: its stages, and the one loop that runs them.
 
 Each stage leaves a record. A stage is skipped if the digest in its record equals the digest of its current inputs, so
-`qpruner run` can be repeated after any crash. Verbs, API functions, `status` and estimates derive from `STAGES`.
+`qpruner run` can be repeated after any crash. Subcommands, API functions, `status` and estimates derive from `STAGES`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
 
 
 def recorded(context: Context) -> dict[str, float]:
-    """Add the records of stages that `run` would skip to the context; return the share of each stage that is done.
+    """Add the records that `run` would reuse to the context; return the finished share of each stage, from 0 to 1.
 
     The files of the stages are not checked.
     """
@@ -151,10 +151,10 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
 
 
 def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:
-    """Return cause and remedy of errors that PyTorch and safetensors raise, or None for any other error."""
+    """Return cause and remedy of a known error of PyTorch or safetensors, or None for any other error."""
     if is_out_of_memory(error):
         return shortage_text(error), f"lower {stage.memory_keys}"
     if type(error).__name__ == "SafetensorError":
-        remedy = "repeat the command, which replaces damaged files of the run; replace a damaged model of your own"
+        remedy = "repeat the command, which replaces damaged files of the run; if your own model is damaged, replace it"
         return f"a safetensors file is damaged ({error})", remedy
     return None

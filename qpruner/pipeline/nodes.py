@@ -45,7 +45,7 @@ def look_at_nodes(context: Context) -> None:
 
 
 def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
-    """List the bank and model files that every node copies to its disk."""
+    """Describe the files of bank and pruned model that every node copies to its disk."""
     banked: list[str] = []
     with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)
@@ -84,7 +84,7 @@ def _test_file(storage: Path) -> Iterator[tuple[Path, str]]:
 def troubles(
     report: NodeReport, config: RunConfig, resources: Mapping[str, float], storage: Path, is_unseen: bool
 ) -> dict[str, str]:
-    """Return the problems of a node as keywords and sentences.
+    """Return the problems of a node: sentences by keyword, such as `disk` or `GPUs`.
 
     `is_unseen` is True if the driver cannot see the file that the node wrote to the storage.
     """
@@ -102,7 +102,7 @@ def troubles(
             except UserError as error:
                 found["GPUs"] = f"{kind}: {error}, or remove the node from the cluster"
     if is_unseen:
-        found.setdefault("storage", "is not shared with it: the driver cannot see the file that the node wrote")
+        found.setdefault("storage", "is not shared with this node: the driver cannot see the file that the node wrote")
     if "storage" in found:
         place = storage_at(storage)
         found["storage"] = f"`output`: {place.name} {found['storage']}; {place.access_remedy}"
@@ -110,7 +110,7 @@ def troubles(
 
 
 def row(report: NodeReport, found: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the table row of a node."""
+    """Return the table row of a node: name, CPUs, GPUs and the keywords of its problems."""
     kinds = dict.fromkeys(f"x {kind}, {amount(memory)}" for kind, memory, _ in report.gpus)
     if report.size.gpus and not kinds and "no answer" not in found:
         kinds = {"(none seen by torch)": None}

@@ -1,6 +1,6 @@
-"""Check a configuration against its model, rows, tasks and device before weights are loaded.
+"""Check a configuration against its model, rows, tasks and device before any weights are loaded.
 
-`qpruner check` prints the result of `inspect`, and `qpruner run` starts with it.
+`qpruner check` prints the result of `inspect`, and `qpruner run` starts with this check.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
-"""Minimum compute capability for the bitsandbytes layers of a bit-width."""
+"""Minimum CUDA compute capability for the layers of bitsandbytes, by bit-width."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes and sizes of the base and the pruned model, with cuts and budget, known from the configuration alone."""
+    """Shapes and sizes of the base and the pruned model, with cuts and budget, computed without weights."""
 
     model_config: Any
     base: Layout
@@ -43,19 +43,19 @@ class Shapes:
     """Whether the pruned shapes depend on scores, as with global selection or dropped blocks."""
     budget_bytes: int
     plan: PrecisionPlan | None
-    """The plan of the file in `search.plan`; None without one or if the groups depend on scores."""
+    """The plan of the file in `search.plan`; None without a file or if the names of the groups depend on scores."""
     packs: bool
     """Whether later stages quantize the pruned model. Otherwise its widths need not suit the device."""
 
 
 @dataclass(frozen=True)
 class Inspection(Shapes, Rows):
-    """Everything known of a run before its first stage: shapes, rows, questions and samples."""
+    """Everything known about a run before its first stage: shapes, rows, questions and samples."""
 
     samples: dict[str, int]
     """Number of `importance` and `sensitivity` samples."""
     sample_length: int
-    """Maximum number of tokens of an importance sample."""
+    """Number of tokens of the longest `importance` sample."""
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
@@ -101,7 +101,6 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     family_of(model_config)
     base = layout_for(config, model_config)
     cuts = cuts_in_effect(config.prune, model_config)
-    plan = _plan_in_file(config, model_config, cuts[0])
     if works_here:
         check_device(_own_capability(), config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
@@ -109,23 +108,26 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     is_estimate = any(
         not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
     )
-    if plan and not is_estimate:
-        assert config.search.plan_file
-        check_affordable(config.search.plan_file, pruned.plan_bytes(plan), budget)
+    # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
+    settings = cuts[0].settings
+    are_groups_known = settings.is_off or not settings.drops_blocks or are_alike(model_config)
+    plan = plan_in_file(config, pruned, None if is_estimate else budget) if are_groups_known else None
     return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan, packs)
 
 
-def _plan_in_file(config: RunConfig, model_config: Any, cut: Cut) -> PrecisionPlan | None:
-    """Read the plan of `search.plan`; return None without one or if the groups are unknown before the cut."""
-    file, drops_blocks = config.search.plan_file, cut.settings.drops_blocks and not cut.settings.is_off
-    # If blocks differ in size, the number of dropped blocks depends on scores.
-    if file is None or (drops_blocks and not are_alike(model_config)):
+def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) -> PrecisionPlan | None:
+    """Return the plan of the file in `search.plan`, if any; raise an error if the plan does not fit model or budget."""
+    file = config.search.plan_file
+    if file is None:
         return None
-    return read_plan(file, [group.name for group in layout_for(config, cut.expected).groups], config.quantize.bits)
+    plan = read_plan(file, [group.name for group in layout.groups], config.quantize.bits)
+    if budget_bytes is not None:
+        check_affordable(file, layout.plan_bytes(plan), budget_bytes)
+    return plan
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn if the controls may use up all trials."""
+    """Warn if the controls (uniform and seed plans) may use up all trials."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -135,7 +137,7 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """Compute groups and sizes of a model, with the quantization and adapters of the configuration."""
+    """Compute the groups of a model and their sizes, with the quantization and adapters of the configuration."""
     return layout_of(
         model_config,
         config.quantize.group,
@@ -194,14 +196,14 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     if size >= highest and len(levels) > 1 and not pareto:
         largest = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
-            f"{key} leaves nothing to choose, every group fits at {levels[-1]} bits: {smallest}, "
+            f"{key} leaves nothing to choose, because every group fits at {levels[-1]} bits: {smallest}, "
             f"{largest}, got {value}; lower it, or search the whole front with `search.pareto`"
         )
     return size
 
 
 def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Convert a budget to bytes, given the bytes of each uniform plan; mean bits are interpolated."""
+    """Convert a budget to bytes; fractions and mean bits are interpolated between the `sizes` of the uniform plans."""
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
@@ -273,8 +275,8 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
         remedy = "make `prune.round_to` a multiple of 64, " if kind.name == MLP else ""
         raise UserError(
             f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
-            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, use `quantize.bits` 8 and 16, or `selection: "
-            "per_layer`, whose widths are known before the cut"
+            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, use `quantize.bits` 8 and 16, or "
+            "`prune.selection: per_layer`, whose widths are known before the cut"
         )
 
 

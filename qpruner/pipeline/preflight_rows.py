@@ -20,24 +20,24 @@ from qpruner.wording import counted
 CHARACTERS_A_TOKEN = 4
 """Estimated characters of a token in English."""
 ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
-"""Tokens of the template of an instruction, and of a question."""
+"""Number of tokens that the template adds to an instruction, and to a question."""
 TEMPLATE_END = 8
 """Maximum number of tokens that a template appends to a response."""
 SPLITS = ("train", "validation", "confirmation")
 MOST_LOST = 0.05
-"""Share of rows that may lose their whole response without a warning. Rows that lose only a part are counted by
-`check`: 9 of 102 rows of cleaned Alpaca do at 256 tokens, as published."""
+"""Maximum share of rows that may lose their whole response without a warning. Losing a part is common: at 256 tokens,
+as published, 9 of 102 rows of cleaned Alpaca do; `check` counts such rows."""
 FEW_TOKENS = 500
 """A mean loss over fewer tokens is too noisy: on 143 tokens 8 bits were worse than 4 bits (LOG.md, 2026-11-27)."""
 FEW_QUESTIONS = 40
-"""An accuracy over fewer questions has a standard error up to 0.08 or more, above most differences of plans."""
+"""Over fewer questions the standard error of an accuracy may exceed 0.079, more than most plans differ by."""
 LONGEST_HEADING = 5
-"""Maximum number of words of a line that two texts may share."""
+"""Rows of `evaluate.text` with at most this many words, such as headings, may also occur in the data."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by split, and questions that score trials (`search`), choose the winner (`fresh`) or test (`evaluate`)."""
+    """Rows by split; questions to score trials (`search`), choose the winner (`fresh`) and test models (`evaluate`)."""
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
@@ -48,7 +48,7 @@ class Rows:
 
 
 def check_rows(config: RunConfig) -> Rows:
-    """Load all rows and questions of the run; raise an error if they overlap, collect warnings."""
+    """Load all rows and questions of the run, with warnings; raise an error if two uses of the data overlap."""
     loaded: tuple[dict[str, list[Example]], list[str]]
     tasks: dict[str, dict[str, TaskQuestions]]
     loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
@@ -69,7 +69,7 @@ def check_rows(config: RunConfig) -> Rows:
 
 
 def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
-    """Load the rows by split; return warnings of skipped rows beside them."""
+    """Load the rows; return them by split, and warnings about skipped rows."""
     sources = {name: (getattr(config.data, name), f"data.{name}") for name in SPLITS}
     sources["calibration"] = (config.calibration.data, "calibration.data")
     sources["text"] = (config.evaluate.text, "evaluate.text")
@@ -101,7 +101,7 @@ def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
 
 
 def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn of rows without a response, and of prompts that leave no room for a response."""
+    """Warn about rows without a response, and about prompts that leave no room for a response."""
     longest = config.data.max_length
     for split in SPLITS:
         rows = examples[split]
@@ -115,7 +115,7 @@ def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Ite
         if lost > MOST_LOST * len(rows):
             yield (
                 f"about {lost} of {counted(len(rows), 'row')} of `data.{split}` lose their whole response: their "
-                f"prompts have `data.max_length` of {longest} tokens or more; raise it"
+                f"prompts have {longest} tokens (`data.max_length`) or more; raise that limit"
             )
 
 
@@ -125,26 +125,26 @@ def num_cut(rows: list[Example], longest: int) -> int:
 
 
 def about_tokens(row: Example) -> tuple[int, int]:
-    """Estimate the number of tokens of the prompt, with its template, and of the response."""
+    """Estimate how many tokens the prompt (with its template) and the response of a row have."""
     template = {"instruction": ALPACA_TOKENS, "multiple_choice": QUESTION_TOKENS}.get(row.format, 0)
     return template + _tokens_of(f"{row.prompt}{row.context}"), _tokens_of(row.response)
 
 
 def about_labelled(row: Example, data: DataConfig) -> int:
-    """Estimate how many tokens of a row are labelled."""
+    """Estimate how many tokens of a row are labelled, which means counted in the loss."""
     prompt, response = about_tokens(row)
     return max(0, min(prompt + response, data.max_length) - (prompt if data.response_only else 0))
 
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
-    """Return the maximum number of labelled tokens of a row, allowing for twice the tokens of English."""
+    """Return an upper bound of the labelled tokens of any row, for text with up to twice the tokens of English."""
     if not rows or data.packing or not data.response_only:
         return data.max_length
     return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))
 
 
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn if losses are means over too few tokens to tell plans apart."""
+    """Warn if the losses are means over too few tokens to tell plans apart."""
     if config.search.metric != "loss" or not config.is_searched:
         return
     uses = {
@@ -161,13 +161,13 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
 
 
 def _few_questions(questions: dict[str, list[str]]) -> Iterator[str]:
-    """Warn if accuracies are over too few questions to tell models apart."""
+    """Warn if there are too few questions for accuracies to tell models apart."""
     uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
     for section, use in uses.items():
         asked = len(questions[section])
         if 0 < asked < FEW_QUESTIONS:
             yield (
-                f"{use} on {counted(asked, 'question')}: an accuracy over so few has a standard error up to "
+                f"{use} on {counted(asked, 'question')}: an accuracy over so few questions has a standard error up to "
                 f"{0.5 / math.sqrt(asked):.2f}; ask at least {FEW_QUESTIONS}, with a higher `{section}.limit`"
             )
 
@@ -211,7 +211,7 @@ def include_path(config: RunConfig) -> str | None:
 
 
 def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
-    """Load the tasks and questions of `search` and `evaluate`."""
+    """Load the questions of `search.tasks` and `evaluate.tasks`, by section and task."""
     search, evaluate, folder = config.search, config.evaluate, include_path(config)
     loads = {}
     if search.tasks:
@@ -223,8 +223,8 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     for name, task in found["search"].items() if search.by_accuracy else ():
         if search.limit is not None and len(task.texts) < 2 * search.limit:
             raise UserError(
-                f"`search.limit` must be at most half of the questions of every task, because as many questions choose "
-                f"the winner: {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
+                f"`search.limit` must be at most half of the questions of a task, because as many others choose the "
+                f"winner: {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
             )
     return found
 
@@ -242,7 +242,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]], vocabu
     except Exception as error:  # broken tokenizer files raise many types of errors
         reason = first_line(error)
         raise UserError(
-            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the tokenizer files there"
+            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; name a model with a tokenizer"
         ) from error
     for rows in examples.values():
         # Encode a few rows of each format, or all rows if none of these fits.

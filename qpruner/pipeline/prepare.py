@@ -61,7 +61,7 @@ class Prepare(Stage[PrepareRecord]):
 
 
 def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
-    """Find or download the base model; write it to `target` if it has to be converted."""
+    """Find or download the base model; a .gguf file is converted, and a copy for other machines made, in `target`."""
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base
@@ -91,7 +91,7 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 
 
 def _source_digests(config: RunConfig) -> list[str]:
-    """List the sha256 of every local file that the stage reads; hub sources are identified by their names."""
+    """List the sha256 of every local file that the stage reads; sources on the hub have none."""
     sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
     sources += config.calibration.data or ()
     names = [source.source for source in sources] + [config.model.source]

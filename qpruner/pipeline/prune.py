@@ -128,7 +128,7 @@ def cut_in_memory(
 def _cut(
     config: RunConfig, settings: PruneConfig, model: PreTrainedModel, rows: Rows, pad_id: int, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
-    """Cut a model in place; return the pruned model and the fields of the record."""
+    """Cut a model in place; return the result of `prune` and the fields of the record."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.prune import block_sizes, prune
 
@@ -142,7 +142,7 @@ def _cut(
     )
     peak_bytes = memory.bytes()
     if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-        emit(Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest step; raise it"))
+        emit(Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it"))
     element_bytes = DTYPE_BYTES[config.model.dtype]
     fields = {
         "importance": settings.criterion,

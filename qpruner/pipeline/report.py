@@ -16,7 +16,7 @@ WRITTEN = "report.html, report.md and results.json"
 
 
 class Report(Stage[Record]):
-    """Write every file of the report; runs in every command because it is cheap."""
+    """Write every file of the report. Every command runs this stage, because writing is fast."""
 
     name = "report"
     help = "Write the report of a run folder again, finished or not; with a configuration, run the whole flow."
@@ -45,7 +45,7 @@ class Report(Stage[Record]):
 
 
 def report_unfinished(run_dir: RunDir) -> str:
-    """Write the report of an unfinished run and return a message: its path, or a warning if it cannot be written."""
+    """Write the report of an unfinished run and return a message with its path, or a warning if writing fails."""
     from qpruner.report.files import write_report
 
     try:

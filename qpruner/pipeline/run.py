@@ -93,7 +93,7 @@ def run(
 ) -> Results:
     """Run the flow up to the stage `until`, skip recorded stages, and return all records.
 
-    Without an `address` Ray starts on this machine when it is needed. `command` is the shell command to show to users.
+    Without an `address` Ray starts on this machine when a stage needs Ray. `command` is the command line to show users.
     """
     from qpruner.report.tensorboard import FOLDER, Board  # loads torch
 
@@ -144,7 +144,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
 
 
 def _check_room(context: Context) -> tuple[int, int]:
-    """Raise an error if the disk is too small for the run; return the needed bytes at most, and the free bytes."""
+    """Raise an error if the disk is too small for the run; return the bytes needed at most, and the free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]

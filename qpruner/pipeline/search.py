@@ -1,6 +1,6 @@
-"""The search stage: run controls and trials under Ray Tune, then choose the winner on fresh rows.
+"""The search stage: try plans in trials, then choose the winner on fresh rows, on which no trial was scored.
 
-The result of a trial depends on weights, data and training (`trials_digest`). The proposed plans also depend on budget,
+Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also depend on budget,
 searcher and sensitivities (`search_digest`). Searches with equal `trials_digest` share a folder and reuse its trials.
 """
 
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
 
 FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "fix the cause, delete the folders of those trials in the run's `trials`"
-"""Advice if all trials failed for several reasons or an unknown one."""
+"""Advice if all trials failed, for different reasons or for an unknown reason."""
 
 
 class Search(Stage[SearchRecord]):
-    """Try plans in parallel trials, and score the best plans again on fresh rows."""
+    """Try plans in parallel trials, and score the best plans again on rows that no trial has used."""
 
     name = "search"
     help = "Run up to the precision search."
@@ -70,7 +70,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan that replaces the search, or None: from a file, a seed plan, or the only possible plan."""
+        """The plan that replaces the search (from a file, a seed plan, or the only possible plan), or None."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
             return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
@@ -97,7 +97,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that the result of a trial depends on, and of the search if `reuse_trials` is off."""
+        """Digest of everything that a trial's result depends on; includes `search_digest` if `reuse_trials` is off."""
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
         return digest_of(
@@ -136,7 +136,7 @@ class Search(Stage[SearchRecord]):
         check_trackers(self.config.trackers)
 
     def begin(self) -> None:
-        """Emit the recorded trials; delete the record of the search if a trial of it was damaged."""
+        """Emit the recorded trials; delete the record of the search if one of its trials was damaged."""
         context, settings = self.context, self.config.search
         # The trials need the memory of the executor.
         context.executor.close()
@@ -242,7 +242,7 @@ class Search(Stage[SearchRecord]):
         )
 
     def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials and choose the finalists; repeat this if the files of a finalist are damaged."""
+        """Run the trials and choose the finalists; repeat both steps if the files of a finalist are damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -287,10 +287,10 @@ def plan_of(trial: TrialRecord) -> PrecisionPlan:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials and all finished controls; for a front also the non-dominated trials."""
+    """Choose the best finished trials, all finished uniform and seed plans and, for `search.pareto`, the front."""
     if not trials:
-        cause = "its hours ended before any trial could start"
-        raise StageError("search", cause, "find out why (`ray status`), allow more hours, then repeat the command")
+        cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
+        raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
     finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
@@ -310,14 +310,14 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
 
 
 def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan and, for comparison, every finished control of earlier searches."""
+    """Choose the trial of the given plan and, for comparison, each finished trial of a uniform or seed plan."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
-    """Score the finalists on fresh rows; return the scores and the GPU seconds."""
+    """Score the finalists on rows that no trial has used; return the scores and the GPU seconds that scoring used."""
     confirmations, scores = [], _fresh_scores(stage, finalists, job)
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
@@ -339,7 +339,7 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
 
 
 def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Score each finalist on fresh rows; reuse the scores of an earlier command."""
+    """Score each finalist on rows that no trial has used; reuse the scores of an earlier command."""
     context, paths = stage.context, [trial_folder(job.trials, trial.index) / "fresh.json" for trial in finalists]
     # The name of the trials folder is a digest that includes the rows.
     asked = (context.config.search.metric, context.inspection.questions["fresh"])
@@ -358,7 +358,7 @@ def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: Sear
 
 
 def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidate:
-    """Make a candidate of the last checkpoint of a finished trial."""
+    """Describe the last checkpoint of a finished trial as a job for `run_jobs`."""
     checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
     assert checkpoint is not None, "a finished trial has a checkpoint"
     seed = context.config.seed
@@ -366,7 +366,7 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the best finalist on fresh rows; in a tie a control wins."""
+    """Return the finalist with the best score, in a tie a uniform or seed plan; None without finalists."""
     scores = [objective(each, job.config) for each in confirmations]
     position = winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
@@ -375,7 +375,7 @@ def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmati
 def front_of(
     confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
 ) -> tuple[FrontPoint, ...]:
-    """List the non-dominated finalists by bytes."""
+    """List the finalists that are non-dominated in bytes and score, by rising bytes."""
     points = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
     return tuple(
         FrontPoint(

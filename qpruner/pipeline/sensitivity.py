@@ -1,4 +1,4 @@
-"""The sensitivity stage: score by several methods how much each group loses at fewer bits."""
+"""The sensitivity stage: score by several methods how much fewer bits in one group harm the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score how much each group loses at fewer bits; reuse earlier scores of the same inputs."""
+    """Score how much fewer bits in each group harm the model; reuse earlier scores of the same inputs."""
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -67,7 +67,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def _reuse_scores(self, scratch: Path, ending: str) -> None:
-        """Copy intact scores of the same inputs from the stage folder to `scratch`; remove other scores from there."""
+        """Copy intact scores of the same inputs from the stage folder to `scratch`; remove all other scores there."""
         root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
         for name in children(scratch):
             if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
@@ -85,14 +85,14 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Describe the lowest and highest score of a method."""
+    """Format the range over groups of the rise in score from the most to the fewest bits."""
     lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
     rises = [low - high for low, high in zip(lowest, highest, strict=True)]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
 
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
-    """Compute the scores of the missing methods, and of methods that need the same passes."""
+    """Yield the scores of the missing methods, and of other methods that the same passes over the data compute."""
     from qpruner.data.calibration import Samples
     from qpruner.sensitivity import methods as scoring
 
@@ -142,12 +142,12 @@ def _score(
 
 
 def _progress(emit: Emit, work: str) -> Callable[[int, int], None]:
-    """Return a callback that emits the progress of some work of the stage."""
+    """Return a callback that emits the progress of `work`, which is the text to show."""
     return lambda done, total: emit(Progress("sensitivity", done, total, work))
 
 
 def _measured(context: Context, subject: Subject) -> Measurement:
-    """Measure KL divergence and loss of every group; every slot measures a share of the samples."""
+    """Measure KL divergence and loss for every group; workers measure their shares of the samples in parallel."""
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import measure_share, measure_subject
 

@@ -27,9 +27,9 @@ class Stage(ABC, Generic[RecordType]):
     """
 
     name: ClassVar[str]
-    """Names the folder and record of the stage, its verb and its API function."""
+    """Name of the stage and of its folder, record, subcommand and API function."""
     help: ClassVar[str] = ""
-    """Help text of the verb; empty if the stage has no verb."""
+    """Help text of the subcommand; empty if the stage has none."""
     record: type[RecordType] | None = None
     """Class of the record; None for a stage that always runs."""
     keeps_scratch: ClassVar[bool] = False
@@ -39,11 +39,11 @@ class Stage(ABC, Generic[RecordType]):
     starts_ray: ClassVar[bool] = True
     """Whether the stage may start Ray on this machine."""
     trains: ClassVar[bool] = False
-    """Whether the stage trains; if so, training has caused a loss that is NaN or infinite."""
+    """Whether the stage trains; only then may training settings be the cause of a loss that is NaN or infinite."""
     memory_keys: ClassVar[str] = (
         "`training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
     )
-    """Keys to lower if memory runs out."""
+    """Advice if memory runs out, to follow the word `lower`."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -65,7 +65,7 @@ class Stage(ABC, Generic[RecordType]):
         """Delete the record if files that it describes are damaged or missing."""
 
     def inputs(self) -> tuple[Any, ...]:
-        """Return everything that the record depends on."""
+        """Return everything that the record depends on, for its digest."""
         return ()
 
     @property
@@ -79,14 +79,14 @@ class Stage(ABC, Generic[RecordType]):
 
     @abstractmethod
     def run(self, scratch: Path) -> dict[str, Any]:
-        """Write the stage's files into `scratch` and return the fields of its record."""
+        """Write the files of the stage into `scratch` and return the fields of its record."""
 
     @abstractmethod
     def summary(self, record: RecordType) -> str:
         """Describe the record in one line."""
 
     def share_done(self) -> float:
-        """Return the finished share of a stage without a record, from 0 to 1."""
+        """Estimate the finished share of a stage that has no record yet, from 0 to 1."""
         return 0.0
 
     def disk_bytes(self) -> int:
@@ -94,7 +94,7 @@ class Stage(ABC, Generic[RecordType]):
         return 0
 
     def matching_record(self, digest: str) -> RecordType | None:
-        """Return the record if its digest matches and its folder exists; raise `CorruptFile` if it is unreadable."""
+        """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
         return record if record and record.digest == digest and run.has_folder(self.name) else None
@@ -112,7 +112,7 @@ class Stage(ABC, Generic[RecordType]):
         return True
 
     def read_intact(self, file: Path, kind: type[FileType], place: Path, remedy: str) -> FileType | None:
-        """Read a JSON file; return None if it is missing, or damaged and therefore set aside in `place`."""
+        """Read a JSON file; return None if it is missing or damaged. Set a damaged file aside in `place`."""
         try:
             return read_json(file, kind)
         except CorruptFile as error:

@@ -62,9 +62,11 @@ def score(
             weight = parameter.detach().float()
             # For l2 no square root is taken, as in LLM-Pruner.
             scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
-    else:
+    elif importance in ("fisher", "taylor"):
         order = "second" if importance == "fisher" else settings.order
         scores = _taylor(model, kinds, samples, order, settings.aggregation)
+    else:
+        raise ValueError(f"no importance of units is called {importance!r}")
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
@@ -251,7 +253,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     """
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)
-    else:
+    elif method == "taylor":
         # Each matrix counts once: in whole experts with the router, not in channels again.
         kinds = {}
         for index, some in unit_kinds_of(model.config, layers).items():
@@ -259,6 +261,8 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
             kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
         by_unit = _taylor(model, kinds, samples).reduce("sum")
         scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
+    else:
+        raise ValueError(f"no importance of blocks is called {method!r}")
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
     return scores

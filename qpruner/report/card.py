@@ -62,7 +62,7 @@ def model_card(run: Snapshot) -> str:
 
 
 def _measured(run: Snapshot) -> Iterator[EvalResult]:
-    """Yield the final model's scores. Its adapter is that of the first training seed."""
+    """Yield the final model's score on each task; its adapter was trained with the first training seed."""
     assert run.results.evaluate
     row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     for score in row.scores:
@@ -98,7 +98,7 @@ def _is_hub_id(source: str, folder: Path) -> bool:
 
 
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
-    """Collect base model, data sets and licence from the configuration and the base model's card."""
+    """Return card metadata known without the section `card`: hub ids of base model and data sets, and the licence."""
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
     data = dict.fromkeys(each["source"] for each in config["data"]["train"])

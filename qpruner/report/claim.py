@@ -21,6 +21,7 @@ from qpruner.report.results import (
 )
 from qpruner.report.search_progress import cost, score, score_name
 from qpruner.report.statistics import (
+    SAME,
     Difference,
     difference_text,
     more_bytes,
@@ -41,7 +42,7 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 class Comparison:
     """A comparison of the searched row with the row `other`; `more_bytes` is how much larger `other` is, as a share.
 
-    `no_claim` says why nothing can be claimed; `differences` is then empty. `origin` is empty if `other` is missing.
+    `origin` says what suggested the plan of `other`, if that row exists. Without a claim, `no_claim` says why.
     """
 
     other: str
@@ -131,7 +132,7 @@ def margin(search: SearchRecord) -> str:
 
 
 def _margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
-    """Describe the standard error of a difference in loss; without losses by row, the errors of both scores."""
+    """Describe the standard error of a margin; if losses by row are unknown, the standard error of each score."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:
         verdict = ", so it may be chance" if abs(apart.mean) < Z_95 * apart.stderr else ""
@@ -153,7 +154,7 @@ def _compared(results: Results, other: str) -> Comparison:
     if all(ours.plan == theirs.plan for (ours, _), (theirs, _) in pairs):
         reason = "it is the winner's own plan, so there is no gain to claim"
     elif abs(share) > SAME_BYTES:
-        reason = f"no claim at equal bytes, because it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
+        reason = f"no claim at equal bytes, because it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'} bytes"
     found = () if reason else (*over_questions(pairs), over_confirmation_rows(pairs))
     return Comparison(other, origin, seeds, share, reason or None, found)
 
@@ -197,7 +198,7 @@ def _verdicts(found: Sequence[Comparison]) -> str:
         rival = RIVALS[each.other]
         measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
         phrases = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
-        parts.append(" and ".join(phrases) or f"is not distinguishable from {rival}")
+        parts.append(" and ".join(phrases) or f"is {SAME} from {rival}")
     if not parts:
         return ""
     counts = [f"{word} in {verdicts.count(word)}" for word in shown if word in verdicts]

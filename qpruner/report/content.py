@@ -28,7 +28,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; if it has a `summary`, `report.html` folds it under that line."""
+    """A table; `report.html` hides a table with a `summary` until the reader clicks on the summary."""
 
     caption: str
     headings: tuple[str, ...]
@@ -51,7 +51,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """A block of code; if it has a `summary`, `report.html` folds it under that line."""
+    """A block of code; `report.html` hides a block with a `summary` until the reader clicks on the summary."""
 
     text: str
     language: str = ""

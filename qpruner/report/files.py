@@ -1,4 +1,4 @@
-"""Writes every file of a run's report: `report.html`, `report.md`, `results.json`, pictures, card and TensorBoard's."""
+"""Writes all files of a run's report: `report.html`, `report.md`, `results.json`, plots, card, TensorBoard text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Summary(BaseModel):
     claim: str | None
     """How the searched plan compares with the base and the pruned model, and with other plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
-    """The differences behind the claim."""
+    """The comparisons behind the claim, of the searched row with the best seed and with random plans."""
     first_seed_table: tuple[Row, ...]
     """The rows of `table`, computed from the first training seed alone, which every row has."""
     table: tuple[Row, ...]
@@ -75,13 +75,13 @@ class Summary(BaseModel):
     records: Results
     """The records of all stages."""
     trials: tuple[TrialRecord, ...]
-    """Every trial, in order of suggestion."""
+    """All trials in the search's folder, in the order in which they were suggested."""
     state: RunState
     """The state of the run's latest command."""
     config: dict[str, Any]
     """The configuration with every key."""
     environment: dict[str, str]
-    """Versions and hardware."""
+    """The software versions and the hardware of the run."""
 
 
 def summary_text(run: Snapshot) -> str:

@@ -19,16 +19,16 @@ MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
 Turns = tuple[float, float, float]
-"""Median, minimum and maximum over the repeated measurements of a row's models."""
+"""Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the final table: means over its fine-tunes; a field `..._spread` is the standard deviation.
+    """One row of the final table: means over its fine-tunes, maxima of memory; `..._spread` is the standard deviation.
 
     The fine-tunes differ in training seed, those of the row `random` also in plan. Losses are in nats per token, answer
-    losses in nats per answer (None if a task has no choices). `accuracy_stderr` is over questions. Records use `name`,
-    reports use `title`. A plan is written with one character per group.
+    losses in nats per answer (None if a task has no choices). `accuracy_stderr` is the standard error over questions.
+    Records use `name`, reports use `title`. A plan is written with one character per group.
     """
 
     name: str
@@ -79,7 +79,7 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
-    """Group the fine-tunes by the name of their row, in the order of their records."""
+    """Map the name of each row to its fine-tunes, in the order of their records."""
     scored = [row for row in results.scores if row.seed is not None]
     by_name: dict[str, list[FineTune]] = {}
     for each in zip(results.candidates, scored, strict=True):

@@ -9,7 +9,6 @@ from typing import Any
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
-from qpruner.report.liveness import RUNNING
 from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import (
     bar,
@@ -21,7 +20,7 @@ from qpruner.report.search_progress import (
     score_title,
     search_progress,
 )
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
     difference_text,
@@ -145,7 +144,7 @@ def winner(run: Snapshot) -> TrialRecord:
     why = f"the search of {run.run_dir.place} is not over, so there is no winner yet"
     if given is not None:
         why = f"the plan that was given to {run.run_dir.place} ({given}) is not scored yet, so there is no winner yet"
-    raise UserError(f"{why}: `qpruner status` shows the progress, and `--trial NUMBER` prints the plan of any trial")
+    raise UserError(f"{why}: `qpruner status` shows the progress, and `qpruner plan --trial NUMBER` prints any plan")
 
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
@@ -200,7 +199,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the score of the best control; if a plan was given, an earlier search may have tried that control."""
+    """Return the best control's score, even if another search ran that trial; None if no control has finished."""
     metric = run.state.config["search"]["metric"]
     finished = [each for each in run.own_trials if each.status == "finished"]
     controls = [each for each in finished if each.is_control and not each.is_given]
@@ -254,9 +253,9 @@ def _by_place(setting: Any) -> Any:
 
 @dataclass(frozen=True)
 class Against:
-    """Differences between the searched rows of two runs after their fine-tunes, over the training seeds of both.
+    """The fine-tuned winner of one run minus that of another, over the training seeds that both runs have.
 
-    `no_figures` says why there are no differences. `differ` names the data that is not the same in both runs.
+    `no_figures` says why there are no differences. `differ` names the data that the runs do not share.
     """
 
     seeds: tuple[int, ...]
@@ -267,16 +266,16 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Compare two runs, paired by training seed and by question or confirmation row, on data with equal digests."""
+    """Compare the fine-tuned winners of two runs on the data that both share, paired by training seed and data row."""
     if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
-        return Against((), None, "one of them has no final table yet")
+        return Against((), None, "one of the runs has no final table yet")
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
     if not pairs:
-        return Against((), None, "they have no training seed in common")
+        return Against((), None, "the runs have no training seed in common")
     seeds, share = seeds_of(pairs), more_bytes([(theirs, ours) for ours, theirs in pairs])
     same = [(one.plan, one.adapter_sha256) == (two.plan, two.adapter_sha256) for (one, _), (two, _) in pairs]
     if all(same) and all(one.adapter_sha256 for (one, _), _ in pairs):
-        return Against(seeds, share, "it is the same fine-tuned model")
+        return Against(seeds, share, "both runs have the same fine-tuned model")
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
     measured: dict[str, list[Difference]] = {}
     if run.evaluate.tested == other.evaluate.tested:

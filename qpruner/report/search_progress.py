@@ -13,9 +13,9 @@ from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecor
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """The progress of a search: its trials by number, and the best searched plan and best control that finished.
+    """The progress of a search: its trials in order of their numbers, and the best of its finished trials.
 
-    `seconds_left` is estimated from the mean time of the trials that are over.
+    `best` has a searched plan, `best_control` is a control. `seconds_left` assumes the mean time of ended trials.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials to plot together; a given plan is plotted with other given plans and the search beside it."""
+    """Return the trials to plot together: this search's; for a given plan, also other given plans and `beside`'s."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 
@@ -62,12 +62,12 @@ def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
 
 
 def score_name(search: SearchState | SearchRecord) -> str:
-    """Return what the search scores trials by: `loss`, or lm-eval's name of the accuracy."""
+    """Return the name of the score that compares trials: `loss`, or lm-eval's name of the accuracy."""
     return "loss" if search.metric == "loss" else accuracy_name(search.metrics)
 
 
 def score_title(search: SearchState | SearchRecord) -> str:
-    """Return the title of the trials' scores: `validation loss`, or lm-eval's name of the accuracy."""
+    """Return the heading over trials' scores: `validation loss`, or lm-eval's name of the accuracy."""
     return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
 
 
@@ -85,7 +85,7 @@ def score(rung: RungResult | FreshScore, metric: str) -> float:
 
 
 def score_with_step(shown: str, rung: int, step: int) -> str:
-    """Append the rung's step to a score if its trial has gone on to a later step."""
+    """Append `@RUNG`, the step of the score's rung, if the trial has reached a later step."""
     return shown if rung == step else f"{shown} @{rung}"
 
 
@@ -97,7 +97,7 @@ def control_name(control: TrialRecord) -> str:
 def best_so_far(
     over: Iterable[TrialRecord], metric: str, counts: Callable[[TrialRecord], bool] = lambda trial: not trial.is_control
 ) -> list[float | None]:
-    """Return the best score among the first 1, 2, ... trials; `counts` selects the trials that compete."""
+    """Return the best score after each trial, None before the first score; `counts` selects the trials that compete."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:
@@ -113,7 +113,7 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def bar(trial: TrialRecord | FrontPoint) -> str:
-    """Format the plan with one character per group."""
+    """Format a trial's plan with one character per group."""
     return str(PrecisionPlan.from_dict(trial.plan))
 
 

@@ -31,7 +31,7 @@ STAGES_NOTE = (
 
 
 def sections(run: Snapshot, importances: Mapping[str, Any] | None = None) -> list[Section]:
-    """Return the sections that are not empty for this run; `importances` are the units' scores from pruning."""
+    """Return the sections that are not empty for this run; `importances` comes from `load_importance`."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", "The answer", answer(run)),
         ("quality", "Quality by task", _quality(run)),
@@ -95,7 +95,7 @@ def _search(run: Snapshot) -> Iterator[Part]:
 
 
 def search_text(search: SearchRecord) -> list[str]:
-    """Describe in two paragraphs how the search ran, and which plan was best on fresh rows."""
+    """Describe in two paragraphs how the search ran, and which plan was best on fresh rows (see `FreshScore`)."""
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""

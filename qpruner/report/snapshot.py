@@ -1,7 +1,11 @@
-"""Reads a run from its folder, finished or not, for reports and for commands such as `qpruner status`."""
+"""Reads a run from its folder, finished or not, for reports and for commands such as `qpruner status`.
+
+The run's state file and its lock show whether the latest command is still running.
+"""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -9,9 +13,8 @@ from typing import TYPE_CHECKING, get_args
 from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.claim import how_to_compare
-from qpruner.report.liveness import RUNNING, Liveness, read_liveness
 from qpruner.report.search_progress import best_of
-from qpruner.runs.lock import driver_of
+from qpruner.runs.lock import Driver, Holder, driver_of
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import LOG, STATE, RunDir
 from qpruner.runs.storage import children, exists, for_each
@@ -22,6 +25,47 @@ if TYPE_CHECKING:
     import pandas
 
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
+RUNNING = "running"
+CUT_OFF = "cut off"
+"""Outcome of a command whose process ended without recording its outcome."""
+GONE = "most likely gone"
+"""Outcome of a command on another machine whose heartbeat has stopped."""
+MOMENT_SECONDS = 0.3
+"""Longest expected time between a driver's change of the run's state and its change of the lock."""
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """The state of a run's latest command and, if the run is locked, the process that holds the lock."""
+
+    state: RunState
+    driver: Driver | None
+
+    @property
+    def outcome(self) -> str:
+        """The command's recorded outcome; without a recorded one, `RUNNING`, `CUT_OFF` or `GONE`."""
+        if self.state.outcome != RUNNING:
+            return self.state.outcome
+        if self.driver is None or not self._is_of_driver:
+            return CUT_OFF
+        return {"alive": RUNNING, "dead": CUT_OFF, "silent": GONE}[self.driver.state]
+
+    @property
+    def successor(self) -> Holder | None:
+        """The process of a newer command, if one holds the lock but has not begun a stage."""
+        if self.driver and self.driver.state == "alive" and not self._is_of_driver:
+            return self.driver.holder
+        return None
+
+    @property
+    def last_sign(self) -> float:
+        """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix seconds."""
+        return self.driver.beat if self.driver else self.state.updated
+
+    @property
+    def _is_of_driver(self) -> bool:
+        process = (self.state.host, self.state.pid)
+        return self.driver is not None and process == (self.driver.holder.host, self.driver.holder.pid)
 
 
 @dataclass(frozen=True)
@@ -59,7 +103,7 @@ class Snapshot:
 
     @property
     def how_to_compare(self) -> str | None:
-        """A sentence on how to add the comparison; None unless the run finished without one, as configured."""
+        """A sentence on how to add the comparison; None unless the run finished and its configuration asks for none."""
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         return how_to_compare(self.state.command) if is_finished else None
 
@@ -97,7 +141,7 @@ class Snapshot:
 
     @property
     def statuses(self) -> dict[str, str]:
-        """Trial status -> text; without a running command, `running` reads `begun`."""
+        """Trial status -> its word in reports; without a running command, the word for `running` is `begun`."""
         return STATUSES if self.liveness.outcome == RUNNING else {**STATUSES, "running": "begun"}
 
     @property
@@ -108,7 +152,7 @@ class Snapshot:
 
     @property
     def metric(self) -> str:
-        """What the search scores trials by: `loss` or `accuracy`."""
+        """The measure by which the search scores trials: `loss` or `accuracy`."""
         return self.state.search.metric if self.state.search else "loss"
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -152,7 +196,7 @@ class Snapshot:
 
     @property
     def missing(self) -> str | None:
-        """A sentence with the stages that have no record yet; None if all have one."""
+        """A sentence that lists the stages without a record; None if every stage has a record."""
         asked = [name for name in Results.model_fields if name != "comparison" or self.lacks_comparison]
         names = [name for name in asked if getattr(self.results, name) is None]
         return f"There is no result yet from: {', '.join(names)}." if names else None
@@ -162,7 +206,7 @@ def read_snapshot(run: RunDir) -> Snapshot:
     """Read a run's folder.
 
     Raises:
-        UserError: If no command has worked on it.
+        UserError: If no command has worked on the folder.
         CorruptFile: If a record cannot be read.
     """
     liveness = read_liveness(run)
@@ -178,7 +222,7 @@ def read_snapshot(run: RunDir) -> Snapshot:
 
 
 def _no_run(run: RunDir) -> str:
-    """Say why a folder is not a run, and what to name instead."""
+    """Say why a folder is not a run, and which folder to name instead."""
     driver = driver_of(run.root)
     if driver and driver.state == "alive":
         process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
@@ -191,3 +235,38 @@ def _no_run(run: RunDir) -> str:
     what = f"is not a run folder, because it has no {STATE}" if names else "does not exist or is empty"
     log = f"; {LOG} there shows how the last command ended" if LOG in names else ""
     return f"{run.place} {what}{log}: name the folder that a configuration of `qpruner run` calls `output`"
+
+
+def read_liveness(run: RunDir) -> Liveness | None:
+    """Read a run's state and lock without writing anything; None before the first command.
+
+    The state is read before the lock, so a command that ends between the two reads looks cut off. If a command looks
+    cut off, both are therefore read again.
+
+    Raises:
+        CorruptFile: If the state cannot be read.
+    """
+    found = _read(run)
+    if found and found.outcome == CUT_OFF:
+        time.sleep(MOMENT_SECONDS)
+        found = _read(run)
+    return found
+
+
+def driver_text(run: RunDir) -> str | None:
+    """Name the living process that works on a run; None if there is none."""
+    driver = driver_of(run.root)
+    if driver is None or driver.state != "alive":
+        return None
+    return f"process {driver.holder.pid} on {driver.holder.host} works on {run.place}"
+
+
+def warning_of_driver(run: RunDir) -> str | None:
+    """Return a warning that a running command may replace the run's models; None if no command is running."""
+    driver = driver_text(run)
+    return driver and f"warning: {driver} and may replace its models meanwhile"
+
+
+def _read(run: RunDir) -> Liveness | None:
+    state = run.read_state(RunState)
+    return Liveness(state, driver_of(run.root)) if state else None

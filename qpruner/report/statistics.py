@@ -1,7 +1,7 @@
-"""Estimates the differences between rows of the final table, with their intervals.
+"""Estimates the differences between rows of the final table, with 95 % intervals.
 
-Rows are paired by training seed, and by question or confirmation row. `qpruner.data.measures` computes means and
-standard errors over tasks and questions.
+Models are paired by training seed, their scores by question or confirmation row. `qpruner.data.measures` computes means
+and standard errors over tasks and questions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pair = tuple[FineTune, FineTune]
 
 @dataclass(frozen=True)
 class Difference:
-    """The searched row minus another row in one measure: the mean over fine-tunes, and half of its 95 % interval.
+    """The searched row minus another row in one measure; `half_width` is half of the 95 % interval around `mean`.
 
     `spread` is the standard deviation over training seeds. `num_pairs` counts questions or confirmation rows.
     `verdict` is `better` or `worse` if the interval excludes zero, else `not distinguishable`.
@@ -52,7 +52,7 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
-    """Return how much larger the second row is, as a share of the first row's bytes, in the pair that differs most."""
+    """Return how much larger the second model of a pair is, as a share of the first, in the pair that differs most."""
     sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
@@ -82,7 +82,7 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
 
 
 def paired_losses(one: FinalistScore, other: FinalistScore) -> Estimate | None:
-    """Estimate one finalist's loss minus another's, paired by row; None if older records lack each row's loss."""
+    """Estimate one finalist's loss minus another's, paired by fresh row; None without the losses by row."""
     if not len(one.losses) == len(other.losses) > 1:
         return None
     return measures.over_questions(_less(one.losses, other.losses))
@@ -103,7 +103,7 @@ def difference_text(found: Difference) -> str:
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
-    """Describe how differences are paired."""
+    """Describe the training seeds over which differences are paired."""
     if len(seeds) > 1:
         return f"{len(seeds)} training seeds, paired"
     return "one training seed (the intervals lack the spread over seeds), paired by question and row"
@@ -129,11 +129,11 @@ def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by
 def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
     """Return half of the 95 % interval; None if there are too few values to estimate a spread.
 
-    Against several random plans it is the prediction interval for one more random plan. Each plan's value is a mean
+    Against several random plans, use the prediction interval for one more random plan. Each plan's value is a mean
     over seeds, so the spread of these values already includes the effects of plan, seeds and questions.
 
-    Against one plan it is the wider of Student's interval over seeds and the normal interval over questions or rows.
-    With one training seed it lacks the spread over seeds, so equal plans lie outside it in more than 5 % of cases.
+    Against one plan, use the wider of Student's interval over seeds and the normal interval over questions or rows.
+    With one training seed the spread over seeds is missing, so more than 5 % of intervals for equal plans exclude 0.
     """
     if len(by_plan) > 1:
         return measures.prediction_half_width(by_plan)

@@ -39,7 +39,7 @@ FINAL = (
         ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
     ),
 )
-"""Caption and columns of each part of the final table; a part fits 120 characters."""
+"""Caption and columns of each part of the final table; each part fits 120 characters of width."""
 FIRST_SEED = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
 ROWS = {
     "uniform": "the pruned model, every group at the same bits.",
@@ -49,7 +49,7 @@ ROWS = {
     SEARCHED: "the plan that was best on fresh rows. It is called `winner (...)` if it is a control, and `given plan` "
     "if you gave it.",
 }
-"""Words in a row's name -> what the row is."""
+"""Word in the names of rows -> what these rows are."""
 FIGURES = {
     "seeds": "the number of training seeds and, in brackets, which. Trials use another seed, so the loss of a trial "
     "cannot be compared with a loss here. With several seeds, figures are means ± standard deviation.",
@@ -99,7 +99,7 @@ def _megabytes(size: int) -> str:
 
 
 def _interval(mean: float, stderr: float) -> str:
-    """Format the 95 % interval of a share; it is 0 to 1 if the standard error is unknown."""
+    """Format the 95 % interval of a share; the interval is 0 to 1 if the standard error is unknown."""
     half_width = 1.0 if math.isnan(stderr) else measures.Z_95 * stderr
     return f"{max(0.0, mean - half_width):.3f} to {min(1.0, mean + half_width):.3f}"
 
@@ -129,7 +129,7 @@ def cells(row: Row) -> dict[str, str]:
 def final_tables(results: Results) -> list[Table]:
     """Split the final table into parts that fit a terminal and paper.
 
-    If rows differ in their number of training seeds, a second part shows all rows under the first seed, which all have.
+    If rows differ in their number of training seeds, an added part shows every row under the first seed alone.
     """
     every, first_seed = rows(results), under_first_seed(results)
     first, *others = (_final(results, caption, headings, every) for caption, headings in FINAL)
@@ -140,7 +140,7 @@ def final_tables(results: Results) -> list[Table]:
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
-    """Build one part of the final table; its heading or its caption names the metric of the accuracy."""
+    """Build one part of the final table; a heading or the caption names the metric of the accuracy."""
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
@@ -151,7 +151,7 @@ def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: S
 
 
 def _turns_text(figures: Turns | None) -> str:
-    """Format a median and, in brackets, minimum and maximum."""
+    """Format a row's speeds: the median and, in brackets, minimum and maximum."""
     if figures is None:
         return "-"
     median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
@@ -247,7 +247,7 @@ def block_cells(layer: LayerWidths) -> tuple[str, ...]:
 
 
 def prune_summary(record: PruneRecord) -> str:
-    """Describe the cut in two lines: settings and target, then its effect and cost."""
+    """Describe the pruning in two lines: first settings, target and effect, then size and cost."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
     return (
         f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, "
@@ -284,9 +284,9 @@ def trials(run: Snapshot) -> Table:
 
 
 def finalists(search: SearchRecord) -> Table:
-    """Build the table of the trials scored on fresh rows, with each loss minus the winner's, paired by row.
+    """Build the table of the finalists, the trials scored on fresh rows, with each loss minus the winner's.
 
-    Most of a loss's own standard error comes from the choice of rows. Pairing by row removes this part.
+    Most of a loss's own standard error comes from the choice of rows. Pairing the losses by row removes this part.
     """
     best = next((each for each in search.confirmations if each.index == search.best_index), None)
     body = [
@@ -327,7 +327,7 @@ def _fresh(score: FreshScore) -> tuple[str, str]:
 
 
 def methods(measured: SensitivityRecord) -> Table:
-    """Build the table of sensitivities, with their source, unit and seconds."""
+    """Build the table of the sensitivity methods: what each measures, in which unit, and the seconds it took."""
     body = [(name, each.source, each.unit, f"{each.seconds:.1f}") for name, each in measured.methods.items()]
     caption = "Sensitivities; those that were measured in one pass each show the seconds of the complete pass"
     return Table(caption, ("method", "what", "unit", "seconds"), body)

@@ -4,7 +4,7 @@ HParams has one row for each trial that is over. Scalars has the trials' curves,
 controls. Text has the configuration and the final table.
 
 A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
-appended, and an open TensorBoard shows them. After a crash or a loss, the same call completes or rewrites the file.
+appended, and an open TensorBoard shows them. After a crash, the same call completes or rewrites the file.
 tensorboardX's `SummaryWriter` sets its own times and file names and only appends, so this module makes the messages.
 """
 
@@ -41,7 +41,7 @@ FILE = "events.out.tfevents"
 TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
 """Values of DataType and Status in the HParams plugin's api.proto."""
 RUNGS = "validation by rung"
-"""Tag group of the HParams table's columns; the name sorts after those of the curves in Scalars."""
+"""Tag group of the HParams table's metrics; in Scalars its name sorts after the groups of the curves."""
 BEST = "search/best so far"
 MOST_POINTS = 1000
 """Maximum number of training losses in a trial's file, which keeps the file below 200 kB."""
@@ -105,7 +105,7 @@ class Board:
 
 
 def write_result(root: Path, results: Results) -> None:
-    """Write the claim and the final table as a text."""
+    """Write the claim and the final table as a text for TensorBoard."""
     table = "\n\n".join(markdown.parts_text(sections.measured(results)))
     write_events(root / FOLDER / RESULT, [_text("final table", table)])
 
@@ -141,7 +141,7 @@ def run_name(trial: TrialRecord) -> str:
 
 
 def control_name(trial: TrialRecord) -> str:
-    """Return the name of a control's run in TensorBoard; a given plan's name has the trial's number."""
+    """Return the name of a control's run in TensorBoard; for a given plan, the name ends with the trial's number."""
     return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
 
 
@@ -166,7 +166,7 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
 def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
     """Map tags to metric columns of the HParams table; the first is the score that compares trials.
 
-    Every finished trial has all these metrics: the parallel coordinates leave out a trial that lacks one.
+    Every finished trial has all these metrics. TensorBoard's parallel coordinates leave out a trial that lacks one.
     """
     scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
     steps = config.search.rungs
@@ -214,7 +214,7 @@ def _scalar(tag: str, value: float, step: int, time: float) -> Any:
 
 
 def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
-    """Declare the HParams table's columns: parameters, each with an example value, and metrics, tag -> title."""
+    """Declare the HParams table's columns: parameters (name -> example value) and metrics (tag -> title)."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
         content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)
@@ -224,9 +224,9 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 
 
 def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """Make a row of the HParams table. TensorBoard merges rows of equal title, and adds the run's last scalars.
+    """Return the messages of an HParams row. TensorBoard merges rows of equal title, and adds the run's last scalars.
 
-    tensorboardX's own `hparams` has neither titles nor times.
+    tensorboardX's function `hparams` sets neither titles nor times, so it is not used here.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]

@@ -1,4 +1,4 @@
-"""Keep the checkpoints and the adapter of a fine-tune, so that it can be resumed and only one process writes."""
+"""Store a fine-tune's checkpoints and adapter, so that the fine-tune can be resumed and only one process writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class _Owner(BaseModel):
-    """The content of the file that names the owner of a fine-tune: its latest process, or the first of a group."""
+    """The file that names the owner of a fine-tune: its latest process or, in a group, the process of rank 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,7 +54,7 @@ class Ownership:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest intact checkpoint of a fine-tune, and fetch it if it is in an object store."""
+    """Return the newest intact checkpoint of a fine-tune, fetched from an object store if needed, or None."""
     listed = [name.removesuffix(FILES) for name in children(folder) if name.endswith(FILES)]
     steps = [int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")]
     for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
@@ -64,7 +64,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Return True if a file of a checkpoint differs from its list; a checkpoint without a list is not damaged."""
+    """Return True if a checkpoint's files differ from its list of files; without such a list, return False."""
     try:
         storage_at(checkpoint).verify()
         return False
@@ -84,19 +84,19 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
     share = Share.own()
     if share.processes > 1:
-        distributed.barrier()  # each has saved its random state
+        distributed.barrier()  # wait until every process has saved its random state
     if share.rank > 0:
         return
-    ownership.check()  # saving took time
+    ownership.check()  # the owner may have changed during the save
     storage_at(folder / checkpoint.name).put_folder(checkpoint)
-    ownership.check()  # and so did publishing; only now the new checkpoint counts
+    ownership.check()  # or while the checkpoint was published
     for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
-    """Save the adapter to a temporary folder, move it to its own, and return the digest of its weights."""
+    """Save the adapter to a temporary folder, move this folder to `adapter`, and return the digest of the weights."""
     aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)

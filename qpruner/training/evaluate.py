@@ -27,7 +27,7 @@ METRICS: tuple[str, ...] = get_args(AccuracyMetric)
 
 @dataclass(frozen=True)
 class TaskQuestions:
-    """The questions of a task, to look for them in the training rows, and the metric that scores the task."""
+    """The texts of a task's questions, to look for them in the training rows, and the metric that scores the task."""
 
     texts: list[str]
     metric: str
@@ -46,7 +46,7 @@ def score_tasks(
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory, with or without adapters.
 
-    The first `skip` questions of a task are left out; the next `limit` (None: all) score it. If `metric` is None, a
+    The first `skip` questions of a task are left out; the next `limit` (None: all) are scored. If `metric` is None, a
     task is scored by the first of `METRICS` that it reports. `on_progress` gets the numbers of answered and of all
     requests (one per choice or generation). Returns one score per task; a group of tasks has one per subtask.
     """
@@ -158,7 +158,7 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
     if wanted and wanted not in accuracies:
         raise UserError(
             f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
-            f"{', '.join(accuracies)}: set a metric that all report, `accuracy` for each task's own, or another task"
+            f"{', '.join(accuracies)}: set one that all report or `accuracy` (each task's own), or name other tasks"
         )
     return wanted or accuracies[0]
 
@@ -196,7 +196,7 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
 
 
 def _question(task: Any, doc: dict[str, Any]) -> str:
-    """Return a question's text: the row's column for the question if it has one, else the task's full prompt."""
+    """Return a question's text: the column with the question if the row has one, else the task's full prompt."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
             passage = doc.get("passage", "")
@@ -233,12 +233,12 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
 
 
 def _full_name(metric: str, name: str) -> str:
-    """Return lm-eval's name of a metric under an answer filter."""
+    """Return lm-eval's name of a metric with the answer filter `name`."""
     return metric if name == "none" else f"{metric},{name}"
 
 
 def _metric_score(value: float, values: list[Any]) -> MetricScore:
-    """Add the standard error to lm-eval's value if the value is the mean over questions, else NaN."""
+    """Return lm-eval's value and its standard error, which is NaN unless the value is the mean over questions."""
     if all(isinstance(each, int | float) for each in values):
         mean, stderr = measures.over_questions(values)
         if math.isclose(mean, value):
@@ -247,7 +247,7 @@ def _metric_score(value: float, values: list[Any]) -> MetricScore:
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
-    """Compute the negative log-likelihood of each right choice; empty if a question has no choices."""
+    """Return each right choice's negative log-likelihood in nats; empty if a question has no choices."""
     losses = []
     for sample in samples:
         responses, target = sample["filtered_resps"], sample["target"]

@@ -35,7 +35,7 @@ DIVERGED_BY = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, in optimizer steps or in epochs, and when to save: at rungs, and every `save_steps`."""
+    """How long to train (`steps`, or `epochs` if that is None), and when to save: at `rungs` and every `save_steps`."""
 
     steps: int | None
     epochs: float | None = None
@@ -73,7 +73,7 @@ class Share:
 
 
 class TrainingResult(NamedTuple):
-    """Number of steps, and training loss of the last step in nats per token."""
+    """Number of optimizer steps, and training loss of the last step in nats per token."""
 
     steps: int
     train_loss: float
@@ -135,9 +135,9 @@ def _losses(state: TrainerState) -> list[float]:
 
 
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
-    """Set up DistributedDataParallel for the adapters alone, and return the first process's checkpoint to all.
+    """Let DistributedDataParallel share the adapters alone, and return the first process's `start` in every process.
 
-    Every process has read the other weights from the bank. Machines may see different listings of a shared folder.
+    Every process has read the other weights itself. Machines may see different checkpoints in a shared folder.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -196,7 +196,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:
-        """Do not count operations: the count synchronizes all processes, so one that repeats a save would hang."""
+        """Do not count operations: the count waits for all processes, so a process that repeats a save would hang."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         pinned = self.args.dataloader_pin_memory

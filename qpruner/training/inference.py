@@ -33,7 +33,7 @@ NUM_TURNS = 3
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """The fine-tuned rows that one process times in turns; the file `progress` gets `done total`.
+    """The fine-tuned rows that one process times in turns; it writes `done total` turns to the file `progress`.
 
     The prompt is the beginning of the confirmation rows in `data`.
     """
@@ -46,7 +46,7 @@ class InferenceJob:
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of each row's model; between rows of one checkpoint, only groups are exchanged."""
+    """Measure memory and speed of each row's model; for rows of one checkpoint only groups are exchanged."""
     begin_job(job.threads)
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
@@ -77,7 +77,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Records the times at which transformers' `generate` starts and has each new token."""
+    """Records when transformers' `generate` starts and when it yields each new token."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the final table: a checkpoint quantized by a plan; its `folder` holds adapter and checkpoints.
+    """A row of the final table: a checkpoint quantized by a plan; `folder` is for the fine-tune's files.
 
     `name` is used in records, `title` in the table. `seed` sets data order and dropout of the fine-tune. A row without
     a seed is scored without a fine-tune, with the initial adapters of its quantized layers.
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A row and a worker's input for it; `text` is a folder of held-out text in windows, for `evaluate_candidate`.
+    """A worker's job for one row; `text` is a folder with held-out text in windows, which `evaluate_candidate` scores.
 
     For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last checkpoint.
     """
@@ -80,7 +80,7 @@ class CandidateJob:
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """The result of a fine-tune, with the fields of `CandidateRecord`; bytes are those of one process."""
+    """The result of a fine-tune, in the fields of `CandidateRecord`; `peak_memory_bytes` is that of one process."""
 
     seconds: float
     steps: int
@@ -96,9 +96,9 @@ class FinetuneOutcome:
 
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
-    """Fine-tune a row on all training rows, from its LoftQ start or latest checkpoint, and save the adapter.
+    """Fine-tune a row on all training rows, from its initial adapters or its latest checkpoint, and save the adapter.
 
-    If another process starts the same fine-tune, this one raises `TakenOver` before its next write.
+    If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
     """
     # Imported before memory is measured, so that the rise does not include the library.
     import peft  # noqa: F401
@@ -200,7 +200,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
 def confirm_trial(job: CandidateJob) -> FinalistScore:
     """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
-    In a search by accuracy, also score it on new questions: for each task, `search.limit` after those of the trials.
+    In a search by accuracy, also score the checkpoint on each task's next `search.limit` questions after the trials'.
     """
     from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
@@ -259,7 +259,7 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 
 
 def begin_job(threads: int) -> None:
-    """Free the memory of the worker's earlier jobs; without a GPU, limit torch to the reserved cores."""
+    """Free the memory of the worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
     import torch
 
     from qpruner.models.memory import release

@@ -1,4 +1,4 @@
-"""Log a fine-tune to the trackers by transformers' own callbacks, as one run in each tracker."""
+"""Log a fine-tune to the trackers with transformers' callbacks, as one run in each tracker."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Log the fine-tune in this context to the trackers, as runs with the name `label` and the parameters `about`."""
+    """Log the training inside the `with` block to each tracker, as a run named `label` with the parameters `about`."""
     callback = Tracked()
     if trackers:
         os.environ.update(trackers.environment)

@@ -28,8 +28,8 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Defaults of environment variables: print nothing over the live view, send no reports about the user, and wait half a
-minute, not several, for a server that does not answer."""
+"""Defaults of environment variables: the trackers print nothing over the live view, send no reports about the user, and
+wait half a minute, not several, for a server that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Trackers:
 
 
 def check_trackers(names: tuple[str, ...]) -> dict[str, str]:
-    """Check that every named tracker is installed, configured and answers; return their environment variables."""
+    """Check that all trackers are installed and configured, and MLflow answers; return their environment variables."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f'`trackers` names {name}, which is not installed: run `pip install "qpruner[{name}]"`, or leave it out'
+                f'`trackers` names {name}, which is not installed: run `pip install "qpruner[{name}]"` or remove {name}'
             )
         for variable, value in DEFAULTS.items():
             os.environ.setdefault(variable, value)
@@ -84,7 +84,7 @@ def _wandb_key() -> dict[str, str]:
     if key := wandb.api.api_key:
         return {"WANDB_API_KEY": key}  # workers on other machines need the key of this machine's login
     raise UserError(
-        "`trackers` names wandb, but there is no key for it: set WANDB_API_KEY, run `wandb login`, or set "
+        "`trackers` names wandb, but there is no API key: set WANDB_API_KEY, run `wandb login`, or set "
         "WANDB_MODE=offline"
     )
 
@@ -103,7 +103,7 @@ def _check_mlflow() -> None:
     except Exception as error:  # may come from sqlalchemy, requests or mlflow
         raise UserError(
             f"`trackers` names mlflow, but MLFLOW_TRACKING_URI, {_without_password(place)}, does not work: "
-            f"{_without_password(first_line(error))}; check the address and that the server runs, or leave mlflow out"
+            f"{_without_password(first_line(error))}; check the address and the server, or remove mlflow"
         ) from error
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_run import TRIALS, MadeRun
+from made_run import MadeRun
 from rich.console import Console
 
 from qpruner.api import read_run
@@ -21,8 +21,7 @@ from qpruner.report import tables
 from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
-from qpruner.runs.records import RunState, StageState
-from qpruner.search.trial_records import write_trial
+from qpruner.runs.records import StageState
 from qpruner.wording import duration
 
 TELL = """
@@ -208,8 +207,7 @@ def test_a_bar_shows_the_time_left_of_each_count(monkeypatch: pytest.MonkeyPatch
 def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     """A finished run with 60 groups, whose first trial has a very long origin."""
     made = MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20)
-    made.trials[0] = made.trials[0].model_copy(update={"origin": "a control with a rather long name"})
-    write_trial(made.run.trials / TRIALS, made.trials[0])
+    made.write(made.trials[0], origin="a control with a rather long name")
     return made
 
 
@@ -245,14 +243,12 @@ def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
 
     made = MadeRun(tmp_path / "run", num_trials=64)
     made.change_search(slots=8)
-    state = made.run.read_state(RunState)
-    assert state
     begun = min(trial.times[0] for trial in made.trials)
     stages = {
         "prune": StageState(state="done", started=begun - 100, seconds=90, text="134.5M -> 107.6M parameters"),
         "search": StageState(state="done", started=begun - 1, seconds=90_000, text="all 64 trials were spent"),
     }
-    made.run.write_state(state.model_copy(update={"stages": stages}))
+    made.change_state(stages=stages)
     moment = moment_of(made.trials)
     seen = (picture := terminal_picture(read_run(made.run.root))).replace("&#160;", " ")
     assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen

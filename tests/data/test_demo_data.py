@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from conftest import demo_rows
 
-from qpruner.config.schema import DataSource
-from qpruner.data.sources import load_examples, normalized
+from qpruner.data.sources import normalized
 
 SPLITS = ("train", "validation", "confirmation", "test")
 LETTERS = ["A", "B", "C", "D"]
@@ -59,12 +58,3 @@ def test_no_row_is_repeated() -> None:
         assert bags[one] & bags[other] == set(), (one, other)
     beginnings = [" ".join(normalized(row["question"]).split()[:4]) for row in EVERY_QUESTION]
     assert not repeated(beginnings, most=5), "questions are not made from a few patterns"
-
-
-def test_the_loader_reads_every_file() -> None:
-    for split, rows in QUESTIONS.items():
-        source = DataSource(source=f"package:qpruner/demo/data/questions_{split}.jsonl", format="multiple_choice")
-        answers = [row["choices"]["text"][LETTERS.index(row["answerKey"])] for row in rows]
-        assert [example.response for example in load_examples([source], "data.train")] == answers
-    found = load_examples([DataSource(source="package:qpruner/demo/data/instructions.jsonl")], "data.train")
-    assert [example.response for example in found] == [row["output"] for row in INSTRUCTIONS]

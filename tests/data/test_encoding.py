@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,41 +151,12 @@ def test_a_chunk_without_a_labelled_token_is_dropped() -> None:
     assert pack(plain, 8) == [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}]
 
 
-@pytest.fixture
-def samples_of(tokenizer: Tokenizer, tiny_raw: dict[str, Any]) -> Callable[..., Any]:
-    """A function that makes importance samples from rows with the given keys of `calibration`."""
-
-    def make(rows: list[Example], **calibration: Any) -> Any:
-        config = validate_config(tiny_raw | {"calibration": calibration})
-        return importance_samples(config, rows, len(tokenizer), tokenizer)
-
-    return make
-
-
 @pytest.mark.parametrize("packing", [True, False])
-def test_calibration_predicts_responses_only(packing: bool, samples_of: Any, tokenizer: Tokenizer) -> None:
-    rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
-    samples = samples_of(rows, num_samples=3, max_length=160, packing=packing)
-    words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
-    assert "purple" in words and "Name the colour" not in words and "Instruction" not in words
-    read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
-    assert "Instruction" in read, "prompts are still part of the input"
-
-
-def test_packed_samples_without_a_response_are_left_out(samples_of: Any) -> None:
-    rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
-    samples = samples_of(rows, num_samples=4, max_length=16, packing=True)
-    assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
-    assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
-    with pytest.raises(UserError, match="give only 4 with a labelled token"):
-        samples_of(rows, num_samples=5, max_length=16, packing=True)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_calibration_text_skips_blank_lines(packing: bool, samples_of: Any, with_bos: Tokenizer) -> None:
+def test_calibration_text_skips_blank_lines(packing: bool, tiny_raw: dict[str, Any], with_bos: Tokenizer) -> None:
     """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence token."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
-    samples = samples_of(rows, num_samples=2, max_length=8, packing=packing)
+    config = validate_config(tiny_raw | {"calibration": {"num_samples": 2, "max_length": 8, "packing": packing}})
+    samples = importance_samples(config, rows, len(with_bos), with_bos)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one per row with text"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"

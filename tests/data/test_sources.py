@@ -19,6 +19,7 @@ ARC = {
     "choices": {"text": ["oxygen", "carbon dioxide", "helium", "neon"], "label": ["A", "B", "C", "D"]},
     "answerKey": "B",
 }
+RENAMED = {"instruction": "do", "input": "in", "output": "out"}
 PIQA = {"question": "goal", "choices": ("sol1", "sol2"), "answer": "label"}
 
 
@@ -35,40 +36,24 @@ def examples_in(path: Path, **source: Any) -> list[Example]:
     ("row", "columns", "expected"),
     [
         ({"instruction": "Add.", "input": "2 and 3", "output": "5"}, {}, ("Add.", "2 and 3", "5")),
-        ({"instruction": "Name one.", "input": "", "output": "red"}, {}, ("Name one.", "", "red")),
         ({"instruction": "Name one.", "input": None, "output": "red"}, {}, ("Name one.", "", "red")),
-        ({"instruction": "Name one.", "output": "red"}, {}, ("Name one.", "", "red")),
         ({"instruction": "What is left?", "output": 0}, {}, ("What is left?", "", "0")),
         ({"instruction": "Is it?", "output": False}, {}, ("Is it?", "", "False")),
-        (
-            {"prompt": "Name one.", "completion": "red", "context": "warm"},
-            {"instruction": "prompt", "output": "completion", "input": "context"},
-            ("Name one.", "warm", "red"),
-        ),
-    ],
-)
-def test_instruction_rows(
-    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], expected: tuple[str, str, str]
-) -> None:
-    assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
-
-
-@pytest.mark.parametrize(
-    ("row", "columns", "expected"),
-    [
+        ({"do": "Name one.", "in": "x", "out": "red"}, RENAMED, ("Name one.", "x", "red")),
         (ARC, {}, "carbon dioxide"),
         # With labels 1 to 4 the answer "1" is the first choice, not the position 1.
         (ARC | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}, {}, "a"),
-        ({"question": "Is it?", "choices": ["no", "yes"], "answer": 1}, {}, "yes"),
         ({"question": "Is it?", "choices": ["no", "yes"], "answer": 0, "answerKey": "B"}, {}, "no"),
         ({"goal": "How?", "sol1": "first", "sol2": "second", "label": 1}, PIQA, "second"),
         ({"goal": "How?", "sol1": "first", "sol2": "second", "label": "0"}, PIQA, "first"),
-        ({"goal": "How?", "sol1": "first", "sol2": "second", "label": "B"}, PIQA, "second"),
         ({"question": "How many?", "endings": [10, 11, 12], "answer": "C"}, {"choices": "endings"}, "12"),
-        ({"question": "How many?", "endings": [10, 11, 12], "answer": 2}, {"choices": "endings"}, "12"),
     ],
 )
-def test_multiple_choice_layouts(tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: str) -> None:
+def test_rows_of_known_layouts(tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: Any) -> None:
+    """An instruction row has prompt, input and output; of a multiple-choice row only the answer is trained on."""
+    if isinstance(expected, tuple):
+        assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
+        return
     (found,) = examples_of(tmp_path, [row], format="multiple_choice", columns=columns)
     assert (found.format, found.response) == ("multiple_choice", expected)
 

@@ -63,14 +63,6 @@ def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Pat
     assert off_by(torch.tensor(answer["logits"]), run / "final") < 0.05
 
 
-def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None:
-    done = export(RunDir(finished), "peft", tmp_path / "mine")
-    assert done.divergence < 1e-3 and done.agreement > 0.9
-    assert not (tmp_path / "mine" / "base" / ADAPTER).exists()
-    settings = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(tmp_path / "mine" / "base")
-
-
 def test_a_failed_comparison_leaves_no_folder(finished: Path, tmp_path: Path) -> None:
     """A NaN in the adapter breaks the final model, so that it cannot be exported."""
     root = Path(shutil.copytree(finished, tmp_path / "run"))

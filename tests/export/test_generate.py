@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import raw_config
-from made_rows import STATE
+from made_run import STATE
 from mixed_models import finished_run
 from object_store import object_store, talk_to
 from peft import PeftModel

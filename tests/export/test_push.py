@@ -98,7 +98,7 @@ def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: 
 
 def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
     """An adapter pushed before is deleted, because transformers would attach it to the merged model."""
-    assert "has no merged model: `qpruner export" in push(run, "--what", "merged", code=2).stderr
+    assert "has no merged model: run `qpruner export" in push(run, "--what", "merged", code=2).stderr
     merged = export(RunDir(run), "merged", run / "export" / "merged").folder
     files = {".gitattributes": b"*.safetensors filter=lfs", "notes/mine.txt": b"", "adapter_config.json": b"{}"}
     hub.repositories[REPO] = Repository(private=True, files=files)
@@ -116,7 +116,7 @@ def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, hub: Hub, 
     """It would get the model card of the current final model."""
     (run / "final" / name).write_bytes((run / "final" / name).read_bytes() + b" ")
     done = push(run, "--what", "peft", code=2)
-    assert re.search(r"delete it, then repeat `qpruner export \S+run --to peft`", done.stderr)
+    assert re.search(r"delete this folder, then repeat `qpruner export \S+run --to peft`", done.stderr)
     assert not hub.repositories
 
 
@@ -143,7 +143,7 @@ def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -
     ("variable", "value", "code", "message"),
     [
         ("HF_TOKEN", "", 2, "set HF_TOKEN to a token with write"),
-        ("HF_TOKEN", "hf_wrong", 1, "check that the token may write to it"),
+        ("HF_TOKEN", "hf_wrong", 1, "check that the token may write to the repository"),
         ("ENDPOINT", "http://127.0.0.1:9", 1, "the hub cannot be reached"),
         ("HF_HUB_OFFLINE", True, 2, "HF_HUB_OFFLINE is set"),
     ],

@@ -55,12 +55,16 @@ ALIKE = {"qwen3_moe": {"mlp_only_layers": []}}
 """Config keys that make all blocks of a tiny model alike."""
 
 
-def uniformly_pruned(name: str, units: tuple[str, ...] = ("attention", "mlp")) -> PreTrainedModel:
-    """Prune a tiny model whose blocks are alike with `prune.uniform`."""
-    rate, units = (0.1, ("mlp",)) if name in HEADWISE else (0.25, units)
-    settings = PruneConfig(rate=rate, uniform=True, units=units, importance="magnitude", round_to=8)
+def pruned(name: str, **options: Any) -> PreTrainedModel:
+    """Prune a tiny model whose blocks are alike by magnitude."""
+    settings = PruneConfig.model_validate({"rate": 0.25, "importance": "magnitude", "round_to": 8} | options)
     samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
     return prune(family_model(name, **ALIKE.get(name, {})), settings, samples).model
+
+
+GROUPED = tuple(name for name in FAMILY_NAMES if name not in HEADWISE)
+HEADS_FIXED = (*HEADWISE, "phi-3, 128k")
+"""Models whose plain checkpoint cannot have fewer heads."""
 
 
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
@@ -68,11 +72,14 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
     "ragged/biases": (DENSE, lambda name: cut(with_output_biases(name), kept_of(name))),
     "ragged/experts": (MIXTURES, lambda name: cut(family_model(name), kept_experts(name))),
+    "ragged/compensated": (("llama",), lambda name: pruned(name, compensation="bias")),
     "ragged/alike": (("phi-3, 128k",), lambda name: cut(family_model(name), alike(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
     "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
-    "plain/uniform": (FAMILY_NAMES, uniformly_pruned),
-    "plain/experts": (MIXTURES, lambda name: uniformly_pruned(name, ("attention", "expert"))),
+    "plain/uniform": (GROUPED, lambda name: pruned(name, uniform=True)),
+    "plain/channels": (HEADS_FIXED, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True)),
+    "plain/bias": (HEADWISE, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True, compensation="bias")),
+    "plain/experts": (MIXTURES, lambda name: pruned(name, units=["attention", "expert"], uniform=True)),
 }
 """Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load without it."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
@@ -133,9 +140,7 @@ def test_heads_that_do_not_divide_the_hidden_size_load(name: str, tmp_path: Path
     ("name", "expected"),
     [
         ("llama", {"num_key_value_heads": 2, "num_attention_heads": 4, "intermediate_size": 18}),
-        ("gpt_neox", {"num_attention_heads": 4, "intermediate_size": 18}),
         ("opt", {"num_attention_heads": 4, "ffn_dim": 18}),
-        ("mixtral", {"num_key_value_heads": 2, "num_attention_heads": 4, "intermediate_size": 16}),
         ("qwen3_moe", {"num_key_value_heads": 2, "num_attention_heads": 4, "moe_intermediate_size": 16}),
     ],
 )

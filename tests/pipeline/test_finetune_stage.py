@@ -34,7 +34,7 @@ def test_the_comparison_changes_nothing_of_the_winner(
     """The record of the finetune stage stays valid when a comparison is added or removed."""
     other = changed("finetune", {"steps": 4} | settings)
     assert Finetune(context).digest == Finetune(other).digest
-    assert Finetune(context).detail().endswith(", so its loss differs from its trial's"), "it may be 0.3 worse"
+    assert Finetune(context).detail().endswith(", and so another loss, than in its trial"), "it may be 0.3 worse"
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
-    for is_there, cause in ((True, "on the driver it is intact"), (False, "set aside in")):
+    for is_there, cause in ((True, "the driver finds the file intact"), (False, "set aside in")):
         if not is_there:
             weights.unlink()
         with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):

@@ -430,7 +430,7 @@ def test_rows_without_a_response_are_a_warning(warned: Any, tmp_path: Path) -> N
     )
     empty, too_long = warned(lost, "`data.train`")
     assert said("2 rows of `data.train` of 40 ... 'Explain tea.' ... remove the rows", empty)
-    assert said("about 3 of 40 rows of `data.train` ... `data.max_length` of 256 tokens or more; raise it", too_long)
+    assert said("about 3 of 40 rows ... 256 tokens (`data.max_length`) or more; raise that limit", too_long)
     assert len(warned(lost | {"data.max_length": 512}, "`data.train`")) == 1
     assert warned(cut, "`data.train`") == [], "rows that lose only their ends are counted by `check`"
     assert num_cut(load_examples([DataSource(source=f"{tmp_path}/cut.jsonl")], "data.train"), 256) == 37

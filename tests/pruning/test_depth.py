@@ -41,16 +41,13 @@ def settings_of(**options: Any) -> PruneConfig:
 
 @torch.no_grad()
 def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, float]:
-    """Compute one minus the mean cosine between block input and output, token by token."""
-    cosines: dict[int, list[float]] = {index: [] for index in range(NUM_BLOCKS)}
+    """Compute one minus the mean cosine between block input and output, row by row without padding."""
     model.model.norm = torch.nn.Identity()  # otherwise the last hidden states are normed
-    for row in samples.rows:
-        ids = torch.tensor([row["input_ids"]])
-        states = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        for index in range(NUM_BLOCKS):
-            for before, after in zip(states[index][0].double(), states[index + 1][0].double(), strict=True):
-                cosines[index].append(float(before @ after / (before.norm() * after.norm())))
-    return {index: 1 - sum(values) / len(values) for index, values in cosines.items()}
+    ids = [torch.tensor([row["input_ids"]]) for row in samples.rows]
+    rows = [torch.cat(model.model(each, output_hidden_states=True, use_cache=False).hidden_states) for each in ids]
+    states = torch.cat(rows, dim=1).double()  # (blocks + 1, tokens, features)
+    cosines = torch.nn.functional.cosine_similarity(states[:-1], states[1:], dim=-1)
+    return dict(enumerate((1 - cosines.mean(dim=1)).tolist()))
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD_DIM, CHANNELS, LENGTH = 8, 48, 14
+MATRICES = (("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"), ("mlp.gate", "mlp.up", "mlp.down"))
 HEADS = {"multi-head": (4, 4), "grouped": (6, 3)}
 CRITERIA: dict[str, dict[str, str]] = {
     "param_first": {"importance": "taylor"},
@@ -79,13 +80,9 @@ def published(
     heads_gone, channels_gone = (rows - int(rows * (1 - ratio))) // HEAD_DIM, CHANNELS - int(CHANNELS * (1 - ratio))
     kept = {}
     for index in range(model.config.num_hidden_layers):
-        block = f"model.layers.{index}"
         attention, mlp = (
-            [lines(f"{block}.{name}_proj.weight", model, squares, criterion) for name in names]
-            for names in (
-                ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
-                ("mlp.gate", "mlp.up", "mlp.down"),
-            )
+            [lines(f"model.layers.{index}.{name}_proj.weight", model, squares, criterion) for name in names]
+            for names in MATRICES
         )
         if query_heads == "modulo":  # its `imp.view(len(imp) // min_imp_size, min_imp_size).sum(0)`
             attention = [each.view(-1, rows).sum(0) for each in attention]

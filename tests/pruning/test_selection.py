@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
 from qpruner.pruning.allocation import counts_per_layer
 from qpruner.pruning.selection import select, select_rate, units_at_rate
-from qpruner.pruning.settings import cuttable_layers
 from qpruner.pruning.units import Kept, KindSize, Sizes, available
 
 Values = dict[int, dict[str, list[float]]]
@@ -60,24 +57,6 @@ def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
 # ---- the rate
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_asked_share_goes_to_within_one_channel(seed: int) -> None:
-    """The decoders are random but possible, from tiny ones to sizes of Llama, with 1 to 40 blocks."""
-    generator = np.random.default_rng(seed)
-    head_dim, heads_per_group = int(generator.choice([16, 64, 128])), int(generator.choice([1, 2, 4, 8]))
-    groups = int(generator.integers(2, 33))
-    hidden = max(64, head_dim * heads_per_group * groups)
-    attention = KindSize(hidden * head_dim * (2 * heads_per_group + 2), groups)
-    mlp = KindSize(3 * hidden, int(hidden * generator.uniform(1.5, 5.0)))
-    sizes = sizes_of(int(generator.integers(1, 41)), attention=attention, mlp=mlp)
-    target = int(available(sizes) * generator.uniform(0.01, 0.8))
-    counts = counts_per_layer(sizes, target)
-    assert abs(target - parameters_of(counts, sizes)) <= mlp.parameters
-    assert list(counts) == list(sizes)
-    assert all(0 <= counts[index][kind] < size.count for index, kinds in sizes.items() for kind, size in kinds.items())
-    assert spread(counts, "mlp") <= 1 and spread(counts, "attention") <= 1
-
-
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("channels", [640, 600])
 @pytest.mark.parametrize("round_to", [32, 128])
@@ -106,12 +85,12 @@ def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: 
     target = int(available(sizes) * generator.uniform(0.05, 0.75))
     kept = select(scores, sizes, target, selection)
     assert list(kept) == list(scores)
-    for index, kinds in kept.items():
-        assert list(kinds) == ["attention", "mlp"]
-        for kind, units in kinds.items():
-            assert len(units) >= 1 and list(units) == sorted(set(units))
-            assert set(units) <= set(range(len(scores[index][kind])))
+    for kinds in kept.values():
+        for kind, size in {"attention": attention, "mlp": mlp}.items():
+            assert len(kinds[kind]) >= 1 and list(kinds[kind]) == sorted(set(kinds[kind]) & set(range(size.count)))
     assert abs(target - removed_by(kept, sizes)) <= mlp.parameters
+    counts = counts_per_layer(sizes, target)
+    assert spread(counts, "mlp") <= 1 and spread(counts, "attention") <= 1
 
 
 # ---- which
@@ -127,19 +106,14 @@ def test_the_least_important_go_first(seed: int, selection: str) -> None:
     scores[3] = {kind: [value / 20 for value in values] for kind, values in scores[3].items()}
     kept = select(scores, sizes, int(0.3 * available(sizes)), selection)
     for kind in ("attention", "mlp"):
-        gone = {
-            index: [v for unit, v in enumerate(scores[index][kind]) if unit not in kept[index][kind]]
-            for index in scores
-        }
-        # Only the last unit of a block may be less important than units removed elsewhere.
-        stays = {
-            index: [scores[index][kind][unit] for unit in kept[index][kind] if len(kept[index][kind]) > 1]
-            for index in scores
-        }
+        values = {index: np.array(kinds[kind]) for index, kinds in scores.items()}
+        gone = {index: np.delete(each, kept[index][kind]) for index, each in values.items()}
+        stays = {index: each[list(kept[index][kind])] for index, each in values.items()}
         if selection == "per_layer":
-            assert all(gone[index] and max(gone[index]) <= min(stays[index]) for index in scores)
-        else:
-            assert max(itertools.chain(*gone.values())) <= min(itertools.chain(*stays.values()))
+            assert all(gone[index].max() <= stays[index].min() for index in values)
+        else:  # only the last unit of a block may be less important than units removed elsewhere
+            most = max(each.max() for each in gone.values() if len(each))
+            assert most <= min(each.min() for each in stays.values() if len(each) > 1)
     assert (len(kept[3]["mlp"]) < len(kept[6]["mlp"])) == (selection == "global")
 
 
@@ -278,6 +252,11 @@ def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
     assert all(kinds["attention"] <= 8 * rate + 3 for kinds in counts.values()), "attention must not replace experts"
 
 
+def test_an_expert_goes_where_heads_cannot_fill_the_rest() -> None:
+    sizes = sizes_of(3, attention=KindSize(10, 3), expert=KindSize(1000, 4, least=2))
+    assert [parameters_of(counts_per_layer(sizes, target), sizes) for target in (1400, 1600)] == [1060, 2000]
+
+
 # ---- the same share of every block
 
 
@@ -287,17 +266,11 @@ def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
         # 3 heads of 64: `(192 - int(192 * (1 - rate))) // 64`.
         (64, 3, 0.328, 1, 0),
         (64, 3, 0.329, 1, 1),
-        (64, 3, 0.66, 1, 1),
-        (64, 3, 0.67, 1, 2),
         # 32 heads of 128, and 11008 channels: Llama-2-7B.
-        (128, 32, 0.25, 1, 8),
         (128, 32, 0.2, 1, 6),
-        (1, 11008, 0.25, 1, 2752),
         (1, 11008, 0.2, 1, 2202),
-        (1, 1536, 0.001, 1, 2),
+        # One unit stays, and the number of kept units is a multiple of `round_to`.
         (64, 1, 0.9, 1, 0),
-        # The number of kept units is a multiple of `round_to`.
-        (1, 256, 0.2, 64, 64),
         (1, 256, 0.4, 64, 128),
         (1, 256, 0.95, 64, 192),
         (1, 256, 0.05, 64, 0),
@@ -317,29 +290,3 @@ def test_layer_rate_removes_the_least_important() -> None:
     assert select_rate(scores, sizes, 0.5) == kept
     half_way = select_rate(scores, sizes, 0.5, progress=0.5)
     assert [len(half_way[0]["attention"]), len(half_way[0]["mlp"]), len(half_way[5]["mlp"])] == [3, 8, 15]
-
-
-# ---- which blocks
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "protected", "expected"),
-    [
-        (0, -1, (), range(0, 8)),
-        (2, 5, (), range(2, 6)),
-        (7, -1, (), range(7, 8)),
-        (1, -2, (3, -4), (1, 2, 5, 6)),
-        (0, -9, (), "8 blocks, 0 to 7"),
-        (0, -1, (-9,), "no block -9; the model has 8, 0 to 7"),
-    ],
-)
-def test_a_range_includes_both_ends_but_not_the_protected(
-    first: int, last: int, protected: tuple[int, ...], expected: Any
-) -> None:
-    settings = PruneConfig(first_layer=first, last_layer=last, protected_layers=protected)
-    model_config = SimpleNamespace(num_hidden_layers=8)
-    if isinstance(expected, str):
-        with pytest.raises(UserError, match=expected):
-            cuttable_layers(model_config, settings)
-    else:
-        assert cuttable_layers(model_config, settings) == tuple(expected)

@@ -91,21 +91,6 @@ def test_the_randomized_svd_is_close_to_the_exact_svd() -> None:
     assert randomized.error < 1.01 * exact.error
 
 
-@pytest.mark.parametrize("svd", ["exact", "randomized"])
-def test_the_same_seed_gives_the_same_tensors(svd: str) -> None:
-    """Every node must build the same entry, and the random state of the process must not change."""
-    weight = weight_of((96, 128))
-    first = start_of(weight, 4, svd=svd, loftq_iterations=3, seed=7)
-    torch.rand(100)
-    before = torch.get_rng_state()
-    second = start_of(weight, 4, svd=svd, loftq_iterations=3, seed=7)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.lora_a, second.lora_a) and torch.equal(first.lora_b, second.lora_b)
-    assert all(torch.equal(first.packed[name], second.packed[name]) for name in first.packed)
-    if svd == "randomized":
-        assert not torch.equal(first.lora_a, start_of(weight, 4, svd=svd, loftq_iterations=3, seed=8).lora_a)
-
-
 def test_adapters_learn_equally_fast_at_all_bits(tiny_model: Path, tmp_path: Path) -> None:
     """The first update of B is proportional to A, so a norm of A that depends on bits would favour some bits."""
     names = fill_bank(tiny_model, tmp_path, double_quant=False)

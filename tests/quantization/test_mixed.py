@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mixed_models import LORA, fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
 from peft import PeftModel
+from plain_transformers import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -52,8 +50,7 @@ def test_a_saved_model_loads_bit_for_bit(
     assert torch.equal(logits_of(loaded), logits_of(model))
     loaded.save_pretrained(tmp_path / "again")
     written, again = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "again"))
-    assert written.keys() == again.keys()
-    assert all(torch.equal(written[name], again[name]) for name in written)
+    torch.testing.assert_close(written, again, rtol=0, atol=0)
     tensors = (part for name, part in written.items() if ".quant_state." not in name and "weight_format" not in name)
     layout = layout_of(model.config, "projection", 2, double_quant, LORA.rank)
     promised = layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
@@ -105,15 +102,8 @@ def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_
     model = mixed_model(base, tmp_path / "bank", mixed_plan(names, (4, 8, 16)), double_quant=False)
     without = logits_of(model)
     expected = logits_of(PeftModel.from_pretrained(model, str(final)))
-    finished = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, final, json.dumps(token_ids().tolist())],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found, effect = torch.tensor(json.loads(finished.stdout)), (expected - without).norm()
+    written = run_python(FRESH_PROCESS, str(final), json.dumps(token_ids().tolist()), folder=tmp_path)
+    found, effect = torch.tensor(json.loads(written)), (expected - without).norm()
     assert effect > 0.1 * expected.norm(), "the test needs an adapter with an effect"
     # transformers 5.24 rounds adapters on 4- and 16-bit layers to the model's bfloat16; peft keeps them in float32.
     assert (found - expected).norm() < 0.05 * effect

@@ -1,7 +1,8 @@
-"""Run folders as searches write them, made with the real record classes; no model is trained.
+"""Records and folders of runs as commands write them, made with the real record classes; no model is trained.
 
-`MadeRun` is the folder of a long search: by default 30 blocks, 200 trials, two tasks, and random figures except for the
-best plan. `recorded_run` is the folder of a search of six trials, whose figures are written out here.
+`results_of` returns the records of a finished run with given losses and answers in its rows. `MadeRun` writes the
+folder of a long search: by default 30 blocks, 200 trials, two tasks, and random figures except for the best plan.
+`recorded_run` writes the folder of a search of six trials, whose figures are written out here.
 """
 
 from __future__ import annotations
@@ -9,27 +10,34 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import raw_config, with_key
+from conftest import raw_config, with_keys
 from made_records import made_confirmation, made_layer, made_prune, made_search
-from made_rows import STATE, Scored, candidate, results_of, score, with_figures
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.pipeline.run import _environment
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
+from qpruner.report.snapshot import Liveness, Snapshot
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     BankRecord,
+    CandidateRecord,
     ComparisonRecord,
+    EvalRecord,
+    FinetuneRecord,
+    Inference,
+    InferenceSetting,
     MethodScores,
     PrepareRecord,
     Record,
+    Results,
+    RowScores,
     RungResult,
+    RunState,
     SearchState,
     SensitivityRecord,
     StageState,
@@ -39,12 +47,169 @@ from qpruner.runs.records import (
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
+PLAN = {"layers.0": 8, "layers.1": 4}
+SEED_PLAN = {"layers.0": 4, "layers.1": 8}
 TRIALS, SEARCH = "1" * 16, "2" * 16
 STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
-NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
-"""Sensitivity method -> noise that is added to the true sensitivities."""
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison")
 STARTED = 1_790_000_000.0
+UNTUNED = (BASE, PRUNED, SEARCHED)
+ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
+STATE = RunState(
+    config={
+        "model": {"source": "me/base"},
+        "data": {"train": []},
+        "seed": 0,
+        "quantize": {"budget": {"fraction": 0.5}},
+    },
+    until="report",
+    command="qpruner run my.yaml --set search.max_trials=200",
+    folder="/home/me",
+    environment={"qpruner": "1.2", "python": "3.11.9", "torch": "2.13.0", "cpu": "AMD EPYC 9555"},
+    host="here",
+    pid=1,
+    started=STARTED,
+    updated=STARTED + 60,
+    outcome="done",
+)
+
+
+def made_methods(values: dict[int, tuple[float, ...]], *names: str) -> dict[str, MethodScores]:
+    """Return sensitivities with the same predicted losses."""
+    scores = MethodScores(unit="nats", source="one group at a time", values=values, seconds=12.5, details={})
+    return dict.fromkeys(names, scores)
+
+
+# ---- a finished run with given losses and answers
+
+Scored = tuple[CandidateRecord, tuple[TaskScore, ...]]
+
+
+def candidate(
+    name: str,
+    plan: dict[str, int],
+    measured_bytes: int = 100_000_000,
+    seed: int = 0,
+    validation_loss: float = 2.125,
+    confirmation_loss: float = 2.0,
+) -> CandidateRecord:
+    sizes = {
+        "plan_bytes": measured_bytes,
+        "measured_bytes": measured_bytes,
+        "mean_bits": sum(plan.values()) / len(plan),
+    }
+    losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
+    costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
+    origin = ORIGINS.get(name, "unquantized" if name in (BASE, PRUNED) else "uniform")
+    return CandidateRecord(**STAGE, name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs)
+
+
+def score(
+    correct: Sequence[float], answer_loss: Sequence[float] = (), task: str = "arc", metric: str = "acc"
+) -> TaskScore:
+    value, count = sum(correct) / len(correct), len(correct)
+    stderr = math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan
+    answers = {"correct": tuple(correct), "answer_loss": tuple(answer_loss)}
+    return TaskScore(task=task, metric=metric, value=value, stderr=stderr, num_questions=count, **answers)
+
+
+def answers(num_questions: int, num_correct: int) -> list[float]:
+    return [1.0] * num_correct + [0.0] * (num_questions - num_correct)
+
+
+def results_of(
+    scored: Sequence[Scored], untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (), **changes: Any
+) -> Results:
+    """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record."""
+    trials = {"num_trials": 16, "num_finished": 7, "num_stopped": 8, "num_reused": 5, "failures": {"diverged": 1}}
+    told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
+    control, best = (
+        made_confirmation(2, "seed-kl", 2.125, reused=True),
+        made_confirmation(11, "gp", 2.0625, stderr=0.03125),
+    )
+    search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
+    rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
+    rows += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
+    kl = made_methods({4: (0.5125, 0.25), 8: (0.0125, 0.0)}, "kl")
+    return Results(
+        prepare=PrepareRecord(**STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}),
+        prune=made_prune(made_layer(0, 2, 100)),
+        sensitivity=SensitivityRecord(**STAGE, groups=tuple(PLAN), methods=kl),
+        search=made_search(scored[-1][0].plan, **search),
+        finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
+        evaluate=EvalRecord(**STAGE, rows=tuple(rows), tested="asked"),
+    )
+
+
+def snapshot(results: Results, **state: Any) -> Snapshot:
+    """Return a run with these records and no trials; `state` updates the state of its latest command."""
+    return Snapshot(RunDir("demo", create=False), Liveness(STATE.model_copy(update=state), None), results, ())
+
+
+def row_of(
+    name: str,
+    losses: Sequence[float],
+    scores: Sequence[TaskScore] | None = None,
+    plan: dict[str, int] = SEED_PLAN,
+    measured_bytes: int = 100_000_000,
+) -> list[Scored]:
+    """Return a row with one training seed per confirmation loss; without `scores` all seeds answer alike."""
+    scores = scores or [score(answers(50, 20), [1.0] * 50)] * len(losses)
+    return [
+        (candidate(name, plan, measured_bytes, seed, confirmation_loss=loss), (scored,))
+        for seed, (loss, scored) in enumerate(zip(losses, scores, strict=True))
+    ]
+
+
+def searched_row(losses: Sequence[float], scores: Sequence[TaskScore] | None = None, **changes: Any) -> list[Scored]:
+    return row_of(SEARCHED, losses, scores, **({"plan": PLAN} | changes))
+
+
+def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Scored]:
+    """Return one random plan per distance from the losses, with one training seed per loss."""
+    plans = [{"layers.0": 4, "layers.1": bits} for bits in (4, 8, 16)]
+    return [
+        scored
+        for plan, off in zip(plans, by_plan, strict=False)
+        for scored in row_of(RANDOM, [loss + off for loss in losses], plan=plan)
+    ]
+
+
+def with_figures(results: Results) -> Results:
+    """Return the run with losses on a text, and with timings: three turns for each training seed."""
+    assert results.evaluate
+    rows = []
+    for row in results.evaluate.rows:
+        seed, decoded = row.seed or 0, (20.0, 10.0, 12.0)
+        read = (100.0 + seed, 110.0 + seed, 150.0 + seed)
+        figures = {"prefill_tokens_per_second": read, "decode_tokens_per_second": decoded}
+        taken = None if row.seed is None else Inference(memory_bytes=(30 + seed) * 10_000_000, **figures)
+        rows.append(row.model_copy(update={"text_loss": math.log(8.0 + 2 * seed), "inference": taken}))
+    setting = InferenceSetting(device="NVIDIA X", prompt_tokens=128, new_tokens=16, memory_counter="cuda peak")
+    given = {"rows": tuple(rows), "text": "the text", "inference": setting}
+    return results.model_copy(update={"evaluate": results.evaluate.model_copy(update=given)})
+
+
+def whole_results() -> Results:
+    """Return a finished run with every row, on two tasks; three of the rows have two training seeds."""
+    plans = {name: dict.fromkeys(PLAN, bits) for name, bits in LEVELS.items()}
+    plans |= dict.fromkeys(("mutual-information seed", BEST_SEED, RANDOM), SEED_PLAN) | {SEARCHED: PLAN}
+    scored: list[Scored] = []
+    for number, (name, plan) in enumerate(plans.items()):
+        for seed in range(2 if name in ORIGINS else 1):
+            # Every random plan is another one.
+            own = PLAN if name == RANDOM and seed else plan
+            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.125 + seed / 4, 2.0 + seed)
+            right = score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50)
+            scored.append((row, (right, score(answers(40, 30), [2.0] * 40, "piqa"))))
+    untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED]
+    return results_of(scored, untuned)
+
+
+# ---- the folder of a long search
+
+NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
+"""Sensitivity method -> noise that is added to the true sensitivities."""
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
 """A name that would act as markup if a report did not escape it."""
 BUDGET = 93_000_000
@@ -55,9 +220,9 @@ SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
 
 
 class MadeRun:
-    """Writes the folder of a run on `model`, up to and including the stage `until`.
+    """Writes the folder of a run on `model`, up to and including the stage `until`, and the trials of its search.
 
-    `outcome` is how its command ended; each of its jobs held `gpus` GPUs.
+    `stages` are states of later stages, each job held `gpus` GPUs, and `state` updates the state of the command.
     """
 
     def __init__(
@@ -67,54 +232,52 @@ class MadeRun:
         num_blocks: int = 30,
         model: str = "SmolLM2-135M",
         until: str = "comparison",
-        outcome: str = "done",
-        error: str | None = None,
         stages: dict[str, StageState] | None = None,
         task: str = "arc_easy",
-        questions: int = 400,
         gpus: float = 0.0,
-        noises: Mapping[str, float] = NOISES,
+        **state: Any,
     ) -> None:
         self._gpus, self._stage = gpus, STAGE | {"gpu_seconds": STAGE["seconds"] * gpus}
-        self._random = np.random.default_rng(0)
-        self._tasks = {task: questions, "piqa": min(questions, 200)}
+        self._random, self._tasks = np.random.default_rng(0), {task: 400, "piqa": 200}
         self.run = RunDir(root)
         self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in ("attention", "mlp")]
         self._gains = self._random.gamma(1.2, 0.01, len(self.groups))
         self._weights = np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 69_000_000 / len(self.groups)
-        done = STAGES[: STAGES.index(until) + 1]
-        self.trials: list[TrialRecord] = []
-        if "search" in {*done, *(stages or {})}:
-            self._add_trials(num_trials)
+        self.trials = self._make_trials(num_trials)
         for trial in self.trials:
             self.write(trial)
-        self._records = self._make_records(num_blocks, noises) if self.trials else self._begin(num_blocks, noises)
+        self._records = self._after_the_search() | self._before_the_search(num_blocks)
+        done = STAGES[: STAGES.index(until) + 1]
         for name in done:
             self.run.write_record(name, self._records[name])
-        raw = raw_config(Path(model), root)
-        config = validate_config(raw).model_dump(mode="json") | {"model": {"source": model}}
         made = {name: StageState(state="done", started=STARTED, seconds=61.5) for name in done}
-        search = SearchState(
-            trials_digest=TRIALS, search=SEARCH, metric="loss", budget_bytes=BUDGET, max_trials=num_trials, steps=16
-        )
-        told = {
-            "config": config,
-            "command": "qpruner run my.yaml --set search.max_trials=200",
-            "stages": made | (stages or {}),
-        }
-        told |= {"environment": _environment() | {"torch": "2.13.0", "cpu": "AMD EPYC 9555"}}
-        told |= {"started": STARTED, "updated": STARTED + 60, "outcome": outcome, "error": error}
-        self.state = STATE.model_copy(update=told | {"search": search if self.trials else None})
-        self.run.write_state(self.state)
+        config = validate_config(raw_config(Path(model), root)).model_dump(mode="json") | {"model": {"source": model}}
+        search = search_state(budget_bytes=BUDGET, max_trials=num_trials, steps=16, slots=None)
+        self.state = STATE
+        self.change_state(config=config, stages=made | (stages or {}), search=search, **state)
 
     def write(self, trial: TrialRecord, **changes: Any) -> None:
         """Write a trial's record with these changes."""
         write_trial(self.run.trials / TRIALS, trial.model_copy(update=changes))
 
+    def record(self, stage: str) -> Any:
+        """Return the record of a stage."""
+        return self._records[stage]
+
     def change(self, stage: str, **changes: Any) -> None:
         """Change the record of a stage."""
         self._records[stage] = self._records[stage].model_copy(update=changes)
         self.run.write_record(stage, self._records[stage])
+
+    def change_state(self, **changes: Any) -> None:
+        """Change the state of the latest command."""
+        self.state = self.state.model_copy(update=changes)
+        self.run.write_state(self.state)
+
+    def change_search(self, **changes: Any) -> None:
+        """Change the search in the run's state."""
+        assert self.state.search
+        self.change_state(search=self.state.search.model_copy(update=changes))
 
     def win(self, best: TrialRecord, **changes: Any) -> None:
         """Make a trial the winner, and the only one scored on fresh rows."""
@@ -122,18 +285,8 @@ class MadeRun:
         chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
         self.change("search", **chosen, confirmations=fresh, **changes)
 
-    def change_search(self, **changes: Any) -> None:
-        """Change the search in the run's state."""
-        assert self.state.search
-        search = self.state.search.model_copy(update=changes)
-        self.run.write_state(self.state.model_copy(update={"search": search}))
-
-    def record(self, stage: str) -> Any:
-        """Return the record of a stage."""
-        return self._records[stage]
-
-    def _add_trials(self, count: int) -> None:
-        ends = [STARTED] * 8
+    def _make_trials(self, count: int) -> list[TrialRecord]:
+        ends, trials = [STARTED] * 8, []
         for index in range(count):
             origin = ([*CONTROLS] + ["gp"] * count)[index]
             share = CONTROLS.get(origin, self._random.uniform(0.2, 0.5))
@@ -141,41 +294,38 @@ class MadeRun:
             high = np.zeros(len(self.groups), dtype=bool)
             high[np.argsort(-keys)[: int(share * len(self.groups))]] = True
             bits, last = np.where(high, 8, 4), 4.2 - float(self._gains[high].sum()) + self._random.normal(0, 0.004)
-            losses = [trial.rungs[-1].loss for trial in self.trials if trial.rungs]
+            losses = [trial.rungs[-1].loss for trial in trials if trial.rungs]
             status = "failed" if index == 7 else "stopped" if index > 12 and last > np.median(losses) else "finished"
             steps = {"finished": (4, 8, 16), "stopped": (4, 8)[: 1 + index % 2], "failed": ()}[status]
             slot, seconds = int(np.argmin(ends)), 20.0 + 12.0 * sum(steps) / 4
             ends[slot] += seconds
             rungs = [RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps]
-            self.trials.append(
-                TrialRecord(
-                    index=index,
-                    digest=TRIALS,
-                    search=SEARCH,
-                    origin=origin,
-                    plan={group: int(value) for group, value in zip(self.groups, bits, strict=True)},
-                    plan_bytes=int(40_000_000 + (self._weights * bits / 8).sum()),
-                    mean_bits=float((self._weights * bits).sum() / self._weights.sum()),
-                    status=status,  # type: ignore[arg-type]
-                    rungs=tuple(rungs),
-                    reason={"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status),
-                    seconds=seconds,
-                    gpu_seconds=seconds * self._gpus,
-                    times=(ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot]),
-                )
-            )
+            taken = {"seconds": seconds, "gpu_seconds": seconds * self._gpus}
+            times = (ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot])
+            plan = {group: int(value) for group, value in zip(self.groups, bits, strict=True)}
+            size = int(40_000_000 + (self._weights * bits / 8).sum())
+            mean_bits = float((self._weights * bits).sum() / self._weights.sum())
+            told = {"reason": {"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status)}
+            told |= {
+                "digest": TRIALS,
+                "search": SEARCH,
+                "origin": origin,
+                "status": status,
+                "rungs": rungs,
+                "times": times,
+            }
+            trials.append(TrialRecord(index=index, plan=plan, plan_bytes=size, mean_bits=mean_bits, **taken, **told))
+        return trials
 
-    def _begin(self, num_blocks: int, noises: Mapping[str, float]) -> dict[str, Record]:
-        """Return the records of the stages before the search."""
-        prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
+    def _before_the_search(self, num_blocks: int) -> dict[str, Record]:
         channels = self._random.integers(60, 150, num_blocks).tolist()
         layers = [made_layer(block, 3, each) for block, each in enumerate(channels)]
         sizes = {"bytes_before": SIZES[BASE], "bytes_after": SIZES[PRUNED]}
         methods = {}
-        for name, noise in noises.items():
+        for name, noise in NOISES.items():
             values = self._gains * self._random.lognormal(0, noise, len(self.groups))
-            rises = {4: tuple(values.tolist()), 8: tuple((values / 50).tolist())}
-            methods[name] = MethodScores(unit="nats", source="measured", values=rises, seconds=12.5, details={})
+            methods |= made_methods({4: tuple(values.tolist()), 8: tuple((values / 50).tolist())}, name)
+        prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
         return {
             "prepare": PrepareRecord(**self._stage, **prepared),
             "prune": made_prune(*layers, **self._stage, **sizes),
@@ -183,37 +333,28 @@ class MadeRun:
             "sensitivity": SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods),
         }
 
-    def _make_records(self, num_blocks: int, noises: Mapping[str, float]) -> dict[str, Record]:
+    def _after_the_search(self) -> dict[str, Record]:
         statuses = [trial.status for trial in self.trials]
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
-        search = {
-            "trials_digest": TRIALS,
-            "budget_bytes": BUDGET,
-            "num_trials": len(self.trials),
-            **{f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")},
-            "ended": f"all {len(self.trials)} trials were spent (`search.max_trials`)",
-            "search_seconds": 1800.0,
-            "confirmations": tuple(
-                made_confirmation(each.index, each.origin, each.rungs[-1].loss - 0.1)
-                for each in (*self.trials[:3], best)
-            ),
-            "best_index": best.index,
-            "best_origin": best.origin,
-            "best_control": 1,
-        }
-        untuned = [(name, self._scores(name)) for name in (BASE, PRUNED, SEARCHED)]
-        made = with_figures(results_of(self._scored(best.plan), untuned, **search))
-        assert made.finetune and made.evaluate
-        tuned, (base, pruned, quantized, *rows) = made.finetune.candidates, made.evaluate.rows
-        given: dict[str, Any] = {"inference": made.evaluate.inference, **self._stage}
-        won = {"candidates": (tuned[-3],), **self._stage}
-        scored = {"rows": (base, pruned, quantized, rows[-3]), **self._stage}
-        return self._begin(num_blocks, noises) | {
-            "search": made_search(best.plan, **search, resumed=3, sessions=2, **self._stage),
-            "finetune": made.finetune.model_copy(update=won),
-            "evaluate": made.evaluate.model_copy(update=scored),
-            "comparison": ComparisonRecord(candidates=tuned, rows=tuple(rows), **given),
+        found = [(each.index, each.origin, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
+        search = {f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")}
+        search |= {"num_trials": len(statuses), "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)"}
+        search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0, "best_control": 1}
+        search |= {"best_index": best.index, "best_origin": best.origin}
+        search |= {"confirmations": tuple(made_confirmation(*each) for each in found)}
+        untuned = [(name, self._scores(name)) for name in UNTUNED]
+        made = with_figures(results_of(self._scored(best.plan), untuned, **search, **self._stage))
+        assert made.search and made.finetune and made.evaluate
+        tuned, rows = made.finetune.candidates, made.evaluate.rows
+        before = len(UNTUNED)
+        compared = {"candidates": tuned, "rows": rows[before:], "inference": made.evaluate.inference}
+        alone = {"rows": (*rows[:before], rows[-3]), **self._stage}
+        return {
+            "search": made.search,
+            "finetune": made.finetune.model_copy(update={"candidates": tuned[-3:-2], **self._stage}),
+            "evaluate": made.evaluate.model_copy(update=alone),
+            "comparison": ComparisonRecord(**compared, **self._stage),
         }
 
     def _scored(self, best: dict[str, int]) -> list[Scored]:
@@ -226,8 +367,7 @@ class MadeRun:
             for seed in range(1 if name in LEVELS else 3):
                 loss = 3.9 + self._random.normal(0, 0.02) + {4: 0.3, 8: 0.1}.get(LEVELS.get(name, 0), 0.0)
                 row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss, loss - 0.05)
-                row = row.model_copy(update={"digest": f"{len(found):016d}", "seconds": 40.0})
-                found.append((row, self._scores(name)))
+                found.append((row.model_copy(update={"digest": f"{len(found):016d}"}), self._scores(name)))
         return found
 
     def _scores(self, name: str) -> tuple[TaskScore, ...]:
@@ -237,20 +377,17 @@ class MadeRun:
         return tuple(score(right.tolist(), losses[task], task) for task, right in correct.items())
 
 
-# ---- a search of six trials
+# ---- the folder of a search of six trials
 
 GROUPS = tuple(f"layers.{index}" for index in range(6))
 RUNGS = (2, 4, 8)
-DIGEST, MINE = "d" * 16, "a" * 16
 MEGABYTE = 10**6
 
 
 def config_of(folder: Path, **settings: Any) -> RunConfig:
     """Return a configuration with the rungs `RUNGS`; `section__key=value` sets other keys."""
-    raw = raw_config(Path("a-model"), folder)
-    for key, value in {"search__steps": 8, "search__first_rung": 2, **settings}.items():
-        raw = with_key(raw, key.replace("__", "."), value)
-    return validate_config(raw)
+    keys = {"search__steps": 8, "search__first_rung": 2, **settings}
+    return validate_config(with_keys(raw_config(Path("a-model"), folder), **keys))
 
 
 def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRecord:
@@ -264,17 +401,9 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
     given = {"status": "finished" if len(losses) == len(RUNGS) else "stopped", "origin": "gp", **fields}
     over = [] if given["status"] == "running" else [times[-1] + 1]
     bits = {group: int(character) for group, character in zip(GROUPS, plan, strict=True)}
-    made = {
-        "index": index,
-        "digest": DIGEST,
-        "search": MINE,
-        "plan": bits,
-        "plan_bytes": MEGABYTE * sum(bits.values()),
-        "mean_bits": sum(bits.values()) / len(bits),
-        "rungs": rungs,
-        "seconds": 60.0 * len(losses),
-        "times": (*times, *over),
-    }
+    made = {"index": index, "digest": TRIALS, "search": SEARCH, "plan": bits, "rungs": rungs}
+    made |= {"plan_bytes": MEGABYTE * sum(bits.values()), "mean_bits": sum(bits.values()) / len(bits)}
+    made |= {"seconds": 60.0 * len(losses), "times": (*times, *over)}
     return TrialRecord(**made | given)
 
 
@@ -292,13 +421,12 @@ def trials() -> list[TrialRecord]:
 
 def search_state(**fields: Any) -> SearchState:
     given = {"metric": "loss", "budget_bytes": 32 * MEGABYTE, "max_trials": 20, "steps": 8, "slots": 2}
-    return SearchState(**{"trials_digest": DIGEST, "search": MINE, **given, **fields})
+    return SearchState(**{"trials_digest": TRIALS, "search": SEARCH, **given, **fields})
 
 
 def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
     values = {4: tuple(0.1 * index for index in range(len(GROUPS))), 8: (0.0,) * len(GROUPS)}
-    scores = MethodScores(unit="nats", source="measured", values=values, seconds=1.0, details={})
-    measured = SensitivityRecord(digest="e" * 16, seconds=2.0, groups=GROUPS, methods={"kl": scores})
+    measured = SensitivityRecord(**STAGE, groups=GROUPS, methods=made_methods(values, "kl"))
     return SearchPlanned(search_state(**fields), tuple(records), measured)
 
 
@@ -306,17 +434,17 @@ def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, *
     """Write a run whose search is running or over, as if this process had written it."""
     run, records = RunDir(root), trials()
     for record in records:
-        write_trial(run.trials / DIGEST, record)
+        write_trial(run.trials / TRIALS, record)
     stage = StageState(state="running", started=STARTED, done=5, total=8, text="8 trials")
     if is_over:
         best, ended = records[2], {"num_trials": 6, "num_finished": 3, "num_stopped": 1, "best_control": 1}
-        chosen = {"best_index": 2, "trials_digest": DIGEST, "budget_bytes": 32 * MEGABYTE}
+        chosen = {"best_index": 2, "trials_digest": TRIALS, "budget_bytes": 32 * MEGABYTE}
         fresh = (made_confirmation(2, best.origin, best.rungs[-1].loss + 0.05),)
         run.write_record("search", made_search(best.plan, confirmations=fresh, **ended, **chosen))
         stage = StageState(state="done", started=STARTED, seconds=600.0, text="3 finished")
     told = {"config": config_of(root, **settings).model_dump(mode="json"), "command": "qpruner run config.yaml"}
     told |= {"folder": "/somewhere", "host": socket.gethostname(), "pid": os.getpid() if pid is None else pid}
-    told |= {"started": STARTED, "updated": STARTED + 400, "outcome": "done" if is_over else "running"}
+    told |= {"outcome": "done" if is_over else "running", "search": search_state()}
     stages = {"prepare": StageState(state="recorded", started=STARTED, text="48 rows"), "search": stage}
-    run.write_state(STATE.model_copy(update=told | {"stages": stages, "search": search_state()}))
+    run.write_state(STATE.model_copy(update=told | {"stages": stages}))
     return root

@@ -14,8 +14,7 @@ import pytest
 from conftest import raw_config, with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
-from made_rows import results_of, searched_row, snapshot
-from made_run import MadeRun
+from made_run import MadeRun, results_of, searched_row, snapshot
 from safetensors.numpy import save
 
 from qpruner.config.load import validate_config
@@ -32,7 +31,7 @@ def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stat
     made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     train = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
     config = made.state.config | {"data": made.state.config["data"] | {"train": train}, "card": stated}
-    made.run.write_state(made.state.model_copy(update={"config": config, "folder": f"{root.parent}"}))
+    made.change_state(config=config, folder=f"{root.parent}")
     made.change("prepare", model_path=str(folder), converted=converted)
     return ModelCard(model_card(read_snapshot(made.run))).data
 

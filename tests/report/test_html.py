@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from bs4 import BeautifulSoup
 from click.testing import CliRunner
 from conftest import with_key
-from made_run import BUDGET, HOSTILE, STAGES, STARTED, MadeRun
+from made_run import BUDGET, HOSTILE, STAGES, STARTED, MadeRun, results_of, score, searched_row, snapshot
 
 import qpruner
 from qpruner.cli.main import main
@@ -25,45 +25,10 @@ from qpruner.report.html import render
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import StageState
-from qpruner.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2_000_000
-VOID = {"meta", "input", "br", "img", "link", "hr"}
-
-
-class Outline(HTMLParser):
-    """Collects tags, ids, attributes that name a target, and the text outside scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
-        self.targets: list[tuple[str, str, str]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(page)
-        self.close()
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        for name, value in attributes:
-            if name == "id":
-                self.ids[value or ""] += 1
-            points = name in ("src", "href", "action", "srcset", "data", "poster", "aria-labelledby")
-            if points or name.startswith("on"):
-                self.targets.append((tag, name, value or ""))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open and self._open[-1] == tag, f"</{tag}> closes <{self._open[-1:]}>"
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if not self._open or self._open[-1] not in ("script", "style"):
-            self.text += data
+TARGETS = ("src", "href", "action", "srcset", "data", "poster", "aria-labelledby")
 
 
 @pytest.fixture(scope="module")
@@ -73,77 +38,67 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.run.root
 
 
-def page_of(root: Path) -> str:
-    return (root / "report.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def long_page(long_run: Path) -> BeautifulSoup:
+    return page_of(long_run)
 
 
-def page_now(made: MadeRun) -> str:
+def page_of(root: Path) -> BeautifulSoup:
+    return BeautifulSoup((root / "report.html").read_text(encoding="utf-8"), "html.parser")
+
+
+def page_now(made: MadeRun) -> BeautifulSoup:
     """Return the page without writing the pictures, which take most of the time."""
-    snapshot = read_snapshot(made.run)
-    return render(snapshot, sections(snapshot))
+    run = read_snapshot(made.run)
+    return BeautifulSoup(render(run, sections(run)), "html.parser")
 
 
-def words(text: str) -> str:
-    return re.sub(r"\s+", " ", text)
+def words(page: BeautifulSoup) -> str:
+    """Return the text outside scripts and styles, with single spaces."""
+    return re.sub(r"\s+", " ", page.get_text())
 
 
-def cells_of(page: str, caption: str) -> list[list[str]]:
-    """Return the texts of a table's cells by row, headings first."""
-    table = page[page.index(f"<caption>{caption}") :]
-    rows = re.findall("<tr[^>]*>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)
-    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+def attributes_of(page: BeautifulSoup) -> list[tuple[str, str]]:
+    return [item for tag in page(True) for item in tag.attrs.items()]
 
 
-def test_the_page_of_200_trials_is_small_and_loads_nothing(long_run: Path) -> None:
-    page = page_of(long_run)
-    assert len(page.encode()) < MAX_BYTES
-    outline = Outline(page)
-    assert max(outline.ids.values()) == 1
-    for tag, name, value in outline.targets:
-        assert name == "aria-labelledby" or value.startswith("#"), f"{tag} loads {name}={value}"
-        assert value.removeprefix("#") in outline.ids, f"{tag} {name}={value} leads nowhere"
-    style = page[page.index("<style>") : page.index("</style>")]
-    assert "link" not in outline.tags and "url(" not in style and "@import" not in style
-    assert "default-src 'none'" in page
+def test_the_page_of_200_trials_is_small_and_loads_nothing(long_run: Path, long_page: BeautifulSoup) -> None:
+    assert (long_run / "report.html").stat().st_size < MAX_BYTES
+    ids = Counter(value for name, value in attributes_of(long_page) if name == "id")
+    assert max(ids.values()) == 1
+    for name, value in attributes_of(long_page):
+        assert not name.startswith("on")
+        if name in TARGETS:
+            assert name == "aria-labelledby" or value.startswith("#"), f"it loads {name}={value}"
+            assert value.removeprefix("#") in ids, f"{name}={value} leads nowhere"
+    style = long_page.style.get_text()
+    assert not long_page("link") and "url(" not in style and "@import" not in style
+    assert long_page.find("meta", content=re.compile("default-src 'none'"))
 
 
-def test_the_page_answers_first_and_has_every_part(long_run: Path) -> None:
-    page = page_of(long_run)
-    outline = Outline(page)
-    text = words(outline.text)
+def test_the_page_answers_first_and_has_every_part(long_run: Path, long_page: BeautifulSoup) -> None:
+    text = words(long_page)
     assert text.index("The answer") < text.index("Quality by task") < text.index("The search")
     assert f"budget {BUDGET / 1e6:.1f} MB (quantize.budget: fraction 0.5)" in text
     claim = json.loads((long_run / "results.json").read_text())["claim"].splitlines()[0]
     for each in (claim, "qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC 9555", "rank: 4"):
         assert each in text
-    assert set(re.findall(r'<figure data-plot="([^"]+)"', page)) == {"winner", "pareto", "progress"}
+    assert {each["data-plot"] for each in long_page("figure")} == {"winner", "pareto", "progress"}
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (long_run / "report.md").read_text())
     assert len(shown) == 3 and all((long_run / picture).read_bytes().startswith(b"\x89PNG") for picture in shown)
-    assert '<th scope="col" class="number">test acc</th>' in page and '<th scope="col">from</th>' in page
 
 
-def test_every_table_names_its_rows_and_columns(long_run: Path) -> None:
-    main = page_of(long_run)[: page_of(long_run).index("</main>")]
-    found = re.findall("<table.*?</table>", main, re.DOTALL)
-    assert len(found) > 10 and main.count("<tr") > 200
+def test_every_table_names_its_rows_and_columns(long_page: BeautifulSoup) -> None:
+    found = long_page.main("table")
+    assert len(found) > 10 and len(long_page.main("tr")) > 200
     for table in found:
-        head, body = table.split("<tbody>")
-        assert "<caption>" in head
-        cells = re.findall("<t[hd][^>]*>", head.replace("<thead>", ""))
-        assert cells and all('<th scope="col"' in cell for cell in cells)
-        first = re.findall("<tr[^>]*>(<[^>]*>)", body)
-        assert first and all('<th scope="row"' in cell for cell in first)
-        assert body.count("<th") == len(first)
-    headings, *body = cells_of(main, "Accuracy by held-out task")
-    assert headings[:3] == ["model", "arc_easy acc (400 questions)", "piqa acc (200 questions)"]
-    untuned = [f"{name} (no fine-tune)" for name in ("base", "pruned", "searched")]
-    assert len(body) == 10 and [row[0] for row in body][:3] == untuned
-    headings, *body = cells_of(main, "Predicted cost of fewer bits")
-    assert headings[:3] == ["group", "bits", "mutual_information, 4 instead of 8 bits"] and len(body) == 60
-    sensitivity = read_snapshot(RunDir(long_run, create=False)).sensitivity
-    assert sensitivity
-    rises = [low - high for low, high in zip(*sensitivity.methods["kl"].values.values(), strict=True)]
-    assert [float(row[4]) for row in body] == pytest.approx(rises, rel=0.01)
+        assert table.caption
+        assert all(cell.name == "th" and cell["scope"] == "col" for cell in table.thead(["th", "td"]))
+        for row in table.tbody("tr"):
+            first, *others = row(["th", "td"])
+            assert (first.name, first["scope"]) == ("th", "row") and all(cell.name == "td" for cell in others)
+    classes = {heading.get_text(): heading.get("class") for table in found for heading in table.thead("th")}
+    assert (classes["test acc"], classes["from"]) == (["number"], None)
 
 
 @pytest.mark.parametrize(("until", "mark"), [("search", "winner"), ("sensitivity", "best so far")])
@@ -166,30 +121,28 @@ def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     measured = made.record("sensitivity").methods
     made.change("sensitivity", methods=measured | {"<b>of ours</b>": measured["kl"]})
     write_report(made.run)
-    outline = Outline(page_of(root))
-    assert outline.tags["img"] == 0 and "<b>of ours" not in page_of(root)
-    assert not [target for target in outline.targets if target[1].startswith("on")]
-    assert HOSTILE in outline.text
-    assert outline.tags["script"] == Outline(page_now(MadeRun(tmp_path / "plain", 4, 2))).tags["script"]
+    page = page_of(root)
+    assert HOSTILE in page.get_text() and not page(["img", "b"])
+    assert not any(name.startswith("on") for name, _ in attributes_of(page))
+    assert len(page("script")) == len(page_now(MadeRun(tmp_path / "plain", 4, 2))("script"))
     prose = (root / "report.md").read_text().split("```yaml")[0]
     assert "<script" not in prose and "<img" not in prose
 
 
 @pytest.mark.parametrize("until", ["sensitivity", "finetune"])
 def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: str) -> None:
-    root = tmp_path / "run"
-    stage = STAGES[STAGES.index(until) + 1]
-    begun = {stage: StageState(state="running", started=0.0)}
-    made = MadeRun(root, 6, 2, until=until, outcome="failed", error="no space left for /runs", stages=begun)
+    root, left = tmp_path / "run", STAGES[STAGES.index(until) + 1 :]
+    begun = {left[0]: StageState(state="running", started=0.0)}
+    MadeRun(root, 6, 2, until=until, outcome="failed", error="no space left for /runs", stages=begun)
     done = CliRunner().invoke(main, ["report", str(root), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["page"] == str(root / "report.html")
-    text, markdown = words(Outline(page_of(root)).text), (root / "report.md").read_text()
-    missing = f"There is no result yet from: {', '.join(STAGES[STAGES.index(stage) :])}."
-    for said in (f"Failed in stage {stage}: no space left for /runs", missing):
+    text, markdown = words(page_of(root)), (root / "report.md").read_text()
+    missing = f"There is no result yet from: {', '.join(left)}."
+    for said in (f"Failed in stage {left[0]}: no space left for /runs", missing):
         assert said in text and said in markdown
     assert ("Best so far is trial" in text, "was best, a" in text) == (until == "sensitivity", until == "finetune")
-    assert ("Point at a trial" in text) == bool(made.trials) and "Point at" not in markdown
+    assert "Point at a trial" in text and "Point at" not in markdown
     jsonschema.validate(json.loads((root / "results.json").read_text()), json.loads(summary_schema()))
 
 
@@ -197,20 +150,20 @@ def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None
     """The folder has all records, but the latest command, with another configuration, only reached pruning."""
     made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2)
     stages = {name: made.state.stages[name] for name in ("prepare", "prune")}
-    made.run.write_state(made.state.model_copy(update={"stages": stages, "search": None, "outcome": "interrupted"}))
-    text = words(Outline(page_now(made)).text)
+    made.change_state(stages=stages, search=None, outcome="interrupted")
+    text = words(page_now(made))
     assert "Interrupted" in text and "223.4 MB" in text
     assert "92.0 MB" not in text and "The search" not in text
 
 
-def test_results_follow_the_published_schema(long_run: Path, tmp_path: Path) -> None:
+def test_results_follow_the_published_schema(long_run: Path) -> None:
     written = (ROOT / "docs" / "results.schema.json").read_text()
     assert written == summary_schema(), "run: qpruner schema --results > docs/results.schema.json"
     results = json.loads((long_run / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     jsonschema.validate(results, json.loads(written))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(results | {"claim": 3}, json.loads(written))
-    text = summary_text(read_snapshot(MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, questions=1).run))
+    text = summary_text(snapshot(results_of(searched_row([1.0], [score([1.0])]))))
     assert "NaN" not in text, "the standard error of one question"
     jsonschema.validate(json.loads(text), json.loads(written))
 
@@ -233,27 +186,25 @@ def test_every_stage_has_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
 def test_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
     """If block 1 was removed, the plan's block 2 is the base's block 3."""
     made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=3)
-    assert "numbered as in" not in page_now(made)
+    assert "numbered as in" not in words(page_now(made))
     layers = list(made.record("prune").layers)
     layers.insert(1, layers[0].model_copy(update={"kept_kv_groups": (), "kept_mlp_channels": ()}))
     numbered = tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(layers))
     made.change("prune", layers=numbered, dropped_blocks=(1,))
     page = page_now(made)
-    found = [tuple(row[:2]) for row in cells_of(page, "Kept of each block")]
+    [table] = [each for each in page("table") if each.caption.get_text() == "Kept of each block"]
+    found = [tuple(cell.get_text() for cell in row(["th", "td"])[:2]) for row in table("tr")]
     assert found == [("block", "in the pruned model"), ("0", "0"), ("1", "-"), ("2", "1"), ("3", "2")]
-    assert "Blocks are numbered as in the pruned model." in words(Outline(page).text)
+    assert "Blocks are numbered as in the pruned model." in words(page)
 
 
-def test_a_notebook_gets_a_table_of_trials_and_the_answer(long_run: Path) -> None:
+def test_a_notebook_shows_the_answer_and_the_plan(long_run: Path) -> None:
     found = qpruner.read_run(long_run)
-    frame = found.to_dataframe()
-    assert len(frame) == 200 and set(frame["bits of layers.00.mlp"]) <= {4, 8}
-    assert frame["loss at 16"].notna().sum() == (frame["status"] == "finished").sum()
-    shown = Outline(f"<div>{found._repr_html_()}</div>")
-    assert "92.0 MB" in shown.text and "Searched: gp, trial 11" in shown.text
+    shown = BeautifulSoup(found._repr_html_(), "html.parser").get_text()
+    assert "92.0 MB" in shown and "Searched: gp, trial 11" in shown
     assert found.plan.as_dict() == found.best_plan and found.plan._repr_html_().count("<span") == 60
     hostile = PrecisionPlan(('"><script>',), (8,))
-    assert Outline(hostile._repr_html_()).tags == {"span": 1}
+    assert [tag.name for tag in BeautifulSoup(hostile._repr_html_(), "html.parser")(True)] == ["span"]
 
 
 # ---- a winner that was compared with nothing
@@ -272,8 +223,7 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     report = {"report": StageState(state="done", started=STARTED, seconds=1.0)}
     made = MadeRun(root, num_trials=40, num_blocks=2, until="evaluate", stages=report)
     (root / "final").mkdir()
-    config = with_key(made.state.config, "finetune.compare", False)
-    made.run.write_state(made.state.model_copy(update={"config": config}))
+    made.change_state(config=with_key(made.state.config, "finetune.compare", False))
     write_report(made.run)
     alone = read_snapshot(made.run)
     results = alone.results
@@ -292,7 +242,7 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     facts, text = status(root)
     markdown = (root / "report.md").read_text()
     assert f"`{COMMAND}`" in facts["to_compare"] and COMMAND in text and f"`{COMMAND}`" in markdown
-    assert f"<code>{COMMAND}</code>" in (root / "report.html").read_text()
+    assert COMMAND in [code.get_text() for code in page_of(root)("code")]
     assert "finetune.compare" not in (root / "final" / "README.md").read_text(), "its readers have no such run"
     assert (alone.standing, alone.missing) == ("Finished.", None)
     assert [each["stage"] for each in facts["stages"]][-3:] == ["finetune", "evaluate", "report"]

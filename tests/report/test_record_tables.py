@@ -55,6 +55,8 @@ def test_a_bank_has_one_row_per_group_and_a_trial_one_row(run: Snapshot) -> None
     stages = "prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison"
     assert repr(run) == f"<Snapshot of the run 'run': 20 trials; {stages}>"
     assert row.dropna().equals(run.to_dataframe().iloc[0][row.index].dropna())
+    frame = run.to_dataframe()
+    assert frame["loss at 16"].notna().sum() == (frame["status"] == "finished").sum()
     assert (row["plan_bytes"], row["loss at 16"]) == (trial.plan_bytes, trial.rungs[-1].loss)
     assert row["bits of layers.00.mlp"] == trial.plan["layers.00.mlp"]
     assert len(trial.rungs[0].to_dataframe()) == 1

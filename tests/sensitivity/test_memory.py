@@ -33,6 +33,9 @@ METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
     "mutual_information": lambda banked, config: by_information(banked.model, banked.subject, config.sensitivity, 0),
     "fisher": lambda banked, config: expand(banked.model, banked.subject.samples, banked.starts),
     "kl": lambda banked, config: measure(banked.model, banked.subject.samples, banked.starts),
+    "scoring": lambda banked, config: mean_loss(
+        banked.model, banked.subject.samples.rows, banked.subject.samples.pad_id, config.evaluate.batch_size
+    ),
 }
 
 
@@ -72,24 +75,16 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return found
 
 
-def shapes_of(subject: Banked, inspection: Inspection) -> Inspection:
-    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
-    return replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_check_predicts_the_memory_of_sensitivities(
-    raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str
-) -> None:
-    config = validate_config(with_key(raw, "sensitivity.methods", [method]))
-    found = sensitivity_memory(config, shapes_of(subject, inspection))
-    beside = found.total - found.parts["weights"]
+def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str) -> None:
+    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
+    inspection = replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
+    if method == "scoring":
+        config = validate_config(raw)
+        parts = scoring_memory(config, inspection).parts
+        beside = parts["activations"] + parts["logits"]
+    else:
+        config = validate_config(with_key(raw, "sensitivity.methods", [method]))
+        found = sensitivity_memory(config, inspection)
+        beside = found.total - found.parts["weights"]
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
-
-
-def test_check_predicts_the_memory_of_scoring(raw: dict[str, Any], inspection: Inspection, subject: Banked) -> None:
-    config, samples = validate_config(raw), subject.subject.samples
-    parts = scoring_memory(config, shapes_of(subject, inspection)).parts
-    beside = parts["activations"] + parts["logits"]
-    peak = peak_bytes(lambda: mean_loss(subject.model, samples.rows, samples.pad_id, config.evaluate.batch_size))
-    assert 0.4 * beside < peak <= beside

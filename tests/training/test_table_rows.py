@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,7 +27,6 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.assembly import measured_bytes
-from qpruner.runs.records import TaskScore
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
 from qpruner.training.evaluate import score_tasks
@@ -36,7 +35,6 @@ from qpruner.training.table_rows import (
     Candidate,
     CandidateJob,
     FinetuneOutcome,
-    _train,
     build,
     confirm_trial,
     evaluate_candidate,
@@ -102,7 +100,9 @@ def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
 
 def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
-    assert (job.candidate.adapter / ADAPTER).is_file()
+    rows = load_encoded(job.data / "validation")
+    assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.validation_loss, abs=1e-6)
+    assert outcome.validation_loss < loss_on(job, build(job.config, job.candidate), rows).mean
     left = sorted(path.name for path in job.candidate.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
     kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
@@ -124,13 +124,6 @@ def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: Can
     assert [getattr(again, name) for name in figures] == [getattr(tuned[1], name) for name in figures]
 
 
-def test_the_outcome_is_that_of_the_saved_adapter(tuned: Tuned) -> None:
-    job, outcome = tuned
-    rows = load_encoded(job.data / "validation")
-    assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.validation_loss, abs=1e-6)
-    assert outcome.validation_loss < loss_on(job, build(job.config, job.candidate), rows).mean
-
-
 def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     """Training seeds differ in data order only; different starts would add noise between plans."""
     job, outcome = tuned
@@ -140,64 +133,39 @@ def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
-def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
-    """A checkpoint without a list of its files is ignored, because its process was killed."""
+def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint without a list of its files is ignored, because its process was killed.
+
+    One with a list counts before the earlier one is removed, so that a process may be killed in between.
+    """
     assert latest_checkpoint(tmp_path / "none") is None
     claim = Ownership(tmp_path / "owner.json")
     claim.take()
-    steps = {}
-    for step in (9, 10, 11):
-        steps[step] = tmp_path / f"checkpoint-{step}"
-        steps[step].mkdir()
+
+    def saved(step: int) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
         for name in (ADAPTER, "optimizer.pt"):
-            (steps[step] / name).write_bytes(b"moments of the gradients")
-        (steps[step] / ADAPTER).chmod(0o600)  # as safetensors leaves it
-        if step < 11:
-            keep_checkpoint(steps[step], tmp_path, claim)
-    newest = steps[10]
+            (folder / name).write_bytes(b"moments of the gradients")
+        (folder / ADAPTER).chmod(0o600)  # as safetensors leaves it
+        return folder
+
+    earlier = saved(9)
+    keep_checkpoint(earlier, tmp_path, claim)
+    newest = saved(10)
+    with monkeypatch.context() as killed:
+        killed.setattr(claim, "check", Mock(side_effect=[None, KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            keep_checkpoint(newest, tmp_path, claim)
+    assert earlier.exists() and latest_checkpoint(tmp_path) == newest
+    keep_checkpoint(newest, tmp_path, claim)
+    saved(11)
     assert (newest / ADAPTER).stat().st_mode & 0o444 == newest.stat().st_mode & 0o444, "a team goes on from it"
-    assert not steps[9].exists() and latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
+    assert not earlier.exists() and latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
     flip_a_byte(newest / "optimizer.pt")
     assert is_damaged(newest) and latest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-10.files.json").write_text('{"sha256"')
     assert is_damaged(newest), "what vouches for it is damaged"
-
-
-class Killed(Exception):
-    """Stands for a SIGKILL: nothing of a fine-tune catches it."""
-
-
-class KilledAtCheck(Ownership):
-    """Ownership of a process that is killed at its next check but `left`."""
-
-    def __init__(self, path: Path, left: int) -> None:
-        super().__init__(path)
-        self.left = left
-        self.take()
-
-    def check(self) -> None:
-        super().check()
-        self.left -= 1
-        if self.left < 0:
-            raise Killed
-
-
-def test_a_new_checkpoint_counts_before_the_old_one_goes(tuned: Tuned, tmp_path: Path) -> None:
-    """Ownership is checked before a checkpoint is written, before it is listed, and before the old one is removed."""
-    settings = tuned[0].config.finetune.model_copy(update={"save_steps": 1})
-    config = tuned[0].config.model_copy(update={"finetune": settings})
-    job = replace(changed(tuned[0], folder=tmp_path), config=config)
-    checkpoints, train = job.candidate.checkpoints, load_encoded(job.data / "train")
-    kept = []
-    for checks in (4, 2, 9):
-        ownership = KilledAtCheck(tmp_path / "owner.json", checks)
-        with suppress(Killed):
-            result, _ = _train(job, build(config, job.candidate), train, 0, ownership)
-        newest = latest_checkpoint(checkpoints)
-        kept.append((newest and newest.name, sorted(path.name for path in checkpoints.glob("*[0-9]"))))
-    both = ["checkpoint-1", "checkpoint-2"]
-    assert kept == [("checkpoint-1", both), ("checkpoint-2", both), ("checkpoint-4", ["checkpoint-4"])]
-    assert result.train_loss == tuned[1].train_loss
 
 
 def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path: Path) -> None:
@@ -220,15 +188,26 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
 # Scoring
 
 
-def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: Tuned) -> None:
+def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned: Tuned) -> None:
+    """A row without fine-tune does not use the adapter that a fine-tune left in its folder."""
     job = tuned[0]
-    with_adapter, without = evaluate_candidate(job), evaluate_candidate(changed(job, seed=None))
+    started = changed(job, seed=None)
+    dense = job_of(config, job.candidate.folder, bits=(16,), seed=None)
+    start = build(job.config, job.candidate)
+    assert 4 in job.candidate.plan.values()
+    whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
+    settings, losses = job.config.evaluate, []
+    for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
+        found = evaluate_candidate(row)
+        model.eval()
+        assert found.scores == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
+        assert [score.task for score in found.scores] == ["qpruner_everyday_test"] and found.text_loss is None
+        losses.append(found.scores[0].answer_loss)
     assert job.candidate.progress.read_text() == "32 32", "8 questions with 4 answers each"
-    assert [score.task for score in with_adapter.scores] == ["qpruner_everyday_test"]
-    tuned_score, untuned_score = with_adapter.scores[0], without.scores[0]
-    assert tuned_score.num_questions == len(tuned_score.answer_loss) == 8
-    assert sum(tuned_score.answer_loss) < sum(untuned_score.answer_loss), "it learned how an answer looks"
-    assert with_adapter.text_loss is without.text_loss is None
+    assert len(losses[0]) == 8 and sum(losses[0]) < sum(losses[1]), "it learned how an answer looks"
+    start.disable_adapter_layers()
+    without = score_tasks(start, tokenizer_of(job), settings.tasks, settings, settings.limit)
+    assert without[0].answer_loss != losses[1], "the initial adapter has an effect"
 
 
 def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path) -> None:
@@ -293,29 +272,6 @@ def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
         evaluate_candidate(copied)
     assert caught.value.path and caught.value.path.parent == copied.candidate.adapter
     assert str(caught.value.path) in str(caught.value)
-
-
-def own_scores(job: CandidateJob, model: Any) -> tuple[TaskScore, ...]:
-    settings = job.config.evaluate
-    return score_tasks(model, tokenizer_of(job), settings.tasks, settings, settings.limit)
-
-
-def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: Tuned) -> None:
-    """A `no fine-tune` row must use neither the adapter in its folder nor initial adapters."""
-    job = job_of(config, tuned[0].candidate.folder, bits=(16,), seed=None)
-    model = load_dense(str(job.candidate.checkpoint), config.model.dtype)
-    assert evaluate_candidate(job).scores == own_scores(job, model)
-
-
-def test_an_untuned_quantized_row_has_its_adapter_start(tuned: Tuned) -> None:
-    """It has the initial adapters, and not the adapter that a fine-tune left in its folder."""
-    job = changed(tuned[0], seed=None)
-    assert (job.candidate.adapter / ADAPTER).is_file() and 4 in job.candidate.plan.values()
-    model = build(job.config, job.candidate)
-    model.eval()
-    found, expected = evaluate_candidate(job).scores, own_scores(job, model)
-    model.disable_adapter_layers()
-    assert found == expected != own_scores(job, model)
 
 
 def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:

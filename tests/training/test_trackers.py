@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,11 +36,8 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """Restore the environment after each test, since a worker's variables are set in the tests' process."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+    with patch.dict(os.environ):
+        yield
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -183,7 +181,7 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
     done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
-    assert done.returncode and "UserError: `trackers` names wandb, but there is no key for it" in done.stderr
+    assert done.returncode and "UserError: `trackers` names wandb, but there is no API key" in done.stderr
 
 
 @WITH_BOTH

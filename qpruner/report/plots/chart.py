@@ -39,7 +39,7 @@ HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", 
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot: its Vega-Lite specification without the shared settings; `on_page` says how to use it with a pointer."""
+    """A plot as a Vega-Lite specification without the shared settings; `on_page` explains the use of the mouse."""
 
     name: str
     title: str
@@ -78,24 +78,24 @@ def light_theme() -> dict[str, str]:
 
 
 def quantity(field: str, title: str, zero: bool = False, **axis: Any) -> Spec:
-    """Encode a number along an axis."""
+    """Encode a numeric field as the position along an axis."""
     return {"field": field, "type": "quantitative", "scale": {"zero": zero}, "axis": {"title": title, **axis}}
 
 
 def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spec:
-    """Encode words by colour or shape: word -> colour or shape."""
+    """Encode a field of words by colour or shape; `values` maps each word to its colour or shape."""
     scale = {"domain": list(values), "range": list(values.values())}
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
 
 
 def by_bits(levels: list[int], prefix: str) -> Spec:
-    """Encode bit-widths by the colours `--PREFIX-4`, `--PREFIX-8` and so on."""
+    """Encode the field `bits` by the style sheet's colours `--PREFIX-4`, `--PREFIX-8` and so on."""
     scale = {"domain": levels, "range": [f"var(--{prefix}-{bits})" for bits in levels]}
     return {"field": "bits", "type": "ordinal", "scale": scale, "legend": None}
 
 
 def tooltip(**fields: str) -> list[Spec]:
-    """List a tooltip's fields and titles; after a bar, a title may have a number format: ``loss="loss|.4f"``."""
+    """Encode a tooltip: field -> title, with a number format after `|` if the field needs one: ``loss="loss|.4f"``."""
     shown = []
     for field, text in fields.items():
         title, _, number_format = text.partition("|")

@@ -1,4 +1,4 @@
-"""Plots of the model: the plan's bits beside the sensitivities, and the importance of the base model's units."""
+"""Plots of the model: the plan's bits beside the sensitivities, and the importance of each unit (see `UNITS`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CELL_WIDTH, CELL_HEIGHT = 62, 17
 NUM_COLUMNS = 32
-"""Number of columns that show a block's ranked units; with more units, a column shows the mean of neighbours."""
+"""Number of columns that show a block's ranked units; with more units, a column shows a mean of neighbouring units."""
 UNITS = {
     "attention": ("key/value groups", "kept_kv_groups", "base_kv_groups"),
     "mlp": ("MLP channels", "kept_mlp_channels", "base_mlp_channels"),
@@ -85,7 +85,7 @@ def _bits_map(cells: Values) -> Spec:
 
 
 def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
-    """Draw one sensitivity's predictions by block; the reader selects the sensitivity (parameter `method`)."""
+    """Draw the cost of fewer bits that one method predicts for each group; the page's reader selects the method."""
     places = {cell["group"]: {"block": cell["block"], "part": cell["part"]} for cell in cells}
     values: Values = []
     for name, method in record.methods.items():
@@ -112,9 +112,9 @@ def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
 
 
 def shares(rises: Sequence[float]) -> list[float]:
-    """Divide predictions by the largest absolute one; if none is negative, scale them from 0 (smallest) to 1 (largest).
+    """Divide predictions by the largest magnitude; if none is negative, scale them from 0 (smallest) to 1 (largest).
 
-    Otherwise a method that predicts nearly the same for all groups would be one dark field.
+    Without the scaling, a method that predicts nearly the same for all groups would be drawn as one dark field.
     """
     least, largest = min(rises), max(map(abs, rises))
     if least < 0 or least == max(rises):
@@ -128,7 +128,7 @@ def shares(rises: Sequence[float]) -> list[float]:
 def save_importance(
     folder: Path, scores: Mapping[int, Mapping[str, torch.Tensor]], blocks: Mapping[int, float]
 ) -> None:
-    """Save the units' scores as arrays `<block>.<kind>` ``(units,)``, and the scores of whole blocks as `block`."""
+    """Save units' scores as arrays `<block>.<kind>` ``(units,)``, whole blocks' indices and scores as array `block`."""
     arrays: dict[str, Any] = {
         f"{index}.{kind}": score.numpy() for index, kinds in scores.items() for kind, score in kinds.items()
     }
@@ -209,7 +209,7 @@ def _bars(title: str, values: Values, x: Spec) -> Spec:
 
 
 def ranked(scores: Any) -> Sequence[float]:
-    """Sort a block's scores in ascending order and average them into columns; empty if the block has no scores."""
+    """Return a block's scores in ascending order, as `NUM_COLUMNS` values; empty if the block has no scores."""
     if scores is None:
         return ()
     ordered = np.sort(scores)

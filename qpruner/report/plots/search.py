@@ -1,4 +1,4 @@
-"""Plots of the search: score against bytes with the front, and the best score so far."""
+"""Plots of the search: score against bytes with the Pareto front, and the best score so far."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Shown:
 
     @property
     def score_title(self) -> str:
-        """The title of the scores, with their unit."""
+        """The title of the score axis, with the unit if there is one."""
         return score_title(self.search) + (" (nats per token)" if self.search.metric == "loss" else "")
 
     @property
     def remarks(self) -> str:
-        """Sentences that explain scores at the axis's end, and a winner without the best score."""
+        """Sentences that explain outliers at the axis's end, and trials with better scores than the winner."""
         edge = " Scores far worse than the rest are drawn at the edge."
         fresh = " The winner was chosen on fresh rows, so another trial may have a better score."
         return edge + (fresh if self.best_title == "winner" else "")
 
     def point(self, trial: TrialRecord) -> Spec:
-        """Return the fields of a trial at its last rung that plots and tooltips show."""
+        """Return the fields that plots and tooltips show of a trial, with the score of its last rung."""
         return {
             "trial": trial.index,
             "origin": trial.origin,
@@ -77,7 +77,7 @@ def kind_of(trial: TrialRecord) -> str:
 
 
 def front(shown: Shown) -> Chart | None:
-    """Draw score against bytes, with the front of the finished trials and the budget; None without scored trials."""
+    """Draw score against bytes, the Pareto front of the finished trials and the budget; None without scored trials."""
     points = [shown.point(trial) for trial in shown.scored]
     if not points:
         return None
@@ -139,7 +139,7 @@ def _best_line(shown: Shown, kind: str) -> Values:
 
 
 def _score_axis(shown: Shown, points: Values) -> Spec:
-    """Encode the score, on an axis that ends before outliers; outliers are drawn at its end."""
+    """Encode the score on an axis that ends before the outliers, which are drawn at the axis's end."""
     sign = -1 if shown.search.metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
     best, reach = costs[0], REACH * (statistics.median(costs) - costs[0])
@@ -152,7 +152,7 @@ def _score_axis(shown: Shown, points: Values) -> Spec:
 
 
 def _points(shown: Shown, points: Values, place: Spec) -> list[Spec]:
-    """Draw a mark for every trial by its kind and, for the best, a ring with a label on the side that has room."""
+    """Draw every trial in the colour and shape of its kind, and around the best trial a ring with a label."""
     there = {point["kind"] for point in points}
     color, shape = ({kind: each for kind, each in found.items() if kind in there} for found in (COLORS, SHAPES))
     figures = {"megabytes": "MB|.2f", "mean_bits": "mean bits|.2f", "score": f"{shown.score_title}|.4f"}

@@ -16,8 +16,7 @@ from click.testing import CliRunner
 from made_run import recorded_run
 
 from qpruner.cli.main import main
-from qpruner.report.liveness import MOMENT_SECONDS
-from qpruner.report.snapshot import read_snapshot
+from qpruner.report.snapshot import MOMENT_SECONDS, read_snapshot
 from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import RunState
 from qpruner.runs.run_dir import RunDir
@@ -71,20 +70,14 @@ def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
     os.utime(root / NAME, (then, then))
 
 
-def test_a_stopped_driver_that_lives_is_running(tmp_path: Path) -> None:
+def test_a_stopped_driver_is_running_and_a_killed_one_cut_off(tmp_path: Path) -> None:
     root = tmp_path / "run"
     with driver(root) as process:
         process.send_signal(signal.SIGSTOP)
         os.utime(root / NAME, (0, 0))
-        lines = status(root)
-        assert f"running on {this_process().host} (process {process.pid}), last sign of life" in lines[0]
-        assert "running" in stage_line(lines)
-        assert f"running on {this_process().host} (process {process.pid}) when this was written" in standing(root)
-
-
-def test_a_killed_driver_is_cut_off(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    with driver(root) as process:
+        lines, who = status(root), f"running on {this_process().host} (process {process.pid})"
+        assert f"{who}, last sign of life" in lines[0] and "running" in stage_line(lines)
+        assert f"{who} when this was written" in standing(root)
         process.kill()
         process.wait()
         lines = status(root)
