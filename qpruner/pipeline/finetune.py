@@ -82,7 +82,7 @@ class Finetune(Stage[FinetuneRecord]):
 
     def begin(self) -> None:
         final = self.context.run_dir.root / "final"
-        if not (have_rows(self.jobs) and final in published_folders(final.parent) and self.is_whole(final)):
+        if not (have_rows(self.jobs) and final in published_folders(final.parent) and self.is_complete(final)):
             self.context.forget(self.name)
 
     def detail(self) -> str:
@@ -198,10 +198,10 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
         # If the driver can read the row, the other machine may not see the storage.
-        is_whole = isinstance(_recorded(row), CandidateRecord)
-        state = "the driver finds the file intact" if is_whole else f"set aside in {quarantine(row, run.candidates)}"
+        is_complete = isinstance(_recorded(row), CandidateRecord)
+        state = "the driver finds the file intact" if is_complete else f"set aside in {quarantine(row, run.candidates)}"
         remedy = "repeat the command: only that row is fine-tuned again"
-        remedy = "make `output` visible to all machines, then repeat the command" if is_whole else remedy
+        remedy = "make `output` visible to all machines, then repeat the command" if is_complete else remedy
         raise StageError(stage, f"{error}; {state}", remedy) from error
 
 

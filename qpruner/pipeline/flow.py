@@ -87,7 +87,7 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
     except CorruptFile as error:
         stage.notify(f"{error}; the stage runs again")
         return None
-    return record if record and stage.is_whole(stage.context.run_dir.stage(stage.name)) else None
+    return record if record and stage.is_complete(stage.context.run_dir.stage(stage.name)) else None
 
 
 def recorded(context: Context) -> dict[str, float]:

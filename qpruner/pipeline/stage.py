@@ -99,7 +99,7 @@ class Stage(ABC, Generic[RecordType]):
         record = run.read_record(self.name, self.record) if self.record else None
         return record if record and record.digest == digest and run.has_folder(self.name) else None
 
-    def is_whole(self, folder: Path) -> bool:
+    def is_complete(self, folder: Path) -> bool:
         """Return True if the checksums of a folder and its subfolders match; else set the damaged folder aside."""
         inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
         for part in (folder, *inner):

@@ -160,10 +160,7 @@ def _compared(results: Results, other: str) -> Comparison:
 
 
 def _beside_rows(results: Results) -> str:
-    """Compare the winner with the rows base, pruned and uniform bits, as far as these rows exist.
-
-    All figures are from the first training seed, which every row has.
-    """
+    """Compare the winner with the rows of base, pruned model and uniform bits that exist, under the first seed."""
     assert results.evaluate
     by_name = {row.name: row for row in under_first_seed(results)}
     winner, text = by_name[SEARCHED], ""

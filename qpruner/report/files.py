@@ -23,7 +23,7 @@ from qpruner.wording import without_nan
 
 CARD = "final/README.md"
 PICTURES = "pictures"
-"""Folder with all plots of `report.md`; the file and the folder can be copied together."""
+"""Name of the folder with the plots of `report.md`, which are to be copied together with that file."""
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -63,7 +63,7 @@ class Summary(BaseModel):
     format: Literal[1] = 1
     """Version of this file's format. It changes when a field is removed or changes its meaning."""
     standing: str
-    """How far the run has come, in a sentence."""
+    """How far the run has come, in one or two sentences."""
     claim: str | None
     """How the searched plan compares with the base and the pruned model, and with other plans of equal bytes."""
     comparisons: tuple[Comparison, ...]

@@ -13,6 +13,7 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+"""Names of rows in records. The row `searched` has the plan that the search returned, even if that is a control's."""
 UNIFORM = "uniform"
 """Origin of the rows that give all groups the same bit-width."""
 MUTUAL_INFORMATION = "mutual_information"

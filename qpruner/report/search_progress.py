@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials to plot together: this search's; for a given plan, also other given plans and `beside`'s."""
+    """Return trials to plot together: this search's and, for a given plan, all given plans and those of `beside`."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 

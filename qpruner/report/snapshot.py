@@ -36,7 +36,7 @@ MOMENT_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Liveness:
-    """The state of a run's latest command and, if the run is locked, the process that holds the lock."""
+    """The state of a run's latest command and, if the run is locked, its driver: the process that holds the lock."""
 
     state: RunState
     driver: Driver | None

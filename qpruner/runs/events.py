@@ -31,7 +31,7 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class StageSkipped(Event):
-    """A stage is skipped: its record has the same input digest. `seconds` is the time of the recorded run."""
+    """A stage is skipped, because its record has the same input digest; `seconds` is how long the recorded run took."""
 
     stage: str
     figures: str
@@ -49,7 +49,7 @@ class Progress(Event):
 
 
 COMMAND = "run"
-"""Stage name in messages of the command itself, before its first stage."""
+"""Value of `Message.stage` in messages of the command itself, which belong to no stage."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TableMade(Event):
 
 @dataclass(frozen=True)
 class SearchPlanned(Event):
-    """A search starts: its settings and all recorded trials, those of other budgets and searchers included."""
+    """A search starts; `trials` are all recorded trials, also those of searches with other budgets or searchers."""
 
     search: SearchState
     trials: tuple[TrialRecord, ...]
@@ -86,7 +86,7 @@ class SlotsFound(Event):
 
 @dataclass(frozen=True)
 class TrialChanged(Event):
-    """A trial was submitted, reached a rung or ended; `trial` is its present record."""
+    """A trial was submitted, reached a rung or ended; `trial` is its record after that."""
 
     trial: TrialRecord
 

@@ -1,9 +1,9 @@
-"""One driver per run: a lock file names the process that works on the run, and its time of change is the heartbeat.
+"""A lock file names the driver, the one process that works on a run; the file's time of change is the last heartbeat.
 
-A lock is stale if its process is dead, which only the same machine can see. A driver on another machine is watched
-until its next heartbeat is overdue, since the clocks of machines may differ. `filelock` lets only one process judge a
-lock at a time. At a URI that holds within one machine only (pyarrow 26 has no conditional put): if drivers on two
-machines start in the same instant, the first heartbeat ends one of them.
+A lock is stale if its driver is dead. A new command can see that on its own machine. For a driver on another machine it
+waits until the next heartbeat is overdue, since clocks may differ. `filelock` lets only one process judge a lock at a
+time, but at a URI only within one machine (pyarrow 26 has no conditional put): if drivers on two machines start in the
+same instant, the first heartbeat ends one of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STALE_BEATS = 6
 
 
 class Holder(Recorded):
-    """The process that holds the lock of a run."""
+    """The contents of a lock file: the process that holds the lock of a run."""
 
     host: str
     machine: str
@@ -46,7 +46,7 @@ class Holder(Recorded):
 
 
 class Driver(NamedTuple):
-    """The process that holds the lock of a run; the next command takes the lock unless that process is alive."""
+    """The holder of the lock of a run and its state; the next command takes the lock unless the holder is alive."""
 
     holder: Holder
     beat: float
@@ -73,8 +73,8 @@ def hold_run(
 ) -> Iterator[Callable[[], bool]]:
     """Hold the lock of a run for this process, or raise `UserError` if another driver works on the run.
 
-    Yields a function that returns False once another process has taken the lock; that also ends this process (SIGTERM).
-    `notify` gets a line when the lock of another machine is watched, a stale lock is taken, or this lock is lost.
+    Yields a function that returns False once this process has lost the lock. The next heartbeat then also ends this
+    process (SIGTERM). `notify` gets a line when this process waits for the lock, takes a stale lock or loses its lock.
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
     watched, deadline = None, time.monotonic() + limit
@@ -95,11 +95,11 @@ def hold_run(
         if holder.machine == me.machine or (watched and other != watched):
             raise UserError(
                 f"`output`: {display_name(root)} is being worked on by process {holder.pid} on {holder.host} since "
-                f"{holder.since}; wait until it is done, stop it, or name another `output`"
+                f"{holder.since}; wait until that process ends, stop it, or name another `output`"
             )
         if not watched:
             text = f"waiting up to {limit:.0f} s for a sign of life of process {holder.pid} on {holder.host}"
-            notify(f"{text}, which holds this run since {holder.since} and may be dead")
+            notify(f"{text}, which has held this run since {holder.since} and may be dead")
             watched = other
         time.sleep(heartbeat_seconds / 4)
     done = threading.Event()
@@ -122,12 +122,12 @@ def hold_run(
 
 
 def lock_lost(stage: str, evidence: str) -> StageError:
-    """Make the error of a stage whose run was taken over by another driver while this process was suspended."""
+    """Return the error for a stage during which another driver took the run over, while this process was suspended."""
     return StageError(
         stage,
         f"another driver took this run over while this one gave no sign of life: {evidence}",
-        "wait until the other driver ends (`qpruner status` shows its progress); the same command then resumes from "
-        "what is recorded",
+        "wait until the other driver ends (`qpruner status` shows its progress), then repeat the command: it resumes "
+        "from the records",
     )
 
 
@@ -161,7 +161,7 @@ def _read_lock(lock: Storage) -> tuple[Holder, float] | None:
 def _take(
     lock: Storage, me: Holder, notify: Callable[[str], None], silent: tuple[Holder, float] | None, limit: float
 ) -> tuple[Holder, float] | None:
-    """Take a lock that is free, stale or still as in `silent`; else return its holder and last heartbeat."""
+    """Take the lock if it is free, stale or unchanged since `silent` was read; else return its holder and heartbeat."""
     with exclusive(lock.path):
         if current := _read_lock(lock):
             holder, _ = current

@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def logging_to(root: Path) -> Iterator[None]:
-    """Log to the `qpruner.log` of a run inside the block, warnings of libraries and unexpected errors included."""
+    """Log to the `qpruner.log` of a run while the block runs, also warnings of libraries and unexpected errors."""
     log = root / LOG
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def logging_to(root: Path) -> Iterator[None]:
         logger.error("%s", error)
         raise
     except Exception as error:
-        note_defect(error, f"{display_name(root).rstrip('/')}/{LOG}, which has all of it")
+        note_defect(error, f"{display_name(root).rstrip('/')}/{LOG}, which has the traceback")
         logger.exception("unexpected error")
         raise
     finally:
@@ -73,7 +73,7 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads the changed files of one folder, and one other file, while a command works on a run at a URI."""
+    """Uploads changed TensorBoard files and the changed log while a command works on a run at a URI."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file
@@ -89,7 +89,7 @@ class Uploader:
             self._upload(is_last=False)
 
     def close(self) -> None:
-        """Upload the rest, and delete files that only an earlier command uploaded."""
+        """Upload the remaining changes, and delete TensorBoard files at the URI that this command did not upload."""
         if self._is_needed:
             self._upload(is_last=True)
 

@@ -1,6 +1,6 @@
 """Name the paths of a run folder, and read and write its records.
 
-The record of a stage is written after its files, so the files are complete wherever there is a record.
+The record of a stage is written after the files of the stage, so the files are complete once the record exists.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qpruner.runs.storage import (
 
 STATE, LOG = "run.json", "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
-"""Environment variable: the folder of this machine for copies of the bank files that its workers read."""
+"""Environment variable: the folder where workers on this machine keep copies of the bank (see `BankRecord`)."""
 
 
 class RunDir:
@@ -48,7 +48,7 @@ class RunDir:
 
     @property
     def place(self) -> str:
-        """The folder or URI of the run, for people."""
+        """The folder or URI of the run, as messages name it."""
         return self.storage.name
 
     def require_folder(self, remedy: str) -> Path:
@@ -59,7 +59,7 @@ class RunDir:
 
     @property
     def id(self) -> str:
-        """The random id of the run, made at the first use; it tells runs apart that use the same folder in turn."""
+        """The random id of the run, made at its first use; a later run in the same folder has another id."""
         path = self.root / RUN_ID
         run_id = read_text(path)
         if run_id is None:
@@ -87,7 +87,7 @@ class RunDir:
         return storage_at(self.stage(name)).staging
 
     def scratch(self, name: str) -> Path:
-        """Make an empty folder on this machine to prepare a folder of the run in."""
+        """Make an empty folder at the `scratch_path` of a folder of the run."""
         return empty_folder(self.scratch_path(name))
 
     def begin(self, name: str, resume: bool = False) -> Path:
@@ -121,11 +121,11 @@ class RunDir:
         return read_json(self.record_path(name), kind)
 
     def write_state(self, state: BaseModel) -> None:
-        """Write the state of the present command; fail at once if the storage is full or away."""
+        """Write the state of the present command; fail at once if the storage is full or cannot be reached."""
         write_json(self.root / STATE, state, patience_seconds=0.0)
 
     def read_state(self, kind: type[RecordType]) -> RecordType | None:
-        """Read the state of the latest command; return None before the first."""
+        """Read the state of the latest command; return None before the first command."""
         return read_json(self.root / STATE, kind)
 
     def forget(self, name: str) -> None:
@@ -133,7 +133,7 @@ class RunDir:
         remove(self.record_path(name))
 
     def final_digests(self) -> dict[str, str]:
-        """Digest the files that differ between final models: the adapter, and config.json with the plan."""
+        """Return the sha256 of the files that differ between final models: adapter, and config.json with the plan."""
         return {name: file_digest(self.root / "final" / name) for name in ("adapter_model.safetensors", "config.json")}
 
     def record_path(self, name: str) -> Path:

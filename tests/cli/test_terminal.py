@@ -135,17 +135,17 @@ def test_a_pipe_reports_progress_of_a_long_step(
             said.extend(re.sub(r", \d+ s$", "", each) for each in capsys.readouterr().out.splitlines())
 
     with Terminal(quiet=False) as terminal:
-        terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
-        wait_for("[evaluate] running", 1)
-        terminal.emit(events.Progress("evaluate", 250, 900, "answers"))
-        wait_for("[evaluate] answers: 250 of 900", 2)
-        terminal.emit(events.StageFinished("evaluate", 1.0, "well"))
-        terminal.emit(events.StageStarted("report", "of the run"))
-        wait_for("[report] running", 1)
-        terminal.emit(events.StageFinished("report", 1.0, "well"))
-        terminal.emit(events.Progress("export", 3, 5, "layers"))
-        wait_for("[export] layers: 3 of 5", 2)  # a verb without stages
-        terminal.emit(events.Progress("export", 5, 5, "layers"))
+        for event, line, times in (
+            (events.StageStarted("evaluate", "arc for 9 models"), "[evaluate] running", 1),
+            (events.Progress("evaluate", 250, 900, "answers"), "[evaluate] answers: 250 of 900", 2),
+            (events.StageFinished("evaluate", 1.0, "well"), "", 0),
+            (events.StageStarted("report", "of the run"), "[report] running", 1),
+            (events.StageFinished("report", 1.0, "well"), "", 0),
+            (events.Progress("export", 3, 5, "layers"), "[export] layers: 3 of 5", 2),  # a verb without stages
+            (events.Progress("export", 5, 5, "layers"), "", 0),
+        ):
+            terminal.emit(event)
+            wait_for(line, times)
     before = said.index("[evaluate] done in 1.0 s: well")
     assert said[0] == "[evaluate] arc for 9 models ..."
     assert not any("[evaluate]" in each for each in said[before + 1 :]), "no progress of a finished stage"

@@ -127,5 +127,5 @@ def test_damage_outside_adapters_changes_predictions(faint: Path, tmp_path: Path
 def test_an_export_without_model_or_over_a_folder_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no final model"):
         export(RunDir(tmp_path), "merged", tmp_path / "out")
-    with pytest.raises(UserError, match="name another folder with `--out`"):
+    with pytest.raises(UserError, match="exists: delete this folder or name another with `--out`"):
         export(RunDir(finished), "merged", tmp_path)

@@ -146,9 +146,9 @@ def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, sto
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     storage_at(final).put_folder(folder)
-    assert final in published_folders(context.run_dir.root) and Finetune(context).is_whole(final) and not events
+    assert final in published_folders(context.run_dir.root) and Finetune(context).is_complete(final) and not events
     store.delete("run/final/model.safetensors")
-    assert not Finetune(context).is_whole(final)
+    assert not Finetune(context).is_complete(final)
     (text,) = [event.text for event in events if isinstance(event, Message)]
     assert f"{context.run_dir.place}/final/model.safetensors is missing" in text and "set aside in" in text
 

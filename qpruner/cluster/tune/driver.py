@@ -116,7 +116,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         )
         path = trial_path(job.trials, record.index)
         if exists(path):  # neither read at the start nor written by this process
-            self._halt.end(lock_lost("search", f"it wrote {display_name(path)}"), at_once=True)
+            self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
             return None
         begin_trial(job.trials, record)
         self._recorded.add(record.index)
@@ -197,7 +197,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not write_seconds(job.trials, job.search, self._seconds(), job.session):
-            raise lock_lost("search", "it began a session of this search")
+            raise lock_lost("search", "the other began a session of this search")
 
     def _is_out_of_hours(self) -> bool:
         """Return True once a time limit of the search is reached; end the search if no machine can run trials then."""

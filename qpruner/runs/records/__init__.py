@@ -1,7 +1,7 @@
 """Records of a run: small JSON files with the results of its stages.
 
-Where a stage has a record, its files are complete. `digest` identifies all inputs of the stage: while they stay the
-same, the stage is skipped.
+The record of a stage is written last, so its presence shows that the files of the stage are complete. Its `digest`
+identifies all inputs of the stage: while they stay the same, the stage is skipped.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class StageState(Recorded):
     """The progress of a stage in the latest command."""
 
     state: Literal["running", "done", "recorded"]
-    """`recorded`: skipped, because an earlier command had recorded it."""
+    """`recorded`: skipped, because an earlier command recorded the stage."""
     started: float
     """Unix seconds."""
     seconds: float | None = None
     done: int | None = None
     total: int | None = None
     text: str = ""
-    """The present step, or the main figures when it is done."""
+    """The present step, or the main results once the stage is done."""
 
 
 class SearchState(Recorded):
@@ -64,7 +64,7 @@ class SearchState(Recorded):
     search: str
     """Digest of the search, as in `TrialRecord.search`."""
     beside: str | None = None
-    """For a given plan, the digest of the search without it; that search is shown for comparison."""
+    """If the user gave a plan: digest of the search without that plan, whose trials are shown for comparison."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
     pareto: bool = False
@@ -106,7 +106,7 @@ class RunState(Recorded):
 
     @property
     def compares(self) -> bool:
-        """Whether every row of the final table is fine-tuned."""
+        """Whether the command fine-tunes every row of the final table (`finetune.compare`)."""
         return bool(self.config.get("finetune", {}).get("compare"))
 
 
@@ -135,13 +135,13 @@ class Results(Recorded):
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tunes in the final table: those of all rows, or only the winner if there was no comparison."""
+        """The fine-tunes in the final table: of all rows after a comparison, else of the winner alone."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
-        """Scores on the held-out tasks: first of the models before any fine-tune, then of the `candidates`."""
+        """Scores on the held-out tasks: first of the models without a fine-tune, then of the `candidates`."""
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:
             return rows

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     import pandas
 
 RUN_ID = "run.id"
-"""File with the id of the run; where it is missing, the storage is away or the folder is new."""
+"""File with the id of the run; if it is missing, the storage cannot be reached or the run is new."""
 
 StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
-"""A standard error; NaN over a single question or row, null in JSON."""
+"""A standard error; if there is only one question or row, NaN here and null in JSON."""
 
 
 class Recorded(BaseModel):
-    """Base class of all recorded data: plain values that never change."""
+    """Base class of all recorded data: immutable, made of plain values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return a table of the listed items, one per row, or of the fields in a single row if nothing is listed."""
+        """Return the `table_rows` as a pandas table."""
         import pandas
 
         return pandas.DataFrame(self.table_rows())
@@ -33,10 +33,10 @@ class Recorded(BaseModel):
         return str(self.to_dataframe()._repr_html_())
 
     listed: ClassVar[str] = ""
-    """Name of the field whose items are the rows of the table."""
+    """Name of the field whose items are the rows of the table; if empty, the record is the only row."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of `to_dataframe`; columns are `FIELD`, `FIELD.KEY` of mappings, `bits of GROUP` of plans."""
+        """Return rows of column -> value; columns are `FIELD`, `FIELD.KEY` of mappings and `bits of GROUP` of plans."""
         if self.listed:
             return [row for item in getattr(self, self.listed) for row in item.table_rows()]
         fields = self.model_dump()
@@ -62,7 +62,7 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest_of(*parts: Any) -> str:
-    """Digest values to the first 16 hex digits of the sha256 of their canonical JSON."""
+    """Return the digest of some values: the first 16 hex digits of the sha256 of their canonical JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -30,7 +30,7 @@ class Begun(Recorded):
     session: int
     time: float
     seconds: float
-    """Seconds that the trial had taken before."""
+    """Seconds that earlier workers had spent on the trial."""
 
 
 class TrialRecord(Recorded):
@@ -39,15 +39,15 @@ class TrialRecord(Recorded):
     index: int
     """Position among the proposed plans, from 0."""
     digest: str
-    """Digest of the inputs of the result."""
+    """Digest of everything that the result of the trial depends on; equal to `SearchRecord.trials_digest`."""
     search: str
-    """Digest of the inputs of the proposal: also budget, searcher and sensitivities."""
+    """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
     origin: str
-    """Name of the searcher, or of a control of that search: `uniform-4`, `seed-mutual-information`, ..."""
+    """Name of the searcher, or of a control (see `is_control`): `uniform-4`, `seed-mutual-information`, ..."""
     expected_improvement: float | None = None
-    """Expected improvement over the best plan known at the time, if the searcher has a model."""
+    """Expected improvement of the score over the best plan known at the time, if the searcher has a model."""
     noise: float | None = None
-    """Standard deviation of a score by the model of the searcher."""
+    """Standard deviation of a repeated score, as estimated by the model of the searcher."""
     plan: dict[str, int]
     plan_bytes: int
     mean_bits: float
@@ -57,23 +57,23 @@ class TrialRecord(Recorded):
     failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
     """`lost`: its worker processes died. Trials with `storage`, `damaged` or `machine` are run again."""
     seconds: float = 0.0
-    """Seconds in all sessions, up to the last rung."""
+    """Seconds that workers spent on the trial in all sessions (see `SearchClock`)."""
     gpu_seconds: float = 0.0
     earlier_gpu_seconds: dict[str, float] = {}
     """Share of `gpu_seconds` that earlier searches used for this trial, by the digest of the search."""
     peak_memory_bytes: int | None = None
-    """Peak in addition to the memory of the worker process at its start."""
+    """Peak memory of the worker process, less its memory at the start."""
     memory_counter: str | None = None
     checkpoint: dict[str, str] = {}
     """Checkpoint of the last rung: file name -> sha256."""
     worker: str | None = None
-    """The latest worker process; earlier ones may no longer write."""
+    """The latest worker process of the trial; earlier workers may no longer write."""
     node: str | None = None
     """The machine of `worker`."""
     micro_batch_size: int | None = None
     """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
-    """Worker deaths since the last rung; without lost machines, and deaths that a smaller micro-batch followed."""
+    """Worker deaths since the last rung, except by loss of the machine and those answered by a smaller micro-batch."""
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
@@ -113,7 +113,7 @@ class TrialRecord(Recorded):
 
     @property
     def is_control(self) -> bool:
-        """Whether the plan existed before the search: uniform, seeded by a sensitivity, or given by the user."""
+        """Whether no searcher proposed the plan: it is uniform, derived from a sensitivity, or given by the user."""
         return self.is_given or self.origin.startswith(("uniform-", "seed-"))
 
     @property
@@ -123,12 +123,12 @@ class TrialRecord(Recorded):
 
     @property
     def infrastructure_failed(self) -> bool:
-        """Whether the trial failed for a reason that does not concern the plan."""
+        """Whether the trial failed because of the storage, a damaged file or a machine, and not because of the plan."""
         return self.failure in ("storage", "damaged", "machine")
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs the trial again: its infrastructure failed, or it hung before a rung."""
+        """Whether the next session runs the trial again: its infrastructure failed, or it hung before any rung."""
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
@@ -149,50 +149,50 @@ class TrialPulse(Recorded):
 
 
 class SearchClock(Recorded):
-    """Seconds of all sessions of a search, and the number of sessions."""
+    """Seconds in all sessions of a search, and their number; each command that runs its trials begins a session."""
 
     seconds: float
     sessions: int = 0
 
 
 class FreshScore(Recorded):
-    """The score of a finished trial on fresh rows and questions, which no trial was scored on during the search."""
+    """The score of a finished trial on fresh rows and questions, on which the search itself scores no trial."""
 
     loss: float
-    """Loss on the half of the confirmation rows that selects the winner, in nats per token."""
+    """Nats per token on the fresh rows: the half of the `data.confirmation` rows that selects the winner."""
     stderr: StandardError
     accuracy: float | None = None
     accuracy_stderr: float | None = None
 
 
 class FinalistScore(FreshScore):
-    """A `FreshScore` with the loss of each row, to compare two finalists row by row."""
+    """A `FreshScore` with the loss of each fresh row, to compare two finalists row by row."""
 
     losses: tuple[float, ...] = ()
-    """Loss of each row in the half of the confirmation rows that selects the winner."""
+    """Loss of each fresh row, in nats per token."""
 
 
 class KeptScore(FinalistScore):
     """A `FinalistScore` stored in the folder of the trial for later commands."""
 
     digest: str
-    """Digest of the weights and of the rows and questions."""
+    """Digest of the scored weights and of the fresh rows and questions."""
     gpu_seconds: float
 
 
 class Confirmation(FinalistScore):
-    """A finalist with its score on fresh rows: one of the best trials, or a control."""
+    """A finalist (one of the best trials, or a control) with its score on fresh rows."""
 
     index: int
     origin: str
-    """Name of the control or of the searcher; ends in `of another search` if it was reused from one."""
+    """Name of the control or of the searcher; it ends in `of another search` if the trial is reused."""
     control: bool
     reused: bool
     """Whether another search ran the trial."""
 
 
 class FrontPoint(FreshScore):
-    """A plan on the Pareto front: no confirmed plan with as few bytes has a better score."""
+    """A plan on the Pareto front: no other finalist with at most as many bytes has a better score."""
 
     index: int
     origin: str
@@ -211,7 +211,7 @@ class SearchRecord(Record):
     """Task -> lm-eval metric; `accuracy` is the mean of these."""
     budget_bytes: int
     num_trials: int
-    """Number of trials, without those reused from another search."""
+    """Number of trials, except those reused from another search."""
     num_finished: int
     num_stopped: int
     num_failed: int
@@ -225,7 +225,7 @@ class SearchRecord(Record):
     gpu_seconds: float
     """GPU seconds of the trials."""
     confirmation_gpu_seconds: float = 0.0
-    """GPU seconds for the scores of the finalists on fresh rows."""
+    """GPU seconds spent on scoring the finalists on fresh rows."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
@@ -233,22 +233,22 @@ class SearchRecord(Record):
     best_control: int | None
     """Index of the best control on fresh rows; None if no control finished."""
     control_won: bool
-    """Whether the best control is returned, because no searched plan beat it on fresh rows."""
+    """Whether the best control is the winner, because no plan of the searcher beat it on fresh rows."""
     front: tuple[FrontPoint, ...]
     """With `search.pareto`: the Pareto front on fresh rows, sorted by bytes."""
     hypervolume: float | None = None
-    """Mean over budgets up to `budget_bytes`: how far the best plan within the budget beats the smallest plan."""
+    """By how much the best plan within a budget beats the smallest plan: mean over all budgets up to `budget_bytes`."""
     resumed: int
     """Number of trials that an earlier, interrupted command had recorded."""
     sessions: int = 1
-    """Number of times the command was started until the search ended."""
+    """Number of sessions (see `SearchClock`) until the search ended."""
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of all sessions, with the scoring of finalists in the last one."""
+        """Seconds of all sessions, the scoring of the finalists included."""
         return max(self.seconds, self.search_seconds)
 
     @property
     def total_gpu_seconds(self) -> float:
-        """GPU seconds of the trials and of the finalists on fresh rows."""
+        """GPU seconds of the trials and of scoring the finalists on fresh rows."""
         return self.gpu_seconds + self.confirmation_gpu_seconds

@@ -49,26 +49,26 @@ class PruneRecord(Record):
     bytes_before: int
     bytes_after: int
     peak_memory_bytes: int
-    """Peak in addition to the loaded model."""
+    """Peak memory of pruning, less the memory of the loaded model."""
     memory_counter: str
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
     weights: str = ""
-    """Digest of the weight files, which other kinds of machine may compute slightly differently."""
+    """Digest of the weight files; another kind of machine may compute slightly different weights."""
 
     @property
     def achieved(self) -> str:
-        """The achieved rate as text."""
+        """The share of all parameters that was removed, as text."""
         return f"achieved {self.achieved_rate:.2%}"
 
 
 class MethodScores(Recorded):
-    """The sensitivities of all groups by one method."""
+    """The sensitivities of all groups, as found by one method (see `SensitivityRecord`)."""
 
     unit: str
     source: str
     values: dict[int, tuple[float, ...]]
-    """Bits -> per group, the predicted rise over the unquantized pruned model; 0 at 16 bits."""
+    """Bits -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 at 16 bits."""
     seconds: float
     details: dict[str, Any]
 
@@ -79,7 +79,7 @@ class MethodScores(Recorded):
 
 
 class SensitivityRecord(Record):
-    """How much each group loses at fewer bits, by every requested method; independent of the byte budget."""
+    """How much each group of layers damages the model at fewer bits, by every requested method."""
 
     groups: tuple[str, ...]
     methods: dict[str, MethodScores]
@@ -123,25 +123,25 @@ class CandidateRecord(Record):
     seed: int
     plan: dict[str, int]
     plan_bytes: int
-    """Computed by formula."""
+    """Bytes of the whole quantized model with its adapter, computed from the plan."""
     measured_bytes: int
-    """Measured on the packed tensors."""
+    """Bytes of the packed tensors of the model with its adapter, as measured."""
     mean_bits: float
     num_parameters: int
     steps: int
     train_loss: float
     validation_loss: float
     confirmation_loss: float
-    """Loss on the half of the confirmation rows that no choice was based on, in nats per token."""
+    """Nats per token on the half of the `data.confirmation` rows that did not select the winner."""
     confirmation_losses: tuple[float, ...] = ()
-    """Loss of each confirmation row, to compare two models row by row; their mean is `confirmation_loss`."""
+    """Loss of each row behind `confirmation_loss`, to compare two models row by row."""
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""
 
 
 class FinetuneRecord(Record):
-    """The fine-tune of the winner; the final model has its adapter."""
+    """The fine-tune of the winner, whose adapter is part of the final model."""
 
     listed: ClassVar[str] = "candidates"
     winner: str
@@ -183,7 +183,7 @@ class Inference(Recorded):
 
     memory_bytes: int
     prefill_tokens_per_second: tuple[float, ...]
-    """One value per turn: the models of all rows were measured in turn."""
+    """One value per turn; in every turn each model is measured once."""
     decode_tokens_per_second: tuple[float, ...]
 
 
@@ -197,7 +197,7 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """The scores of one row on the held-out tasks; `seed` is that of its fine-tune, or None before any fine-tune."""
+    """Scores of a row of the final table on the held-out tasks; `seed` is its training seed, None if not fine-tuned."""
 
     digest: str
     name: str
@@ -225,7 +225,7 @@ class EvalRecord(Record):
     listed: ClassVar[str] = "rows"
     rows: tuple[RowScores, ...]
     text: str | None = None
-    """The held-out text of `RowScores.text_loss`."""
+    """Description of the held-out text behind `RowScores.text_loss`."""
     inference: InferenceSetting | None = None
     tested: str
     """Digest of the questions and their prompts."""
@@ -237,7 +237,7 @@ class EvalRecord(Record):
 
 
 class ComparisonRecord(Record):
-    """All rows of the final table after the same fine-tune, the winner included: by row, then by training seed."""
+    """All rows of the final table (winner included) after the same fine-tune, sorted by row, then by training seed."""
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]

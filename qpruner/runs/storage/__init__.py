@@ -1,7 +1,7 @@
 """Read and write the files of a run, in a folder or in an object store.
 
 Every file of a run has a path on this machine. For a run in an object store, that path holds a local copy of the
-object. Unless they say otherwise, these functions wait while the storage is full or away (`retry_storage`).
+object. These functions wait while the storage is full or away (not reachable), unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
 OWN_DIGEST = "record_digest"
-"""Key in the file of a record: digest of all other keys, because damaged JSON may still be valid JSON."""
+"""Key in a record file for the digest of all other keys, because damaged JSON may still be valid JSON."""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 def storage_at(path: Path) -> Storage:
-    """Return the storage of a path: the object that the path mirrors, else the file or folder itself."""
+    """Return the storage behind a path: an object if the path is in the mirror of a URI, else the file or folder."""
     return objects_at(path) or Storage(path)
 
 
@@ -54,7 +54,7 @@ def run_path(output: str | Path) -> Path:
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
-        remedy = "name that folder, the `output` of its configuration"
+        remedy = "name the folder of the run (`output` in its configuration)"
         raise UserError(f"`output`: {existing} is a file, but a run is a folder; {remedy}")
     return root
 
@@ -74,7 +74,7 @@ def _check_reachable(root: Path) -> None:
 
 
 def display_name(path: Path) -> str:
-    """Return the path or URI to show to people."""
+    """Return the path or URI that messages show for a path of a run."""
     return storage_at(path).name
 
 
@@ -105,7 +105,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
-    """Read a record that is known to exist; if it is missing, retry, because the storage must be away."""
+    """Read a record that is known to exist; retry if it is missing, because then the storage must be away."""
 
     def read() -> RecordType:
         record = read_json(path, kind)
@@ -140,7 +140,7 @@ def progress_seconds(path: Path) -> float:
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Write progress to a file once, without waiting for the storage; return whether that worked."""
+    """Write progress to a file in one attempt, without waiting for the storage; return True if that worked."""
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)
         return True
@@ -174,7 +174,7 @@ def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
 
 
 def put_file(file: Path, target: Path) -> str:
-    """Move a staged file to its path in the run, and return its sha256."""
+    """Move a file of this machine to its path in the run, and return its sha256."""
     sha256 = retry_storage(lambda: storage_at(target).put(file), target)
     if file != target:
         file.unlink()
@@ -218,7 +218,7 @@ def quarantine(path: Path, place: Path) -> str:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder on this machine to write to; afterwards, list its files and upload them if the run is at a URI."""
+    """Yield a folder on this machine to write to; then write its file list, and upload all if the run is at a URI."""
     storage = storage_at(target)
     here = storage.staging
     if here == target:
@@ -253,5 +253,5 @@ def require_arrived(folder: Path) -> None:
         except FileNotFoundError as error:
             raise StorageError(
                 f"{folder} was written on another machine and is not here",
-                "mount the folder of `output` on that machine, or take it out of the cluster, then repeat the command",
+                "mount the folder of `output` there, or remove that machine from the cluster, then repeat the command",
             ) from error

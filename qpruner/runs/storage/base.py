@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 FILES = ".files.json"
 """Suffix of the file list of a folder, such as `prune.files.json` next to `prune/`."""
 PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
-"""Bytes per read, to copy and to digest; fewer to digest, because many threads do and memory is measured."""
+"""Bytes per read when copying, and fewer when digesting: many threads digest at once while memory is measured."""
 WAITING_SECONDS = 0.1
 CONCURRENT = 16
 """Number of files that are read, uploaded or downloaded at once."""
@@ -90,7 +90,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder; also succeed if an earlier attempt renamed it, but the answer of the server was lost."""
+    """Rename a file or folder; succeed also if an earlier attempt did so, but the answer of the server was lost."""
     try:
         path.replace(target)
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def _release(lock: FileLock) -> None:
 
 @contextmanager
 def working_folder(prefix: str) -> Iterator[Path]:
-    """Yield a temporary folder; also delete such folders that killed processes left.
+    """Yield a temporary folder; also delete folders with the same prefix that killed processes left.
 
     A folder is in use while its lock is held. The kernel releases the lock however its process ends, also across
     containers that share `/tmp`.
@@ -182,7 +182,7 @@ class Storage:
 
     @property
     def name(self) -> str:
-        """The path or URI, for people."""
+        """The path or URI, as messages name it."""
         return str(self.path)
 
     @property
@@ -192,7 +192,7 @@ class Storage:
 
     @property
     def staging(self) -> Path:
-        """The path on this machine to write to: the path itself, or a folder from which to upload."""
+        """The path on this machine to write to: the path itself, or a place whose files are uploaded afterwards."""
         return self.path
 
     def open(self) -> AbstractContextManager[Any]:
@@ -225,7 +225,7 @@ class Storage:
         return self.digest() if file == self.path else Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
-        """Write the file; a reader sees the old contents or the new, and if `durable` also after a crash."""
+        """Write the file; a reader sees the old or the new contents, never a part; if `durable`, also after a crash."""
         if not durable:
             new = self.path.with_suffix(".new")
             new.write_bytes(data)
@@ -301,7 +301,7 @@ class Storage:
         return listed
 
     def publish(self, folder: Path) -> None:
-        """Move a finished folder of this machine to this storage, in place of an earlier one."""
+        """Move a finished folder of this machine to this storage; it replaces an earlier folder there."""
         target = self.path
         retry_storage(lambda: share_files(folder), folder)
 

@@ -41,7 +41,7 @@ from qpruner.runs.storage.retry import retry_storage
 CACHE = "QPRUNER_CACHE"
 """Environment variable: the folder of this machine for mirrors of runs; `~/.cache/qpruner` by default."""
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
-"""Limits by which an unanswered request fails after about ten seconds; `retry_storage` may then repeat it."""
+"""Limits that end an unanswered request after about ten seconds; `retry_storage` may then repeat the request."""
 REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT|PERMISSION_DENIED"
 )
@@ -71,7 +71,7 @@ def mirror_of(uri: str) -> Path:
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
     if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in ("http", "https"):
-        raise UserError("`output`: a URI can have the options endpoint_override, region, and scheme (http or https)")
+        raise UserError("`output`: the options of a URI are endpoint_override, region, and scheme (http or https)")
     steps = (parts.netloc, *prefix.split("/"))
     if parts.scheme not in ("s3", "gs") or parts.fragment or any(step in ("", ".", "..") for step in steps):
         raise UserError(f"`output`: {uri} {form}")
@@ -79,7 +79,7 @@ def mirror_of(uri: str) -> Path:
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
         raise UserError(
-            f"`output`: {uri} must be shorter: {len(name)} characters when quoted, and at most 255 are possible"
+            f"`output`: {uri} must be shorter: it has {len(name)} characters when quoted, and at most 255 are possible"
         )
     return cache_root() / "runs" / name
 
@@ -283,7 +283,7 @@ class ObjectStorage(Storage):
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Translate errors of pyarrow inside the block to Python errors, by their text."""
+        """Turn errors that pyarrow raises inside the block into Python errors, judged by their text."""
         try:
             yield
         except OSError as error:
@@ -295,7 +295,7 @@ class ObjectStorage(Storage):
             detail = text.partition("AWS Error ")[2] or text
             if REFUSED.search(detail):
                 cause = f"{self.name}: access is refused ({detail})"
-                raise StorageError(cause, f"{CREDENTIALS}; correct them, then repeat the command") from error
+                raise StorageError(cause, f"{CREDENTIALS}; correct the credentials, then repeat the command") from error
             if GONE.search(text):
                 raise StorageError(f"there is no bucket {self.bucket}", "create it, then repeat the command") from error
             if isinstance(error, FileNotFoundError) or ("AWS Error" not in text and "google::cloud" not in text):

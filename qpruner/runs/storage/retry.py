@@ -25,7 +25,7 @@ DISK_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
 HOST_AWAY = (errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 AWAY = (*DISK_AWAY, *HOST_AWAY, errno.ECONNREFUSED, errno.ECONNRESET)
 TORCH_CANNOT_WRITE = "inline_container.cc"
-"""Part of the error of torch.save on a full disk (2.13): only the place in its code where a write came out short."""
+"""Part of the error of torch.save (2.13) on a full disk; the error names only the C++ file that noticed it."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ def retry_storage(
 ) -> Result:
     """Run an operation; repeat it with growing pauses while the storage is full or away, then raise `StorageError`.
 
-    The pauses take `seconds` in all (`PATIENCE_SECONDS` by default); with `resumable` they start again after a long
-    attempt, because the next attempt continues that one. With `was_there`, a missing file means that the storage is
-    away. An error that names no file is reported with `path`.
+    The pauses take `seconds` in all (`PATIENCE_SECONDS` by default). With `resumable`, they start again at zero after
+    a long attempt, because the next attempt continues its work. With `was_there`, a missing file means that the storage
+    is away (not reachable). An error that names no file is reported with `path`.
     """
     limit = PATIENCE_SECONDS if seconds is None else seconds
 
@@ -68,7 +68,7 @@ def retry_storage(
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
-    """Translate an error of a storage that is full or away; return None for any other error."""
+    """Return the `StorageError` for an error of a storage that is full or away; return None for any other error."""
     number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(f"no space left for {place or 'the disk'}", "make room, then repeat the command")
