@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]
 """Callback for progress: it gets the number of finished steps and the total number."""
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Compute the loss of a batch from token losses ``(samples, seq)`` and the number of labelled tokens per sample."""
+"""Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the loss of a batch."""
 
 
 def ignore_counts(done: int, total: int) -> None:
@@ -135,7 +135,7 @@ def _visit_activations(
 ) -> None:
     """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
 
-    `places` maps a name to a layer, whether activations are inputs, and whether gradients are those of inputs.
+    `places`: name -> layer, whether to visit its inputs or outputs, whether gradients at its inputs or outputs.
     """
     num_rows = 0
 

@@ -50,7 +50,7 @@ def encode(
     rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
     encoded = list(_cut(rows, max_length))
     if not encoded:
-        raise UserError(f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: make it longer")
+        raise UserError(f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise it")
     return encoded
 
 
@@ -138,7 +138,7 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     if template == "alpaca":
         return alpaca_prompt(example.prompt, example.context), response
     if not tokenizer.chat_template:
-        raise UserError("`data.template: chat` needs a tokenizer with a chat template; this one has none: set `alpaca`")
+        raise UserError("`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`")
     content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
     messages = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), response
@@ -230,7 +230,7 @@ def load_encoded(folder: Path) -> EncodedRows:
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load the half of the confirmation rows that chooses the winner, or the other half, which judges the winner.
+    """Load one half of the confirmation rows, on which no trial is scored: `choose` picks the winner, `judge` tests it.
 
     The halves are separate because the winner would look too good on the rows by which it was chosen.
     """

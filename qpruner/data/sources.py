@@ -64,7 +64,7 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
     examples = [example for rows in read for example in rows]
     if not examples:
-        raise UserError(f"`{key}` has no rows: name a source with rows, or raise its `limit`")
+        raise UserError(f"`{key}` has no rows: name a source with rows, or raise the `limit` of one")
     return examples
 
 
@@ -105,10 +105,10 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
         if any(words in reason for words in SPLIT_REFUSALS):
             raise UserError(
                 f"`{key}.split`: {source.split!r} selects no rows of {source.source!r} ({reason}); name a split that "
-                "it has, such as `train` or `train[:100]`"
+                "the source has, such as `train` or `train[:100]`"
             ) from error
         raise UserError(
-            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; correct it or name another"
+            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; correct the source or name another"
         ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
@@ -145,7 +145,7 @@ def _check_table(path: Path, separator: str) -> list[str]:
             for row in filter(None, table):
                 if header and len(row) != len(header):
                     raise ValueError(
-                        f"line {table.line_num} has {counted(len(row), 'cell')}, but its header {len(header)}: "
+                        f"line {table.line_num} has {counted(len(row), 'cell')}, but the header has {len(header)}: "
                         f"every row needs a cell per column, and cells with {separator!r} need double quotes"
                     )
                 num_rows += bool(header)
@@ -158,7 +158,7 @@ def _check_table(path: Path, separator: str) -> list[str]:
         except UnicodeDecodeError:
             raise ValueError("the file is not UTF-8: save it as UTF-8") from None
     if separator == "," and len(header) == 1 and ";" in header[0]:
-        raise ValueError("its header is a single cell with semicolons: in a .csv file cells are separated by commas")
+        raise ValueError("the header is a single cell with semicolons: in a .csv file cells are separated by commas")
     if duplicates := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
         raise ValueError(f"two columns are called {duplicates[0]!r}")
     if not num_rows:
@@ -179,7 +179,7 @@ def _line_without_row(path: Path) -> str | None:
 
 
 def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
-    """Raise `UserError` if `columns` maps a name that the format does not have, or to a column that the data lack."""
+    """Raise `UserError` if `source.columns` names a column that the row format or the data (`available`) lack."""
     known = COLUMNS[source.format]
     if unknown := sorted(set(source.columns) - set(known)):
         raise UserError(

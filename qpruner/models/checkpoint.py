@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """The folder of the base model, and whether this run wrote its files."""
+    """The local folder of the base model, and whether this run wrote its files."""
 
     path: str
     converted: bool

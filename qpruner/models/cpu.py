@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 WORTH_WIDENING = 16
-"""Products with a dimension below this are faster without conversion to float32."""
+"""Matrix products with a dimension below this are faster without conversion to float32."""
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def has_bfloat16() -> bool:
 
 
 def widen() -> None:
-    """Replace torch's CPU kernels of matrix products, and the attention of transformers, by versions in float32."""
+    """Make torch's CPU kernels of matrix products, and the attention of transformers, compute in float32."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

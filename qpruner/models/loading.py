@@ -34,7 +34,7 @@ CONVERT = (
 """Remedy for pickled weights in error messages."""
 
 OnWork = Callable[[str, int, int], None]
-"""Called with the name of the work, the amount done and the total."""
+"""Callback for progress: it gets the name of the work, the amount done and the total."""
 
 
 def ignore_progress(what: str, done: int, total: int) -> None:
@@ -142,7 +142,7 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load dense weights, with pruned widths, onto one device or spread over all devices (`device_map: auto`).
+    """Load an unquantized model, pruned or not, onto one device or spread over all (`device_map: auto`).
 
     Raises:
         CorruptFile: If a weight file is truncated.
@@ -277,7 +277,7 @@ def check_folder(path: Path, named: str) -> None:
 def _is_complete(file: Path) -> bool:
     """Return True if a safetensors file is as long as its header says; read the header alone.
 
-    `safe_open` maps the whole file, which fails where address space is limited.
+    `safe_open` would map the whole file, which fails where address space is limited.
     """
     try:
         with file.open("rb") as stream:

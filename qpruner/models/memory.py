@@ -45,7 +45,7 @@ def freeze_libraries() -> None:
     """Exclude the objects of imported libraries from garbage collection; call this before a model is loaded.
 
     A collection over the objects of torch, transformers and Ray takes 0.2 s or more, and every trial makes two or three
-    (measured 2026-11-28). An object that exists now is never freed if it becomes part of a cycle later.
+    (measured 2026-11-28). An object that exists at the call is never freed if it later becomes part of a cycle.
     """
     gc.collect()
     gc.freeze()
@@ -137,7 +137,7 @@ class PeakMemory:
 
 
 def _most_resident_bytes() -> int:
-    """Return the peak resident bytes of this process, since the last reset where the system can reset it."""
+    """Return the peak resident bytes of this process, since the last reset or, if there is none, the start."""
     if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

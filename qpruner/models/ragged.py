@@ -16,7 +16,7 @@ from typing import Any
 from qpruner.models.families import Family, families, family_of
 
 OUTPUT_BIASES = "qpruner_output_biases"
-"""Config key: linear layers of a block to which compensation added a bias that the family does not have."""
+"""Config key that lists the linear layers of a block to which compensation added a bias."""
 _FOLLOWED = "qpruner_model_config"
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
@@ -53,7 +53,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Make a layer config read attention and expert implementations from the model config, even after a change."""
+    """Make a layer config always name the attention and expert implementations that the model config names."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)

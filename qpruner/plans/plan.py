@@ -49,7 +49,7 @@ class LinearShape:
 
     @property
     def num_weights(self) -> int:
-        """Return the number of weights."""
+        """Return the number of weights of the layer."""
         return self.rows * self.columns
 
 
@@ -108,7 +108,7 @@ class Group:
 
     @property
     def num_weights(self) -> int:
-        """Return the number of weights."""
+        """Return the number of weights of all its layers."""
         return sum(linear.num_weights for linear in self.linears)
 
 
@@ -172,7 +172,7 @@ class Layout:
         return sum(sizes[bits][at] for at, bits in enumerate(plan.bits)) + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the average bits per weight of all groups, without scales and the ungrouped rest."""
+        """Return the average bits of a weight in a group; scales and weights outside groups do not count."""
         total = sum(group.num_weights for group in self.groups)
         return sum(group.num_weights * bits for group, bits in zip(self.groups, plan.bits, strict=True)) / total
 
@@ -251,8 +251,8 @@ class PlanSpace:
     def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
         """Return the plan in the budget, not in `avoid`, with the largest sum of gains; None if there is no such plan.
 
-        HiGHS accepts solutions that exceed the budget by up to a millionth. If it returns one, it is run again with a
-        slightly smaller budget. If that finds no plan, plans over the budget are excluded one by one.
+        HiGHS accepts plans that exceed the budget by up to a millionth of it. If it returns one, it is run again with
+        a slightly smaller budget. If that does not help, plans over the budget are excluded one by one.
         """
         excluded = list(avoid)
         for margin in (0.0, 2e-6, 2e-5):
@@ -274,7 +274,7 @@ class PlanSpace:
     def _optimum(
         self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
     ) -> PrecisionPlan | None:
-        """Solve the knapsack with HiGHS; return None if HiGHS proves that no plan fits."""
+        """Solve the knapsack, with the share `margin` of the budget unused; return None if provably no plan fits."""
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 

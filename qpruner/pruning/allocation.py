@@ -19,7 +19,7 @@ COARSE = (EXPERT, ATTENTION)
 
 
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
-    """Count the units of each kind to remove from each block, so that all blocks lose the same share.
+    """Count the units to remove per block and kind: `target` parameters in all, about the same share of each.
 
     Raises:
         UserError: If `uniform` blocks cannot lose that many parameters.
@@ -82,7 +82,7 @@ def _blocks_with(sizes: Sizes, name: str) -> dict[int, KindSize]:
 
 
 def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) -> dict[int, int]:
-    """Count the channels to remove from each block for `left` parameters in all: equal shares in whole bundles."""
+    """Count the channels to remove per block: `left` parameters in all, equal shares, in multiples of `round_to`."""
     share = max(left, 0) / sum(size.parameters * size.count for size in channels.values())
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
     stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
@@ -122,7 +122,7 @@ def nearest_totals(
 ) -> dict[str, int]:
     """Choose how many units of each coarse kind to remove, at least as many as in `before`.
 
-    Of all allocations within half a unit of the target, the result has the lowest penalty; if none, it is the closest.
+    Of the allocations within half a unit of the target, choose that of lowest `penalty`, or else the closest to it.
     """
     pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
     least = before or dict.fromkeys(pools, 0)

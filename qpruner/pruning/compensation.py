@@ -2,8 +2,8 @@
 
 Every removed unit ends in columns of an output projection (o, down). Before the cut these columns are set to zero, and
 their contribution moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in
-SliceGPT, ZipLM and SoBP). The cut itself then changes no output. The contribution of whole blocks moves to the output
-projection before them.
+SliceGPT, ZipLM and SoBP). The cut itself then changes no output. The contribution of dropped blocks moves to the
+output projection before these blocks.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
 def _solve(
     weight: torch.Tensor, stays: torch.Tensor, removed: torch.Tensor, gram: torch.Tensor, ridge: float, name: str
 ) -> None:
-    """Replace the kept columns by the least-squares solution.
+    """Replace the kept columns of `weight` by the least-squares solution; `gram` is ``G``.
 
     With ``G = X^T X`` over the calibration tokens, S the kept columns and R the removed columns, the weights ``W'``
     that minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.

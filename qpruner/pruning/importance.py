@@ -168,9 +168,9 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
 
 
 class UnitScores:
-    """Sum scores per unit and matrix (for key/value groups per query head), then reduce the matrices to one score.
+    """Sum scores per matrix and unit (or query head of a unit), then reduce them to one score per unit.
 
-    `matrices` maps names to the matrices that units own parts of; `dims` maps them to the dimension of the units.
+    `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that units divide.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
@@ -205,7 +205,7 @@ class UnitScores:
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
         """Reduce the scores of all matrices to one score per unit.
 
-        With `modulo`, query head h counts for key/value head ``h % number``, as in LLM-Pruner, not for its own group.
+        With `modulo`, query head h counts for unit ``h % number of units``, as in LLM-Pruner, not for its own unit.
         """
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
@@ -226,7 +226,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "product": lambda scores: scores.prod(dim=0),
     "last": lambda scores: scores[-1],
 }
-"""``(matrices, units)`` -> ``(units,)``; the last matrix is the output projection."""
+"""Name -> function from scores ``(matrices, units)`` to ``(units,)``; the last matrix is the output projection."""
 
 
 def check_weights(model: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Criteria:
-    """Score and compensate on calibration samples; `seed` is for `importance: random`.
+    """Scores units and blocks, and compensates for those removed, on samples; `seed` is for `importance: random`.
 
     Without samples (for a model without weights) all units score the same, and the later a block, the lower its score.
     """
@@ -107,7 +107,7 @@ def prune(
 
 
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
-    """Fill in defaults for a model and compute its config after the cut, without weights.
+    """Fill in the defaults of the settings, and compute the config of the pruned model; read no weights.
 
     If widths depend on scores, the computed config has average widths.
 
@@ -205,7 +205,7 @@ def _cut_widths(
 
 
 def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
-    """Count the parameters to remove from the remaining blocks, including as many as compensation adds as biases."""
+    """Count the parameters to remove from the remaining blocks, plus those that compensation adds as biases."""
     path, count = family_of(model.config).block_path, model.config.num_hidden_layers
     hidden = [
         model.get_submodule(f"{path(index)}.{linear}").out_features
@@ -220,7 +220,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
     """Count the blocks to drop; `order` lists the blocks that may be dropped, least important first.
 
     Raises:
-        UserError: If the rate is too small for one block or leaves none.
+        UserError: If no block would be dropped, or no block would stay.
     """
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
     removed = list(itertools.accumulate(sizes[:-1], initial=0))
@@ -230,8 +230,8 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names block, but only one block may be cut, and at least one such block must stay: widen "
-            "`prune.first_layer` / `prune.last_layer`, name fewer `prune.protected_layers`, or remove `block`"
+            "`prune.units` names block, but only one block may be dropped, and one must stay: allow more blocks "
+            "(`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block` from `prune.units`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""
@@ -242,8 +242,8 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
     if abs(removed[count] - share * total) > max(sizes):
         raise UserError(
             f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but the {len(sizes)} blocks "
-            f"that may be dropped have {sum(sizes) / total:.2%}, and one of them must stay: lower the rate, or widen "
-            "`prune.first_layer` / `prune.last_layer`"
+            f"that may be dropped have {sum(sizes) / total:.2%}, and one of them must stay: lower the rate, or allow "
+            "more blocks (`prune.first_layer`, `prune.last_layer`)"
         )
     return count
 

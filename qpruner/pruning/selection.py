@@ -1,7 +1,7 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-The share is met to within one MLP channel, or `round_to` channels; without channels, to the nearest coarse unit,
-or within one such unit if `global` selection takes several steps.
+The share is met to within one MLP channel, or `round_to` channels. Without channels it is met to the nearest key/value
+group or expert (coarse unit), or to within one of them if `global` selection takes several steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def select(
     `round_to`, and with `uniform` the same in every block.
 
     Raises:
-        UserError: If the blocks cannot lose that many parameters, or are narrower than `round_to`.
+        UserError: If the blocks cannot lose that many parameters, or one has fewer than `round_to` channels.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
@@ -55,7 +55,7 @@ def select_rate(
     down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
 
     Raises:
-        UserError: If a block would keep too few units, if none would lose any, or if one is narrower than `round_to`.
+        UserError: If a block would keep too few units or has under `round_to` channels, or if none would lose a unit.
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
@@ -65,13 +65,13 @@ def select_rate(
             if count > size.most:
                 raise UserError(
                     f"`prune.layer_rate` {layer_rate:g} would leave {size.count - count} of the {size.count} {name} "
-                    f"units of block {index}, but at least {size.least} must stay: lower it"
+                    f"units of block {index}, but at least {size.least} must stay: lower the rate"
                 )
             if uniform and size.plain and size.count - count not in size.plain:
                 raise UserError(
                     f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
                     f"block, but a plain checkpoint of this family can have {', '.join(map(str, size.plain))}: give "
-                    "`rate` instead, or set `uniform: false`"
+                    "`prune.rate` instead of `prune.layer_rate`, or set `prune.uniform: false`"
                 )
     if not any(count for of_block in removed.values() for count in of_block.values()):
         raise UserError(
@@ -115,7 +115,7 @@ def _keep_most_important(
 
 
 def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]) -> Kept:
-    """List the units that stay when the first `num_cut` bundles of each place are removed."""
+    """List the units that stay when the first `num_cut` bundles (see `_Ranking`) are removed from each place."""
     kept: Kept = {}
     for (index, name), ordered in bundles.items():
         stays = sorted(unit for bundle in ordered[num_cut[index, name] :] for unit in bundle)
@@ -143,7 +143,7 @@ class _Ranking:
     """Rank the bundles of all blocks, least important per parameter first.
 
     A bundle is a key/value group, an expert, or `round_to` channels of adjacent scores in one block. `num_cut` counts
-    the bundles of each place that earlier steps removed; `order` lists the place and position of all others.
+    the bundles that earlier steps removed from each `Place`; `order` lists place and position of the removable ones.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
@@ -189,7 +189,7 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, finest: int
 ) -> None:
-    """If channels cannot reach the target, remove coarse units beyond it, and then restore channels."""
+    """If channels cannot reach the target, remove coarse units until it is passed, then restore channels."""
     for place, position in ranking.order:
         if target - removed <= finest:
             break
@@ -207,7 +207,7 @@ def _correct_with_coarse_units(
 def _nearest_without_channels(
     ranking: _Ranking, sizes: Sizes, target: int, num_cut: Mapping[Place, int]
 ) -> dict[Place, int]:
-    """Remove the least important units of each coarse kind, in the numbers nearest to the target.
+    """Count the units to remove from each place, least important first, so that the target is met most closely.
 
     Of the coarsest kind, about as many are removed as by importance alone.
     """

@@ -58,14 +58,14 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
     for index in settings.protected_layers:
         if not -count <= index < count:
             raise UserError(
-                f"`prune.protected_layers`: there is no block {index}; the model has {count}, 0 to {count - 1}"
+                f"`prune.protected_layers`: there is no block {index}; the model has blocks 0 to {count - 1}"
             )
     kept_whole = {index % count for index in settings.protected_layers}
     layers = tuple(index for index in range(first, end + 1) if index not in kept_whole)
     if not layers:
         raise UserError(
-            "`prune.protected_layers` leaves no block that may be cut: name fewer, or widen `prune.first_layer` / "
-            "`prune.last_layer`"
+            "`prune.protected_layers` leaves no block that may be cut: name fewer blocks there, or allow more by "
+            "`prune.first_layer` and `prune.last_layer`"
         )
     return layers
 
@@ -83,8 +83,8 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         raise UserError(
             f"`prune`: the experts of a {name} model are stacked in one parameter ({stacked[0].slices[0].parameter}), "
             f"not in linear layers: use `importance` fisher, taylor, magnitude or random (got {importance}), "
-            f"`aggregation` element (got {aggregation}) and `compensation` none (got {compensation}), or `units` "
-            "[attention]"
+            f"`aggregation` element (got {aggregation}) and `compensation` none (got {compensation}), or cut no "
+            "experts (`units` [attention])"
         )
     if any(kind.name == MLP for kind in stacked) and settings.round_to % GROUPED_MATMUL_MULTIPLE:
         raise UserError(
@@ -111,19 +111,19 @@ def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[i
 
 
 def are_alike(model_config: Any) -> bool:
-    """Return True if all blocks of a model have the same units."""
+    """Return True if all blocks of a model have units of the same kinds, numbers and shapes."""
     first, *others = unit_kinds_of(model_config, range(model_config.num_hidden_layers)).values()
     return all(kinds == first for kinds in others)
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
-    """List the unit kinds of all blocks that may be cut and whose weights are stacked experts."""
+    """List the unit kinds of all blocks that `prune.units` names and whose weights are stacked experts."""
     by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
     return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:
-    """Refuse settings and models with which `prune.uniform` cannot give a plain checkpoint."""
+    """Refuse settings and models with which `prune.uniform` cannot give a plain checkpoint (see `Family.is_plain`)."""
     family, count = family_of(model_config), model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(

@@ -18,7 +18,7 @@ Values = Mapping[int, Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class KindSize:
-    """The size of one kind of unit in one block."""
+    """How many units of one kind a block has, how many parameters each of them has, and how many must stay."""
 
     parameters: int  # of one unit, biases included; for stacked experts, of one channel of every expert
     count: int  # units; for stacked experts, channels of one expert
@@ -34,17 +34,17 @@ class KindSize:
 
 
 Sizes = Mapping[int, Mapping[str, KindSize]]
-"""Block index -> kind of unit -> its size."""
+"""Block index -> kind of unit -> number and size of these units."""
 
 
 class RateTooHigh(UserError):
-    """`prune.rate` asks to remove more parameters than the units have; `most` parameters can be removed."""
+    """`prune.rate` asks to remove more parameters than the `most` that can be removed."""
 
     def __init__(self, target: int, most: int) -> None:
         super().__init__(
             f"`prune.rate` asks to remove {target:,} parameters from blocks, but at most {most:,} can be removed if "
-            "every block keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / "
-            "`prune.last_layer` or name more `prune.units`"
+            "every block keeps at least one unit of each kind: lower the rate, allow more blocks "
+            "(`prune.first_layer`, `prune.last_layer`), or name more `prune.units`"
         )
         self.most = most
 
@@ -61,10 +61,10 @@ def unit_kinds_of(
 
 
 def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
-    """Compute the sizes of the unit kinds in `units`; the model may be on the meta device.
+    """Count the units of every kind in `units`, and the parameters of each; the model may be on the meta device.
 
     Raises:
-        UserError: If no block has units of a kind in `units`.
+        UserError: If `units` names a kind that no block has.
     """
     family = family_of(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
@@ -83,14 +83,14 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
     for name in units:
         if not any(name in of_block for of_block in sizes.values()):
             raise UserError(
-                f"`prune.units` names {name}, but no block of this {family.model_type} model has such units: leave it "
-                "out"
+                f"`prune.units` names {name}, but no block of this {family.model_type} model has such units: remove it "
+                "from `prune.units`"
             )
     return sizes
 
 
 def plain_counts(config: Any, index: int) -> tuple[int, ...]:
-    """List the numbers of key/value groups per block that a plain checkpoint of this family can have."""
+    """List the numbers of key/value groups that block `index` can have in a plain checkpoint."""
     family, layer_config = family_of(config), config.per_layer_config[index]
     kinds = {kind.name: kind.units_per_partition for kind in family.unit_kinds(layer_config, index)}
     return tuple(
@@ -101,12 +101,12 @@ def plain_counts(config: Any, index: int) -> tuple[int, ...]:
 
 
 def available(sizes: Sizes) -> int:
-    """Count the parameters of all units."""
+    """Count the parameters of all units in all blocks."""
     return sum(size.parameters * size.count for kinds in sizes.values() for size in kinds.values())
 
 
 def most_removable(sizes: Sizes, round_to: int) -> int:
-    """Count the parameters that can be removed if every block keeps the minimum of each kind."""
+    """Count the parameters that can be removed if every block keeps as few units of each kind as it must."""
     return sum(
         size.parameters * (size.count - round_to if name == MLP else size.most)
         for kinds in sizes.values()

@@ -79,8 +79,8 @@ def attach_adapters(
 ) -> PeftModel:
     """Add a LoRA adapter to every grouped layer of an assembled model and set its initial values.
 
-    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq` each row of that
-    ``A`` is scaled to length 1, as LoftQ does, so that unquantized layers learn as fast as quantized layers.
+    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq` each row of the
+    random ``A`` is scaled to length 1, as LoftQ does, so that unquantized layers learn as fast as quantized layers.
     """
     from peft import get_peft_model
 

@@ -46,7 +46,7 @@ FORMAT = 2
 """Version of the entries: raise it when the same inputs give different tensors."""
 INDEX = "bank.json"
 FEW_WEIGHTS = 10_000_000
-"""A smaller model is packed without starting Ray, because starting Ray would take longer than packing."""
+"""A model with fewer weights is packed without Ray, because starting Ray would take longer than packing."""
 
 
 class IndexEntry(Recorded):
@@ -187,7 +187,7 @@ def read_plan(
 
 
 class Starts:
-    """Initial weights of trials: dequantized, with the adapter added, for every (group, bits) below 16 in a bank.
+    """Initial weights of trials: dequantized, with the adapter added, for every group and bit-width below 16.
 
     The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight only. `groups` maps
     each group to the paths of its linear layers; `scaling` is LoRA's factor alpha / rank.

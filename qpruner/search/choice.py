@@ -33,7 +33,7 @@ def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], co
 
 
 def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int | None:
-    """Return the position of the lowest score on fresh rows, or None without scores; a control wins a tie."""
+    """Return the position of the lowest score on rows new to all trials; None without scores; a control wins a tie."""
     return min(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at), default=None)
 
 
@@ -63,11 +63,11 @@ def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -
 
 
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
-    """Draw up to `count` plans almost uniformly from all others whose bytes are within `SAME_BYTES` of those of `plan`.
+    """Draw up to `count` plans uniformly from all others whose bytes are within `SAME_BYTES` of those of `plan`.
 
     The level of each group is drawn with probabilities ``exp(-tilt * bytes)``, so that plans of the wanted bytes are
-    likely and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) makes all plans equally
-    likely. The budget is ignored. There are fewer than `count` plans if 131072 draws do not find enough.
+    likely and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) then makes all plans
+    equally likely. The budget is ignored. There are fewer than `count` plans if 131072 draws do not find enough.
     """
     if count == 0 or len(space.levels) == 1:
         return []
@@ -96,7 +96,7 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
 
 
 def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
-    """Return the probability ``(groups, levels)`` of each level."""
+    """Return the probability ``(groups, levels)`` to draw each level."""
     logits = -tilt * (sizes - sizes.min(axis=1, keepdims=True))
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     chances: np.ndarray = weights / weights.sum(axis=1, keepdims=True)

@@ -112,7 +112,7 @@ class GaussianProcessProposer:
         return candidates, values
 
     def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
-        """Return knapsacks of sampled effects and, for each, a few plans that ascend the expected improvement."""
+        """Return the best plan of each sample of effects, and plans a few steps up the expected improvement."""
         noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
         effects = posterior.effects(noise)
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
@@ -235,7 +235,7 @@ class Plans:
     def knapsacks(self, costs: Tensor, capacities: Tensor) -> Tensor:
         """Find plans ``(s, groups)`` of nearly least cost ``(s, groups, levels)``, each inside a capacity ``(s,)``.
 
-        Bisect a price of bytes (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
+        Bisect a price per byte (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
         """
         bytes_ = self.bytes.to(torch.float64)
         steps = bytes_.sort(1).values.diff(dim=1)
@@ -259,7 +259,7 @@ class Plans:
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise one and lower another."""
+        """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise a group and lower another."""
         growth = self.bytes - self.bytes[self._rows, plan][:, None]
         rise = effects - effects[self._rows, plan][:, None]
         room = self.capacity - self.sizes(plan[None])[0]

@@ -1,7 +1,7 @@
 """The prior of the searcher `gp`: the expected score of a plan before any score is known.
 
 A plan's score is mostly a sum over its groups. So the prior is a Bayesian linear model of the effects of groups, from
-their sensitivities, bytes, sublayer and block. `posterior` adds small terms for interactions, and the rungs.
+their sensitivities, bytes, sublayer and block. The module `posterior` adds interactions and rungs.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)`` of lower levels."""
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, minus the last level."""
         below = torch.arange(self.num_levels - 1)
         hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)
@@ -161,12 +161,12 @@ class Data:
         )
 
     def subset(self, rows: Tensor) -> Data:
-        """Select rows."""
+        """Select observations by their positions."""
         return Data(self.plans[rows], self.ranks[rows], self.scores[rows], self.num_rungs)
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:
-    """Keep the latest rung of every trial, and all rungs of the last `NUM_RUNG_PAIRS` trials that have several."""
+    """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that have several."""
     latest = {item.index: item.step for item in observations}
     several = sorted({item.index for item in observations if item.step < latest[item.index]})
     kept = set(several[-NUM_RUNG_PAIRS:])
@@ -176,7 +176,7 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
 def settled(history: History) -> tuple[Observation, ...]:
     """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
 
-    With more trials only the first ones count. Their number grows by a tenth, so that a fit serves many proposals.
+    Of more trials only the first count. Their number rises by a tenth at a time, so that a fit serves many proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

@@ -116,12 +116,12 @@ class Posterior:
         return self._by_level(torch.cat([mean[None], samples]))
 
     def slopes(self, plans: Tensor, references: Tensor) -> Tensor:
-        """Return how much each level of `plans` lowers the expected improvement: ``(n, groups, levels)``, first order.
+        """Return how much each level, put into `plans`, lowers the expected improvement: ``(n, groups, levels)``.
 
         ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the reference plan and
         ``u`` its mean divided by ``s``. Its derivative is ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``; here
         both are divided by ``Phi(u)``. As ``s`` is convex in the features, the plan with the least sum of slopes is no
-        worse at the same ratio of the derivatives. Interactions between groups are left out.
+        worse at the same ratio of the derivatives. First order only: interactions between groups are left out.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)
@@ -151,7 +151,7 @@ class Posterior:
         return ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
 
     def _fit(self) -> Tensor:
-        """Return the logarithms of the hyperparameters of the largest posterior density."""
+        """Return the logarithms of the hyperparameters with the largest posterior density."""
         data = self._data
         if len(data.scores) < 2:
             return self._medians
@@ -188,7 +188,7 @@ class Posterior:
         return torch.tensor(found.x)
 
     def _stretched(self) -> Tensor:
-        """Return the parts ``(parts, effects, effects)``, with more variance for groups whose effect stands out.
+        """Return the covariance parts ``(parts, effects, effects)``, with more variance for groups that stand out.
 
         Normal effects of one variance would smooth outliers away. So each group's own effect has Student's t
         distribution: a normal whose scale expectation maximization finds (Tipping 2001; Lange et al. 1989).

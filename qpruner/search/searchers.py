@@ -19,14 +19,14 @@ from qpruner.errors import UserError
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
 Prior = Mapping[int, Sequence[float]]
-"""A sensitivity: for each bit-width the predicted rise of the loss by every group, in nats or a unit of its own."""
+"""A sensitivity: for each bit-width the predicted rise of the loss by every group, in nats or another unit."""
 
 
 @dataclass(frozen=True)
 class Observation:
     """The score of suggestion `index` at the rung of `step` optimizer steps; smaller is better.
 
-    It has no standard error: all trials answer the same questions, so the questions add no noise between plans.
+    The score has no standard error: all trials answer the same questions, which thus add no noise between plans.
     """
 
     index: int
@@ -37,14 +37,14 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known when a plan is proposed, in order of index."""
+    """All that is known when a plan is proposed, in order of the suggestions' indices."""
 
     observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
     pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
     failed: tuple[PrecisionPlan, ...] = ()  # without a score; plans that cannot be trained have one, see `Ledger`
 
     def last(self) -> list[Observation]:
-        """Return the latest rung of each trial that is over."""
+        """Return the observation at the latest rung of each trial that is over."""
         running = set(self.pending)
         latest = {item.index: item for item in self.observations if item.plan not in running}
         return list(latest.values())
@@ -111,7 +111,7 @@ class RandomProposer:
 class ScalarizedProposer:
     """Searches the Pareto front of score and bytes with a single-objective searcher, as ParEGO does (Knowles 2006).
 
-    Each suggestion draws a new weight. Instead of scores the searcher gets augmented Chebyshev distances.
+    Each suggestion draws a weight of score against bytes. The searcher learns from augmented Chebyshev distances.
     """
 
     inner: Proposer
@@ -161,7 +161,7 @@ class Ledger:
     _unpromising: int = 0
 
     def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
-        """Add a recorded trial, before `close` or `hand_out_again`; `counts` is False for a trial of another search."""
+        """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one of `max_trials`."""
         self._known[suggestion.plan] = suggestion.index
         for rung in rungs:
             self.observe(rung)
@@ -205,7 +205,7 @@ class Ledger:
         self.ended = self.ended or reason
 
     def history(self) -> History:
-        """Return what the searcher learns from."""
+        """Return the observations and plans that the searcher learns from."""
         known = self._observations | self._penalties()
         seen = {index for index, _ in known} | self._live.keys()
         by_index = sorted(self._known.items(), key=lambda item: item[1])

@@ -50,9 +50,9 @@ SUGGESTED = "suggested.json"
 """The name of the file with a copy of a trial's first record."""
 
 Report = Callable[[RungResult, Path], None]
-"""Takes the result of a rung and the folder of its checkpoint; may raise to stop the trial."""
+"""Callback that gets the result of a rung and the folder of its checkpoint; may raise to stop the trial."""
 Progress = Callable[[int], None]
-"""Takes the last optimizer step; called before every forward pass and whenever something is loaded."""
+"""Callback that gets the last optimizer step, before every forward pass and whenever something is loaded."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
     """Move damaged records of trials, and damaged checkpoints of unfinished trials, into `damaged/`.
 
-    Those trials are run again from their start, with the same plans. If the clock of `search` is damaged, its hours
-    count from zero again. `notify` gets one line about each.
+    Those trials are run again from their start, with the same plans. If the clock of `search` is damaged, its time
+    counts from zero again. `notify` gets one line about each damaged file.
     """
     for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
@@ -121,7 +121,7 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
 
 
 def _rebuild(folder: Path, path: Path) -> str:
-    """Set aside a trial with a damaged record and have its plan run again; return a description of both."""
+    """Set aside a trial whose record is damaged, and begin it again if its plan is known; say what was done."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
     where = f"set aside in {quarantine(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
@@ -188,7 +188,7 @@ def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
-    """Remove all checkpoints of these trials but the last recorded one; killed workers may have left others."""
+    """Remove all checkpoints but the last recorded one of each trial; killed workers may have left others."""
     last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
 
     def clean(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Measure how the predictions change when one group is quantized: KL divergence and change of the loss.
 
-For every (group, bits) the group gets its initial weights of a trial, and the samples run through the model. The blocks
-before the changed block return their stored outputs, so only the later blocks run. The head runs only at positions
-with a label.
+For every (group, bits) the group gets the weights with which trials start, and the samples run through the model. The
+blocks before the changed block return their stored outputs, so only the later blocks run. The head runs only at
+positions with a label.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Measurement:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measurement:
-    """Measure every (group, bits) on all samples; each one advances the progress by a step.
+    """Measure every (group, bits) on all samples; each of them on each batch is a step of progress.
 
     In bfloat16 rounding alone causes some KL divergence: 0.0009 to 0.0015 nats on pruned SmolLM2 after one weight was
     changed by one unit in the last place (2026-11). 8 bits cause about as much, so rank such groups by Fisher.
@@ -117,7 +117,7 @@ class _Rerun:
         self.base_loss = self._by_sample(self._losses, "the unquantized model")
 
     def rise(self, path: str, model_name: str) -> torch.Tensor:
-        """Run again from the block with this layer; return KL divergence and change of the loss, ``(2, samples)``."""
+        """Run again from the block with layer `path`; return KL divergence and change of the loss, ``(2, samples)``."""
         first = next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
         with returning_outputs(self._blocks[:first], self._outputs):
             logits = predicted_logits(self._model, self._batch)

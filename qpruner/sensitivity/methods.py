@@ -39,7 +39,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups and bank to score with; `levels` ascend, and `scaling` is LoRA's factor alpha / rank."""
+    """What methods score: samples, groups and bank; `levels` ascend, and `scaling` is LoRA's factor alpha / rank."""
 
     samples: Samples
     levels: tuple[int, ...]
@@ -98,7 +98,7 @@ def measure_subject(model: PreTrainedModel, subject: Subject) -> Measurement:
 
 
 def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) -> Measurement:
-    """Load the pruned model and measure the samples of `subject`, a share of all; runs in a worker process."""
+    """Load the pruned model in a worker process, and measure the samples of `subject`, a part of all samples."""
     import torch
 
     from qpruner.models.loading import load_dense

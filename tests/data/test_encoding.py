@@ -115,7 +115,7 @@ def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> Non
 def test_chat_without_a_template_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = tokenizer.eos_token = None
     assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", "no end token is added"
-    with pytest.raises(UserError, match="this one has none"):
+    with pytest.raises(UserError, match="got none: set `alpaca`"):
         encode([SUM], tokenizer, 512, template="chat")
 
 

@@ -101,15 +101,17 @@ def test_limit_and_split_select_rows(tmp_path: Path) -> None:
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
     for split in ("train[10:12]", "tran", "train[:5"):
         message = f"`data.train.0.split`: {split!r} selects no rows of '{tmp_path}/rows.jsonl' ("
-        with pytest.raises(UserError, match=rf"^{re.escape(message)}.*; name a split that it has, such as `train`"):
+        with pytest.raises(
+            UserError, match=rf"^{re.escape(message)}.*; name a split that the source has, such as `train`"
+        ):
             examples_of(tmp_path, rows, split=split)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, but its header 2: every row needs"),
-        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but its header 3: every row needs"),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, but the header has 2: every row needs"),
+        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but the header has 3: every row needs"),
         ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "the file is not UTF-8: save it as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),

@@ -76,10 +76,10 @@ def test_the_configuration_that_the_rows_spoil_is_accepted(inspected: Any, tmp_p
 # ---- what cannot be for this model, budget or device
 
 MODEL = [
-    ("prune.rate=0.6; prune.first_layer=1", "`prune.rate` ... 0.6 ... at least one unit ... lower the rate, widen"),
+    ("prune.rate=0.6; prune.first_layer=1", "`prune.rate` ... 0.6 ... at least one unit ... lower the rate, allow"),
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
-    ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... leave it out"),
+    ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
     ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... the smallest that works is ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
     ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
@@ -220,7 +220,7 @@ ROWS = [
     ),
     ("data.train.0.columns={question: [question, topic]}", "`data.train.0.columns.question` ... one column"),
     ("data.train.0.columns={choices: question}", "`data.train.0.columns.choices` ... question ... list"),
-    ("data.max_length=8", "`data.max_length` ... 8 ... no labelled token in any row ... make it longer"),
+    ("data.max_length=8", "`data.max_length` ... 8 ... no labelled token in any row ... raise it"),
     (
         "data.confirmation.0.limit=1",
         "`data.confirmation` must have at least 2 different ... got 1 ... raise",

@@ -281,7 +281,7 @@ def test_shared_weights_are_refused(other: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("llama", {"rate": 0.4, "first_layer": 2}, ["lower the rate, widen `prune.first_layer`"]),
+        ("llama", {"rate": 0.4, "first_layer": 2}, ["lower the rate, allow more blocks (`prune.first_layer`"]),
         ("llama", {"layer_rate": 0.3, "uniform": True}, ["leaves 3 key/value groups in a block"]),
         # A fifth of four heads is no head: a run must not continue with an uncut model.
         ("llama", {"layer_rate": 0.2, "units": ["attention"]}, ["0.2 removes no unit", "raise the rate, lower"]),

@@ -47,7 +47,7 @@ class UnitKind:
 
     @property
     def units_per_partition(self) -> int:
-        """Channels of one expert if experts are stacked, otherwise all units."""
+        """Number of channels of one expert if experts are stacked, otherwise of all units."""
         return self.num_units // self.partitions
 
     @property
@@ -88,20 +88,20 @@ class Family:
     # ---- projections and groups
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
-        """Map `qkv` and `o` to the paths of linear layers inside a block."""
+        """Map `qkv` and `o` to the paths of their linear layers in a block."""
         qkv = tuple(f"{self.attention}.{name}_proj" for name in "qkv")
         return {"qkv": qkv, "o": (f"{self.attention}.o_proj",)}
 
     def mlp_projections(self) -> dict[str, tuple[str, ...]]:
-        """Map MLP projections, fused as inference servers do, to paths in a block; the output projection is last."""
+        """Map each MLP projection (gate and up as one) to the paths of its layers in a block; the output comes last."""
         return {"gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"), "down": (f"{self.mlp}.down_proj",)}
 
     def projections(self) -> dict[str, tuple[str, ...]]:
-        """Map the projections of a block that can be grouped to their paths."""
+        """Map each projection that a group can hold to the paths of its layers in a block."""
         return self.attention_projections() | self.mlp_projections()
 
     def groups(self, group: str) -> Groups:
-        """Return the groups of a block by `block`, `sublayer` or `projection`; '' names the whole block."""
+        """Return the groups of a block for a value of `quantize.group`; the name '' stands for the block itself."""
         projections = self.projections()
         if group == "projection":
             return {name: (paths, paths) for name, paths in projections.items()}
@@ -121,7 +121,7 @@ class Family:
         return (self.attention_kind(layer_config), self.mlp_kind(layer_config))
 
     def key_value_heads(self, config: Any) -> int:
-        """Count the key/value heads."""
+        """Return the number of key/value heads per block."""
         return int(config.num_key_value_heads)
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
@@ -144,7 +144,7 @@ class Family:
         return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """Return the factor of the MLP output in the residual stream; None with a norm behind it or stacked experts."""
+        """Return the factor at which `down` adds to the residual stream; None if a norm or experts come between."""
         return float(getattr(config, "residual_multiplier", 1.0)) if self.down_adds_to_residual else None
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
@@ -154,13 +154,13 @@ class Family:
     # ---- config keys
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        """Return the width keys of block `index` for its number of units per kind (channels per expert)."""
+        """Return the config keys and values that give block `index` its `num_units` by kind (channels per expert)."""
         heads = num_units[ATTENTION] * (layer_config.num_attention_heads // layer_config.num_key_value_heads)
         attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
         return attention | {self.channels_key: num_units[MLP]}
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """Return True if transformers can build blocks of these widths from global config keys alone."""
+        """Return True if a checkpoint with these widths in all blocks can be plain: loadable without qpruner."""
         return True
 
     def head_dim(self, config: Any) -> int:
@@ -189,7 +189,7 @@ class Family:
 class DerivedHeadFamily(Family):
     """A family without grouped heads, whose blocks compute the head size as hidden size / heads.
 
-    A block with fewer heads is built with all heads and then resized, so fewer heads never give a plain checkpoint.
+    transformers builds such blocks with all heads only, so no plain checkpoint (`Family.is_plain`) has fewer heads.
     """
 
     def key_value_heads(self, config: Any) -> int:

@@ -45,7 +45,7 @@ class MixtureFamily(Family):
         return widths | {self.experts_key: num_units[EXPERT], self.expert_channels_key: channels}
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
-        """Pad router logits to the full number of experts, because the balancing loss joins all blocks."""
+        """Pad router logits to the full number of experts, because the balancing loss joins those of all blocks."""
         router: Any = getattr(block.mlp, "gate", None)
         if router is not None and (missing := getattr(config, self.experts_key) - len(router.weight)) > 0:
             router.register_forward_hook(functools.partial(_widen_logits, missing=missing))
