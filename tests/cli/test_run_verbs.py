@@ -188,7 +188,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
         ("status RUN/run.json", "RUN/run.json is a file, but a run is a folder; name the folder"),
-        ("compare RUN RUN/run.json", "the `output` of its configuration"),
+        ("compare RUN RUN/run.json", "(`output` in its configuration)"),
     ],
 )
 def test_a_mistake_gets_a_hint(run: Path, command: str, hint: str) -> None:
