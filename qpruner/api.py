@@ -1,4 +1,4 @@
-"""Run the flow from scripts and notebooks: `run`, and a function for each stage, such as `prune` or `search`.
+"""Run the stages from scripts and notebooks: `run`, and a function for each stage, such as `prune` or `search`.
 
 Each function does the same as the verb with its name. It skips recorded stages, logs to the run's `qpruner.log`, prints
 its progress and returns a snapshot of the run folder.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:
-    """Run or continue a configuration file, as `qpruner run` does; return a snapshot of its run folder.
+    """Start or continue the run of a configuration file, as `qpruner run` does; return a snapshot of its folder.
 
     An override is `section.key=value`. `until` is the last stage to run. `address` is a running Ray cluster to join;
     without an address Ray starts on this machine when it is needed.
@@ -52,7 +52,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
 
 
 def __getattr__(name: str) -> Callable[..., Snapshot]:
-    """Return the function that runs the flow up to the stage with this name."""
+    """Return the function that runs all stages up to the stage with this name."""
     from qpruner.pipeline.flow import STAGES
 
     stage = next((stage for stage in STAGES if stage.name == name and stage.record and stage.help), None)

@@ -116,7 +116,7 @@ class NodeDiffers(RemediableError):
 
 
 def note_defect(error: Exception, evidence: str = "the output above") -> str:
-    """Add the remedy to an unexpected error as a note, unless it has one, and return the note."""
+    """Add a note with the remedy `DEFECT` to an unexpected error, unless it has this note; return the note."""
     for note in getattr(error, "__notes__", ()):
         if DEFECT in note:
             return str(note)

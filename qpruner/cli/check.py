@@ -27,7 +27,7 @@ from qpruner.wording import counted
 def check(
     config: RunConfig, address: str | None, quiet: bool, measure: bool, for_gpus: bool, show_config: bool
 ) -> dict[str, Any]:
-    """Print and return the sizes, memory and time of a run before it starts; raise a `UserError` if it cannot work."""
+    """Print and return the sizes, memory and time of a planned run; raise a `UserError` if the run cannot work."""
     if measure and for_gpus:
         raise UserError("`--measure` times this machine, `--gpu` assumes another one: give only one of them")
     with Terminal(quiet=quiet) as terminal:
@@ -86,7 +86,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
-    """Time a few steps on this machine to estimate hours; refuse if trials need a GPU that it does not have."""
+    """Time a few steps on this machine; raise a `UserError` if trials need a GPU and the machine has none."""
     import torch
 
     resources = found.resources
@@ -150,7 +150,7 @@ def _questions(by_task: dict[str, int]) -> str:
 
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
-    """Format the facts as the lines that `check` prints."""
+    """Format the estimates and sizes of a run as the lines that `check` prints."""
     about = " (estimate: the exact widths are known once the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""

@@ -1,4 +1,4 @@
-"""The verbs that run the flow: a run up to a stage, and a preview of the cut."""
+"""The verbs that run stages: all stages up to a given one, and a preview of the cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qpruner.wording import as_called
 
 
 def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict[str, Any]:
-    """Run the flow up to a stage and print the result of that stage."""
+    """Run all stages up to the stage `until` and print the result of that stage."""
     root = run_root(config.output)
     with logging_to(root):
         with Terminal(quiet=quiet) as terminal:

@@ -36,7 +36,7 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
     "run": (Report, "Run the whole flow: prune, search, fine-tune, evaluate, report."),
     **{stage.name: (stage, stage.help) for stage in STAGES if stage.help},
 }
-"""Verbs that run the flow, each with its last stage and its help text."""
+"""Verbs that run stages: the last stage of each verb, and its help text."""
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
@@ -44,7 +44,7 @@ ABOUT_DAMAGE = (
     "if the file is yours, fetch it again; if a run wrote it, repeat `qpruner run` to write it again; if the error "
     "persists, delete the file and repeat `qpruner run`"
 )
-"""Remedy for a damaged file that a verb without stages meets; stages give a more exact remedy themselves."""
+"""Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact remedy."""
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
@@ -80,7 +80,7 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path 
         traceback.print_exc()
     except KeyboardInterrupt:
         outcome, code = {"status": "interrupted", "resume": as_called()}, 130
-        click.echo(f"interrupted; go on with: {outcome['resume']}", err=True)
+        click.echo(f"interrupted; continue with: {outcome['resume']}", err=True)
     if as_json:
         click.echo(json.dumps(without_nan(outcome), allow_nan=False))
     if code:
@@ -88,7 +88,7 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path 
 
 
 def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]]], None]:
-    """Register a function as a verb; it takes the options and returns the object that `--json` prints."""
+    """Register a function as a verb with these options; the function returns the object that `--json` prints."""
 
     def register(function: Callable[..., dict[str, Any]]) -> None:
         @functools.wraps(function)
@@ -238,7 +238,7 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Write the final model in another form; keep it only if its predictions match the final model's."""
+    """Write the final model in another form; keep the export only if it predicts the same as the final model."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 
@@ -295,7 +295,7 @@ _verb(
     _json,
 )
 def generate(**options: Any) -> dict[str, Any]:
-    """Print the answers of a run's base, pruned and final models, or of the model in a folder, to a prompt."""
+    """Print answers to a prompt from a run's base, pruned and final models, or from the model in a folder."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

@@ -34,7 +34,7 @@ def generate(
     if not asked:
         raise UserError("there is no prompt: give `--prompt TEXT`, or `--file FILE` with one prompt per line")
     if not all(prompt.strip() for prompt in asked):
-        raise UserError("`--prompt` is empty: give it some text")
+        raise UserError("`--prompt` is empty: give every prompt some text")
     models = _sources(place, which)
     answers = [answer for source in models for answer in _answers(source, asked, Sampling(**sampling))]
     if not as_json:
@@ -70,7 +70,7 @@ def printable(text: str) -> str:
 
 
 def _sources(place: str, which: str | None) -> list[Source]:
-    """Return the models to load; for a run, warn of models that do not exist yet and of a command that still runs."""
+    """Return the models to load; for a run, warn if models are not written yet or a command still works on the run."""
     root = Path(place).expanduser()
     names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
     for name in names:

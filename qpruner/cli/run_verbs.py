@@ -74,7 +74,7 @@ def _headline(facts: dict[str, Any]) -> str:
     if facts["outcome"] == "failed":
         return f"{text}: {facts['error']}"
     if facts["outcome"] == RUNNING:
-        begun = "" if facts["has_begun"] else "; no stage has started yet, below is the command before it"
+        begun = "" if facts["has_begun"] else "; no stage has started yet; below is the previous command"
         return f"{text} {process}, last sign of life {quiet} ago{begun}"
     if facts["outcome"] == GONE:
         text = f"{facts['run']}: no sign of life for {quiet} {process}: {GONE}"
@@ -110,7 +110,7 @@ def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
 
 
 def _slots(search: dict[str, Any]) -> str:
-    """Say on how many slots trials run, and what trials without a worker process wait for."""
+    """Format the number of slots (see `Slots`), and what the trials without a worker process wait for."""
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
     awaited = {"starting": "a worker process to start", "waiting": "a machine"}
     without = [f"{search[name]} of them waiting for {what}" for name, what in awaited.items() if search[name]]
@@ -186,7 +186,7 @@ def _known(key: str, names: Mapping[str, str]) -> str:
     """Return the column with this name; raise a `UserError` that suggests the nearest name if there is none."""
     if key not in names:
         columns = [name for name in names if not name.startswith("bits ")]
-        raise UserError(f"trials have no `{key}`; {nearest(key, columns, 'they have `bits GROUP` for each group and')}")
+        raise UserError(f"no column `{key}`; {nearest(key, columns, 'there are `bits GROUP` for each group and')}")
     return names[key]
 
 

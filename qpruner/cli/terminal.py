@@ -1,6 +1,6 @@
 """Print the events of a run: one line each and, on a terminal, a live view below them.
 
-The live view shows the stages, the progress within a stage, and the search. The run folder has a log (`qpruner.log`).
+The live view shows the stages, the progress within a stage, and the search. The log is `qpruner.log` in the run folder.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SILENCE_SECONDS = 30.0
 """Without a live view, a progress line is printed after this many seconds without output."""
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
-"""The time left is estimated from the last steps in this window: one step of a large model may take a minute."""
+"""The time left is estimated from the steps of the last 10 minutes: one step of a large model may take a minute."""
 LINES_ABOVE = 10
 """Approximate number of lines of the live view above the list of running trials."""
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
 FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
-"""Options of rich that wrap text in a narrow window; otherwise a live view cuts it off."""
+"""Options of rich that wrap text in a narrow window; without them a live view cuts the text off."""
 
 
 class Terminal:

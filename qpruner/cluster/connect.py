@@ -26,7 +26,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Shared memory of Ray on a single machine: small, because workers read weights from the run folder."""
 CLUSTER_VARIABLES = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
-"""Set on the head node of a cluster; with them a second Ray there would load the cluster's state or use its port."""
+"""Variables set on a cluster's head node; a second Ray with them would load the cluster's state or use its port."""
 ANSWER_SECONDS = 15.0
 """Time for a head node to answer. Ray itself would try for 80 to 200 seconds (measured, Ray 2.60)."""
 
@@ -66,9 +66,9 @@ def connect(address: str | None) -> Cluster:
     if was_joined:
         present = ray.get_runtime_context().gcs_address
         if address not in ("auto", present):
-            other = f"the one at {address}" if address else "one of its own, as a run without an address is"
+            wanted = f"`address` is {address!r}" if address else "a run without an address starts its own Ray"
             raise UserError(
-                f"this process has joined the Ray cluster at {present} already, not {other}; call `ray.shutdown()` "
+                f"this process has joined the Ray cluster at {present} already, but {wanted}; call `ray.shutdown()` "
                 f"first, or pass address={present!r}"
             )
     elif address:
@@ -88,8 +88,8 @@ def disconnect() -> None:
 def _start(options: dict[str, Any]) -> None:
     """Start Ray so that it listens on loopback only.
 
-    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces. It does
-    neither on systems where it forms no clusters; Ray reads from a variable and a constant that this is such a system.
+    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces, except on
+    systems where it supports no clusters. An environment variable and a constant make Ray take this system for one.
     """
     import ray
 
@@ -126,13 +126,13 @@ def _ensure_token() -> None:
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
-    """Join the cluster at an address; refuse a Ray client, and a cluster with another Ray or Python."""
+    """Join the cluster at an address; refuse the address of a Ray client, and another version of Ray or Python."""
     import ray
 
     if address.startswith("ray://"):
         raise UserError(
-            f"--address {address}: a search is driven from inside the cluster, not through a Ray client; run it on the "
-            "head node with `--address auto`, or submit it with `ray job submit`"
+            f"--address {address}: qpruner must run inside the cluster, not through a Ray client; repeat the command "
+            "on the head node with `--address auto`, or submit it with `ray job submit`"
         )
     try:
         # Connect first: this fails at once where nothing listens, while Ray would log many attempts.

@@ -100,7 +100,7 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         self._state: Any = None
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Check the nodes before Ray Train (2.60) sends them this class, which another qpruner may not have."""
+        """Check the nodes before Ray Train (2.60) sends them this class, which another version of qpruner may lack."""
         check = cloudpickle.loads(self._check_node)
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])

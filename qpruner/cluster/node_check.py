@@ -33,7 +33,7 @@ REFUSAL = "NodeDiffers: "
 """The start of the RuntimeError of an unusable node; every qpruner can unpickle this built-in type."""
 
 Copies = Mapping[str, tuple[str, int, Sequence[str]]]
-"""The files that a node copies to its disk: (name, bytes, file patterns) by the variable that names their folder."""
+"""The files that a node copies to its disk: (name, bytes, patterns) by the environment variable with their folder."""
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
 """(model, bytes of memory, compute capability) of each GPU that torch can use."""
 
@@ -55,7 +55,7 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
 
     Args:
         storage: A folder in the run's storage. Every node writes a file there; its name and content are the node's id.
-        driver: The name of a file that the driver has written there, which is also its content.
+        driver: The name of a file in `storage` that this process, the driver, has written; its content is its name.
         copies: The files that every node copies to its own disk.
         seconds: How long to wait for answers.
     """
@@ -93,7 +93,7 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
 def packed_check(own: Mapping[str, str], run: RunDir | None) -> bytes:
     """Pickle `check_node` with its arguments; a worker calls it before it imports qpruner.
 
-    `own` is empty for a run on this machine alone. `run` is None for work that does not use a run's storage.
+    `own` (see `versions`) is empty for a run on this machine alone. `run` is None for work without a run's storage.
     """
     from ray import cloudpickle
 
@@ -121,7 +121,9 @@ def _module_by_value() -> Iterator[None]:
 def look(storage: str, driver: str, me: str, own: Mapping[str, str], copies: Copies, gpus: float) -> dict[str, Any]:
     """Check this node, whose id is `me` and on which Ray counts `gpus`; return its problems and its GPUs."""
     usable, gpu_trouble = _gpus(gpus) if gpus else ([], "")
-    remedy = "install the same on every node (`launch/up.sh`, or `launch/setup.sh` there) and start Ray there again"
+    remedy = (
+        "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray there"
+    )
     differs = differences(own)
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
@@ -226,11 +228,11 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
                 raise RuntimeError(f"bitsandbytes has no library for the CUDA or ROCm of torch, {library}")
     except (ImportError, OSError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0]
-        remedy = "install the packages for its driver"
-        return [], f"torch or bitsandbytes cannot use them: {type(error).__name__}: {text}; {remedy}"
+        remedy = "install the packages for its GPU driver"
+        return [], f"torch or bitsandbytes cannot use its GPUs: {type(error).__name__}: {text}; {remedy}"
     seen = [(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found]
     if len(seen) < counted and (seen or _has_hardware()):
-        remedy = "install a torch for its driver (`nvidia-smi` shows that), or a newer driver"
+        remedy = "install a torch for its GPU driver (`nvidia-smi` shows the version), or a newer driver"
         return seen, f"Ray counts {counted:g} GPUs, torch sees {len(seen)}; {remedy}"
     return seen, ""
 
@@ -250,7 +252,7 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds
     except ImportError:  # another qpruner or none: `differences` reports it
         return ""
     except FileNotFoundError:
-        return "is not shared with this node: a file of the driver is missing there"
+        return "is not shared with this node: a file that the driver wrote is missing there"
     except Exception as error:  # of a file system, of credentials, or of another qpruner
         line = str(error).strip().partition("\n")[0]
         return f"cannot be {action} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"
@@ -274,7 +276,7 @@ def _disk_trouble(copies: Copies) -> str:
             needs, has = (f"{size / 2**30:.3f} GiB" for size in (missing, left))
             return (
                 f"its copy of {name} takes {needs} in {folder}, where {has} can be written; make room (files of other "
-                f"runs there may be deleted while no run uses them), or set {variable} to another folder where the "
-                "driver is started"
+                f"runs there may be deleted while no run uses them), or start the driver with "
+                f"{variable} set to another folder"
             )
     return ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from qpruner.errors import UserError
 from qpruner.runs.events import Emit, Message, SlotsFound
+from qpruner.wording import counted
 
 LOOK_SECONDS = 2.0
 """Time between two counts of the machines during a search."""
@@ -43,7 +44,7 @@ def size_of(node: Mapping[str, Any]) -> Node:
 
 @dataclass(frozen=True)
 class Slots:
-    """The present machines, and the machines that an autoscaler may start."""
+    """The present machines, and the machines that an autoscaler may start; a slot is room for one trial or task."""
 
     nodes: tuple[Node, ...]
     head: Node = Node(0, 0)  # of a cluster with an autoscaler; it is also one of `nodes`
@@ -82,14 +83,15 @@ class Slots:
         return float(each)
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight, at most `limit`.
+        """Return how many trials may be in flight (see `Room`), at most `limit`.
 
         Raises:
             UserError: If a trial fits on no machine, not even on one that the autoscaler may start.
         """
         most = self.at_most(resources)
         if most < 1:
-            number, larger = f"{len(self.nodes)}", "a larger machine (`ray status` lists those that have joined)"
+            number = counted(len(self.nodes), "machine")
+            larger = "a larger machine (`ray status` lists those that have joined)"
             if self.workers:
                 number += " and of those that the autoscaler may start"
                 larger = "a larger type to the cluster file"
@@ -126,9 +128,9 @@ def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, 
 
 
 class Room:
-    """Counts the trials that may be in flight, at most `limit`, while machines join and leave the cluster.
+    """Counts the trials that may be in flight (run, or wait for a machine), while machines join and leave.
 
-    The count includes machines that the autoscaler may start: waiting trials make it start them. Ray's
+    The count, at most `limit`, includes machines that the autoscaler may start: waiting trials make it do so. Ray's
     `request_resources` is not used, because it would outlive a killed driver and keep unused machines.
     """
 
@@ -140,7 +142,7 @@ class Room:
         self._room, self._next_look = 0, 0.0
 
     def __call__(self) -> int:
-        """Return how many trials may be in flight. Every `LOOK_SECONDS` count again and emit a changed number."""
+        """Return how many trials may be in flight; count anew after `LOOK_SECONDS`, and report a change of slots."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS

@@ -75,7 +75,7 @@ def run_tasks(
         check_node: A pickled function that raises on an unusable node (see `node_check.packed_check`).
         on_tick: Called about once a second.
         on_held: Called with the GPU seconds of each finished job, without its waiting time.
-        progress: Returns what the job at a position has saved; its deaths are counted anew after a change.
+        progress: Returns what the job at a position has saved; after a change its workers' deaths count from 0 again.
 
     Raises:
         NodeDiffers: If a job was sent to an unusable node.
@@ -155,8 +155,8 @@ class DeathCounter:
             self._in_a_row[position] += 1
         if self._in_a_row[position] == MAX_DEATHS:
             raise WorkerDied(
-                f"{MAX_DEATHS} workers died under the same piece of work, the last one: {first_line(death)}\n  remedy: "
-                "the usual cause is too little memory on the node; see Ray's log there, then repeat the command"
+                f"{MAX_DEATHS} workers died in a row in the same task, the last one: {first_line(death)}\n  remedy: "
+                "free memory on the node, as its lack is the usual cause (see Ray's log there), then repeat the command"
             ) from error
         return first_line(death)
 
@@ -177,7 +177,7 @@ def is_staying(node_id: str) -> bool:
 
 
 def original_error(error: Any) -> Exception:
-    """Return the error that a worker raised, out of Ray's `RayTaskError`; a failed `check_node` becomes NodeDiffers."""
+    """Return the error of the worker that a `RayTaskError` wraps; a failed `check_node` becomes NodeDiffers."""
     cause: Exception = error.cause
     text = str(cause)
     return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause

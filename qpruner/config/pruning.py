@@ -34,8 +34,8 @@ class DataSource(Section):
 class CalibrationConfig(Section):
     """Samples on which importance and sensitivity are measured.
 
-    Sensitivity is measured on the prediction of responses. So is importance if `data.response_only` is true; in plain
-    text every token counts.
+    Sensitivity is measured on the predicted tokens of responses; so is importance if `data.response_only` is true. In
+    plain text every token counts.
     """
 
     data: tuple[DataSource, ...] | None = None
@@ -52,7 +52,7 @@ class CalibrationConfig(Section):
     num_sensitivity_samples: Positive = 64
     """Training rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Tokens of an importance sample, at most this many without packing; sensitivity samples use `data.max_length`."""
+    """Tokens of each importance sample (without packing: the maximum); sensitivity samples use `data.max_length`."""
 
 
 RIDGE = 0.3
@@ -82,7 +82,7 @@ class PruneConfig(Section):
     """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels (of every
     expert, if there are experts), whole experts."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Part of `rate` to cut as whole blocks beside other units; null: half, at most a tenth of all parameters."""
+    """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth of all parameters."""
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
     """How blocks are ranked: by how little they change their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
@@ -95,7 +95,7 @@ class PruneConfig(Section):
     norm: Literal["l1", "l2"] = "l2"
     """Magnitude only: absolute or squared weights."""
     reduction: Literal["sum", "mean", "max", "product", "last"] = "sum"
-    """Fisher, Taylor, magnitude: how to combine the scores of a unit's matrices; `last` takes the output projection."""
+    """Fisher, Taylor, magnitude: how to combine the scores of a unit's matrices; `last`: the output projection only."""
     query_heads: Literal["served", "modulo"] = "served"
     """Fisher, Taylor, magnitude: which key/value head gets the score of query head h, if query heads share them: the
     head that serves it, or head h modulo their number, as in LLM-Pruner's code."""

@@ -88,7 +88,7 @@ def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
     elif search.by_accuracy and (search.limit is None or search.limit < 2):
         yield (
             f"`metric: {search.metric}` needs a `limit` of at least 2, since one question has no standard error and "
-            f"those after the limit choose the winner, got {search.limit}"
+            f"the questions after the limit choose the winner, got {search.limit}"
         )
 
 
@@ -187,7 +187,7 @@ def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
     return (
         (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
         (search.pareto, "`search.pareto` is true", ("patience",)),
-        (not search.tasks, "`search.tasks` names none", ("limit",)),
+        (not search.tasks, "`search.tasks` is empty", ("limit",)),
     )
 
 
@@ -198,7 +198,7 @@ def _idle_in_finetune(finetune: schema.FinetuneConfig) -> tuple[Idle, ...]:
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
-    `search.plan` makes no key a warning, because `--plan` is for files that were written for a search.
+    A given `search.plan` is no such reason, because `--plan` is for files that were written for a search.
     `calibration.num_sensitivity_samples` always has an effect: only runs with the same rows are compared in pairs.
     """
     only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"

@@ -64,7 +64,7 @@ class BudgetConfig(Section):
     """The size that a plan may have; give exactly one key."""
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """0: the size with every group at the lowest bits; 1: with every group at the highest; or a share between."""
+    """0: the size with every group at the lowest bits; 1: with every group at the highest bits; linear between."""
     mean_bits: float | None = None
     """Mean bits per weight, over the weights of all groups."""
     gib: Annotated[float, Field(gt=0)] | None = None
@@ -173,8 +173,8 @@ class SearchConfig(Section):
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """The search ends after its trials have held GPUs for this many hours; running trials finish."""
     patience: Positive | None = None
-    """The search ends after this many proposals in a row that expect less improvement than the noise of a score. Needs
-    `searcher: gp` and no `pareto`."""
+    """The search ends after this many proposals in a row whose expected improvement is below the noise of a score.
+    Needs `searcher: gp` and no `pareto`."""
     plan: Named | None = None
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
@@ -196,9 +196,9 @@ class SearchConfig(Section):
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
-    """Maximum questions per task. Every `metric` but the loss needs it: as many further ones choose the winner."""
+    """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose the winner."""
     confirm: Positive = 3
-    """Number of best trials to score again on fresh rows, beside the controls; with `pareto` the whole front too."""
+    """Number of best trials to score on fresh rows, beside uniform and seed plans; with `pareto` the front too."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU if there are GPUs, else one CPU core."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
@@ -251,8 +251,8 @@ class FinetuneConfig(Section):
     save_steps: Positive = 50
     """Steps between checkpoints."""
     compare: bool = False
-    """After the report on the winner, give base, pruned, uniform, seed and random plans the same fine-tune, for the
-    final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
+    """After the report on the winner, give the base and pruned models, and uniform, seed and random plans, the same
+    fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
@@ -261,8 +261,8 @@ class FinetuneConfig(Section):
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
     seed_rows: Literal["best", "all"] = "best"
-    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows under all `seeds`, and that of
-    mutual information under the first. `all`: also every other one under the first."""
+    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`, and that of
+    mutual information, under the first seed only. `all`: also the others, under the first seed only."""
 
 
 class EvaluateConfig(Section):

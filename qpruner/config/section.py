@@ -35,7 +35,7 @@ class Section(BaseModel):
         return found
 
     def in_effect(self) -> Self:
-        """Return the section with the defaults of all keys that have no effect."""
+        """Return the section with every key that has no effect at its default."""
         return self.model_copy(update={key: type(self).model_fields[key].default for key in self.ignored()})
 
     @field_validator("*", mode="before")

@@ -1,7 +1,4 @@
-"""Estimate the memory of a run by part and, if steps were timed, its hours by stage.
-
-No weight of the model is loaded here.
-"""
+"""Estimate the memory of a run by part and, if steps were timed, its hours by stage, without loading the model."""
 
 from __future__ import annotations
 
@@ -24,7 +21,10 @@ def facts(
     done: Mapping[str, float],
     gpus: float | None,
 ) -> dict[str, Any]:
-    """Return all estimates as plain data; hours only with rates, as GPU hours or, without GPUs, as slot hours."""
+    """Return all estimates as plain data; hours only with `rates`, as GPU hours or, without GPUs, as slot hours.
+
+    `slots` is how many trials run at once, `done` the recorded share of each stage, `gpus` the GPUs of one trial.
+    """
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -61,7 +61,7 @@ def _hours(
 
 
 def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], memory_of.Memory]]:
-    """Return the function that estimates the memory of each kind of work."""
+    """Return, for each kind of work by name, the function that estimates its memory."""
     counters = {"trial, training": memory_of.training_memory, "trial, scoring": memory_of.scoring_memory}
     counters["prune"] = memory_of.prune_memory
     if config.measured_methods:

@@ -35,7 +35,7 @@ UNTUNED = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second of one slot, by kind of work; `origin` says what was timed."""
+    """Operations per second of one slot (see `Slots`), by kind of work; `origin` says what was timed."""
 
     training: float
     scoring: float
@@ -43,10 +43,10 @@ class Rates:
     origin: str
 
     def on(self, gpus: float) -> Rates:
-        """Return the rates of a slot with this many GPUs or share of one; more than one makes a trial no faster."""
+        """Return the rates of a slot that has this share of a GPU; several GPUs make a trial no faster than one."""
         if gpus >= 1:
             return self
-        origin = f"{self.origin}, {gpus:g} of a GPU a slot"
+        origin = f"{self.origin}, a slot has {gpus:g} of a GPU"
         return Rates(self.training * gpus, self.scoring * gpus, self.packing * gpus, origin)
 
 
@@ -164,7 +164,7 @@ class _Count:
         return sum(about_labelled(row, self._config.data) for row in rows) / sum(self._lengths[name])
 
     def weights_a_token(self, name: str) -> float:
-        """Return the mean multiply-adds per token; the head runs only at tokens with a label."""
+        """Return the mean multiply-adds per token of a split; the head runs only at tokens with a label."""
         return self._pruned - (1 - self.share_labelled(name)) * self._head
 
     def training(self, steps: float) -> float:
@@ -188,7 +188,7 @@ class _Count:
         return 2 * self.weights_a_token(name) * sum(self._lengths[name])
 
     def search_scores(self) -> float:
-        """Count the validation at every rung, and the scores of the finalists on fresh rows."""
+        """Count the operations of validation at every rung, and of scoring the finalists on fresh rows."""
         search, (_, rungs) = self._config.search, expected_steps(self._config)
         rung = self.split("validation") + self._questions("search")
         # A given plan is the only finalist to score: an earlier search has already scored the controls.
@@ -235,7 +235,7 @@ class _Count:
         return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each in linears)
 
     def _questions(self, section: str) -> float:
-        """Count the scoring of questions; every answer is a separate row."""
+        """Count the operations of scoring questions; every answer is a separate row."""
         words = self._inspection.questions.get(section, [])
         tokens = sum(len(text) for text in words) / CHARACTERS_A_TOKEN
         return 2 * self._pruned * CHOICES * (tokens + 8 * len(words)) * (1 + self._config.evaluate.num_fewshot)

@@ -1,12 +1,12 @@
 """Estimate the peak memory of each kind of work, by part, from the shapes.
 
-For n tokens in a forward pass (rows x length), a vocabulary of V and elements of e bytes:
+In bytes for each token of a forward pass, with a vocabulary of V and elements of e bytes:
 
 - For the backward pass, an adapted layer of r rows and c columns keeps its input in float32 for the adapter (4 c), the
   adapter's inner values (4 x rank), and about e (r + c) between layers. A layer without adapter keeps e (r + c) only.
   Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that computes
   attention in float32 because it lacks bfloat16. With gradient checkpointing every block keeps its input, and one block
-  keeps all of this. A model without adapters keeps up to `DENSE` times as much as this gives for its layers.
+  keeps all of this. For the layers of a model without adapters this is multiplied by `DENSE`.
 - Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
   the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
@@ -32,8 +32,8 @@ SCORED = ("validation", "confirmation")
 PREDICTION_BYTES = 9
 """Maximum bytes per logit in a pass without a loss: the logit, a copy, and the check that it is finite."""
 DENSE = 1.5
-"""What a dense model keeps for the backward pass, relative to the inputs and outputs of its linear layers: norms in
-float32 and gates add to it. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3), 1.48 (Gemma 3), 1.53 (Phi-3), 2026-11."""
+"""Bytes that a dense model keeps for the backward pass, relative to inputs and outputs of its linear layers: float32
+norms and gates add some. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3), 1.48 (Gemma 3), 1.53 (Phi-3), 2026-11."""
 FLOAT32_BYTES = 4
 COMPONENT_BYTES = 32
 """Bytes per output value for principal components in float64: value, copy for LAPACK, vectors and a spare copy."""
@@ -120,7 +120,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate importance: gradients of one batch, if needed; `mixed` by element also keeps a float32 per weight."""
+    """Estimate importance: gradients of a batch, if needed; `order: mixed` by element adds a float32 per weight."""
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
@@ -158,7 +158,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method.
 
-    The backward pass frees the gradients of the logits before it reaches the layers, so the larger of both counts.
+    The backward pass frees the gradients of the logits before it reaches the layers: only the larger of both counts.
     """
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
@@ -177,9 +177,9 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count the memory of mutual information in a pass, and while it computes principal components in float64.
+    """Count the memory of mutual information by part, first in a pass, then during principal components in float64.
 
-    The outputs at all drawn positions are kept, and those of the present batch in float32 too.
+    The outputs at all drawn positions are kept. A pass also holds the outputs of its batch in float32.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
@@ -198,10 +198,10 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
 
 
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count the memory of KL and loss: block outputs, a quantized group, its largest layer unpacked, log-probabilities.
+    """Count the memory of the methods KL and loss by part; `quantized group` includes its largest layer unpacked.
 
-    First the logits of the unquantized model, a float32 copy and the log-probabilities are held. Later it is these
-    log-probabilities, the logits with the quantized group, and four float32 copies of `POSITIONS` of its positions.
+    First the logits of the unquantized model, a float32 copy and the log-probabilities are held. Later these
+    log-probabilities, the logits with the quantized group, and four float32 copies at `POSITIONS` positions are held.
     """
     dense, config = inspection.pruned, inspection.model_config
     unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)

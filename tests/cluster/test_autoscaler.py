@@ -144,7 +144,7 @@ def test_a_run_starts_workers_that_end_when_idle(
         with head.driver("check", config, "--set", "search.resources_per_trial={cpu: 1, gpu: 2}") as large:
             code, said = large.end()
         assert code == 2
-        largest = "the largest of 1 and of those that the autoscaler may start has 1 CPUs and 1 GPUs: ask for less"
+        largest = "the largest of 1 machine and of those that the autoscaler may start has 1 CPUs and 1 GPUs:"
         assert largest in said and head.num_workers() == 0
 
         with head.driver("run", config) as process:

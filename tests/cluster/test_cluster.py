@@ -56,7 +56,10 @@ def test_a_trial_gets_its_resources_from_one_machine(slots: Slots, resources: di
 
 @pytest.mark.parametrize(
     ("slots", "largest"),
-    [(TWO_NODES, "2 has 8 CPUs and 2"), (CLOUD, "1 and of those that the autoscaler may start has 64 CPUs and 8")],
+    [
+        (TWO_NODES, "2 machines has 8 CPUs and 2"),
+        (CLOUD, "1 machine and of those that the autoscaler may start has 64 CPUs and 8"),
+    ],
 )
 def test_a_trial_that_fits_on_no_machine_is_refused(slots: Slots, largest: str) -> None:
     """Ray would wait forever."""
@@ -105,7 +108,7 @@ def test_a_process_in_one_cluster_cannot_join_another(joined: tuple[Raylets, Clu
     assert not joined[1].was_joined and connect(present).was_joined and connect("auto").was_joined
     with pytest.raises(UserError, match=rf"joined the Ray cluster at {present} already.*`ray.shutdown"):
         connect(None)
-    with pytest.raises(UserError, match=r"not the one at 127\.0\.0\.1:1; call"):
+    with pytest.raises(UserError, match=r"`address` is '127\.0\.0\.1:1'; call"):
         connect("127.0.0.1:1")
 
 
@@ -126,7 +129,7 @@ def test_a_cluster_with_another_ray_is_refused_with_both(
 
 def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]) -> None:
     trial, (raylets, cluster) = {"cpu": 1.0, "gpu": 1.0}, joined
-    with pytest.raises(UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"):
+    with pytest.raises(UserError, match="the largest of 1 machine has 0 CPUs and 0 GPUs: ask for less, or add"):
         cluster.slots().concurrent(trial, 2)
     events: list[Event] = []
     room = Room(cluster.slots, trial, 2, events.append)

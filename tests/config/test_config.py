@@ -49,7 +49,7 @@ IDLE = [
     ("lora.init=plain; lora.loftq_iterations=2", "lora.loftq_iterations", "`lora.init` is plain"),
     ("search.patience=3; search.searcher=random", "search.patience", "`search.searcher` is random"),
     ("search.patience=3; search.pareto=true", "search.patience", "`search.pareto` is true"),
-    ("search.limit=8", "search.limit", "`search.tasks` names none"),
+    ("search.limit=8", "search.limit", "`search.tasks` is empty"),
     ("finetune={steps: 4, seeds: 2}", "finetune.seeds", "`finetune.compare` is false"),
 ]
 EFFECTIVE = [

@@ -239,7 +239,7 @@ def test_gpu_hours_count_the_gpus_of_a_trial(inspection: Inspection, changed: Ch
     half, whole, two = (estimate.facts(changed(), inspection, RATES, 2, {}, gpus)["hours"] for gpus in (0.5, 1.0, 2.0))
     assert half["wall"] == pytest.approx(2 * whole["wall"]) and half["total"] == pytest.approx(whole["total"])
     assert two["wall"] == pytest.approx(whole["wall"]) and two["total"] == pytest.approx(2 * whole["total"])
-    assert "0.5 of a GPU a slot" in half["rates"] and "of a GPU" not in whole["rates"] + two["rates"]
+    assert "a slot has 0.5 of a GPU" in half["rates"] and "of a GPU" not in whole["rates"] + two["rates"]
 
 
 def test_padding_matches_the_micro_batches() -> None:

@@ -364,4 +364,4 @@ def test_ctrl_c_prints_a_command_that_this_shell_finds(
     with pytest.raises(SystemExit) as ended:
         _guarded(False, interrupted)
     assert ended.value.code == 130
-    assert capsys.readouterr().err == f"interrupted; go on with: {program} run 'my config.yaml'\n"
+    assert capsys.readouterr().err == f"interrupted; continue with: {program} run 'my config.yaml'\n"

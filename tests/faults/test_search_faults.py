@@ -135,7 +135,7 @@ def test_ctrl_c_once_finishes_the_rung_and_can_resume(config: Path, undisturbed:
         code, said = process.end(minutes=3)
     assert code == 130
     again = f"python -m qpruner search {config} --json"
-    assert f"interrupted; go on with: {again}" in said
+    assert f"interrupted; continue with: {again}" in said
     assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": again}
     trial = trials_of(process.run)[1]
     assert len(trial["rungs"]) > 1, "the rung that ran was finished"

@@ -156,7 +156,7 @@ def test_a_late_node_that_differs_is_named_and_not_retried(cluster: Raylets, tmp
         late.append(with_a_folder_of_its_own(cluster, tmp_path))
 
     def tell(event: Event) -> None:
-        if isinstance(event, Message) and "nothing new starts" in event.text:
+        if isinstance(event, Message) and "stop at the next rung" in event.text:
             (run / "go").touch()
 
     joining = threading.Thread(target=join_once_the_first_has_begun, daemon=True)

@@ -146,7 +146,7 @@ def _disk_error(text: str) -> OSError | None:
 
 
 def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
-    """Read the records of the trials after a session of Tune.
+    """Return the outcome of the search from the records of its trials, after the last session of Tune.
 
     Raises:
         StageError: If a trial failed because of the storage, a damaged file or a broken machine.

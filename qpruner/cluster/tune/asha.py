@@ -1,4 +1,4 @@
-"""ASHA of Ray Tune, with controls that are never stopped, rungs from records, and comparison by size for a front."""
+"""ASHA of Ray Tune that never stops controls, restores rungs from records, and compares by size for a Pareto front."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qpruner.search.trial_records import objective
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) that never stops controls and starts from the recorded rungs.
+    """ASHA (Li et al., arXiv 1810.05934) with the recorded rungs; never stops controls (uniform and seed plans).
 
     Recorded plans outside the space are ignored. `is_recalled` returns True for the id of a waiting trial that must not
     start any more. `on_error` is called with the id of a trial and the text of its error, before the searcher is.
@@ -58,7 +58,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 bracket.on_result(trial, rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Store the bytes of the trial's plan."""
+        """Store how many bytes the trial's plan takes."""
         super().on_trial_add(tune_controller, trial)
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
@@ -76,7 +76,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a rung; a control does until the last."""
+        """Return whether a trial continues after a rung; a control continues until the last rung."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)
@@ -92,7 +92,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
 
 
 class _RungsBySize(AshaBracket):  # type: ignore[misc]
-    """Rungs of ASHA that know trials by number, because a resumed trial gets a new id from Ray.
+    """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray.
 
     For a Pareto front, a trial is compared only with trials whose plans have as many bytes or fewer.
     """

@@ -67,7 +67,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
         if found and self.trouble is None:
             self.end(NodeDiffers(found[1]))
-            self._emit(Message("search", f"warning: {found[1]}; running rungs finish, nothing new starts"))
+            self._emit(Message("search", f"warning: {found[1]}; running trials stop at the next rung"))
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
         """End the search with this error, or with an earlier one: after running rungs, or at the next step of Tune.
@@ -101,10 +101,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
-    """Kills the worker of a trial whose pulse has not changed for too long; emits the steps of running trials.
+    """Kills a trial's worker if its pulse (see `TrialPulse`) has not changed for too long; emits the steps of trials.
 
     Time does not count while the driver waits for the storage, or while trials cannot write pulses. Ray kills a worker
-    with SIGKILL if it does not end within 5 s (Ray 2.60). `on_hung` is called with Ray's id of the trial before that.
+    with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill, `on_hung` gets Ray's id of the trial.
     """
 
     def __init__(self, job: SearchJob, on_hung: Callable[[str], None], emit: Emit) -> None:

@@ -48,7 +48,7 @@ KERNEL_SECONDS = 20.0
 
 
 def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
-    """End the search with an error of qpruner that the method raises, see `Halt.end`."""
+    """Wrap a method so that an error of qpruner that it raises ends the search (see `Halt.end`)."""
 
     @functools.wraps(method)
     def wrapped(self: PlanSearcher, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +79,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._is_over, self._next_look = False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the parameters of the next trial, None if there is no room, or FINISHED at the end."""
+        """Return the parameters of the next trial; None while no more may be in flight; FINISHED at the end."""
         self._is_out_of_hours()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
@@ -200,7 +200,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             raise lock_lost("search", "the other began a session of this search")
 
     def _is_out_of_hours(self) -> bool:
-        """Return True after the time limits of the search; end it at once if then no machine can finish its trials."""
+        """Return True once a time limit of the search is reached; end the search if no machine can run trials then."""
         now, settings = time.monotonic(), self._job.config.search
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0
@@ -247,7 +247,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         for each in failed:
             reason = f"{text}, trial {each.index} with {each.reason}"
             write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
-        self._emit(Message("search", f"warning: {text}; running rungs finish, nothing new starts"))
+        self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the state of the searcher is in the records of the trials."""

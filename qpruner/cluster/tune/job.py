@@ -49,7 +49,7 @@ class SearchJob:
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the origin of a plan that is a control of this search; None for any other plan."""
+        """Return the name of the control that has this plan, such as `uniform-4`; None if no control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
 
 

@@ -49,7 +49,7 @@ class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
 
 
 class _WandbWriter(WandbLoggingActor):  # type: ignore[misc]
-    """Writes one row to W&B in a process of its own."""
+    """Logs one trial to W&B from a process of its own."""
 
     def __init__(self, *args: Any, environment: Mapping[str, str], **kwargs: Any) -> None:
         os.environ.update(environment)
