@@ -257,7 +257,7 @@ TASKS = [
     ("search.tasks=[qpruner_everyday_tset]", f"`search.tasks` ... {UNKNOWN}"),
     (
         f"{BY_ACCURACY}8; search.metric=acc_norm",
-        f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... another",
+        f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... name other tasks",
     ),
     (
         f"{BY_ACCURACY}61",
