@@ -59,7 +59,10 @@ class Inspection(Shapes, Rows):
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
-    """Validate a configuration against model, data and tasks and, if the run `works_here`, against this machine."""
+    """Validate a configuration against model, data and tasks.
+
+    With `works_here` the stages run on this machine, so it is checked too; `packs` is False if they pack no weights.
+    """
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(

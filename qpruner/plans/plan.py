@@ -227,7 +227,7 @@ class PlanSpace:
         """
         plan = self._solve(gains, avoid=())
         if plan is None:
-            raise ValueError(f"no plan fits {self.budget_bytes} bytes")
+            raise ValueError(f"no plan fits in {self.budget_bytes} bytes")
         return plan
 
     def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:

@@ -29,7 +29,7 @@ class Cut:
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """Fill in the number of steps and the compensation, and reset keys without effect to their defaults."""
+    """Fill in `steps` and `compensation` if they are null, and reset keys without effect to their defaults."""
     settings = settings.in_effect()
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:

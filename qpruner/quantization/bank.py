@@ -107,7 +107,7 @@ def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class GroupJob:
-    """A group to pack at some bit-widths, in this process or on a worker."""
+    """A group of layers (one entry of a plan) to pack at each of `bits`, in this process or on a worker."""
 
     group: str
     paths: tuple[str, ...]

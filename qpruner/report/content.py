@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from qpruner.report.plots.chart import Chart
 
-NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].*)?|-|")
+NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].{0,40})?|-|")
+"""A number with a unit or an interval, not a sentence that begins with a number."""
 
 
 @dataclass(frozen=True)

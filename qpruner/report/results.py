@@ -58,7 +58,7 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """Compute the rows of the final table, in the order of the fine-tunes."""
+    """Compute the rows of the final table, one per fine-tuned model, in the order of `fine_tunes`."""
     return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
 
 

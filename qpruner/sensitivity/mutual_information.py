@@ -78,8 +78,8 @@ def measure(
     num_classes = len(np.unique(labels))
     if num_classes < 2:
         raise UserError(
-            f"`calibration.num_sensitivity_samples`: the model predicts one token at all {len(labels)} positions, so "
-            "mutual information is zero for every group; give more or longer samples"
+            f"`calibration.num_sensitivity_samples`: the model predicts the same token at all {len(labels)} positions, "
+            "so mutual information is zero for every group; give more or longer samples"
         )
     shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
     raw, baseline = [], []

@@ -177,7 +177,10 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer with `_Batches` and logits at labelled tokens only; it retries a save while storage is unavailable."""
+    """A Trainer that sorts each batch by length, and computes logits at labelled tokens only.
+
+    It retries a save while storage is unavailable.
+    """
 
     batches: _Batches
     before_save: Callable[[], None]

@@ -151,5 +151,5 @@ def test_a_model_that_predicts_one_token_is_refused(tiny_model: Path) -> None:
     model = load_dense(str(tiny_model), "float32").eval()
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    with pytest.raises(UserError, match="predicts one token"):
+    with pytest.raises(UserError, match="predicts the same token"):
         measured(model, "block")

@@ -90,7 +90,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder; succeed also if an earlier attempt did so, but the answer of the server was lost."""
+    """Rename a file or folder; also succeed if an earlier attempt renamed it, but its answer was lost."""
     try:
         path.replace(target)
     except FileNotFoundError:
