@@ -83,21 +83,18 @@ def run_tasks(
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 
-    def timed(job: Any) -> tuple[float, Any]:
+    def timed(job: Any) -> tuple[Any, float]:
         started = time.monotonic()
-        result = function(job)
-        return time.monotonic() - started, result
-
-    def start(position: int) -> None:
-        answers = task.remote(cloudpickle.dumps(checked(check_node, partial(timed, jobs[position]))))
-        running[answers] = position
+        return function(job), time.monotonic() - started
 
     task = _remote_task(getattr(function, "__name__", "task"), resources, fresh)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     deaths = DeathCounter(progress)
     while waiting or running:
         while waiting and len(running) < max_concurrent:
-            start(waiting.popleft())
+            position = waiting.popleft()
+            work = cloudpickle.dumps(checked(check_node, partial(timed, jobs[position])))
+            running[task.remote(work)] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         for answers in done:
@@ -115,7 +112,7 @@ def run_tasks(
                     nodes[position] = answer
                     continue
                 del running[answers]
-                seconds, result = answer
+                result, seconds = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
                 yield position, result
 
