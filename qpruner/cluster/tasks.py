@@ -87,14 +87,12 @@ def run_tasks(
         started = time.monotonic()
         return function(job), time.monotonic() - started
 
-    task = _remote_task(getattr(function, "__name__", "task"), resources, fresh)
+    task, deaths = _remote_task(getattr(function, "__name__", "task"), resources, fresh), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
-    deaths = DeathCounter(progress)
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
-            work = cloudpickle.dumps(checked(check_node, partial(timed, jobs[position])))
-            running[task.remote(work)] = position
+            running[task.remote(cloudpickle.dumps(checked(check_node, partial(timed, jobs[position]))))] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         for answers in done:
