@@ -16,4 +16,5 @@ for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do
 done
 echo "== pytest"
 # One process per core, at most eight, with a gigabyte each. Tests of a file run in one process, because they share set-ups.
-exec .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile "$@"
+# Files run in their order: xdist would begin with those of most tests, and end with the longest.
+exec .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -193,7 +193,7 @@ COMMANDS = [
     pytest.param("check", {"lora.rnak": 8}, (), "did you mean `lora.rank`", id="unknown-key"),
     pytest.param("check", {}, ("--address", "127.0.0.1:1"), "cannot join a Ray cluster there", id="address"),
     pytest.param("run", {"search.searcher": "bayesopt"}, (), "qpruner[bayesopt]", id="extra", marks=WITHOUT_BAYESOPT),
-    pytest.param("run", WORKERS, (), "999 workers of", id="workers"),
+    pytest.param("run", WORKERS, (), "999 workers with", id="workers"),
 ]
 
 

@@ -110,11 +110,11 @@ def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: dict[str,
 
     error = failing(tiny_raw, "sensitivity", damage)
     assert error.stage == "sensitivity" and str(rows) in error.cause
-    assert error.remedy == "repeat the command: what is damaged is set aside, and that alone is made again"
+    assert error.remedy == "repeat the command: the damaged file is set aside, and only that file is made again"
     assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare", "and so it is"
 
 
-SET_ASIDE = "repeat the command: what is damaged is set aside, and "
+SET_ASIDE = "repeat the command: the damaged file is set aside, and "
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_corrupt_record_is_named_and_its_stage_runs_again(
     record.write_bytes(damage(record.read_bytes()))
     _, events = go(tiny_raw, "bank")
     (told,) = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
-    assert "run again" in told and "\n" not in told, "a message is one line"
+    assert "runs again" in told and "\n" not in told, "a message is one line"
     assert names(events, StageFinished) == [stage], "later stages are unchanged"
     again = run_dir.read_record(stage, kind)
     assert before and again

@@ -95,7 +95,7 @@ def test_copies_must_fit_beside_what_is_there(tmp_path: Path, monkeypatch: pytes
     assert _disk_trouble(half) == "" == _disk_trouble({"UNSET": ("the bank", 2 * free, [])})
     both = half | {"MODEL": ("the pruned model", free * 2 // 3, [])}
     told = _disk_trouble(both)
-    assert "its copy of the pruned model takes " in told and "set MODEL to another folder" in told
+    assert "its copy of the pruned model takes " in told and "with MODEL set to another folder" in told
     (tmp_path / "bank").mkdir()
     with (tmp_path / "bank" / "a.safetensors").open("wb") as file:
         file.truncate(free * 2 // 3)  # takes no room

@@ -54,9 +54,6 @@ def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
     return max(numbers) - min(numbers)
 
 
-# ---- the rate
-
-
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("channels", [640, 600])
 @pytest.mark.parametrize("round_to", [32, 128])
