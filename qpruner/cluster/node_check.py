@@ -202,7 +202,9 @@ def _unseen_gpus() -> str:
 
 
 def _has_hardware() -> bool:
-    """Return True if this machine has an NVIDIA card, even without a driver; Ray may count GPUs that do not exist."""
+    """Return True if this machine has an NVIDIA driver or card; Ray may count GPUs that do not exist."""
+    if Path("/proc/driver/nvidia/gpus").exists():  # containers may hide the cards
+        return True
     nvidia, display = "0x10de", "0x03"
     for device in Path("/sys/bus/pci/devices").glob("*"):
         with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, files_in, remove, write_json
 
 if TYPE_CHECKING:
-    from qpruner.quantization.bank import GroupJob, IndexEntry
+    from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
 
 class Bank(Stage[BankRecord]):
@@ -55,7 +55,7 @@ class Bank(Stage[BankRecord]):
         check_quantizable(self.context.inspection.model_config)
 
     def begin(self) -> None:
-        """Delete the record if the index or an entry is missing or damaged, so that the stage runs again."""
+        """Delete the record if an entry is damaged, so that the stage runs again; a damaged index is made anew."""
         from qpruner.quantization import bank as store
 
         bank, record, index = self.context.bank, None, None
@@ -65,14 +65,27 @@ class Bank(Stage[BankRecord]):
             return
         with suppress(CorruptFile):
             index = store.read_index(bank)
-        intact = store.intact_files(bank, record.files)
-        problems = {name: "is missing or damaged; only this file" for name in record.files if name not in intact}
         if index is None or index.digest != record.digest:
-            problems[store.INDEX] = "is missing, damaged or of another bank; the whole bank"
-        for name, problem in problems.items():
-            self.notify(f"{display_name(bank / name)} {problem} is built again")
-        if problems:
+            path = bank / store.INDEX
+            self.notify(f"{display_name(path)} is missing, damaged or of another bank; it is made from the record")
+            write_json(path, self._index_of(record))
+        intact = store.intact_files(bank, record.files)
+        damaged = [name for name in record.files if name not in intact]
+        for name in damaged:
+            self.notify(f"{display_name(bank / name)} is missing or damaged; only this file is built again")
+        if damaged:
             self.context.forget(self.name)
+
+    def _index_of(self, record: BankRecord) -> BankIndex:
+        """Make the index of a recorded bank."""
+        from qpruner.quantization import bank as store
+
+        files, made_from = {}, digest_of(*self._made_from())
+        for bits, by_group in record.residual_ratio.items():
+            for group, ratio in by_group.items():
+                name = str(store.entry_file(Path(), group, int(bits)))
+                files[name] = store.IndexEntry(inputs=made_from, sha256=record.files[name], residual_ratio=ratio)
+        return store.BankIndex(digest=record.digest, files=files)
 
     def detail(self) -> str:
         return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"

@@ -65,6 +65,13 @@ def check_rows(config: RunConfig) -> Rows:
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
     doubtful = (*_doubtful_rows(config, examples), *_few_tokens(config, examples), *_few_questions(questions))
+    repeated = set(questions["search"]) & set(questions["fresh"])
+    if repeated:
+        doubtful = (
+            f"`search.tasks`: {counted(len(repeated), 'question')}, such as {min(repeated)[:90]!r}, would both score "
+            "trials and choose the winner; another `search.limit` may separate them",
+            *doubtful,
+        )
     return Rows(examples, questions, numbers, metrics, (*skipped, *doubtful))
 
 

@@ -192,7 +192,7 @@ def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_m
         again = finished(process)
         said = process.said()
     assert f"{weights.parent} is damaged: set aside in" in said
-    assert str(score) in said and "that finalist is scored again" in said
+    assert str(score) in said and "the finalist is scored again" in said
     assert str(record) in said and "that trial is run again" in said
     after = fresh_scores(run)
     changed = {index for index in before if before[index] != after[index]}

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DEMO_DATA, changed_by, said, with_key
+from conftest import DEMO_DATA, changed_by, demo_rows, said, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import DataSource, RunConfig
-from qpruner.data.sources import load_examples
+from qpruner.data.sources import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
 from qpruner.pipeline.preflight import Inspection, inspect
@@ -443,3 +443,11 @@ def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) 
     found = inspected({"data.confirmation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}]})
     assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
     assert said("3 rows of `data.confirmation` skipped as repeated ... 'one and one'", found.warnings[0])
+
+
+def test_a_question_that_scores_and_chooses_is_a_warning(inspected: Any, demo_tasks: Path) -> None:
+    questions = demo_rows("questions_validation.jsonl")[:4]
+    questions[3] = questions[0]
+    (demo_tasks.parent / "data" / "questions_validation.jsonl").write_text(jsonl(*questions))
+    warning = inspected(f"{BY_ACCURACY}2; evaluate.include_path={demo_tasks}").warnings[0]
+    assert said(f"1 question ... {normalized(questions[0]['question'])} ... `search.limit`", warning)

@@ -85,7 +85,7 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Rayl
     job = replace(job_of(tmp_path, max_trials=1, max_gpu_hours=1e-7), trial=trial, resources=HELD)
     with pytest.raises(StageError, match=r"GPU hours were spent .*, and no machine is left that could run a trial"):
         search(job, within(Room(facts.slots, HELD, None, tell)), tell)
-    assert any("one has to join" in text for text in told)
+    assert any("add a machine" in text for text in told)
     (left,) = read_trials(job.trials)
     assert (left.status, len(left.rungs), left.kills) == ("running", 1, 0)
 

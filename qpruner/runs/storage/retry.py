@@ -43,11 +43,16 @@ def retry_storage(
     a long attempt, because the next attempt continues its work. With `was_there`, a missing file means that the storage
     is away (not reachable). An error that names no file is reported with `path`.
     """
-    limit = PATIENCE_SECONDS if seconds is None else seconds
+    limit, started = PATIENCE_SECONDS if seconds is None else seconds, 0.0
+
+    def attempt() -> Result:
+        nonlocal started
+        started = time.monotonic()
+        return operation()
 
     def stop(state: RetryCallState) -> bool:
-        if resumable and time.monotonic() - state.start_time - state.idle_for > limit:
-            state.start_time, state.idle_for = time.monotonic(), 0.0
+        if resumable and time.monotonic() - started > limit:
+            state.idle_for = 0.0
         return state.idle_for >= limit
 
     def log(state: RetryCallState) -> None:
@@ -60,7 +65,7 @@ def retry_storage(
 
     try:
         retrying = Retrying(retry=retry_if_exception(is_away), stop=stop, wait=PAUSES, before_sleep=log, reraise=True)
-        return retrying(operation)
+        return retrying(attempt)
     except Exception as error:
         if trouble := storage_error(error, path):
             raise trouble from error
