@@ -19,6 +19,7 @@ from conftest import away, disk_of, flipped, with_keys
 from made_records import made_confirmation
 from made_searches import ANOTHER, LAYOUT, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
+from ray.tune.experiment import Trial
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
@@ -230,6 +231,16 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
     assert search.messages() == [message] * 6
 
 
+def test_deaths_for_memory_are_counted_apart(tmp_path: Path) -> None:
+    search = Searching(job_of(tmp_path), trial(0, "444444", [], status="running", micro_batch_size=1))
+    for text in ("", "", KILLED_FOR_MEMORY):
+        search.suggest("a")
+        search.searcher.on_error_text("a", text)
+        search.searcher.on_trial_complete("a", error=True)
+    record = read_trial(search.job.trials, 0)
+    assert (record.status, record.kills, record.memory_kills) == ("running", 2, 1)
+
+
 def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> None:
     """The time in which the driver itself waits for the storage does not count either."""
     with disk_of("1m", tmp_path / "disk") as disk:
@@ -238,7 +249,8 @@ def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> 
         search.suggest("a")
         write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=3, beats=9, peak_memory_bytes=1))
         watch = HangWatch(job, search.searcher.on_hung, print)
-        at_work = SimpleNamespace(trial_id="a", config={"trial": 0}, temporary_state=SimpleNamespace(ray_actor="a"))
+        state = SimpleNamespace(ray_actor="a")
+        at_work = SimpleNamespace(trial_id="a", config={"trial": 0}, status=Trial.RUNNING, temporary_state=state)
 
         def looked_for(seconds: float) -> bool:
             """Whether the trial was found to hang; killing its stand-in is then an error of Ray."""

@@ -148,3 +148,24 @@ def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster
     job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [("finished", None, 0)]
+
+
+def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+    """The next trial waits for this worker: the trial has not failed, and the death is not counted against it."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        is_first = not list(tmp_path.glob("made-*"))
+        try:
+            reported(tmp_path, report, LAST)
+        finally:
+            time.sleep(10 * SECONDS if is_first else 0)
+
+    kills = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Message) and "trial 1 lost its worker" in event.text:
+            kills.append(read_trials(job.trials)[1].kills)
+
+    job = replace(job_of(tmp_path, max_trials=2, trial_timeout_seconds=20.0), trial=trial, resources=HELD)
+    outcome = search(job, within(lambda: 1), on_event)
+    assert ([trial.status for trial in outcome.trials], kills) == (["finished"] * 2, [0])

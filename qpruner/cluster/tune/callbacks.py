@@ -104,10 +104,11 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
     """Kills a trial's worker if its pulse (see `TrialPulse`) has not changed for too long; emits the steps of trials.
 
     Time does not count while the driver waits for the storage, or while trials cannot write pulses. Ray kills a worker
-    with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill, `on_hung` gets Ray's id of the trial.
+    with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill, `on_hung` gets Ray's id of the trial, and
+    whether the trial runs: a trial that does not run yet waits for a worker that never left the trial before.
     """
 
-    def __init__(self, job: SearchJob, on_hung: Callable[[str], None], emit: Emit) -> None:
+    def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
         self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
         self._on_hung, self._emit = on_hung, emit
         self._pulses: dict[str, tuple[object, float]] = {}  # (last pulse, seconds without a change) by trial id
@@ -144,7 +145,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
             self._pulses = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._pulses.items()}
         for trial_id, trial in running.items():
             if self._pulses[trial_id][1] >= self._limit:
-                self._on_hung(trial_id)
+                self._on_hung(trial_id, trial.status == Trial.RUNNING)
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -40,7 +40,8 @@ from qpruner.search.trial_records import (
 )
 
 MAX_KILLS = 3
-"""Worker deaths in a row that fail a trial: without a rung between them, on machines that stay."""
+"""Worker deaths in a row that fail a trial: without a rung between them, on machines that stay. Deaths for memory are
+counted apart, because they say that the plan is infeasible."""
 MAX_ERRORS = 3
 """Trials in a row with an error on one machine, after which the machine counts as broken."""
 KERNEL_SECONDS = 20.0
@@ -229,9 +230,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.storage = found[1] if found else death.storage
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
-    def on_hung(self, trial_id: str) -> None:
-        """Store that a worker is killed because its trial makes no progress."""
-        self._deaths.setdefault(trial_id, _Death()).hung = True
+    def on_hung(self, trial_id: str, is_running: bool) -> None:
+        """Store that a worker is killed: its trial makes no progress or, if not running, never started on it."""
+        death = self._deaths.setdefault(trial_id, _Death())
+        death.hung, death.never_started = is_running, not is_running
 
     def _halt_on_broken_machine(self, record: TrialRecord) -> None:
         """Halt the search after `MAX_ERRORS` trials in a row have failed on one machine.
@@ -264,6 +266,7 @@ class _Death:
     storage: str = ""  # the message of a storage error
     by_ray: bool = False  # Ray killed the worker for memory
     hung: bool = False  # the driver killed the worker
+    never_started: bool = False  # the driver killed the worker, which never left its previous trial
 
 
 def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
@@ -275,6 +278,8 @@ def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
     """Return the record of a trial after the death of its worker: failed, or running, which means to be resumed."""
+    if death.never_started:
+        return record
     pulse = read_pulse(job.trials, record.index)
     if pulse is not None:  # the pulse may be newer than the record
         last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
@@ -290,7 +295,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
-    failure, reason = "lost", "its worker process died {} times in a row"
+    counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
     if death.by_ray or (
         pulse and pulse.node == node and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
     ):
@@ -298,9 +303,10 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         if smaller is not None:
             return record.model_copy(update={"micro_batch_size": smaller})
         by = "Ray" if death.by_ray else "the kernel"
-        failure, reason = "infeasible", f"out of memory: {by} killed its worker {{}} times in a row"
-    kills = record.kills + 1
-    record = record.model_copy(update={"kills": kills})
+        counter, failure = "memory_kills", "infeasible"
+        reason = f"out of memory: {by} killed its worker {{}} times in a row"
+    kills = getattr(record, counter) + 1
+    record = record.model_copy(update={counter: kills})
     return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
 
 

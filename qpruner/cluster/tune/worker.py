@@ -149,6 +149,7 @@ class _RecordedTrial:
             checkpoint=digests,
             status="finished" if result.step >= self._job.config.search.steps else "running",
             kills=0,
+            memory_kills=0,
             times=(*self._record.times, time.time()),
         )
         if old:

@@ -73,7 +73,9 @@ class TrialRecord(Recorded):
     micro_batch_size: int | None = None
     """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
-    """Worker deaths since the last rung, except by loss of the machine and those answered by a smaller micro-batch."""
+    """Worker deaths since the last rung, except by loss of the machine and for lack of memory."""
+    memory_kills: int = 0
+    """Worker deaths since the last rung for lack of memory, except those answered by a smaller micro-batch."""
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
