@@ -55,8 +55,10 @@ VARIES = (
 """Parts of the names of numbers that differ from run to run."""
 
 
-def run(commit: str, folder: Path, config: str, overrides: list[str]) -> Path:
-    """Run a commit's code in a checkout of its own; returns the run's folder, which may be there from before."""
+def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
+    """Run a commit's code in a checkout of its own; return its run folder, which is reused if `place` has it."""
+    parsed = subprocess.run(["git", "rev-parse", commit], check=True, capture_output=True, text=True)  # noqa: S607
+    folder = place / parsed.stdout.strip()
     code, output = folder / "code", folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
     if output.exists():
@@ -128,10 +130,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = asked.keep or Path(temporary)
-        runs = [
-            run(commit, place / name, asked.config, [*SMALL, *asked.overrides])
-            for name, commit in (("old", asked.old), ("new", asked.new))
-        ]
+        runs = [run(commit, place, asked.config, [*SMALL, *asked.overrides]) for commit in (asked.old, asked.new)]
         different = compare("tensors", *(tensors(each) for each in runs)) + compare(
             "numbers", *(numbers(each) for each in runs)
         )

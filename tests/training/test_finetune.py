@@ -131,6 +131,16 @@ def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, fresh: F
     assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
 
 
+def test_no_two_epochs_of_any_seeds_share_an_order() -> None:
+    """Training seeds that shared orders would not be independent."""
+    orders = set()
+    for seed in range(4):
+        batches = _Batches(range(50), TrainingConfig(batch_size=2, micro_batch_size=2), seed, Share(0, 1))
+        for batches.epoch in range(4):
+            orders.add(tuple(row for batch in batches for row in batch))
+    assert len(orders) == 16
+
+
 def test_every_epoch_has_its_own_order(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
     model, seen = fresh(), []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
