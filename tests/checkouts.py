@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,18 @@ def copy_checkout(into: Path) -> Path:
             (into / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, into / name)
     return into
+
+
+def environment_with(environment: Path, *source: object) -> Path:
+    """Make a virtual environment with what `pip install` finds at a source: a wheel, an archive or a checkout."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # Shares the installed dependencies, but not the editable qpruner: .pth files there are not followed.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install", "--quiet")
+    options = ("--no-index", "--no-deps", "--no-build-isolation")
+    subprocess.run([*pip, *options, *map(str, source)], check=True, timeout=120)
+    return environment
 
 
 def git(folder: Path, *arguments: str) -> str:

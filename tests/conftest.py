@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before any library is imported: no hub, no progress bars.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +30,9 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from click.testing import Result
 
 # There is no Ray on machines with the kit of benchmarks/gpu_7b.py.
 pytest_plugins = ["object_store", *(["searched_runs", "whole_runs"] if find_spec("ray") else [])]
@@ -81,6 +84,18 @@ def fresh(tiny_model: Path) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(scope="session")
+def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
+    """The first 24 questions of the demo, encoded."""
+    from qpruner.data.encoding import encode
+    from qpruner.data.sources import Example
+    from qpruner.models.loading import load_tokenizer
+
+    questions = demo_rows("questions_train.jsonl")[:24]
+    examples = [Example("multiple_choice", row["question"], "", row["choices"]["text"][0]) for row in questions]
+    return encode(examples, load_tokenizer(str(tiny_model)), 64)
+
+
 def raw_config(model: Path, output: Path) -> dict[str, Any]:
     """Make a small but complete configuration as plain data."""
     source = "package:qpruner/demo/data"
@@ -127,6 +142,13 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 48 MiB."""
+    with disk_of("48m", tmp_path / "disk") as folder:
+        yield folder
 
 
 @contextmanager
@@ -180,6 +202,22 @@ def flipped(text: bytes, before: bytes) -> bytes:
     """Flip the lowest bit of the byte after some text, which turns a digit into another digit."""
     at = text.index(before) + len(before)
     return text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :]
+
+
+def command(*arguments: object) -> Result:
+    """Run `qpruner` in this process."""
+    from click.testing import CliRunner
+
+    from qpruner.cli.main import main
+
+    try:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    finally:
+        logging.captureWarnings(False)
+
+
+def ignore(event: object) -> None:
+    """Ignore an event."""
 
 
 def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -9,31 +9,13 @@ from qpruner.runs.records import Confirmation, LayerWidths, PruneRecord, SearchR
 
 def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
     """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of trial 2."""
-    fields: dict[str, Any] = {
-        "digest": "c" * 16,
-        "seconds": 600.0,
-        "trials_digest": "1" * 16,
-        "searcher": "gp",
-        "metric": "loss",
-        "budget_bytes": 101_500_000,
-        "num_trials": 9,
-        "num_finished": 6,
-        "num_stopped": 2,
-        "num_failed": 1,
-        "num_reused": 0,
-        "ended": "all 9 trials were spent (`search.max_trials`)",
-        "search_seconds": 500.0,
-        "gpu_seconds": 0.0,
-        "confirmations": (made_confirmation(2, "seed-kl", 2.125), made_confirmation(7, "gp", 2.0625)),
-        "best_index": 7,
-        "best_origin": "gp",
-        "best_plan": plan,
-        "best_control": 2,
-        "control_won": False,
-        "front": (),
-        "resumed": 0,
-    }
-    return SearchRecord(**fields | changes)
+    fields: dict[str, Any] = {"digest": "c" * 16, "trials_digest": "1" * 16, "searcher": "gp", "metric": "loss"}
+    fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
+    fields |= {"num_trials": 9, "num_finished": 6, "num_stopped": 2, "num_failed": 1, "num_reused": 0, "resumed": 0}
+    fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_control": 2, "control_won": False}
+    finalists = (made_confirmation(2, "seed-kl", 2.125), made_confirmation(7, "gp", 2.0625))
+    ended = "all 9 trials were spent (`search.max_trials`)"
+    return SearchRecord(**fields | {"ended": ended, "confirmations": finalists, "front": ()} | changes)
 
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
@@ -44,38 +26,19 @@ def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> C
 
 def made_layer(index: int, groups: int, channels: int, experts: int | None = None) -> LayerWidths:
     """Make a block of 4 groups, 200 channels and perhaps 8 experts that keeps the first ones of each."""
-    return LayerWidths(
-        layer=index,
-        kept_kv_groups=tuple(range(groups)),
-        kept_mlp_channels=tuple(range(channels)),
-        kept_experts=None if experts is None else tuple(range(experts)),
-        base_kv_groups=4,
-        base_mlp_channels=200,
-        base_experts=None if experts is None else 8,
-        heads_per_group=2,
-        base_parameters=1000,
-        kept_parameters=5 * channels,
-    )
+    base = {"base_kv_groups": 4, "base_mlp_channels": 200, "heads_per_group": 2, "base_parameters": 1000}
+    kept = {"kept_kv_groups": tuple(range(groups)), "kept_mlp_channels": tuple(range(channels))}
+    if experts is not None:
+        base["base_experts"], kept["kept_experts"] = 8, tuple(range(experts))
+    return LayerWidths(layer=index, kept_parameters=5 * channels, **base, **kept)
 
 
 def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
     """Make a record of pruning from 150 to 120.24 million parameters."""
-    fields: dict[str, Any] = {
-        "digest": "0" * 16,
-        "seconds": 1.5,
-        "importance": "taylor",
-        "selection": "global",
-        "compensation": "none",
-        "target": "target 20.00% of all parameters",
-        "target_rate": 0.2,
-        "achieved_rate": 0.1984,
-        "parameters_before": 150_000_000,
-        "parameters_after": 120_240_000,
-        "bytes_before": 300_000_000,
-        "bytes_after": 240_480_000,
-        "peak_memory_bytes": 0,
-        "memory_counter": "rise of resident memory",
-        "dropped_blocks": (),
-        "layers": layers,
-    }
-    return PruneRecord(**fields | changes)
+    fields: dict[str, Any] = {"digest": "0" * 16, "seconds": 1.5, "dropped_blocks": (), "layers": layers}
+    fields |= {"importance": "taylor", "selection": "global", "compensation": "none"}
+    fields |= {"target": "target 20.00% of all parameters", "target_rate": 0.2, "achieved_rate": 0.1984}
+    fields |= {"parameters_before": 150_000_000, "parameters_after": 120_240_000}
+    fields |= {"bytes_before": 300_000_000, "bytes_after": 240_480_000}
+    memory = {"peak_memory_bytes": 0, "memory_counter": "rise of resident memory"}
+    return PruneRecord(**fields | memory | changes)

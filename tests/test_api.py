@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from conftest import with_key
+from conftest import command, with_key
 
 import qpruner
-from qpruner.cli.main import main
 from qpruner.errors import UserError
 from qpruner.pipeline.prepare import Prepare
 from qpruner.runs.records import RunState
@@ -53,7 +51,7 @@ def test_an_unexpected_error_has_a_remedy(
 
     monkeypatch.setattr(Prepare, "run", broken)
     config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
-    done = CliRunner().invoke(main, ["prepare", str(config), "--json"])
+    done = command("prepare", config, "--json")
     assert done.exit_code == 1
     told = "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
     assert told in done.stderr and f"please report it with {log}, which has the whole traceback" in done.stderr
@@ -72,7 +70,7 @@ def test_an_unexpected_error_has_a_remedy(
 
 def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qpruner.cli.run_verbs.read_snapshot", broken)
-    done = CliRunner().invoke(main, ["status", str(tmp_path)])
+    done = command("status", tmp_path)
     assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with the output above")
 
 

@@ -14,13 +14,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from checkouts import copy_checkout
+from checkouts import copy_checkout, environment_with
 from conftest import raw_config
 from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
 from tensorboard_server import serving
@@ -269,13 +268,7 @@ def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A fresh checkout with a `my.yaml`, and a `.venv` with qpruner and its dependencies."""
     folder = copy_checkout(tmp_path_factory.mktemp("docs") / "qpruner")
-    environment = folder / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python")
-    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
-    subprocess.run([*pip, "install", *options, "--editable", folder], check=True, timeout=120)
+    environment = environment_with(folder / ".venv", "--editable", folder)
     # launch/setup.sh writes this file after an installation, which it could not do here without pip.
     asked = (folder / "pyproject.toml").read_bytes() + b"demo demo-model"
     (environment / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())

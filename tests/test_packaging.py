@@ -7,7 +7,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkouts import copy_checkout, git
+from checkouts import copy_checkout, environment_with, git
 
 from qpruner.runs.version import VERSION
 
@@ -43,27 +42,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     git(checkout, "add", "--all")
     git(checkout, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "all")
     # Builds the source archive, unpacks it where no git is, and builds the wheel from that.
-    _python("-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(checkout))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", checkout]
+    subprocess.run(build, check=True, timeout=120)
     (wheel,) = (folder / "dist").glob("*.whl")
     (archive,) = (folder / "dist").glob("*.tar.gz")
     return Built(checkout, archive, wheel)
 
 
-def environment_with(source: Path, environment: Path) -> Path:
-    """Make a virtual environment with a wheel, an archive or a checkout installed by pip."""
-    _python("-m", "venv", "--without-pip", str(environment))
-    (site,) = environment.glob("lib/python*/site-packages")
-    # Shares the installed dependencies, but not the editable qpruner: .pth files there are not followed.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
-    _python("-m", "pip", "--python", str(environment / "bin" / "python"), "install", *options, str(source))
-    return environment
-
-
 @pytest.fixture(scope="module")
 def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel."""
-    return environment_with(built.wheel, tmp_path_factory.mktemp("environment") / "wheel")
+    return environment_with(tmp_path_factory.mktemp("environment") / "wheel", built.wheel)
 
 
 def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
@@ -82,18 +71,13 @@ def _run_in(environment: Path, *command: object, minutes: float = 1, **variables
     return done.stdout
 
 
-def _python(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
 @pytest.mark.parametrize("source", ["wheel", "archive", "checkout"])
 def test_an_installation_is_complete_and_names_its_commit(
     source: str, built: Built, environment: Path, tmp_path: Path
 ) -> None:
     """It has every file of the package, with data, tasks, templates and `py.typed`."""
     if source != "wheel":
-        environment = environment_with(getattr(built, source), tmp_path / "environment")
+        environment = environment_with(tmp_path / "environment", getattr(built, source))
     commit = git(built.checkout, "rev-parse", "HEAD")
     for command in (["qpruner"], ["python", "-m", "qpruner"]):
         assert _run_in(environment, *command, "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"

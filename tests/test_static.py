@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
+from conftest import command
 
-from qpruner.cli.main import main
 from qpruner.config.load import config_schema
 from qpruner.runs.version import VERSION
 from qpruner.wording import counted
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
 )
 def test_a_mistyped_word_gets_the_nearest_one(mistyped: tuple[str, ...], nearest: str) -> None:
-    done = CliRunner().invoke(main, mistyped)
+    done = command(*mistyped)
     assert done.exit_code == 2
     assert nearest in done.output
 

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
-from conftest import with_key
+from conftest import command, with_key
 from conftest import with_keys as changed
 
-from qpruner.cli.main import main
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import preflight
@@ -31,7 +29,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def check(raw: dict[str, Any], *options: str, code: int = 0, verb: str = "check") -> str:
     """Run the command and return its whole output."""
     Path("config.yaml").write_text(yaml.safe_dump(raw))
-    done = CliRunner().invoke(main, [verb, "config.yaml", *map(str, options)])
+    done = command(verb, "config.yaml", *options)
     assert done.exit_code == code, done.output
     return done.output
 
@@ -85,13 +83,13 @@ def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: dict[str, Any]) -> 
 
 def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
     Path("config.yaml").write_text(yaml.safe_dump(tiny_raw))
-    done = CliRunner().invoke(main, ["check", "config.yaml"])
+    done = command("check", "config.yaml")
     assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
     assert done.stdout.endswith("The configuration is valid; `--show-config` prints every key in effect.\n")
-    keys, _, answer = CliRunner().invoke(main, ["check", "config.yaml", "--show-config"]).stdout.partition("\n\n")
+    keys, _, answer = command("check", "config.yaml", "--show-config").stdout.partition("\n\n")
     assert yaml.safe_load(keys) == validate_config(tiny_raw).model_dump(mode="json")
     assert answer.splitlines()[-1] == "The configuration is valid."
-    quiet = CliRunner().invoke(main, ["check", "config.yaml", "--quiet", "--set", "search.max_trials=2"])
+    quiet = command("check", "config.yaml", "--quiet", "--set", "search.max_trials=2")
     assert quiet.stdout == "The configuration is valid.\n"
     assert quiet.stderr.startswith("warning:     ") and "`search.max_trials`" in quiet.stderr
 

@@ -7,19 +7,17 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from conftest import command
 from made_records import made_confirmation
 from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
+from plain_transformers import run_python
 
-from qpruner.cli.main import main
 from qpruner.errors import PlanRefused
 from qpruner.plans.file import read_plan
 from qpruner.report import results as table
@@ -32,17 +30,13 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import REMEDIES, write_pulse, write_trial
 
 
-def qpruner(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def printed(*arguments: object) -> str:
-    return qpruner(*arguments).stdout
+    return command(*arguments).stdout
 
 
 def json_of(*arguments: object) -> dict[str, Any]:
     """Return the JSON object that a verb prints."""
-    result = qpruner(*arguments, "--json")
+    result = command(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -175,7 +169,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("command", "hint"),
+    ("words", "hint"),
     [
         ("trials RUN --where statsu=failed", "did you mean `status`?"),
         ("trials RUN --sort byte", "did you mean `bytes`?"),
@@ -191,15 +185,15 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("compare RUN RUN/run.json", "(`output` in its configuration)"),
     ],
 )
-def test_a_mistake_gets_a_hint(run: Path, command: str, hint: str) -> None:
-    result = qpruner(*(word.replace("RUN", str(run)) for word in command.split()))
+def test_a_mistake_gets_a_hint(run: Path, words: str, hint: str) -> None:
+    result = command(*(word.replace("RUN", str(run)) for word in words.split()))
     assert result.exit_code == 2
     assert hint.replace("RUN", str(run)) in result.stderr
 
 
 def test_a_damaged_record_has_a_remedy(run: Path) -> None:
     (run / "run.json").write_text("{")
-    done = qpruner("status", run)
+    done = command("status", run)
     assert done.exit_code == 1
     assert f"{run / 'run.json'} is not a RunState" in done.stderr
     assert "if a run wrote it, repeat `qpruner run` to write it again" in done.stderr
@@ -235,7 +229,7 @@ def test_a_plan_is_printed_with_bytes_and_budget(over: Path) -> None:
 
 def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
-    refused = qpruner("plan", run)
+    refused = command("plan", run)
     assert refused.exit_code == 2
     assert "(mine.yaml) is not scored yet, so there is no winner yet: `qpruner" in refused.stderr
     assert yaml.safe_load(printed("plan", run, "--trial", 0)) == trials()[0].plan
@@ -386,4 +380,4 @@ def test_help_and_status_import_no_heavy_library(over: Path) -> None:
         "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python(code)

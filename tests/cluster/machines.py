@@ -23,7 +23,7 @@ from typing import TypeVar
 import psutil
 import pytest
 import yaml
-from conftest import raw_config, with_key
+from conftest import raw_config, with_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 Found = TypeVar("Found")
@@ -72,15 +72,9 @@ def link_environment(folder: Path, constraints: bytes = b"") -> None:
 
 def small_config(path: Path, model: Path, output: Path) -> Path:
     """Write the configuration of a small search: three trials, two at a time."""
-    raw = raw_config(model, output)
-    for key, value in {
-        "search.max_trials": 3,
-        "search.max_concurrent": 2,
-        "search.resources_per_trial": {"cpu": 1, "gpu": 0},
-        "sensitivity.methods": ["first_order"],
-        "finetune.compare": False,
-    }.items():
-        raw = with_key(raw, key, value)
+    search = {"max_trials": 3, "max_concurrent": 2, "resources_per_trial": {"cpu": 1, "gpu": 0}}
+    keys = {f"search.{key}": value for key, value in search.items()} | {"sensitivity.methods": ["first_order"]}
+    raw = with_keys(raw_config(model, output), **keys, finetune__compare=False)
     path.write_text(yaml.safe_dump(raw))
     return path
 

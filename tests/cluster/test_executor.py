@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import ignore, raw_config, with_key
 from raylets import raylets
 from transformers import PreTrainedModel
 
@@ -60,10 +60,6 @@ def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
         made = ClusterExecutor(GPU, GpuTime(), CHECK)
     yield made
     made.close()
-
-
-def ignore(event: Event) -> None:
-    """Ignore an event."""
 
 
 # Workers cannot import this file; nested functions are pickled with their code.

@@ -16,16 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import demo_rows
 from safetensors.torch import load_file
 
 from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.node_check import packed_check
+from qpruner.cluster.tasks import MAX_DEATHS
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.encoding import encode
-from qpruner.data.sources import Example
-from qpruner.errors import TrainingDiverged
-from qpruner.models.loading import load_tokenizer
+from qpruner.errors import TrainingDiverged, WorkerDied
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.training.finetune import Listener, Schedule, Share, finetune
 
@@ -35,7 +32,7 @@ STEPS = 14
 """Two epochs and two steps. Of 21 rows in batches of four, the last step of an epoch has one row, so one of two workers
 has none."""
 
-Losses = dict[int, float]
+Losses, Rows = dict[int, float], list[dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Training:
     """The arguments of `train`."""
 
     model: Path
-    rows: list[dict[str, list[int]]]  # encoded
+    rows: Rows
     output: Path  # for checkpoints, and for `steps`: the number and the loss of every step
     micro_batch_size: int
     dropout: float = 0.0
@@ -80,17 +77,9 @@ def train(job: Training) -> Losses:
     settings = TrainingConfig(
         learning_rate=1e-2, batch_size=4, micro_batch_size=job.micro_batch_size, max_grad_norm=0.05
     )
-    finetune(
-        peft_model,
-        job.rows,
-        settings,
-        Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2)),
-        job.output,
-        seed=5,
-        pad_id=1,
-        start=job.start or max(job.output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), default=None),
-        listener=Listener(on_step=on_step),
-    )
+    schedule, listener = Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2)), Listener(on_step=on_step)
+    start = job.start or max(job.output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), default=None)
+    finetune(peft_model, job.rows, settings, schedule, job.output, seed=5, pad_id=1, start=start, listener=listener)
     return losses
 
 
@@ -125,15 +114,12 @@ def run() -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> dict[str, tuple[Training, Losses]]:
+def trained(
+    tiny_model: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory, run: Run
+) -> dict[str, tuple[Training, Losses]]:
     """The same training in one process (`one`) and in two processes (the others)."""
-    examples = [
-        Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
-        for row in demo_rows("questions_train.jsonl")[:21]
-    ]
     folder = tmp_path_factory.mktemp("group")
-    rows = encode(examples, load_tokenizer(str(tiny_model)), 64)
-    one = Training(tiny_model, rows, folder / "one", micro_batch_size=2)
+    one = Training(tiny_model, rows[:21], folder / "one", micro_batch_size=2)
     two = replace(one, output=folder / "two")
     jobs = {
         "two": two,
@@ -181,18 +167,30 @@ def test_a_killed_group_resumes_from_its_checkpoint(
     assert all(loss == losses[step] for step, loss in steps)
 
 
-def test_an_error_of_one_process_ends_the_group(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dies", "error", "message", "groups"),
+    [
+        (False, TrainingDiverged, "^only the second process$", 1),
+        (True, WorkerDied, f"^{MAX_DEATHS} workers died in a row", MAX_DEATHS),
+    ],
+)
+def test_an_error_or_the_last_allowed_death_ends_the_job(
+    dies: bool, error: type[Exception], message: str, groups: int, run: Run, tmp_path: Path
+) -> None:
     """The error keeps its type, and the other process no longer waits at the barrier."""
 
     def fail(folder: Path) -> None:
         (folder / f"tried-{os.getpid()}").touch()
+        torch.distributed.barrier()
         if torch.distributed.get_rank() == 1:
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise TrainingDiverged("only the second process")
         torch.distributed.barrier()
 
-    with pytest.raises(TrainingDiverged, match=r"^only the second process$"):
+    with pytest.raises(error, match=message):
         run(fail, tmp_path, tmp_path)
-    assert len(list(tmp_path.glob("tried-*"))) == 2
+    assert len(list(tmp_path.glob("tried-*"))) == 2 * groups
 
 
 def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: Path) -> None:

@@ -15,10 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
-from conftest import changed_by, raw_config, said, with_key
+from conftest import changed_by, command, raw_config, said, with_keys
 
-from qpruner.cli.main import main
 from qpruner.config.load import load_config, validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.errors import ConfigError, UserError
@@ -207,11 +205,9 @@ def test_a_command_with_a_mistake_exits_with_code_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for key, value in change.items():
-        tiny_raw = with_key(tiny_raw, key, value)
     monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(yaml.safe_dump(tiny_raw))
-    done = CliRunner().invoke(main, [verb, "config.yaml", "--json", *options])
+    Path("config.yaml").write_text(yaml.safe_dump(with_keys(tiny_raw, **change)))
+    done = command(verb, "config.yaml", "--json", *options)
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ") and message in done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

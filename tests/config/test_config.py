@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from conftest import changed_by, raw_config, with_key
+from conftest import changed_by, command, raw_config, with_key
 
 import qpruner
-from qpruner.cli.main import main
 from qpruner.config.load import load_config, validate_config
 from qpruner.config.schema import PruneConfig, RunConfig
 
@@ -100,7 +98,7 @@ def test_verbs_functions_and_the_log_name_the_key_once(
 ) -> None:
     file = write_yaml(with_key(tiny_raw, "finetune", {"steps": 4, "seed_rows": "all"}))
     for verb in (["check"], ["prune", "--dry-run"]):
-        done = CliRunner().invoke(main, [*verb, str(file)])
+        done = command(*verb, file)
         assert done.exit_code == 0 and done.output.count(WITHOUT_COMPARE) == 1, done.output
     qpruner.run(file, until="prepare")
     told = capsys.readouterr()

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import raw_config
+from conftest import command, raw_config
 from mixed_models import LORA, finished_run, logits_of, off_by, token_ids
 from plain_transformers import plain_transformers_answers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qpruner.cli.main import main
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
@@ -36,7 +34,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_merged_model_predicts_the_same(finished: Path) -> None:
-    done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--json"])
+    done = command("export", finished, "--to", "merged", "--json")
     assert done.exit_code == 0, done.output
     outcome = json.loads(done.output.splitlines()[-1])
     folder = finished / "export" / "merged"

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import raw_config
+from conftest import command, raw_config
 from made_run import STATE
 from mixed_models import finished_run
 from object_store import object_store, talk_to
@@ -24,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qpruner.cli.flow_verbs import where_next
-from qpruner.cli.main import main
 from qpruner.cli.model_verbs import printable
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
@@ -65,10 +63,6 @@ def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = {"config": raw_config(lively, root), "folder": str(lively.parent), "host": socket.gethostname()}
     RunDir(root).write_state(STATE.model_copy(update=changes))
     return root
-
-
-def command(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def answers(*arguments: object) -> dict[str, str]:

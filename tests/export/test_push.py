@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from conftest import command
 from hub_server import TOKEN, Hub, Repository, serving
 from huggingface_hub import constants
 from mixed_models import finished_run, logits_of, off_by
 from transformers import AutoModelForCausalLM
 
-from qpruner.cli.main import main
 from qpruner.export.card import loading_section
 from qpruner.export.forms import export
 from qpruner.runs.records import MARK
@@ -61,7 +61,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def push(run: Path, *options: str, code: int = 0) -> Result:
-    done = CliRunner().invoke(main, ["push", str(run), REPO, *options])
+    done = command("push", run, REPO, *options)
     assert done.exit_code == code, done.output
     return done
 

@@ -7,14 +7,16 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import disk_of, fill, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+from conftest import fill, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+from raylets import raylets
 
 from qpruner.cli.main import _guarded
 from qpruner.config.load import validate_config
@@ -23,7 +25,7 @@ from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
-from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
+from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import folder_digests, read_json
@@ -39,8 +41,10 @@ def names(events: list[Event], kind: type[Event]) -> list[str]:
     return [event.stage for event in events if isinstance(event, kind)]
 
 
-def go(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> tuple[Results, list[Event]]:
-    """Run the flow in this process; return the records and the events."""
+def go(
+    raw: dict[str, Any], until: str, emit: Emit | None = None, address: str | None = None
+) -> tuple[Results, list[Event]]:
+    """Run the flow in this process or on a cluster; return the records and the events."""
     events: list[Event] = []
 
     def on_event(event: Event) -> None:
@@ -48,13 +52,13 @@ def go(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = N
         if emit:
             emit(event)
 
-    return run(validate_config(raw), on_event, until=until), events
+    return run(validate_config(raw), on_event, address, until), events
 
 
-def failing(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> StageError:
-    """Run the flow, which must fail in a stage; return the error."""
+def failing(raw: dict[str, Any], *others: Any) -> StageError:
+    """Run the flow as `go` does; it must fail in a stage; return the error."""
     with pytest.raises(StageError) as caught:
-        go(raw, until, emit)
+        go(raw, *others)
     assert caught.value.exit_code == 1
     return caught.value
 
@@ -236,13 +240,6 @@ def test_a_corrupt_record_is_named_and_its_stage_runs_again(
 # ---- a full disk
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 16 MiB, enough for the run if nothing else fills it."""
-    with disk_of("16m", tmp_path / "disk") as folder:
-        yield folder
-
-
 @pytest.mark.parametrize(("stage", "leave"), [("prune", 100_000), ("bank", 4096)])
 def test_a_disk_that_fills_up_fails_only_that_stage(
     stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
@@ -283,6 +280,28 @@ def test_a_disk_full_for_a_while_only_delays_a_stage(
         assert not fillers[0].exists(), "it was waited for"
     undisturbed = RunDir(banked).read_record("bank", BankRecord)
     assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+
+
+@pytest.mark.slow
+def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: dict[str, Any]) -> None:
+    """On the only node that works, another file system hides the run folder; this mount is gone with the node."""
+    raw = with_key(with_key(tiny_raw, "prune.steps", 40), "prune.importance", "taylor")
+    record = RunDir(raw["output"]).record_path("prune")
+
+    def hide(event: Event) -> None:
+        if isinstance(event, Progress) and "step 2 of 40" in event.detail:
+            raylet = node.all_processes["raylet"][0].process.pid
+            mount = ["mount", "-t", "tmpfs", "apart", raw["output"]]
+            subprocess.run(["nsenter", f"--mount=/proc/{raylet}/ns/mnt", *mount], check=True)
+
+    with raylets(0) as cluster:
+        node = cluster.add_apart("true")
+        error = failing(raw, "prune", hide, cluster.address)
+    assert error.stage == "prune" and "was written on another machine and is not here" in error.cause
+    assert "mount the folder of `output` there, or remove that machine from the cluster" in error.remedy
+    assert not record.exists()
+    go(raw, "prune")
+    assert record.exists()
 
 
 # ---- NaN

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import away, disk_of, flip_a_byte, full
+from conftest import away, flip_a_byte, full
 from raylets import Raylets, raylets
 from real_driver import (
     Driver,
@@ -373,13 +373,6 @@ def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tin
 # ---- storage
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 48 MiB."""
-    with disk_of("48m", tmp_path / "disk") as folder:
-        yield folder
-
-
 @pytest.mark.parametrize(("trouble", "passes"), [(full, True), (full, False), (away, True)])
 def test_a_full_or_missing_storage_is_waited_for(
     trouble: Any, passes: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
@@ -427,6 +420,26 @@ def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturb
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
     assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
+
+
+def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
+    """A worker imports for seconds before it reports its node, so the driver asks Ray which node it was."""
+
+    def begins(node: Any) -> bool:
+        for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                if "ImplicitFunc" in " ".join(worker.cmdline()):
+                    return True
+        return False
+
+    options = ("--set", "search.max_trials=1", "--address")
+    with raylets(MAX_KILLS + 1) as cluster, driver(config, *options, cluster.address) as process:
+        for _ in range(MAX_KILLS):
+            node = process.wait_until(lambda: next(filter(begins, cluster.nodes), None), "a new worker")
+            cluster.kill_machine(node)
+            assert pulse_of(process.run, 0) is None
+        assert finished(process)["failures"] == {}
+    assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
 
 
 def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None:

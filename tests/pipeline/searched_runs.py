@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import ignore, raw_config, with_key, with_keys
 from made_records import made_confirmation, made_search
 
 from qpruner.config.load import validate_config
@@ -24,10 +24,6 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress
 from qpruner.runs.records import Record, SearchRecord
 from qpruner.runs.run_dir import RunDir
-
-
-def ignore(event: Event) -> None:
-    """Nobody watches."""
 
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
@@ -81,14 +77,9 @@ def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Pat
 def sensed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Event]]:
     """A configuration whose run has finished the sensitivity stage, and its events."""
     events: list[Event] = []
-    raw = raw_config(tiny_model, tmp_path_factory.mktemp("finish") / "run")
-    for key, value in (
-        ("sensitivity.methods", ["mutual_information", "fisher"]),
-        ("finetune.seeds", 3),
-        ("finetune.random_plans", 3),
-        ("evaluate.limit", 2),
-    ):
-        raw = with_key(raw, key, value)
+    keys = {"sensitivity.methods": ["mutual_information", "fisher"], "evaluate.limit": 2}
+    keys |= {"finetune.seeds": 3, "finetune.random_plans": 3}
+    raw = with_keys(raw_config(tiny_model, tmp_path_factory.mktemp("finish") / "run"), **keys)
     run(validate_config(raw), events.append, until="sensitivity")
     return raw, events
 

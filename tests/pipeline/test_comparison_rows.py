@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import with_key
+from conftest import with_keys
 from searched_runs import a_winner, folders, progress_of, rows_of, searched_record, with_records, with_winner
 
 from qpruner.config.load import validate_config
@@ -141,9 +141,8 @@ def test_check_counts_the_fine_tunes_without_a_search(
     changes: dict[str, Any], method: str | None, number: int, context: Context, sensed_raw: dict[str, Any]
 ) -> None:
     """A given plan may equal the plan of another row, and no seed plan was confirmed."""
-    for key, value in changes.items():
-        sensed_raw = with_key(sensed_raw, key, value)
-    given, measured = replace(context, config=validate_config(sensed_raw)), context.record(SensitivityRecord)
+    config = validate_config(with_keys(sensed_raw, **changes))
+    given, measured = replace(context, config=config), context.record(SensitivityRecord)
     space = given.space
     methods = {name: each for name, each in measured.methods.items() if name in given.config.measured_methods}
     winner = space.plan_of([0, 1, 1, 0, 0, 1, 0, 0]) if len(space.levels) > 1 else space.uniform(space.levels[0])

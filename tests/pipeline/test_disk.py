@@ -11,25 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import disk_of, with_key
+from conftest import ignore, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline.run import check, run
-from qpruner.runs.events import Event
 
 MIB = 2**20
 
 
-def ignore(event: Event) -> None:
-    """Ignore an event."""
-
-
 @pytest.fixture
-def raw(tmp_path: Path, tiny_raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def raw(disk: Path, tiny_raw: dict[str, Any]) -> dict[str, Any]:
     """A configuration whose run folder is on a small disk."""
-    with disk_of("48m", tmp_path / "disk") as disk:
-        yield with_key(tiny_raw, "output", str(disk / "run"))
+    return with_key(tiny_raw, "output", str(disk / "run"))
 
 
 @contextmanager

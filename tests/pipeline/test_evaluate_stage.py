@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import with_key
-from searched_runs import ignore, with_winner
+from conftest import ignore, with_key
+from searched_runs import with_winner
 
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded

@@ -7,9 +7,9 @@ import re
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
+from real_driver import between_rungs, search_record, trials_of
 from whole_runs import comparable, has_claim, kill_when, outcome, said, written_config
 
 from qpruner.config.load import load_config
@@ -36,7 +36,7 @@ def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model:
         kill_when(config, (root / f".scratch-{stage}").exists)
         kills += 1
         for index, number in enumerate((signal.SIGKILL, signal.SIGINT) if stage == "search" else ()):
-            kill_when(config, lambda index=index: trial_is_between_rungs(root, index), number)
+            kill_when(config, lambda index=index: bool(between_rungs(root, index)), number)
             assert not (root / "records" / "search.json").exists()
             kills += 1
     kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 2)
@@ -48,30 +48,15 @@ def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model:
     assert f"Finished; resumed {kills + 1} times after a command that did not finish." in told
 
 
-def trial_is_between_rungs(root: Path, index: int) -> bool:
-    for path in root.glob(f"trials/*/{index:04d}/trial.json"):
-        trial = json.loads(path.read_text())
-        return bool(trial["rungs"]) and trial["status"] == "running"
-    return False
-
-
-def search_of(root: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """Return the record of the search, and its trials by number."""
-    record = json.loads((root / "records" / "search.json").read_text())
-    paths = (root / "trials" / record["trials_digest"]).glob("*/trial.json")
-    trials = [json.loads(path.read_text()) for path in paths]
-    return record, {trial["index"]: trial for trial in trials}
-
-
 @pytest.mark.slow
 def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_path: Path) -> None:
     """The stages before the search stay recorded."""
     root = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    first, before = search_of(root)
+    first, before = search_record(root), trials_of(root)
     other = ("quantize.budget={fraction: 0.8}", "search.searcher=random", "search.max_trials=3", f"output={root}")
     told = said(undisturbed.parent / "config.yaml", *(f"--set={key}" for key in other), verb="search")
     assert told.count("already recorded") == 4
-    second, after = search_of(root)
+    second, after = search_record(root), trials_of(root)
     assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
     assert (second["num_trials"], second["num_reused"]) == (3, len(before))
     assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
@@ -98,9 +83,8 @@ def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: 
 
     assert "--set finetune.compare=true" in said(config, "--set", "finetune.compare=false")
     before = written()
-    search, trials = search_of(root)
-    assert {each["index"] for each in search["confirmations"] if each["control"]} == {
-        index for index, trial in trials.items() if trial["origin"].startswith(("uniform-", "seed-"))
+    assert {each["index"] for each in search_record(root)["confirmations"] if each["control"]} == {
+        index for index, trial in trials_of(root).items() if trial["origin"].startswith(("uniform-", "seed-"))
     }, "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
     assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
     kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 3, signal.SIGKILL, *compared)

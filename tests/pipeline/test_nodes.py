@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import raw_config, with_key
+from plain_transformers import run_python
 
 from qpruner.cluster.node_check import NodeReport, _disk_trouble, _gpus, differences, versions
 from qpruner.cluster.slots import Node
@@ -106,7 +104,5 @@ def test_copies_must_fit_beside_what_is_there(tmp_path: Path, monkeypatch: pytes
 def test_gpus_that_ray_hides_are_seen() -> None:
     """A process that reserves no GPU sees all GPUs of its node."""
     code = "import json; from qpruner.cluster.node_check import _gpus; print(json.dumps(_gpus(1)))"
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=True)
-    seen, told = json.loads(done.stdout.splitlines()[-1])
+    seen, told = json.loads(run_python(code, CUDA_VISIBLE_DEVICES="").splitlines()[-1])
     assert len(seen) == torch.cuda.device_count() > 0 and told == ""

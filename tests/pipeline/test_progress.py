@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import raw_config, with_key
+from conftest import ignore, raw_config, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
@@ -24,10 +24,6 @@ from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.lock import NAME, this_process
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import RunDir
-
-
-def ignore(event: Event) -> None:
-    """Nobody watches."""
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import raw_config, with_key
+from conftest import command, raw_config, with_key
 from plain_transformers import plain_transformers_answers
 
 from qpruner.config.load import validate_config
@@ -30,7 +29,6 @@ from qpruner.runs.records import PrepareRecord, PruneRecord
 from qpruner.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from click.testing import Result
     from transformers import PreTrainedModel
 
 Raw = dict[str, Any]
@@ -68,18 +66,6 @@ def stages(events: list[Event]) -> dict[str, bool]:
 def logits_of(model: PreTrainedModel) -> torch.Tensor:
     logits: torch.Tensor = model(torch.tensor(PROMPT)).logits.float()
     return logits
-
-
-def command(*arguments: str | Path) -> Result:
-    """Run `qpruner` in this process."""
-    from click.testing import CliRunner
-
-    from qpruner.cli.main import main
-
-    try:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-    finally:
-        logging.captureWarnings(False)
 
 
 # ---- the folder and the record

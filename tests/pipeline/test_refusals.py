@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DEMO_DATA, changed_by, demo_rows, said, with_key
+from conftest import DEMO_DATA, changed_by, demo_rows, said, with_key, with_keys
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import DataSource, RunConfig
@@ -54,9 +54,7 @@ def inspected(tiny_raw: dict[str, Any]) -> Callable[[str | dict[str, Any]], Insp
 def config_of(change: str | dict[str, Any], raw: dict[str, Any]) -> RunConfig:
     if isinstance(change, str):
         return validate_config(changed_by(change, raw) if change else raw)
-    for key, value in change.items():
-        raw = with_key(raw, key, value)
-    return validate_config(raw)
+    return validate_config(with_keys(raw, **change))
 
 
 def refused_with(message: str, change: str | dict[str, Any], raw: dict[str, Any]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import disk_of
-from whole_runs import MINUTES, has_claim, trials_of
+from plain_transformers import run_python
+from real_driver import search_record, trials_of
+from whole_runs import has_claim
 
 from qpruner.config.load import load_config
 from qpruner.pipeline.run import SMALL_FILES, check, run
@@ -52,7 +52,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
 
 
 def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
-    search, trials = json.loads((undisturbed / "records" / "search.json").read_text()), trials_of(undisturbed)
+    search, trials = search_record(undisturbed), trials_of(undisturbed).values()
     plans = [tuple(trial["plan"].values()) for trial in trials]
     assert len(plans) == len(set(plans)) == search["num_trials"]
     assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in trials)
@@ -64,7 +64,7 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
 
 def test_final_folder_loads_in_plain_transformers(undisturbed: Path) -> None:
     code = (
-        "import sys, qpruner.hf, torch\n"
+        "import sys, qpruner.hf\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
@@ -74,7 +74,7 @@ def test_final_folder_loads_in_plain_transformers(undisturbed: Path) -> None:
         "ids = tokenizer('Question: What is ice?', return_tensors='pt')\n"
         "assert model.generate(**ids, max_new_tokens=4).shape[1] > ids['input_ids'].shape[1]\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(undisturbed / "final")], check=True, timeout=2 * MINUTES)
+    run_python(code, str(undisturbed / "final"))
 
 
 def test_files_have_the_reported_size_and_are_readable(undisturbed: Path) -> None:
@@ -103,7 +103,7 @@ def test_tensorboard_finds_every_trial_once(undisturbed: Path) -> None:
     ours = undisturbed / "tensorboard"
     assert {folder.parent for folder in folders} == {ours}
     losses = [EventAccumulator(str(folder)).Reload().Scalars("validation/loss") for folder in ours.glob("trial-*")]
-    assert sorted(map(len, losses)) == sorted(len(trial["rungs"]) for trial in trials_of(undisturbed))
+    assert sorted(map(len, losses)) == sorted(len(trial["rungs"]) for trial in trials_of(undisturbed).values())
     assert EventAccumulator(str(ours / "result")).Reload().Tags()["tensors"] == ["final table/text_summary"]
 
 
@@ -133,7 +133,8 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:
     """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
-    trial, threads = trials_of(undisturbed)[-1], torch.get_num_threads()
+    *_, trial = trials_of(undisturbed).values()
+    threads = torch.get_num_threads()
     materials = Materials(undisturbed / "prune", undisturbed / "bank", undisturbed / "prepare" / "data")
     rungs: list[RungResult] = []
     torch.set_num_threads(1)

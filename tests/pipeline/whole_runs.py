@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from real_driver import config_file
+from real_driver import config_file, trials_of
 
 MINUTES = 60.0
 NOT_COMPARED = {
@@ -53,13 +53,10 @@ def comparable(value: Any) -> Any:
     return value
 
 
-def trials_of(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((root / "trials").glob("*/*/trial.json"))]
-
-
 def outcome(root: Path) -> dict[str, Any]:
     """Return the comparable data of the report and of every trial."""
-    return comparable({"report": json.loads((root / "results.json").read_text()), "trials": trials_of(root)})
+    trials = list(trials_of(root).values())
+    return comparable({"report": json.loads((root / "results.json").read_text()), "trials": trials})
 
 
 def written_config(folder: Path, model: Path) -> Path:

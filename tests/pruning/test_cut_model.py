@@ -145,6 +145,23 @@ def test_each_step_scores_the_model_that_is_left(selection: str, importance: str
     assert {kind: len(values) for kind, values in stepped.scores[0].items()} == {"attention": 4, "mlp": 64}
 
 
+# ---- every block alike
+
+
+def test_uniform_channels_of_a_long_context_phi_are_plain(tmp_path: Path) -> None:
+    """Its config needs a factor for every pair of (hidden size / heads), so heads cannot be cut; channels can."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    length = {"original_max_position_embeddings": 32}
+    model = tiny("phi3", num_key_value_heads=4, rope_parameters=rope | length, **length)
+    with pytest.raises(UserError, match=r"`prune.units: \[mlp\]`, or `uniform: false`"):
+        planned_cut(model.config, settings_of(rate=0.3, uniform=True))
+    prune(model, settings_of(rate=0.15, uniform=True, units=["mlp"]), samples_of())
+    model.save_pretrained(tmp_path)
+    assert "per_layer_config" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits_of(model))
+
+
 # ---- without weights
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import DTYPE, GROUP, LORA, fill_bank, mixed_plan
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
 
 from qpruner.config.schema import LoraConfig
+from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.loftq import LoftqStart, loftq_start
 from qpruner.quantization.mixed import pack, unpack
@@ -89,6 +90,17 @@ def test_the_randomized_svd_is_close_to_the_exact_svd() -> None:
     exact, randomized = start_of(weight, 4), start_of(weight, 4, svd="randomized")
     assert exact.error <= randomized.error * (1 + 1e-6)
     assert randomized.error < 1.01 * exact.error
+
+
+def test_the_whole_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Path) -> None:
+    dense, distance = logits_of(load_dense(str(tiny_model), DTYPE).eval()), {}
+    for init in ("plain", "loftq"):
+        lora, bank = LORA.model_copy(update={"init": init, "rank": 16, "alpha": 16.0}), tmp_path / init
+        plan = mixed_plan(fill_bank(tiny_model, bank, double_quant=False, lora=lora), (4, 8))
+        model, starts = assemble(tiny_model, bank, GROUP, plan, DTYPE, double_quant=False)
+        adapted = attach_adapters(model, starts, lora, GROUP, seed=0).eval()
+        distance[init] = float((logits_of(adapted) - dense).float().norm())
+    assert distance["loftq"] < 0.9 * distance["plain"]
 
 
 def test_adapters_learn_equally_fast_at_all_bits(tiny_model: Path, tmp_path: Path) -> None:

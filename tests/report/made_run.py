@@ -93,11 +93,8 @@ def candidate(
     validation_loss: float = 2.125,
     confirmation_loss: float = 2.0,
 ) -> CandidateRecord:
-    sizes = {
-        "plan_bytes": measured_bytes,
-        "measured_bytes": measured_bytes,
-        "mean_bits": sum(plan.values()) / len(plan),
-    }
+    mean_bits = sum(plan.values()) / len(plan)
+    sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
     losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
     costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
     origin = ORIGINS.get(name, "unquantized" if name in (BASE, PRUNED) else "uniform")
@@ -123,10 +120,8 @@ def results_of(
     """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record."""
     trials = {"num_trials": 16, "num_finished": 7, "num_stopped": 8, "num_reused": 5, "failures": {"diverged": 1}}
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
-    control, best = (
-        made_confirmation(2, "seed-kl", 2.125, reused=True),
-        made_confirmation(11, "gp", 2.0625, stderr=0.03125),
-    )
+    control = made_confirmation(2, "seed-kl", 2.125, reused=True)
+    best = made_confirmation(11, "gp", 2.0625, stderr=0.03125)
     search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
     rows += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
@@ -300,20 +295,13 @@ class MadeRun:
             slot, seconds = int(np.argmin(ends)), 20.0 + 12.0 * sum(steps) / 4
             ends[slot] += seconds
             rungs = [RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps]
-            taken = {"seconds": seconds, "gpu_seconds": seconds * self._gpus}
+            taken = {"seconds": seconds, "gpu_seconds": seconds * self._gpus, "rungs": rungs}
             times = (ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot])
             plan = {group: int(value) for group, value in zip(self.groups, bits, strict=True)}
             size = int(40_000_000 + (self._weights * bits / 8).sum())
             mean_bits = float((self._weights * bits).sum() / self._weights.sum())
             told = {"reason": {"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status)}
-            told |= {
-                "digest": TRIALS,
-                "search": SEARCH,
-                "origin": origin,
-                "status": status,
-                "rungs": rungs,
-                "times": times,
-            }
+            told |= {"digest": TRIALS, "search": SEARCH, "origin": origin, "status": status, "times": times}
             trials.append(TrialRecord(index=index, plan=plan, plan_bytes=size, mean_bits=mean_bits, **taken, **told))
         return trials
 

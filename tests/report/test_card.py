@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from conftest import raw_config, with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
 from made_run import MadeRun, results_of, searched_row, snapshot
+from plain_transformers import run_python
 from safetensors.numpy import save
 
 from qpruner.config.load import validate_config
@@ -75,10 +73,7 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
         hub.repositories["me/without"] = Repository(private=False, files=files)
         hub.repositories["me/with"] = Repository(private=False, files=files | {"README.md": card.encode()})
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    folders = [Path(line) for line in done.stdout.splitlines()[-2:]]
+        folders = [Path(line) for line in run_python(code, **variables).splitlines()[-2:]]
     found = card_on("me/with", folders[0], tmp_path / "one")
     assert (found.base_model, found.datasets) == ("me/with", ["yahma/alpaca-cleaned"])
     assert (found.license, found.license_name) == ("other", "qwen-research")

@@ -11,12 +11,10 @@ from typing import Any
 import jsonschema
 import pytest
 from bs4 import BeautifulSoup
-from click.testing import CliRunner
-from conftest import with_key
+from conftest import command, with_key
 from made_run import BUDGET, HOSTILE, STAGES, STARTED, MadeRun, results_of, score, searched_row, snapshot
 
 import qpruner
-from qpruner.cli.main import main
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import tables
 from qpruner.report.claim import claim, margin
@@ -134,7 +132,7 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
     root, left = tmp_path / "run", STAGES[STAGES.index(until) + 1 :]
     begun = {left[0]: StageState(state="running", started=0.0)}
     MadeRun(root, 6, 2, until=until, outcome="failed", error="no space left for /runs", stages=begun)
-    done = CliRunner().invoke(main, ["report", str(root), "--json"])
+    done = command("report", root, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["page"] == str(root / "report.html")
     text, markdown = words(page_of(root)), (root / "report.md").read_text()
@@ -214,7 +212,7 @@ COMMAND = "qpruner run my.yaml --set search.max_trials=200 --set finetune.compar
 
 def status(root: Path) -> tuple[dict[str, Any], str]:
     """Return the output of `qpruner status`, as data and as text."""
-    outputs = [CliRunner().invoke(main, ["status", str(root), *form]).output for form in (("--json",), ())]
+    outputs = [command("status", root, *form).output for form in (("--json",), ())]
     return json.loads(outputs[0]), outputs[1]
 
 

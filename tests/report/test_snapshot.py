@@ -5,30 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from click.testing import CliRunner
+from conftest import command
 from made_run import recorded_run
+from test_lock import holding, word
 
-from qpruner.cli.main import main
 from qpruner.report.snapshot import MOMENT_SECONDS, read_snapshot
 from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import RunState
 from qpruner.runs.run_dir import RunDir
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from qpruner.runs.lock import hold_run
-with hold_run(Path(sys.argv[1]), print):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 GO_ON = "repeat the command to go on, in /somewhere: qpruner run config.yaml"
 
 
@@ -36,19 +27,16 @@ GO_ON = "repeat the command to go on, in /somewhere: qpruner run config.yaml"
 def driver(root: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a process that holds the run, and write the state of a search that began long ago."""
     root.mkdir()
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(root)], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout and process.stdout.readline() == "held\n"
-            recorded_run(root, pid=process.pid)
-            yield process
-        finally:
-            process.kill()
+    with holding(root) as process:
+        assert word(process) == "held"
+        recorded_run(root, pid=process.pid)
+        yield process
 
 
 def status(root: Path) -> list[str]:
     """Return the lines of `qpruner status`, and check that it leaves the folder unchanged."""
     before = {path.name: path.stat().st_mtime_ns for path in root.iterdir()}
-    said = CliRunner().invoke(main, ["status", str(root)])
+    said = command("status", root)
     assert said.exit_code == 0, said.output
     assert {path.name: path.stat().st_mtime_ns for path in root.iterdir()} == before
     return said.stdout.splitlines()
@@ -102,7 +90,7 @@ def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
     with hold_run(root, print):
         lines = status(root)
         (root / "run.json").unlink()
-        said = CliRunner().invoke(main, ["status", str(root)])
+        said = command("status", root)
     assert f"(process {os.getpid()})" in lines[0] and "no stage has started yet" in lines[0]
     assert "cut off" in stage_line(lines)
     assert said.exit_code == 2
@@ -116,13 +104,13 @@ def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> Non
     (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
     assert status(root)[0].endswith(f"cut off; {GO_ON}")
     (root / "run.json").unlink()
-    assert "is not a run folder" in CliRunner().invoke(main, ["status", str(root)]).stderr, "that process is dead"
+    assert "is not a run folder" in command("status", root).stderr, "that process is dead"
     assert status(recorded_run(tmp_path / "over", is_over=True))[0].endswith(": done")
 
 
 def test_a_folder_without_a_run_is_refused_with_a_hint(tmp_path: Path) -> None:
     def said(place: Path) -> str:
-        done = CliRunner().invoke(main, ["status", str(place)])
+        done = command("status", place)
         assert done.exit_code == 2
         return done.stderr
 

@@ -19,6 +19,7 @@ from conftest import flip_a_byte
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from object_store import Gate, Machine, Store, free_port
+from plain_transformers import run_python
 from test_run_dir import bank_record, folder_of, watched
 
 from qpruner.cli.flow_verbs import where_next
@@ -134,8 +135,7 @@ def test_a_damaged_copy_is_fetched_again(
     harm(weights)
     warning = f"the copy {weights} on this machine is damaged; downloading all of {there.place}/prune again"
     for expected in ([warning, "c", "w" * 1000], ["c", "w" * 1000]):
-        command = [sys.executable, "-c", FETCH, there.place]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() == expected
+        assert run_python(FETCH, there.place).splitlines() == expected
 
 
 def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 
 import pytest
 import torch
-from conftest import away, disk_of, full, full_until_noticed
+from conftest import away, full, full_until_noticed
 from mixed_models import seal
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -41,13 +41,6 @@ from qpruner.runs.storage import (
     write_json,
     writing_folder,
 )
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB."""
-    with disk_of("1m", tmp_path / "disk") as folder:
-        yield folder
 
 
 def test_files_that_a_trial_reads_first_are_waited_for(disk: Path) -> None:

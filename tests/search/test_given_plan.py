@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
+from conftest import command
 from real_driver import config_file, search_record
 from whole_runs import said
-
-from qpruner.cli.main import main
 
 ENDED = "only one plan was to be tried (`search.plan`, or a single `quantize.bits`)"
 SEED, UNIFORM = 0, 1
@@ -101,7 +99,7 @@ BY_INFORMATION = ("--set", "quantize.bits=[4, 8]", *METHODS, "--plan", "mutual_i
 
 
 def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
-    done = CliRunner().invoke(main, ["check", *map(str, arguments), "--json", "--gpu"])
+    done = command("check", *arguments, "--json", "--gpu")
     assert done.exit_code == 0, done.output
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 

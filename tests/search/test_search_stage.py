@@ -21,7 +21,7 @@ from made_searches import ANOTHER, LAYOUT, MINE, SEED_PLAN, job_of, plan_of, tri
 from ray.exceptions import RaySystemError
 from ray.tune.experiment import Trial
 
-from qpruner.cluster.tune import SearchJob
+from qpruner.cluster.tune import SearchJob, make_proposer
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
 from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
@@ -31,7 +31,7 @@ from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_of, hypervolume_of
 from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
-from qpruner.runs.records import TrialPulse, TrialRecord
+from qpruner.runs.records import RungResult, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
 from qpruner.search.searchers import History, Proposal, Proposer, RandomProposer
 from qpruner.search.trial_records import (
@@ -134,6 +134,27 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
         write_trial(job.trials, read_trials(job.trials)[-1].model_copy(update={"status": "finished"}))
     assert search.ledger.ended is not None
     assert "below the noise (0.01) for 3 proposals in a row" in search.ledger.ended
+
+
+def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> None:
+    """All plans answer the same questions, so this error is no noise that lets patience end before the best plan."""
+    keys = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 8, "max_trials": 20}
+    proposed = []
+    for stderr in (0.05, None):
+        job = job_of(tmp_path / str(stderr), searcher="gp", patience=3, **keys)
+        search = Searching(job, proposer=make_proposer("gp", job.space, 0, {}))
+        while isinstance(index := search.suggest("a"), int):
+            record = read_trial(job.trials, index)
+            gains = zip((2, 6, 1, 5, 3, 4), record.plan.values(), strict=True)
+            accuracy = 0.5 + sum(gain for gain, bits in gains if bits == 8) / 100
+            rungs = (RungResult(step=4, loss=1.0, accuracy=accuracy, accuracy_stderr=stderr),)
+            write_trial(job.trials, record.model_copy(update={"rungs": rungs, "status": "finished"}))
+            search.searcher.on_trial_complete("a")
+        assert search.ledger.ended is not None and "`search.patience`" in search.ledger.ended
+        trials = read_trials(job.trials)
+        assert max(each.rungs[-1].accuracy or 0.0 for each in trials) == 0.65
+        proposed.append([(each.plan, each.expected_improvement, each.noise) for each in trials])
+    assert proposed[0] == proposed[1]
 
 
 # ---- trials of another budget

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import disk_of
 from made_searches import job_of
 from ray.cloudpickle import register_pickle_by_value
 from raylets import Raylets, raylets
@@ -96,13 +95,6 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Rayl
     first, again = outcome.trials[0].begun
     assert (first.session, first.seconds, again.session, again.search) == (1, 0.0, 2, job.search)
     assert first.time + again.seconds < again.time, "what it took before, and the pause is not in it"
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 4 MiB."""
-    with disk_of("4m", tmp_path / "disk") as folder:
-        yield folder
 
 
 @pytest.mark.parametrize("room", [1, 2])

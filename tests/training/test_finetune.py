@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import demo_rows
 from transformers import TrainerCallback
 
 from qpruner.config.schema import TrainingConfig
-from qpruner.data.encoding import encode
-from qpruner.data.sources import Example
+from qpruner.data.encoding import EncodedRows, load_encoded, save_encoded
 from qpruner.errors import TrainingDiverged
-from qpruner.models.loading import load_tokenizer
 from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune
 
 Rows = list[dict[str, list[int]]]
@@ -25,15 +22,6 @@ Fresh = Callable[..., Any]
 """Takes dtype and dropout."""
 NORM = "base_model.model.model.norm"
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2)
-
-
-@pytest.fixture
-def rows(tiny_model: Path) -> Rows:
-    examples = [
-        Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
-        for row in demo_rows("questions_train.jsonl")[:24]
-    ]
-    return encode(examples, load_tokenizer(str(tiny_model)), 64)
 
 
 def losses(model: Any, rows: Rows, output: Path, start: Path | None = None, **changes: Any) -> list[float]:
@@ -129,6 +117,16 @@ def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, fresh: F
     finetune(peft_model, rows, settings, Schedule(steps=1), tmp_path, seed=5, pad_id=1, callbacks=[seen])
     (found,) = seen.steps
     assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+
+
+def test_only_the_rows_of_a_step_are_read(
+    fresh: Fresh, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_encoded(rows, tmp_path / "rows")
+    mapped, read, get = load_encoded(tmp_path / "rows"), list[int](), EncodedRows.__getitem__
+    monkeypatch.setattr(EncodedRows, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    finetune(fresh(), mapped, SETTINGS, Schedule(steps=2), tmp_path, seed=5, pad_id=1)
+    assert len(read) == len(set(read)) == 2 * SETTINGS.batch_size < len(rows)
 
 
 def test_no_two_epochs_of_any_seeds_share_an_order() -> None:

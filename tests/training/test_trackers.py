@@ -16,14 +16,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import demo_rows
 from real_driver import driver, rungs_of, search_config, trials_of
 
 from qpruner.config.schema import TrainingConfig
-from qpruner.data.encoding import encode
-from qpruner.data.sources import Example
 from qpruner.errors import UserError
-from qpruner.models.loading import load_tokenizer
 from qpruner.training.finetune import Listener, Schedule, finetune
 from qpruner.training.tracked_finetune import tracked
 from qpruner.training.trackers import Trackers, check_trackers
@@ -42,11 +38,8 @@ def same_environment() -> Iterator[None]:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return variables that keep both trackers on this machine."""
-    return {
-        "WANDB_MODE": "offline",
-        "WANDB_API_KEY": SECRET,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-    }
+    wandb = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET}
+    return wandb | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
 
 
 def mlflow_runs(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
@@ -133,9 +126,7 @@ SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
 
 
 @WITH_BOTH
-def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
-    examples = [Example("multiple_choice", row["question"], "", "yes") for row in demo_rows("questions_train.jsonl")]
-    rows = encode(examples[:24], load_tokenizer(str(tiny_model)), 64)
+def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], rows: Any, tmp_path: Path) -> None:
     losses: dict[int, float] = {}
     listener = Listener(on_step=lambda step, total, loss: losses.update({step: loss}))
     trackers = Trackers(("wandb", "mlflow"), "run", tmp_path, environment(tmp_path))
@@ -152,11 +143,7 @@ def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], tiny_
 
 
 @WITH_BOTH
-def test_a_tracker_that_goes_away_stops_no_fine_tune(
-    fresh: Callable[..., Any], tiny_model: Path, tmp_path: Path
-) -> None:
-    rows = encode([Example("text", "", "", "some words")] * 8, load_tokenizer(str(tiny_model)), 32)
-
+def test_a_tracker_that_goes_away_stops_no_fine_tune(fresh: Callable[..., Any], rows: Any, tmp_path: Path) -> None:
     def on_step(step: int, total: int, loss: float) -> None:
         if step == 1:
             (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
