@@ -18,9 +18,9 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token, and a contribution of each row (`by_row`), whose average is the mean loss.
+    """Mean loss in nats per labelled token, and a value of each row (`by_row`), whose average is the mean loss.
 
-    The spread of the contributions gives the standard error. Rows differ in length, so the mean is a ratio estimator.
+    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, with m the mean of n: the mean is a ratio.
     """
 
     mean: float

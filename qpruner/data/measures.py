@@ -1,4 +1,4 @@
-"""Define means, standard errors and intervals over tasks and questions; all tables, claims and trials use them.
+"""Define means, standard errors and intervals over tasks and questions, for trials and for the report alike.
 
 Task t of T has n_t questions with values v_tq, whose standard deviation is s_t (n_t - 1 degrees of freedom):
 
@@ -52,7 +52,7 @@ def averaged(models: Sequence[Answers]) -> list[list[float]]:
 
 
 def student_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of the 95 % confidence interval (Student's t) for the true mean of a sample."""
+    """Compute half the width of the 95 % confidence interval (Student's t) around the mean of `values`."""
     return _student(values) / math.sqrt(len(values))
 
 

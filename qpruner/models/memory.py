@@ -89,7 +89,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kernel_kills() -> int | None:
-    """Count the processes that the Linux kernel has killed for lack of memory; None on other systems."""
+    """Count the processes of this machine that Linux killed for lack of memory since boot; None on other systems."""
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None
