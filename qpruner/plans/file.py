@@ -18,8 +18,7 @@ from qpruner.plans.plan import PrecisionPlan
 def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> PrecisionPlan:
     """Read a plan from YAML or JSON: a mapping of groups to bits, at the top level or under the key `plan`.
 
-    Raises:
-        PlanRefused: With all problems: a group is unknown or missing, or its bit-width is not among `levels`.
+    Raise `PlanRefused` with all problems: a group is unknown or missing, or its bit-width is not among `levels`.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))

@@ -44,8 +44,7 @@ def score(
 ) -> Scores:
     """Score the units of the blocks in `layers` by `settings.importance`; `magnitude` and `random` read no samples.
 
-    Raises:
-        TrainingDiverged: If a gradient or score is NaN or infinite; the error names the parameter.
+    Raise `TrainingDiverged`, which names the parameter, if a gradient or score is NaN or infinite.
     """
     kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
     if importance == "random":
@@ -248,8 +247,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
     """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights.
 
-    Raises:
-        TrainingDiverged: If a score is NaN or infinite; the error names the block.
+    Raise `TrainingDiverged`, which names the block, if a score is NaN or infinite.
     """
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)

@@ -97,9 +97,8 @@ def prune(
 ) -> Pruned:
     """Cut the least important units of a model in place, so that the requested share of parameters is removed.
 
-    Raises:
-        UserError: If the rate cannot be met, or the model shares weights that a cut would break.
-        TrainingDiverged: If a weight, gradient or score is NaN or infinite; the error names it.
+    Raise `UserError` if the rate cannot be met or the model shares weights that a cut would break, and
+    `TrainingDiverged` if a weight, gradient or score is NaN or infinite.
     """
     check_weights(model)
     settings = settled(model.config, settings)
@@ -109,10 +108,7 @@ def prune(
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
     """Fill in the defaults of the settings, and compute the config of the pruned model; read no weights.
 
-    If widths depend on scores, the computed config has average widths.
-
-    Raises:
-        UserError: If the model cannot meet the settings.
+    If widths depend on scores, the config has average widths. Raise `UserError` if the model cannot be cut like this.
     """
     settings = settled(model_config, settings)
     if settings.is_off:
@@ -125,11 +121,7 @@ def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
 
 
 def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
-    """Drop blocks, then select, compensate and cut units in place, by the scores of `criteria`.
-
-    Raises:
-        UserError: If the rate cannot be met, or the model shares weights that a cut would break.
-    """
+    """Drop blocks, then select, compensate and cut units in place, by the scores of `criteria`."""
     before = num_parameters(model)
     if settings.is_off:
         return Pruned(model, {}, before, before)
@@ -217,11 +209,7 @@ def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequenc
 
 
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
-    """Count the blocks to drop; `order` lists the blocks that may be dropped, least important first.
-
-    Raises:
-        UserError: If no block would be dropped, or no block would stay.
-    """
+    """Count the blocks to drop, at least one but not all; `order` lists those that may go, least important first."""
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
     removed = list(itertools.accumulate(sizes[:-1], initial=0))
     count = min(range(len(removed)), key=lambda count: abs(removed[count] - share * total))

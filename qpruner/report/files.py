@@ -27,13 +27,7 @@ PICTURES = "pictures"
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`.
-
-    Raises:
-        UserError: If the folder holds no run.
-        CorruptFile: If a record cannot be read.
-        OSError: If a file cannot be written.
-    """
+    """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`."""
     run, importances = read_snapshot(run_dir), None
     scratch, kept = run_dir.scratch(PICTURES), run_dir.stage("prune") / IMPORTANCE_FILE
     if run.results.prune and exists(kept):
