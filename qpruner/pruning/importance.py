@@ -228,12 +228,6 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Name -> function from scores ``(matrices, units)`` to ``(units,)``; the last matrix is the output projection."""
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Refuse a model with a NaN or infinite weight, because it would make every gradient NaN."""
-    for name, parameter in model.named_parameters():
-        check_finite(parameter, f"the weight {name}")
-
-
 def check_finite(values: torch.Tensor, what: str) -> None:
     """Raise `TrainingDiverged` if any value is NaN or infinite."""
     least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if any is; `isfinite` of all takes 5 bytes each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,12 +15,12 @@ import torch
 
 from qpruner.config.pruning import PruneConfig
 from qpruner.data.calibration import OnProgress, Samples
-from qpruner.errors import UserError
+from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, ignore_progress
 from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
-from qpruner.pruning.importance import Scores, block_importance, check_weights, score
+from qpruner.pruning.importance import Scores, block_importance, check_finite, score
 from qpruner.pruning.selection import select, select_rate
 from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, new_biases, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
@@ -100,7 +101,8 @@ def prune(
     Raise `UserError` if the rate cannot be met or the model shares weights that a cut would break, and
     `TrainingDiverged` if a weight, gradient or score is NaN or infinite.
     """
-    check_weights(model)
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, f"the weight {name}")  # it would make every gradient NaN
     settings = settled(model.config, settings)
     return prune_by(Criteria(settings, samples, seed, on_work), model, settings)
 
@@ -148,6 +150,9 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
             most = math.floor(1000 * (round((settings.rate or 0.0) * before) - target + error.most) / before) / 1000
             highest = "" if dropped else f"; with the other keys as they are, the highest rate is {most:g}"
             raise UserError(f"{error}{highest}") from error
+        except TrainingDiverged as error:  # it names a block by its number after blocks were dropped
+            number = rf"(?<={re.escape(family_of(model.config).blocks)}\.)\d+"
+            raise TrainingDiverged(re.sub(number, lambda found: str(blocks[int(found[0])]), str(error))) from error
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
