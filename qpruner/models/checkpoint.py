@@ -47,10 +47,8 @@ def prepare_base(
 
     A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
     license. If the run is shared with other machines (`is_shared`), which cannot read this cache, the model is
-    downloaded into `folder` instead. A .gguf file is dequantized into `folder` (15 to 25 s).
-
-    Raises:
-        UserError: If the source is not a model, has no safetensors weights, or is cached in part and the hub is down.
+    downloaded into `folder` instead. A .gguf file is dequantized into `folder` (15 to 25 s). Raise `UserError` if the
+    source is not a model, has no safetensors weights, or is cached in part and the hub is down.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -115,11 +113,7 @@ def save_checkpoint(
 def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint whose names `wanted` accepts, and call `on_piece` after each tensor.
-
-    Raises:
-        CorruptFile: If a weight file is missing or damaged; the error names the file.
-    """
+    """Read the tensors with `wanted` names, and call `on_piece` after each; raise `CorruptFile` if a file is damaged."""
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
     for shard in shards or [checkpoint / "model.safetensors"]:
