@@ -52,7 +52,7 @@ def averaged(models: Sequence[Answers]) -> list[list[float]]:
 
 
 def half_width(values: Sequence[float], of_next: bool = False) -> float:
-    """Compute half of Student's 95 % interval around the mean of `values`, for the population mean or the next value."""
+    """Compute half of Student's 95 % interval around the mean of `values`, for the true mean or the next value."""
     from scipy.stats import t
 
     spread = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values)

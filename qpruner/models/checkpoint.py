@@ -113,7 +113,7 @@ def save_checkpoint(
 def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors with `wanted` names, and call `on_piece` after each; raise `CorruptFile` if a file is damaged."""
+    """Read tensors with `wanted` names, and call `on_piece` after each; raise `CorruptFile` if a file is damaged."""
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
     for shard in shards or [checkpoint / "model.safetensors"]:
