@@ -49,7 +49,7 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     total, tokens = sum(sums), sum(counts)
     mean = total / tokens
     if not math.isfinite(mean):
-        raise TrainingDiverged(f"the validation loss is {mean}")
+        raise TrainingDiverged(f"the mean loss of the scored rows is {mean}")
     deviations = [row - mean * count for row, count in zip(sums, counts, strict=True)]
     by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in deviations), strict=True))
     return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))

@@ -28,8 +28,8 @@ SHORTAGE = re.compile(
 def release() -> None:
     """Return the memory of dropped models to the GPU and, on Linux, to the operating system.
 
-    Trainer, model and callbacks refer to each other, so only the garbage collector frees them. Without this call an
-    actor that was reused grew by 0.6 GB per trial on SmolLM2 (measured 2026-11-25).
+    Trainer, model and callbacks refer to each other, so only the garbage collector frees them. Without this call a
+    worker that ran several trials grew by 0.6 GB per trial on SmolLM2 (measured 2026-11-25).
     """
     import torch
 

@@ -121,7 +121,7 @@ def nearest_totals(
 ) -> dict[str, int]:
     """Choose how many units of each coarse kind to remove, at least as many as in `before`.
 
-    Of the choices within half the smallest unit of `target`, take that of lowest `penalty`; without any, the closest.
+    Of the choices at most half the smallest unit off `target`, take that of lowest `penalty`; if none is, the nearest.
     """
     pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
     least = before or dict.fromkeys(pools, 0)

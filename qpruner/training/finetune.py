@@ -35,7 +35,7 @@ DIVERGED_BY = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, or `epochs` if that is None), and when to save: at `rungs` and every `save_steps`."""
+    """How long to train (`steps`, else `epochs`), and when to save: at `rungs` and every `save_steps`."""
 
     steps: int | None
     epochs: float | None = None

@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A worker's job for one row; `text` is a folder with held-out text in windows, which `evaluate_candidate` scores.
+    """A worker's job for one row; `text` is a folder with windows of held-out text, which `evaluate_candidate` scores.
 
     For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last checkpoint.
     """
