@@ -10,14 +10,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
-from qpruner.config.schema import LoraConfig
+from qpruner.config.schema import LoraConfig, RunConfig
 from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
-from qpruner.runs.storage import file_digest, write_json
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import children, file_digest, write_json
+from qpruner.training.table_rows import Candidate, CandidateJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,15 @@ def seal(bank: Path) -> None:
 def mixed_plan(names: list[str], pattern: tuple[int, ...]) -> dict[str, int]:
     """Make a plan that repeats a pattern of bit-widths over the groups."""
     return {name: pattern[position % len(pattern)] for position, name in enumerate(names)}
+
+
+def row_job(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed: int | None = 0) -> CandidateJob:
+    """Make the job of a row whose plan repeats the bits, in a run that has a bank."""
+    run_dir = RunDir(config.output)
+    names = [name.removesuffix(".safetensors") for name in children(run_dir.stage("bank") / "4bit")]
+    places = run_dir.stage("prune"), run_dir.stage("bank")
+    row = Candidate("searched", "searched", *places, mixed_plan(names, bits), folder, seed)
+    return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
 
 
 def mixed_model(checkpoint: Path, bank: Path, plan: Mapping[str, int], double_quant: bool) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import raw_config, with_key
+from mixed_models import row_job
 from object_store import Store, talk_to
 
 from qpruner.config.load import validate_config
@@ -24,13 +25,13 @@ from qpruner.pipeline.finetune import Finetune, row_set_aside_if_damaged
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message
-from qpruner.runs.records import BankRecord, RungResult
+from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import FILES, children, fetch, files_in, objects, published_folders, storage_at, write_text
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS
-from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import CandidateJob, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
 
@@ -91,14 +92,7 @@ def job_of(config_file: str, row: str) -> CandidateJob:
     config = RunConfig.model_validate_json(Path(config_file).read_text())
     evaluate = config.evaluate.model_copy(update={"include_path": include_path(config)})
     config = config.model_copy(update={"evaluate": evaluate})
-    run_dir = RunDir(config.output)
-    record = run_dir.read_record("bank", BankRecord)
-    assert record is not None
-    plan = {name: (4, 8)[index % 2] for index, name in enumerate(sorted(record.residual_ratio["4"]))}
-    candidate = Candidate(
-        row, row, run_dir.stage("prune"), run_dir.stage("bank"), plan, run_dir.candidates / row, seed=0
-    )
-    return CandidateJob(config, candidate, run_dir.stage("prepare") / "data", threads=1)
+    return row_job(config, RunDir(config.output).candidates / row)
 
 
 def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: Path) -> None:

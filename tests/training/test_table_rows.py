@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
+from mixed_models import row_job
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -27,12 +28,10 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.assembly import measured_bytes
-from qpruner.runs.run_dir import RunDir
 from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.inference import InferenceJob, measure_inference, take_turn
 from qpruner.training.table_rows import (
-    Candidate,
     CandidateJob,
     FinetuneOutcome,
     build,
@@ -55,18 +54,10 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCon
     return config
 
 
-def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed: int | None = 0) -> CandidateJob:
-    run_dir = RunDir(Path(config.output))
-    names = sorted(path.stem for path in (run_dir.stage("bank") / "4bit").iterdir())
-    plan = {name: bits[position % len(bits)] for position, name in enumerate(names)}
-    row = Candidate("searched", "searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, seed)
-    return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
-
-
 @pytest.fixture(scope="module")
 def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """Fine-tune a row; return its job and the outcome."""
-    job = job_of(config, tmp_path_factory.mktemp("tuned") / "searched")
+    job = row_job(config, tmp_path_factory.mktemp("tuned") / "searched")
     return job, finetune_candidate(job)
 
 
@@ -192,7 +183,7 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     """A row without fine-tune does not use the adapter that a fine-tune left in its folder."""
     job = tuned[0]
     started = changed(job, seed=None)
-    dense = job_of(config, job.candidate.folder, bits=(16,), seed=None)
+    dense = row_job(config, job.candidate.folder, bits=(16,), seed=None)
     start = build(job.config, job.candidate)
     assert 4 in job.candidate.plan.values()
     whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
