@@ -40,8 +40,7 @@ class Comparison(Stage[ComparisonRecord]):
             self.context.forget(self.name)
 
     def detail(self) -> str:
-        others = len(distinct(self.jobs)) - 1
-        return f"{counted(others, 'fine-tune')} beside the winner's, and their scores"
+        return f"{counted(len(distinct(self.jobs)) - 1, 'fine-tune')} beside the winner's, and their scores"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.cluster.slots import worker_resources
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
@@ -20,9 +19,8 @@ from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, 
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import controls_of, random_plans
+from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan
 from qpruner.search.trial_records import objective
-from qpruner.sensitivity.seeds import seed_origin, seed_plan
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
 
@@ -165,11 +163,6 @@ def run_jobs(
 
     scratch = context.run_dir.scratch("train")
     yield from run_groups(function, tasks, resources, num_workers, concurrent, scratch, context.check_node, **more)
-
-
-def gpus_held(context: Context, num_workers: int = 1) -> float:
-    """Return how many GPUs a job with this many workers reserves."""
-    return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
 
 
 def job_progress(stage: Stage[Any], files: list[Path], num_jobs: int, unit: str) -> Callable[[], None]:

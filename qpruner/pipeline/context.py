@@ -181,6 +181,10 @@ class Context:
         slots.concurrent(resources, None)
         return resources
 
+    def gpus_held(self, num_workers: int = 1) -> float:
+        """Return how many GPUs a task with this many workers reserves."""
+        return num_workers * worker_resources(self.trial_resources, num_workers).get("gpu", 0.0)
+
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
         """Return the Ray resources of each worker, and how many of the `num_tasks` equal tasks run at once.
 

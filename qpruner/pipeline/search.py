@@ -35,7 +35,7 @@ from qpruner.runs.records import (
     digest_of,
 )
 from qpruner.runs.storage import for_each, write_json
-from qpruner.search.choice import controls_of, finalist_positions, hypervolume, non_dominated, winner_position
+from qpruner.search import choice
 from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
@@ -47,7 +47,6 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
     trial_folder,
 )
-from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.table_rows import Candidate, confirm_trial
 from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted, error_text
@@ -73,7 +72,7 @@ class Search(Stage[SearchRecord]):
         """The plan that replaces the search (from a file, a seed plan, or the only possible plan), or None."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
-            return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
+            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
         if self.context.plan_in_file or len(space.levels) > 1:
             return self.context.plan_in_file
         return space.uniform(space.levels[0])
@@ -172,7 +171,7 @@ class Search(Stage[SearchRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
-        controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
+        controls = [*choice.controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
         known = replace(job, controls=controls)
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
@@ -231,7 +230,7 @@ class Search(Stage[SearchRecord]):
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, self.given)] if self.given else controls_of(space, priors),
+            controls=[(GIVEN, self.given)] if self.given else choice.controls_of(space, priors),
             priors=priors,
             trials=self.folder,
             scratch=context.run_dir.tune,
@@ -302,11 +301,11 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"{remedy} and repeat the command",
         )
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
-    chosen = finalist_positions(scores, are_controls, job.config.search.confirm)
-    if job.config.search.pareto:
-        chosen += non_dominated([(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)])
-    return [finished[position] for position in sorted(set(chosen))]
+    chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm)
+    front = choice.non_dominated(points) if job.config.search.pareto else []
+    return [finished[position] for position in sorted({*chosen, *front})]
 
 
 def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
@@ -368,7 +367,7 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """Return the finalist with the best score, in a tie a uniform or seed plan; None without finalists."""
     scores = [objective(each, job.config) for each in confirmations]
-    position = winner_position(scores, [each.control for each in confirmations])
+    position = choice.winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
 
 
@@ -385,11 +384,11 @@ def front_of(
             plan_bytes=trials[each.index].plan_bytes,
             **each.model_dump(include=set(FreshScore.model_fields)),
         )
-        for each in (confirmations[position] for position in non_dominated(points))
+        for each in (confirmations[position] for position in choice.non_dominated(points))
     )
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
     """Compute the hypervolume of a front between its smallest plan and the budget."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
-    return hypervolume(points, points[0], job.space.budget_bytes)
+    return choice.hypervolume(points, points[0], job.space.budget_bytes)

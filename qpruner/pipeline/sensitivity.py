@@ -20,11 +20,12 @@ from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import children, exists, read_json, remove, write_json
 
+Result = TypeVar("Result")
 if TYPE_CHECKING:
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
 
-Result = TypeVar("Result")
+    Score = Callable[[Any, Subject], Result]
 
 
 class Sensitivity(Stage[SensitivityRecord]):
@@ -117,26 +118,17 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
         yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
 
 
-def _on_model(
-    context: Context, subject: Subject, methods: Sequence[str], score: Callable[[Any, Subject], Result]
-) -> Result:
+def _on_model(context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]) -> Result:
     """Score groups on the pruned model in the executor, and report progress under the names of the methods."""
-    work = partial(_score, context.checkpoint, context.config.model.dtype, subject, methods, score)
+    work = partial(_score, context.checkpoint, context.config.model.dtype, subject, ", ".join(methods), score)
     return context.executor.run(work, context.emit)
 
 
 def _score(
-    checkpoint: Path,
-    dtype: str,
-    subject: Subject,
-    methods: Sequence[str],
-    score: Callable[[Any, Subject], Result],
-    cache: ModelCache,
-    emit: Emit,
+    checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], cache: ModelCache, emit: Emit
 ) -> Result:
-    """Load the pruned model from the cache and score its groups."""
+    """Load the pruned model from the cache and score its groups; `names` is the text of the progress."""
     model = cache.pruned_model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
-    names = ", ".join(methods)
     samples = replace(subject.samples, on_progress=_progress(emit, names))
     return score(model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group")))
 

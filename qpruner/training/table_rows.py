@@ -78,27 +78,11 @@ class CandidateJob:
     trackers: Trackers | None = None
 
 
-@dataclass(frozen=True)
-class FinetuneOutcome:
-    """The result of a fine-tune, in the fields of `CandidateRecord`; `peak_memory_bytes` is that of one process."""
-
-    seconds: float
-    steps: int
-    train_loss: float
-    validation_loss: float
-    confirmation_loss: float
-    confirmation_losses: tuple[float, ...]
-    measured_bytes: int
-    peak_memory_bytes: int
-    memory_counter: str
-    adapter_sha256: str
-    tracker_errors: tuple[str, ...] = ()
-
-
-def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
+def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     """Fine-tune a row on all training rows, from its initial adapters or its latest checkpoint, and save the adapter.
 
-    If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
+    Return the measured fields of the row's `CandidateRecord`, and errors of experiment trackers. Peak memory is that of
+    this process. If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
     """
     # Imported before memory is measured, so that the rise does not include the library.
     import peft  # noqa: F401
@@ -127,24 +111,24 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
     if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
-    return FinetuneOutcome(
-        seconds=time.monotonic() - started,
-        steps=result.steps,
-        train_loss=result.train_loss,
-        validation_loss=validation_loss,
-        confirmation_loss=confirmation.mean,
-        confirmation_losses=_rounded(confirmation),
-        measured_bytes=measured_bytes(model),
-        peak_memory_bytes=peak,
-        memory_counter=memory.counter,
-        adapter_sha256=digest,
-        tracker_errors=tracker_errors,
-    )
+    measured = {
+        "seconds": time.monotonic() - started,
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "validation_loss": validation_loss,
+        "confirmation_loss": confirmation.mean,
+        "confirmation_losses": _rounded(confirmation),
+        "measured_bytes": measured_bytes(model),
+        "peak_memory_bytes": peak,
+        "memory_counter": memory.counter,
+        "adapter_sha256": digest,
+    }
+    return measured, tracker_errors
 
 
 def _train(
     job: CandidateJob, model: PeftModel, rows: Rows, pad_id: int, ownership: Ownership
-) -> tuple[TrainingResult, tuple[str, ...]]:
+) -> tuple[TrainingResult, list[str]]:
     from qpruner.training.finetune import Listener, Schedule, Share, finetune
     from qpruner.training.tracked_finetune import tracked
 
@@ -164,7 +148,7 @@ def _train(
         result = finetune(
             model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
         )
-    return result, tuple(logged.errors)
+    return result, logged.errors
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from qpruner.pipeline.context import Context
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event
 from qpruner.runs.records import GIVEN, SensitivityRecord
-from qpruner.sensitivity.seeds import seed_plan
+from qpruner.search.choice import seed_plan
 
 MI_ROW = "mutual-information seed"
 

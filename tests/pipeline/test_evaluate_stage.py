@@ -23,7 +23,7 @@ from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
 from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import Evaluation, evaluate_candidate, finetune_candidate
 
 
 def test_gpu_seconds_of_each_job_are_counted_once(
@@ -40,7 +40,9 @@ def test_gpu_seconds_of_each_job_are_counted_once(
             if function is finetune_candidate:
                 (job.candidate.adapter).mkdir(parents=True)
                 (job.candidate.adapter / "adapter_model.safetensors").touch()
-                yield position, FinetuneOutcome(8.0, 4, 2.0, 2.0, 2.0, (2.0,), 1, 1, "rss", "")
+                losses = dict.fromkeys(("train_loss", "validation_loss", "confirmation_loss"), 2.0)
+                about = {"seconds": 8.0, "steps": 4, "measured_bytes": 1, "peak_memory_bytes": 1}
+                yield position, (losses | about | {"memory_counter": "rss"}, [])
             elif function is evaluate_candidate:
                 scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
                 yield position, Evaluation(scores, None, 8.0)

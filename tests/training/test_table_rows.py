@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -34,14 +35,13 @@ from qpruner.training.inference import InferenceJob, measure_inference, take_tur
 from qpruner.training.table_rows import (
     Candidate,
     CandidateJob,
-    FinetuneOutcome,
     build,
     confirm_trial,
     evaluate_candidate,
     finetune_candidate,
 )
 
-Tuned = tuple[CandidateJob, FinetuneOutcome]
+Tuned = tuple[CandidateJob, SimpleNamespace]
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -65,9 +65,9 @@ def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed
 
 @pytest.fixture(scope="module")
 def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """Fine-tune a row; return its job and the outcome."""
+    """Fine-tune a row; return its job and what was measured."""
     job = job_of(config, tmp_path_factory.mktemp("tuned") / "searched")
-    return job, finetune_candidate(job)
+    return job, SimpleNamespace(**finetune_candidate(job)[0])
 
 
 def changed(job: CandidateJob, **fields: Any) -> CandidateJob:
@@ -118,17 +118,17 @@ def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: Can
     """The driver was killed before it recorded the fine-tune, and the adapter is missing."""
     shutil.rmtree(copied.candidate.adapter)
     copied.candidate.progress.unlink()
-    again = finetune_candidate(copied)
+    again, _ = finetune_candidate(copied)
     assert not copied.candidate.progress.exists(), "no step was reported"
     figures = ("steps", "train_loss", "validation_loss", "confirmation_loss", "adapter_sha256")
-    assert [getattr(again, name) for name in figures] == [getattr(tuned[1], name) for name in figures]
+    assert [again[name] for name in figures] == [getattr(tuned[1], name) for name in figures]
 
 
 def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     """Training seeds differ in data order only; different starts would add noise between plans."""
     job, outcome = tuned
     other = changed(job, folder=tmp_path / "other", seed=1)
-    assert finetune_candidate(other).validation_loss != outcome.validation_loss
+    assert finetune_candidate(other)[0]["validation_loss"] != outcome.validation_loss
     starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
