@@ -15,7 +15,7 @@ from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import gpus_held, untuned_candidates
+from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
@@ -68,7 +68,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         others = len({each.digest for each in compared.candidates}) - 1
         assert others < len(compared.candidates) - 1
         assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "without the winner"
-        assert gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
+        assert context.gpus_held(2) == 2.0, "workers of one model have whole GPUs"
     finally:
         for stage in (Finetune, Evaluate, Comparison):
             context.run_dir.forget(stage.name)
