@@ -63,9 +63,8 @@ class Comparison(Stage[ComparisonRecord]):
 
     def summary(self, record: ComparisonRecord) -> str:
         titles, first = {job.name: job.title for _, job in self.jobs}, min(each.seed for each in record.candidates)
-        losses = [(titles[each.name], each.confirmation_loss) for each in record.candidates if each.seed == first]
-        listed = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
-        return f"training seed {first}: confirmation loss {listed}"
+        losses = [f"{titles[row.name]} {row.confirmation_loss:.4f}" for row in record.candidates if row.seed == first]
+        return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:
         return 6 * self.context.checkpoint_bytes

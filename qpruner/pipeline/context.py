@@ -26,7 +26,6 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
 
-CONFIG_FILE = "config.json"
 Job = TypeVar("Job")
 RecordType = TypeVar("RecordType", bound=Record)
 Result = TypeVar("Result")
@@ -100,7 +99,7 @@ class Context:
     def pruned_config(self) -> Any:
         """The transformers config of the pruned model."""
         with tempfile.TemporaryDirectory() as here:
-            fetch_file(self.run_dir.stage("prune") / CONFIG_FILE, Path(here) / CONFIG_FILE)
+            fetch_file(self.run_dir.stage("prune") / "config.json", Path(here) / "config.json")
             return checkpoint_config(Path(here))
 
     @cached_property

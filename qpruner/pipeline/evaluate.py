@@ -106,16 +106,9 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
     files = [job.progress for job in left]
     for_each(remove, files)  # files of an interrupted command
     on_tick = job_progress(stage, files, len(jobs), "answers")
-    for position, scored in run_jobs(context, evaluate_candidate, left, text=text, on_tick=on_tick):
-        job = left[position]
-        record = RowScores(
-            digest=digest,
-            name=job.name,
-            seed=job.seed,
-            scores=scored.scores,
-            text_loss=scored.text_loss,
-            gpu_seconds=scored.seconds * context.gpus_held(),
-        )
+    for position, (scores, seconds) in run_jobs(context, evaluate_candidate, left, text=text, on_tick=on_tick):
+        job, held = left[position], seconds * context.gpus_held()
+        record = RowScores(digest=digest, name=job.name, seed=job.seed, gpu_seconds=held, **scores)
         write_json(job.folder / "scores.json", record)
         found[job.folder] = record
         stage.notify(f"{job.label}: {scores_line(record)}")

@@ -190,12 +190,10 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
-    on_progress, quantize = loading_progress(emit, "finetune"), config.quantize
+    on_progress, quantize, dtype = loading_progress(emit, "finetune"), config.quantize, config.model.dtype
     checkpoint, adapter = storage.fetch(winner.checkpoint), storage.fetch(winner.adapter)
     with reporting_tensors(on_progress):
-        model, _ = assemble(
-            checkpoint, winner.bank, quantize.group, winner.plan, config.model.dtype, quantize.double_quant
-        )
+        model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
     scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)
     with storage.writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, on_progress)

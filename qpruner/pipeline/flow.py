@@ -30,13 +30,11 @@ from qpruner.runs.records import Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, exists, storage_error
 
-STAGES: tuple[type[Stage[Any]], ...] = (
-    *(Prepare, Prune, Bank, Sensitivity, Search),
-    *(Finetune, Evaluate, Comparison, Report),
-)
+Stages = tuple[type[Stage[Any]], ...]
+STAGES: Stages = (Prepare, Prune, Bank, Sensitivity, Search, Finetune, Evaluate, Comparison, Report)
 
 
-def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
+def stages_until(until: str) -> Stages:
     """List the stages up to and including `until`."""
     return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
 

@@ -21,7 +21,7 @@ from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.pruning.settings import settled
-from qpruner.runs.events import Emit, Message, Progress, StageStarted
+from qpruner.runs.events import Emit, Message, StageStarted
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
 from qpruner.runs.storage import Storage, fetch, require_arrived, retry_storage, writing_folder
 
@@ -128,9 +128,7 @@ def _cut(
     base_config = copy.deepcopy(model.config)
     block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
     memory = PeakMemory()
-    pruned = prune(
-        model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))
-    )
+    pruned = prune(model, settings, samples, config.seed, loading_progress(emit, "prune"))
     peak_bytes = memory.bytes()
     if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
         emit(Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it"))

@@ -269,10 +269,8 @@ class Search(Stage[SearchRecord]):
         )
 
     def share_done(self) -> float:
-        over = sum(
-            trial.is_over and trial.search == self.search_digest
-            for trial in read_trials(self.folder, skip_damaged=True)
-        )
+        trials = read_trials(self.folder, skip_damaged=True)
+        over = sum(trial.is_over and trial.search == self.search_digest for trial in trials)
         return min(1.0, over / self.config.num_trials)
 
     def disk_bytes(self) -> int:

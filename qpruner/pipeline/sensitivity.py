@@ -150,9 +150,8 @@ def _measured(context: Context, subject: Subject) -> Measurement:
     # Every slot loads the model, so free the memory of this copy.
     context.executor.close()
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
-    shares = [
-        replace(subject, samples=replace(samples, rows=samples.rows[share::num_shares])) for share in range(num_shares)
-    ]
+    rows = [samples.rows[share::num_shares] for share in range(num_shares)]
+    shares = [replace(subject, samples=replace(samples, rows=each)) for each in rows]
     work = partial(measure_share, context.checkpoint, config.model.dtype, int(resources.get("cpu", 1)))
     on_progress, parts = _progress(context.emit, ", ".join(MEASUREMENT)), dict[int, Measurement]()
     for position, part in context.run_tasks(work, shares, resources, num_shares, on_held=context.gpu_time.add):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.runs.records import FinalistScore, TaskScore
+from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
@@ -151,17 +151,11 @@ def _train(
     return result, logged.errors
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A row's scores on the held-out tasks, its loss on held-out text in nats per token, and the seconds of both."""
+def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
+    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read.
 
-    scores: tuple[TaskScore, ...]
-    text_loss: float | None
-    seconds: float
-
-
-def evaluate_candidate(job: CandidateJob) -> Evaluation:
-    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read."""
+    Return `scores` and `text_loss` of the row's `RowScores`, and the seconds that both took.
+    """
     from qpruner.data.encoding import load_encoded
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks
@@ -178,7 +172,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     report = ProgressFile(candidate.progress).write
     few, limit = settings.num_fewshot, settings.limit
     scores = score_tasks(model, tokenizer, settings.tasks, settings, limit, few, on_progress=report)
-    return Evaluation(scores, loss, time.monotonic() - started)
+    return {"scores": scores, "text_loss": loss}, time.monotonic() - started
 
 
 def confirm_trial(job: CandidateJob) -> FinalistScore:

@@ -23,7 +23,7 @@ from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
 from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.table_rows import Evaluation, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import evaluate_candidate, finetune_candidate
 
 
 def test_gpu_seconds_of_each_job_are_counted_once(
@@ -45,7 +45,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
                 yield position, (losses | about | {"memory_counter": "rss"}, [])
             elif function is evaluate_candidate:
                 scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
-                yield position, Evaluation(scores, None, 8.0)
+                yield position, ({"scores": scores, "text_loss": None}, 8.0)
             else:
                 more["on_held"](100.0)
                 setting = InferenceSetting(device="a GPU", prompt_tokens=1, new_tokens=1, memory_counter="rss")

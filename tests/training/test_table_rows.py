@@ -174,7 +174,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         waits, fails = (changed(job, folder=disk / name) for name in ("waits", "fails"))
         waits.candidate.folder.mkdir()
         with full_until_noticed(disk) as filler:
-            assert finetune_candidate(waits).validation_loss == undisturbed.validation_loss
+            assert finetune_candidate(waits)[0]["validation_loss"] == undisturbed.validation_loss
             assert not filler.exists()
         shutil.rmtree(waits.candidate.folder)
         fails.candidate.folder.mkdir()
@@ -182,7 +182,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         with pytest.raises(StorageError, match=r"no space left for .*\n.*make room, then repeat the command"):
             finetune_candidate(fails)
         (disk / "filler").unlink()
-        assert finetune_candidate(fails).validation_loss == undisturbed.validation_loss
+        assert finetune_candidate(fails)[0]["validation_loss"] == undisturbed.validation_loss
 
 
 # Scoring
@@ -198,9 +198,9 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
     settings, losses = job.config.evaluate, []
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
-        found = evaluate_candidate(row)
+        found, _ = evaluate_candidate(row)
         model.eval()
-        assert found.scores == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
+        assert found["scores"] == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
         assert [score.task for score in found.scores] == ["qpruner_everyday_test"] and found.text_loss is None
         losses.append(found.scores[0].answer_loss)
     assert job.candidate.progress.read_text() == "32 32", "8 questions with 4 answers each"
@@ -216,7 +216,7 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
     texts = [row["question"] for row in demo_rows("questions_confirmation.jsonl")]
     rows = text_windows(texts, tokenizer, 32)
     save_encoded(rows, tmp_path / "text")
-    found = evaluate_candidate(replace(job, text=tmp_path / "text")).text_loss
+    found = evaluate_candidate(replace(job, text=tmp_path / "text"))[0]["text_loss"]
     model = tuned_model(job)
     model.eval()
     losses, weights = [], [len(row["input_ids"]) - 1 for row in rows]
