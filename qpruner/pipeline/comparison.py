@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.pipeline.comparison_rows import RowJob, distinct, job_keys, jobs_of, table_rows
+from qpruner.pipeline.comparison_rows import distinct, job_keys, jobs_of, table_rows
 from qpruner.pipeline.evaluate import measure_in_turns, rows_of, score_jobs
 from qpruner.pipeline.finetune import finetune_jobs, have_rows, row_set_aside_if_damaged
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.records import ComparisonRecord, EvalRecord, FinetuneRecord
+from qpruner.training.table_rows import Candidate
 from qpruner.wording import counted
 
 
@@ -28,7 +29,7 @@ class Comparison(Stage[ComparisonRecord]):
         return config.finetune.compare
 
     @cached_property
-    def jobs(self) -> list[RowJob]:
+    def jobs(self) -> list[Candidate]:
         """One job for each fine-tune of each row of the table."""
         return jobs_of(self.context, table_rows(self.context))
 
@@ -56,13 +57,13 @@ class Comparison(Stage[ComparisonRecord]):
         scoring = sum(scored[job.folder].gpu_seconds for job in models if job.folder.name not in own)
         return {
             "candidates": tuned,
-            "rows": rows_of([job for _, job in jobs], scored, taken),
+            "rows": rows_of(jobs, scored, taken),
             "inference": setting,
             "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
         }
 
     def summary(self, record: ComparisonRecord) -> str:
-        titles, first = {job.name: job.title for _, job in self.jobs}, min(each.seed for each in record.candidates)
+        titles, first = {job.name: job.title for job in self.jobs}, min(each.seed for each in record.candidates)
         losses = [f"{titles[row.name]} {row.confirmation_loss:.4f}" for row in record.candidates if row.seed == first]
         return f"training seed {first}: confirmation loss {', '.join(losses)}"
 

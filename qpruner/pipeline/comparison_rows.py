@@ -35,7 +35,6 @@ class Row:
 
 
 Result = TypeVar("Result")
-RowJob = tuple[Row, Candidate]
 
 
 def winner_row(context: Context) -> Row:
@@ -124,21 +123,20 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
     ]
 
 
-def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
+def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:
     """Make a job for each fine-tune of each row."""
-    fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
-    jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
-    return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
+    wanted = [(row.origin, [(row.name, plan.as_dict(), seed) for seed, plan in row.plans]) for row in rows]
+    return [replace(job, origin=origin) for origin, each in wanted for job in candidates_for(context, each)]
 
 
-def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
+def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]]:
     """List row name, origin of the plan, training seed and folder of each job, for a digest."""
-    return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
+    return [(job.name, job.origin, job.seed, job.folder.name) for job in jobs]
 
 
-def distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
+def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
     """Return one job for each folder, because equal models with equal fine-tunes share a folder."""
-    return list({job.folder: job for _, job in jobs}.values())
+    return list({job.folder: job for job in jobs}.values())
 
 
 def run_jobs(

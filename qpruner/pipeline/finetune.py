@@ -15,7 +15,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer, reporting_tensors
-from qpruner.pipeline.comparison_rows import RowJob, distinct, job_keys, job_progress, jobs_of, run_jobs, winner_row
+from qpruner.pipeline.comparison_rows import distinct, job_keys, job_progress, jobs_of, run_jobs, winner_row
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import layout_for
 from qpruner.pipeline.prepare import loading_progress
@@ -40,7 +40,7 @@ class Finetune(Stage[FinetuneRecord]):
     trains = True
 
     @cached_property
-    def jobs(self) -> list[RowJob]:
+    def jobs(self) -> list[Candidate]:
         """The job of the winner, with the first training seed."""
         return jobs_of(self.context, [winner_row(self.context)])
 
@@ -72,7 +72,7 @@ class Finetune(Stage[FinetuneRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         tuned = finetune_jobs(self, self.jobs)
-        [(_, winner)] = self.jobs
+        [winner] = self.jobs
         context.forget(self.name)  # because the final folder is about to be overwritten
         before = context.gpu_time.seconds
         write = partial(write_final, self.config, winner, context.run_dir.root / "final")
@@ -92,13 +92,13 @@ class Finetune(Stage[FinetuneRecord]):
         return 2 * self.context.checkpoint_bytes
 
 
-def have_rows(jobs: Iterable[RowJob]) -> bool:
+def have_rows(jobs: Iterable[Candidate]) -> bool:
     """Return True if the fine-tune of every job is recorded and its files are intact."""
-    found = storage.for_each(_recorded, [job.folder for _, job in jobs])
+    found = storage.for_each(_recorded, [job.folder for job in jobs])
     return all(isinstance(each, CandidateRecord) for each in found)
 
 
-def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord]:
+def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRecord]:
     """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
     context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
@@ -115,7 +115,6 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
         for checkpoint in filter(is_damaged, storage.published_folders(job.checkpoints)):
             where = storage.quarantine(checkpoint, job.folder.parent)
             stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not resume from it")
-    origins = {job.folder: row.origin for row, job in jobs}
     on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
 
     def saved(position: int) -> list[Path]:
@@ -125,14 +124,14 @@ def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord
     tuned = run_jobs(context, finetune_candidate, left, num_workers, fresh=True, on_tick=on_tick, progress=saved)
     for position, (measured, tracker_errors) in tuned:
         job = left[position]
-        record = found[job.folder] = _record_of(context, job, origins[job.folder], measured)
+        record = found[job.folder] = _record_of(context, job, measured)
         storage.write_json(job.folder / "record.json", record)
         storage.remove(job.checkpoints)
         text = f"{job.label}: validation loss {record.validation_loss:.4f} after {record.steps} steps"
         stage.notify(f"{text}, peak memory {record.peak_memory_bytes / 1e6:.0f} MB")
         for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")
-    return [found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}) for row, job in jobs]
+    return [found[job.folder].model_copy(update={"name": job.name, "origin": job.origin}) for job in jobs]
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
@@ -148,7 +147,7 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
     return record
 
 
-def _record_of(context: Context, job: Candidate, origin: str, measured: dict[str, Any]) -> CandidateRecord:
+def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> CandidateRecord:
     """Make the record of a finished fine-tune; `measured` has the fields that its worker knows."""
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
     if job.checkpoint != context.checkpoint:
@@ -157,7 +156,7 @@ def _record_of(context: Context, job: Candidate, origin: str, measured: dict[str
     return CandidateRecord(
         digest=job.folder.name,
         name=job.name,
-        origin=origin,
+        origin=job.origin,
         seed=job.seed,
         plan=dict(job.plan),
         plan_bytes=layout.plan_bytes(plan),

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Candidate:
     """A row of the final table: a checkpoint quantized by a plan; `folder` is for the fine-tune's files.
 
-    `name` is used in records, `title` in the table. `seed` sets data order and dropout of the fine-tune. A row without
-    a seed is scored without a fine-tune, with the initial adapters of its quantized layers.
+    `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed` sets data order and
+    dropout of the fine-tune. A row without a seed is scored without a fine-tune, with the initial adapters of its layers.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Candidate:
     plan: Mapping[str, int]
     folder: Path
     seed: int | None
+    origin: str = ""
 
     @property
     def label(self) -> str:

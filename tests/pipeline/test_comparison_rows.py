@@ -179,7 +179,7 @@ def test_a_row_is_named_as_in_the_final_table(found: dict[str, Any], title: str,
     """Every message about a row uses its title in the table."""
     winner = a_winner(context)
     found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
-    labels = [job.label for row, job in Comparison(found_context).jobs if row.name == "searched"]
+    labels = [job.label for job in Comparison(found_context).jobs if job.name == "searched"]
     assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
     untuned = [job.label for job in untuned_candidates(found_context, winner.as_dict())]
     assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
