@@ -31,7 +31,7 @@ class Candidate:
     """A row of the final table: a checkpoint quantized by a plan; `folder` is for the fine-tune's files.
 
     `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed` sets data order and
-    dropout of the fine-tune. A row without a seed is scored without a fine-tune, with the initial adapters of its layers.
+    dropout of the fine-tune. A row without a seed is scored without a fine-tune, with its initial adapters.
     """
 
     name: str

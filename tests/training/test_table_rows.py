@@ -198,9 +198,9 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
     settings, losses = job.config.evaluate, []
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
-        found, _ = evaluate_candidate(row)
+        found = SimpleNamespace(**evaluate_candidate(row)[0])
         model.eval()
-        assert found["scores"] == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
+        assert found.scores == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
         assert [score.task for score in found.scores] == ["qpruner_everyday_test"] and found.text_loss is None
         losses.append(found.scores[0].answer_loss)
     assert job.candidate.progress.read_text() == "32 32", "8 questions with 4 answers each"
