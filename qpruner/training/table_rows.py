@@ -60,13 +60,13 @@ class Candidate:
 
     @property
     def progress(self) -> Path:
-        """File with `done total`: first steps of the fine-tune, then answers to the held-out tasks."""
+        """File with `done total`: of steps during the fine-tune, of lm-eval requests during the evaluation."""
         return self.folder / "progress"
 
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A worker's job for one row; `text` is a folder with held-out text in windows, which `evaluate_candidate` scores.
+    """A worker's job for one row; `text` is a folder with windows of held-out text, which `evaluate_candidate` scores.
 
     For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last checkpoint.
     """
@@ -80,9 +80,9 @@ class CandidateJob:
 
 
 def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
-    """Fine-tune a row on all training rows, from its initial adapters or its latest checkpoint, and save the adapter.
+    """Fine-tune a candidate on all training rows, from its initial adapters or latest checkpoint, and save the adapter.
 
-    Return the measured fields of the row's `CandidateRecord`, and errors of experiment trackers. Peak memory is that of
+    Return the measured fields of the candidate's record, and errors of experiment trackers. Peak memory is that of
     this process. If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
     """
     # Imported before memory is measured, so that the rise does not include the library.
@@ -155,7 +155,7 @@ def _train(
 def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
     """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read.
 
-    Return `scores` and `text_loss` of the row's `RowScores`, and the seconds that both took.
+    Return `scores` and `text_loss` of the row's record, and the seconds that both took.
     """
     from qpruner.data.encoding import load_encoded
     from qpruner.data.losses import mean_loss
@@ -179,7 +179,7 @@ def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
 def confirm_trial(job: CandidateJob) -> FinalistScore:
     """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
-    In a search by accuracy, also score the checkpoint on each task's next `search.limit` questions after the trials'.
+    In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
     """
     from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
