@@ -19,7 +19,7 @@ def render(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
 
 def parts_text(parts: Iterable[Part], pictures: str = "") -> list[str]:
-    """Render parts of a report as Markdown blocks, which the caller joins with empty lines."""
+    """Render parts as Markdown blocks, to be joined by empty lines; plots need `pictures`, the folder of PNG files."""
     return [block for part in parts for block in _part(part, pictures)]
 
 
