@@ -127,7 +127,7 @@ def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by
 
 
 def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
-    """Return half of a difference's 95 % interval, given its means by seed, plan and data row; None if too few.
+    """Return half of a difference's 95 % interval from its means by seed, plan and data row; None if these are too few.
 
     Against several random plans, use the prediction interval for one more random plan. Each plan's value is a mean
     over seeds, so the spread of these values already includes the effects of plan, seeds and questions.
@@ -136,8 +136,8 @@ def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answ
     With one training seed the spread over seeds is missing: the interval is too narrow, and too often excludes 0.
     """
     if len(by_plan) > 1:
-        return measures.prediction_half_width(by_plan)
-    widths = [measures.student_half_width(by_seed)] if len(by_seed) > 1 else []
+        return measures.half_width(by_plan, of_next=True)
+    widths = [measures.half_width(by_seed)] if len(by_seed) > 1 else []
     if by_row and not math.isnan(stderr := measures.over_tasks(by_row).stderr):
         widths.append(measures.Z_95 * stderr)
     return max(widths, default=None)
