@@ -80,7 +80,7 @@ MODEL = [
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
-    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... the smallest that works is ... got 1000"),
+    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
     ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
     ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
