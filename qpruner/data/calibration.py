@@ -24,10 +24,6 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the loss of a batch."""
 
 
-def ignore_counts(done: int, total: int) -> None:
-    """Ignore the progress."""
-
-
 @dataclass(frozen=True)
 class Samples:
     """Encoded calibration samples, with batch size and progress callback.
@@ -38,7 +34,7 @@ class Samples:
     rows: Rows
     pad_id: int
     batch_size: int
-    on_progress: OnProgress = ignore_counts
+    on_progress: OnProgress = lambda done, total: None
 
     @property
     def by_length(self) -> Samples:

@@ -47,10 +47,8 @@ def prepare_base(
 
     A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
     license. With `is_shared` it is downloaded into `folder` instead, because other machines cannot read this cache. A
-    .gguf file is dequantized into `folder` (15 to 25 s).
-
-    Raises:
-        UserError: If the source is not a model, has no safetensors weights, or is cached in part and the hub is down.
+    .gguf file is dequantized into `folder` (15 to 25 s). Raise `UserError` if the source is not a model, has no
+    safetensors weights, or is cached in part and the hub is down.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -115,11 +113,7 @@ def save_checkpoint(
 def dense_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint whose names `wanted` accepts, shard by shard.
-
-    Raises:
-        CorruptFile: If a weight file is missing or damaged; the error names the file.
-    """
+    """Read the tensors whose names `wanted` accepts; raise `CorruptFile` if a weight file is missing or damaged."""
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
     for shard in shards or [checkpoint / "model.safetensors"]:

@@ -44,8 +44,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 def resolve_source(source: str, key: str) -> str:
     """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged.
 
-    Raises:
-        UserError: If the package is not installed or has no such file; the message names the key.
+    Raise `UserError`, which names the key, if the package is not installed or has no such file.
     """
     if source.startswith("~"):
         return os.path.expanduser(source)  # unchanged if there is no such user
@@ -144,9 +143,7 @@ def load_dense(
 ) -> PreTrainedModel:
     """Load an unquantized model, pruned or not, onto one device or spread over all (`device_map: auto`).
 
-    Raises:
-        CorruptFile: If a weight file is truncated.
-        UserError: If the devices have no room for the whole model under `device_map: auto`.
+    Raise `CorruptFile` if a weight file is truncated, and `UserError` if all devices together have too little memory.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig

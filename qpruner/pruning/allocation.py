@@ -21,8 +21,7 @@ COARSE = (EXPERT, ATTENTION)
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
     """Count the units to remove per block and kind: `target` parameters in all, about the same share of each.
 
-    Raises:
-        UserError: If `uniform` blocks cannot lose that many parameters.
+    Raise `UserError` if `uniform` blocks cannot lose that many parameters.
     """
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))

@@ -44,8 +44,7 @@ def score(
 ) -> Scores:
     """Score the units of the blocks in `layers` by `settings.importance`; `magnitude` and `random` read no samples.
 
-    Raises:
-        TrainingDiverged: If a gradient or score is NaN or infinite; the error names the parameter.
+    Raise `TrainingDiverged`, which names the parameter, if a gradient or score is NaN or infinite.
     """
     kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
     if importance == "random":
@@ -229,12 +228,6 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Name -> function from scores ``(matrices, units)`` to ``(units,)``; the last matrix is the output projection."""
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Refuse a model with a NaN or infinite weight, because it would make every gradient NaN."""
-    for name, parameter in model.named_parameters():
-        check_finite(parameter, f"the weight {name}")
-
-
 def check_finite(values: torch.Tensor, what: str) -> None:
     """Raise `TrainingDiverged` if any value is NaN or infinite."""
     least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if any is; `isfinite` of all takes 5 bytes each
@@ -248,8 +241,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
     """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights.
 
-    Raises:
-        TrainingDiverged: If a score is NaN or infinite; the error names the block.
+    Raise `TrainingDiverged`, which names the block, if a score is NaN or infinite.
     """
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)

@@ -32,10 +32,7 @@ def select(
 
     `values` are -inf for units that an earlier step removed. `per_layer` removes the same share from every block,
     `global` the units of least importance per parameter from any block. The number of kept channels is a multiple of
-    `round_to`, and with `uniform` the same in every block.
-
-    Raises:
-        UserError: If the blocks cannot lose that many parameters, or one has fewer than `round_to` channels.
+    `round_to`, and with `uniform` the same in every block. Raise `UserError` if the blocks cannot lose that much.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
@@ -52,10 +49,8 @@ def select_rate(
     """Select the units to keep when every block loses the share `layer_rate` of its units, rounded as in LLM-Pruner.
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded
-    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
-
-    Raises:
-        UserError: If a block would keep too few units or has under `round_to` channels, or if none would lose a unit.
+    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner). Raise `UserError` if a block would keep
+    too few units, or if no block would lose any.
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}

@@ -43,11 +43,7 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
-    """List the blocks that may be cut.
-
-    Raises:
-        UserError: If the range or a protected block is out of bounds, or no block is left.
-    """
+    """List the blocks that may be cut; raise `UserError` if a named block does not exist, or no block is left."""
     count, first, last = model_config.num_hidden_layers, settings.first_layer, settings.last_layer
     end = last if last >= 0 else count + last
     if not 0 <= first <= end < count:
@@ -71,11 +67,7 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
-    """Refuse settings that the model does not support.
-
-    Raises:
-        UserError: If a setting is not supported; the message names key and remedy.
-    """
+    """Raise `UserError`, which names key and remedy, for settings that the model does not support."""
     family = family_of(model_config)
     name, layers, stacked = family.model_type, cuttable_layers(model_config, settings), _stacked(model_config, settings)
     importance, aggregation, compensation = settings.importance, settings.aggregation, settings.compensates_by

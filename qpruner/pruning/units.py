@@ -61,11 +61,7 @@ def unit_kinds_of(
 
 
 def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
-    """Count the units of every kind in `units`, and the parameters of each; the model may be on the meta device.
-
-    Raises:
-        UserError: If `units` names a kind that no block has.
-    """
+    """Count the units of every kind in `units`, and the parameters of each; refuse a kind that no block has."""
     family = family_of(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
     for index, kinds in unit_kinds_of(model.config, layers, units).items():

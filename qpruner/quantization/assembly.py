@@ -44,8 +44,7 @@ def assemble(
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Build the model of a plan from a dense checkpoint and a bank, and call `on_piece` after each piece read.
 
-    Returns:
-        The model, and initial adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
+    Also return the initial adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 

@@ -69,8 +69,7 @@ def build_entry(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Quantize the layers of a group (path -> weight ``(rows, columns)``) at 4 or 8 bits.
 
-    Returns:
-        The tensors of the entry, and the ratio of LoftQ's error to the error of plain quantization (1 without LoftQ).
+    Return the tensors of the entry, and the ratio of LoftQ's error to that of plain quantization (1 without LoftQ).
     """
     tensors: dict[str, torch.Tensor] = {}
     plain, left = 0.0, 0.0
