@@ -142,7 +142,7 @@ class Ledger:
     """Keeps every plan of a search, in order.
 
     A plan that diverges or does not fit in memory counts as bad, not as unknown. It gets a score at the last step that
-    any plan has reached: the worst score there plus the range of scores there (plus 1 % if there is only one).
+    any plan has reached: the worst score there plus the range of scores there; if all are equal, the score plus 1 %.
     """
 
     space: PlanSpace
@@ -260,6 +260,6 @@ class Ledger:
         return Suggestion(**vars(replace(proposal, plan=plan)), index=index, origin=self.proposer.name)
 
     def _count_unpromising(self, proposal: Proposal) -> None:
-        """Count the proposals in a row whose expected improvement is below the noise, over all sessions."""
+        """Count, for `patience`, the proposals in a row (over all sessions) that expect to gain less than the noise."""
         if proposal.expected_improvement is not None and proposal.noise is not None:
             self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0
