@@ -235,7 +235,7 @@ class RunProgress:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Write the outcome of the command when the block ends."""
+        """Write to `run.json` how the command in the `with` block ended."""
         outcome, text, is_refused = "interrupted", None, False  # by Ctrl-C, for example
         try:
             yield
