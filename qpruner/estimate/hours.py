@@ -51,7 +51,7 @@ class Rates:
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, where: str) -> Rates:
-    """Time a micro-batch and the packing of a layer here, at the mix of lowest and highest bits that fits the budget."""
+    """Time a micro-batch and the packing of a layer here, at the mix of lowest and highest bits that fills a budget."""
     count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0

@@ -391,6 +391,6 @@ def front_of(
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute the mean score by which the best plan in a budget beats the smallest plan, over budgets up to the search's."""
+    """Compute the mean score by which the best plan in a budget beats the smallest, over budgets up to the search's."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
     return hypervolume(points, points[0], job.space.budget_bytes)
