@@ -51,7 +51,7 @@ class Rates:
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, where: str) -> Rates:
-    """Time a micro-batch and the packing of a layer here, with the mix of lowest and highest bits of the budget."""
+    """Time a micro-batch and the packing of a layer here, at the mix of lowest and highest bits that fills a budget."""
     count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
@@ -116,7 +116,7 @@ def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
 def expected_steps(config: RunConfig) -> tuple[float, float]:
     """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one trial in `reduction_factor` at each rung, but all controls (uniform plans, and the best plan by each
+    ASHA keeps one trial in `reduction_factor` at each rung, but every control (uniform plans, and the best plan by each
     sensitivity). The first trial at a rung always continues, so a small search takes more steps than this.
     """
     search = config.search

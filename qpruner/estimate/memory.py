@@ -6,7 +6,7 @@ In bytes for each token of a forward pass, with a vocabulary of V and elements o
   adapter's inner values (4 x rank), and about e (r + c) between layers. A layer without adapter keeps e (r + c) only.
   Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that computes
   attention in float32 because it lacks bfloat16. With gradient checkpointing every block keeps its input, and one block
-  keeps all of this. In a model without adapters a layer counts as `DENSE` e (r + c), for norms and gates.
+  keeps all of this. In a model without adapters a layer counts as `DENSE` e (r + c), to include norms and gates.
 - Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
   the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
@@ -158,7 +158,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method.
 
-    The gradients of the logits are freed before those of the layers are needed, so only the larger of both count.
+    The gradients of the logits are freed before those of the layers are needed, so only the larger of the two counts.
     """
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length

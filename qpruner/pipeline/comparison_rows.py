@@ -152,7 +152,7 @@ def run_jobs(
     fresh: bool = False,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run a function on every job, several at once; yield each job's position in `jobs` and result as it ends."""
+    """Run a function on all jobs, several at once, `num_workers` on each; yield positions and results as jobs end."""
     if not jobs:
         return
     resources, concurrent = context.task_resources(len(jobs), num_workers)

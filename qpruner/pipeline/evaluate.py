@@ -76,7 +76,7 @@ class Evaluate(Stage[EvalRecord]):
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """Encode text for perplexity into a folder; return a description and the folder, or None twice without a text.
 
-    Without `evaluate.text` the half of `data.confirmation` that judges the winner serves, unless it is multiple choice.
+    Without `evaluate.text` the half of `data.confirmation` that judges the winner serves, if no row is multiple-choice.
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:

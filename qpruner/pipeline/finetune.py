@@ -1,4 +1,4 @@
-"""The finetune stage: fine-tune the adapters of the winning plan, longer than a trial, and write the folder `final`."""
+"""The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder `final`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan to try without a search: of `search.plan`, or the only possible one; None if plans are searched."""
+        """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
             return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
@@ -391,6 +391,6 @@ def front_of(
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute by how much score a front beats its smallest plan, as a mean over all sizes from there to the budget."""
+    """Compute the mean score by which the best plan in a budget beats the smallest, over budgets up to the search's."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
     return hypervolume(points, points[0], job.space.budget_bytes)

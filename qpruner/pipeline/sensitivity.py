@@ -67,7 +67,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def _reuse_scores(self, scratch: Path, ending: str) -> None:
-        """Copy intact files of the same inputs, whose names have this ending, to `scratch`; remove all others there."""
+        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there."""
         root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
         for name in children(scratch):
             if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder

@@ -68,7 +68,7 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measure
     """Measure every (group, bits) on all samples; progress counts one step for each (group, bits) and batch.
 
     In bfloat16 rounding alone causes some KL divergence: 0.0009 to 0.0015 nats on pruned SmolLM2 after one weight was
-    changed by one unit in the last place (2026-11). 8 bits cause about as much: the method `fisher` ranks them better.
+    changed by one unit in the last place (2026-11). 8 bits cause about as much: rank groups at 8 bits by `fisher`.
 
     Memory besides the model: for one batch the outputs of all blocks and float32 log-probabilities; the weights of one
     group; and one layer during unpacking.
