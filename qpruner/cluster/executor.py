@@ -42,7 +42,7 @@ class GpuTime:
 
     @contextmanager
     def held(self, gpus: float) -> Iterator[None]:
-        """Add the seconds of this block times the number of GPUs, also if the block raises an error."""
+        """Add the seconds of the `with` block times the number of GPUs, also if the block raises an error."""
         started = time.monotonic()
         try:
             yield

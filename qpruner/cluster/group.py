@@ -120,7 +120,7 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
     """Return the failure that caused the others: the death of a process, or an error of the function.
 
-    The others are broken connections. If no failure is a cause, return a RayActorError, as some process must have died.
+    The others are broken connections. If all are, return a RayActorError, because some process must have died.
     """
     causes: list[Exception] = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
     died = [cause for cause in causes if isinstance(cause, RayActorError)]

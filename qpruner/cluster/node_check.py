@@ -30,10 +30,10 @@ ANSWER_SECONDS = 120.0
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
-"""The start of the RuntimeError of an unusable node; every qpruner can unpickle this built-in type."""
+"""The start of the error of an unusable node, a RuntimeError, because every qpruner can unpickle this type."""
 
 Copies = Mapping[str, tuple[str, int, Sequence[str]]]
-"""The files that a node copies to its disk: (name, bytes, patterns) by the environment variable with their folder."""
+"""The files that a node copies to its disk: environment variable with the folder -> (name, bytes, file patterns)."""
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
 """(model, bytes of memory, compute capability) of each GPU that torch can use."""
 
@@ -55,7 +55,7 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
 
     Args:
         storage: A folder in the run's storage. Every node writes a file there; its name and content are the node's id.
-        driver: The name of a file in `storage` that this process, the driver, has written; its content is its name.
+        driver: The name, and also the content, of a file that this process, the driver, has written to `storage`.
         copies: The files that every node copies to its own disk.
         seconds: How long to wait for answers.
     """
@@ -66,7 +66,7 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
     nodes, own = [node for node in ray.nodes() if node["Alive"]], versions()
     with _module_by_value():
         # In a new process, which frees at its end the GPU memory that importing torch takes.
-        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look)
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look_at_one)
         answers = [
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 str(storage), driver, node["NodeID"], own, copies, size_of(node).gpus
@@ -118,7 +118,7 @@ def _module_by_value() -> Iterator[None]:
 # ---- on a node
 
 
-def look(
+def look_at_one(
     storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], copies: Copies, num_gpus: float
 ) -> dict[str, Any]:
     """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of `NodeReport`."""
@@ -242,8 +242,8 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
     return seen, ""
 
 
-def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds: float | None = None) -> str:
-    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `me` there."""
+def _storage_trouble(folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None) -> str:
+    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `own`."""
     action = "read"
     try:
         from qpruner.runs.storage import retry_storage, storage_at
@@ -252,8 +252,8 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds
         if retry_storage(storage_at(path).read, path, seconds, was_there=True).decode() != text:
             return "has other content there than the driver wrote"
         action = "written"
-        if me:
-            storage_at(folder / me).write(me.encode(), durable=False)
+        if own:
+            storage_at(folder / own).write(own.encode(), durable=False)
     except ImportError:  # another qpruner or none: `differences` reports it
         return ""
     except FileNotFoundError:

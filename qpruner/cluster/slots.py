@@ -114,7 +114,7 @@ def local_slots() -> Slots:
     return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
 
 
-def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
+def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
     """Return an assumed machine to plan a run for: the GPUs of one trial, or one GPU with cores for all its trials."""
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0

@@ -146,7 +146,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if not error and not record.has_begun:  # recalled while it waited: delete it, as if it was never proposed
+        if not error and not record.has_begun:  # cancelled while it waited: delete it, as if it was never proposed
             remove(trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
@@ -184,7 +184,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         elif record.failure == "error":
             self._halt_on_broken_machine(record)
 
-    def is_recalled(self, trial_id: str) -> bool:
+    def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
         is_over, suggestion = self._end_at_time_limit(), self._live.get(trial_id)
         is_waiting = is_over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
@@ -194,7 +194,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Save the time of all sessions of this search, because the process may be killed at any moment."""
+        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed at any moment."""
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not write_seconds(job.trials, job.search, self._seconds(), job.session):
@@ -231,7 +231,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
-        """Store that a worker is killed: its trial makes no progress or, if not running, never started on it."""
+        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never started there."""
         death = self._deaths.setdefault(trial_id, _Death())
         death.hung, death.never_started = is_running, not is_running
 

@@ -79,7 +79,7 @@ def mirror_of(uri: str) -> Path:
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
         raise UserError(
-            f"`output`: {uri} must be shorter: it has {len(name)} characters when quoted, and at most 255 are possible"
+            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255 are possible"
         )
     return cache_root() / "runs" / name
 
