@@ -121,9 +121,7 @@ def _module_by_value() -> Iterator[None]:
 def look(storage: str, driver: str, me: str, own: Mapping[str, str], copies: Copies, gpus: float) -> dict[str, Any]:
     """Check this node, whose id is `me` and on which Ray counts `gpus`; return its problems and its GPUs."""
     usable, gpu_trouble = _gpus(gpus) if gpus else ([], "")
-    remedy = (
-        "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray there"
-    )
+    remedy = "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
     differs = differences(own)
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
@@ -154,8 +152,7 @@ def own_name() -> str:
     """Return the name of this node in messages: address, host name and start of its id."""
     import ray
 
-    address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-    return f"{address} ({platform.node()}, {node_id[:8]})"
+    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def versions() -> dict[str, str]:
@@ -196,9 +193,8 @@ def _unseen_gpus() -> str:
         return ""
     import torch
 
-    if torch.cuda.is_available():
-        return ""
-    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    sees_none = f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    return "" if torch.cuda.is_available() else sees_none
 
 
 def _has_hardware() -> bool:

@@ -79,8 +79,7 @@ class Slots:
     def cores_each(self, num_tasks: int) -> float:
         """Return the largest number of cores per task at which this many tasks fit at once; at least 1."""
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
-        each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
-        return float(each)
+        return float(next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1))
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
         """Return how many trials may be in flight (see `Room`), at most `limit`.
@@ -123,8 +122,7 @@ def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
     """Return the resources of each worker that trains one model; NCCL needs a whole GPU for each of several workers."""
-    shares_gpu = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
-    return {**trial, "gpu": 1.0} if shares_gpu else dict(trial)
+    return {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
 
 
 class Room:

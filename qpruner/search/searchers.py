@@ -46,8 +46,7 @@ class History:
     def last(self) -> list[Observation]:
         """Return the observation at the latest rung of each trial that is over."""
         running = set(self.pending)
-        latest = {item.index: item for item in self.observations if item.plan not in running}
-        return list(latest.values())
+        return list({item.index: item for item in self.observations if item.plan not in running}.values())
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ class ScalarizedProposer:
             weighted = (both - both.min(axis=0)) / np.where(width > 0, width, 1.0) * np.array([weight, 1 - weight])
             distances = weighted.max(axis=1) + 0.05 * (weighted[:, 0] + weighted[:, 1])
             seen = tuple(replace(item, score=float(at)) for item, at in zip(seen, distances, strict=True))
-        proposal = self.inner.propose(index, replace(history, observations=seen))
-        return replace(proposal, expected_improvement=None)
+        return replace(self.inner.propose(index, replace(history, observations=seen)), expected_improvement=None)
 
 
 @dataclass

@@ -94,7 +94,12 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
     """
     for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
-            notify(f"{record}; {_rebuild(folder, path)}")
+            suggested = _record_or_error(path.with_name(SUGGESTED))
+            where, then = quarantine(path.parent, folder), "its number gets another plan"
+            if isinstance(suggested, TrialRecord):
+                begin_trial(folder, suggested)
+                then = "that trial is run again"
+            notify(f"{record}; set aside in {where}, and {then}")
         elif record and not record.is_over:
             restart_if_damaged(folder, record, notify)
     try:
@@ -118,16 +123,6 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
-
-
-def _rebuild(folder: Path, path: Path) -> str:
-    """Set aside a trial whose record is damaged, and begin it again if its plan is known; say what was done."""
-    suggested = _record_or_error(path.with_name(SUGGESTED))
-    where = f"set aside in {quarantine(path.parent, folder)}"
-    if not isinstance(suggested, TrialRecord):
-        return f"{where}, and its number gets another plan"
-    begin_trial(folder, suggested)
-    return f"{where}, and that trial is run again"
 
 
 def _records(trials: Path) -> dict[Path, TrialRecord | CorruptFile | None]:

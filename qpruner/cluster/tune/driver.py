@@ -128,10 +128,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report the score of a rung to the ledger."""
         suggestion = self._live[trial_id]
-        is_new = self._ledger.observe(
-            Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
-        )
-        record = read_trial(self._job.trials, suggestion.index)
+        rung = Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
+        is_new, record = self._ledger.observe(rung), read_trial(self._job.trials, suggestion.index)
         if is_new:
             self._failed_on.pop(record.node, None)
         self._save_time(record)
@@ -252,10 +250,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the state of the searcher is in the records of the trials."""
+        """Do nothing: the state of the searcher is in the records of the trials."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing; see `save`."""
+    restore = save
 
 
 @dataclass

@@ -22,15 +22,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
 from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
 from qpruner.runs.records import Begun, RungResult, TrialPulse
-from qpruner.runs.storage import (
-    fetch,
-    folder_digests,
-    progress_seconds,
-    remove,
-    retry_storage,
-    storage_at,
-    storage_error,
-)
+from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
 from qpruner.search.trial_records import (
     TrialJob,
     checkpoint_of,
@@ -93,15 +85,11 @@ class _RecordedTrial:
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial to its end.
-
-        Returns:
-            False if it has to resume from its last rung: with a smaller micro-batch, or because the storage is back.
-        """
+        """Run the trial; return False if it must resume from its last rung, as memory ran out or storage was away."""
         start = checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
-            self._job.trial(job, fetch(start) if start else None, self._report, self._progress)
+            self._job.trial(job, start, self._report, self._progress)
         except TakenOver:
             raise
         except Exception as error:
@@ -189,9 +177,7 @@ class _RecordedTrial:
             return False
         with contextlib.suppress(OSError, StorageError):
             retry_storage(storage_at(path).read, path, was_there=True)
-            logger.warning(
-                "trial %d resumes: the storage was unreachable when it failed: %s", self._record.index, error
-            )
+            logger.warning("trial %d resumes: the storage was unreachable as it failed: %s", self._record.index, error)
             return True
         return False
 
