@@ -82,11 +82,7 @@ class Slots:
         return float(next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1))
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight (see `Room`), at most `limit`.
-
-        Raises:
-            UserError: If a trial fits on no machine, not even on one that the autoscaler may start.
-        """
+        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if none ever fits."""
         most = self.at_most(resources)
         if most < 1:
             number = counted(len(self.nodes), "machine")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -79,13 +80,10 @@ class Proposer(Protocol):
 
 def check_searcher(name: str) -> None:
     """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
-    if name != "bayesopt":
-        return
-    try:
+    found = "none"
+    with suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version("bayesian-optimization")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 has no more
+    if name == "bayesopt" and not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
         raise UserError(
             f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
             '`pip install "qpruner[bayesopt]"`'

@@ -145,11 +145,7 @@ def _disk_error(text: str) -> OSError | None:
 
 
 def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
-    """Return the outcome of the search from the records of its trials, after the last session of Tune.
-
-    Raises:
-        StageError: If a trial failed because of the storage, a damaged file or a broken machine.
-    """
+    """Return the outcome of a search from its trials' records; raise `StageError` if its infrastructure failed."""
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
@@ -172,10 +168,7 @@ def make_proposer(
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
     Only `gp` uses `priors`, the sensitivities by method. With `pareto` the searcher looks for the Pareto front of score
-    and bytes instead of the best score.
-
-    Raises:
-        UserError: If a package of the searcher is not installed.
+    and bytes instead of the best score. A searcher whose package is missing raises `UserError`.
     """
     check_searcher(name)
     if name == "gp":  # imported here, because every worker imports this module and it is slow to import
