@@ -135,11 +135,6 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
 # ---- keys without effect
 
 
-def _idle_in_calibration(calibration: schema.CalibrationConfig) -> tuple[Idle, ...]:
-    is_given = calibration.token_ids is not None
-    return ((is_given, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),)
-
-
 def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     blocks_only, importance = not prune.width_units, f"`prune.importance` is {prune.importance}"
     only = "`prune.units` names whole blocks only"
@@ -160,14 +155,6 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
         (prune.importance != "magnitude", importance, ("norm",)),
         (prune.importance not in REDUCING, importance, ("reduction", "query_heads")),
     )
-
-
-def _idle_in_quantize(quantize: schema.QuantizeConfig) -> tuple[Idle, ...]:
-    return ((4 not in quantize.bits, "`quantize.bits` has no 4", ("double_quant",)),)
-
-
-def _idle_in_lora(lora: schema.LoraConfig) -> tuple[Idle, ...]:
-    return ((lora.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 
 
 def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, ...]:
@@ -191,10 +178,6 @@ def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
     )
 
 
-def _idle_in_finetune(finetune: schema.FinetuneConfig) -> tuple[Idle, ...]:
-    return ((not finetune.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),)
-
-
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
@@ -209,13 +192,19 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
 
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune
 schema.BudgetConfig.rules = _budget_rules
-schema.QuantizeConfig.rules, schema.QuantizeConfig.idle_keys = _quantize_rules, _idle_in_quantize
-schema.LoraConfig.idle_keys = _idle_in_lora
+schema.QuantizeConfig.rules = _quantize_rules
+schema.QuantizeConfig.idle_keys = lambda own: ((4 not in own.bits, "`quantize.bits` has no 4", ("double_quant",)),)
+schema.LoraConfig.idle_keys = lambda own: ((own.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 schema.TrainingConfig.rules = _training_rules
 schema.SensitivityConfig.rules, schema.SensitivityConfig.idle_keys = _sensitivity_rules, _idle_in_sensitivity
 schema.ResourcesConfig.rules = _resources_rules
 schema.SearchConfig.rules, schema.SearchConfig.idle_keys = _search_rules, _idle_in_search
-schema.FinetuneConfig.rules, schema.FinetuneConfig.idle_keys = _finetune_rules, _idle_in_finetune
+schema.FinetuneConfig.rules = _finetune_rules
+schema.FinetuneConfig.idle_keys = lambda own: (
+    (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),
+)
 schema.EvaluateConfig.rules = _evaluate_rules
-schema.CalibrationConfig.idle_keys = _idle_in_calibration
+schema.CalibrationConfig.idle_keys = lambda own: (
+    (own.token_ids is not None, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),
+)
 schema.RunConfig.rules, schema.RunConfig.idle_keys = _run_rules, _idle_in_run

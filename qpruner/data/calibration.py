@@ -24,21 +24,17 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the loss of a batch."""
 
 
-def ignore_counts(done: int, total: int) -> None:
-    """Ignore the progress."""
-
-
 @dataclass(frozen=True)
 class Samples:
     """Encoded calibration samples, with batch size and progress callback.
 
-    `on_progress` counts batches, or blocks or groups if the work loops over these.
+    `on_progress` counts batches, or blocks or groups of layers if the work loops over these.
     """
 
     rows: Rows
     pad_id: int
     batch_size: int
-    on_progress: OnProgress = ignore_counts
+    on_progress: OnProgress = lambda done, total: None
 
     @property
     def by_length(self) -> Samples:
@@ -135,7 +131,7 @@ def _visit_activations(
 ) -> None:
     """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
 
-    `places`: name -> layer, whether to visit its inputs or outputs, whether gradients at its inputs or outputs.
+    `places`: name -> layer, True to visit its inputs (else outputs), True for gradients at its inputs (else outputs).
     """
     num_rows = 0
 
@@ -215,7 +211,7 @@ class InputMoments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Variance of each feature, ``(features,)``, clamped to zero."""
+        """Variance of each feature, ``(features,)``; a negative value from rounding becomes zero."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
 

@@ -1,4 +1,4 @@
-"""Define means, standard errors and intervals over tasks and questions; all tables, claims and trials use them.
+"""Define means, standard errors and intervals over tasks and questions, for trials and for the report alike.
 
 Task t of T has n_t questions with values v_tq, whose standard deviation is s_t (n_t - 1 degrees of freedom):
 
@@ -51,14 +51,12 @@ def averaged(models: Sequence[Answers]) -> list[list[float]]:
     return [[sum(values) / len(models) for values in zip(*task, strict=True)] for task in zip(*models, strict=True)]
 
 
-def student_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of the 95 % confidence interval (Student's t) for the true mean of a sample."""
-    return _student(values) / math.sqrt(len(values))
+def half_width(values: Sequence[float], of_next: bool = False) -> float:
+    """Compute half of Student's 95 % interval around the mean of `values`, for the true mean or the next value."""
+    from scipy.stats import t
 
-
-def prediction_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of the 95 % prediction interval for one more value, around the mean of `values`."""
-    return _student(values) * math.sqrt(1 + 1 / len(values))
+    spread = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values)
+    return spread * math.sqrt(1 + 1 / len(values)) if of_next else spread / math.sqrt(len(values))
 
 
 def accuracy_name(metrics: Mapping[str, str]) -> str:
@@ -77,9 +75,3 @@ def accuracy_in_full(metrics: Mapping[str, str]) -> str:
         tasks.setdefault(metric, []).append(task)
     listed = (f"{metric} of {', '.join(its)}" for metric, its in tasks.items())
     return f"{name} ({'; '.join(listed)})"
-
-
-def _student(values: Sequence[float]) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values)

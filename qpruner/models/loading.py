@@ -1,4 +1,4 @@
-"""Load config, tokenizer and dense weights from a model source.
+"""Load config, tokenizer and unquantized weights from a model source.
 
 Sources: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file inside an installed package (found
 without importing it). Weights are read from safetensors or GGUF only, never from a pickle.
@@ -44,8 +44,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 def resolve_source(source: str, key: str) -> str:
     """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged.
 
-    Raises:
-        UserError: If the package is not installed or has no such file; the message names the key.
+    Raise `UserError`, which names the key, if the package is not installed or has no such file.
     """
     if source.startswith("~"):
         return os.path.expanduser(source)  # unchanged if there is no such user
@@ -142,11 +141,9 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load an unquantized model, pruned or not, onto one device or spread over all (`device_map: auto`).
+    """Load an unquantized model with the revision and device map of `model` (None: main revision, one device).
 
-    Raises:
-        CorruptFile: If a weight file is truncated.
-        UserError: If the devices have no room for the whole model under `device_map: auto`.
+    Raise `CorruptFile` if a weight file is truncated, and `UserError` if all devices together have too little memory.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -204,7 +201,6 @@ def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
 def _reported(
     on_progress: OnWork, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
 ) -> Iterator[Any]:
-    """Yield the items of a progress bar and report each."""
     named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
     what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
     for done, item in enumerate(items, 1):
@@ -243,7 +239,6 @@ def device() -> str:
 
 
 def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
-    """Return the arguments for `from_pretrained` to load a source."""
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
         options = {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,12 @@ import numpy as np
 
 from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data.encoding import load_token_ids
-from qpruner.errors import UserError, together
+from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.file import check_affordable, read_plan
-from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
+from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.runs.storage import run_root
 
@@ -119,13 +119,17 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
 
 def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) -> PrecisionPlan | None:
-    """Return the plan of the file in `search.plan`, if any; raise an error if the plan does not fit model or budget."""
+    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget."""
     file = config.search.plan_file
     if file is None:
         return None
     plan = read_plan(file, [group.name for group in layout.groups], config.quantize.bits)
-    if budget_bytes is not None:
-        check_affordable(file, layout.plan_bytes(plan), budget_bytes)
+    if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
+        excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
+        raise PlanRefused(
+            f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the budget of "
+            f"{budget_bytes / 1e6:.2f} MB: give groups fewer bits, or raise `quantize.budget`"
+        )
     return plan
 
 

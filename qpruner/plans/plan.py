@@ -1,8 +1,9 @@
-"""Define precision plans, groups and their sizes in bytes, and find the best plan in a budget; without torch."""
+"""Define precision plans, groups and their sizes, read a plan file, find the best plan in a budget; without torch."""
 
 from __future__ import annotations
 
 import ctypes
+import difflib
 import html
 import math
 import os
@@ -10,8 +11,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from qpruner.errors import SolverFailed, UserError
+import yaml
+
+from qpruner.config.load import parse_yaml
+from qpruner.errors import PlanRefused, SolverFailed, UserError
 
 NF4_BLOCK_SIZE = 64  # weights that share one absmax scale
 NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
@@ -304,3 +310,40 @@ class PlanSpace:
                 "form fewer groups (`quantize.group`)"
             )
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))
+
+
+def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> PrecisionPlan:
+    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to bits, alone or under the key `plan`.
+
+    Raise `PlanRefused` with all problems: a group is unknown or missing, or its bit-width is not among `levels`.
+    """
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlanRefused(f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanRefused(f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan") from error
+    bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
+    if not isinstance(bits, dict):
+        got = "an empty file" if raw is None else type(bits).__name__
+        raise PlanRefused(f"{path} must map every group to its bits, got {got}; `qpruner plan RUN` prints a plan")
+    if problems := _problems(bits, groups, levels):
+        raise PlanRefused(f"{path} is not a valid plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
+    return PrecisionPlan(tuple(groups), tuple(int(bits[group]) for group in groups))
+
+
+def _problems(bits: dict[Any, Any], groups: Sequence[str], levels: Sequence[int]) -> list[str]:
+    problems, allowed = [], ", ".join(map(str, levels))
+    for name, value in bits.items():
+        if name not in groups:
+            nearest = difflib.get_close_matches(str(name), groups, n=1)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"the groups are {groups[0]} to {groups[-1]}"
+            problems.append(f"`{name}` is not a group of this model; {hint}")
+        elif isinstance(value, bool) or value not in levels:
+            problems.append(f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}")
+    missing = [name for name in groups if name not in bits]
+    if missing:
+        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        remedy = "; `qpruner plan RUN` prints a plan with all groups" if len(missing) > len(groups) / 2 else ""
+        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}{remedy}")
+    return problems

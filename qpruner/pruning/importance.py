@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -44,8 +44,7 @@ def score(
 ) -> Scores:
     """Score the units of the blocks in `layers` by `settings.importance`; `magnitude` and `random` read no samples.
 
-    Raises:
-        TrainingDiverged: If a gradient or score is NaN or infinite; the error names the parameter.
+    Raise `TrainingDiverged`, which names the parameter, if a gradient or score is NaN or infinite.
     """
     kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
     if importance == "random":
@@ -66,7 +65,8 @@ def score(
         order = "second" if importance == "fisher" else settings.order
         scores = _taylor(model, kinds, samples, order, settings.aggregation)
     else:
-        raise ValueError(f"no importance of units is called {importance!r}")
+        known = ", ".join(get_args(PruneConfig.model_fields["importance"].annotation))
+        raise ValueError(f"`prune.importance` must be one of {known}, got {importance!r}")
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
@@ -81,9 +81,9 @@ def _taylor(
     `second` uses the diagonal Fisher information for the Hessian, without the factor 1/2, as the code of LLM-Pruner
     does; with `vector` it is the Fisher information of a mask on the row (arXiv 2204.09656, eq. 7).
 
-    LLM-Pruner runs all samples in one backward pass. `vector` is exact for any number of batches and needs no weight
-    gradients. `element` is exact for one batch: the absolute values of several batches are summed, and `second` and
-    `mixed` need one pass per sample. `mixed` with `element` holds one more float32 tensor per scored matrix.
+    LLM-Pruner runs all samples in one backward pass. `vector` gives the same scores with any number of batches, and
+    needs no weight gradients. `element` sums absolute values over batches, which changes `first` and `mixed` scores if
+    there are several. Its `second` and `mixed` need a pass per sample, and `mixed` one more tensor per scored matrix.
     """
     return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
 
@@ -168,7 +168,7 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
 
 
 class UnitScores:
-    """Sum scores per matrix and unit (or query head of a unit), then reduce them to one score per unit.
+    """Sum scores per matrix and unit (in q and o per query head), then reduce them to one score per unit.
 
     `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that units divide.
     """
@@ -229,12 +229,6 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Name -> function from scores ``(matrices, units)`` to ``(units,)``; the last matrix is the output projection."""
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Refuse a model with a NaN or infinite weight, because it would make every gradient NaN."""
-    for name, parameter in model.named_parameters():
-        check_finite(parameter, f"the weight {name}")
-
-
 def check_finite(values: torch.Tensor, what: str) -> None:
     """Raise `TrainingDiverged` if any value is NaN or infinite."""
     least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if any is; `isfinite` of all takes 5 bytes each
@@ -248,8 +242,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
     """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights.
 
-    Raises:
-        TrainingDiverged: If a score is NaN or infinite; the error names the block.
+    Raise `TrainingDiverged`, which names the block, if a score is NaN or infinite.
     """
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)
@@ -262,7 +255,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
         by_unit = _taylor(model, kinds, samples).reduce("sum")
         scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
     else:
-        raise ValueError(f"no importance of blocks is called {method!r}")
+        raise ValueError(f"`prune.depth_importance` must be block_influence or taylor, got {method!r}")
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
     return scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,12 +15,12 @@ import torch
 
 from qpruner.config.pruning import PruneConfig
 from qpruner.data.calibration import OnProgress, Samples
-from qpruner.errors import UserError
+from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, ignore_progress
 from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
-from qpruner.pruning.importance import Scores, block_importance, check_weights, score
+from qpruner.pruning.importance import Scores, block_importance, check_finite, score
 from qpruner.pruning.selection import select, select_rate
 from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, new_biases, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
@@ -97,11 +98,11 @@ def prune(
 ) -> Pruned:
     """Cut the least important units of a model in place, so that the requested share of parameters is removed.
 
-    Raises:
-        UserError: If the rate cannot be met, or the model shares weights that a cut would break.
-        TrainingDiverged: If a weight, gradient or score is NaN or infinite; the error names it.
+    Raise `UserError` if the rate cannot be met or the model shares weights that a cut would break, and
+    `TrainingDiverged` if a weight, gradient or score is NaN or infinite.
     """
-    check_weights(model)
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, f"the weight {name}")  # it would make every gradient NaN
     settings = settled(model.config, settings)
     return prune_by(Criteria(settings, samples, seed, on_work), model, settings)
 
@@ -109,10 +110,7 @@ def prune(
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
     """Fill in the defaults of the settings, and compute the config of the pruned model; read no weights.
 
-    If widths depend on scores, the computed config has average widths.
-
-    Raises:
-        UserError: If the model cannot meet the settings.
+    If widths depend on scores, the config has average widths. Raise `UserError` if the model cannot be cut like this.
     """
     settings = settled(model_config, settings)
     if settings.is_off:
@@ -125,11 +123,7 @@ def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
 
 
 def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
-    """Drop blocks, then select, compensate and cut units in place, by the scores of `criteria`.
-
-    Raises:
-        UserError: If the rate cannot be met, or the model shares weights that a cut would break.
-    """
+    """Drop blocks, then select, compensate and cut units in place, by the scores of `criteria`."""
     before = num_parameters(model)
     if settings.is_off:
         return Pruned(model, {}, before, before)
@@ -156,6 +150,9 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
             most = math.floor(1000 * (round((settings.rate or 0.0) * before) - target + error.most) / before) / 1000
             highest = "" if dropped else f"; with the other keys as they are, the highest rate is {most:g}"
             raise UserError(f"{error}{highest}") from error
+        except TrainingDiverged as error:  # it names a block by its number after blocks were dropped
+            number = rf"(?<={re.escape(family_of(model.config).blocks)}\.)\d+"
+            raise TrainingDiverged(re.sub(number, lambda found: str(blocks[int(found[0])]), str(error))) from error
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -204,24 +201,20 @@ def _cut_widths(
     return alive, first
 
 
-def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
-    """Count the parameters to remove from the remaining blocks, plus those that compensation adds as biases."""
+def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], base_parameters: int) -> int:
+    """Count the parameters to remove as units: what dropped blocks leave of the rate, plus biases to be added."""
     path, count = family_of(model.config).block_path, model.config.num_hidden_layers
     hidden = [
         model.get_submodule(f"{path(index)}.{linear}").out_features
         for linear in new_biases(model, settings, layers)
         for index in range(count)
     ]
-    asked: int = round((settings.rate or 0.0) * before)
-    return int(max(asked - (before - num_parameters(model)) + sum(hidden), 0))
+    asked: int = round((settings.rate or 0.0) * base_parameters)
+    return int(max(asked - (base_parameters - num_parameters(model)) + sum(hidden), 0))
 
 
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
-    """Count the blocks to drop; `order` lists the blocks that may be dropped, least important first.
-
-    Raises:
-        UserError: If no block would be dropped, or no block would stay.
-    """
+    """Count the blocks to drop, at least one but not all; `order` lists those that may go, least important first."""
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
     removed = list(itertools.accumulate(sizes[:-1], initial=0))
     count = min(range(len(removed)), key=lambda count: abs(removed[count] - share * total))
@@ -230,8 +223,8 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names block, but only one block may be dropped, and one must stay: allow more blocks "
-            "(`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block` from `prune.units`"
+            "`prune.units` names block, but one of the blocks that may be dropped must stay, and there is only one: "
+            "allow more (`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
-from qpruner.report.markdown import code, parts_text, prose
+from qpruner.report.content import code, markdown, prose
 from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
@@ -57,7 +57,7 @@ def model_card(run: Snapshot) -> str:
         f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed.{expanded}"
     )
     head = f"---\n{data.to_yaml()}\n---"
-    title, parts = f"# {prose(run.name)}", parts_text(measured(run.results))
+    title, parts = f"# {prose(run.name)}", markdown(measured(run.results))
     return "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts]) + "\n"
 
 

@@ -65,8 +65,7 @@ def comparisons(results: Results) -> list[Comparison]:
 def claim(results: Results) -> str:
     """State how the searched plan compares with the base and pruned model, and with other plans of equal bytes.
 
-    Returns:
-        A paragraph on the first line; after it, one line for each fact behind the claim, beginning with a dash.
+    The first line is a paragraph. Each of the other lines states one fact behind the claim and begins with a dash.
     """
     assert results.search
     found, winner = comparisons(results), _winner(results, results.search)

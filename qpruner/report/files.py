@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qpruner.report import html, markdown, tensorboard
+from qpruner.report import html, tensorboard
 from qpruner.report.card import model_card
 from qpruner.report.claim import Comparison, claim, comparisons
+from qpruner.report.content import report_md
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.model import IMPORTANCE_FILE, load_importance
 from qpruner.report.results import Row, rows, under_first_seed
@@ -27,13 +28,7 @@ PICTURES = "pictures"
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`.
-
-    Raises:
-        UserError: If the folder holds no run.
-        CorruptFile: If a record cannot be read.
-        OSError: If a file cannot be written.
-    """
+    """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`."""
     run, importances = read_snapshot(run_dir), None
     scratch, kept = run_dir.scratch(PICTURES), run_dir.stage("prune") / IMPORTANCE_FILE
     if run.results.prune and exists(kept):
@@ -45,7 +40,7 @@ def write_report(run_dir: RunDir) -> Path:
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
     storage_at(run_dir.root / PICTURES).publish(scratch)
     write_text(run_dir.root / "results.json", summary_text(run))
-    write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
+    write_text(run_dir.root / "report.md", report_md(run, listed, PICTURES))
     if run.is_complete:
         if run_dir.root / "final" in published_folders(run_dir.root):
             write_text(run_dir.root / CARD, model_card(run))

@@ -133,11 +133,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
 
 
 def winner(run: Snapshot) -> TrialRecord:
-    """Return the trial whose plan the search returned.
-
-    Raises:
-        UserError: If the search is not over, or a given plan is not scored yet.
-    """
+    """Return the trial whose plan the search returned; raise `UserError` if the search is not over."""
     if run.results.search:
         return trial(run, run.results.search.best_index)
     given = run.state.config["search"].get("plan")
@@ -148,11 +144,7 @@ def winner(run: Snapshot) -> TrialRecord:
 
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
-    """Find a trial by its number.
-
-    Raises:
-        UserError: If no trial has this number.
-    """
+    """Return the trial with a number; raise `UserError` if there is none."""
     found = next((each for each in run.trials if each.index == index), None)
     if found is None:
         raise UserError(

@@ -203,12 +203,7 @@ class Snapshot:
 
 
 def read_snapshot(run: RunDir) -> Snapshot:
-    """Read a run's folder.
-
-    Raises:
-        UserError: If no command has worked on the folder.
-        CorruptFile: If a record cannot be read.
-    """
+    """Read a run's folder; raise `UserError` if it holds no run, and `CorruptFile` if a record cannot be read."""
     liveness = read_liveness(run)
     if liveness is None:
         raise UserError(_no_run(run))
@@ -241,10 +236,7 @@ def read_liveness(run: RunDir) -> Liveness | None:
     """Read a run's state and lock without writing anything; None before the first command.
 
     The state is read before the lock, so a command that ends between the two reads looks cut off. If a command looks
-    cut off, both are therefore read again.
-
-    Raises:
-        CorruptFile: If the state cannot be read.
+    cut off, both are therefore read again. Raise `CorruptFile` if the state cannot be read.
     """
     found = _read(run)
     if found and found.outcome == CUT_OFF:

@@ -136,8 +136,8 @@ def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answ
     With one training seed the spread over seeds is missing, so more than 5 % of intervals for equal plans exclude 0.
     """
     if len(by_plan) > 1:
-        return measures.prediction_half_width(by_plan)
-    widths = [measures.student_half_width(by_seed)] if len(by_seed) > 1 else []
+        return measures.half_width(by_plan, of_next=True)
+    widths = [measures.half_width(by_seed)] if len(by_seed) > 1 else []
     if by_row and not math.isnan(stderr := measures.over_tasks(by_row).stderr):
         widths.append(measures.Z_95 * stderr)
     return max(widths, default=None)

@@ -27,7 +27,8 @@ from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.report import markdown, sections
+from qpruner.report import sections
+from qpruner.report.content import markdown
 from qpruner.report.search_progress import bar, best_so_far, in_order_of_end, score, score_name, shown_together
 from qpruner.runs import events
 from qpruner.runs.records import Results, SearchState, TrialRecord
@@ -106,7 +107,7 @@ class Board:
 
 def write_result(root: Path, results: Results) -> None:
     """Write the claim and the final table as a text for TensorBoard."""
-    table = "\n\n".join(markdown.parts_text(sections.measured(results)))
+    table = "\n\n".join(markdown(sections.measured(results)))
     write_events(root / FOLDER / RESULT, [_text("final table", table)])
 
 

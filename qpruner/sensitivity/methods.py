@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.data.calibration import OnProgress, Samples, ignore_counts
+from qpruner.data.calibration import OnProgress, Samples
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import Starts
@@ -46,7 +46,7 @@ class Subject:
     group: str
     bank: Path
     scaling: float
-    on_group: OnProgress = ignore_counts
+    on_group: OnProgress = lambda done, total: None
     """Counts the groups that `by_information` has scored after its pass over the samples."""
 
     def starts(self, model: PreTrainedModel) -> Starts:

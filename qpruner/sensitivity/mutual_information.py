@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from qpruner.config.schema import SensitivityConfig
-from qpruner.data.calibration import OnProgress, Samples, ignore_counts, visit_outputs
+from qpruner.data.calibration import OnProgress, Samples, visit_outputs
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import Rows
 from qpruner.errors import UserError
@@ -56,7 +56,7 @@ def measure(
     group: str,
     settings: SensitivityConfig,
     seed: int,
-    on_group: OnProgress = ignore_counts,
+    on_group: OnProgress = lambda done, total: None,
 ) -> MutualInformation:
     """Estimate the mutual information of every group's output with the predicted token, in one pass over the samples.
 

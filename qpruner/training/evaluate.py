@@ -122,8 +122,7 @@ def task_questions(
 ) -> dict[str, TaskQuestions]:
     """Load the first `limit` questions of each task; errors name `key`, the configuration key that lists the tasks.
 
-    Raises:
-        UserError: If a task is unknown, its rows cannot be loaded, or it does not report the metric.
+    Raise `UserError` if a task is unknown, its rows cannot be loaded, or it does not report the metric.
     """
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in (task for task in tasks if task not in known):

@@ -35,7 +35,7 @@ DIVERGED_BY = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, or `epochs` if that is None), and when to save: at `rungs` and every `save_steps`."""
+    """How long to train (`steps`, else `epochs`), and when to save: at `rungs` and every `save_steps`."""
 
     steps: int | None
     epochs: float | None = None
@@ -96,9 +96,8 @@ def finetune(
     All processes get the same `rows`, and `settings.batch_size` counts the rows of all processes. `seed` sets data
     order and dropout. `start` is a checkpoint of the same training, to resume from.
 
-    Raises:
-        TrainingDiverged: If a step's loss or gradient is NaN or infinite, or its loss is more than `DIVERGED_BY` above
-            both the first step's loss and the loss of a blind guess, ln(vocabulary size).
+    Raise `TrainingDiverged` if a step's loss or gradient is NaN or infinite, or its loss is more than `DIVERGED_BY`
+    above both the first step's loss and the loss of a blind guess, ln(vocabulary size).
     """
     share = Share.own()
     batches = _Batches(row_lengths(rows), settings, seed, share)
@@ -137,7 +136,7 @@ def _losses(state: TrainerState) -> list[float]:
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
     """Let DistributedDataParallel share the adapters alone, and return the first process's `start` in every process.
 
-    Every process has read the other weights itself. Machines may see different checkpoints in a shared folder.
+    Every process has read the other weights itself. In a network folder machines may see different latest checkpoints.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -177,7 +176,7 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that sorts each batch by length, and computes logits at labelled tokens only.
+    """A Trainer that takes its batches from `_Batches`, and computes logits at labelled tokens only.
 
     It retries a save while storage is unavailable.
     """

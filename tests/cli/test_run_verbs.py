@@ -21,7 +21,7 @@ from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 
 from qpruner.cli.main import main
 from qpruner.errors import PlanRefused
-from qpruner.plans.file import read_plan
+from qpruner.plans.plan import read_plan
 from qpruner.report import results as table
 from qpruner.report.html import render
 from qpruner.report.sections import sections

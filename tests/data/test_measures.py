@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qpruner.data.measures import (
-    accuracy_in_full,
-    accuracy_name,
-    averaged,
-    over_questions,
-    over_tasks,
-    prediction_half_width,
-    student_half_width,
-)
+from qpruner.data.measures import accuracy_in_full, accuracy_name, averaged, half_width, over_questions, over_tasks
 
 
 def test_every_task_has_the_same_weight() -> None:
@@ -36,10 +28,10 @@ def test_one_question_has_no_standard_error() -> None:
 
 def test_prediction_intervals_hold_95_percent_of_draws() -> None:
     draws = np.random.default_rng(0).normal(0, 2, (5000, 5))
-    held = [abs(new - np.mean(known)) < prediction_half_width(known) for *known, new in draws.tolist()]
+    held = [abs(new - np.mean(known)) < half_width(known, of_next=True) for *known, new in draws.tolist()]
     assert np.mean(held) == pytest.approx(0.95, abs=0.01)
     low, high = stats.ttest_1samp(draws[0], 0.0).confidence_interval(0.95)
-    assert student_half_width(draws[0].tolist()) == pytest.approx((high - low) / 2)
+    assert half_width(draws[0].tolist()) == pytest.approx((high - low) / 2)
 
 
 def test_accuracy_is_named_after_the_metric_of_its_tasks() -> None:

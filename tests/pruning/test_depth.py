@@ -81,6 +81,17 @@ def test_a_block_whose_states_are_broken_is_named() -> None:
         block_importance(model, range(NUM_BLOCKS), "block_influence", samples_of())
 
 
+def test_a_block_is_named_by_its_number_in_the_base() -> None:
+    """Block 1 is dropped before the units are scored; one weight of block 4 is too large for a square in float32."""
+    model = decoder()
+    with torch.no_grad():
+        model.model.layers[4].mlp.gate_proj.weight[0] = 0  # hides the next weight from the outputs
+        model.model.layers[4].mlp.up_proj.weight[0, 0] = 1e30
+    settings = settings_of(units=("block", "mlp"), rate=0.3, importance="magnitude")
+    with pytest.raises(TrainingDiverged, match=r"importance of model\.layers\.4\.mlp\.up_proj\.weight is NaN"):
+        prune(model, settings, samples_of())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
 @pytest.mark.parametrize("method", ["block_influence", "taylor"])
 def test_the_least_important_blocks_go_and_the_rest_stays(name: str, method: str) -> None:
@@ -202,7 +213,7 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
     ("options", "said"),
     [
         ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may be dropped have"),
-        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "only one block may be dropped, and one must"),
+        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "dropped must stay, and there is only one"),
         # The nearest number is one block, but it has more parameters than the rate allows.
         ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95}, "raise the rate or `prune.depth_share`"),
         (

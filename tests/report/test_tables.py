@@ -23,10 +23,10 @@ from made_run import (
 )
 from markdown_it import MarkdownIt
 
-from qpruner.report import markdown, tables
+from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim
-from qpruner.report.markdown import pipe_table, prose
+from qpruner.report.content import pipe_table, prose, report_md
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows, under_first_seed
 from qpruner.report.sections import sections
 from qpruner.runs.records import GIVEN, FrontPoint, Results, TaskScore
@@ -40,7 +40,7 @@ def whole() -> Results:
 def report(results: Results) -> str:
     """Return the Markdown report."""
     run = snapshot(results)
-    return markdown.render(run, sections(run), "pictures")
+    return report_md(run, sections(run), "pictures")
 
 
 def test_the_winner_is_shown_in_figures() -> None:

@@ -26,6 +26,7 @@ UNITS = {
 }
 """Kind of unit -> its title, and the fields of the record with the units kept and the number before pruning."""
 BLOCK: Spec = {"field": "block", "type": "ordinal", "axis": {"title": "block"}}
+OWN_COLORS: Spec = {"scale": {"color": "independent"}}
 IMPORTANCE_FILE = "importance.npz"
 
 
@@ -56,6 +57,10 @@ def plan_map(run: Snapshot, plan: Mapping[str, int]) -> Chart:
     )
 
 
+def _panel(title: Any, width: Any, values: Values) -> Spec:
+    return {"title": title, "width": width, "height": {"step": CELL_HEIGHT}, "data": {"values": values}}
+
+
 def _grid(cells: Values, is_first: bool = True) -> Spec:
     parts = list(dict.fromkeys(cell["part"] for cell in cells))
     column = {"title": None, "orient": "top", "labelAngle": 0, "labelLimit": CELL_WIDTH - 4}
@@ -70,18 +75,12 @@ def _bits_map(cells: Values) -> Spec:
     levels = sorted({cell["bits"] for cell in cells})
     cell = {"color": by_bits(levels, "bits"), "tooltip": tooltip(group="group", bits="bits")}
     text = {"text": {"field": "bits", "type": "ordinal"}, "color": by_bits(levels, "on-bits")}
-    return {
-        "title": ["bits", ""],
-        "width": {"step": CELL_WIDTH},
-        "height": {"step": CELL_HEIGHT},
-        "data": {"values": cells},
-        "encoding": _grid(cells),
-        "resolve": {"scale": {"color": "independent"}},
-        "layer": [
-            {"mark": {"type": "rect", "stroke": "var(--page)"}, "encoding": cell},
-            {"mark": {"type": "text", "fontSize": 11}, "encoding": text},
-        ],
-    }
+    layers = [
+        {"mark": {"type": "rect", "stroke": "var(--page)"}, "encoding": cell},
+        {"mark": {"type": "text", "fontSize": 11}, "encoding": text},
+    ]
+    of_map = {"encoding": _grid(cells), "resolve": OWN_COLORS, "layer": layers}
+    return _panel(["bits", ""], {"step": CELL_WIDTH}, cells) | of_map
 
 
 def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
@@ -95,19 +94,13 @@ def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
             figures = {"rise": float(f"{rise:.4g}"), "share": round(share, 3), "strength": round(abs(share), 3)}
             values.append(places[group] | {"group": group, "method": name, "unit": method.unit} | figures)
     shade = {"condition": {"test": "datum.share < 0", "value": "var(--below-zero)"}, "value": "var(--control)"}
-    return {
-        "title": {"text": {"expr": "['sensitivity by', method]"}},
-        "width": {"step": CELL_WIDTH},
-        "height": {"step": CELL_HEIGHT},
-        "data": {"values": values},
+    opacity = {"field": "strength", "type": "quantitative", "scale": None, "legend": None}
+    details = tooltip(group="group", method="method", rise="predicted rise|.3g", unit="unit")
+    encoding = _grid(cells, is_first=False) | {"color": shade, "fillOpacity": opacity, "tooltip": details}
+    return _panel({"text": {"expr": "['sensitivity by', method]"}}, {"step": CELL_WIDTH}, values) | {
         "transform": [{"filter": "datum.method == method"}],
         "mark": {"type": "rect", "stroke": "var(--line)"},
-        "encoding": _grid(cells, is_first=False)
-        | {
-            "color": shade,
-            "fillOpacity": {"field": "strength", "type": "quantitative", "scale": None, "legend": None},
-            "tooltip": tooltip(group="group", method="method", rise="predicted rise|.3g", unit="unit"),
-        },
+        "encoding": encoding,
     }
 
 
@@ -175,21 +168,14 @@ def _panels(kind: str, record: PruneRecord, scores: Mapping[str, Any]) -> Iterat
             shown = round(float(np.log10(value)), 3) if value > 0 else None
             values.append({"block": layer.layer, "column": column, "importance": shown})
     scale = {"scale": {"scheme": "viridis"}, "legend": {"title": "log10 importance"}}
-    blocks = BLOCK | {"scale": {"domain": [layer.layer for layer in record.layers]}}
-    yield {
-        "title": title,
-        "width": 6 * NUM_COLUMNS,
-        "height": {"step": CELL_HEIGHT},
-        "data": {"values": values},
-        "resolve": {"scale": {"color": "independent"}},
-        "transform": [{"filter": "isValid(datum.importance)"}],
-        "mark": "rect",
-        "encoding": {
-            "x": {"field": "column", "type": "ordinal", "axis": None},
-            "y": blocks,
-            "color": {"field": "importance", "type": "quantitative"} | scale,
-        },
+    encoding = {
+        "x": {"field": "column", "type": "ordinal", "axis": None},
+        "y": BLOCK | {"scale": {"domain": [layer.layer for layer in record.layers]}},
+        "color": {"field": "importance", "type": "quantitative"} | scale,
     }
+    shown_only = [{"filter": "isValid(datum.importance)"}]
+    ranks = {"resolve": OWN_COLORS, "transform": shown_only, "mark": "rect", "encoding": encoding}
+    yield _panel(title, 6 * NUM_COLUMNS, values) | ranks
     # A block without such units lost none.
     counts = [(each.layer, len(getattr(each, kept) or ()), getattr(each, base)) for each in record.layers]
     bars = [{"block": block, "value": num_kept / there if there else 1.0} for block, num_kept, there in counts]
@@ -198,14 +184,8 @@ def _panels(kind: str, record: PruneRecord, scores: Mapping[str, Any]) -> Iterat
 
 
 def _bars(title: str, values: Values, x: Spec) -> Spec:
-    return {
-        "title": title,
-        "width": 60,
-        "height": {"step": CELL_HEIGHT},
-        "data": {"values": values},
-        "mark": {"type": "bar", "color": "var(--stopped)"},
-        "encoding": {"x": x, "y": BLOCK},
-    }
+    bar = {"type": "bar", "color": "var(--stopped)"}
+    return _panel(title, 60, values) | {"mark": bar, "encoding": {"x": x, "y": BLOCK}}
 
 
 def ranked(scores: Any) -> Sequence[float]:
