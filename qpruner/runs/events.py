@@ -31,7 +31,7 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class StageSkipped(Event):
-    """A stage is skipped, because its record has the same input digest; `seconds` is how long the recorded run took."""
+    """A stage is skipped, as its record was made from the same inputs; `seconds` is how long the recorded run took."""
 
     stage: str
     figures: str

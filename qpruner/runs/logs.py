@@ -89,7 +89,7 @@ class Uploader:
             self._upload(is_last=False)
 
     def close(self) -> None:
-        """Upload the remaining changes, and delete TensorBoard files at the URI that this command did not upload."""
+        """Upload the remaining changes, and delete outdated TensorBoard files of earlier commands at the URI."""
         if self._is_needed:
             self._upload(is_last=True)
 

@@ -20,7 +20,7 @@ TIME = "step"
 
 @dataclass(frozen=True)
 class SearchJob:
-    """The inputs of a search; `node_check.packed_check` makes `check_node`."""
+    """The inputs of a search."""
 
     config: RunConfig
     trial: Trial
@@ -34,7 +34,7 @@ class SearchJob:
     digest: str  # of all that the result of a trial depends on
     search: str  # digest of the further inputs that the proposals depend on
     resources: dict[str, float]  # of one trial
-    check_node: bytes  # pickled; raises on an unusable node
+    check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
 
     def owns(self, record: TrialRecord) -> bool:
@@ -110,7 +110,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Mark a trial as running if this search has to resume it, and return its record.
 
-    It resumes trials that were cut off or have to be retried, and its controls that another search stopped.
+    Besides trials cut off or to be retried, these are the `controls` of this search that ASHA stopped in another one.
     """
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)

@@ -51,7 +51,7 @@ def leave_if_drained() -> None:
 
 
 class _RecordedTrial:
-    """A trial that keeps its record and its pulse up to date while it runs."""
+    """A trial that writes its record and its pulse (a sign of progress) while it runs."""
 
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
@@ -75,7 +75,7 @@ class _RecordedTrial:
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial; return False if it must resume from its last rung, as memory ran out or storage was away."""
+        """Run the trial; return False if it failed but can resume: in smaller micro-batches, or as storage is back."""
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
