@@ -14,7 +14,7 @@ class Event:
 
 @dataclass(frozen=True)
 class StageStarted(Event):
-    """A stage begins."""
+    """A stage begins; `detail` says what it does."""
 
     stage: str
     detail: str
@@ -22,7 +22,7 @@ class StageStarted(Event):
 
 @dataclass(frozen=True)
 class StageFinished(Event):
-    """A stage has written its record."""
+    """A stage has written its record; `figures` are its main results as text."""
 
     stage: str
     seconds: float

@@ -73,7 +73,7 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads changed TensorBoard files and the changed log while a command works on a run at a URI."""
+    """Uploads changed TensorBoard files (in `folder`) and the log (`file`) while a command works on a run at a URI."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file

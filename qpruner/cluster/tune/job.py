@@ -71,7 +71,7 @@ def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Return the largest divisor of the batch that is at most half of a trial's micro-batch; None if there is none."""
+    """Return the largest divisor of the batch up to half a trial's micro-batch; None without one or without retries."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -86,7 +86,7 @@ def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]
 
 
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
-    """Return a ledger that knows all recorded trials, and the records of these trials.
+    """Return a `Ledger` that knows all recorded trials, and the records of these trials.
 
     The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
     and do not count towards `max_trials`.
