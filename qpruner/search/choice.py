@@ -129,6 +129,5 @@ def _tilt(sizes: np.ndarray, wanted: float) -> float:
     low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
     for _ in range(60):
         middle = (low + high) / 2
-        is_too_heavy = (_chances(sizes, middle) * sizes).sum() > wanted
-        low, high = (middle, high) if is_too_heavy else (low, middle)
+        low, high = (middle, high) if (_chances(sizes, middle) * sizes).sum() > wanted else (low, middle)
     return float((low + high) / 2)
