@@ -1,7 +1,4 @@
-"""Assemble the model of a plan from dense tensors (checkpoint) and packed tensors (bank), and add LoRA adapters.
-
-This module quantizes no weight: the bank holds the quantized weights.
-"""
+"""Assemble the model of a plan from dense tensors (checkpoint) and packed tensors (bank), and add LoRA adapters."""
 
 from __future__ import annotations
 
@@ -51,8 +48,7 @@ def assemble(
     config = AutoConfig.from_pretrained(checkpoint)
     ragged.install(family_of(config))
     cpu.install()
-    linears = group_linears(config, group)
-    bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}
+    bits = {path: bits_by_group[name] for name, paths in group_linears(config, group).items() for path in paths}
     starts, packed = _split(read_plan(bank, bits_by_group, on_piece))
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
     state = dense_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed

@@ -5,7 +5,7 @@ controls. Text has the configuration and the final table.
 
 A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
 appended, and an open TensorBoard shows them. After a crash, the same call completes or rewrites the file.
-tensorboardX's `SummaryWriter` sets its own times and file names and only appends, so this module makes the messages.
+tensorboardX's `SummaryWriter` and `hparams` set their own times and names, so this module makes the messages.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ class Board:
 
 def write_result(root: Path, results: Results) -> None:
     """Write the claim and the final table as a text for TensorBoard."""
-    table = "\n\n".join(markdown(sections.measured(results)))
-    write_events(root / FOLDER / RESULT, [_text("final table", table)])
+    write_events(root / FOLDER / RESULT, [_text("final table", "\n\n".join(markdown(sections.measured(results))))])
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
@@ -225,10 +224,7 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 
 
 def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """Return the messages of an HParams row. TensorBoard merges rows of equal title, and adds the run's last scalars.
-
-    tensorboardX's function `hparams` sets neither titles nor times, so it is not used here.
-    """
+    """Return the messages of an HParams row, to which TensorBoard adds the run's last scalars; titles must differ."""
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]
     start.session_start_info.group_name = title

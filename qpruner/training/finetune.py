@@ -176,10 +176,7 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that sorts each batch by length, and computes logits at labelled tokens only.
-
-    It retries a save while storage is unavailable.
-    """
+    """A Trainer that sorts batches by length, computes logits at labelled tokens only, and retries failed saves."""
 
     batches: _Batches
     before_save: Callable[[], None]

@@ -33,14 +33,11 @@ NUM_TURNS = 3
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """The fine-tuned rows that one process times in turns; it writes `done total` turns to the file `progress`.
-
-    The prompt is the beginning of the confirmation rows in `data`.
-    """
+    """The fine-tuned rows that one process times in turns; it writes `done total` turns to the file `progress`."""
 
     config: RunConfig
     candidates: tuple[Candidate, ...]
-    data: Path
+    data: Path  # the confirmation rows there give the prompt
     threads: int
     progress: Path
 
