@@ -216,7 +216,7 @@ _verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)
 @main.command()
 @click.option("--results", is_flag=True, help="Print the schema of results.json instead.")
 def schema(results: bool) -> None:
-    """Print the JSON schema of the configuration, for editors."""
+    """Print the JSON schema of configurations, or of results.json."""
     if results:
         from qpruner.report.files import summary_schema
 
@@ -238,7 +238,7 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Write the final model in another form; keep the export only if it predicts the same as the final model."""
+    """Write the final model merged or for peft; keep the export only if both predict the same."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qpruner.report import search_progress as trials_now
-from qpruner.report.search_progress import bar, event_line, score, score_title
+from qpruner.report.search_progress import event_line, plan_text, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import counted, duration
@@ -234,6 +234,6 @@ def _search_view(
 def _plan(trial: TrialRecord) -> Text:
     """Render a plan with one character for each group and one colour for each bit-width."""
     text = Text()
-    for character, alike in itertools.groupby(bar(trial)):
+    for character, alike in itertools.groupby(plan_text(trial)):
         text.append("".join(alike), COLORS[character])
     return text

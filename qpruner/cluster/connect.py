@@ -39,7 +39,7 @@ class Cluster:
     was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return the present machines, except those that are about to leave, and those that the autoscaler may add."""
+        """Return the slots of present machines that are not about to leave, and of those that may be started."""
         import ray
 
         draining = ray_private.state.get_draining_nodes()
@@ -88,8 +88,8 @@ def disconnect() -> None:
 def _start(options: dict[str, Any]) -> None:
     """Start Ray so that it listens on loopback only.
 
-    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces, except on
-    systems where it supports no clusters. An environment variable and a constant make Ray take this system for one.
+    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces. It does so
+    only where it supports clusters. An environment variable and a constant tell Ray that this system supports none.
     """
     import ray
 
@@ -165,7 +165,7 @@ def _growth() -> Slots:
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the machines that a cluster file lets the autoscaler start; node types without a stated size are left out.
+    """Return the machines of stated size that a cluster file lets the autoscaler start beside the head node `head`.
 
     Raises:
         UserError: If the file cannot be read.
@@ -175,8 +175,8 @@ def read_growth(file: Path, head: Node) -> Slots:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): correct it, and run as the user "
-            "who started Ray there"
+            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): correct it, or run qpruner as "
+            "the user who started Ray on this machine"
         ) from error
     max_workers = int(config.get("max_workers", 0))
     workers: list[Node] = []

@@ -114,15 +114,15 @@ def local_slots() -> Slots:
     return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
 
 
-def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return one assumed machine: the GPUs of a trial, at least one, and the cores of all trials that share the GPU."""
+def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
+    """Return an assumed machine to plan a run for: the GPUs of one trial, or one GPU with cores for all its trials."""
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0
     return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return the resources of each worker that trains one model; NCCL needs a whole GPU for each of several workers."""
+    """Return the resources of each worker; several that train one model together need whole GPUs (NCCL)."""
     shares_gpu = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
     return {**trial, "gpu": 1.0} if shares_gpu else dict(trial)
 

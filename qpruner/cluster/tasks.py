@@ -38,7 +38,7 @@ ANSWER_SECONDS = 2.0
 
 
 def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that a worker runs `check_node` (see `node_check.packed_check`) before it unpickles it.
+    """Wrap a function: a worker unpickles the function only after `check_node` (see `node_check.packed_check`).
 
     The wrapper is nested, so that its code is pickled with it: a node with another qpruner could not import it.
     """

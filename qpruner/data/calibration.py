@@ -26,7 +26,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded calibration samples; `on_progress` counts batches, or the blocks or groups that the work loops over."""
+    """Encoded calibration samples; `on_progress` counts batches, or blocks or groups of layers in loops over these."""
 
     rows: Rows
     pad_id: int
@@ -128,7 +128,7 @@ def _visit_activations(
 ) -> None:
     """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
 
-    `places`: name -> layer, whether to visit its inputs or outputs, whether gradients at its inputs or outputs.
+    `places`: name -> layer, True to visit its inputs (else outputs), True for gradients at its inputs (else outputs).
     """
     num_rows = 0
 
@@ -197,7 +197,7 @@ class InputMoments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Variance of each feature, ``(features,)``, clamped to zero."""
+        """Variance of each feature, ``(features,)``; a negative value from rounding becomes zero."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
 

@@ -19,9 +19,9 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token, and a contribution of each row (`by_row`), whose average is the mean loss.
+    """Mean loss in nats per labelled token, and a value of each row (`by_row`), whose average is the mean loss.
 
-    The spread of the contributions gives the standard error. Rows differ in length, so the mean is a ratio estimator.
+    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, with m the mean of n: the mean is a ratio.
     """
 
     mean: float
@@ -50,7 +50,7 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     total, tokens = sum(sums), sum(counts)
     mean = total / tokens
     if not math.isfinite(mean):
-        raise TrainingDiverged(f"the validation loss is {mean}")
+        raise TrainingDiverged(f"the mean loss of the scored rows is {mean}")
     deviations = [row - mean * count for row, count in zip(sums, counts, strict=True)]
     by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in deviations), strict=True))
     return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))

@@ -1,4 +1,4 @@
-"""Define means, standard errors and intervals over tasks and questions; all tables, claims and trials use them.
+"""Define means, standard errors and intervals over tasks and questions, for trials and for the report alike.
 
 Task t of T has n_t questions with values v_tq, whose standard deviation is s_t (n_t - 1 degrees of freedom):
 
@@ -52,7 +52,7 @@ def averaged(models: Sequence[Answers]) -> list[list[float]]:
 
 
 def half_width(values: Sequence[float], of_next: bool = False) -> float:
-    """Compute half of Student's 95 % interval around a sample's mean, for the true mean or for the next value."""
+    """Compute half of Student's 95 % interval around the mean of `values`, for the true mean or the next value."""
     from scipy.stats import t
 
     spread = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values)

@@ -6,7 +6,7 @@ In bytes for each token of a forward pass, with a vocabulary of V and elements o
   adapter's inner values (4 x rank), and about e (r + c) between layers. A layer without adapter keeps e (r + c) only.
   Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that computes
   attention in float32 because it lacks bfloat16. With gradient checkpointing every block keeps its input, and one block
-  keeps all of this. For the layers of a model without adapters this is multiplied by `DENSE`.
+  keeps all of this. In a model without adapters a layer counts as `DENSE` e (r + c), to include norms and gates.
 - Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
   the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
@@ -120,7 +120,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate importance: gradients of a batch, if needed; `order: mixed` by element adds a float32 per weight."""
+    """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with `aggregation: element`."""
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
@@ -158,7 +158,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method.
 
-    The backward pass frees the gradients of the logits before it reaches the layers: only the larger of both counts.
+    The gradients of the logits are freed before those of the layers are needed, so only the larger of the two counts.
     """
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
@@ -177,9 +177,9 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count the memory of mutual information by part, first in a pass, then during principal components in float64.
+    """Count the memory of mutual information by part: a result for a pass, and one for float64 principal components.
 
-    The outputs at all drawn positions are kept. A pass also holds the outputs of its batch in float32.
+    Both hold the outputs at all drawn positions. A pass also holds the outputs of its batch in float32.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
@@ -200,8 +200,8 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
     """Count the memory of the methods KL and loss by part; `quantized group` includes its largest layer unpacked.
 
-    First the logits of the unquantized model, a float32 copy and the log-probabilities are held. Later these
-    log-probabilities, the logits with the quantized group, and four float32 copies at `POSITIONS` positions are held.
+    `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
+    log-probabilities. Later: these, the logits with the quantized group, and 4 x `POSITIONS` more float32 rows.
     """
     dense, config = inspection.pruned, inspection.model_config
     unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)

@@ -96,8 +96,8 @@ def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) -> str | None:
     """Describe how a layer's outputs differ from the expected outputs; None if they are close enough.
 
-    `added` is the adapter's part of the outputs. Projecting the error on `added` gives the share of the adapter that
-    the export has; rounding errors hardly change this share, because they are independent of the adapter.
+    `added` is the adapter's part of the expected outputs. The error's projection on `added` is 0 if the export has the
+    adapter, -1 if not. Rounding errors hardly change it, because they are independent of the adapter.
     """
     error = found - expected
     relative_error = float(error.norm() / expected.norm())

@@ -15,7 +15,7 @@ from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
 from qpruner.export.compare import PEFT_PREFIX, Likeness, compare
 from qpruner.hf import PEFT_BASE
-from qpruner.models.checkpoint import dense_tensors, save_checkpoint
+from qpruner.models.checkpoint import read_tensors, save_checkpoint
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
@@ -82,7 +82,7 @@ def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
     config = checkpoint_config(final)
     dtype = config.dtype
     quantized = config.__dict__.pop("quantization_config", {"bits": {}})
-    state = dense_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # all but the adapter
+    state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # all but the adapter
     for path in quantized["bits"]:
         packed = layer_tensors(state, path)
         packed.pop("bias", None)
@@ -104,7 +104,7 @@ def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
 
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:
-    """Write the adapter to `folder` and the quantized model to a subfolder; `folder` will be renamed to `target`."""
+    """Write the adapter, and the quantized model to a subfolder, which the adapter names by its path in `target`."""
     left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())

@@ -1,1 +1,1 @@
-"""Model families, loading, checkpoints, blocks of different widths, layouts and memory."""
+"""Describe model families; load, build and save models; list the layer groups of a plan; free and measure memory."""

@@ -1,4 +1,4 @@
-"""Provide the folder of the base model, write pruned checkpoints and read dense tensors."""
+"""Provide the base model as a folder, write pruned checkpoints, and read tensors from checkpoints."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def prepare_base(
     """Provide the base model as a local folder with safetensors weights.
 
     A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
-    license. With `is_shared` it is downloaded into `folder` instead, because other machines cannot read this cache. A
-    .gguf file is dequantized into `folder` (15 to 25 s). Raise `UserError` if the source is not a model, has no
-    safetensors weights, or is cached in part and the hub is down.
+    license. If the run is shared with other machines (`is_shared`), which cannot read this cache, the model is
+    downloaded into `folder` instead. A .gguf file is dequantized into `folder` (15 to 25 s). Raise `UserError` if the
+    source is not a model, has no safetensors weights, or is cached in part and the hub is down.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -110,10 +110,10 @@ def save_checkpoint(
     retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
 
 
-def dense_tensors(
+def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors whose names `wanted` accepts; raise `CorruptFile` if a weight file is missing or damaged."""
+    """Read tensors with `wanted` names, and call `on_piece` after each; raise `CorruptFile` if a file is damaged."""
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
     for shard in shards or [checkpoint / "model.safetensors"]:

@@ -1,4 +1,4 @@
-"""Compute the groups of a model and their sizes from its config, with no weights in memory."""
+"""Derive a model's groups (layers that share a bit-width) and the bytes of its parts from the config alone."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ def skeleton(config: Any) -> PreTrainedModel:
     return model
 
 
-def group_linears(config: Any, group: str) -> dict[str, tuple[str, ...]]:
-    """Map each group to the full paths of its linear layers, in model order."""
-    return {name: linears for name, linears, _ in _groups(config, group)}
+def group_linears(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
+    """Map each group, as `grouping` (`quantize.group`) divides the model, to the paths of its linear layers."""
+    return {name: linears for name, linears, _ in _groups(config, grouping)}
 
 
-def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
-    """Map each group to the modules that produce its output, in model order."""
-    return {name: outputs for name, _, outputs in _groups(config, group)}
+def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
+    """Map each group to the modules at its end, whose outputs are its output: a block, or q, k and v for `qkv`."""
+    return {name: outputs for name, _, outputs in _groups(config, grouping)}
 
 
-def _groups(config: Any, group: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
     family, count = family_of(config), config.num_hidden_layers
     for index in range(count):
         layer, block = f"layers.{index:0{len(str(count - 1))}d}", family.block_path(index)
-        for name, of_group in family.groups(group).items():
+        for name, of_group in family.groups(grouping).items():
             linears, outputs = (tuple(f"{block}.{path}".rstrip(".") for path in paths) for paths in of_group)
             yield f"{layer}.{name}".rstrip("."), linears, outputs
 
 
-def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """Compute the groups and sizes of a model; `dtype_bytes` is the size of an unquantized weight."""
+def layout_of(config: Any, grouping: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
+    """List groups with weight shapes; count bytes of adapters and, at `dtype_bytes` each, of weights in no group."""
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = tuple(
         Group(name, tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths))
-        for name, paths in group_linears(config, group).items()
+        for name, paths in group_linears(config, grouping).items()
     )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     grouped = sum(item.num_weights for item in groups)

@@ -1,4 +1,4 @@
-"""Load config, tokenizer and dense weights from a model source.
+"""Load config, tokenizer and unquantized weights from a model source.
 
 Sources: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file inside an installed package (found
 without importing it). Weights are read from safetensors or GGUF only, never from a pickle.
@@ -141,7 +141,7 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load an unquantized model, pruned or not, onto one device or spread over all (`device_map: auto`).
+    """Load an unquantized model with the revision and device map of `model` (None: main revision, one device).
 
     Raise `CorruptFile` if a weight file is truncated, and `UserError` if all devices together have too little memory.
     """
@@ -201,7 +201,6 @@ def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
 def _reported(
     on_progress: OnWork, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
 ) -> Iterator[Any]:
-    """Yield the items of a progress bar and report each."""
     named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
     what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
     for done, item in enumerate(items, 1):
@@ -240,7 +239,6 @@ def device() -> str:
 
 
 def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
-    """Return the arguments for `from_pretrained` to load a source."""
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
         options = {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}

@@ -28,8 +28,8 @@ SHORTAGE = re.compile(
 def release() -> None:
     """Return the memory of dropped models to the GPU and, on Linux, to the operating system.
 
-    Trainer, model and callbacks refer to each other, so only the garbage collector frees them. Without this call an
-    actor that was reused grew by 0.6 GB per trial on SmolLM2 (measured 2026-11-25).
+    Trainer, model and callbacks refer to each other, so only the garbage collector frees them. Without this call a
+    worker that ran several trials grew by 0.6 GB per trial on SmolLM2 (measured 2026-11-25).
     """
     import torch
 
@@ -89,7 +89,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kernel_kills() -> int | None:
-    """Count the processes that the Linux kernel has killed for lack of memory; None on other systems."""
+    """Count the processes of this machine that Linux killed for lack of memory since boot; None on other systems."""
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None

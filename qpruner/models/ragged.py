@@ -50,7 +50,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Make a layer config always name the attention and expert implementations that the model config names."""
+    """Make a layer config read the attention and expert implementations from the model config at every access."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)

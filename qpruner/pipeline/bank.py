@@ -1,4 +1,4 @@
-"""The bank stage: pack the weights of every group once for all trials, and reuse files of an earlier bank."""
+"""The bank stage: pack every group (layers that share a bit-width) once for all trials; reuse an earlier bank."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Bank(Stage[BankRecord]):
         if index is None or index.digest != record.digest:
             path = bank / store.INDEX
             self.notify(f"{display_name(path)} is missing, damaged or of another bank; it is made from the record")
-            write_json(path, self._index_of(record))
+            write_json(path, self._index_from(record))
         intact = store.intact_files(bank, record.files)
         damaged = [name for name in record.files if name not in intact]
         for name in damaged:
@@ -76,8 +76,8 @@ class Bank(Stage[BankRecord]):
         if damaged:
             self.context.forget(self.name)
 
-    def _index_of(self, record: BankRecord) -> BankIndex:
-        """Make the index of a recorded bank."""
+    def _index_from(self, record: BankRecord) -> BankIndex:
+        """Make the contents of `bank.json` (inputs, sha256 and error of each entry) from the record of the bank."""
         from qpruner.quantization import bank as store
 
         files, made_from = {}, digest_of(*self._made_from())
@@ -97,7 +97,7 @@ class Bank(Stage[BankRecord]):
         if 4 in levels and not context.trial_resources.get("gpu"):
             check_cpu_widths([linear for group in layout.groups for linear in group.linears])
         made_from = digest_of(*self._made_from())
-        files = _reused(context.bank, scratch, made_from, levels)
+        files = _reuse_entries(context.bank, scratch, made_from, levels)
         write_json(scratch / store.INDEX, store.BankIndex(digest=self.digest, files=files))
         jobs = _group_jobs(context, scratch, levels, set(files), made_from)
         self.notify(f"{sum(len(job.bits) for job in jobs)} entries to build")
@@ -132,11 +132,11 @@ class Bank(Stage[BankRecord]):
         return sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in self.config.quantize.bits)
 
 
-def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Collect reusable entries in `scratch`, of a killed command and the earlier bank; return their index entries.
+def _reuse_entries(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
+    """Link intact files of `bank` with these inputs and bit-widths into `scratch`; return their index entries.
 
-    An entry is reusable if it is intact and was made from the same inputs. Entries of the earlier bank are linked. All
-    other files are removed from `scratch`: some may be links, and writing to a link would change the earlier bank.
+    Such files that a killed command left in `scratch` are kept and count too. All others are removed from `scratch`:
+    some may be links, and writing to a link would change the earlier bank.
     """
     from qpruner.quantization import bank as store
 
@@ -190,7 +190,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
-            yield job, context.executor.run(partial(_build_here, job), context.emit)
+            yield job, context.executor.run(partial(_build_in_executor, job), context.emit)
         return
     if context.address:
         # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
@@ -200,8 +200,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
         yield jobs[position], built
 
 
-def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
-    """Build a group in the process of the executor, and return its index entries."""
+def _build_in_executor(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
     from qpruner.quantization.bank import build_group
 
     return build_group(job)

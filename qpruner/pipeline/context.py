@@ -105,7 +105,7 @@ class Context:
 
     @cached_property
     def layout(self) -> Layout:
-        """The groups of the pruned model and their sizes."""
+        """The groups of the pruned model (layers that share a bit-width), to compute the bytes of any plan."""
         return preflight.layout_for(self.config, self.pruned_config)
 
     @property
@@ -140,12 +140,12 @@ class Context:
 
     @property
     def slots(self) -> Slots:
-        """The machines of the cluster now."""
+        """The room for trials (slots) on the machines that the cluster has now."""
         return self.cluster.slots()
 
     @property
     def known_slots(self) -> Slots:
-        """The machines of the cluster at `address`, or without an address this machine, found without starting Ray."""
+        """The room for trials on the cluster at `address`, else on this machine or `assumed`; does not start Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property

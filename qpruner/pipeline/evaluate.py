@@ -74,9 +74,9 @@ class Evaluate(Stage[EvalRecord]):
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """Encode the text for perplexity into a folder; return its description and the folder, both None without text.
+    """Encode text for perplexity into a folder; return a description and the folder, or None twice without a text.
 
-    It is `evaluate.text` or, without multiple-choice rows, the half of `data.confirmation` that judges the winner.
+    Without `evaluate.text` the half of `data.confirmation` that judges the winner serves, if no row is multiple-choice.
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
@@ -102,7 +102,7 @@ def scores_digest(context: Context) -> str:
 
 
 def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
-    """Score the models that have no record for these tasks and texts; return the scores of all models by job folder."""
+    """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models by job folder."""
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
@@ -143,7 +143,7 @@ def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dic
 
 
 def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """Measure memory and speed of the models one after another; return the setting, and the results by job folder."""
+    """Measure memory and speed of the models one by one; return how they were measured, and results by job folder."""
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context

@@ -1,4 +1,4 @@
-"""The finetune stage: fine-tune the winner in full and write the final folder."""
+"""The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder `final`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from qpruner.wording import counted
 
 
 class Finetune(Stage[FinetuneRecord]):
-    """Fine-tune the winner in full and write the final folder."""
+    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs, and write the folder `final`."""
 
     name = "finetune"
     help = "Run up to the final fine-tune."
@@ -190,7 +190,7 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
 
 @contextmanager
 def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside a job's folder if the block finds its adapter damaged, so that the next command fine-tunes it again."""
+    """Set a job's folder aside if the `with` block finds the adapter there damaged; the next command makes it anew."""
     try:
         yield
     except CorruptFile as error:

@@ -52,7 +52,7 @@ def run_flow(context: Context, until: str) -> Results:
 def run_stage(stage: Stage[Any]) -> None:
     """Run one stage unless its record is valid, and add the record to the context.
 
-    The stage writes into a scratch folder. The folder is published before the record is written.
+    The stage writes into a scratch folder, which replaces the folder of the stage before the record is written.
     """
     context, run = stage.context, stage.context.run_dir
     stage.begin()
@@ -91,7 +91,7 @@ def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
 
 
 def recorded(context: Context) -> dict[str, float]:
-    """Add the records that `run` would reuse to the context; return the finished share of each stage, from 0 to 1.
+    """Add to the context the records that `run` would reuse; return the finished share of each stage, from 0 to 1.
 
     The files of the stages are not checked.
     """

@@ -30,7 +30,7 @@ def look_at_nodes(context: Context) -> None:
     config, resources, inspection = context.config, context.trial_resources, context.inspection
     root = context.run_dir.root
     with _test_file(root) as (folder, driver):
-        reports = look_at_all(folder, driver, _copies(config, inspection.pruned, context.run_dir))
+        reports = look_at_all(folder, driver, _node_copies(config, inspection.pruned, context.run_dir))
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
     context.emit(TableMade(HEADINGS, tuple(row(report, found[report.id]) for report in reports)))
@@ -44,8 +44,8 @@ def look_at_nodes(context: Context) -> None:
         check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
-def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
-    """Describe the files of bank and pruned model that every node copies to its disk."""
+def _node_copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
+    """Return names, bytes and file patterns of what every node copies of bank and pruned model, to check its disk."""
     banked: list[str] = []
     with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)

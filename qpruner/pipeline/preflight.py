@@ -134,7 +134,7 @@ def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) ->
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn if the controls (uniform and seed plans) may use up all trials."""
+    """Warn if the plans to beat (uniform, and the best by each sensitivity), which run first, may use up all trials."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -144,7 +144,7 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """Compute the groups of a model and their sizes, with the quantization and adapters of the configuration."""
+    """List the groups of a model (layers that share a bit-width), to compute the bytes of plans, adapters included."""
     return layout_of(
         model_config,
         config.quantize.group,
@@ -160,7 +160,7 @@ def is_pruned(model_config: Any) -> bool:
 
 
 def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """Plan the cut of a model; a model that was pruned earlier is not cut again."""
+    """Plan the cut of a model; for a model that was pruned earlier, return a cut of rate 0, which changes nothing."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
@@ -193,24 +193,24 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     if len(levels) > 1:
         choice += min(more - less for less, more in zip(*map(layout.group_bytes, levels[:2]), strict=True))
     key = f"`quantize.budget.{name}`"
-    smallest = f"the smallest that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
+    smallest = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
         state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} {state} the pruned model with every group at {levels[0]} bits, {lowest} bytes: {smallest}, got "
+            f"{key} {state} the pruned model with every group at {levels[0]} bits ({lowest} bytes): {smallest}, got "
             f"{value}; raise it, or prune more"
         )
     if size >= highest and len(levels) > 1 and not pareto:
         largest = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
             f"{key} leaves nothing to choose, because every group fits at {levels[-1]} bits: {smallest}, "
-            f"{largest}, got {value}; lower it, or search the whole front with `search.pareto`"
+            f"{largest}, got {value}; lower it, or let `search.pareto` find the best plan of every size"
         )
     return size
 
 
 def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Convert a budget to bytes; fractions and mean bits are interpolated between the `sizes` of the uniform plans."""
+    """Convert a budget to bytes; interpolate `fraction` or `mean_bits` between `sizes`, those of the uniform plans."""
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
@@ -252,7 +252,7 @@ def check_device(
         except UserError as error:
             if cut.settings.is_off:
                 raise
-            raise UserError(f"{error} (`qpruner prune` alone still makes this cut)") from error
+            raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
@@ -279,11 +279,11 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
         if wrong is None:
             continue
         linear = f"{family.block_path(index)}.{kind.output_linear}"
-        remedy = "make `prune.round_to` a multiple of 64, " if kind.name == MLP else ""
+        remedy = "make `prune.round_to` a multiple of 64, or " if kind.name == MLP else ""
         raise UserError(
             f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
-            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, use `quantize.bits` 8 and 16, or "
-            "`prune.selection: per_layer`, whose widths are known before the cut"
+            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or use `quantize.bits` 8 and 16, or use "
+            "`prune.selection: per_layer`, whose widths can be checked before the cut"
         )
 
 

@@ -61,7 +61,7 @@ class Prepare(Stage[PrepareRecord]):
 
 
 def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
-    """Find or download the base model; a .gguf file is converted, and a copy for other machines made, in `target`."""
+    """Find or download the base model; into `target` go a converted .gguf file and, if `is_shared`, a hub model."""
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base

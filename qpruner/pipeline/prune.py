@@ -187,7 +187,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """List the kept units of each block of the base model; `before` has the number of parameters of each block."""
+    """List the kept units (indices) and parameters of each block; `before` has their parameters before the cut."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))

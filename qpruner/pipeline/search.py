@@ -2,6 +2,7 @@
 
 Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also depend on budget,
 searcher and sensitivities (`search_digest`). Searches with equal `trials_digest` share a folder and reuse its trials.
+Controls are plans that need no search: the uniform plans and, for each sensitivity, its best plan (the seed plan).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan that replaces the search (from a file, a seed plan, or the only possible plan), or None."""
+        """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
             return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
@@ -173,15 +174,15 @@ class Search(Stage[SearchRecord]):
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
         controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
-        known = replace(job, controls=controls)
+        job_with_controls = replace(job, controls=controls)
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
             self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
         if others := own.count(False):
             self.notify(f"starting with {counted(others, 'trial')} of earlier searches")
-        outcome, finalists = self._finalists(job, known)
-        confirmations, gpu_seconds = confirm(self, finalists, known)
+        outcome, finalists = self._finalists(job, job_with_controls)
+        confirmations, gpu_seconds = confirm(self, finalists, job_with_controls)
         by_index = {trial.index: trial for trial in finalists}
         eligible = [each for each in confirmations if self.given in (None, plan_of(by_index[each.index]))]
         best = best_of(eligible, job)
@@ -241,8 +242,8 @@ class Search(Stage[SearchRecord]):
             check_node=context.check_node,
         )
 
-    def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials and choose the finalists; repeat both steps if the files of a finalist are damaged."""
+    def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
+        """Run the trials of `job`, then choose finalists, also controls; repeat both if files of one are damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -254,7 +255,7 @@ class Search(Stage[SearchRecord]):
             earlier = [trial for trial in outcome.reused if job.space.is_feasible(plan_of(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
-                finalists = finalists_beside(usable, self.given, known)
+                finalists = finalists_with_given(usable, self.given, job_with_controls)
             else:
                 # A plan that replaced an earlier search may not win.
                 eligible = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
@@ -287,7 +288,7 @@ def plan_of(trial: TrialRecord) -> PrecisionPlan:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials, all finished uniform and seed plans and, for `search.pareto`, the front."""
+    """Choose the best finished trials, all controls (plans that need no search) and, for `search.pareto`, the front."""
     if not trials:
         cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
         raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
@@ -309,8 +310,8 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     return [finished[position] for position in sorted(set(chosen))]
 
 
-def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan and, for comparison, each finished trial of a uniform or seed plan."""
+def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
+    """Choose the trial of the given plan (see `Search.given`) and, for comparison, all finished controls."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
@@ -366,7 +367,7 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the finalist with the best score, in a tie a uniform or seed plan; None without finalists."""
+    """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
     scores = [objective(each, job.config) for each in confirmations]
     position = winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
@@ -390,6 +391,6 @@ def front_of(
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute the hypervolume of a front between its smallest plan and the budget."""
+    """Compute the mean score by which the best plan in a budget beats the smallest, over budgets up to the search's."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
     return hypervolume(points, points[0], job.space.budget_bytes)

@@ -1,4 +1,4 @@
-"""The sensitivity stage: score by several methods how much fewer bits in one group harm the model."""
+"""The sensitivity stage: score by several methods the harm to the model if one group gets fewer bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score how much fewer bits in each group harm the model; reuse earlier scores of the same inputs."""
+    """Score for each group the harm to the model if it gets fewer bits; reuse earlier scores of the same inputs."""
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -67,7 +67,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def _reuse_scores(self, scratch: Path, ending: str) -> None:
-        """Copy intact scores of the same inputs from the stage folder to `scratch`; remove all other scores there."""
+        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there."""
         root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
         for name in children(scratch):
             if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
@@ -85,7 +85,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the range over groups of the rise in score from the most to the fewest bits."""
+    """Format the lowest and the highest rise of any group: its score at the fewest bits less that at the most bits."""
     lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
     rises = [low - high for low, high in zip(lowest, highest, strict=True)]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"

@@ -19,7 +19,7 @@ COARSE = (EXPERT, ATTENTION)
 
 
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
-    """Count the units to remove per block and kind: `target` parameters in all, about the same share of each.
+    """Count the units to remove: `target` parameters in all, about the same share of each kind in each block.
 
     Raise `UserError` if `uniform` blocks cannot lose that many parameters.
     """
@@ -104,7 +104,7 @@ def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) 
 
 
 def _pools(sizes: Sizes) -> dict[str, KindSize]:
-    """Sum the units of each coarse kind over all blocks, coarsest kind first."""
+    """Count the attention units and experts of all blocks together, and how many must stay; experts come first."""
     pools = {}
     for name in COARSE:
         if blocks := list(_blocks_with(sizes, name).values()):
@@ -118,7 +118,7 @@ def nearest_totals(
 ) -> dict[str, int]:
     """Choose how many units of each coarse kind to remove, at least as many as in `before`.
 
-    Of the allocations within half a unit of the target, choose that of lowest `penalty`, or else the closest to it.
+    Of the choices at most half the smallest unit off `target`, take that of lowest `penalty`; if none is, the nearest.
     """
     pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
     least = before or dict.fromkeys(pools, 0)
@@ -140,8 +140,8 @@ def nearest_totals(
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     """Choose how many units of each kind every block loses.
 
-    Of all allocations within half a unit per block of the target, or else of the closest, the one with the most even
-    share per kind is chosen. Removing too few heads and experts is better than removing too many.
+    Choices within half the smallest unit per block of the target count as equally near. Of the nearest choices, one
+    that removes too few heads or experts is better than one that removes too many; then the most even share is best.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2
@@ -171,7 +171,7 @@ def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     if target > (most := max(map(removed, found))) + near:
         raise UserError(
             f"`prune.rate` asks to remove {target:,} parameters, but `prune.uniform` allows at most {most:,}, because "
-            "each block keeps a unit of each kind, and as many key/value groups as a plain checkpoint can have: lower "
-            "the rate, name more `prune.units`, or set `uniform: false`"
+            "each block keeps a unit of each kind, and a number of key/value groups that loads without qpruner (a "
+            "plain checkpoint): lower the rate, name more `prune.units`, or set `uniform: false`"
         )
     return min(found, key=order)

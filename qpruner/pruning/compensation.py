@@ -128,7 +128,7 @@ class _Gram:
 def compensate_blocks(
     model: PreTrainedModel, dropped: Collection[int], layers: Collection[int], ridge: float, samples: Samples
 ) -> None:
-    """Change the MLP output projection (down) in front of dropped blocks, so that it adds what these blocks added.
+    """Make the MLP output projection (down) before dropped blocks add what these added, if its block is in `layers`.
 
     Let X be the inputs of this projection over the calibration tokens, and D what the blocks in `dropped` add to the
     residual stream. The new weights ``W'`` minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``, so they are

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -64,7 +64,8 @@ def score(
         order = "second" if importance == "fisher" else settings.order
         scores = _taylor(model, kinds, samples, order, settings.aggregation)
     else:
-        raise ValueError(f"no importance of units is called {importance!r}")
+        known = ", ".join(get_args(PruneConfig.model_fields["importance"].annotation))
+        raise ValueError(f"`prune.importance` must be one of {known}, got {importance!r}")
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
@@ -79,9 +80,9 @@ def _taylor(
     `second` uses the diagonal Fisher information for the Hessian, without the factor 1/2, as the code of LLM-Pruner
     does; with `vector` it is the Fisher information of a mask on the row (arXiv 2204.09656, eq. 7).
 
-    LLM-Pruner runs all samples in one backward pass. `vector` is exact for any number of batches and needs no weight
-    gradients. `element` is exact for one batch: the absolute values of several batches are summed, and `second` and
-    `mixed` need one pass per sample. `mixed` with `element` holds one more float32 tensor per scored matrix.
+    LLM-Pruner runs all samples in one backward pass. `vector` gives the same scores with any number of batches, and
+    needs no weight gradients. `element` sums absolute values over batches, which changes `first` and `mixed` scores if
+    there are several. Its `second` and `mixed` need a pass per sample, and `mixed` one more tensor per scored matrix.
     """
     return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
 
@@ -166,7 +167,7 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
 
 
 class UnitScores:
-    """Sum scores per matrix and unit (or query head of a unit), then reduce them to one score per unit.
+    """Sum scores per matrix and unit (in q and o per query head), then reduce them to one score per unit.
 
     `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that units divide.
     """
@@ -253,7 +254,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
         by_unit = _taylor(model, kinds, samples).reduce("sum")
         scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
     else:
-        raise ValueError(f"no importance of blocks is called {method!r}")
+        raise ValueError(f"`prune.depth_importance` must be block_influence or taylor, got {method!r}")
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
     return scores

@@ -200,16 +200,16 @@ def _cut_widths(
     return alive, first
 
 
-def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
-    """Count the parameters to remove from the remaining blocks, plus those that compensation adds as biases."""
+def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], base_parameters: int) -> int:
+    """Count the parameters to remove as units: what dropped blocks leave of the rate, plus biases to be added."""
     path, count = family_of(model.config).block_path, model.config.num_hidden_layers
     hidden = [
         model.get_submodule(f"{path(index)}.{linear}").out_features
         for linear in new_biases(model, settings, layers)
         for index in range(count)
     ]
-    asked: int = round((settings.rate or 0.0) * before)
-    return int(max(asked - (before - num_parameters(model)) + sum(hidden), 0))
+    asked: int = round((settings.rate or 0.0) * base_parameters)
+    return int(max(asked - (base_parameters - num_parameters(model)) + sum(hidden), 0))
 
 
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
@@ -222,8 +222,8 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names block, but only one block may be dropped, and one must stay: allow more blocks "
-            "(`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block` from `prune.units`"
+            "`prune.units` names block, but one of the blocks that may be dropped must stay, and there is only one: "
+            "allow more (`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""

@@ -1,7 +1,7 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-The share is met to within one MLP channel, or `round_to` channels. Without channels it is met to the nearest key/value
-group or expert (coarse unit), or to within one of them if `global` selection takes several steps.
+The share is met to within one MLP channel, or `round_to` channels. Without channels it is missed by at most half a
+key/value group or expert (coarse unit), or by a whole one if `global` selection takes several steps.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def select(
 ) -> Kept:
     """Select the units to keep, so that the share `progress` of `target` parameters is removed.
 
-    `values` are -inf for units that an earlier step removed. `per_layer` removes the same share from every block,
-    `global` the units of least importance per parameter from any block. The number of kept channels is a multiple of
-    `round_to`, and with `uniform` the same in every block. Raise `UserError` if the blocks cannot lose that much.
+    `values` are importances, -inf for units that an earlier step removed. `per_layer` removes the same share from every
+    block, `global` the units of least importance per parameter from any block. The number of kept channels is a
+    multiple of `round_to`, and with `uniform` the same in every block. Raise `UserError` if blocks cannot lose as much.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
@@ -65,13 +65,13 @@ def select_rate(
             if uniform and size.plain and size.count - count not in size.plain:
                 raise UserError(
                     f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
-                    f"block, but a plain checkpoint of this family can have {', '.join(map(str, size.plain))}: give "
-                    "`prune.rate` instead of `prune.layer_rate`, or set `prune.uniform: false`"
+                    f"block, but this model loads without qpruner only with {', '.join(map(str, size.plain))} of them: "
+                    "give `prune.rate` instead, which keeps one of these numbers, or set `prune.uniform: false`"
                 )
     if not any(count for of_block in removed.values() for count in of_block.values()):
         raise UserError(
             f"`prune.layer_rate` {layer_rate:g} removes no unit, because only whole units can be removed, and channels "
-            "in multiples of `prune.round_to`: raise the rate, lower `prune.round_to`, or name finer `prune.units`"
+            "in multiples of `prune.round_to`: raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
         )
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
@@ -110,7 +110,7 @@ def _keep_most_important(
 
 
 def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]) -> Kept:
-    """List the units that stay when the first `num_cut` bundles (see `_Ranking`) are removed from each place."""
+    """List the units that stay when each block and kind (`Place`) loses its first `num_cut` bundles (`_bundles`)."""
     kept: Kept = {}
     for (index, name), ordered in bundles.items():
         stays = sorted(unit for bundle in ordered[num_cut[index, name] :] for unit in bundle)
@@ -119,7 +119,7 @@ def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mappi
 
 
 def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
-    """Group units into bundles of `width` (of `width` per expert if experts are stacked), least important first.
+    """Group units into bundles of `width`, least important first; with stacked experts, of `width` from each expert.
 
     The first bundle takes the remainder, so that the number of kept units is always a multiple of `width`.
     """
@@ -138,7 +138,8 @@ class _Ranking:
     """Rank the bundles of all blocks, least important per parameter first.
 
     A bundle is a key/value group, an expert, or `round_to` channels of adjacent scores in one block. `num_cut` counts
-    the bundles that earlier steps removed from each `Place`; `order` lists place and position of the removable ones.
+    the bundles that earlier steps removed from each block and kind (`Place`). `order` lists the removable bundles: each
+    one's place and its position in `bundles[place]`.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
@@ -182,11 +183,11 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
 
 
 def _correct_with_coarse_units(
-    ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, finest: int
+    ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
-    """If channels cannot reach the target, remove coarse units until it is passed, then restore channels."""
+    """If channels leave over `tolerance` parameters to remove, remove coarse units, then restore surplus channels."""
     for place, position in ranking.order:
-        if target - removed <= finest:
+        if target - removed <= tolerance:
             break
         if place[1] != MLP and num_cut[place] == position:
             num_cut[place] += 1
@@ -202,9 +203,9 @@ def _correct_with_coarse_units(
 def _nearest_without_channels(
     ranking: _Ranking, sizes: Sizes, target: int, num_cut: Mapping[Place, int]
 ) -> dict[Place, int]:
-    """Count the units to remove from each place, least important first, so that the target is met most closely.
+    """Correct `num_cut`, the units to remove by importance alone, so that the target is met most closely.
 
-    Of the coarsest kind, about as many are removed as by importance alone.
+    The number of units of the coarsest kind is changed as little as possible; the finer kind makes up the rest.
     """
 
     def totals_of(counts: Mapping[Place, int]) -> dict[str, int]:

@@ -85,7 +85,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
             f"`prune.compensation`: least_squares cannot compensate for whole blocks of a {name} model, because a norm "
-            "follows its MLP, or experts replace it: remove the key, or also name `attention` in `prune.units`"
+            "follows its MLP, or experts replace it: remove the key, or let it compensate for attention (`prune.units`)"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)
@@ -108,13 +108,13 @@ def are_alike(model_config: Any) -> bool:
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
-    """List the unit kinds of all blocks that `prune.units` names and whose weights are stacked experts."""
+    """Of the unit kinds that `prune.units` names, list those in each block whose weights are stacked experts."""
     by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
     return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:
-    """Refuse settings and models with which `prune.uniform` cannot give a plain checkpoint (see `Family.is_plain`)."""
+    """Refuse settings and models with which `prune.uniform` cannot give a checkpoint that loads without qpruner."""
     family, count = family_of(model_config), model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(
@@ -125,11 +125,11 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
         raise UserError("`prune.uniform`: the blocks of the base model already differ: set `uniform: false`")
     if ATTENTION in settings.width_units and len(plain_counts(model_config, 0)) < 2:
         raise UserError(
-            f"`prune.uniform`: a plain {family.model_type} checkpoint cannot have fewer heads, because they make up "
-            f"its hidden size: set `prune.units: [{MLP}]`, or `uniform: false`"
+            f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer heads, because all heads "
+            f"together are as wide as its hidden states: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
     if new_biases(skeleton(model_config), settings, layers):
         raise UserError(
-            f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) cannot have output "
+            f"`prune.compensation`: without qpruner (`prune.uniform`) a {family.model_type} model cannot have output "
             "biases: use least_squares or none"
         )

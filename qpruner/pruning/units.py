@@ -25,7 +25,7 @@ class KindSize:
     least: int = 1  # units that must stay
     partitions: int = 1  # stacked experts; each keeps its own channels
     rows: int = 1  # rows of the key projection per unit (the head size); 1 for channels and experts
-    plain: tuple[int, ...] = ()  # numbers of units that a plain checkpoint can have; empty if any number is possible
+    plain: tuple[int, ...] = ()  # numbers with which a block loads without qpruner; empty for channels and experts
 
     @property
     def most(self) -> int:
@@ -86,7 +86,7 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
 
 
 def plain_counts(config: Any, index: int) -> tuple[int, ...]:
-    """List the numbers of key/value groups that block `index` can have in a plain checkpoint."""
+    """List the numbers of key/value groups with which block `index` loads without qpruner (in a plain checkpoint)."""
     family, layer_config = family_of(config), config.per_layer_config[index]
     kinds = {kind.name: kind.units_per_partition for kind in family.unit_kinds(layer_config, index)}
     return tuple(
@@ -111,7 +111,7 @@ def most_removable(sizes: Sizes, round_to: int) -> int:
 
 
 def smallest_step(sizes: Sizes, round_to: int) -> int:
-    """Count the parameters of the smallest unit, or of `round_to` channels."""
+    """Count the parameters of the smallest removable part: an attention unit, an expert or `round_to` channels."""
     return min(
         size.parameters * (round_to if name == MLP else 1) for kinds in sizes.values() for name, size in kinds.items()
     )

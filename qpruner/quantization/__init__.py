@@ -1,1 +1,1 @@
-"""Quantize weights with LoftQ, store the packed groups in a bank, and assemble the model of a plan."""
+"""Quantize groups of layers at every bit-width into a bank of files; from it assemble models of mixed bit-widths."""

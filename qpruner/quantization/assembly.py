@@ -1,4 +1,7 @@
-"""Assemble the model of a plan from dense tensors (checkpoint) and packed tensors (bank), and add LoRA adapters."""
+"""Assemble the model of a plan (a bit-width for every group of layers), and add LoRA adapters.
+
+This module quantizes no weight: packed weights come from the bank, unquantized weights from the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 
 from qpruner.config.schema import LoraConfig
 from qpruner.models import cpu, ragged
-from qpruner.models.checkpoint import dense_tensors
+from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
@@ -33,13 +36,13 @@ ADAPTER = "default"
 def assemble(
     checkpoint: Path,
     bank: Path,
-    group: str,
+    grouping: str,
     bits_by_group: Mapping[str, int],
     dtype: str,
     double_quant: bool,
     on_piece: OnPiece = lambda: None,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of a plan from a dense checkpoint and a bank, and call `on_piece` after each piece read.
+    """Build the model of the plan `bits_by_group`, where `grouping` (`quantize.group`) defines the groups.
 
     Also return the initial adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
@@ -48,10 +51,10 @@ def assemble(
     config = AutoConfig.from_pretrained(checkpoint)
     ragged.install(family_of(config))
     cpu.install()
-    bits = {path: bits_by_group[name] for name, paths in group_linears(config, group).items() for path in paths}
+    bits = {path: bits_by_group[name] for name, paths in group_linears(config, grouping).items() for path in paths}
     starts, packed = _split(read_plan(bank, bits_by_group, on_piece))
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
-    state = dense_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed
+    state = read_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed
     if quantized:
         config.quantization_config = MixedPrecisionConfig(bits, double_quant).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -70,16 +73,16 @@ def _split(banked: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 
 
 def attach_adapters(
-    model: PreTrainedModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, group: str, seed: int
+    model: PreTrainedModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, grouping: str, seed: int
 ) -> PeftModel:
-    """Add a LoRA adapter to every grouped layer of an assembled model and set its initial values.
+    """Add a LoRA adapter to every layer that a plan gives a bit-width, 16 included, and set its initial values.
 
     A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq` each row of the
     random ``A`` is scaled to length 1, as LoftQ does, so that unquantized layers learn as fast as quantized layers.
     """
     from peft import get_peft_model
 
-    paths = [path for paths in group_linears(model.config, group).values() for path in paths]
+    paths = [path for paths in group_linears(model.config, grouping).values() for path in paths]
     peft_model: PeftModel = get_peft_model(model, _peft_config(lora, {path.rpartition(".")[2] for path in paths}))
     _set_adapters(peft_model, starts, lora, paths, seed)
     return peft_model
@@ -125,9 +128,9 @@ class PlanAssembler:
     """
 
     def __init__(
-        self, checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig
+        self, checkpoint: Path, bank: Path, grouping: str, dtype: str, double_quant: bool, lora: LoraConfig
     ) -> None:
-        self._checkpoint, self._bank, self._group = checkpoint, bank, group
+        self._checkpoint, self._bank, self._grouping = checkpoint, bank, grouping
         self._dtype, self._double_quant, self._lora = dtype, double_quant, lora
         self._peft_model: PeftModel | None = None
         self._plan: dict[str, int] = {}
@@ -139,9 +142,9 @@ class PlanAssembler:
         current, self._peft_model = self._peft_model, None
         if current is None:
             model, self._starts = assemble(
-                self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant, on_piece
+                self._checkpoint, self._bank, self._grouping, plan, self._dtype, self._double_quant, on_piece
             )
-            current = attach_adapters(model, self._starts, self._lora, self._group, seed)
+            current = attach_adapters(model, self._starts, self._lora, self._grouping, seed)
         else:
             self._exchange(current, plan, seed, on_piece)
         self._plan, self._peft_model = dict(plan), current
@@ -153,12 +156,12 @@ class PlanAssembler:
         current.enable_adapter_layers()  # an evaluation may have disabled them
         # As in MixedPrecisionQuantizer: a model that was first assembled unquantized lacks these flags.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
-        paths = group_linears(model.config, self._group)
+        paths = group_linears(model.config, self._grouping)
         changed = {name: bits for name, bits in plan.items() if bits != self._plan[name]}
         starts, packed = _split(read_plan(self._bank, changed, on_piece))
         bits_of = {path: bits for name, bits in changed.items() for path in paths[name]}
         unquantized = {f"{path}.weight" for path, bits in bits_of.items() if bits == FULL_BITS}
-        dense = dense_tensors(self._checkpoint, unquantized.__contains__, on_piece) if unquantized else {}
+        dense = read_tensors(self._checkpoint, unquantized.__contains__, on_piece) if unquantized else {}
         same = {name: start for name, start in self._starts.items() if name.rpartition(".")[0] not in bits_of}
         self._starts = same | starts
         dtype = getattr(torch, self._dtype)
@@ -195,11 +198,11 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
 
 
 def plan_assembler(
-    checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig
+    checkpoint: Path, bank: Path, grouping: str, dtype: str, double_quant: bool, lora: LoraConfig
 ) -> PlanAssembler:
     """Return an assembler for a model and a bank; it is cached, so that a worker loads the model only once."""
     index = read_json(bank / INDEX, BankIndex)
-    return _kept_assembler(index and index.digest, checkpoint, bank, group, dtype, double_quant, lora)
+    return _kept_assembler(index and index.digest, checkpoint, bank, grouping, dtype, double_quant, lora)
 
 
 @functools.lru_cache(maxsize=1)
@@ -208,9 +211,9 @@ def _kept_assembler(digest: str | None, *settings: Any) -> PlanAssembler:
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device, or spread it over all GPUs that this process sees (Ray shows a trial only its own).
+    """Move a model to the device, or spread it over all GPUs that this process sees, if it sees several.
 
-    In distributed training each process sees all GPUs of the machine, but uses only torch's current one.
+    Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses torch's current one.
     """
     if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())

@@ -1,8 +1,8 @@
 """Build and read the bank: packed weights and initial adapters of every (group, bits), computed once for all trials.
 
 An entry depends on its group and bits only, not on the rest of a plan. Each entry is a safetensors file with the
-bitsandbytes tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`. The index `bank.json` has the
-input digest and the sha256 of each file. A process checks the sha256 when it first reads a file.
+bitsandbytes tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`. The index `bank.json` has
+the sha256 of each file. A process checks the sha256 when it first reads a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
-from qpruner.models.checkpoint import dense_tensors
+from qpruner.models.checkpoint import read_tensors
 from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
@@ -50,7 +50,7 @@ FEW_WEIGHTS = 10_000_000
 
 
 class IndexEntry(Recorded):
-    """Index entry of a file: digest of its inputs, sha256, and the ratio of the errors with and without adapters."""
+    """Index entry of a file: digest of its inputs, sha256, and weight error with adapters divided by that without."""
 
     inputs: str
     sha256: str
@@ -58,7 +58,7 @@ class IndexEntry(Recorded):
 
 
 class BankIndex(Recorded):
-    """Contents of `bank.json`: the digest of the bank, and an entry for each file name."""
+    """Contents of `bank.json`: the digest of the inputs of the bank stage, and an entry for each file name."""
 
     digest: str
     files: dict[str, IndexEntry]
@@ -129,7 +129,7 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
-    stored = dense_tensors(fetch(job.checkpoint), names.__contains__)
+    stored = read_tensors(fetch(job.checkpoint), names.__contains__)
     for name in names:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
@@ -213,7 +213,7 @@ class Starts:
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Return the path of a bank file with this sha256: the file itself or a cached copy; None if the sha256 differs."""
+    """Return a bank file, or its cached copy if storage is remote; None if it does not have this sha256."""
     named = os.environ.get(BANK_CACHE)
     if not named and storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None

@@ -193,7 +193,7 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Return the operations that transformers may use to load tensors, by name."""
+        """Return the operation by which transformers turns the packed tensors of a layer into parameters."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:

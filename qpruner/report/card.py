@@ -40,7 +40,7 @@ def model_card(run: Snapshot) -> str:
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],
         model_name=run.name,
-        eval_results=list(_measured(run)),
+        eval_results=list(_task_scores(run)),
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     expanded = ""
@@ -60,8 +60,8 @@ def model_card(run: Snapshot) -> str:
     return "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts]) + "\n"
 
 
-def _measured(run: Snapshot) -> Iterator[EvalResult]:
-    """Yield the final model's score on each task; its adapter was trained with the first training seed."""
+def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
+    """Yield the final model's score on each task; the final model is the winner under the first training seed."""
     assert run.results.evaluate
     row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     for score in row.scores:
@@ -76,7 +76,7 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
 
 
 def other_base_remark(config: RunConfig) -> str | None:
-    """Return a warning if `card.base_model` is not the hub model that `model.source` names, else None."""
+    """Return a warning if `card.base_model` and `model.source` name different hub models, else None."""
     stated, base = config.card.base_model, config.model.source
     if stated in (None, base) or not _is_hub_id(base, Path()):
         return None

@@ -109,7 +109,7 @@ class RunDir:
         self.write_record(name, record)
 
     def has_folder(self, name: str) -> bool:
-        """Return True if a recorded stage has its folder, or is in an object store, which keeps no empty folder."""
+        """Return True if a recorded stage has its folder; always in an object store, which keeps no empty folder."""
         return not self.storage.fills_this_disk or self.stage(name).is_dir()
 
     def write_record(self, name: str, record: BaseModel) -> None:

@@ -56,11 +56,10 @@ class PlanModel:
     - `group`: an independent effect for every group, with one variance for each kind;
     - `sensitive`: the mean of the sensitivities times an independent factor for every group; heavy-tailed like `group`;
     - `level`: an independent effect for every level between lowest and highest;
-    - `methods`: proportional to each sensitivity.
+    - `methods`: one term for each sensitivity, proportional to it.
 
     `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
-    effect is proportional to the mean of the sensitivities `priors`, scaled to the same variance; if all are 0, to the
-    bytes saved.
+    effect is proportional to the mean of the `priors`, each scaled to variance 1; if all are 0, to the bytes saved.
     """
 
     def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
@@ -83,7 +82,7 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, minus the last level."""
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, except the last level."""
         below = torch.arange(self.num_levels - 1)
         hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)
@@ -176,7 +175,7 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
 def settled(history: History) -> tuple[Observation, ...]:
     """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
 
-    Of more trials only the first count. Their number rises by a tenth at a time, so that a fit serves many proposals.
+    Of more trials only the first 100 count, later the first 110, 121 and so on: one fit serves many proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

@@ -1,8 +1,8 @@
 """Proposers of plans, and the ledger that turns proposals into new plans inside the budget.
 
-Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` hands out the controls first,
-replaces a proposal that is over budget or known by the nearest new feasible plan, and keeps the results. Suggestion k
-depends only on the seed, k and the results known when it is asked for.
+Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` first hands out the controls
+(plans to beat). It replaces a proposal that is over budget or known already by the nearest new feasible plan, and keeps
+the results. Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ class ScalarizedProposer:
 
 @dataclass
 class Ledger:
-    """Keeps every plan of a search, in order.
+    """Suggests the plans of a search one by one, and keeps their scores.
 
     A plan that diverges or does not fit in memory counts as bad, not as unknown. It gets a score at the last step that
-    any plan has reached: the worst score there plus the range of scores there (plus 1 % if there is only one).
+    any plan has reached: the worst score there plus the range of scores there; if all are equal, the score plus 1 %.
     """
 
     space: PlanSpace
@@ -260,6 +260,6 @@ class Ledger:
         return Suggestion(**vars(replace(proposal, plan=plan)), index=index, origin=self.proposer.name)
 
     def _count_unpromising(self, proposal: Proposal) -> None:
-        """Count the proposals in a row whose expected improvement is below the noise, over all sessions."""
+        """Count, for `patience`, the proposals in a row (over all sessions) that expect to gain less than the noise."""
         if proposal.expected_improvement is not None and proposal.noise is not None:
             self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0

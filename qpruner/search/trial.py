@@ -23,7 +23,7 @@ from qpruner.training.finetune import Listener, Schedule, finetune
 
 
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
-    """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung."""
+    """Assemble the plan's model, fine-tune it (from the checkpoint `start`, if any), score and report each rung."""
     config, materials = job.config, job.materials
     one_at_a_time = threading.Lock()  # several threads read files
 

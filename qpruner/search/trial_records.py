@@ -74,7 +74,7 @@ class TrialJob:
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
-"""The type of `run_trial` and its stand-ins; the path is the last checkpoint of the trial, if it has one."""
+"""The type of `run_trial` and of what tests run instead; the path is the last checkpoint of the trial, if any."""
 
 
 def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:

@@ -22,8 +22,8 @@ def seed_origin(method: str) -> str:
 def seed_plan(values: Mapping[int, Sequence[float]], space: PlanSpace) -> PrecisionPlan:
     """Return the plan in the budget with the smallest predicted rise, by an exact knapsack.
 
-    `values` maps bits to the predicted rise of every group, in any unit. If more bits are predicted to be worse, from
-    noise or a negative slope, they count as equal to fewer bits.
+    `values` maps bits to the predicted rise of every group, in any unit. More bits that are predicted to be worse, for
+    example because of noise, count as equal to fewer bits.
     """
     rises = np.array([values[bits] for bits in space.levels], dtype=float).T  # (groups, levels)
     gains = np.maximum.accumulate(rises[:, :1] - rises, axis=1)

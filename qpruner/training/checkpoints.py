@@ -75,8 +75,8 @@ def is_damaged(checkpoint: Path) -> bool:
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
     """Publish a checkpoint in the fine-tune's folder with a list of its files, then remove the earlier checkpoints.
 
-    An object store gets only the random states of the workers on the first worker's machine. When the fine-tune is
-    resumed, dropout of the other workers starts from the seed again.
+    An object store gets the files on the first worker's machine. They lack the random states of workers on other
+    machines, whose dropout starts from the seed again when the fine-tune is resumed.
     """
     from torch import distributed
 
@@ -96,7 +96,7 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
-    """Save the adapter to a temporary folder, move this folder to `adapter`, and return the digest of the weights."""
+    """Save the adapter to a temporary folder in `checkpoints`, move it to `adapter`, and return its weights' digest."""
     aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with writing_folder(aside):
         retry_storage(lambda: model.save_pretrained(aside), aside)

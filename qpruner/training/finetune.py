@@ -35,7 +35,7 @@ DIVERGED_BY = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, or `epochs` if that is None), and when to save: at `rungs` and every `save_steps`."""
+    """How long to train (`steps`, else `epochs`), and when to save: at `rungs` and every `save_steps`."""
 
     steps: int | None
     epochs: float | None = None
@@ -136,7 +136,7 @@ def _losses(state: TrainerState) -> list[float]:
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
     """Let DistributedDataParallel share the adapters alone, and return the first process's `start` in every process.
 
-    Every process has read the other weights itself. Machines may see different checkpoints in a shared folder.
+    Every process has read the other weights itself. In a network folder machines may see different latest checkpoints.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -176,7 +176,7 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that sorts batches by length, computes logits at labelled tokens only, and retries failed saves."""
+    """A Trainer that takes its batches from `_Batches`, computes logits at labelled tokens only, and retries saves."""
 
     batches: _Batches
     before_save: Callable[[], None]

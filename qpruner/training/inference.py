@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 16, 16
 NUM_TURNS = 3
-"""Number of timed generations of every row."""
+"""Number of timed generations per row of the final table."""
 
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """The fine-tuned rows that one process times in turns; it writes `done total` turns to the file `progress`."""
+    """Table rows whose fine-tuned models one process times in turns; the file `progress` gets `done total` turns."""
 
     config: RunConfig
     candidates: tuple[Candidate, ...]
@@ -43,7 +43,7 @@ class InferenceJob:
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of each row's model; for rows of one checkpoint only groups are exchanged."""
+    """Measure memory and speed of the model of each row in the final table."""
     begin_job(job.threads)
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]

@@ -63,13 +63,13 @@ class Candidate:
 
     @property
     def progress(self) -> Path:
-        """File with `done total`: first steps of the fine-tune, then answers to the held-out tasks."""
+        """File with `done total`: of steps during the fine-tune, of lm-eval requests during the evaluation."""
         return self.folder / "progress"
 
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A worker's job for one row; `text` is a folder with held-out text in windows, which `evaluate_candidate` scores.
+    """A worker's job for one row; `text` is a folder with windows of held-out text, which `evaluate_candidate` scores.
 
     For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last checkpoint.
     """
@@ -100,7 +100,7 @@ class FinetuneOutcome:
 
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
-    """Fine-tune a row on all training rows, from its initial adapters or its latest checkpoint, and save the adapter.
+    """Fine-tune a candidate on all training rows, from its initial adapters or latest checkpoint, and save the adapter.
 
     If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
     """
@@ -201,7 +201,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
 def confirm_trial(job: CandidateJob) -> FinalistScore:
     """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
-    In a search by accuracy, also score the checkpoint on each task's next `search.limit` questions after the trials'.
+    In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
     """
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks

@@ -2,7 +2,7 @@
 
 Ray Tune's callbacks log trials (`cluster/tune/trackers.py`), transformers' callbacks log fine-tunes
 (`tracked_finetune.py`). A tracker's address and key come from its own environment variables, which the driver passes to
-the workers. They are never recorded or logged.
+the workers. These variables are never recorded or logged.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ MODEL = [
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
-    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... the smallest that works is ... got 1000"),
+    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
     ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
     ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
@@ -370,14 +370,14 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
         assert found, str(caught.value)
         return int(found[1]), found[2]
 
-    smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest that works is")
+    smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest budget that works is")
     layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
     names = layout.uniform(4).groups
     every = itertools.product((4, 8), repeat=len(layout.groups))
     weights = sorted(layout.plan_bytes(PrecisionPlan(names, bits)) for bits in every)
     assert weights[0] < smallest == weights[1], "the first budget that leaves a choice"
     assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes >= smallest
-    assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest that works is")[0] == smallest
+    assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest budget that works is")[0] == smallest
     largest, in_gib = named("quantize.budget={fraction: 1.0}", "the largest")
     assert inspected(f"quantize.budget={{bytes: {largest}}}").budget_bytes == largest == weights[-1] - 1
     assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes <= largest

@@ -69,7 +69,7 @@ def key_of(path: Path) -> str:
 # ---- names
 
 FORM = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
-OPTIONS = "the options of a URI are endpoint_override, region, and scheme (http or https)"
+OPTIONS = "a URI takes no options but endpoint_override, region, and scheme (http or https)"
 
 
 @pytest.mark.parametrize(

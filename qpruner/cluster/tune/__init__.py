@@ -89,7 +89,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
 
 
 def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
-    """Run one session of Ray Tune; returns why there are no more trials."""
+    """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
     settings = job.config.search
     name = settings.searcher if job.config.is_searched else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors, settings.pareto)
@@ -104,7 +104,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config, job.space, controls, recorded, searcher.is_recalled, searcher.on_error_text
+                job.config, job.space, controls, recorded, searcher.is_cancelled, searcher.on_error_text
             ),
             num_samples=-1,
             reuse_actors=True,

@@ -62,7 +62,7 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
-    """Gives the suggestions of the ledger to Tune, and writes the record of each trial before it runs."""
+    """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial before it runs."""
 
     def __init__(self, job: SearchJob, ledger: Ledger, room: Callable[[], int], emit: Emit, halt: Halt) -> None:
         super().__init__(metric=METRIC, mode="min")
@@ -81,7 +81,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of the next trial; None while no more may be in flight; FINISHED at the end."""
-        self._is_out_of_hours()
+        self._end_at_time_limit()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
             return finished
@@ -126,7 +126,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     # Ray passes the arguments by name, so the parameters have Ray's names.
     @_ends_search
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report the score of a rung to the ledger."""
+        """Add the score of a rung to the `Ledger`, and emit the record of the trial."""
         suggestion = self._live[trial_id]
         is_new = self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
@@ -139,14 +139,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     @_ends_search
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record how a trial ended, or return it to the ledger if its worker died."""
+        """Record how a trial ended; if only its worker died, queue the trial to be resumed."""
         suggestion = self._live.pop(trial_id)
         death = self._deaths.pop(trial_id, _Death())
         record = read_trial(self._job.trials, suggestion.index)
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if not error and not record.has_begun:  # recalled while it waited: delete it, as if it was never proposed
+        if not error and not record.has_begun:  # cancelled while it waited: delete it, as if it was never proposed
             remove(trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
@@ -159,15 +159,15 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             record = record.model_copy(update={"times": (*record.times, time.time())})
         write_trial(self._job.trials, record)
         if record.is_over:
-            self._close(suggestion, record)
+            self._end_trial(suggestion, record)
             return
         place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
         self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)
 
-    def _close(self, suggestion: Suggestion, record: TrialRecord) -> None:
-        """Report a trial that is over to the ledger and the user."""
+    def _end_trial(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old checkpoints."""
         if record.failure != "hung":  # the worker of a hung trial may still write
             try:
                 remove_old_checkpoints(self._job.trials, [record])
@@ -184,9 +184,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         elif record.failure == "error":
             self._halt_on_broken_machine(record)
 
-    def is_recalled(self, trial_id: str) -> bool:
+    def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
-        is_over, suggestion = self._is_out_of_hours(), self._live.get(trial_id)
+        is_over, suggestion = self._end_at_time_limit(), self._live.get(trial_id)
         is_waiting = is_over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
         return self._halt.requested or bool(is_waiting)
 
@@ -194,14 +194,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Save the time of all sessions of this search, because the process may be killed at any moment."""
+        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed at any moment."""
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
-    def _is_out_of_hours(self) -> bool:
-        """Return True once a time limit of the search is reached; end the search if no machine can run trials then."""
+    def _end_at_time_limit(self) -> bool:
+        """End the suggestions at a time limit and return True from then on; without a machine, end the search too."""
         now, settings = time.monotonic(), self._job.config.search
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0
@@ -231,7 +231,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
-        """Store that a worker is killed: its trial makes no progress or, if not running, never started on it."""
+        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never started there."""
         death = self._deaths.setdefault(trial_id, _Death())
         death.hung, death.never_started = is_running, not is_running
 
@@ -311,7 +311,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
-    """Return the record of a failed trial."""
+    """Return the record of a trial that failed; `failure` is the kind, `reason` the text for people."""
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 

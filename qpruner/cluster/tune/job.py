@@ -27,7 +27,7 @@ TIME = "step"
 
 @dataclass(frozen=True)
 class SearchJob:
-    """The inputs of a search; `node_check.packed_check` makes `check_node`."""
+    """The inputs of a search."""
 
     config: RunConfig
     trial: Trial
@@ -41,7 +41,7 @@ class SearchJob:
     digest: str  # of all that the result of a trial depends on
     search: str  # digest of the further inputs that the proposals depend on
     resources: dict[str, float]  # of one trial
-    check_node: bytes  # pickled; raises on an unusable node
+    check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
 
     def owns(self, record: TrialRecord) -> bool:
@@ -78,7 +78,7 @@ def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Return the largest divisor of the batch that is at most half of a trial's micro-batch; None if there is none."""
+    """Return the largest divisor of the batch up to half a trial's micro-batch; None without one or without retries."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -93,7 +93,7 @@ def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]
 
 
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
-    """Return a ledger that knows all recorded trials, and the records of these trials.
+    """Return a `Ledger` that knows all recorded trials, and the records of these trials.
 
     The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
     and do not count towards `max_trials`.
@@ -123,7 +123,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Mark a trial as running if this search has to resume it, and return its record.
 
-    It resumes trials that were cut off or have to be retried, and its controls that another search stopped.
+    Besides trials cut off or to be retried, these are the `controls` of this search that ASHA stopped in another one.
     """
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)

@@ -69,7 +69,7 @@ def leave_if_drained() -> None:
 
 
 class _RecordedTrial:
-    """A trial that keeps its record and its pulse up to date while it runs."""
+    """A trial that writes its record and its pulse (a sign of progress) while it runs."""
 
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
@@ -96,7 +96,7 @@ class _RecordedTrial:
         """Run the trial to its end.
 
         Returns:
-            False if it has to resume from its last rung: with a smaller micro-batch, or because the storage is back.
+            False if it failed but can resume from its last rung: with a smaller micro-batch, or as the storage is back.
         """
         start = checkpoint_of(self._job.trials, self._record)
         try:

@@ -15,7 +15,7 @@ ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
 
 
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
-"""Name of a group -> paths of its linear layers, and of the modules that produce its output."""
+"""Name of a group (layers that share a bit-width) -> paths of its linear layers, and of the modules at its end."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class UnitKind:
 
     @property
     def units_per_partition(self) -> int:
-        """Number of channels of one expert if experts are stacked, otherwise of all units."""
+        """Number of units of this kind in the block or, if experts are stacked, of channels in each expert."""
         return self.num_units // self.partitions
 
     @property
@@ -97,17 +97,17 @@ class Family:
         return {"gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"), "down": (f"{self.mlp}.down_proj",)}
 
     def projections(self) -> dict[str, tuple[str, ...]]:
-        """Map each projection that a group can hold to the paths of its layers in a block."""
+        """Map each projection that can be quantized to the paths of its layers in a block."""
         return self.attention_projections() | self.mlp_projections()
 
-    def groups(self, group: str) -> Groups:
-        """Return the groups of a block for a value of `quantize.group`; the name '' stands for the block itself."""
+    def groups(self, grouping: str) -> Groups:
+        """List the groups into which `grouping` (`quantize.group`) divides a block; '' names the block as one group."""
         projections = self.projections()
-        if group == "projection":
+        if grouping == "projection":
             return {name: (paths, paths) for name, paths in projections.items()}
         attention = projections.pop("qkv") + projections.pop("o")
         mlp = tuple(path for paths in projections.values() for path in paths)
-        if group == "block":
+        if grouping == "block":
             return {"": (attention + mlp, ("",))}
         sublayers: Groups = {"attention": (attention, (self.attention,))}
         if mlp:
@@ -144,17 +144,17 @@ class Family:
         return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """Return the factor at which `down` adds to the residual stream; None if a norm or experts come between."""
+        """Return the factor of `down` in the residual stream; None if a norm follows `down` or experts replace it."""
         return float(getattr(config, "residual_multiplier", 1.0)) if self.down_adds_to_residual else None
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
-        """Make an uncut block compute the kept units exactly as the cut block will."""
+        """Make the kept units of a block compute, inside this context, what they will compute after the cut."""
         return nullcontext()
 
     # ---- config keys
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        """Return the config keys and values that give block `index` its `num_units` by kind (channels per expert)."""
+        """Return the config keys and values for `num_units` of each kind in block `index` (channels: per expert)."""
         heads = num_units[ATTENTION] * (layer_config.num_attention_heads // layer_config.num_key_value_heads)
         attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
         return attention | {self.channels_key: num_units[MLP]}

@@ -38,7 +38,7 @@ class Phi3(Family):
         return UnitKind(MLP, channels, slices)
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """Return True if there are as many long-rope factors as transformers derives from hidden size / heads."""
+        """Return False if transformers would refuse the long-rope factors: it derives their number from the heads."""
         rope = config.rope_parameters
         pairs = int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"]) // 2
         return all(len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key))

@@ -106,7 +106,7 @@ class RunState(Recorded):
 
     @property
     def compares(self) -> bool:
-        """Whether the command fine-tunes every row of the final table (`finetune.compare`)."""
+        """Whether the command also fine-tunes the models that the winner is compared with (`finetune.compare`)."""
         return bool(self.config.get("finetune", {}).get("compare"))
 
 
@@ -135,7 +135,7 @@ class Results(Recorded):
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tunes in the final table: of all rows after a comparison, else of the winner alone."""
+        """The fine-tuned models: the winner and, after stage comparison, the models that it is compared with."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
@@ -149,7 +149,7 @@ class Results(Recorded):
 
     @property
     def inference(self) -> InferenceSetting | None:
-        """How the memory and speed of the `candidates` were measured."""
+        """The settings with which the memory and speed of the `candidates` were measured."""
         record = self.comparison or self.evaluate
         return record.inference if record else None
 

@@ -151,7 +151,7 @@ class TrialPulse(Recorded):
 
 
 class SearchClock(Recorded):
-    """Seconds in all sessions of a search, and their number; each command that runs its trials begins a session."""
+    """The time that a search took, and its number of sessions; each command that runs its trials begins a session."""
 
     seconds: float
     sessions: int = 0

@@ -18,7 +18,7 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(Recorded):
-    """The units kept in one block, as indices into the base model; empty if the whole block was removed."""
+    """The kv groups, MLP channels and experts that a block keeps, by index in the base model; none if it is removed."""
 
     layer: int
     kept_kv_groups: tuple[int, ...]
@@ -115,7 +115,7 @@ class BankRecord(Record):
 
 
 class CandidateRecord(Record):
-    """The fine-tune of one row of the final table with one training seed."""
+    """One fine-tuned model of the final table, under one training seed."""
 
     name: str
     origin: str
@@ -161,7 +161,7 @@ class TaskScore(Recorded):
 
     task: str
     metric: str
-    """The metric in tables and claims: the first of `acc_norm`, `acc` and `exact_match` that the task reports."""
+    """The metric in the report: the first of `acc_norm`, `acc` and `exact_match` that the task reports."""
     value: float
     stderr: StandardError
     num_questions: int
@@ -197,7 +197,7 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """Scores of a row of the final table on the held-out tasks; `seed` is its training seed, None if not fine-tuned."""
+    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not fine-tuned."""
 
     digest: str
     name: str
@@ -232,12 +232,12 @@ class EvalRecord(Record):
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Task -> its metric in tables and claims."""
+        """Task -> its metric in the tables and the claim of the report."""
         return {score.task: score.metric for score in self.rows[-1].scores}
 
 
 class ComparisonRecord(Record):
-    """All rows of the final table (winner included) after the same fine-tune, sorted by row, then by training seed."""
+    """The winner and the models compared with it, all after the same fine-tune, sorted by model, then training seed."""
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]

@@ -71,7 +71,7 @@ def mirror_of(uri: str) -> Path:
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
     if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in ("http", "https"):
-        raise UserError("`output`: the options of a URI are endpoint_override, region, and scheme (http or https)")
+        raise UserError("`output`: a URI takes no options but endpoint_override, region, and scheme (http or https)")
     steps = (parts.netloc, *prefix.split("/"))
     if parts.scheme not in ("s3", "gs") or parts.fragment or any(step in ("", ".", "..") for step in steps):
         raise UserError(f"`output`: {uri} {form}")
@@ -79,7 +79,7 @@ def mirror_of(uri: str) -> Path:
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
         raise UserError(
-            f"`output`: {uri} must be shorter: it has {len(name)} characters when quoted, and at most 255 are possible"
+            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255 are possible"
         )
     return cache_root() / "runs" / name
 
@@ -120,7 +120,7 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 
 class ObjectStorage(Storage):
-    """An object, or a folder: all objects whose keys begin with this key and a slash."""
+    """The object with a key, or a folder: all objects whose keys begin with that key and a slash."""
 
     fills_this_disk = False
     access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
@@ -138,7 +138,6 @@ class ObjectStorage(Storage):
 
     @property
     def file_list(self) -> ObjectStorage:
-        """The file list of the folder."""
         return self._at(list_path(self.path), FILES)
 
     @property
