@@ -128,7 +128,7 @@ def trials(
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
-    columns = list(rows[0]) if rows else list(SHOWN)
+    columns = list(rows[0] if rows else SHOWN)
     search = snapshot.state.search
     names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
     for condition in conditions:
@@ -178,8 +178,7 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
         except ValueError as error:
             known = f", plain or with {', '.join(units)}" if units else ""
             raise UserError(f"--where {condition}: `{key}` must be a number{known}, got {text!r}") from error
-    compare = COMPARISONS[sign]
-    return [row for row in rows if (sign == "!=" if row[key] is None else compare(row[key], value))]
+    return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
 
 
 def _column_of(key: str, names: Mapping[str, str]) -> str:
@@ -225,8 +224,7 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
     """Compare runs: figures, differences of their winners (paired by row), and settings that differ."""
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
-    results = [run.results for run in views]
-    apart = [run_views.against(each, results[0]) for each in results[1:]]
+    apart = [run_views.against(run.results, views[0].results) for run in views[1:]]
     if not as_json:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
@@ -242,11 +240,9 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
         elif len(views) > 1:
             terminal.say("All settings are the same.")
-    less_first = [
-        {"run": each["run"], "other": facts[0]["run"], **asdict(found)}
-        for each, found in zip(facts[1:], apart, strict=True)
-    ]
-    return {"status": "ok", "runs": facts, "differences": less_first, "differing_settings": settings}
+    ends = ({"run": each["run"], "other": facts[0]["run"]} for each in facts[1:])
+    differences = [end | asdict(found) for end, found in zip(ends, apart, strict=True)]
+    return {"status": "ok", "runs": facts, "differences": differences, "differing_settings": settings}
 
 
 def _setting(value: Any) -> str:

@@ -25,8 +25,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Shared memory of Ray on a single machine: small, because workers read weights from the run folder."""
-CLUSTER_VARIABLES = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
-"""Variables set on a cluster's head node; a second Ray with them would load the cluster's state or use its port."""
 ANSWER_SECONDS = 15.0
 """Time for a head node to answer. Ray itself would try for 80 to 200 seconds (measured, Ray 2.60)."""
 
@@ -95,7 +93,9 @@ def _start(options: dict[str, Any]) -> None:
 
     constants = ray_private.constants
     name, clusters = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
-    before = {each: os.environ.pop(each) for each in (name, *CLUSTER_VARIABLES) if each in os.environ}
+    # With the last two, which a cluster's head node sets, Ray would load the cluster's state or use its port.
+    variables = (name, "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
+    before = {each: os.environ.pop(each) for each in variables if each in os.environ}
     os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         _ensure_token()
@@ -165,11 +165,7 @@ def _growth() -> Slots:
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the machines of stated size that a cluster file lets the autoscaler start beside the head node `head`.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
+    """Return the machines of stated size that a cluster file lets the autoscaler start beside the head node `head`."""
     # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file names.
     try:
         config = yaml.safe_load(file.read_text())

@@ -123,9 +123,7 @@ def look_at_one(
 ) -> dict[str, Any]:
     """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of `NodeReport`."""
     usable, gpu_trouble = _gpus(num_gpus) if num_gpus else ([], "")
-    remedy = (
-        "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray there"
-    )
+    remedy = "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
     differs = differences(driver_versions)
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
@@ -156,8 +154,7 @@ def own_name() -> str:
     """Return the name of this node in messages: address, host name and start of its id."""
     import ray
 
-    address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-    return f"{address} ({platform.node()}, {node_id[:8]})"
+    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def versions() -> dict[str, str]:
@@ -199,9 +196,8 @@ def _unseen_gpus() -> str:
         return ""
     import torch
 
-    if torch.cuda.is_available():
-        return ""
-    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    sees_none = f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    return "" if torch.cuda.is_available() else sees_none
 
 
 def _has_hardware() -> bool:

@@ -79,15 +79,10 @@ class Slots:
     def cores_each(self, num_tasks: int) -> float:
         """Return the largest number of cores per task at which this many tasks fit at once; at least 1."""
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
-        each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
-        return float(each)
+        return float(next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1))
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight (see `Room`), at most `limit`.
-
-        Raises:
-            UserError: If a trial fits on no machine, not even on one that the autoscaler may start.
-        """
+        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if none ever fits."""
         most = self.at_most(resources)
         if most < 1:
             number = counted(len(self.nodes), "machine")
@@ -123,8 +118,7 @@ def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
     """Return the resources of each worker; several that train one model together need whole GPUs (NCCL)."""
-    shares_gpu = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
-    return {**trial, "gpu": 1.0} if shares_gpu else dict(trial)
+    return {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
 
 
 class Room:

@@ -87,7 +87,15 @@ def run_tasks(
         started = time.monotonic()
         return function(job), time.monotonic() - started
 
-    task, deaths = _remote_task(getattr(function, "__name__", "task"), resources, fresh), DeathCounter(progress)
+    def located(work: bytes) -> Iterator[Any]:
+        from ray import cloudpickle
+
+        yield ray.get_runtime_context().get_node_id()
+        yield cloudpickle.loads(work)()
+
+    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
+    task = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located)
+    task, deaths = task.options(name=getattr(function, "__name__", "task")), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     while waiting or running:
         while waiting and len(running) < max_concurrent:
@@ -113,19 +121,6 @@ def run_tasks(
                 result, seconds = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
                 yield position, result
-
-
-def _remote_task(name: str, resources: Mapping[str, float], fresh: bool) -> Any:
-    """Return a Ray task that yields the id of its node, then the result of the pickled work."""
-
-    def located(work: bytes) -> Iterator[Any]:
-        from ray import cloudpickle
-
-        yield ray.get_runtime_context().get_node_id()
-        yield cloudpickle.loads(work)()
-
-    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
-    return ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located).options(name=name)
 
 
 class DeathCounter:

@@ -57,15 +57,14 @@ def measured_rates(config: RunConfig, inspection: Inspection, threads: int, wher
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
     widest = max((each for group in layout.groups for each in group.linears), key=lambda linear: linear.num_weights)
     model_config, labelled = inspection.cuts[0].expected, count.share_labelled("train")
-    times = measure(config, model_config, widest, share_high, labelled, threads)
+    training, scoring, packing = measure(config, model_config, widest, share_high, labelled, threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     operations = rows * length * count.weights_a_token("train")
     origin = (
-        f"measured on {where}: {rows} rows x {length} tokens take {times.training:.3g} s forward and backward, "
-        f"{times.scoring:.3g} s forward"
+        f"measured on {where}: {rows} rows x {length} tokens take {training:.3g} s forward and backward, "
+        f"{scoring:.3g} s forward"
     )
-    training = count.step_operations * operations / times.training
-    return Rates(training, 2 * operations / times.scoring, times.packing_rate, origin)
+    return Rates(count.step_operations * operations / training, 2 * operations / scoring, packing, origin)
 
 
 def multiply_adds(layout: Layout, model_config: Any) -> int:
@@ -154,10 +153,8 @@ class _Count:
         self._pruned = multiply_adds(inspection.pruned, inspection.model_config)
         self._base = multiply_adds(inspection.base, inspection.model_config)
         self._head = int(inspection.model_config.vocab_size) * int(inspection.model_config.hidden_size)
-        most = config.data.max_length
-        self._lengths = {
-            name: [min(sum(about_tokens(row)), most) for row in rows] for name, rows in inspection.examples.items()
-        }
+        examples, most = inspection.examples, config.data.max_length
+        self._lengths = {name: [min(sum(about_tokens(row)), most) for row in examples[name]] for name in examples}
 
     def share_labelled(self, name: str) -> float:
         rows = self._inspection.examples[name]

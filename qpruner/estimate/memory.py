@@ -60,10 +60,8 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the comparison, whose largest step trains the base model, neither pruned nor quantized."""
-    base, about = (
-        inspection.base,
-        f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)",
-    )
+    base = inspection.base
+    about = f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS)), about)
 
 
@@ -73,11 +71,9 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
     rows, length = training.micro_batch_size, config.data.max_length
     labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
     rank, checkpointing = config.lora.rank, training.gradient_checkpointing
-    parts = _held(layout, plan_bytes) | {
-        "activations": activation_bytes(layout, hidden_size, rows * length, rank, checkpointing),
-        "logits": logit_bytes(inspection, labelled),
-    }
-    return Memory(f"a step of {rows} rows x {length} tokens {about}", parts)
+    activations = activation_bytes(layout, hidden_size, rows * length, rank, checkpointing)
+    parts = {"activations": activations, "logits": logit_bytes(inspection, labelled)}
+    return Memory(f"a step of {rows} rows x {length} tokens {about}", _held(layout, plan_bytes) | parts)
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
@@ -89,11 +85,8 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     labelled = length
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
-    a_logit = inspection.base.element_bytes + 2 * FLOAT32_BYTES
-    scored = {
-        "activations": _widest(layout, rows * length),
-        "logits": a_logit * rows * labelled * int(inspection.model_config.vocab_size),
-    }
+    a_logit, vocabulary = inspection.base.element_bytes + 2 * FLOAT32_BYTES, int(inspection.model_config.vocab_size)
+    scored = {"activations": _widest(layout, rows * length), "logits": a_logit * rows * labelled * vocabulary}
     about = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)"
     return Memory(about, _held(layout, _trial_bytes(config, inspection)) | scored)
 
@@ -127,12 +120,10 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
     if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
         return Memory(f"the base model, importance by {settings.criterion}", parts)
     if settings.order == "mixed" and settings.aggregation == "element":
-        sizes = unit_sizes(
-            skeleton(inspection.model_config), cuttable_layers(inspection.model_config, settings), settings.width_units
-        )
+        layers = cuttable_layers(inspection.model_config, settings)
+        sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
-    length = inspection.sample_length
-    tokens = calibration.batch_size * length
+    length, tokens = inspection.sample_length, calibration.batch_size * inspection.sample_length
     parts["gradient"] = FLOAT32_BYTES * _largest(base)  # only one parameter's gradient is held at a time
     parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
     return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
@@ -142,16 +133,16 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
     """Estimate compensation: hidden states of all samples at one block, and masks of one byte per pair of tokens."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.samples["importance"], inspection.sample_length
-    hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
+    hidden_size = int(inspection.model_config.hidden_size)
     parts = _weights(base) | {
-        "hidden states": samples * length * (hidden_bytes + length),
+        "hidden states": samples * length * (hidden_size * base.element_bytes + length),
         "activations": _widest(base, calibration.batch_size * length),
     }
     if settings.compensates_by == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in float32.
-        parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
+        parts["solution"] = 3 * FLOAT32_BYTES * hidden_size * widest
     return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
 
 
@@ -187,14 +178,9 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
         features = [sum(linear.rows for linear in group.linears) for group in dense.groups]
     drawn, outputs = min(tokens, positions), positions * dense.element_bytes * sum(features)
     logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
-    return [
-        {
-            "outputs": outputs + drawn * FLOAT32_BYTES * sum(features),
-            "activations": _widest(dense, tokens),
-            "logits": logits,
-        },
-        {"outputs": outputs, "components": COMPONENT_BYTES * positions * max(features)},
-    ]
+    in_pass = {"outputs": outputs + drawn * FLOAT32_BYTES * sum(features), "activations": _widest(dense, tokens)}
+    components = COMPONENT_BYTES * positions * max(features)
+    return [in_pass | {"logits": logits}, {"outputs": outputs, "components": components}]
 
 
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ AGAINST_SHORTAGE = (
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 NUM_ROWS = 8
-"""Number of confirmation rows on which predictions are compared."""
+"""Number of rows of `data.confirmation` on which predictions are compared."""
 
 
 @dataclass(frozen=True)

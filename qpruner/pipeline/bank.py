@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import check_quantizable
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
-from qpruner.runs.events import Emit, Progress
+from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, files_in, remove, write_json
 
@@ -45,8 +43,7 @@ class Bank(Stage[BankRecord]):
         config, quantize, pruned = self.config, self.config.quantize, self.context.record(PruneRecord)
         model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
         starts = config.lora.model_copy(update={"dropout": 0.0})
-        library = version("bitsandbytes")
-        return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
+        return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, version("bitsandbytes"))
 
     def inputs(self) -> tuple[Any, ...]:
         return (*self._made_from(), self._levels)
@@ -110,20 +107,17 @@ class Bank(Stage[BankRecord]):
             str(bits): {name: files[str(store.entry_file(Path(), name, bits))].residual_ratio for name in names}
             for bits in levels
         }
-        group_bytes = {
-            str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in self.config.quantize.bits
-        }
+        all_levels = self.config.quantize.bits
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": ratios,
-            "group_bytes": group_bytes,
+            "group_bytes": {str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in all_levels},
         }
 
     def summary(self, record: BankRecord) -> str:
-        left = ", ".join(
-            f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
-        )
+        means = {bits: sum(ratio.values()) / len(ratio) for bits, ratio in record.residual_ratio.items()}
+        left = ", ".join(f"{bits}-bit {mean:.3f}" for bits, mean in means.items())
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; share of the quantization error that LoftQ leaves: {left}"
 
@@ -186,11 +180,14 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     """Build the groups, on several workers if that saves time; yield each finished job with its new index entries."""
     from qpruner.quantization.bank import FEW_WEIGHTS, build_group
 
+    def build_here(job: GroupJob) -> dict[str, IndexEntry]:
+        return context.executor.run(lambda cache, emit: build_group(job), context.emit)
+
     is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
-            yield job, context.executor.run(partial(_build_in_executor, job), context.emit)
+            yield job, build_here(job)
         return
     if context.address:
         # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
@@ -198,9 +195,3 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in context.run_tasks(build_group, jobs, resources, concurrent, on_held=context.gpu_time.add):
         yield jobs[position], built
-
-
-def _build_in_executor(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
-    from qpruner.quantization.bank import build_group
-
-    return build_group(job)

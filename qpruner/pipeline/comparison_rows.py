@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.cluster.slots import worker_resources
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
@@ -20,9 +19,8 @@ from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, 
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import controls_of, random_plans
+from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan
 from qpruner.search.trial_records import objective
-from qpruner.sensitivity.seeds import seed_origin, seed_plan
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
 
@@ -37,7 +35,6 @@ class Row:
 
 
 Result = TypeVar("Result")
-RowJob = tuple[Row, Candidate]
 
 
 def winner_row(context: Context) -> Row:
@@ -126,21 +123,20 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
     ]
 
 
-def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
+def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:
     """Make a job for each fine-tune of each row."""
-    fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
-    jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
-    return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
+    wanted = [(row.origin, [(row.name, plan.as_dict(), seed) for seed, plan in row.plans]) for row in rows]
+    return [replace(job, origin=origin) for origin, each in wanted for job in candidates_for(context, each)]
 
 
-def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
+def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]]:
     """List row name, origin of the plan, training seed and folder of each job, for a digest."""
-    return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
+    return [(job.name, job.origin, job.seed, job.folder.name) for job in jobs]
 
 
-def distinct(jobs: Iterable[RowJob]) -> list[Candidate]:
+def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
     """Return the candidates, one for each folder: equal models with equal fine-tunes of several rows share a folder."""
-    return list({candidate.folder: candidate for _, candidate in jobs}.values())
+    return list({job.folder: job for job in jobs}.values())
 
 
 def run_jobs(
@@ -165,11 +161,6 @@ def run_jobs(
 
     scratch = context.run_dir.scratch("train")
     yield from run_groups(function, tasks, resources, num_workers, concurrent, scratch, context.check_node, **more)
-
-
-def gpus_held(context: Context, num_workers: int = 1) -> float:
-    """Return how many GPUs a job with this many workers reserves."""
-    return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
 
 
 def job_progress(stage: Stage[Any], files: list[Path], num_jobs: int, unit: str) -> Callable[[], None]:

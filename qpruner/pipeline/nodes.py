@@ -22,8 +22,6 @@ from qpruner.runs.run_dir import BANK_CACHE, RunDir
 from qpruner.runs.storage import CACHE, cache_root, read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
-HEADINGS = ("node", "CPUs", "GPUs", "state")
-
 
 def look_at_nodes(context: Context) -> None:
     """Check every node and show the results in a table; raise an error if a node has a problem."""
@@ -33,7 +31,8 @@ def look_at_nodes(context: Context) -> None:
         reports = look_at_all(folder, driver, _node_copies(config, inspection.pruned, context.run_dir))
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
-    context.emit(TableMade(HEADINGS, tuple(row(report, found[report.id]) for report in reports)))
+    rows = tuple(row(report, found[report.id]) for report in reports)
+    context.emit(TableMade(("node", "CPUs", "GPUs", "state"), rows))
     problems = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems)

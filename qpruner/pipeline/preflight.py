@@ -76,8 +76,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples, vocabulary)
     samples = {"importance": num_samples, "sensitivity": calibration.num_sensitivity_samples}
-    warnings = (*rows.warnings, *_few_trials(config))
-    parts = {**vars(shapes), **vars(rows), "warnings": warnings}
+    parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_few_trials(config))}
     return Inspection(**parts, samples=samples, sample_length=sample_length)
 
 
@@ -100,17 +99,19 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and device."""
+    import torch
+
     model_config = load_model_config(config.model)
-    family_of(model_config)
+    family_of(model_config)  # raises an error if the family is not supported
     base = layout_for(config, model_config)
     cuts = cuts_in_effect(config.prune, model_config)
     if works_here:
-        check_device(_own_capability(), config, model_config, cuts, packs)
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        check_device(capability, config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    is_estimate = any(
-        not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
-    )
+    uncertain = [cut for cut in cuts if cut.settings.selection == "global" or cut.settings.drops_blocks]
+    is_estimate = not all(cut.settings.is_off for cut in uncertain)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     settings = cuts[0].settings
     are_groups_known = settings.is_off or not settings.drops_blocks or are_alike(model_config)
@@ -145,13 +146,8 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
     """List the groups of a model (layers that share a bit-width), to compute the bytes of plans, adapters included."""
-    return layout_of(
-        model_config,
-        config.quantize.group,
-        DTYPE_BYTES[config.model.dtype],
-        config.quantize.double_quant,
-        config.lora.rank,
-    )
+    quantize, element_bytes = config.quantize, DTYPE_BYTES[config.model.dtype]
+    return layout_of(model_config, quantize.group, element_bytes, quantize.double_quant, config.lora.rank)
 
 
 def is_pruned(model_config: Any) -> bool:
@@ -285,10 +281,3 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
             f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or use `quantize.bits` 8 and 16, or use "
             "`prune.selection: per_layer`, whose widths can be checked before the cut"
         )
-
-
-def _own_capability() -> tuple[int, int] | None:
-    """Return the compute capability of the GPU of this machine, or None without a GPU."""
-    import torch
-
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

@@ -68,7 +68,7 @@ def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: Mode
 
 
 def loading_progress(emit: Emit, stage: str) -> OnWork:
-    """Return a callback that reports loading and saving of weights as progress of a stage."""
+    """Return a callback that reports the progress of named work, such as loading weights, as progress of a stage."""
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 
 

@@ -293,9 +293,8 @@ def _environment() -> dict[str, str]:
 def _cpu_model(cpuinfo: Path) -> str:
     """Return the CPU name from the kernel, or from Python on ARM and other systems."""
     with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        if names:
-            return str(names[0])
+        if found := re.search(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE):
+            return found[1]
     return platform.processor() or platform.machine()
 
 

@@ -36,7 +36,7 @@ from qpruner.runs.records import (
     digest_of,
 )
 from qpruner.runs.storage import for_each, write_json
-from qpruner.search.choice import controls_of, finalist_positions, hypervolume, non_dominated, winner_position
+from qpruner.search import choice
 from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
@@ -48,7 +48,6 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
     trial_folder,
 )
-from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.table_rows import Candidate, confirm_trial
 from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted, error_text
@@ -74,7 +73,7 @@ class Search(Stage[SearchRecord]):
         """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
-            return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
+            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
         if self.context.plan_in_file or len(space.levels) > 1:
             return self.context.plan_in_file
         return space.uniform(space.levels[0])
@@ -173,7 +172,7 @@ class Search(Stage[SearchRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
-        controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
+        controls = [*choice.controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
         job_with_controls = replace(job, controls=controls)
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
@@ -232,7 +231,7 @@ class Search(Stage[SearchRecord]):
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, self.given)] if self.given else controls_of(space, priors),
+            controls=[(GIVEN, self.given)] if self.given else choice.controls_of(space, priors),
             priors=priors,
             trials=self.folder,
             scratch=context.run_dir.tune,
@@ -271,10 +270,8 @@ class Search(Stage[SearchRecord]):
         )
 
     def share_done(self) -> float:
-        over = sum(
-            trial.is_over and trial.search == self.search_digest
-            for trial in read_trials(self.folder, skip_damaged=True)
-        )
+        trials = read_trials(self.folder, skip_damaged=True)
+        over = sum(trial.is_over and trial.search == self.search_digest for trial in trials)
         return min(1.0, over / self.config.num_trials)
 
     def disk_bytes(self) -> int:
@@ -303,11 +300,11 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"{remedy} and repeat the command",
         )
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
-    chosen = finalist_positions(scores, are_controls, job.config.search.confirm)
-    if job.config.search.pareto:
-        chosen += non_dominated([(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)])
-    return [finished[position] for position in sorted(set(chosen))]
+    chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm)
+    front = choice.non_dominated(points) if job.config.search.pareto else []
+    return [finished[position] for position in sorted({*chosen, *front})]
 
 
 def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
@@ -369,7 +366,7 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
     scores = [objective(each, job.config) for each in confirmations]
-    position = winner_position(scores, [each.control for each in confirmations])
+    position = choice.winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
 
 
@@ -386,11 +383,11 @@ def front_of(
             plan_bytes=trials[each.index].plan_bytes,
             **each.model_dump(include=set(FreshScore.model_fields)),
         )
-        for each in (confirmations[position] for position in non_dominated(points))
+        for each in (confirmations[position] for position in choice.non_dominated(points))
     )
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
     """Compute the mean score by which the best plan in a budget beats the smallest, over budgets up to the search's."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
-    return hypervolume(points, points[0], job.space.budget_bytes)
+    return choice.hypervolume(points, points[0], job.space.budget_bytes)

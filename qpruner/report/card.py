@@ -87,7 +87,7 @@ def other_base_remark(config: RunConfig) -> str | None:
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:
-    """Return True if a source is the id of a model or data set on a hub, not a local file or folder."""
+    """Return True if a source is the id of a model or data set on a hub, not a local path (relative to `folder`)."""
     return (
         source.count("/") == 1
         and not source.startswith(("/", ".", "~", "package:"))

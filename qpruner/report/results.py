@@ -13,7 +13,7 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
-"""Names of rows in records. The row `searched` has the plan that the search returned, even if that is a control's."""
+"""Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
 UNIFORM = "uniform"
 """Origin of the rows that give all groups the same bit-width."""
 MUTUAL_INFORMATION = "mutual_information"
@@ -58,7 +58,7 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """Compute the rows of the final table, one per fine-tuned model, in the order of `fine_tunes`."""
+    """Compute the rows of the final table, in the order of `fine_tunes`."""
     return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
 
 

@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return a search's trials and, if its plan was given (`--plan`), those of other given plans and of `beside`."""
+    """Return a search's trials and, for a given plan (`--plan`), those of other given plans and of a search without."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 

@@ -11,12 +11,33 @@ import numpy as np
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.searchers import Prior
-from qpruner.sensitivity.seeds import seed_origin, seed_plan
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
+RESOLUTION = 1e-5
+"""Smallest gain of more bits, relative to the largest gain: it makes a seed plan use the whole budget."""
+SCALE = 1e3
+"""Largest gain given to the solver: `SCALE * RESOLUTION` is far above its absolute tolerance of 1e-6."""
 Point = tuple[float, float]
 """The bytes of a plan and its score; both are minimized."""
+
+
+def seed_origin(method: str) -> str:
+    """Return the name that trials and tables use for the seed plan of a method."""
+    return f"seed-{method.replace('_', '-')}"
+
+
+def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
+    """Return the plan in the budget with the smallest predicted rise of the loss, by an exact knapsack.
+
+    `values` maps bits to the predicted rise of every group, in any unit. More bits that are predicted to be worse, for
+    example because of noise, count as equal to fewer bits.
+    """
+    rises = np.array([values[bits] for bits in space.levels], dtype=float).T  # (groups, levels)
+    gains = np.maximum.accumulate(rises[:, :1] - rises, axis=1)
+    gains *= SCALE / (gains.max() or 1.0)
+    gains += SCALE * RESOLUTION * np.arange(len(space.levels)) / (len(space.levels) - 1)
+    return space.best_by_gain(gains.tolist())
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
@@ -108,6 +129,5 @@ def _tilt(sizes: np.ndarray, wanted: float) -> float:
     low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
     for _ in range(60):
         middle = (low + high) / 2
-        is_too_heavy = (_chances(sizes, middle) * sizes).sum() > wanted
-        low, high = (middle, high) if is_too_heavy else (low, middle)
+        low, high = (middle, high) if (_chances(sizes, middle) * sizes).sum() > wanted else (low, middle)
     return float((low + high) / 2)

@@ -83,8 +83,7 @@ class PlanModel:
 
     def features(self, plans: Tensor) -> Tensor:
         """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, except the last level."""
-        below = torch.arange(self.num_levels - 1)
-        hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
+        hot = (plans[:, :, None] == torch.arange(self.num_levels - 1)).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
@@ -167,8 +166,7 @@ class Data:
 def informative(observations: Sequence[Observation]) -> list[Observation]:
     """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that have several."""
     latest = {item.index: item.step for item in observations}
-    several = sorted({item.index for item in observations if item.step < latest[item.index]})
-    kept = set(several[-NUM_RUNG_PAIRS:])
+    kept = set(sorted({item.index for item in observations if item.step < latest[item.index]})[-NUM_RUNG_PAIRS:])
     return [item for item in observations if item.step == latest[item.index] or item.index in kept]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -46,8 +47,7 @@ class History:
     def last(self) -> list[Observation]:
         """Return the observation at the latest rung of each trial that is over."""
         running = set(self.pending)
-        latest = {item.index: item for item in self.observations if item.plan not in running}
-        return list(latest.values())
+        return list({item.index: item for item in self.observations if item.plan not in running}.values())
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,10 @@ class Proposer(Protocol):
 
 def check_searcher(name: str) -> None:
     """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
-    if name != "bayesopt":
-        return
-    try:
+    found = "none"
+    with suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version("bayesian-optimization")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 has no more
+    if name == "bayesopt" and not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
         raise UserError(
             f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
             '`pip install "qpruner[bayesopt]"`'
@@ -133,8 +130,7 @@ class ScalarizedProposer:
             weighted = (both - both.min(axis=0)) / np.where(width > 0, width, 1.0) * np.array([weight, 1 - weight])
             distances = weighted.max(axis=1) + 0.05 * (weighted[:, 0] + weighted[:, 1])
             seen = tuple(replace(item, score=float(at)) for item, at in zip(seen, distances, strict=True))
-        proposal = self.inner.propose(index, replace(history, observations=seen))
-        return replace(proposal, expected_improvement=None)
+        return replace(self.inner.propose(index, replace(history, observations=seen)), expected_improvement=None)
 
 
 @dataclass

@@ -54,8 +54,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             bracket.sizes[record.index] = space.plan_bytes(plan)
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                trial = SimpleNamespace(config={"trial": record.index})
-                bracket.on_result(trial, rung.step, -objective(rung, config))
+                bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Store how many bytes the trial's plan takes."""

@@ -90,8 +90,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             # Not in the signal handler, which may run in the middle of a printed line.
             self._announced = True
             awaited = counted(self._num_running, "running rung")
-            text = f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"
-            self._emit(Message("search", text))
+            self._emit(Message("search", f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:

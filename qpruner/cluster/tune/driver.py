@@ -25,19 +25,8 @@ from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWith
 from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialRecord
 from qpruner.runs.storage import display_name, exists, remove
+from qpruner.search import trial_records
 from qpruner.search.searchers import Ledger, Observation, Suggestion
-from qpruner.search.trial_records import (
-    begin_trial,
-    read_clock,
-    read_pulse,
-    read_trial,
-    read_trials,
-    remove_old_checkpoints,
-    trial_folder,
-    trial_path,
-    write_seconds,
-    write_trial,
-)
 
 MAX_KILLS = 3
 """Worker deaths in a row that fail a trial: without a rung between them, on machines that stay. Deaths for memory are
@@ -72,12 +61,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
-        recorded = read_trials(job.trials)
+        recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
-        self._earlier_seconds, self._started = read_clock(job.trials, job.search).seconds, time.monotonic()
-        self._is_over, self._next_look = False, 0.0
+        self._earlier_seconds = trial_records.read_clock(job.trials, job.search).seconds
+        self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of the next trial; None while no more may be in flight; FINISHED at the end."""
@@ -101,7 +90,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Read or create the record of a trial; None if another process has created it meanwhile."""
         job = self._job
         if suggestion.index in self._recorded:
-            return read_trial(job.trials, suggestion.index)
+            return trial_records.read_trial(job.trials, suggestion.index)
         record = TrialRecord(
             index=suggestion.index,
             digest=job.digest,
@@ -115,11 +104,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             status="running",
             times=(time.time(),),
         )
-        path = trial_path(job.trials, record.index)
+        path = trial_records.trial_path(job.trials, record.index)
         if exists(path):  # neither read at the start nor written by this process
             self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
             return None
-        begin_trial(job.trials, record)
+        trial_records.begin_trial(job.trials, record)
         self._recorded.add(record.index)
         return record
 
@@ -128,10 +117,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Add the score of a rung to the `Ledger`, and emit the record of the trial."""
         suggestion = self._live[trial_id]
-        is_new = self._ledger.observe(
-            Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
-        )
-        record = read_trial(self._job.trials, suggestion.index)
+        rung = Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
+        is_new, record = self._ledger.observe(rung), trial_records.read_trial(self._job.trials, suggestion.index)
         if is_new:
             self._failed_on.pop(record.node, None)
         self._save_time(record)
@@ -142,12 +129,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Record how a trial ended; if only its worker died, queue the trial to be resumed."""
         suggestion = self._live.pop(trial_id)
         death = self._deaths.pop(trial_id, _Death())
-        record = read_trial(self._job.trials, suggestion.index)
+        record = trial_records.read_trial(self._job.trials, suggestion.index)
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
         if not error and not record.has_begun:  # cancelled while it waited: delete it, as if it was never proposed
-            remove(trial_folder(self._job.trials, suggestion.index))
+            remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
             self._emit(TrialWithdrawn(suggestion.index))
@@ -157,7 +144,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
-        write_trial(self._job.trials, record)
+        trial_records.write_trial(self._job.trials, record)
         if record.is_over:
             self._end_trial(suggestion, record)
             return
@@ -170,7 +157,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old checkpoints."""
         if record.failure != "hung":  # the worker of a hung trial may still write
             try:
-                remove_old_checkpoints(self._job.trials, [record])
+                trial_records.remove_old_checkpoints(self._job.trials, [record])
             except OSError as error:
                 self._emit(Message("search", f"warning: an old checkpoint could not be deleted: {error}"))
         for observation in observations_of(record, self._job.config):
@@ -187,8 +174,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
         is_over, suggestion = self._end_at_time_limit(), self._live.get(trial_id)
-        is_waiting = is_over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
-        return self._halt.requested or bool(is_waiting)
+        if is_over and suggestion and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun:
+            return True
+        return self._halt.requested
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._started
@@ -197,7 +185,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed at any moment."""
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
-        if not write_seconds(job.trials, job.search, self._seconds(), job.session):
+        if not trial_records.write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
     def _end_at_time_limit(self) -> bool:
@@ -248,14 +236,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         text = f"{len(failed)} trials in a row failed on {record.node}"
         for each in failed:
             reason = f"{text}, trial {each.index} with {each.reason}"
-            write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
+            failed_there = each.model_copy(update={"failure": "machine", "reason": reason})
+            trial_records.write_trial(self._job.trials, failed_there)
         self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the state of the searcher is in the records of the trials."""
+        """Do nothing: the state of the searcher is in the records of the trials."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing; see `save`."""
+    restore = save
 
 
 @dataclass
@@ -280,7 +268,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     """Return the record of a trial after the death of its worker: failed, or running, which means to be resumed."""
     if death.never_started:
         return record
-    pulse = read_pulse(job.trials, record.index)
+    pulse = trial_records.read_pulse(job.trials, record.index)
     if pulse is not None:  # the pulse may be newer than the record
         last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
         record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)

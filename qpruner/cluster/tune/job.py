@@ -11,14 +11,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
-from qpruner.search.trial_records import (
-    Materials,
-    Trial,
-    objective,
-    read_trials,
-    remove_old_checkpoints,
-    write_trial,
-)
+from qpruner.search.trial_records import Materials, Trial, objective, read_trials, remove_old_checkpoints, write_trial
 
 METRIC = "score"
 """The name of the score that Tune minimizes: the validation loss, or one minus the accuracy."""
@@ -99,14 +92,8 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     and do not count towards `max_trials`.
     """
     settings = job.config.search
-    ledger = Ledger(
-        job.space,
-        proposer,
-        job.controls,
-        settings.max_trials,
-        None if settings.pareto else settings.patience,
-        proposes=job.config.is_searched,
-    )
+    patience, proposes = None if settings.pareto else settings.patience, job.config.is_searched
+    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, patience, proposes)
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:

@@ -105,7 +105,7 @@ def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
 
 
 def shades(rises: Sequence[float]) -> list[float]:
-    """Turn the rises that a method predicts for fewer bits into shades: shares of the largest magnitude.
+    """Turn the rises in loss that a method predicts for fewer bits into shades: shares of the largest magnitude.
 
     If no rise is negative, shades go from 0 (smallest) to 1 instead, so that nearly equal rises do not all look dark.
     """

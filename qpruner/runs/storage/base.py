@@ -355,9 +355,7 @@ class Storage:
         for name, sha256 in zip(listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True):
             if sha256 != listed.sha256[name]:
                 state = "damaged" if sha256 else "missing"
-                raise CorruptFile(
-                    f"{self.name}/{name} is {state}, according to {self.file_list.name}", self.path / name
-                )
+                raise CorruptFile(f"{self.name}/{name} is {state}, says {self.file_list.name}", self.path / name)
 
 
 def write_list(folder: Path, listed: FileList) -> None:

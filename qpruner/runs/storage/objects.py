@@ -23,19 +23,8 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs.storage.base import (
-    FILES,
-    FileList,
-    OnPiece,
-    Stat,
-    Storage,
-    copy_pieces,
-    empty_folder,
-    exclusive,
-    for_each,
-    keep_copy,
-    list_path,
-)
+from qpruner.runs.storage import base
+from qpruner.runs.storage.base import FILES, FileList, OnPiece, Stat, Storage, for_each, list_path
 from qpruner.runs.storage.retry import retry_storage
 
 CACHE = "QPRUNER_CACHE"
@@ -182,7 +171,7 @@ class ObjectStorage(Storage):
 
     def put(self, file: Path) -> str:
         with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
-            return copy_pieces(source.read, stream.write)
+            return base.copy_pieces(source.read, stream.write)
 
     def names(self) -> list[str]:
         return sorted(info.base_name for info in self._infos(recursive=False))
@@ -232,12 +221,12 @@ class ObjectStorage(Storage):
             raise CorruptFile(f"{self.name} is missing or incomplete: there is no {self.file_list.name}", self.path)
         if self._has_copy(listed, on_piece):
             return
-        with exclusive(self.path, on_piece):
+        with base.exclusive(self.path, on_piece):
             if self._has_copy(listed, on_piece):  # downloaded by another process meanwhile
                 return
-            folder = empty_folder(self.staging)
+            folder = base.empty_folder(self.staging)
             self.compare(listed, lambda name: (self / name).download(folder / name, on_piece))
-            keep_copy(folder, self.path, listed)
+            base.keep_copy(folder, self.path, listed)
 
     def _has_copy(self, listed: FileList, on_piece: OnPiece) -> bool:
         copy = Storage(self.path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.sensitivity.seeds import seed_plan
+from qpruner.search.choice import seed_plan
 
 SIZES = {4: 40, 8: 70, 16: 130}
 
