@@ -35,7 +35,7 @@ NUM_TURNS = 3
 class InferenceJob:
     """The rows of the final table whose fine-tuned models one process times in turns.
 
-    The process writes `done total` turns to `progress`. The prompt is the beginning of the confirmation rows in `data`.
+    The process writes `done total` turns to `progress`. `data` has the rows whose first tokens are the prompt.
     """
 
     config: RunConfig
