@@ -66,16 +66,11 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    Args:
-        function: A module-level function. Its errors are raised here with their own type.
-        jobs: The arguments of `function`, one for each call.
-        resources: The Ray resources of one job.
-        max_concurrent: How many jobs may run at once.
-        fresh: Run every job in its own new process, so that its memory can be measured.
-        check_node: A pickled function that raises on an unusable node (see `node_check.packed_check`).
-        on_tick: Called about once a second.
-        on_held: Called with the GPU seconds of each finished job, without its waiting time.
-        progress: Returns what the job at a position has saved; after a change its workers' deaths count from 0 again.
+    `resources` are for one job. Errors of `function` are raised here with their own type. With `fresh` every job runs
+    in its own new process, so that its memory can be measured. `check_node` (see `node_check.packed_check`) raises on
+    an unusable node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job,
+    without its waiting time. `progress` returns what the job at a position has saved; after a change its workers'
+    deaths count from 0 again.
 
     Raises:
         NodeDiffers: If a job was sent to an unusable node.

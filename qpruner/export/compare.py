@@ -46,10 +46,7 @@ class Likeness:
 def compare(
     final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
 ) -> Likeness:
-    """Load the final model, then the export, and compare layer outputs and predictions for samples of token ids.
-
-    Raise `StageError` if an adapter is missing, or if outputs or predictions differ too much.
-    """
+    """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
     from peft.tuners.lora import LoraLayer
 
     model = load(final, on_progress).eval()

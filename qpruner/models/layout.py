@@ -12,8 +12,6 @@ from qpruner.plans.plan import Group, Layout, LinearShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_ELEMENT_BYTES = 4
-
 
 def skeleton(config: Any) -> PreTrainedModel:
     """Build a model with shapes but no weights, on the meta device of torch."""
@@ -59,7 +57,7 @@ def layout_of(config: Any, grouping: str, dtype_bytes: int, double_quant: bool, 
     return Layout(
         groups=groups,
         ungrouped_bytes=(num_parameters - grouped) * dtype_bytes,
-        adapter_bytes=adapters * ADAPTER_ELEMENT_BYTES,
+        adapter_bytes=adapters * 4,  # float32
         element_bytes=dtype_bytes,
         double_quant=double_quant,
         num_parameters=num_parameters,

@@ -97,8 +97,7 @@ def _method_of_best_seed_plan(context: Context) -> str | None:
 def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
     full = context.space.uniform(FULL_BITS).as_dict()
-    steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
-    return candidates_for(context, [(name, plan, None) for name, plan in steps])
+    return candidates_for(context, [(BASE, full, None), (PRUNED, full, None), (SEARCHED, winner, None)])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:

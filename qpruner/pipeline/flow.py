@@ -24,7 +24,7 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
-from qpruner.pipeline.stage import RecordType, Stage
+from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import Results
 from qpruner.runs.run_dir import RunDir
@@ -55,8 +55,12 @@ def run_stage(stage: Stage[Any]) -> None:
     context, run = stage.context, stage.context.run_dir
     stage.begin()
     digest = stage.digest if stage.record else ""
-    record = _usable_record(stage, digest)
-    if record is not None:
+    try:
+        record = stage.matching_record(digest)
+    except CorruptFile as error:
+        stage.notify(f"{error}; the stage runs again")
+        record = None
+    if record and stage.is_complete(run.stage(stage.name)):
         context.add_record(stage.name, record)
         context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
         return
@@ -76,16 +80,6 @@ def run_stage(stage: Stage[Any]) -> None:
             context.add_record(stage.name, record)
     seconds = record.seconds if record else time.monotonic() - started
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
-
-
-def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
-    """Return the record of the stage if its digest matches and the files of the stage are intact."""
-    try:
-        record = stage.matching_record(digest)
-    except CorruptFile as error:
-        stage.notify(f"{error}; the stage runs again")
-        return None
-    return record if record and stage.is_complete(stage.context.run_dir.stage(stage.name)) else None
 
 
 def recorded(context: Context) -> dict[str, float]:

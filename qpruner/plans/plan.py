@@ -195,14 +195,9 @@ class PlanSpace:
     @classmethod
     def of(cls, layout: Layout, levels: tuple[int, ...], budget_bytes: int) -> PlanSpace:
         """Make the plan space of a model with these bit-widths and this budget."""
-        by_level = [layout.group_bytes(bits) for bits in levels]
-        return cls(
-            groups=tuple(group.name for group in layout.groups),
-            levels=levels,
-            group_bytes=tuple(zip(*by_level, strict=True)),
-            fixed_bytes=layout.ungrouped_bytes + layout.adapter_bytes,
-            budget_bytes=budget_bytes,
-        )
+        groups = tuple(group.name for group in layout.groups)
+        group_bytes = tuple(zip(*(layout.group_bytes(bits) for bits in levels), strict=True))
+        return cls(groups, levels, group_bytes, layout.ungrouped_bytes + layout.adapter_bytes, budget_bytes)
 
     def uniform(self, bits: int) -> PrecisionPlan:
         """Return the plan with every group at `bits`."""

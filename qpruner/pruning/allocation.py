@@ -114,10 +114,7 @@ def _pools(sizes: Sizes) -> dict[str, KindSize]:
 
 
 def nearest_totals(
-    sizes: Sizes,
-    target: int,
-    penalty: Callable[[Mapping[str, int]], float],
-    before: Mapping[str, int] | None = None,
+    sizes: Sizes, target: int, penalty: Callable[[Mapping[str, int]], float], before: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Choose how many units of each coarse kind to remove, at least what earlier steps removed (`before`).
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs, hooked
-from qpruner.data.losses import batches
+from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs
+from qpruner.data.losses import batches, hooked
 from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
 from qpruner.models.families import family_of

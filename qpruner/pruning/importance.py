@@ -20,12 +20,11 @@ from qpruner.data.calibration import (
     Samples,
     at_tokens,
     block_inputs,
-    hooked,
     visit_gradients,
     visit_inputs,
     visit_mask_gradients,
 )
-from qpruner.data.losses import predicting
+from qpruner.data.losses import hooked, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.units import unit_kinds_of

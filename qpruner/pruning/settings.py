@@ -38,8 +38,7 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
         has_obstacle = bool(_stacked(model_config, settings))
     else:
         has_obstacle = family_of(model_config).residual_factor(model_config) is None
-    compensation = "none" if has_obstacle else "least_squares"
-    return settings.model_copy(update={"compensation": compensation})
+    return settings.model_copy(update={"compensation": "none" if has_obstacle else "least_squares"})
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:

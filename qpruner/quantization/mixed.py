@@ -93,8 +93,7 @@ def packed_layer(
     stored = dict(tensors)
     codes = stored.pop("weight").to(device)
     if bits == 8:
-        scales = stored["SCB"].to(device)
-        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, SCB=scales).to(device)
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, SCB=stored["SCB"].to(device)).to(device)
     else:
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             data=codes, quantized_stats=stored, requires_grad=False, device=device, module=layer

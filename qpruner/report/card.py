@@ -34,9 +34,8 @@ def model_card(run: Snapshot) -> str:
     if "license" not in stated:
         with contextlib.suppress(OSError, UnicodeDecodeError):  # an unreadable card must not fail the report
             base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
-    known = _known(config, Path(run.state.folder), base_card)
     data = ModelCardData(
-        **known | stated,
+        **_known(config, Path(run.state.folder), base_card) | stated,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],

@@ -102,10 +102,7 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
 
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
-    """Return a trial as a flat row: figures of its last rung, then the bits of every group.
-
-    `step` is the trial's current step, which may be later than its last rung.
-    """
+    """Return a trial as a flat row: figures of its last rung, then the bits of every group."""
     last = trial.rungs[-1] if trial.rungs else None
     search, record = run.state.search, run.results.search
     assert search
@@ -118,7 +115,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
         "plan": plan_text(trial),
-        "step": max(last.step if last else 0, pulse.step if pulse else 0),
+        "step": max(last.step if last else 0, pulse.step if pulse else 0),  # may be later than the last rung
         "rung": last.step if last else None,
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,

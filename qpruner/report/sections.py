@@ -83,8 +83,7 @@ def _search(run: Snapshot) -> Iterator[Part]:
         return
     yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
     if state:
-        together = shown_together(state, run.trials)
-        for draw, trials in ((front, run.trials), (best_so_far, together)):
+        for draw, trials in ((front, run.trials), (best_so_far, shown_together(state, run.trials))):
             if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
                 yield chart
     if search:

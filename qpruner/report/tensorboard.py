@@ -107,8 +107,7 @@ class Board:
 
 def write_result(root: Path, results: Results) -> None:
     """Write the claim and the final table as a text for TensorBoard."""
-    table = "\n\n".join(markdown(sections.measured(results)))
-    write_events(root / FOLDER / RESULT, [_text("final table", table)])
+    write_events(root / FOLDER / RESULT, [_text("final table", "\n\n".join(markdown(sections.measured(results))))])
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:

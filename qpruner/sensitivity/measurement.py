@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import Samples, hooked
-from qpruner.data.losses import batches, predicted_labels, predicted_logits, predicting
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import batches, hooked, predicted_labels, predicted_logits, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
 from qpruner.quantization.bank import Starts

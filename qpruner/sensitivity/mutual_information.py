@@ -51,12 +51,7 @@ class MutualInformation:
 
 
 def measure(
-    model: PreTrainedModel,
-    samples: Samples,
-    group: str,
-    settings: SensitivityConfig,
-    seed: int,
-    on_group: OnProgress = lambda done, total: None,
+    model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int, on_group: OnProgress
 ) -> MutualInformation:
     """Estimate the mutual information of every group's output with the predicted token, in one pass over the samples.
 

@@ -198,8 +198,7 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
     """Return a question's text: the column with the question if the row has one, else the task's full prompt."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
-            passage = doc.get("passage", "")
-            return f"{doc[column]} {passage}".strip()
+            return f"{doc[column]} {doc.get('passage', '')}".strip()
     return str(task.doc_to_text(doc))
 
 

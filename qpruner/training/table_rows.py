@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
+from qpruner.data.encoding import load_confirmation, load_encoded
+from qpruner.data.measures import over_tasks
+from qpruner.models.loading import load_tokenizer
+from qpruner.models.memory import PeakMemory, release
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
@@ -88,9 +92,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     # Imported before memory is measured, so that the rise does not include the library.
     import peft  # noqa: F401
 
-    from qpruner.data.encoding import load_confirmation, load_encoded
     from qpruner.data.losses import mean_loss
-    from qpruner.models.memory import PeakMemory
     from qpruner.quantization.assembly import measured_bytes
     from qpruner.training.finetune import Share
 
@@ -157,7 +159,6 @@ def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
 
     Return `scores` and `text_loss` of the row's record, and the seconds that both took.
     """
-    from qpruner.data.encoding import load_encoded
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks
 
@@ -181,17 +182,14 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
 
     In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
     """
-    from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
-    from qpruner.data.measures import over_tasks
     from qpruner.training.evaluate import score_tasks
 
     begin_job(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.candidate.folder)
     search, settings, tokenizer = job.config.search, job.config.evaluate, _tokenizer(job.candidate)
-    rows = load_confirmation(job.data, "choose")
-    loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
+    loss = mean_loss(model, load_confirmation(job.data, "choose"), int(tokenizer.pad_token_id), settings.batch_size)
     score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
     if search.metric == "loss":
         return score
@@ -228,8 +226,6 @@ class ProgressFile:
 
 
 def _tokenizer(candidate: Candidate) -> Any:
-    from qpruner.models.loading import load_tokenizer
-
     return load_tokenizer(str(fetch(candidate.checkpoint)))
 
 
@@ -240,8 +236,6 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 def begin_job(threads: int) -> None:
     """Free the memory of the worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
     import torch
-
-    from qpruner.models.memory import release
 
     release()
     if not torch.cuda.is_available():

@@ -137,10 +137,7 @@ def load_importance(folder: Path) -> dict[str, Any]:
 
 
 def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
-    """Draw the ranked importance of each block's units, and the share of units that was kept.
-
-    If whole blocks were scored, a last panel shows their importance, with removed blocks in red.
-    """
+    """Draw each block's units by importance, the share kept, and scores of whole blocks, removed ones in red."""
     scored = [kind for kind in UNITS if any(name.endswith(f".{kind}") for name in scores)]
     panels = [panel for kind in scored or ["attention", "mlp"] for panel in _panels(kind, record, scores)]
     if "block" in scores:

@@ -85,16 +85,12 @@ def front(shown: Shown) -> Chart | None:
     finished = [trial for trial in shown.scored if trial.status == "finished"]
     costs = [(trial.plan_bytes, cost(trial.rungs[-1], shown.search.metric)) for trial in finished]
     best = [shown.point(finished[at]) for at in non_dominated(costs)]
-    budget = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
+    rule = {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}}
+    label = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
+    named = {"mark": label, "encoding": {"text": {"field": "text"}}}
+    budget = {"values": [{"megabytes": shown.search.budget_bytes / 1e6, "text": "budget"}]}
     layers = [
-        {
-            "data": {"values": [{"megabytes": shown.search.budget_bytes / 1e6, "text": "budget"}]},
-            "encoding": {"x": place["x"]},
-            "layer": [
-                {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
-                {"mark": budget, "encoding": {"text": {"field": "text"}}},
-            ],
-        },
+        {"data": budget, "encoding": {"x": place["x"]}, "layer": [rule, named]},
         {"data": {"values": best}, "mark": LINE | {"color": "var(--muted)", "strokeWidth": 1.5}, "encoding": place},
         *_points(shown, points, place),
     ]
