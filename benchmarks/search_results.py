@@ -13,8 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 from search_replay import NUM_TRIALS, Replay, Table
 
-from qpruner.search.choice import controls_of
-from qpruner.sensitivity.seeds import seed_origin
+from qpruner.search.choice import controls_of, seed_origin
 
 FRACTIONS = (0.5, 0.25, 0.75)
 """Budgets, the middle one first."""

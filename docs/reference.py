@@ -55,7 +55,7 @@ def _named(names: list[str], of_config: set[str]) -> str:
 
 def _options(verb: click.Command) -> Iterator[str]:
     """Yield a line for each option of a verb."""
-    context = click.Context(verb)
+    context = click.Context(verb, show_default=True)
     for option in verb.params:
         record = option.get_help_record(context)
         if isinstance(option, click.Option) and record:

@@ -101,7 +101,7 @@ class StageError(RemediableError):
 
 
 class StorageError(RemediableError):
-    """The run's storage stayed full or unreachable for longer than a write waits."""
+    """The run's storage cannot be used, even after repeated attempts; it may be full or unreachable."""
 
 
 class OutOfMemory(RemediableError):
@@ -116,7 +116,7 @@ class NodeDiffers(RemediableError):
 
 
 def note_defect(error: Exception, evidence: str = "the output above") -> str:
-    """Add a note with the remedy `DEFECT` to an unexpected error, unless it has this note; return the note."""
+    """Note on an unexpected error, once, that it is a likely defect to report with `evidence`; return the note."""
     for note in getattr(error, "__notes__", ()):
         if DEFECT in note:
             return str(note)

@@ -30,7 +30,7 @@ def weights_folder(folder: Path) -> Path:
 
 
 def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
-    """Load a final model, an export or any other folder of transformers onto the best device."""
+    """Load a final model, an export or any other transformers model onto the best device; loads no tokenizer."""
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)

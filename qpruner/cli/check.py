@@ -89,10 +89,9 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
     """Time a few steps on this machine; raise a `UserError` if trials need a GPU and the machine has none."""
     import torch
 
-    resources = found.resources
-    cores = max(1, int(resources.get("cpu", 1)))
+    cores = max(1, int(found.resources.get("cpu", 1)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if resources.get("gpu") and not gpu:
+    if found.resources.get("gpu") and not gpu:
         raise UserError(
             "`--measure` times this machine, which has no GPU, but each trial would use one: run the command on a "
             "machine with the cluster's GPU, or leave `--measure` out"

@@ -53,7 +53,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
         ctx.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help=ABOUT_VERSION)
 def main() -> None:
     """Make a large language model fit into your memory with the least loss of quality."""
@@ -102,11 +102,14 @@ def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]
     return register
 
 
+_json_last = click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+
+
 def _config_options(about_address: str, metavar: str = "CONFIG") -> tuple[Any, ...]:
     about_set = "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` restores the default."
     return (
         click.option("--quiet", is_flag=True, help="Print the result only."),
-        click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
+        _json_last,
         click.option("--address", help=about_address),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=about_set),
         click.argument("config", metavar=metavar, type=click.Path()),
@@ -187,8 +190,6 @@ def check(
 
 _run_folder = click.argument("run", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-_json_last = click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-
 
 _verb(_run_folder, _json)(run_verbs.status)
 _verb(
@@ -200,7 +201,7 @@ _verb(
         metavar="KEY=VALUE",
         help="Only trials with status=finished, loss<3.2, 'bytes<=126 MB', ...; repeat it to combine conditions.",
     ),
-    click.option("--sort", default="trial", metavar="KEY", show_default=True, help="Column to sort by, or `score`."),
+    click.option("--sort", default="trial", metavar="KEY", help="Column to sort by, or `score`."),
     click.option("--descending", is_flag=True, help="Largest first."),
     click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, including the bits of each group."),
     _json,
@@ -216,7 +217,7 @@ _verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)
 @main.command()
 @click.option("--results", is_flag=True, help="Print the schema of results.json instead.")
 def schema(results: bool) -> None:
-    """Print the JSON schema of the configuration, for editors."""
+    """Print the JSON schema of configurations, or of results.json."""
     if results:
         from qpruner.report.files import summary_schema
 
@@ -238,7 +239,7 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Write the final model in another form; keep the export only if it predicts the same as the final model."""
+    """Write the final model merged or for peft; keep the export only if both predict the same."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 
@@ -248,12 +249,11 @@ def export(**options: Any) -> dict[str, Any]:
 _verb(
     _run_folder,
     click.argument("repo_id", metavar="OWNER/NAME"),
-    click.option("--public/--private", "is_public", default=False, help="Visibility; private by default."),
+    click.option("--public/--private", "is_public", default=False, help="Visibility."),
     click.option(
         "--what",
         type=click.Choice(("final", "merged", "peft")),
         default="final",
-        show_default=True,
         help="Form to upload: final (packed layers and adapter), or merged or peft as `export --to` wrote it.",
     ),
     _json_last,
@@ -269,26 +269,18 @@ _verb(
     click.option(
         "--which", metavar="NAMES", help="Models of a run to ask, from base,pruned,final; by default all that exist."
     ),
-    click.option(
-        "--max-tokens",
-        type=click.IntRange(min=1),
-        default=128,
-        show_default=True,
-        help="Maximum tokens of an answer.",
-    ),
+    click.option("--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."),
     click.option(
         "--temperature",
         type=click.FloatRange(min=0),
         default=0.0,
-        show_default=True,
         help="Sampling temperature; 0 always takes the likeliest token.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the sampling."),
     click.option(
         "--template",
         type=click.Choice(["chat", "alpaca", "none"]),
         default="chat",
-        show_default=True,
         help="Template around each prompt: the tokenizer's chat template if it has one, the Alpaca prompt that "
         "`data.template: alpaca` trains on, or none.",
     ),

@@ -95,7 +95,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def export(run: str, form: forms.Form, out: Path | None, as_json: bool) -> dict[str, Any]:
-    """Write the final model in another form."""
+    """Write the final model in the form `merged` (dense, adapter included) or `peft`, and print where it is."""
     folder = RunDir(run, create=False)
     out = out or folder.require_folder("name a folder on this machine with `--out`") / "export" / form
     if warning := warning_of_driver(folder):

@@ -85,7 +85,7 @@ def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
     if search is None:
         return []
     counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed"))
-    under_way = f", {search['running']} running{_slots(search)}" if is_running else ""
+    under_way = f", {search['running']} running{_slots_text(search)}" if is_running else ""
     if search["running"] and not is_running:
         under_way = f", {search['running']} begun"
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
@@ -109,8 +109,8 @@ def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
     return lines
 
 
-def _slots(search: dict[str, Any]) -> str:
-    """Format the number of slots (see `Slots`), and what the trials without a worker process wait for."""
+def _slots_text(search: dict[str, Any]) -> str:
+    """Format the number of slots (room for one trial each), and what the trials without a worker process wait for."""
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
     awaited = {"starting": "a worker process to start", "waiting": "a machine"}
     without = [f"{search[name]} of them waiting for {what}" for name, what in awaited.items() if search[name]]
@@ -128,12 +128,12 @@ def trials(
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
-    columns = list(rows[0]) if rows else list(SHOWN)
+    columns = list(rows[0] if rows else SHOWN)
     search = snapshot.state.search
     names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
     for condition in conditions:
         rows = _where(rows, condition, names)
-    key = _known(sort, names)
+    key = _column_of(sort, names)
     known = [row for row in rows if row[key] is not None]
     # Trials without a value in the column come last.
     rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
@@ -168,7 +168,7 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
             f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}; "
             "for example --where 'loss<3.2'"
         )
-    key, sign, text = _known(parts[1].strip(), names), parts[2], parts[3].strip()
+    key, sign, text = _column_of(parts[1].strip(), names), parts[2], parts[3].strip()
     value: float | str = text
     if any(isinstance(row[key], int | float) for row in rows):
         units = next((units for base, units in UNITS.items() if key.endswith(base)), {})
@@ -178,20 +178,19 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
         except ValueError as error:
             known = f", plain or with {', '.join(units)}" if units else ""
             raise UserError(f"--where {condition}: `{key}` must be a number{known}, got {text!r}") from error
-    compare = COMPARISONS[sign]
-    return [row for row in rows if (sign == "!=" if row[key] is None else compare(row[key], value))]
+    return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
 
 
-def _known(key: str, names: Mapping[str, str]) -> str:
-    """Return the column with this name; raise a `UserError` that suggests the nearest name if there is none."""
+def _column_of(key: str, names: Mapping[str, str]) -> str:
+    """Return the column that `key` means; raise a `UserError` with the nearest of `names` if `key` is none of them."""
     if key not in names:
         columns = [name for name in names if not name.startswith("bits ")]
-        raise UserError(f"no column `{key}`; {nearest(key, columns, 'there are `bits GROUP` for each group and')}")
+        raise UserError(f"no column `{key}`; {nearest(key, columns, 'there are `bits layers.07` (so each group),')}")
     return names[key]
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print the winner's plan as YAML, to edit by hand or to give to another run with `--plan`."""
+    """Print a trial's plan as YAML, by default the winner's, to edit or give another run with `--plan`."""
     snapshot = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
@@ -222,11 +221,10 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Compare runs side by side: figures, paired differences, and settings that differ."""
+    """Compare runs: figures, differences of their winners (paired by row), and settings that differ."""
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
-    results = [run.results for run in views]
-    apart = [run_views.against(each, results[0]) for each in results[1:]]
+    apart = [run_views.against(run.results, views[0].results) for run in views[1:]]
     if not as_json:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
@@ -242,11 +240,9 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
         elif len(views) > 1:
             terminal.say("All settings are the same.")
-    less_first = [
-        {"run": each["run"], "other": facts[0]["run"], **asdict(found)}
-        for each, found in zip(facts[1:], apart, strict=True)
-    ]
-    return {"status": "ok", "runs": facts, "differences": less_first, "differing_settings": settings}
+    ends = ({"run": each["run"], "other": facts[0]["run"]} for each in facts[1:])
+    differences = [end | asdict(found) for end, found in zip(ends, apart, strict=True)]
+    return {"status": "ok", "runs": facts, "differences": differences, "differing_settings": settings}
 
 
 def _setting(value: Any) -> str:

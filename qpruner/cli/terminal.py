@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import click
@@ -23,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qpruner.report import search_progress as trials_now
-from qpruner.report.search_progress import bar, event_line, score, score_title
+from qpruner.report.search_progress import event_line, plan_text, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import counted, duration
@@ -76,9 +75,7 @@ class Terminal:
             threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:  # no progress line is printed after this
             self._closed.set()
         if self._live:
@@ -130,8 +127,7 @@ class Terminal:
             for cells in rows:
                 self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
-        columns = (Column(Text(heading), overflow="fold") for heading in headings)
-        table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+        table = Table(*(Column(Text(each), overflow="fold") for each in headings), box=None, padding=(0, 2, 0, 0))
         for row in body:
             table.add_row(*map(Text, row))
         self._console.print(table)
@@ -211,8 +207,7 @@ def _search_view(
             reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
             size = f"{best.plan_bytes / 1e6:.1f} MB"
             yield Text(f"{name:<12}  {reached} ({best.origin}), {size}  ", **FOLDED).append(_plan(best))
-    headings = ("trial", "from", "bytes", "step", score_title(search))
-    figures = [Column(heading, no_wrap=True) for heading in headings]
+    figures = [Column(name, no_wrap=True) for name in ("trial", "from", "bytes", "step", score_title(search))]
     table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
     for trial in now.running[:num_listed]:
         last = trial.rungs[-1] if trial.rungs else None
@@ -234,6 +229,6 @@ def _search_view(
 def _plan(trial: TrialRecord) -> Text:
     """Render a plan with one character for each group and one colour for each bit-width."""
     text = Text()
-    for character, alike in itertools.groupby(bar(trial)):
+    for character, alike in itertools.groupby(plan_text(trial)):
         text.append("".join(alike), COLORS[character])
     return text

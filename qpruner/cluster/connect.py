@@ -25,8 +25,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Shared memory of Ray on a single machine: small, because workers read weights from the run folder."""
-CLUSTER_VARIABLES = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
-"""Variables set on a cluster's head node; a second Ray with them would load the cluster's state or use its port."""
 ANSWER_SECONDS = 15.0
 """Time for a head node to answer. Ray itself would try for 80 to 200 seconds (measured, Ray 2.60)."""
 
@@ -39,7 +37,7 @@ class Cluster:
     was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return the present machines, except those that are about to leave, and those that the autoscaler may add."""
+        """Return the sizes of present machines that are not about to leave, and of machines that may be started."""
         import ray
 
         draining = ray_private.state.get_draining_nodes()
@@ -88,14 +86,16 @@ def disconnect() -> None:
 def _start(options: dict[str, Any]) -> None:
     """Start Ray so that it listens on loopback only.
 
-    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces, except on
-    systems where it supports no clusters. An environment variable and a constant make Ray take this system for one.
+    On Linux, Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces.
+    On macOS, where it supports no clusters, it keeps 127.0.0.1: an environment variable and a constant ask for that.
     """
     import ray
 
     constants = ray_private.constants
     name, clusters = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
-    before = {each: os.environ.pop(each) for each in (name, *CLUSTER_VARIABLES) if each in os.environ}
+    # With the last two, which a cluster's head node sets, Ray would load the cluster's state or use its port.
+    variables = (name, "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
+    before = {each: os.environ.pop(each) for each in variables if each in os.environ}
     os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         _ensure_token()
@@ -150,7 +150,7 @@ def _growth() -> Slots:
     """Return the machines that the cluster's autoscaler may start; none if there is no autoscaler.
 
     Ray (2.60) has no API for this, so the path of the cluster file is read from the command line of the monitor process
-    on the head. A driver on another machine or on Kubernetes counts only the machines that have joined.
+    on the head node. A driver on another machine or on Kubernetes does not see this process: it gets none.
     """
     import ray
 
@@ -165,18 +165,14 @@ def _growth() -> Slots:
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the machines that a cluster file lets the autoscaler start; node types without a stated size are left out.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
+    """Return the workers that a cluster file allows beside `head`; skip node types that state no CPUs or GPUs."""
     # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file names.
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): correct it, and run as the user "
-            "who started Ray there"
+            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): correct it, or run qpruner as "
+            "the user who started Ray on this machine"
         ) from error
     max_workers = int(config.get("max_workers", 0))
     workers: list[Node] = []

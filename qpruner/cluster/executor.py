@@ -1,7 +1,7 @@
 """Runs functions on one model: in this process, or in an actor on a node of the cluster.
 
 The function is a module-level one with plain data bound to it (`functools.partial`). A `ModelCache` keeps the pruned
-model from one function to the next, so that the sensitivities need not load the model that stage prune has just cut.
+model from one function to the next, so that stage sensitivity need not load the model that stage prune has just cut.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GpuTime:
 
     @contextmanager
     def held(self, gpus: float) -> Iterator[None]:
-        """Add the seconds of this block times the number of GPUs, also if the block raises an error."""
+        """Add the seconds of the `with` block times the number of GPUs, also if the block raises an error."""
         started = time.monotonic()
         try:
             yield
@@ -92,7 +92,7 @@ class LocalExecutor:
 
 
 class ClusterExecutor:
-    """Runs work in an actor on a node that has the resources; this process, the driver, holds no model.
+    """Runs work in an actor that reserves `resources` on a node; this process, the driver, holds no model.
 
     `gpu_time` does not count the time of waiting for a machine. For `check_node` see `run_tasks`.
     """
@@ -174,10 +174,10 @@ _cache = ModelCache()
 """The cache of an actor's process."""
 
 
-def _stream(work: Work[Any], threads: int) -> Iterator[Event | tuple[Any]]:
-    """Run the work in a thread; yield each event at once, and at the end a tuple with the result as its one item."""
+def _stream(work: Work[Any], torch_threads: int) -> Iterator[Event | tuple[Any]]:
+    """Run the work in another thread; yield each event at once, and at the end the result as a tuple of one item."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,)) as thread:
+    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(torch_threads,)) as thread:
         outcome = thread.submit(work, _cache, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:

@@ -42,9 +42,9 @@ def run_groups(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like `run_tasks`.
 
-    If a process dies, its group ends and the job runs again in another group. The first process returns the result.
+    If a process dies, its group ends and the job runs again in another group. Rank 0 returns the result.
     `resources` are for one process; `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder
-    that all nodes share, until the end. `more` are further arguments of `run_tasks`.
+    that all nodes share, until all jobs are over. `more` are further arguments of `run_tasks`.
     """
     run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:
@@ -91,8 +91,8 @@ def _run(
 class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Checks the nodes of a group before its function starts, and writes the ids of the nodes to a file.
 
-    It also frees the slots at the end. Ray Train (2.60) keeps them if a process dies just before the function starts,
-    and the next group would wait for them forever.
+    At the end it also frees the CPUs and GPUs that the group reserved. Ray Train (2.60) keeps them if a process dies
+    just before the function starts, and the next group would wait for them forever.
     """
 
     def __init__(self, nodes: Path, check_node: bytes) -> None:
@@ -100,7 +100,7 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         self._state: Any = None
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Check the nodes before Ray Train (2.60) sends them this class, which another version of qpruner may lack."""
+        """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may lack its class."""
         check = cloudpickle.loads(self._check_node)
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])
@@ -120,7 +120,7 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
     """Return the failure that caused the others: the death of a process, or an error of the function.
 
-    The other processes fail only because their connection breaks. If nothing but connections failed, return a death.
+    The others are broken connections. If all are, return a RayActorError, because some process must have died.
     """
     causes: list[Exception] = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
     died = [cause for cause in causes if isinstance(cause, RayActorError)]
@@ -138,14 +138,14 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
-    """Chooses the network interface before torch connects the processes, and frees the slots if connecting fails."""
+    """Chooses the network interface before torch connects the processes; frees the CPUs and GPUs if either fails."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:
             worker_group.execute(_choose_interface)
             super().on_start(worker_group, backend_config)
         except Exception as error:
-            # Ray Train would keep the slots here as well. This counts like any other death.
+            # Ray Train would keep the CPUs and GPUs here as well. This counts like any other death.
             worker_group.get_worker_group_state().shutdown()
             raise WorkerGroupError(str(error), {0: error}) from error
 

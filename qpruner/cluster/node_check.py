@@ -30,10 +30,10 @@ ANSWER_SECONDS = 120.0
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
-"""The start of the RuntimeError of an unusable node; every qpruner can unpickle this built-in type."""
+"""The start of the error of an unusable node, a RuntimeError, because every qpruner can unpickle this type."""
 
 Copies = Mapping[str, tuple[str, int, Sequence[str]]]
-"""The files that a node copies to its disk: (name, bytes, patterns) by the environment variable with their folder."""
+"""The files that a node copies to its disk: environment variable with the folder -> (name, bytes, file patterns)."""
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
 """(model, bytes of memory, compute capability) of each GPU that torch can use."""
 
@@ -51,11 +51,11 @@ class NodeReport:
 
 
 def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
-    """Check every live node of the cluster that this process has joined.
+    """Check every live node of the joined cluster; a node without an answer in time is reported with that problem.
 
     Args:
         storage: A folder in the run's storage. Every node writes a file there; its name and content are the node's id.
-        driver: The name of a file in `storage` that this process, the driver, has written; its content is its name.
+        driver: The name, and also the content, of a file that this process, the driver, has written to `storage`.
         copies: The files that every node copies to its own disk.
         seconds: How long to wait for answers.
     """
@@ -66,7 +66,7 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
     nodes, own = [node for node in ray.nodes() if node["Alive"]], versions()
     with _module_by_value():
         # In a new process, which frees at its end the GPU memory that importing torch takes.
-        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look)
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look_at_one)
         answers = [
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 str(storage), driver, node["NodeID"], own, copies, size_of(node).gpus
@@ -90,16 +90,16 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
     return reports
 
 
-def packed_check(own: Mapping[str, str], run: RunDir | None) -> bytes:
+def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
     """Pickle `check_node` with its arguments; a worker calls it before it imports qpruner.
 
-    `own` (see `versions`) is empty for a run on this machine alone. `run` is None for work without a run's storage.
+    `driver_versions` is empty for a run on this machine alone. `run` is None for work without a run's storage.
     """
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None
     with _module_by_value():
-        packed: bytes = cloudpickle.dumps(functools.partial(check_node, own, place))
+        packed: bytes = cloudpickle.dumps(functools.partial(check_node, driver_versions, place))
     return packed
 
 
@@ -118,23 +118,23 @@ def _module_by_value() -> Iterator[None]:
 # ---- on a node
 
 
-def look(storage: str, driver: str, me: str, own: Mapping[str, str], copies: Copies, gpus: float) -> dict[str, Any]:
-    """Check this node, whose id is `me` and on which Ray counts `gpus`; return its problems and its GPUs."""
-    usable, gpu_trouble = _gpus(gpus) if gpus else ([], "")
-    remedy = (
-        "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray there"
-    )
-    differs = differences(own)
+def look_at_one(
+    storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], copies: Copies, num_gpus: float
+) -> dict[str, Any]:
+    """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of `NodeReport`."""
+    usable, gpu_trouble = _gpus(num_gpus) if num_gpus else ([], "")
+    remedy = "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
+    differs = differences(driver_versions)
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
-        "storage": _storage_trouble(Path(storage), driver, driver, me, seconds=0.0),
+        "storage": _storage_trouble(Path(storage), driver, driver, node_id, seconds=0.0),
         "disk": _disk_trouble(copies),
         "GPUs": gpu_trouble,
     }
     return {"problems": {title: text for title, text in problems.items() if text}, "gpus": usable}
 
 
-def check_node(own: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
+def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
     """Check that this node has the driver's versions, can read the run's storage, and can use its GPUs.
 
     `place` is the folder of the run, its name in messages, and the name and content of a file in it.
@@ -142,7 +142,7 @@ def check_node(own: Mapping[str, str], place: tuple[str, str, str, str] | None) 
     Raises:
         RuntimeError: If the node is unusable; the message is `NodeDiffers: `, the name of the node and the reason.
     """
-    trouble = differences(own)
+    trouble = differences(driver_versions)
     if place and not trouble:  # reading the storage needs the driver's qpruner
         unreadable = _storage_trouble(Path(place[0]), *place[2:])  # waits for the storage as long as a trial does
         trouble = f"`output`: {place[1]} {unreadable}" if unreadable else ""
@@ -154,8 +154,7 @@ def own_name() -> str:
     """Return the name of this node in messages: address, host name and start of its id."""
     import ray
 
-    address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-    return f"{address} ({platform.node()}, {node_id[:8]})"
+    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def versions() -> dict[str, str]:
@@ -169,10 +168,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def differences(own: Mapping[str, str]) -> str:
+def differences(driver_versions: Mapping[str, str]) -> str:
     """Describe the versions that differ between this node and the driver; empty if none does."""
-    here = versions() if own else {}
-    return ", ".join(f"{name} is {here[name]} there and {own[name]} here" for name in own if here[name] != own[name])
+    own = versions() if driver_versions else {}
+    pairs = ((name, own[name], wanted) for name, wanted in driver_versions.items())
+    return ", ".join(f"{name} is {there} there and {wanted} here" for name, there, wanted in pairs if there != wanted)
 
 
 def _code() -> str:
@@ -196,9 +196,8 @@ def _unseen_gpus() -> str:
         return ""
     import torch
 
-    if torch.cuda.is_available():
-        return ""
-    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    sees_none = f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+    return "" if torch.cuda.is_available() else sees_none
 
 
 def _has_hardware() -> bool:
@@ -227,10 +226,10 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
 
             if not lib.compiled_with_cuda:
                 library = torch.version.cuda or torch.version.hip
-                raise RuntimeError(f"bitsandbytes has no library for the CUDA or ROCm of torch, {library}")
+                raise RuntimeError(f"bitsandbytes has no library for CUDA or ROCm {library}, which torch uses")
     except (ImportError, OSError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0]
-        remedy = "install the packages for its GPU driver"
+        remedy = "install a torch for its GPU driver there, and a bitsandbytes for this torch"
         return [], f"torch or bitsandbytes cannot use its GPUs: {type(error).__name__}: {text}; {remedy}"
     seen = [(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found]
     if len(seen) < counted and (seen or _has_hardware()):
@@ -239,8 +238,8 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
     return seen, ""
 
 
-def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds: float | None = None) -> str:
-    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `me` there."""
+def _storage_trouble(folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None) -> str:
+    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `own`."""
     action = "read"
     try:
         from qpruner.runs.storage import retry_storage, storage_at
@@ -249,8 +248,8 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds
         if retry_storage(storage_at(path).read, path, seconds, was_there=True).decode() != text:
             return "has other content there than the driver wrote"
         action = "written"
-        if me:
-            storage_at(folder / me).write(me.encode(), durable=False)
+        if own:
+            storage_at(folder / own).write(own.encode(), durable=False)
     except ImportError:  # another qpruner or none: `differences` reports it
         return ""
     except FileNotFoundError:
@@ -262,7 +261,7 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str = "", seconds
 
 
 def _disk_trouble(copies: Copies) -> str:
-    """Return a message for the first of the copies that does not fit on the disk of its folder."""
+    """Return a message for the first of the `Copies` that does not fit on its disk; empty if all fit."""
     planned: Counter[int] = Counter()  # bytes by disk: several folders may lie on one disk
     for variable, (name, size, patterns) in copies.items():
         if variable not in os.environ:

@@ -79,15 +79,10 @@ class Slots:
     def cores_each(self, num_tasks: int) -> float:
         """Return the largest number of cores per task at which this many tasks fit at once; at least 1."""
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
-        each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
-        return float(each)
+        return float(next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1))
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight (see `Room`), at most `limit`.
-
-        Raises:
-            UserError: If a trial fits on no machine, not even on one that the autoscaler may start.
-        """
+        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if none ever fits."""
         most = self.at_most(resources)
         if most < 1:
             number = counted(len(self.nodes), "machine")
@@ -114,17 +109,16 @@ def local_slots() -> Slots:
     return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
 
 
-def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return one assumed machine: the GPUs of a trial, at least one, and the cores of all trials that share the GPU."""
+def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
+    """Return an assumed machine to plan a run for: room for one trial or, if trials share a GPU, for those on one."""
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0
     return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return the resources of each worker that trains one model; NCCL needs a whole GPU for each of several workers."""
-    shares_gpu = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
-    return {**trial, "gpu": 1.0} if shares_gpu else dict(trial)
+    """Return the resources of each worker; several that train one model together need whole GPUs (NCCL)."""
+    return {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
 
 
 class Room:

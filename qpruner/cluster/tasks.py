@@ -38,7 +38,7 @@ ANSWER_SECONDS = 2.0
 
 
 def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that a worker runs `check_node` (see `node_check.packed_check`) before it unpickles it.
+    """Wrap a function: a worker unpickles the function only after `check_node` (see `node_check.packed_check`).
 
     The wrapper is nested, so that its code is pickled with it: a node with another qpruner could not import it.
     """
@@ -66,16 +66,11 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    Args:
-        function: A module-level function. Its errors are raised here with their own type.
-        jobs: The arguments of `function`, one for each call.
-        resources: The Ray resources of one job.
-        max_concurrent: How many jobs may run at once.
-        fresh: Run every job in its own new process, so that its memory can be measured.
-        check_node: A pickled function that raises on an unusable node (see `node_check.packed_check`).
-        on_tick: Called about once a second.
-        on_held: Called with the GPU seconds of each finished job, without its waiting time.
-        progress: Returns what the job at a position has saved; after a change its workers' deaths count from 0 again.
+    `resources` are for one job. Errors of `function` are raised here with their own type. With `fresh` every job runs
+    in its own new process, so that its memory can be measured. `check_node` (see `node_check.packed_check`) raises on
+    an unusable node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job,
+    without its waiting time. `progress` returns what the job at a position has saved; after a change its workers'
+    deaths count from 0 again.
 
     Raises:
         NodeDiffers: If a job was sent to an unusable node.
@@ -87,7 +82,15 @@ def run_tasks(
         started = time.monotonic()
         return function(job), time.monotonic() - started
 
-    task, deaths = _remote_task(getattr(function, "__name__", "task"), resources, fresh), DeathCounter(progress)
+    def located(work: bytes) -> Iterator[Any]:
+        from ray import cloudpickle
+
+        yield ray.get_runtime_context().get_node_id()
+        yield cloudpickle.loads(work)()
+
+    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
+    task = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located)
+    task, deaths = task.options(name=getattr(function, "__name__", "task")), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     while waiting or running:
         while waiting and len(running) < max_concurrent:
@@ -113,19 +116,6 @@ def run_tasks(
                 result, seconds = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
                 yield position, result
-
-
-def _remote_task(name: str, resources: Mapping[str, float], fresh: bool) -> Any:
-    """Return a Ray task that yields the id of its node, then the result of the pickled work."""
-
-    def located(work: bytes) -> Iterator[Any]:
-        from ray import cloudpickle
-
-        yield ray.get_runtime_context().get_node_id()
-        yield cloudpickle.loads(work)()
-
-    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
-    return ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located).options(name=name)
 
 
 class DeathCounter:

@@ -14,7 +14,7 @@ Named = Annotated[str, Field(min_length=1)]
 
 
 class DataSource(Section):
-    """A source of rows."""
+    """Rows from a data set or file."""
 
     source: Named
     """Hub id, a local .jsonl / .json / .parquet / .csv / .tsv / .txt file, or `package:NAME/FILE`."""
@@ -34,8 +34,8 @@ class DataSource(Section):
 class CalibrationConfig(Section):
     """Samples on which importance and sensitivity are measured.
 
-    Sensitivity is measured on the predicted tokens of responses; so is importance if `data.response_only` is true. In
-    plain text every token counts.
+    Sensitivity uses response tokens only, importance too unless `data.response_only` is false. In plain text every
+    token counts.
     """
 
     data: tuple[DataSource, ...] | None = None
@@ -144,7 +144,7 @@ class PruneConfig(Section):
 
     @property
     def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
-        """The kind of compensation; null counts as `least_squares`."""
+        """The key `compensation` or, if it is null, its default `least_squares`."""
         return self.compensation or "least_squares"
 
     @property
@@ -172,7 +172,7 @@ class PruneConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, raw: Any) -> Any:
-        """Set the defaults that `layer_rate` and `uniform` imply for keys that are not given."""
+        """Set what `layer_rate` and `uniform` imply for other keys that are not given, such as `selection`."""
         if not isinstance(raw, dict):
             return raw
         implied: dict[str, Any] = {}

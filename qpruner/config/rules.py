@@ -181,8 +181,8 @@ def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
-    A given `search.plan` is no such reason, because `--plan` is for files that were written for a search.
-    `calibration.num_sensitivity_samples` always has an effect: only runs with the same rows are compared in pairs.
+    A given `search.plan` is no such reason, because `--plan` may be added to any configuration of a search.
+    `calibration.num_sensitivity_samples` is not listed: `qpruner compare` pairs only runs that agree in it.
     """
     only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)

@@ -42,7 +42,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Training, validation and confirmation rows; the final test uses the tasks under `evaluate`."""
+    """Rows to train on, to score trials, and to choose and judge the winner."""
 
     train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows to fine-tune on."""
@@ -131,7 +131,7 @@ MEASUREMENT = ("kl", "loss")
 
 
 class SensitivityConfig(Section):
-    """How much each group suffers at fewer bits; gives the search seed plans and a prior for the searcher."""
+    """How much each group suffers at fewer bits: yields seed plans, the first to try, and the searcher's prior."""
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
     """Methods to measure; each gives a seed plan: mutual information with the prediction (as in the paper), gradient
@@ -217,7 +217,7 @@ class SearchConfig(Section):
 
     @property
     def plan_method(self) -> str | None:
-        """The sensitivity method whose seed plan is used; None if `plan` names no method."""
+        """The sensitivity method that chooses the plan instead of a search; None if `plan` names no method."""
         return self.plan if self.plan in get_args(SensitivityMethod) else None
 
     @property

@@ -35,15 +35,14 @@ class Section(BaseModel):
         return found
 
     def in_effect(self) -> Self:
-        """Return the section with every key that has no effect at its default."""
+        """Return a copy of the section in which every key without effect is set to its default."""
         return self.model_copy(update={key: type(self).model_fields[key].default for key in self.ignored()})
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
-        field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError(f"must not be a boolean, got {value}; YAML reads yes, no, on and off as booleans")
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be a boolean, got {value}: give a number, or quote a word such as 'no'")
         return value
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data.losses import Rows, batches, predicted_logits, predicting, token_losses
+from qpruner.data.losses import Rows, batches, hooked, predicted_logits, predicting, token_losses
 from qpruner.errors import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded calibration samples, with batch size and progress callback.
-
-    `on_progress` counts batches, or blocks or groups of layers if the work loops over these.
-    """
+    """Encoded calibration samples; `on_progress` counts batches, or blocks or groups of layers in loops over these."""
 
     rows: Rows
     pad_id: int
@@ -174,17 +171,6 @@ def _gradients_of(model: PreTrainedModel, parameters: Iterable[torch.nn.Paramete
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """Remove these hooks (given by their handles) when the context ends."""
-    kept = list(handles)
-    try:
-        yield
-    finally:
-        for handle in kept:
-            handle.remove()
 
 
 class InputMoments:

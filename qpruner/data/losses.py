@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,9 +19,9 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token, and a value of each row (`by_row`), whose average is the mean loss.
+    """Mean loss in nats per labelled token; `by_row` has values whose average it is and whose spread gives `stderr`.
 
-    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, with m the mean of n: the mean is a ratio.
+    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta method for a ratio).
     """
 
     mean: float
@@ -86,11 +87,19 @@ def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None
     """Make the head run only at positions whose next token has a label; logits are ``(positions, vocabulary)``."""
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])
+    with hooked([head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])]):
+        yield
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove these hooks (given by their handles) when the context ends."""
+    kept = list(handles)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in kept:
+            handle.remove()
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:

@@ -26,17 +26,12 @@ COLUMNS = {
     "multiple_choice": ("question", "choices", "answer"),
     "text": ("text",),
 }
-OPTIONAL_COLUMNS = {"input"}
-ARC_NAMES = {"answer": "answerKey"}
-"""Column names of ARC that differ from ours."""
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 """Suffixes of supported data files, and the builders of `datasets` that read them."""
 OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up on the hub."""
 SPLIT_REFUSALS = ("Unknown split", "corresponds to no data", "Unrecognized instruction", "Percent slice", "Split name")
 """Parts of the messages with which datasets (5.2) refuses a split."""
-LARGEST_CELL = 2**30
-"""Largest number of characters in a table cell; a long text exceeds Python's default limit of 131,072."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def _read_file(path: Path, split: str, key: str) -> Any:
 
 def _check_table(path: Path, separator: str) -> list[str]:
     """Return the header of a table; raise `ValueError` for defects that pandas would silently read as other rows."""
-    csv.field_size_limit(LARGEST_CELL)
+    csv.field_size_limit(2**30)  # a long text exceeds Python's default limit of 131,072 characters in a cell
     header: list[str] = []
     num_rows, row_start = 0, 1
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -191,7 +186,7 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
         if len(mapped) > 1 and column != "choices":
             raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}")
         missing = [name for name in mapped if name not in available]
-        if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
+        if missing and not (column == "input" and column not in source.columns):
             is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
             header = f", from the first line of {source.source}, which is the header" if is_table else ""
             raise UserError(
@@ -201,7 +196,7 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
 
 
 def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
-    other = ARC_NAMES.get(column, column)
+    other = "answerKey" if column == "answer" else column  # the name in ARC
     value = source.columns.get(column, column if column in available or other not in available else other)
     return (value,) if isinstance(value, str) else tuple(value)
 

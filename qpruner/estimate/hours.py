@@ -35,7 +35,7 @@ UNTUNED = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second of one slot (see `Slots`), by kind of work; `origin` says what was timed."""
+    """Operations per second of one slot (room for one trial), by kind of work; `origin` says what was timed."""
 
     training: float
     scoring: float
@@ -51,21 +51,20 @@ class Rates:
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, where: str) -> Rates:
-    """Time a micro-batch and the packing of a layer on this machine, with as many high bits as the budget allows."""
+    """Time a micro-batch and the packing of a layer here, at the mix of lowest and highest bits that fills a budget."""
     count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
     widest = max((each for group in layout.groups for each in group.linears), key=lambda linear: linear.num_weights)
     model_config, labelled = inspection.cuts[0].expected, count.share_labelled("train")
-    times = measure(config, model_config, widest, share_high, labelled, threads)
+    training, scoring, packing = measure(config, model_config, widest, share_high, labelled, threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     operations = rows * length * count.weights_a_token("train")
     origin = (
-        f"measured on {where}: {rows} rows x {length} tokens take {times.training:.3g} s forward and backward, "
-        f"{times.scoring:.3g} s forward"
+        f"measured on {where}: {rows} rows x {length} tokens take {training:.3g} s forward and backward, "
+        f"{scoring:.3g} s forward"
     )
-    training = count.step_operations * operations / times.training
-    return Rates(training, 2 * operations / times.scoring, times.packing_rate, origin)
+    return Rates(count.step_operations * operations / training, 2 * operations / scoring, packing, origin)
 
 
 def multiply_adds(layout: Layout, model_config: Any) -> int:
@@ -75,7 +74,7 @@ def multiply_adds(layout: Layout, model_config: Any) -> int:
 
 
 def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
-    """Estimate the hours of each stage on one slot, without starts of processes, loading and saving."""
+    """Estimate the hours of each stage on one slot (room for one trial); starting, loading and saving do not count."""
     count, steps = _Count(config, inspection), expected_steps(config)[0]
     scores = count.split("validation") + count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) / rates.training + scores / rates.scoring
@@ -93,7 +92,7 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
 
 
 def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpus: bool) -> dict[str, int]:
-    """Return the number of slots that work on each stage at once."""
+    """Return for each stage how many slots, each the room for one trial, work on it at once."""
     workers = config.finetune.num_workers
     measures = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
     sharing = {
@@ -116,8 +115,8 @@ def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
 def expected_steps(config: RunConfig) -> tuple[float, float]:
     """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one trial in `reduction_factor` at each rung; controls run to the end. The first trial at a rung always
-    continues, so a small search takes more steps than this.
+    ASHA keeps one trial in `reduction_factor` at each rung, but every control (uniform plans, and the best plan by each
+    sensitivity). The first trial at a rung always continues, so a small search takes more steps than this.
     """
     search = config.search
     controls = min(config.num_trials, max(1, len(config.quantize.bits) - 1 + len(config.measured_methods)))
@@ -132,7 +131,7 @@ def num_compared(config: RunConfig) -> int:
     """Count the fine-tunes that `finetune.compare` adds to the first fine-tune of the winner.
 
     They are for the other rows of the table, and for the winner under further training seeds. Rows with the same plan
-    share a fine-tune. Without a search there is no best seed plan, and the winner may be a uniform or seed row itself.
+    share a fine-tune. Without a search the row of the best plan by any sensitivity is missing.
     """
     methods, settings, bits = config.measured_methods, config.finetune, config.quantize.bits
     has_best = bool(methods) and config.is_searched
@@ -154,10 +153,8 @@ class _Count:
         self._pruned = multiply_adds(inspection.pruned, inspection.model_config)
         self._base = multiply_adds(inspection.base, inspection.model_config)
         self._head = int(inspection.model_config.vocab_size) * int(inspection.model_config.hidden_size)
-        most = config.data.max_length
-        self._lengths = {
-            name: [min(sum(about_tokens(row)), most) for row in rows] for name, rows in inspection.examples.items()
-        }
+        examples, most = inspection.examples, config.data.max_length
+        self._lengths = {name: [min(sum(about_tokens(row)), most) for row in examples[name]] for name in examples}
 
     def share_labelled(self, name: str) -> float:
         rows = self._inspection.examples[name]
@@ -203,7 +200,7 @@ class _Count:
         return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
 
     def _cut(self, settings: PruneConfig) -> float:
-        """Count the operations of a cut: whole blocks once, then importance and compensation in every step."""
+        """Count the operations of a cut: dropping whole blocks once, then importance and compensation in every step."""
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
@@ -241,10 +238,10 @@ class _Count:
         return 2 * self._pruned * CHOICES * (tokens + 8 * len(words)) * (1 + self._config.evaluate.num_fewshot)
 
 
-def _padded(lengths: Sequence[int], batch_size: int, rows: int) -> float:
-    """Return the mean row length after padding to the longest of each micro-batch; a batch is sorted by length."""
+def _padded(lengths: Sequence[int], batch_size: int, micro_batch: int) -> float:
+    """Return the mean row length if each batch is sorted by length and cut into micro-batches, each padded alone."""
     padded = 0
     for start in range(0, len(lengths), batch_size):
         batch = sorted(lengths[start : start + batch_size], reverse=True)
-        padded += sum(longest * len(batch[at : at + rows]) for at, longest in enumerate(batch) if at % rows == 0)
+        padded += sum(batch[at] * len(batch[at : at + micro_batch]) for at in range(0, len(batch), micro_batch))
     return padded / len(lengths)

@@ -6,7 +6,7 @@ In bytes for each token of a forward pass, with a vocabulary of V and elements o
   adapter's inner values (4 x rank), and about e (r + c) between layers. A layer without adapter keeps e (r + c) only.
   Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that computes
   attention in float32 because it lacks bfloat16. With gradient checkpointing every block keeps its input, and one block
-  keeps all of this. For the layers of a model without adapters this is multiplied by `DENSE`.
+  keeps all of this. In a model without adapters a layer counts as `DENSE` e (r + c), to include norms and gates.
 - Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
   the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
@@ -60,10 +60,8 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the comparison, whose largest step trains the base model, neither pruned nor quantized."""
-    base, about = (
-        inspection.base,
-        f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)",
-    )
+    base = inspection.base
+    about = f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS)), about)
 
 
@@ -73,11 +71,9 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
     rows, length = training.micro_batch_size, config.data.max_length
     labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
     rank, checkpointing = config.lora.rank, training.gradient_checkpointing
-    parts = _held(layout, plan_bytes) | {
-        "activations": activation_bytes(layout, hidden_size, rows * length, rank, checkpointing),
-        "logits": logit_bytes(inspection, labelled),
-    }
-    return Memory(f"a step of {rows} rows x {length} tokens {about}", parts)
+    activations = activation_bytes(layout, hidden_size, rows * length, rank, checkpointing)
+    parts = {"activations": activations, "logits": logit_bytes(inspection, labelled)}
+    return Memory(f"a step of {rows} rows x {length} tokens {about}", _held(layout, plan_bytes) | parts)
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
@@ -89,11 +85,8 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     labelled = length
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
-    a_logit = inspection.base.element_bytes + 2 * FLOAT32_BYTES
-    scored = {
-        "activations": _widest(layout, rows * length),
-        "logits": a_logit * rows * labelled * int(inspection.model_config.vocab_size),
-    }
+    a_logit, vocabulary = inspection.base.element_bytes + 2 * FLOAT32_BYTES, int(inspection.model_config.vocab_size)
+    scored = {"activations": _widest(layout, rows * length), "logits": a_logit * rows * labelled * vocabulary}
     about = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)"
     return Memory(about, _held(layout, _trial_bytes(config, inspection)) | scored)
 
@@ -120,19 +113,17 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate importance: gradients of a batch, if needed; `order: mixed` by element adds a float32 per weight."""
+    """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with `aggregation: element`."""
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
     if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
         return Memory(f"the base model, importance by {settings.criterion}", parts)
     if settings.order == "mixed" and settings.aggregation == "element":
-        sizes = unit_sizes(
-            skeleton(inspection.model_config), cuttable_layers(inspection.model_config, settings), settings.width_units
-        )
+        layers = cuttable_layers(inspection.model_config, settings)
+        sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
-    length = inspection.sample_length
-    tokens = calibration.batch_size * length
+    length, tokens = inspection.sample_length, calibration.batch_size * inspection.sample_length
     parts["gradient"] = FLOAT32_BYTES * _largest(base)  # only one parameter's gradient is held at a time
     parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
     return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
@@ -142,23 +133,23 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
     """Estimate compensation: hidden states of all samples at one block, and masks of one byte per pair of tokens."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.samples["importance"], inspection.sample_length
-    hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
+    hidden_size = int(inspection.model_config.hidden_size)
     parts = _weights(base) | {
-        "hidden states": samples * length * (hidden_bytes + length),
+        "hidden states": samples * length * (hidden_size * base.element_bytes + length),
         "activations": _widest(base, calibration.batch_size * length),
     }
     if settings.compensates_by == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in float32.
-        parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
+        parts["solution"] = 3 * FLOAT32_BYTES * hidden_size * widest
     return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method.
 
-    The backward pass frees the gradients of the logits before it reaches the layers: only the larger of both counts.
+    The gradients of the logits are freed before those of the layers are needed, so only the larger of the two counts.
     """
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
@@ -177,9 +168,9 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count the memory of mutual information by part, first in a pass, then during principal components in float64.
+    """Count the memory of mutual information by part: a result for a pass, and one for float64 principal components.
 
-    The outputs at all drawn positions are kept. A pass also holds the outputs of its batch in float32.
+    Both hold the outputs at all drawn positions. A pass also holds the outputs of its batch in float32.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
@@ -187,21 +178,16 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
         features = [sum(linear.rows for linear in group.linears) for group in dense.groups]
     drawn, outputs = min(tokens, positions), positions * dense.element_bytes * sum(features)
     logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
-    return [
-        {
-            "outputs": outputs + drawn * FLOAT32_BYTES * sum(features),
-            "activations": _widest(dense, tokens),
-            "logits": logits,
-        },
-        {"outputs": outputs, "components": COMPONENT_BYTES * positions * max(features)},
-    ]
+    in_pass = {"outputs": outputs + drawn * FLOAT32_BYTES * sum(features), "activations": _widest(dense, tokens)}
+    components = COMPONENT_BYTES * positions * max(features)
+    return [in_pass | {"logits": logits}, {"outputs": outputs, "components": components}]
 
 
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
     """Count the memory of the methods KL and loss by part; `quantized group` includes its largest layer unpacked.
 
-    First the logits of the unquantized model, a float32 copy and the log-probabilities are held. Later these
-    log-probabilities, the logits with the quantized group, and four float32 copies at `POSITIONS` positions are held.
+    `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
+    log-probabilities. Later: these, the logits with the quantized group, and 4 x `POSITIONS` more float32 rows.
     """
     dense, config = inspection.pruned, inspection.model_config
     unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)

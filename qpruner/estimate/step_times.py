@@ -10,7 +10,6 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from qpruner.quantization.assembly import attach_adapters
 from qpruner.quantization.bank import build_entry
 from qpruner.quantization.mixed import pack, packed_layer
 
+Batch = dict[str, torch.Tensor]
 FEW, MORE = 1, 5
 """Numbers of blocks of the two timed models."""
 REPEATS = 3
@@ -37,22 +37,13 @@ SVD_OPERATIONS = 150
 """Operations per weight of packing with a randomized SVD of rank 8."""
 
 
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds of a micro-batch in training and in scoring, and the operations per second of packing."""
-
-    training: float
-    scoring: float
-    packing_rate: float
-
-
 def measure(
     config: RunConfig, model_config: Any, linear: LinearShape, share_high: float, share_labelled: float, threads: int
-) -> StepTimes:
+) -> tuple[float, float, float]:
     """Time a micro-batch of rows of full length, and the packing of a layer cut to `LARGEST` rows and columns.
 
-    `share_high` of the weights have the highest bits, the others the lowest. The head runs at the tokens with a label,
-    which are `share_labelled` of all tokens.
+    Return the seconds of training and of scoring, and the operations per second of packing. `share_high` of the weights
+    have the highest bits, the others the lowest. The head runs at the tokens with a label, `share_labelled` of all.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
@@ -64,7 +55,7 @@ def measure(
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     low, high = (_extrapolate(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
     training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
-    return StepTimes(training, scoring, _packing_rate(config, linear))
+    return training, scoring, _packing_rate(config, linear)
 
 
 def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
@@ -82,8 +73,8 @@ def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
     most = LARGEST // (2 if _is_exact(lora) else 1)
     rows, columns = min(linear.rows, most), min(linear.columns, most)
     weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
-    double_quant, seed = config.quantize.double_quant, config.seed
-    seconds = _least(lambda: [build_entry({"": weight}, bits, lora, double_quant, seed) for bits in levels])
+    settings = (lora, config.quantize.double_quant, config.seed)
+    seconds = _least(lambda: [build_entry({"": weight}, bits, *settings) for bits in levels])
     return packing_operations(rows, columns, lora, len(levels)) / seconds
 
 
@@ -91,9 +82,7 @@ def _is_exact(lora: LoraConfig) -> bool:
     return lora.init == "loftq" and lora.svd == "exact"
 
 
-def _extrapolate(
-    config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
-) -> tuple[float, float]:
+def _extrapolate(config: RunConfig, model_config: Any, batch: Batch, bits: int) -> tuple[float, float]:
     """Estimate the seconds of training and of scoring at one bit-width from two small models."""
     blocks = int(model_config.num_hidden_layers)
     few, more = min(FEW, blocks), min(MORE, blocks)
@@ -106,7 +95,7 @@ def _extrapolate(
     return training, scoring
 
 
-def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+def _timed(model: Any, batch: Batch) -> tuple[float, float]:
     # The Trainer uses the same precision.
     mixed = torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
 

@@ -51,7 +51,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def missing_keys(card: str) -> tuple[str, ...]:
-    """List the keys of `STATED` that are missing in the metadata of a card."""
+    """List those of the keys `base_model`, `license` and `datasets` that are missing in the metadata of a card."""
     metadata = front_matter(card)
     return tuple(key for key in STATED if metadata.get(key) is None)
 

@@ -46,10 +46,7 @@ class Likeness:
 def compare(
     final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
 ) -> Likeness:
-    """Load the final model, then the export, and compare layer outputs and predictions for samples of token ids.
-
-    Raise `StageError` if an adapter is missing, or if outputs or predictions differ too much.
-    """
+    """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
     from peft.tuners.lora import LoraLayer
 
     model = load(final, on_progress).eval()
@@ -99,8 +96,8 @@ def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) -> str | None:
     """Describe how a layer's outputs differ from the expected outputs; None if they are close enough.
 
-    `added` is the adapter's part of the outputs. Projecting the error on `added` gives the share of the adapter that
-    the export has; rounding errors hardly change this share, because they are independent of the adapter.
+    `added` is the adapter's part of the expected outputs. The error's projection on `added` is 0 if the export has the
+    adapter, -1 if not. Rounding errors hardly change it, because they are independent of the adapter.
     """
     error = found - expected
     relative_error = float(error.norm() / expected.norm())

@@ -101,11 +101,11 @@ class Generator:
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of a model; `dense` is the run's configuration section `model` if the model is not quantized."""
+    """The folder of a model; for a run's dense models, `settings` is the section `model` of its configuration."""
 
     name: str
     folder: Path
-    dense: ModelConfig | None = None
+    settings: ModelConfig | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -117,11 +117,11 @@ class Source:
         """Load the model and its tokenizer."""
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):
-                if self.dense:
-                    model = load_dense(str(self.folder), self.dense.dtype, self.dense, on_progress)
+                if self.settings:
+                    model = load_dense(str(self.folder), self.settings.dtype, self.settings, on_progress)
                 else:
                     model = load(self.folder, on_progress)
-                return Generator(model, load_tokenizer(str(self.folder), self.dense))
+                return Generator(model, load_tokenizer(str(self.folder), self.settings))
         except (OSError, ValueError, ImportError) as error:
             remedy = "give a folder with a tokenizer and a model that transformers can load"
             raise UserError(f"{self.folder} cannot be loaded: {first_line(error)}; {remedy}") from error
@@ -159,10 +159,10 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     """Find the models of a run that `which` names; if `which` is empty, all models that the run has made."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
-    dense = ModelConfig.model_validate(state.config["model"])
-    existing = {PRUNED: Source(PRUNED, run.stage("prune"), dense), FINAL: Source(FINAL, run.root / FINAL)}
+    settings = ModelConfig.model_validate(state.config["model"])
+    existing = {PRUNED: Source(PRUNED, run.stage("prune"), settings), FINAL: Source(FINAL, run.root / FINAL)}
     if prepared:
-        existing = {BASE: Source(BASE, run.base_model(prepared), dense), **existing}
+        existing = {BASE: Source(BASE, run.base_model(prepared), settings), **existing}
     existing = {name: source for name, source in existing.items() if (source.folder / "config.json").is_file()}
     wanted = which or list(existing) or WHICH
     if missing := [name for name in wanted if name not in existing]:

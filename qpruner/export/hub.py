@@ -81,8 +81,7 @@ def push(
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
     """Yield file names in the repository, each with its local path or its content."""
-    final = run.root / "final"
-    folder = final if what == "final" else run.root / "export" / what
+    folder = run.root / "final" if what == "final" else run.root / "export" / what
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
         remedy = "repeat `qpruner run`" if what == "final" else f"run `qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")

@@ -12,8 +12,6 @@ from qpruner.plans.plan import Group, Layout, LinearShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_ELEMENT_BYTES = 4
-
 
 def skeleton(config: Any) -> PreTrainedModel:
     """Build a model with shapes but no weights, on the meta device of torch."""
@@ -46,7 +44,7 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
 
 
 def layout_of(config: Any, grouping: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """List groups with weight shapes; count bytes of adapters and, at `dtype_bytes` each, of weights in no group."""
+    """List groups with weight shapes; count bytes of adapters, and of weights in no group (`dtype_bytes` each)."""
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = tuple(
@@ -59,7 +57,7 @@ def layout_of(config: Any, grouping: str, dtype_bytes: int, double_quant: bool, 
     return Layout(
         groups=groups,
         ungrouped_bytes=(num_parameters - grouped) * dtype_bytes,
-        adapter_bytes=adapters * ADAPTER_ELEMENT_BYTES,
+        adapter_bytes=adapters * 4,  # float32
         element_bytes=dtype_bytes,
         double_quant=double_quant,
         num_parameters=num_parameters,

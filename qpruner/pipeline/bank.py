@@ -1,22 +1,20 @@
-"""The bank stage: pack the weights of every group once for all trials, and reuse files of an earlier bank."""
+"""The bank stage: pack every group (layers that share a bit-width) once for all trials; reuse an earlier bank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import check_quantizable
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
-from qpruner.runs.events import Emit, Progress
+from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, files_in, remove, write_json
 
@@ -45,8 +43,7 @@ class Bank(Stage[BankRecord]):
         config, quantize, pruned = self.config, self.config.quantize, self.context.record(PruneRecord)
         model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
         starts = config.lora.model_copy(update={"dropout": 0.0})
-        library = version("bitsandbytes")
-        return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
+        return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, version("bitsandbytes"))
 
     def inputs(self) -> tuple[Any, ...]:
         return (*self._made_from(), self._levels)
@@ -68,7 +65,7 @@ class Bank(Stage[BankRecord]):
         if index is None or index.digest != record.digest:
             path = bank / store.INDEX
             self.notify(f"{display_name(path)} is missing, damaged or of another bank; it is made from the record")
-            write_json(path, self._index_of(record))
+            write_json(path, self._index_from(record))
         intact = store.intact_files(bank, record.files)
         damaged = [name for name in record.files if name not in intact]
         for name in damaged:
@@ -76,8 +73,8 @@ class Bank(Stage[BankRecord]):
         if damaged:
             self.context.forget(self.name)
 
-    def _index_of(self, record: BankRecord) -> BankIndex:
-        """Make the index of a recorded bank."""
+    def _index_from(self, record: BankRecord) -> BankIndex:
+        """Make the contents of `bank.json` (inputs, sha256 and error of each entry) from the record of the bank."""
         from qpruner.quantization import bank as store
 
         files, made_from = {}, digest_of(*self._made_from())
@@ -97,7 +94,7 @@ class Bank(Stage[BankRecord]):
         if 4 in levels and not context.trial_resources.get("gpu"):
             check_cpu_widths([linear for group in layout.groups for linear in group.linears])
         made_from = digest_of(*self._made_from())
-        files = _reused(context.bank, scratch, made_from, levels)
+        files = _reuse_entries(context.bank, scratch, made_from, levels)
         write_json(scratch / store.INDEX, store.BankIndex(digest=self.digest, files=files))
         jobs = _group_jobs(context, scratch, levels, set(files), made_from)
         self.notify(f"{sum(len(job.bits) for job in jobs)} entries to build")
@@ -110,20 +107,17 @@ class Bank(Stage[BankRecord]):
             str(bits): {name: files[str(store.entry_file(Path(), name, bits))].residual_ratio for name in names}
             for bits in levels
         }
-        group_bytes = {
-            str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in self.config.quantize.bits
-        }
+        all_levels = self.config.quantize.bits
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": ratios,
-            "group_bytes": group_bytes,
+            "group_bytes": {str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in all_levels},
         }
 
     def summary(self, record: BankRecord) -> str:
-        left = ", ".join(
-            f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
-        )
+        means = {bits: sum(ratio.values()) / len(ratio) for bits, ratio in record.residual_ratio.items()}
+        left = ", ".join(f"{bits}-bit {mean:.3f}" for bits, mean in means.items())
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; share of the quantization error that LoftQ leaves: {left}"
 
@@ -132,11 +126,11 @@ class Bank(Stage[BankRecord]):
         return sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in self.config.quantize.bits)
 
 
-def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Collect reusable entries in `scratch`, of a killed command and the earlier bank; return their index entries.
+def _reuse_entries(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
+    """Link intact files of `bank` with these inputs and bit-widths into `scratch`; return their index entries.
 
-    An entry is reusable if it is intact and was made from the same inputs. Entries of the earlier bank are linked. All
-    other files are removed from `scratch`: some may be links, and writing to a link would change the earlier bank.
+    Such files that a killed command left in `scratch` are kept and count too. All others are removed from `scratch`:
+    some may be links, and writing to a link would change the earlier bank.
     """
     from qpruner.quantization import bank as store
 
@@ -186,11 +180,14 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     """Build the groups, on several workers if that saves time; yield each finished job with its new index entries."""
     from qpruner.quantization.bank import FEW_WEIGHTS, build_group
 
+    def build_here(job: GroupJob) -> dict[str, IndexEntry]:
+        return context.executor.run(lambda cache, emit: build_group(job), context.emit)
+
     is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
-            yield job, context.executor.run(partial(_build_here, job), context.emit)
+            yield job, build_here(job)
         return
     if context.address:
         # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
@@ -198,10 +195,3 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in context.run_tasks(build_group, jobs, resources, concurrent, on_held=context.gpu_time.add):
         yield jobs[position], built
-
-
-def _build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, IndexEntry]:
-    """Build a group in the process of the executor, and return its index entries."""
-    from qpruner.quantization.bank import build_group
-
-    return build_group(job)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.pipeline.comparison_rows import RowJob, distinct, job_keys, jobs_of, table_rows
+from qpruner.pipeline.comparison_rows import distinct, job_keys, jobs_of, table_rows
 from qpruner.pipeline.evaluate import measure_in_turns, rows_of, score_jobs
 from qpruner.pipeline.finetune import finetune_jobs, have_rows, row_set_aside_if_damaged
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.records import ComparisonRecord, EvalRecord, FinetuneRecord
+from qpruner.training.table_rows import Candidate
 from qpruner.wording import counted
 
 
@@ -28,7 +29,7 @@ class Comparison(Stage[ComparisonRecord]):
         return config.finetune.compare
 
     @cached_property
-    def jobs(self) -> list[RowJob]:
+    def jobs(self) -> list[Candidate]:
         """One job for each fine-tune of each row of the table."""
         return jobs_of(self.context, table_rows(self.context))
 
@@ -40,8 +41,7 @@ class Comparison(Stage[ComparisonRecord]):
             self.context.forget(self.name)
 
     def detail(self) -> str:
-        others = len(distinct(self.jobs)) - 1
-        return f"{counted(others, 'fine-tune')} beside the winner's, and their scores"
+        return f"{counted(len(distinct(self.jobs)) - 1, 'fine-tune')} beside the winner's, and their scores"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
@@ -57,16 +57,15 @@ class Comparison(Stage[ComparisonRecord]):
         scoring = sum(scored[job.folder].gpu_seconds for job in models if job.folder.name not in own)
         return {
             "candidates": tuned,
-            "rows": rows_of([job for _, job in jobs], scored, taken),
+            "rows": rows_of(jobs, scored, taken),
             "inference": setting,
             "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
         }
 
     def summary(self, record: ComparisonRecord) -> str:
-        titles, first = {job.name: job.title for _, job in self.jobs}, min(each.seed for each in record.candidates)
-        losses = [(titles[each.name], each.confirmation_loss) for each in record.candidates if each.seed == first]
-        listed = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
-        return f"training seed {first}: confirmation loss {listed}"
+        titles, first = {job.name: job.title for job in self.jobs}, min(each.seed for each in record.candidates)
+        losses = [f"{titles[row.name]} {row.confirmation_loss:.4f}" for row in record.candidates if row.seed == first]
+        return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:
         return 6 * self.context.checkpoint_bytes

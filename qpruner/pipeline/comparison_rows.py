@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.cluster.slots import worker_resources
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
@@ -20,9 +19,8 @@ from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, 
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import controls_of, random_plans
+from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan
 from qpruner.search.trial_records import objective
-from qpruner.sensitivity.seeds import seed_origin, seed_plan
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
 
@@ -37,7 +35,6 @@ class Row:
 
 
 Result = TypeVar("Result")
-RowJob = tuple[Row, Candidate]
 
 
 def winner_row(context: Context) -> Row:
@@ -53,8 +50,8 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Plans made from sensitivities (seed plans) and random plans have about the bytes of the winner. The winner, the best
-    seed plan and the random plans get `finetune.seeds` training seeds; the other rows get the first of these seeds.
+    Seed plans (each the best plan by one sensitivity) and random plans have about the bytes of the winner. The winner,
+    the best seed plan and the random plans get `finetune.seeds` different training seeds each, the other rows get one.
     """
     config, space, winner = context.config, context.space, winner_row(context)
     measured = context.record(SensitivityRecord)
@@ -72,7 +69,7 @@ def table_rows(context: Context) -> list[Row]:
     full = space.uniform(FULL_BITS)
     rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
     rows += [same(f"uniform {bits}-bit", UNIFORM, space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
-    best = _best_seed_method(context)
+    best = _method_of_best_seed_plan(context)
     for method in measured.methods:
         if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):
             rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
@@ -84,8 +81,8 @@ def table_rows(context: Context) -> list[Row]:
     return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
 
 
-def _best_seed_method(context: Context) -> str | None:
-    """Return the sensitivity method of the best seed plan among the finalists, or None if none is a seed plan."""
+def _method_of_best_seed_plan(context: Context) -> str | None:
+    """Return the sensitivity whose own plan scored best among the finalists; None if no finalist is such a plan."""
     searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
@@ -100,12 +97,11 @@ def _best_seed_method(context: Context) -> str | None:
 def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
     full = context.space.uniform(FULL_BITS).as_dict()
-    steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
-    return candidates_for(context, [(name, plan, None) for name, plan in steps])
+    return candidates_for(context, [(BASE, full, None), (PRUNED, full, None), (SEARCHED, winner, None)])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:
-    """Make a candidate for each row name, plan and training seed (None for no fine-tune)."""
+    """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed (None: untuned)."""
     config, run = context.config, context.run_dir
     banked, searched = context.record(BankRecord), context.record(SearchRecord)
     checkpoints = {BASE: run.base_model(context.record(PrepareRecord))}
@@ -126,21 +122,20 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
     ]
 
 
-def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
+def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:
     """Make a job for each fine-tune of each row."""
-    fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
-    jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
-    return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
+    wanted = [(row.origin, [(row.name, plan.as_dict(), seed) for seed, plan in row.plans]) for row in rows]
+    return [replace(job, origin=origin) for origin, each in wanted for job in candidates_for(context, each)]
 
 
-def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
+def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]]:
     """List row name, origin of the plan, training seed and folder of each job, for a digest."""
-    return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
+    return [(job.name, job.origin, job.seed, job.folder.name) for job in jobs]
 
 
-def distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
-    """Return one job for each folder, because equal models with equal fine-tunes share a folder."""
-    return list({job.folder: job for _, job in jobs}.values())
+def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates, one for each folder: equal models with equal fine-tunes of several rows share a folder."""
+    return list({job.folder: job for job in jobs}.values())
 
 
 def run_jobs(
@@ -152,7 +147,7 @@ def run_jobs(
     fresh: bool = False,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run a function on every job, several at once; yield each job's position in `jobs` and result as it ends."""
+    """Run a function on all jobs, several at once, `num_workers` on each; yield positions and results as jobs end."""
     if not jobs:
         return
     resources, concurrent = context.task_resources(len(jobs), num_workers)
@@ -167,15 +162,10 @@ def run_jobs(
     yield from run_groups(function, tasks, resources, num_workers, concurrent, scratch, context.check_node, **more)
 
 
-def gpus_held(context: Context, num_workers: int = 1) -> float:
-    """Return how many GPUs a job with this many workers reserves."""
-    return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
-
-
 def job_progress(stage: Stage[Any], files: list[Path], num_jobs: int, unit: str) -> Callable[[], None]:
     """Return a callback that emits the progress of equally long jobs, summed from the progress files of workers.
 
-    `files` has one path for each of the `num_jobs` jobs that is not finished. Each file holds `done total`.
+    `files` are those of the unfinished jobs, each with the text `done total`; `num_jobs` counts finished jobs too.
     """
     last = -1
 

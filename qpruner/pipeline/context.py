@@ -26,7 +26,6 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
 
-CONFIG_FILE = "config.json"
 Job = TypeVar("Job")
 RecordType = TypeVar("RecordType", bound=Record)
 Result = TypeVar("Result")
@@ -100,12 +99,12 @@ class Context:
     def pruned_config(self) -> Any:
         """The transformers config of the pruned model."""
         with tempfile.TemporaryDirectory() as here:
-            fetch_file(self.run_dir.stage("prune") / CONFIG_FILE, Path(here) / CONFIG_FILE)
+            fetch_file(self.run_dir.stage("prune") / "config.json", Path(here) / "config.json")
             return checkpoint_config(Path(here))
 
     @cached_property
     def layout(self) -> Layout:
-        """The groups of the pruned model and their sizes."""
+        """The groups of the pruned model (layers that share a bit-width), to compute the bytes of any plan."""
         return preflight.layout_for(self.config, self.pruned_config)
 
     @property
@@ -140,12 +139,12 @@ class Context:
 
     @property
     def slots(self) -> Slots:
-        """The machines of the cluster now."""
+        """The room for trials (slots) on the machines that the cluster has now."""
         return self.cluster.slots()
 
     @property
     def known_slots(self) -> Slots:
-        """The machines of the cluster at `address`, or without an address this machine, found without starting Ray."""
+        """The room for trials on the cluster at `address`, else on this machine or `assumed`; does not start Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
@@ -180,6 +179,10 @@ class Context:
         resources = slots.resources_per_trial(asked.model_dump() if asked else None)
         slots.concurrent(resources, None)
         return resources
+
+    def gpus_held(self, num_workers: int = 1) -> float:
+        """Return how many GPUs a task with this many workers reserves."""
+        return num_workers * worker_resources(self.trial_resources, num_workers).get("gpu", 0.0)
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
         """Return the Ray resources of each worker, and how many of the `num_tasks` equal tasks run at once.

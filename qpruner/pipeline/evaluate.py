@@ -9,20 +9,12 @@ from typing import Any
 
 from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline.comparison_rows import candidates_for, gpus_held, job_progress, run_jobs, untuned_candidates
+from qpruner.pipeline.comparison_rows import candidates_for, job_progress, run_jobs, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
 from qpruner.report.results import BASE, SEARCHED
-from qpruner.runs.records import (
-    EvalRecord,
-    FinetuneRecord,
-    Inference,
-    InferenceSetting,
-    RowScores,
-    TaskScore,
-    digest_of,
-)
+from qpruner.runs.records import EvalRecord, FinetuneRecord, Inference, InferenceSetting, RowScores, digest_of
 from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.training.table_rows import Candidate, evaluate_candidate
 from qpruner.wording import counted, error_text
@@ -69,14 +61,14 @@ class Evaluate(Stage[EvalRecord]):
         }
 
     def summary(self, record: EvalRecord) -> str:
-        scores = {(row.name, row.seed is None): scores_line(row.scores) for row in record.rows}
+        scores = {(row.name, row.seed is None): scores_line(row) for row in record.rows}
         return f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """Encode the text for perplexity into a folder; return its description and the folder, both None without text.
+    """Encode text for perplexity into a folder; return a description and the folder, or None twice without a text.
 
-    It is `evaluate.text` or, without multiple-choice rows, the half of `data.confirmation` that judges the winner.
+    Without `evaluate.text` the half of `data.confirmation` that judges the winner serves, if no row is multiple-choice.
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
@@ -102,7 +94,7 @@ def scores_digest(context: Context) -> str:
 
 
 def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
-    """Score the models that have no record for these tasks and texts; return the scores of all models by job folder."""
+    """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models by job folder."""
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
@@ -114,25 +106,18 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
     files = [job.progress for job in left]
     for_each(remove, files)  # files of an interrupted command
     on_tick = job_progress(stage, files, len(jobs), "answers")
-    for position, scored in run_jobs(context, evaluate_candidate, left, text=text, on_tick=on_tick):
-        job = left[position]
-        record = RowScores(
-            digest=digest,
-            name=job.name,
-            seed=job.seed,
-            scores=scored.scores,
-            text_loss=scored.text_loss,
-            gpu_seconds=scored.seconds * gpus_held(context),
-        )
+    for position, (scores, seconds) in run_jobs(context, evaluate_candidate, left, text=text, on_tick=on_tick):
+        job, held = left[position], seconds * context.gpus_held()
+        record = RowScores(digest=digest, name=job.name, seed=job.seed, gpu_seconds=held, **scores)
         write_json(job.folder / "scores.json", record)
         found[job.folder] = record
-        stage.notify(f"{job.label}: {scores_line(record.scores)}")
+        stage.notify(f"{job.label}: {scores_line(record)}")
     return found
 
 
-def scores_line(scores: tuple[TaskScore, ...]) -> str:
-    """Format the score of every task, such as `arc_easy acc_norm 0.650 (se 0.048)`."""
-    return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
+def scores_line(row: RowScores) -> str:
+    """Format the score of a row on every task, such as `arc_easy acc_norm 0.650 (se 0.048)`."""
+    return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in row.scores)
 
 
 def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]) -> list[RowScores]:
@@ -143,7 +128,7 @@ def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dic
 
 
 def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """Measure memory and speed of the models one after another; return the setting, and the results by job folder."""
+    """Measure memory and speed of the models one by one; return how they were measured, and results by job folder."""
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context
@@ -161,5 +146,4 @@ def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[Infe
     [(_, (setting, found))] = context.run_tasks(
         measure_inference, [task], resources, 1, fresh=True, on_tick=on_tick, on_held=context.gpu_time.add
     )
-    folders = zip(models.values(), found, strict=True)
-    return setting, {job.folder: taken for same, taken in folders for job in same}
+    return setting, {job.folder: taken for same, taken in zip(models.values(), found, strict=True) for job in same}

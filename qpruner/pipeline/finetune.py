@@ -1,4 +1,4 @@
-"""The finetune stage: fine-tune the winner in full and write the final folder."""
+"""The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder `final`."""
 
 from __future__ import annotations
 
@@ -15,45 +15,24 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer, reporting_tensors
-from qpruner.pipeline.comparison_rows import (
-    RowJob,
-    distinct,
-    gpus_held,
-    job_keys,
-    job_progress,
-    jobs_of,
-    run_jobs,
-    winner_row,
-)
+from qpruner.pipeline.comparison_rows import distinct, job_keys, job_progress, jobs_of, run_jobs, winner_row
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import layout_for
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.results import SEARCHED
+from qpruner.runs import storage
 from qpruner.runs.events import Emit
 from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import (
-    empty_folder,
-    exists,
-    fetch,
-    for_each,
-    published_folders,
-    quarantine,
-    read_json,
-    remove,
-    storage_at,
-    write_json,
-    writing_folder,
-)
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
-from qpruner.training.table_rows import Candidate, FinetuneOutcome, finetune_candidate
+from qpruner.training.table_rows import Candidate, finetune_candidate
 from qpruner.wording import counted
 
 
 class Finetune(Stage[FinetuneRecord]):
-    """Fine-tune the winner in full and write the final folder."""
+    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs, and write the folder `final`."""
 
     name = "finetune"
     help = "Run up to the final fine-tune."
@@ -61,7 +40,7 @@ class Finetune(Stage[FinetuneRecord]):
     trains = True
 
     @cached_property
-    def jobs(self) -> list[RowJob]:
+    def jobs(self) -> list[Candidate]:
         """The job of the winner, with the first training seed."""
         return jobs_of(self.context, [winner_row(self.context)])
 
@@ -82,7 +61,7 @@ class Finetune(Stage[FinetuneRecord]):
 
     def begin(self) -> None:
         final = self.context.run_dir.root / "final"
-        if not (have_rows(self.jobs) and final in published_folders(final.parent) and self.is_complete(final)):
+        if not (have_rows(self.jobs) and final in storage.published_folders(final.parent) and self.is_complete(final)):
             self.context.forget(self.name)
 
     def detail(self) -> str:
@@ -93,7 +72,7 @@ class Finetune(Stage[FinetuneRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         tuned = finetune_jobs(self, self.jobs)
-        [(_, winner)] = self.jobs
+        [winner] = self.jobs
         context.forget(self.name)  # because the final folder is about to be overwritten
         before = context.gpu_time.seconds
         write = partial(write_final, self.config, winner, context.run_dir.root / "final")
@@ -113,76 +92,76 @@ class Finetune(Stage[FinetuneRecord]):
         return 2 * self.context.checkpoint_bytes
 
 
-def have_rows(jobs: Iterable[RowJob]) -> bool:
+def have_rows(jobs: Iterable[Candidate]) -> bool:
     """Return True if the fine-tune of every job is recorded and its files are intact."""
-    return all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs]))
+    found = storage.for_each(_recorded, [job.folder for job in jobs])
+    return all(isinstance(each, CandidateRecord) for each in found)
 
 
-def finetune_jobs(stage: Stage[Any], jobs: list[RowJob]) -> list[CandidateRecord]:
+def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRecord]:
     """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
     context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
-    for job, each in zip(models, for_each(_recorded, [job.folder for job in models]), strict=True):
+    for job, each in zip(models, storage.for_each(_recorded, [job.folder for job in models]), strict=True):
         if isinstance(each, CandidateRecord):
             found[job.folder] = each
         elif each:
-            where = quarantine(job.folder, job.folder.parent)
+            where = storage.quarantine(job.folder, job.folder.parent)
             stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned again")
-    for_each(remove, [job.checkpoints for job in models if job.folder in found])  # left by a killed driver
+    # A killed driver may have left checkpoints of recorded fine-tunes.
+    storage.for_each(storage.remove, [job.checkpoints for job in models if job.folder in found])
     left = [job for job in models if job.folder not in found]
     for job in left:
-        for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
-            where = quarantine(checkpoint, job.folder.parent)
+        for checkpoint in filter(is_damaged, storage.published_folders(job.checkpoints)):
+            where = storage.quarantine(checkpoint, job.folder.parent)
             stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not resume from it")
-    origins = {job.folder: row.origin for row, job in jobs}
     on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
 
     def saved(position: int) -> list[Path]:
-        return sorted(published_folders(left[position].checkpoints))
+        return sorted(storage.published_folders(left[position].checkpoints))
 
     num_workers = context.config.finetune.num_workers
     tuned = run_jobs(context, finetune_candidate, left, num_workers, fresh=True, on_tick=on_tick, progress=saved)
-    for position, outcome in tuned:
+    for position, (measured, tracker_errors) in tuned:
         job = left[position]
-        record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
-        write_json(job.folder / "record.json", record)
-        remove(job.checkpoints)
-        text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
-        stage.notify(f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB")
-        for error in outcome.tracker_errors:
+        record = found[job.folder] = _record_of(context, job, measured)
+        storage.write_json(job.folder / "record.json", record)
+        storage.remove(job.checkpoints)
+        text = f"{job.label}: validation loss {record.validation_loss:.4f} after {record.steps} steps"
+        stage.notify(f"{text}, peak memory {record.peak_memory_bytes / 1e6:.0f} MB")
+        for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")
-    return [found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}) for row, job in jobs]
+    return [found[job.folder].model_copy(update={"name": job.name, "origin": job.origin}) for job in jobs]
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
     """Return the record in a job's folder, None if there is none, or a message if the folder is damaged."""
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
-        record = read_json(folder / "record.json", CandidateRecord)
-        if record is None or not exists(weights):
+        record = storage.read_json(folder / "record.json", CandidateRecord)
+        if record is None or not storage.exists(weights):
             return None
-        storage_at(weights.parent).verify()
+        storage.storage_at(weights.parent).verify()
     except CorruptFile as error:
         return str(error)
     return record
 
 
-def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
-    """Make the record of a finished fine-tune."""
+def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> CandidateRecord:
+    """Make the record of a finished fine-tune; `measured` has the fields that its worker knows."""
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
     if job.checkpoint != context.checkpoint:
         layout = layout_for(context.config, context.inspection.model_config)
     assert job.seed is not None
-    measured = {name: value for name, value in vars(outcome).items() if name != "tracker_errors"}
     return CandidateRecord(
         digest=job.folder.name,
         name=job.name,
-        origin=origin,
+        origin=job.origin,
         seed=job.seed,
         plan=dict(job.plan),
         plan_bytes=layout.plan_bytes(plan),
         mean_bits=layout.mean_bits(plan),
-        gpu_seconds=outcome.seconds * gpus_held(context, context.config.finetune.num_workers),
+        gpu_seconds=measured["seconds"] * context.gpus_held(context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
         **measured,
     )
@@ -190,18 +169,19 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
 
 @contextmanager
 def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside a job's folder if the block finds its adapter damaged, so that the next command fine-tunes it again."""
+    """Set a job's folder aside if the `with` block finds the adapter there damaged; the next command makes it anew."""
     try:
         yield
     except CorruptFile as error:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        # If the driver can read the row, the other machine may not see the storage.
-        is_complete = isinstance(_recorded(row), CandidateRecord)
-        state = "the driver finds the file intact" if is_complete else f"set aside in {quarantine(row, run.candidates)}"
-        remedy = "repeat the command: only that row is fine-tuned again"
-        remedy = "make `output` visible to all machines, then repeat the command" if is_complete else remedy
+        if isinstance(_recorded(row), CandidateRecord):  # the other machine may not see the storage
+            state = "the driver finds the file intact"
+            remedy = "make `output` visible to all machines, then repeat the command"
+        else:
+            state = f"set aside in {storage.quarantine(row, run.candidates)}"
+            remedy = "repeat the command: only that row is fine-tuned again"
         raise StageError(stage, f"{error}; {state}", remedy) from error
 
 
@@ -209,15 +189,13 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
-    on_progress, quantize = loading_progress(emit, "finetune"), config.quantize
-    checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
+    on_progress, quantize, dtype = loading_progress(emit, "finetune"), config.quantize, config.model.dtype
+    checkpoint, adapter = storage.fetch(winner.checkpoint), storage.fetch(winner.adapter)
     with reporting_tensors(on_progress):
-        model, _ = assemble(
-            checkpoint, winner.bank, quantize.group, winner.plan, config.model.dtype, quantize.double_quant
-        )
-    scratch = empty_folder(storage_at(folder.with_name(f".{folder.name}")).staging)
-    with writing_folder(scratch):
+        model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
+    scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)
+    with storage.writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, on_progress)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)
-    storage_at(folder).publish(scratch)
+    storage.storage_at(folder).publish(scratch)

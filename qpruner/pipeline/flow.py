@@ -24,19 +24,17 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
-from qpruner.pipeline.stage import RecordType, Stage
+from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, exists, storage_error
 
-STAGES: tuple[type[Stage[Any]], ...] = (
-    *(Prepare, Prune, Bank, Sensitivity, Search),
-    *(Finetune, Evaluate, Comparison, Report),
-)
+Stages = tuple[type[Stage[Any]], ...]
+STAGES: Stages = (Prepare, Prune, Bank, Sensitivity, Search, Finetune, Evaluate, Comparison, Report)
 
 
-def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
+def stages_until(until: str) -> Stages:
     """List the stages up to and including `until`."""
     return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
 
@@ -52,13 +50,17 @@ def run_flow(context: Context, until: str) -> Results:
 def run_stage(stage: Stage[Any]) -> None:
     """Run one stage unless its record is valid, and add the record to the context.
 
-    The stage writes into a scratch folder. The folder is published before the record is written.
+    The stage writes into a scratch folder, which replaces the folder of the stage before the record is written.
     """
     context, run = stage.context, stage.context.run_dir
     stage.begin()
     digest = stage.digest if stage.record else ""
-    record = _usable_record(stage, digest)
-    if record is not None:
+    try:
+        record = stage.matching_record(digest)
+    except CorruptFile as error:
+        stage.notify(f"{error}; the stage runs again")
+        record = None
+    if record and stage.is_complete(run.stage(stage.name)):
         context.add_record(stage.name, record)
         context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
         return
@@ -80,18 +82,8 @@ def run_stage(stage: Stage[Any]) -> None:
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
 
 
-def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
-    """Return the record of the stage if its digest matches and the files of the stage are intact."""
-    try:
-        record = stage.matching_record(digest)
-    except CorruptFile as error:
-        stage.notify(f"{error}; the stage runs again")
-        return None
-    return record if record and stage.is_complete(stage.context.run_dir.stage(stage.name)) else None
-
-
 def recorded(context: Context) -> dict[str, float]:
-    """Add the records that `run` would reuse to the context; return the finished share of each stage, from 0 to 1.
+    """Add to the context the records that `run` would reuse; return the finished share of each stage, from 0 to 1.
 
     The files of the stages are not checked.
     """
@@ -120,8 +112,7 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
         raise
     except TrainingDiverged as error:
         remedy = "the weights of the base model are broken or too large for `model.dtype`: use another copy or dtype"
-        if stage.trains:
-            remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
+        remedy = "lower `training.learning_rate`, or use bfloat16 or float32" if stage.trains else remedy
         raise StageError(stage.name, str(error), remedy) from error
     except CorruptFile as error:
         raise StageError(stage.name, str(error), _damage_remedy(error.path, root)) from error
@@ -130,11 +121,14 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
     except QprunerError:
         raise
     except Exception as error:
-        trouble = storage_error(error, root)
-        cause = (trouble.cause, trouble.remedy) if trouble else _known_cause(stage, error)
-        if cause is None:
+        if trouble := storage_error(error, root):
+            raise StageError(stage.name, trouble.cause, trouble.remedy) from error
+        if is_out_of_memory(error):
+            raise StageError(stage.name, shortage_text(error), f"lower {stage.memory_keys}") from error
+        if type(error).__name__ != "SafetensorError":
             raise
-        raise StageError(stage.name, *cause) from error
+        remedy = "repeat the command, which replaces damaged files of the run; if your own model is damaged, replace it"
+        raise StageError(stage.name, f"a safetensors file is damaged ({error})", remedy) from error
 
 
 def _damage_remedy(path: Path | None, root: Path | None) -> str:
@@ -148,13 +142,3 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
     if parts[0] in Results.model_fields:  # without its record the stage runs again
         doomed = RunDir(root, create=False).record_path(parts[0])
     return f"delete {display_name(doomed)}, then repeat the command: its contents are made again"
-
-
-def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:
-    """Return cause and remedy of a known error of PyTorch or safetensors, or None for any other error."""
-    if is_out_of_memory(error):
-        return shortage_text(error), f"lower {stage.memory_keys}"
-    if type(error).__name__ == "SafetensorError":
-        remedy = "repeat the command, which replaces damaged files of the run; if your own model is damaged, replace it"
-        return f"a safetensors file is damaged ({error})", remedy
-    return None

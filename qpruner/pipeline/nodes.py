@@ -22,18 +22,17 @@ from qpruner.runs.run_dir import BANK_CACHE, RunDir
 from qpruner.runs.storage import CACHE, cache_root, read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
-HEADINGS = ("node", "CPUs", "GPUs", "state")
-
 
 def look_at_nodes(context: Context) -> None:
     """Check every node and show the results in a table; raise an error if a node has a problem."""
     config, resources, inspection = context.config, context.trial_resources, context.inspection
     root = context.run_dir.root
     with _test_file(root) as (folder, driver):
-        reports = look_at_all(folder, driver, _copies(config, inspection.pruned, context.run_dir))
+        reports = look_at_all(folder, driver, _node_copies(config, inspection.pruned, context.run_dir))
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
-    context.emit(TableMade(HEADINGS, tuple(row(report, found[report.id]) for report in reports)))
+    rows = tuple(row(report, found[report.id]) for report in reports)
+    context.emit(TableMade(("node", "CPUs", "GPUs", "state"), rows))
     problems = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems)
@@ -44,8 +43,8 @@ def look_at_nodes(context: Context) -> None:
         check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
-def _copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
-    """Describe the files of bank and pruned model that every node copies to its disk."""
+def _node_copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
+    """Return names, bytes and file patterns of what every node copies of bank and pruned model, to check its disk."""
     banked: list[str] = []
     with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)

@@ -76,8 +76,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples, vocabulary)
     samples = {"importance": num_samples, "sensitivity": calibration.num_sensitivity_samples}
-    warnings = (*rows.warnings, *_few_trials(config))
-    parts = {**vars(shapes), **vars(rows), "warnings": warnings}
+    parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_few_trials(config))}
     return Inspection(**parts, samples=samples, sample_length=sample_length)
 
 
@@ -100,17 +99,19 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and device."""
+    import torch
+
     model_config = load_model_config(config.model)
-    family_of(model_config)
+    family_of(model_config)  # raises an error if the family is not supported
     base = layout_for(config, model_config)
     cuts = cuts_in_effect(config.prune, model_config)
     if works_here:
-        check_device(_own_capability(), config, model_config, cuts, packs)
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        check_device(capability, config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    is_estimate = any(
-        not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
-    )
+    uncertain = [cut for cut in cuts if cut.settings.selection == "global" or cut.settings.drops_blocks]
+    is_estimate = not all(cut.settings.is_off for cut in uncertain)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     settings = cuts[0].settings
     are_groups_known = settings.is_off or not settings.drops_blocks or are_alike(model_config)
@@ -134,7 +135,7 @@ def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) ->
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn if the controls (uniform and seed plans) may use up all trials."""
+    """Warn if the plans to beat (uniform, and the best by each sensitivity), which run first, may use up all trials."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -144,14 +145,9 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """Compute the groups of a model and their sizes, with the quantization and adapters of the configuration."""
-    return layout_of(
-        model_config,
-        config.quantize.group,
-        DTYPE_BYTES[config.model.dtype],
-        config.quantize.double_quant,
-        config.lora.rank,
-    )
+    """List the groups of a model (layers that share a bit-width), to compute the bytes of plans, adapters included."""
+    quantize, element_bytes = config.quantize, DTYPE_BYTES[config.model.dtype]
+    return layout_of(model_config, quantize.group, element_bytes, quantize.double_quant, config.lora.rank)
 
 
 def is_pruned(model_config: Any) -> bool:
@@ -160,7 +156,7 @@ def is_pruned(model_config: Any) -> bool:
 
 
 def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """Plan the cut of a model; a model that was pruned earlier is not cut again."""
+    """Plan the cut of a model; for a model that was pruned earlier, return a cut of rate 0, which changes nothing."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
@@ -193,24 +189,24 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     if len(levels) > 1:
         choice += min(more - less for less, more in zip(*map(layout.group_bytes, levels[:2]), strict=True))
     key = f"`quantize.budget.{name}`"
-    smallest = f"the smallest that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
+    smallest = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
         state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} {state} the pruned model with every group at {levels[0]} bits, {lowest} bytes: {smallest}, got "
+            f"{key} {state} the pruned model with every group at {levels[0]} bits ({lowest} bytes): {smallest}, got "
             f"{value}; raise it, or prune more"
         )
     if size >= highest and len(levels) > 1 and not pareto:
         largest = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
             f"{key} leaves nothing to choose, because every group fits at {levels[-1]} bits: {smallest}, "
-            f"{largest}, got {value}; lower it, or search the whole front with `search.pareto`"
+            f"{largest}, got {value}; lower it, or let `search.pareto` find the best plan of every size"
         )
     return size
 
 
 def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Convert a budget to bytes; fractions and mean bits are interpolated between the `sizes` of the uniform plans."""
+    """Convert a budget to bytes; interpolate `fraction` or `mean_bits` between `sizes`, those of the uniform plans."""
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
@@ -252,7 +248,7 @@ def check_device(
         except UserError as error:
             if cut.settings.is_off:
                 raise
-            raise UserError(f"{error} (`qpruner prune` alone still makes this cut)") from error
+            raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
@@ -279,16 +275,9 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
         if wrong is None:
             continue
         linear = f"{family.block_path(index)}.{kind.output_linear}"
-        remedy = "make `prune.round_to` a multiple of 64, " if kind.name == MLP else ""
+        remedy = "make `prune.round_to` a multiple of 64, or " if kind.name == MLP else ""
         raise UserError(
             f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
-            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, use `quantize.bits` 8 and 16, or "
-            "`prune.selection: per_layer`, whose widths are known before the cut"
+            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or use `quantize.bits` 8 and 16, or use "
+            "`prune.selection: per_layer`, whose widths can be checked before the cut"
         )
-
-
-def _own_capability() -> tuple[int, int] | None:
-    """Return the compute capability of the GPU of this machine, or None without a GPU."""
-    import torch
-
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

@@ -64,14 +64,7 @@ def check_rows(config: RunConfig) -> Rows:
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
-    doubtful = (*_doubtful_rows(config, examples), *_few_tokens(config, examples), *_few_questions(questions))
-    repeated = set(questions["search"]) & set(questions["fresh"])
-    if repeated:
-        doubtful = (
-            f"`search.tasks`: {counted(len(repeated), 'question')}, such as {min(repeated)[:90]!r}, would both score "
-            "trials and choose the winner; another `search.limit` may separate them",
-            *doubtful,
-        )
+    doubtful = (*_doubtful_questions(questions), *_doubtful_rows(config, examples), *_few_tokens(config, examples))
     return Rows(examples, questions, numbers, metrics, (*skipped, *doubtful))
 
 
@@ -144,7 +137,7 @@ def about_labelled(row: Example, data: DataConfig) -> int:
 
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
-    """Return an upper bound of the labelled tokens of any row, for text with up to twice the tokens of English."""
+    """Return the most labelled tokens of a row, assuming up to twice as many for each character as in English."""
     if not rows or data.packing or not data.response_only:
         return data.max_length
     return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))
@@ -167,8 +160,13 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
             )
 
 
-def _few_questions(questions: dict[str, list[str]]) -> Iterator[str]:
-    """Warn if there are too few questions for accuracies to tell models apart."""
+def _doubtful_questions(questions: dict[str, list[str]]) -> Iterator[str]:
+    """Warn if questions both score and choose plans, or are too few for accuracies to tell models apart."""
+    if repeated := set(questions["search"]) & set(questions["fresh"]):
+        yield (
+            f"`search.tasks`: {counted(len(repeated), 'question')}, such as {min(repeated)[:90]!r}, would both score "
+            "trials and choose the winner; another `search.limit` may separate them"
+        )
     uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
     for section, use in uses.items():
         asked = len(questions[section])
@@ -230,8 +228,8 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     for name, task in found["search"].items() if search.by_accuracy else ():
         if search.limit is not None and len(task.texts) < 2 * search.limit:
             raise UserError(
-                f"`search.limit` must be at most half of the questions of a task, because as many others choose the "
-                f"winner: {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
+                f"`search.limit` must be at most half of the questions of a task: as many other questions choose the "
+                f"winner; {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
             )
     return found
 

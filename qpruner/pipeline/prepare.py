@@ -61,14 +61,14 @@ class Prepare(Stage[PrepareRecord]):
 
 
 def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
-    """Find or download the base model; a .gguf file is converted, and a copy for other machines made, in `target`."""
+    """Find or download the base model; into `target` go a converted .gguf file and, if `is_shared`, a hub model."""
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base
 
 
 def loading_progress(emit: Emit, stage: str) -> OnWork:
-    """Return a callback that reports loading and saving of weights as progress of a stage."""
+    """Return a callback that reports the progress of named work, such as loading weights, as progress of a stage."""
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 
 

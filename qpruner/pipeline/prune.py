@@ -17,12 +17,11 @@ from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights
-from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.pruning.settings import settled
-from qpruner.runs.events import Emit, Message, Progress, StageStarted
+from qpruner.runs.events import Emit, Message, StageStarted
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
 from qpruner.runs.storage import Storage, fetch, require_arrived, retry_storage, writing_folder
 
@@ -44,26 +43,24 @@ class Prune(Stage[PruneRecord]):
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
     def inputs(self) -> tuple[Any, ...]:
-        settings = settled(self.context.inspection.model_config, self.config.prune)
-        return (self.context.record(PrepareRecord).digest, settings)
+        inspection = self.context.inspection
+        return (self.context.record(PrepareRecord).digest, settled(inspection.model_config, self.config.prune))
 
     def detail(self) -> str:
-        return describe(_settings(self.context))
+        return describe(self.context.inspection.cuts[0].settings)
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context = self.context
+        context, settings = self.context, self.context.inspection.cuts[0].settings
         self._report_earlier_cut()
         base = context.run_dir.base_model(context.record(PrepareRecord))
-        cut = partial(cut_and_save, self.config, _settings(context), base, context.data / "importance", scratch)
+        cut = partial(cut_and_save, self.config, settings, base, context.data / "importance", scratch)
         fields = context.executor.run(cut, context.emit)
         require_arrived(scratch)
         return fields
 
     def summary(self, record: PruneRecord) -> str:
-        return (
-            f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
-            f"({record.target}, {record.achieved})"
-        )
+        sizes = f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters"
+        return f"{sizes} ({record.target}, {record.achieved})"
 
     def disk_bytes(self) -> int:
         base = self.context.inspection.base
@@ -71,21 +68,15 @@ class Prune(Stage[PruneRecord]):
 
     def preview(self) -> PruneRecord:
         """Cut the model in memory and return the record; nothing is written."""
-        context = self.context
-        settings = _settings(context)
-        context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
+        context, settings = self.context, self.context.inspection.cuts[0].settings
+        context.emit(StageStarted(self.name, f"{self.detail()}; nothing is written"))
         self._report_earlier_cut()
         cut = partial(cut_in_memory, context.worker_config, settings, context.inspection.examples["calibration"])
-        fields = context.executor.run(cut, context.emit)
-        return PruneRecord(digest="", **fields)
+        return PruneRecord(digest="", **context.executor.run(cut, context.emit))
 
     def _report_earlier_cut(self) -> None:
         if is_pruned(self.context.inspection.model_config):
             self.notify(f"the model was {PRUNED_EARLIER}")
-
-
-def _settings(context: Context) -> PruneConfig:
-    return context.inspection.cuts[0].settings
 
 
 def cut_and_save(
@@ -137,9 +128,7 @@ def _cut(
     base_config = copy.deepcopy(model.config)
     block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
     memory = PeakMemory()
-    pruned = prune(
-        model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))
-    )
+    pruned = prune(model, settings, samples, config.seed, loading_progress(emit, "prune"))
     peak_bytes = memory.bytes()
     if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
         emit(Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it"))
@@ -187,7 +176,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """List the kept units of each block of the base model; `before` has the number of parameters of each block."""
+    """List the kept units (indices) and parameters of each block; `before` has their parameters before the cut."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))

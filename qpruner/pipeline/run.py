@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from qpruner.cluster.slots import num_cores, with_gpus_for
+from qpruner.cluster.slots import assumed_slots, num_cores
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.pipeline import preflight
@@ -66,7 +66,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     """
     inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
-    assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
+    assumed = assumed_slots(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
         disk = _check_room(context)
         for stage in STAGES:
@@ -235,7 +235,7 @@ class RunProgress:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Write the outcome of the command when the block ends."""
+        """Write to `run.json` how the command in the `with` block ended."""
         outcome, text, is_refused = "interrupted", None, False  # by Ctrl-C, for example
         try:
             yield
@@ -293,9 +293,8 @@ def _environment() -> dict[str, str]:
 def _cpu_model(cpuinfo: Path) -> str:
     """Return the CPU name from the kernel, or from Python on ARM and other systems."""
     with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        if names:
-            return str(names[0])
+        if found := re.search(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE):
+            return found[1]
     return platform.processor() or platform.machine()
 
 

@@ -2,6 +2,7 @@
 
 Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also depend on budget,
 searcher and sensitivities (`search_digest`). Searches with equal `trials_digest` share a folder and reuse its trials.
+Controls are plans that need no search: the uniform plans and, for each sensitivity, its best plan (the seed plan).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from qpruner.runs.records import (
     digest_of,
 )
 from qpruner.runs.storage import for_each, write_json
-from qpruner.search.choice import controls_of, finalist_positions, hypervolume, non_dominated, winner_position
+from qpruner.search import choice
 from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
@@ -47,7 +48,6 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
     trial_folder,
 )
-from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.table_rows import Candidate, confirm_trial
 from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted, error_text
@@ -70,10 +70,10 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan that replaces the search (from a file, a seed plan, or the only possible plan), or None."""
+        """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
-            return seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
+            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
         if self.context.plan_in_file or len(space.levels) > 1:
             return self.context.plan_in_file
         return space.uniform(space.levels[0])
@@ -172,16 +172,16 @@ class Search(Stage[SearchRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
-        controls = [*controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
-        known = replace(job, controls=controls)
+        controls = [*choice.controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
+        job_with_controls = replace(job, controls=controls)
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
             self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
         if others := own.count(False):
             self.notify(f"starting with {counted(others, 'trial')} of earlier searches")
-        outcome, finalists = self._finalists(job, known)
-        confirmations, gpu_seconds = confirm(self, finalists, known)
+        outcome, finalists = self._finalists(job, job_with_controls)
+        confirmations, gpu_seconds = confirm(self, finalists, job_with_controls)
         by_index = {trial.index: trial for trial in finalists}
         eligible = [each for each in confirmations if self.given in (None, plan_of(by_index[each.index]))]
         best = best_of(eligible, job)
@@ -231,7 +231,7 @@ class Search(Stage[SearchRecord]):
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, self.given)] if self.given else controls_of(space, priors),
+            controls=[(GIVEN, self.given)] if self.given else choice.controls_of(space, priors),
             priors=priors,
             trials=self.folder,
             scratch=context.run_dir.tune,
@@ -241,8 +241,8 @@ class Search(Stage[SearchRecord]):
             check_node=context.check_node,
         )
 
-    def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials and choose the finalists; repeat both steps if the files of a finalist are damaged."""
+    def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
+        """Run the trials of `job`, then choose finalists, also controls; repeat both if files of one are damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -254,7 +254,7 @@ class Search(Stage[SearchRecord]):
             earlier = [trial for trial in outcome.reused if job.space.is_feasible(plan_of(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
-                finalists = finalists_beside(usable, self.given, known)
+                finalists = finalists_with_given(usable, self.given, job_with_controls)
             else:
                 # A plan that replaced an earlier search may not win.
                 eligible = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
@@ -270,10 +270,8 @@ class Search(Stage[SearchRecord]):
         )
 
     def share_done(self) -> float:
-        over = sum(
-            trial.is_over and trial.search == self.search_digest
-            for trial in read_trials(self.folder, skip_damaged=True)
-        )
+        trials = read_trials(self.folder, skip_damaged=True)
+        over = sum(trial.is_over and trial.search == self.search_digest for trial in trials)
         return min(1.0, over / self.config.num_trials)
 
     def disk_bytes(self) -> int:
@@ -287,7 +285,7 @@ def plan_of(trial: TrialRecord) -> PrecisionPlan:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials, all finished uniform and seed plans and, for `search.pareto`, the front."""
+    """Choose the best finished trials, all controls (plans that need no search) and, for `search.pareto`, the front."""
     if not trials:
         cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
         raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
@@ -302,15 +300,15 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"{remedy} and repeat the command",
         )
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
-    chosen = finalist_positions(scores, are_controls, job.config.search.confirm)
-    if job.config.search.pareto:
-        chosen += non_dominated([(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)])
-    return [finished[position] for position in sorted(set(chosen))]
+    chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm)
+    front = choice.non_dominated(points) if job.config.search.pareto else []
+    return [finished[position] for position in sorted({*chosen, *front})]
 
 
-def finalists_beside(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan and, for comparison, each finished trial of a uniform or seed plan."""
+def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
+    """Choose the trial of the given plan (see `Search.given`) and, for comparison, all finished controls."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
@@ -366,9 +364,9 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the finalist with the best score, in a tie a uniform or seed plan; None without finalists."""
+    """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
     scores = [objective(each, job.config) for each in confirmations]
-    position = winner_position(scores, [each.control for each in confirmations])
+    position = choice.winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
 
 
@@ -385,11 +383,11 @@ def front_of(
             plan_bytes=trials[each.index].plan_bytes,
             **each.model_dump(include=set(FreshScore.model_fields)),
         )
-        for each in (confirmations[position] for position in non_dominated(points))
+        for each in (confirmations[position] for position in choice.non_dominated(points))
     )
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute the hypervolume of a front between its smallest plan and the budget."""
+    """Compute the mean score by which the best plan in a budget beats the smallest, over budgets up to the search's."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
-    return hypervolume(points, points[0], job.space.budget_bytes)
+    return choice.hypervolume(points, points[0], job.space.budget_bytes)

@@ -1,4 +1,4 @@
-"""The sensitivity stage: score by several methods how much fewer bits in one group harm the model."""
+"""The sensitivity stage: score by several methods the harm to the model if one group gets fewer bits."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import children, exists, read_json, remove, write_json
 
+Result = TypeVar("Result")
 if TYPE_CHECKING:
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
 
-Result = TypeVar("Result")
+    Score = Callable[[Any, Subject], Result]
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score how much fewer bits in each group harm the model; reuse earlier scores of the same inputs."""
+    """Score for each group the harm to the model if it gets fewer bits; reuse earlier scores of the same inputs."""
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -67,7 +68,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def _reuse_scores(self, scratch: Path, ending: str) -> None:
-        """Copy intact scores of the same inputs from the stage folder to `scratch`; remove all other scores there."""
+        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there."""
         root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
         for name in children(scratch):
             if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
@@ -85,7 +86,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the range over groups of the rise in score from the most to the fewest bits."""
+    """Format the lowest and the highest rise of any group: its score at the fewest bits less that at the most bits."""
     lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
     rises = [low - high for low, high in zip(lowest, highest, strict=True)]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
@@ -117,26 +118,17 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
         yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
 
 
-def _on_model(
-    context: Context, subject: Subject, methods: Sequence[str], score: Callable[[Any, Subject], Result]
-) -> Result:
+def _on_model(context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]) -> Result:
     """Score groups on the pruned model in the executor, and report progress under the names of the methods."""
-    work = partial(_score, context.checkpoint, context.config.model.dtype, subject, methods, score)
+    work = partial(_score, context.checkpoint, context.config.model.dtype, subject, ", ".join(methods), score)
     return context.executor.run(work, context.emit)
 
 
 def _score(
-    checkpoint: Path,
-    dtype: str,
-    subject: Subject,
-    methods: Sequence[str],
-    score: Callable[[Any, Subject], Result],
-    cache: ModelCache,
-    emit: Emit,
+    checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], cache: ModelCache, emit: Emit
 ) -> Result:
-    """Load the pruned model from the cache and score its groups."""
+    """Load the pruned model from the cache and score its groups; `names` is the text of the progress."""
     model = cache.pruned_model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
-    names = ", ".join(methods)
     samples = replace(subject.samples, on_progress=_progress(emit, names))
     return score(model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group")))
 
@@ -158,9 +150,8 @@ def _measured(context: Context, subject: Subject) -> Measurement:
     # Every slot loads the model, so free the memory of this copy.
     context.executor.close()
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
-    shares = [
-        replace(subject, samples=replace(samples, rows=samples.rows[share::num_shares])) for share in range(num_shares)
-    ]
+    rows = [samples.rows[share::num_shares] for share in range(num_shares)]
+    shares = [replace(subject, samples=replace(samples, rows=each)) for each in rows]
     work = partial(measure_share, context.checkpoint, config.model.dtype, int(resources.get("cpu", 1)))
     on_progress, parts = _progress(context.emit, ", ".join(MEASUREMENT)), dict[int, Measurement]()
     for position, part in context.run_tasks(work, shares, resources, num_shares, on_held=context.gpu_time.add):

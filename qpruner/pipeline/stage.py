@@ -97,7 +97,8 @@ class Stage(ABC, Generic[RecordType]):
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
-        return record if record and record.digest == digest and run.has_folder(self.name) else None
+        is_there = not run.storage.fills_this_disk or run.stage(self.name).is_dir()  # a store keeps no empty folder
+        return record if record and record.digest == digest and is_there else None
 
     def is_complete(self, folder: Path) -> bool:
         """Return True if the checksums of a folder and its subfolders match; else set the damaged folder aside."""

@@ -92,8 +92,8 @@ def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
         if decodes_wrongly(linear.columns):
             raise UserError(
                 f"`quantize.bits`: {linear.name} has {linear.columns} columns, {WRONGLY_DECODED}: set "
-                "`quantize.bits: [8, 16]`; or, if pruning makes this width, set `prune.round_to: 64` for MLP channels, "
-                "or `prune.units: [mlp]` if the head size is no multiple of 64"
+                "`quantize.bits: [8, 16]`; or, if pruning made this width, set `prune.round_to: 64` for a layer that "
+                "reads MLP channels, `prune.units: [mlp]` for one that reads attention heads"
             )
 
 
@@ -140,7 +140,6 @@ class PrecisionPlan:
         return dict(zip(self.groups, self.bits, strict=True))
 
     def _repr_html_(self) -> str:
-        """Render the plan for notebooks: a coloured cell for each group."""
         style = "display:inline-block;width:1.6em;text-align:center;margin:1px;background:"
         return "".join(
             f'<span title="{html.escape(group)}" style="{style}{SHADES[bits]}">{bits}</span>'
@@ -196,14 +195,9 @@ class PlanSpace:
     @classmethod
     def of(cls, layout: Layout, levels: tuple[int, ...], budget_bytes: int) -> PlanSpace:
         """Make the plan space of a model with these bit-widths and this budget."""
-        by_level = [layout.group_bytes(bits) for bits in levels]
-        return cls(
-            groups=tuple(group.name for group in layout.groups),
-            levels=levels,
-            group_bytes=tuple(zip(*by_level, strict=True)),
-            fixed_bytes=layout.ungrouped_bytes + layout.adapter_bytes,
-            budget_bytes=budget_bytes,
-        )
+        groups = tuple(group.name for group in layout.groups)
+        group_bytes = tuple(zip(*(layout.group_bytes(bits) for bits in levels), strict=True))
+        return cls(groups, levels, group_bytes, layout.ungrouped_bytes + layout.adapter_bytes, budget_bytes)
 
     def uniform(self, bits: int) -> PrecisionPlan:
         """Return the plan with every group at `bits`."""
@@ -239,7 +233,7 @@ class PlanSpace:
     def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
         """Return the plan that fits into the budget, is not in `avoid`, and differs from `plan` in the fewest groups.
 
-        Among equally near plans the largest is returned; None if no plan is left.
+        Of equally near plans the one with the most bytes is returned; None if no plan is left.
         """
         avoided = set(avoid)
         if self.is_feasible(plan) and plan not in avoided:
@@ -280,7 +274,7 @@ class PlanSpace:
     def _optimum(
         self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
     ) -> PrecisionPlan | None:
-        """Solve the knapsack, with the share `margin` of the budget unused; return None if provably no plan fits."""
+        """Solve the knapsack for plans not in `avoid`, with the share `margin` of the budget unused; None if none."""
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 

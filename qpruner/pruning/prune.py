@@ -118,8 +118,7 @@ def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
         return Cut(settings, model_config)
     check_settings(model_config, settings)
     equal = settings.model_copy(update={"selection": "per_layer", "steps": 1})
-    model = skeleton(copy.deepcopy(model_config))
-    return Cut(settings, prune_by(Criteria(equal), model, equal).model.config)
+    return Cut(settings, prune_by(Criteria(equal), skeleton(copy.deepcopy(model_config)), equal).model.config)
 
 
 def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:

@@ -38,8 +38,7 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
         has_obstacle = bool(_stacked(model_config, settings))
     else:
         has_obstacle = family_of(model_config).residual_factor(model_config) is None
-    compensation = "none" if has_obstacle else "least_squares"
-    return settings.model_copy(update={"compensation": compensation})
+    return settings.model_copy(update={"compensation": "none" if has_obstacle else "least_squares"})
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
@@ -86,7 +85,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
             f"`prune.compensation`: least_squares cannot compensate for whole blocks of a {name} model, because a norm "
-            "follows its MLP, or experts replace it: remove the key, or let it compensate for attention (`prune.units`)"
+            "follows its MLP, or experts replace it: remove the key, or add attention to `prune.units`"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)

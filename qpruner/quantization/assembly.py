@@ -51,8 +51,7 @@ def assemble(
     config = AutoConfig.from_pretrained(checkpoint)
     ragged.install(family_of(config))
     cpu.install()
-    linears = group_linears(config, grouping)
-    bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}
+    bits = {path: bits_by_group[name] for name, paths in group_linears(config, grouping).items() for path in paths}
     starts, packed = _split(read_plan(bank, bits_by_group, on_piece))
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
     state = read_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed
@@ -212,7 +211,7 @@ def _kept_assembler(digest: str | None, *settings: Any) -> PlanAssembler:
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device, or spread it over all GPUs that this process sees, if it sees several.
+    """Move a model to the device or, outside distributed training, spread it over all GPUs that this process sees.
 
     Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses torch's current one.
     """

@@ -24,23 +24,10 @@ from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors, pack, unpack
+from qpruner.runs import storage
 from qpruner.runs.records import Recorded
 from qpruner.runs.run_dir import BANK_CACHE
-from qpruner.runs.storage import (
-    OnPiece,
-    cache_root,
-    display_name,
-    exclusive,
-    fetch,
-    fetch_file,
-    file_digest,
-    files_in,
-    for_each,
-    put_file,
-    read_json,
-    retry_storage,
-    storage_at,
-)
+from qpruner.runs.storage import OnPiece
 
 FORMAT = 2
 """Version of the entries: raise it when the same inputs give different tensors."""
@@ -50,7 +37,7 @@ FEW_WEIGHTS = 10_000_000
 
 
 class IndexEntry(Recorded):
-    """Index entry of a file: digest of its inputs, sha256, and weight error with adapters divided by that without."""
+    """A file of the bank: digest of what it was made from, sha256, and (weight error with adapters) / (without)."""
 
     inputs: str
     sha256: str
@@ -100,7 +87,7 @@ def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tens
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
 
-    retry_storage(write, path)
+    storage.retry_storage(write, path)
     return path
 
 
@@ -129,7 +116,7 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
-    stored = read_tensors(fetch(job.checkpoint), names.__contains__)
+    stored = read_tensors(storage.fetch(job.checkpoint), names.__contains__)
     for name in names:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
@@ -137,8 +124,8 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
     built = {}
     for bits in job.bits:
         tensors, ratio = build_entry(weights, bits, job.lora, job.double_quant, job.seed)
-        file = write_entry(storage_at(job.bank).staging, job.group, bits, tensors)
-        sha256 = put_file(file, entry_file(job.bank, job.group, bits))
+        file = write_entry(storage.storage_at(job.bank).staging, job.group, bits, tensors)
+        sha256 = storage.put_file(file, entry_file(job.bank, job.group, bits))
         name = str(entry_file(Path(), job.group, bits))
         built[name] = IndexEntry(inputs=job.inputs, sha256=sha256, residual_ratio=ratio)
     return built
@@ -146,17 +133,17 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
 
 def read_index(bank: Path) -> BankIndex:
     """Read the index of a bank; raise `CorruptFile` if it is missing or damaged."""
-    index = read_json(bank / INDEX, BankIndex)
+    index = storage.read_json(bank / INDEX, BankIndex)
     if index is None:
-        raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}; repeat the command to rebuild it", bank)
+        raise CorruptFile(f"bank {storage.display_name(bank)} has no {INDEX}; repeat the command to rebuild it", bank)
     return index
 
 
 def intact_files(bank: Path, expected: Mapping[str, str]) -> list[str]:
     """List the files of a bank that exist and have the expected sha256."""
-    existing = files_in(bank)
+    existing = storage.files_in(bank)
     names = [name for name in expected if name in existing]
-    found = for_each(file_digest, [bank / name for name in names])
+    found = storage.for_each(storage.file_digest, [bank / name for name in names])
     return [name for name, sha256 in zip(names, found, strict=True) if sha256 == expected[name]]
 
 
@@ -175,13 +162,15 @@ def read_plan(
         remedy = "repeat the command to rebuild it"
         try:
             read = functools.partial(_verified, path, entry.sha256 if entry else "", on_piece)
-            source = retry_storage(read, path, was_there=True)
+            source = storage.retry_storage(read, path, was_there=True)
             if source is None:
-                raise CorruptFile(f"bank file {display_name(path)} does not match {INDEX}; {remedy}", path)
-            tensors |= retry_storage(functools.partial(load_file, source), path)
+                raise CorruptFile(f"bank file {storage.display_name(path)} does not match {INDEX}; {remedy}", path)
+            tensors |= storage.retry_storage(functools.partial(load_file, source), path)
             on_piece()
         except (FileNotFoundError, SafetensorError) as error:
-            raise CorruptFile(f"bank file {display_name(path)} cannot be read: {error}; {remedy}", path) from error
+            raise CorruptFile(
+                f"bank file {storage.display_name(path)} cannot be read: {error}; {remedy}", path
+            ) from error
     return tensors
 
 
@@ -215,15 +204,15 @@ class Starts:
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
     """Return a bank file, or its cached copy if storage is remote; None if it does not have this sha256."""
     named = os.environ.get(BANK_CACHE)
-    if not named and storage_at(path).fills_this_disk:
+    if not named and storage.storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = (Path(named) if named else cache_root() / "bank") / f"{sha256}.safetensors"
+    copy = (Path(named) if named else storage.cache_root() / "bank") / f"{sha256}.safetensors"
     if _is_intact(copy, sha256):
         return copy
-    with exclusive(copy, on_piece):
+    with storage.exclusive(copy, on_piece):
         if not _is_intact(copy, sha256):
             aside = copy.with_name(f"{copy.name}.part")  # the next reader overwrites what a killed reader left
-            if fetch_file(path, aside, on_piece) != sha256:
+            if storage.fetch_file(path, aside, on_piece) != sha256:
                 aside.unlink()
                 return None
             aside.replace(copy)
@@ -237,4 +226,4 @@ def _is_intact(copy: Path, sha256: str) -> bool:
 @functools.cache
 def _digest_once(path: Path, modified_ns: int) -> str:
     """Compute the sha256 of a file; the result is cached until the modification time changes."""
-    return file_digest(path)
+    return storage.file_digest(path)

@@ -72,8 +72,7 @@ def _factorize(
         left, values, right = torch.linalg.svd(residual, full_matrices=False)
         right = right.T
     else:
-        devices = [residual.device] if residual.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[residual.device] if residual.is_cuda else []):
             torch.manual_seed(seed)
             left, values, right = torch.svd_lowrank(residual, q=min(rank + OVERSAMPLING, *residual.shape), niter=2)
     lora_a = torch.zeros(rank, residual.shape[1], device=residual.device)

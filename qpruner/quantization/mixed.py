@@ -66,8 +66,8 @@ def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, t
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """An 8-bit layer that moves all its tensors when its parent module is moved to another device.
 
-    With bitsandbytes 0.50 a parent's `.to` moves only the weight. The scales (`SCB`) and the second reference
-    to the codes (`CB`) stay on the old device.
+    With bitsandbytes 0.50 a parent's `.to` moves only the weight. The scales (`SCB`) and `CB`, a second reference to
+    the weight's 8-bit numbers, stay on the old device.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -93,8 +93,7 @@ def packed_layer(
     stored = dict(tensors)
     codes = stored.pop("weight").to(device)
     if bits == 8:
-        scales = stored["SCB"].to(device)
-        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, SCB=scales).to(device)
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, SCB=stored["SCB"].to(device)).to(device)
     else:
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             data=codes, quantized_stats=stored, requires_grad=False, device=device, module=layer

@@ -34,14 +34,13 @@ def model_card(run: Snapshot) -> str:
     if "license" not in stated:
         with contextlib.suppress(OSError, UnicodeDecodeError):  # an unreadable card must not fail the report
             base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
-    known = _known(config, Path(run.state.folder), base_card)
     data = ModelCardData(
-        **known | stated,
+        **_known(config, Path(run.state.folder), base_card) | stated,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],
         model_name=run.name,
-        eval_results=list(_measured(run)),
+        eval_results=list(_task_scores(run)),
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     expanded = ""
@@ -61,8 +60,8 @@ def model_card(run: Snapshot) -> str:
     return "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts]) + "\n"
 
 
-def _measured(run: Snapshot) -> Iterator[EvalResult]:
-    """Yield the final model's score on each task; its adapter was trained with the first training seed."""
+def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
+    """Yield the final model's score on each task; the final model is the winner under the first training seed."""
     assert run.results.evaluate
     row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     for score in row.scores:
@@ -77,7 +76,7 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
 
 
 def other_base_remark(config: RunConfig) -> str | None:
-    """Return a warning if `card.base_model` is not the hub model that `model.source` names, else None."""
+    """Return a warning if `card.base_model` and `model.source` name different hub models, else None."""
     stated, base = config.card.base_model, config.model.source
     if stated in (None, base) or not _is_hub_id(base, Path()):
         return None
@@ -88,7 +87,7 @@ def other_base_remark(config: RunConfig) -> str | None:
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:
-    """Return True if a source is the id of a model or data set on a hub, not a local file or folder."""
+    """Return True if a source is the id of a model or data set on a hub, not a local path (relative to `folder`)."""
     return (
         source.count("/") == 1
         and not source.startswith(("/", ".", "~", "package:"))

@@ -40,9 +40,10 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of the searched row with the row `other`; `more_bytes` is how much larger `other` is, as a share.
+    """The row `searched` of the final table compared with the row `other`, which is `best seed` or `random`.
 
-    `origin` says what suggested the plan of `other`, if that row exists. Without a claim, `no_claim` says why.
+    `origin` says what suggested the plan of `other`. `more_bytes` is how many bytes more `other` takes, as a
+    share of the bytes of `searched`. `no_claim` says why nothing is claimed, for example because `other` is missing.
     """
 
     other: str
@@ -54,7 +55,7 @@ class Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Compare the searched row with the best seed and with random plans; empty if no other row was fine-tuned."""
+    """Compare the searched plan with the best seed plan and random plans; empty if no other plan was fine-tuned."""
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
     # The spread of random plans needs at least two of them.
@@ -70,15 +71,15 @@ def claim(results: Results) -> str:
     assert results.search
     found, winner = comparisons(results), _winner(results, results.search)
     if found:
-        return "\n".join([f"{winner}{_beside_rows(results)}{_verdicts(found)}", *map(_item, found)])
-    fresh = margin(results.search)
+        return "\n".join([f"{winner}{_against_other_rows(results)}{_verdicts(found)}", *map(_item, found)])
+    fresh = margin_text(results.search)
     items = [f"On the search's fresh rows, before this fine-tune: i{fresh[1:]}"] if fresh else []
     items.append("No other plan had this fine-tune, so nothing is claimed at equal bytes.")
     return "\n- ".join([f"{winner}{_alone(results)}", *items])
 
 
 def how_to_compare(command: str) -> str:
-    """Name the command that adds the comparison to a finished run."""
+    """State how to compare a finished run's winner with other plans; `command` is the command line of that run."""
     return (
         "To compare the winner with the base, uniform bits, seed and random plans after the same fine-tune, run "
         f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
@@ -113,8 +114,8 @@ def _alone(results: Results) -> str:
     )
 
 
-def margin(search: SearchRecord) -> str:
-    """Compare the winner with the best control on fresh rows or, if a control won, with the best searched plan."""
+def margin_text(search: SearchRecord) -> str:
+    """Describe the winner's lead on new rows: a searched plan's over uniform and seed plans, or the reverse."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
     others = [each for each in search.confirmations if each.control != search.control_won and each != best]
     if not others:
@@ -158,8 +159,8 @@ def _compared(results: Results, other: str) -> Comparison:
     return Comparison(other, origin, seeds, share, reason or None, found)
 
 
-def _beside_rows(results: Results) -> str:
-    """Compare the winner with the rows of base, pruned model and uniform bits that exist, under the first seed."""
+def _against_other_rows(results: Results) -> str:
+    """Compare the winner with base, pruned model and uniform plans, where fine-tuned, under the first training seed."""
     assert results.evaluate
     by_name = {row.name: row for row in under_first_seed(results)}
     winner, text = by_name[SEARCHED], ""

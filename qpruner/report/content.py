@@ -84,7 +84,7 @@ def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
 
 def markdown(parts: Iterable[Part], pictures: str = "") -> list[str]:
-    """Render parts of a report as Markdown blocks, which the caller joins with empty lines."""
+    """Render parts as Markdown blocks, to be joined by empty lines; plots need `pictures`, the folder of PNG files."""
     return [block for part in parts for block in _part(part, pictures)]
 
 

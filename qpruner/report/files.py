@@ -62,7 +62,7 @@ class Summary(BaseModel):
     claim: str | None
     """How the searched plan compares with the base and the pruned model, and with other plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
-    """The comparisons behind the claim, of the searched row with the best seed and with random plans."""
+    """The comparisons behind the claim: of the searched plan with the best seed plan and with random plans."""
     first_seed_table: tuple[Row, ...]
     """The rows of `table`, computed from the first training seed alone, which every row has."""
     table: tuple[Row, ...]

@@ -13,23 +13,23 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
-"""Names of rows in records. The row `searched` has the plan that the search returned, even if that is a control's."""
+"""Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
 UNIFORM = "uniform"
 """Origin of the rows that give all groups the same bit-width."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
-Turns = tuple[float, float, float]
+Speed = tuple[float, float, float]
 """Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the final table: means over its fine-tunes, maxima of memory; `..._spread` is the standard deviation.
+    """One row of the final table: a plan (`random`: several plans), fine-tuned under one or more training seeds.
 
-    The fine-tunes differ in training seed, those of the row `random` also in plan. Losses are in nats per token, answer
-    losses in nats per answer (None if a task has no choices). `accuracy_stderr` is the standard error over questions.
-    Records use `name`, reports use `title`. A plan is written with one character per group.
+    Figures are means over these fine-tunes with their standard deviations, `..._spread`; memory is a maximum. Losses
+    are in nats per token, answer losses in nats per answer (None if a task has no choices). `accuracy_stderr` is the
+    standard error over questions. Records use `name`, reports use `title`. Each plan has one character per group.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Row:
     perplexity: float | None
     perplexity_spread: float | None
     inference_memory_bytes: int | None
-    prefill_tokens_per_second: Turns | None
-    decode_tokens_per_second: Turns | None
+    prefill_tokens_per_second: Speed | None
+    decode_tokens_per_second: Speed | None
 
 
 def rows(results: Results) -> list[Row]:
-    """Compute the rows of the final table, one per fine-tuned model, in the order of `fine_tunes`."""
+    """Compute the rows of the final table, in the order of `fine_tunes`."""
     return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
 
 
@@ -70,7 +70,7 @@ def under_first_seed(results: Results) -> list[Row]:
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports; a control that won and a given plan are not called `searched`."""
+    """Return a row's name in reports; a row `searched` without a searched plan is `given plan` or `winner (ORIGIN)`."""
     if name != SEARCHED or search is None:
         return name
     if search.best_origin == GIVEN:
@@ -80,7 +80,7 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
-    """Map the name of each row to its fine-tunes, in the order of their records."""
+    """Group the run's fine-tunes by the name of their row; rows and fine-tunes keep the order of the records."""
     scored = [row for row in results.scores if row.seed is not None]
     by_name: dict[str, list[FineTune]] = {}
     for each in zip(results.candidates, scored, strict=True):
@@ -116,11 +116,11 @@ def _row(title: str, found: list[FineTune]) -> Row:
         peak_memory_bytes=max(record.peak_memory_bytes for record in tuned),
         accuracy_stderr=measures.over_tasks(measures.averaged(correct)).stderr,
         inference_memory_bytes=max((each.memory_bytes for each in timings), default=None),
-        prefill_tokens_per_second=_turns([turn for each in timings for turn in each.prefill_tokens_per_second]),
-        decode_tokens_per_second=_turns([turn for each in timings for turn in each.decode_tokens_per_second]),
+        prefill_tokens_per_second=_speed([turn for each in timings for turn in each.prefill_tokens_per_second]),
+        decode_tokens_per_second=_speed([turn for each in timings for turn in each.decode_tokens_per_second]),
         **spread,
     )
 
 
-def _turns(values: Sequence[float]) -> Turns | None:
+def _speed(values: Sequence[float]) -> Speed | None:
     return (statistics.median(values), min(values), max(values)) if values else None

@@ -11,11 +11,11 @@ from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import (
-    bar,
     best_of,
     best_so_far,
     control_name,
     in_order_of_end,
+    plan_text,
     score,
     score_title,
     search_progress,
@@ -102,10 +102,7 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
 
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
-    """Return a trial as a flat row: figures of its last rung, then the bits of every group.
-
-    `step` is the trial's current step, which may be later than its last rung.
-    """
+    """Return a trial as a flat row: figures of its last rung, then the bits of every group."""
     last = trial.rungs[-1] if trial.rungs else None
     search, record = run.state.search, run.results.search
     assert search
@@ -117,8 +114,8 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "status": trial.status,
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
-        "plan": bar(trial),
-        "step": max(last.step if last else 0, pulse.step if pulse else 0),
+        "plan": plan_text(trial),
+        "step": max(last.step if last else 0, pulse.step if pulse else 0),  # may be later than the last rung
         "rung": last.step if last else None,
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,
@@ -133,7 +130,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
 
 
 def winner(run: Snapshot) -> TrialRecord:
-    """Return the trial whose plan the search returned; raise `UserError` if the search is not over."""
+    """Return the winner's trial, or that of a given plan (`--plan`); raise `UserError` before the search is over."""
     if run.results.search:
         return trial(run, run.results.search.best_index)
     given = run.state.config["search"].get("plan")
@@ -177,7 +174,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "from": record.best_origin,
         "bytes": chosen.plan_bytes,
         "mean_bits": chosen.mean_bits,
-        "plan": bar(chosen),
+        "plan": plan_text(chosen),
         "validation_loss": chosen.rungs[-1].loss,
         "selection_loss": fresh.loss,
         "selection_stderr": fresh.stderr,
@@ -191,7 +188,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the best control's score, even if another search ran that trial; None if no control has finished."""
+    """Return the best score of a uniform or seed plan, also in a trial reused from another search; None without any."""
     metric = run.state.config["search"]["metric"]
     finished = [each for each in run.own_trials if each.status == "finished"]
     controls = [each for each in finished if each.is_control and not each.is_given]
@@ -204,7 +201,7 @@ def _best_control(run: Snapshot) -> float | None:
 
 
 def _final(results: Results) -> dict[str, float | str | None]:
-    """Return the searched row's figures after its fine-tune; empty if the fine-tune is not recorded."""
+    """Return the winner's figures after its fine-tune; empty if the fine-tune is not recorded."""
     tuned = [each for each in results.candidates if each.name == SEARCHED]
     if not tuned:
         return {}
@@ -245,9 +242,9 @@ def _by_place(setting: Any) -> Any:
 
 @dataclass(frozen=True)
 class Against:
-    """The fine-tuned winner of one run minus that of another, over the training seeds that both runs have.
+    """The figures of one run's fine-tuned winner minus those of another's, over the training seeds that both runs have.
 
-    `no_figures` says why there are no differences. `differ` names the data that the runs do not share.
+    `no_figures` says why nothing can be compared. `differ` names data on which the runs cannot be compared.
     """
 
     seeds: tuple[int, ...]

@@ -13,9 +13,9 @@ from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecor
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """The progress of a search: its trials in order of their numbers, and the best of its finished trials.
+    """The progress of a search: its trials in order of their numbers, and `best`, the best finished searched plan.
 
-    `best` has a searched plan, `best_control` is a control. `seconds_left` assumes the mean time of ended trials.
+    `best_control` is the best finished uniform, seed or given plan. `seconds_left` assumes a trial's mean time.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -29,7 +29,7 @@ class SearchProgress:
 
     @property
     def running(self) -> list[TrialRecord]:
-        """The trials that are not over."""
+        """The trials that have not ended, also those that still wait for a slot."""
         return [trial for trial in self.trials if not trial.is_over]
 
 
@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return trials to plot together: this search's and, for a given plan, all given plans and those of `beside`."""
+    """Return a search's trials and, for a given plan (`--plan`), those of other given plans and of a search without."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 
@@ -84,13 +84,13 @@ def score(rung: RungResult | FreshScore, metric: str) -> float:
     return rung.accuracy
 
 
-def score_with_step(shown: str, rung: int, step: int) -> str:
-    """Append `@RUNG`, the step of the score's rung, if the trial has reached a later step."""
-    return shown if rung == step else f"{shown} @{rung}"
+def score_with_step(score_text: str, scored_step: int, current_step: int) -> str:
+    """Append `@` and the step at which the score was measured, if the trial has since reached a later step."""
+    return score_text if scored_step == current_step else f"{score_text} @{scored_step}"
 
 
 def control_name(control: TrialRecord) -> str:
-    """Return the title of the best control: `given plan` if the user gave its plan, else `best control`."""
+    """Return the title of the best plan that no searcher proposed: `given plan` (by the user) or `best control`."""
     return "given plan" if control.is_given else "best control"
 
 
@@ -112,14 +112,14 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
 
 
-def bar(trial: TrialRecord | FrontPoint) -> str:
-    """Format a trial's plan with one character per group."""
+def plan_text(trial: TrialRecord | FrontPoint) -> str:
+    """Format a trial's plan with one character per group: ``4``, ``8``, or ``F`` for 16 bits."""
     return str(PrecisionPlan.from_dict(trial.plan))
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
     """Describe a trial in one line: number, plan, last score, status."""
-    line = f"trial {trial.index:>3} [{bar(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
+    line = f"trial {trial.index:>3} [{plan_text(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
     if trial.rungs:
         last = trial.rungs[-1]
         accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"

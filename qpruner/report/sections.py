@@ -9,7 +9,7 @@ import yaml
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.report import tables
-from qpruner.report.claim import claim, margin
+from qpruner.report.claim import claim, margin_text
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.plots.model import importance, plan_map
 from qpruner.report.plots.search import Shown, best_so_far, front
@@ -83,8 +83,7 @@ def _search(run: Snapshot) -> Iterator[Part]:
         return
     yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
     if state:
-        together = shown_together(state, run.trials)
-        for draw, trials in ((front, run.trials), (best_so_far, together)):
+        for draw, trials in ((front, run.trials), (best_so_far, shown_together(state, run.trials))):
             if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
                 yield chart
     if search:
@@ -119,11 +118,10 @@ def search_text(search: SearchRecord) -> list[str]:
         return [text, f"{given}{beside if controls else 'the only one scored on fresh rows'}."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    return [text, f"{best} {margin(search)}".strip()]
+    return [text, f"{best} {margin_text(search)}".strip()]
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
-    """Describe the progress of a search that is not over."""
     assert run.state.search
     counts = {word: sum(trial.status == name for trial in run.own_trials) for name, word in run.statuses.items()}
     text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)

@@ -43,7 +43,7 @@ class Liveness:
 
     @property
     def outcome(self) -> str:
-        """The command's recorded outcome; without a recorded one, `RUNNING`, `CUT_OFF` or `GONE`."""
+        """The recorded outcome; else `RUNNING`, `CUT_OFF` (process died), or `GONE` (no heartbeat from its machine)."""
         if self.state.outcome != RUNNING:
             return self.state.outcome
         if self.driver is None or not self._is_of_driver:
@@ -52,7 +52,7 @@ class Liveness:
 
     @property
     def successor(self) -> Holder | None:
-        """The process of a newer command, if one holds the lock but has not begun a stage."""
+        """The process that holds the lock, if its command is newer than `state` and has not begun a stage."""
         if self.driver and self.driver.state == "alive" and not self._is_of_driver:
             return self.driver.holder
         return None
@@ -93,17 +93,17 @@ class Snapshot:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the winner is fine-tuned and evaluated; the comparison may still be missing."""
+        """Whether the winner is fine-tuned and evaluated; other plans to compare it with may still be missing."""
         return self.results.evaluate is not None
 
     @property
     def lacks_comparison(self) -> bool:
-        """Whether `finetune.compare` is on and the comparison is missing."""
+        """Whether other plans are to be compared with the winner (`finetune.compare`), and are not yet fine-tuned."""
         return self.state.compares and self.results.comparison is None
 
     @property
     def how_to_compare(self) -> str | None:
-        """A sentence on how to add the comparison; None unless the run finished and its configuration asks for none."""
+        """How to compare the winner with other plans; None if `finetune.compare` is set, or the run is not finished."""
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         return how_to_compare(self.state.command) if is_finished else None
 

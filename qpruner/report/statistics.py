@@ -1,7 +1,7 @@
 """Estimates the differences between rows of the final table, with 95 % intervals.
 
-Models are paired by training seed, their scores by question or confirmation row. `qpruner.data.measures` computes means
-and standard errors over tasks and questions.
+Models are paired by training seed, their scores by test question or by row of `data.confirmation`.
+`qpruner.data.measures` computes means and standard errors over tasks and questions.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Pair = tuple[FineTune, FineTune]
 
 @dataclass(frozen=True)
 class Difference:
-    """The searched row minus another row in one measure; `half_width` is half of the 95 % interval around `mean`.
+    """How much one row of the final table exceeds another in a measure: `mean` ± `half_width`, a 95 % interval.
 
-    `spread` is the standard deviation over training seeds. `num_pairs` counts questions or confirmation rows.
+    `spread` is its standard deviation over training seeds, `num_pairs` counts questions or `data.confirmation` rows.
     `verdict` is `better` or `worse` if the interval excludes zero, else `not distinguishable`.
     """
 
@@ -52,13 +52,13 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
-    """Return how much larger the second model of a pair is, as a share of the first, in the pair that differs most."""
+    """Return (second - first) / first of the models' bytes, in the pair with the largest absolute share."""
     sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
-    """Compare accuracies question by question, and answer losses if every task has choices."""
+    """Return the differences in accuracy and, if every task has choices, answer loss, both paired by question."""
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
     found = []
@@ -74,7 +74,7 @@ def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
-    """Compare confirmation losses, paired by confirmation row if the records have each row's loss."""
+    """Return the difference in confirmation loss, paired by row if the records have every row's loss, else unpaired."""
     values = [ours.confirmation_loss - theirs.confirmation_loss for (ours, _), (theirs, _) in pairs]
     both = [(ours.confirmation_losses, theirs.confirmation_losses) for (ours, _), (theirs, _) in pairs]
     by_pair = [[_less(ours, theirs)] for ours, theirs in both] if all(all(each) for each in both) else []
@@ -82,7 +82,7 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
 
 
 def paired_losses(one: FinalistScore, other: FinalistScore) -> Estimate | None:
-    """Estimate one finalist's loss minus another's, paired by fresh row; None without the losses by row."""
+    """Return mean and standard error of one finalist's loss minus another's, row by row; None without losses by row."""
     if not len(one.losses) == len(other.losses) > 1:
         return None
     return measures.over_questions(_less(one.losses, other.losses))
@@ -127,13 +127,13 @@ def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by
 
 
 def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
-    """Return half of the 95 % interval; None if there are too few values to estimate a spread.
+    """Return half of a difference's 95 % interval from its means by seed, plan and data row; None if these are too few.
 
     Against several random plans, use the prediction interval for one more random plan. Each plan's value is a mean
     over seeds, so the spread of these values already includes the effects of plan, seeds and questions.
 
     Against one plan, use the wider of Student's interval over seeds and the normal interval over questions or rows.
-    With one training seed the spread over seeds is missing, so more than 5 % of intervals for equal plans exclude 0.
+    With one training seed the spread over seeds is missing: the interval is too narrow, and too often excludes 0.
     """
     if len(by_plan) > 1:
         return measures.half_width(by_plan, of_next=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from qpruner.data import measures
 from qpruner.report.content import Table
-from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, Row, Turns, rows, title_of, under_first_seed
-from qpruner.report.search_progress import bar, score, score_name, score_title
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, Row, Speed, rows, title_of, under_first_seed
+from qpruner.report.search_progress import plan_text, score, score_name, score_title
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.statistics import paired_losses
 from qpruner.runs.records import (
@@ -121,8 +121,8 @@ def cells(row: Row) -> dict[str, str]:
         "parameters": f"{row.num_parameters / 1e6:.1f} M",
         "peak memory": f"{row.peak_memory_bytes / 1e6:.0f} MB",
         "inference memory": "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
-        "prefill tokens/s": _turns_text(row.prefill_tokens_per_second),
-        "decode tokens/s": _turns_text(row.decode_tokens_per_second),
+        "prefill tokens/s": _speed_text(row.prefill_tokens_per_second),
+        "decode tokens/s": _speed_text(row.decode_tokens_per_second),
     }
 
 
@@ -140,7 +140,7 @@ def final_tables(results: Results) -> list[Table]:
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
-    """Build one part of the final table; a heading or the caption names the metric of the accuracy."""
+    """Build one part of the final table; the caption names the metrics of the accuracy if tasks differ in them."""
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
@@ -150,8 +150,8 @@ def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: S
     return Table(caption, shown, [tuple(line[heading] for heading in headings) for line in body])
 
 
-def _turns_text(figures: Turns | None) -> str:
-    """Format a row's speeds: the median and, in brackets, minimum and maximum."""
+def _speed_text(figures: Speed | None) -> str:
+    """Format a speed: the median and, in brackets, minimum and maximum; `-` if it was not measured."""
     if figures is None:
         return "-"
     median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
@@ -273,7 +273,7 @@ def trials(run: Snapshot) -> Table:
                 f"{score(last, run.metric):.4f}" if last else "-",
                 f"{last.step}" if last else "-",
                 f"{trial.seconds:.0f}",
-                bar(trial),
+                plan_text(trial),
                 trial.reason or "-",
             )
         )
@@ -311,7 +311,8 @@ def front(search: SearchRecord) -> Table:
             f"; on average over budgets, {search.hypervolume:.4f} {unit} better than the smallest plan (hypervolume)"
         )
     body = [
-        (f"{each.index}", each.origin, _megabytes(each.plan_bytes), bar(each), *_fresh(each)) for each in search.front
+        (f"{each.index}", each.origin, _megabytes(each.plan_bytes), plan_text(each), *_fresh(each))
+        for each in search.front
     ]
     headings = ("trial", "from", "bytes", "plan", *_fresh_headings(search))
     return Table(caption, headings, body).without_empty_columns()

@@ -1,10 +1,10 @@
 """Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
 HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far beside the
-controls. Text has the configuration and the final table.
+controls (uniform, seed and given plans). Text has the configuration and the final table.
 
 A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
-appended, and an open TensorBoard shows them. After a crash, the same call completes or rewrites the file.
+appended, and an open TensorBoard shows them. After a crash, repeating the command completes or rewrites the file.
 tensorboardX's `SummaryWriter` sets its own times and file names and only appends, so this module makes the messages.
 """
 
@@ -29,7 +29,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
 from qpruner.report import sections
 from qpruner.report.content import markdown
-from qpruner.report.search_progress import bar, best_so_far, in_order_of_end, score, score_name, shown_together
+from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_text, score, score_name, shown_together
 from qpruner.runs import events
 from qpruner.runs.records import Results, SearchState, TrialRecord
 
@@ -88,7 +88,7 @@ class Board:
                     self._write_curves(self._search)
 
     def _write_curves(self, search: SearchState) -> None:
-        """Write the best score so far, one line per control, the HParams table's columns and the configuration."""
+        """Write the curve of the best score, every control's score as a level line, HParams columns and `config`."""
         config, trials = self._config, in_order_of_end(self._trials.values())
         over = shown_together(search, trials)
         found = [_text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")]
@@ -107,8 +107,7 @@ class Board:
 
 def write_result(root: Path, results: Results) -> None:
     """Write the claim and the final table as a text for TensorBoard."""
-    table = "\n\n".join(markdown(sections.measured(results)))
-    write_events(root / FOLDER / RESULT, [_text("final table", table)])
+    write_events(root / FOLDER / RESULT, [_text("final table", "\n\n".join(markdown(sections.measured(results))))])
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
@@ -151,14 +150,14 @@ def _end(trial: TrialRecord) -> float:
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """Return the HParams columns of a trial; TensorBoard sorts them by ASCII and by default shows the first five."""
+    """Return a trial's HParams columns; capitals sort first in TensorBoard, which shows five columns by default."""
     return {
         "#": f"{trial.index:04d}",  # a text, because TensorBoard shows numbers with four decimals
         "From": trial.origin,
         "MB": trial.plan_bytes / 1e6,
         "Mean bits": trial.mean_bits,
         "Status": trial.status,
-        "plan": bar(trial),
+        "plan": plan_text(trial),
         "search": "this" if trial.search == search.search else "another",
         **{f"bits {group}": bits for group, bits in trial.plan.items()},
     }
@@ -225,9 +224,9 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 
 
 def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """Return the messages of an HParams row. TensorBoard merges rows of equal title, and adds the run's last scalars.
+    """Return the messages of an HParams row, whose `title` must be unique, because TensorBoard merges equal ones.
 
-    tensorboardX's function `hparams` sets neither titles nor times, so it is not used here.
+    It takes the metrics from the run's last scalars. tensorboardX's function `hparams` sets neither titles nor times.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]

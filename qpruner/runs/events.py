@@ -14,7 +14,7 @@ class Event:
 
 @dataclass(frozen=True)
 class StageStarted(Event):
-    """A stage begins."""
+    """A stage begins; `detail` says what it does."""
 
     stage: str
     detail: str
@@ -22,7 +22,7 @@ class StageStarted(Event):
 
 @dataclass(frozen=True)
 class StageFinished(Event):
-    """A stage has written its record."""
+    """A stage has written its record; `figures` are its main results as text."""
 
     stage: str
     seconds: float
@@ -31,7 +31,7 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class StageSkipped(Event):
-    """A stage is skipped, because its record has the same input digest; `seconds` is how long the recorded run took."""
+    """A stage is skipped, as its record was made from the same inputs; `seconds` is how long the recorded run took."""
 
     stage: str
     figures: str

@@ -1,9 +1,9 @@
 """A lock file names the driver, the one process that works on a run; the file's time of change is the last heartbeat.
 
-A lock is stale if its driver is dead. A new command can see that on its own machine. For a driver on another machine it
-waits until the next heartbeat is overdue, since clocks may differ. `filelock` lets only one process judge a lock at a
-time, but at a URI only within one machine (pyarrow 26 has no conditional put): if drivers on two machines start in the
-same instant, the first heartbeat ends one of them.
+A lock is stale if its driver is dead. A new command sees from the process id whether a driver on the same machine is
+dead. For a driver on another machine it waits until the next heartbeat is overdue, since clocks may differ. `filelock`
+lets one process at a time judge a lock; for a run at a URI, one on each machine (pyarrow 26 has no conditional put). If
+drivers on two machines then take one lock in the same instant, the first heartbeat ends one of them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Holder(Recorded):
 
 
 class Driver(NamedTuple):
-    """The holder of the lock of a run and its state; the next command takes the lock unless the holder is alive."""
+    """The process that holds the lock of a run; the next command takes the lock unless the process is alive."""
 
     holder: Holder
     beat: float
@@ -159,16 +159,16 @@ def _read_lock(lock: Storage) -> tuple[Holder, float] | None:
 
 
 def _take(
-    lock: Storage, me: Holder, notify: Callable[[str], None], silent: tuple[Holder, float] | None, limit: float
+    lock: Storage, me: Holder, notify: Callable[[str], None], earlier: tuple[Holder, float] | None, seconds: float
 ) -> tuple[Holder, float] | None:
-    """Take the lock if it is free, stale or unchanged since `silent` was read; else return its holder and heartbeat."""
+    """Take the lock if it is free, stale, or still as it was `earlier`, `seconds` ago; else return what it is now."""
     with exclusive(lock.path):
         if current := _read_lock(lock):
             holder, _ = current
             is_here = holder.machine == me.machine
-            if (is_here and _is_alive(holder)) or (not is_here and current != silent):
+            if (is_here and _is_alive(holder)) or (not is_here and current != earlier):
                 return current
-            why = "that process is dead" if is_here else f"no sign of life for {limit:.0f} s"
+            why = "that process is dead" if is_here else f"no sign of life for {seconds:.0f} s"
             notify(f"taking over from process {holder.pid} on {holder.host}: {why}")
         lock.write(me.model_dump_json().encode())
     return None

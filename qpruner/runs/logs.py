@@ -73,7 +73,7 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads changed TensorBoard files and the changed log while a command works on a run at a URI."""
+    """Uploads changed TensorBoard files (in `folder`) and the log (`file`) while a command works on a run at a URI."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file
@@ -89,7 +89,7 @@ class Uploader:
             self._upload(is_last=False)
 
     def close(self) -> None:
-        """Upload the remaining changes, and delete TensorBoard files at the URI that this command did not upload."""
+        """Upload the remaining changes, and delete outdated TensorBoard files of earlier commands at the URI."""
         if self._is_needed:
             self._upload(is_last=True)
 

@@ -11,20 +11,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from qpruner.errors import UserError
+from qpruner.runs import storage
 from qpruner.runs.records import RUN_ID, PrepareRecord
-from qpruner.runs.storage import (
-    RecordType,
-    Storage,
-    empty_folder,
-    file_digest,
-    read_json,
-    read_text,
-    remove,
-    run_root,
-    storage_at,
-    write_json,
-    write_text,
-)
+from qpruner.runs.storage import RecordType, Storage
 
 STATE, LOG = "run.json", "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
@@ -35,7 +24,7 @@ class RunDir:
     """Paths and records of one run; `root` is its folder or URI, or the path that `run_root` returned for either."""
 
     def __init__(self, root: str | Path, create: bool = True) -> None:
-        self.root = run_root(root)
+        self.root = storage.run_root(root)
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
         self.trials = self.root / "trials"
@@ -44,7 +33,7 @@ class RunDir:
     @property
     def storage(self) -> Storage:
         """The storage of the run folder."""
-        return storage_at(self.root)
+        return storage.storage_at(self.root)
 
     @property
     def place(self) -> str:
@@ -61,10 +50,10 @@ class RunDir:
     def id(self) -> str:
         """The random id of the run, made at its first use; a later run in the same folder has another id."""
         path = self.root / RUN_ID
-        run_id = read_text(path)
+        run_id = storage.read_text(path)
         if run_id is None:
             run_id = uuid.uuid4().hex[:12]
-            write_text(path, run_id)
+            storage.write_text(path, run_id)
         return run_id
 
     def stage(self, name: str) -> Path:
@@ -78,17 +67,17 @@ class RunDir:
     @property
     def tune(self) -> Path:
         """The folder on this machine for the experiment files of Ray Tune, which nothing reads back."""
-        return storage_at(self.root / "tune").staging
+        return storage.storage_at(self.root / "tune").staging
 
     def scratch_path(self, name: str) -> Path:
         """Return the path on this machine where a folder of the run is prepared before it is published."""
         if self.storage.fills_this_disk:
             return self.root / f".scratch-{name}"
-        return storage_at(self.stage(name)).staging
+        return storage.storage_at(self.stage(name)).staging
 
     def scratch(self, name: str) -> Path:
         """Make an empty folder at the `scratch_path` of a folder of the run."""
-        return empty_folder(self.scratch_path(name))
+        return storage.empty_folder(self.scratch_path(name))
 
     def begin(self, name: str, resume: bool = False) -> Path:
         """Make the folder for a stage to write to; with `resume`, keep the files that a killed command left there."""
@@ -105,36 +94,33 @@ class RunDir:
         """Publish the files that a stage wrote, then write its record."""
         if written != self.stage(name):
             self.forget(name)
-            storage_at(self.stage(name)).publish(written)
+            storage.storage_at(self.stage(name)).publish(written)
         self.write_record(name, record)
-
-    def has_folder(self, name: str) -> bool:
-        """Return True if a recorded stage has its folder, or is in an object store, which keeps no empty folder."""
-        return not self.storage.fills_this_disk or self.stage(name).is_dir()
 
     def write_record(self, name: str, record: BaseModel) -> None:
         """Write the record of a stage."""
-        write_json(self.record_path(name), record)
+        storage.write_json(self.record_path(name), record)
 
     def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
         """Read the record of a stage; return None if there is none, and raise `CorruptFile` if it is damaged."""
-        return read_json(self.record_path(name), kind)
+        return storage.read_json(self.record_path(name), kind)
 
     def write_state(self, state: BaseModel) -> None:
         """Write the state of the present command; fail at once if the storage is full or cannot be reached."""
-        write_json(self.root / STATE, state, patience_seconds=0.0)
+        storage.write_json(self.root / STATE, state, patience_seconds=0.0)
 
     def read_state(self, kind: type[RecordType]) -> RecordType | None:
         """Read the state of the latest command; return None before the first command."""
-        return read_json(self.root / STATE, kind)
+        return storage.read_json(self.root / STATE, kind)
 
     def forget(self, name: str) -> None:
         """Delete the record of a stage, so that the stage runs again."""
-        remove(self.record_path(name))
+        storage.remove(self.record_path(name))
 
     def final_digests(self) -> dict[str, str]:
         """Return the sha256 of the files that differ between final models: adapter, and config.json with the plan."""
-        return {name: file_digest(self.root / "final" / name) for name in ("adapter_model.safetensors", "config.json")}
+        names = ("adapter_model.safetensors", "config.json")
+        return {name: storage.file_digest(self.root / "final" / name) for name in names}
 
     def record_path(self, name: str) -> Path:
         """Return the path of the record of a stage."""

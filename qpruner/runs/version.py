@@ -17,9 +17,10 @@ COMMIT_FILE = "commit.txt"
 def commit() -> str | None:
     """Return the commit of this code, with `+modified` if the checkout has changes; None if it is unknown."""
     if (_PACKAGE.parent / ".git").exists():
+        command = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
         try:
-            changes = _git("status", "--porcelain", "--untracked-files=no")
-            return _git("rev-parse", "--short=12", "HEAD") + ("+modified" if changes else "")
+            run = subprocess.run([*command, "--dirty=+modified"], capture_output=True, text=True, check=True)  # noqa: S603
+            return run.stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
     file = _PACKAGE / COMMIT_FILE
@@ -29,8 +30,3 @@ def commit() -> str | None:
 def describe() -> str:
     """Return the version for people, `0.1.0 (commit f314f2b0c1d2)`, or only the number if the commit is unknown."""
     return f"{VERSION} (commit {known})" if (known := commit()) else VERSION
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 (our words)

@@ -1,9 +1,10 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
-under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are knapsacks
-of sampled effects, plans improved from those knapsacks, and neighbours of the best plans. For a Pareto front the
-improvement is that of the hypervolume, summed over ranges of bytes. Each range has its own plan to beat.
+under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are the best
+plans for sampled effects (an effect is what a level of a group adds to the score), plans improved from those, and
+neighbours of the best plans. For a Pareto front the improvement is that of the hypervolume, summed over ranges of
+bytes. Each range has its own plan to beat.
 """
 
 from __future__ import annotations
@@ -112,9 +113,8 @@ class GaussianProcessProposer:
         return candidates, values
 
     def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
-        """Return the best plan of each sample of effects, and plans a few steps up the expected improvement."""
-        noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
-        effects = posterior.effects(noise)
+        """Find the best plan by each posterior sample of effects, and plans a few steps up the expected improvement."""
+        effects = posterior.effects(torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects))))
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
         if self._pareto:
             lowest = self._plans.bytes.amin(1).sum()
@@ -142,7 +142,7 @@ class Goal:
         return self.references[torch.searchsorted(self.edges[1:-1].to(capacities.dtype), capacities, right=True)]
 
     def log_improvement(self, posterior: Posterior, candidates: Tensor) -> Tensor:
-        """Compute the log expected improvement ``(n,)`` of plans ``(n, groups)``, in the unit of the score."""
+        """Compute the logarithm ``(n,)`` of the expected improvement in score of plans ``(n, groups)``."""
         mean, variance = posterior.gap(candidates, self.references)
         # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
         scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
@@ -171,7 +171,7 @@ class _Marginals(Model):  # type: ignore[misc]
 
 
 def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = False) -> Goal:
-    """Return the goal: to beat the best plan or, with `pareto`, to add to the hypervolume of the front."""
+    """Return the goal: to beat the best of the plans `known` or, with `pareto`, to add to their hypervolume."""
     inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
     means = posterior.mean(inside)
     if not pareto:

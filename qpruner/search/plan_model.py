@@ -54,13 +54,12 @@ class PlanModel:
     - `sublayer`: one effect for all groups of a kind, whose names differ in numbers only (`layers.#.qkv`);
     - `depth`: effects that are similar for groups of a kind in neighbouring blocks, if all names have a number;
     - `group`: an independent effect for every group, with one variance for each kind;
-    - `sensitive`: the mean of the sensitivities times an independent factor for every group; heavy-tailed like `group`;
+    - `sensitive`: the mean of the sensitivities times an independent factor for every group;
     - `level`: an independent effect for every level between lowest and highest;
-    - `methods`: proportional to each sensitivity.
+    - `methods`: one term for each sensitivity, proportional to it.
 
     `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
-    effect is proportional to the mean of the sensitivities `priors`, scaled to the same variance; if all are 0, to the
-    bytes saved.
+    effect is proportional to the mean of the `priors`, each scaled to variance 1; if all are 0, to the bytes saved.
     """
 
     def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
@@ -83,9 +82,8 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, minus the last level."""
-        below = torch.arange(self.num_levels - 1)
-        hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, except the last level."""
+        hot = (plans[:, :, None] == torch.arange(self.num_levels - 1)).to(torch.float64) - 1.0 / self.num_levels
         return hot.reshape(len(plans), self.num_effects)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
@@ -168,15 +166,14 @@ class Data:
 def informative(observations: Sequence[Observation]) -> list[Observation]:
     """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that have several."""
     latest = {item.index: item.step for item in observations}
-    several = sorted({item.index for item in observations if item.step < latest[item.index]})
-    kept = set(several[-NUM_RUNG_PAIRS:])
+    kept = set(sorted({item.index for item in observations if item.step < latest[item.index]})[-NUM_RUNG_PAIRS:])
     return [item for item in observations if item.step == latest[item.index] or item.index in kept]
 
 
 def settled(history: History) -> tuple[Observation, ...]:
     """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
 
-    Of more trials only the first count. Their number rises by a tenth at a time, so that a fit serves many proposals.
+    Later only the first 100 count until 110 are over, then 110 until 121 are, and so on: one fit serves many proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

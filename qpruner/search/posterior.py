@@ -91,7 +91,7 @@ class Posterior:
         return mean, solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance ``(references, n)`` of the difference in score from each reference plan."""
+        """Return mean and variance ``(references, n)`` of each plan's score minus the score of each reference plan."""
         mean, white, prior = self.marginals(plans)
         mean_at, white_at, prior_at = self.marginals(reference)
         zeros = self._ranks.new_zeros
@@ -120,8 +120,8 @@ class Posterior:
 
         ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the reference plan and
         ``u`` its mean divided by ``s``. Its derivative is ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``; here
-        both are divided by ``Phi(u)``. As ``s`` is convex in the features, the plan with the least sum of slopes is no
-        worse at the same ratio of the derivatives. First order only: interactions between groups are left out.
+        both are divided by ``Phi(u)``. To first order in mean and ``s``, the plan with the least sum of slopes has at
+        least the improvement of that in `plans`, as ``s`` is convex in the features. Interactions are left out.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)
@@ -163,7 +163,7 @@ class Posterior:
         features = self._model.features(data.plans)
         grams = torch.stack([features @ part @ features.T for part in self._model.parts.values()])
         distance = self._model.mismatches(data.plans, data.plans)
-        same_rung = _levels(data.ranks, data.ranks)
+        same_rung = _rung_mean(data.ranks, data.ranks)
         diagonal = torch.eye(len(data.scores), dtype=torch.float64)
         scores = (data.scores - self._center) / self.unit
 
@@ -203,7 +203,7 @@ class Posterior:
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         seen = features * self._rung_factor(self.hyper, data.ranks, data.ranks.new_zeros(1))
         distance = self._model.mismatches(data.plans, data.plans)
-        rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _levels(data.ranks, data.ranks) + noise
+        rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _rung_mean(data.ranks, data.ranks) + noise
         stretch = torch.ones_like(mine)
         for _ in range(NUM_STEPS):
             additive = features @ (rest + mine * stretch) @ features.T
@@ -237,7 +237,7 @@ class Posterior:
     def _shape(self, hyper: Tensor, additive: Tensor, distance: Tensor) -> Tensor:
         """Return the kernel within a rung, from its additive part and the share of groups in which plans differ.
 
-        `pairwise` covers products of two effects; `local` anything else that similar plans have in common.
+        The hyperparameter `pairwise` weighs products of two effects, and `local` all else that similar plans share.
         """
         pairwise, local, reach = (self._value(name, hyper) for name in ("pairwise", "local", "reach"))
         total = hyper[: len(self._model.parts)].exp().sum()
@@ -246,9 +246,9 @@ class Posterior:
     def _between(self, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor) -> Tensor:
         additive = self._model.features(plans) @ self._covariance @ self._model.features(others).T
         kernel = self._shape(self.hyper, additive, self._model.mismatches(plans, others))
-        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + _levels(ranks, their_ranks)
+        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + _rung_mean(ranks, their_ranks)
 
 
-def _levels(left: Tensor, right: Tensor) -> Tensor:
-    """Return the kernel of the rungs' mean scores, about which the prior knows almost nothing."""
-    return CONSTANT_VARIANCE * (left[:, None] == right).to(torch.float64)
+def _rung_mean(ranks: Tensor, their_ranks: Tensor) -> Tensor:
+    """Return the kernel of the rungs' mean scores, by rank of the rungs; the prior knows almost nothing about them."""
+    return CONSTANT_VARIANCE * (ranks[:, None] == their_ranks).to(torch.float64)

@@ -1,8 +1,8 @@
 """Proposers of plans, and the ledger that turns proposals into new plans inside the budget.
 
-Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` hands out the controls first,
-replaces a proposal that is over budget or known by the nearest new feasible plan, and keeps the results. Suggestion k
-depends only on the seed, k and the results known when it is asked for.
+Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` first hands out the controls
+(plans to beat). It replaces a proposal that is over budget or known already by the nearest new feasible plan, and keeps
+the results. Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -46,8 +47,7 @@ class History:
     def last(self) -> list[Observation]:
         """Return the observation at the latest rung of each trial that is over."""
         running = set(self.pending)
-        latest = {item.index: item for item in self.observations if item.plan not in running}
-        return list(latest.values())
+        return list({item.index: item for item in self.observations if item.plan not in running}.values())
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,10 @@ class Proposer(Protocol):
 
 def check_searcher(name: str) -> None:
     """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
-    if name != "bayesopt":
-        return
-    try:
+    found = "none"
+    with suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version("bayesian-optimization")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 has no more
+    if name == "bayesopt" and not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
         raise UserError(
             f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
             '`pip install "qpruner[bayesopt]"`'
@@ -133,16 +130,15 @@ class ScalarizedProposer:
             weighted = (both - both.min(axis=0)) / np.where(width > 0, width, 1.0) * np.array([weight, 1 - weight])
             distances = weighted.max(axis=1) + 0.05 * (weighted[:, 0] + weighted[:, 1])
             seen = tuple(replace(item, score=float(at)) for item, at in zip(seen, distances, strict=True))
-        proposal = self.inner.propose(index, replace(history, observations=seen))
-        return replace(proposal, expected_improvement=None)
+        return replace(self.inner.propose(index, replace(history, observations=seen)), expected_improvement=None)
 
 
 @dataclass
 class Ledger:
-    """Keeps every plan of a search, in order.
+    """Suggests the plans of a search one by one, and keeps their scores.
 
     A plan that diverges or does not fit in memory counts as bad, not as unknown. It gets a score at the last step that
-    any plan has reached: the worst score there plus the range of scores there (plus 1 % if there is only one).
+    any plan has reached: the worst score there plus the range of scores there; if all are equal, the score plus 1 %.
     """
 
     space: PlanSpace
@@ -260,6 +256,6 @@ class Ledger:
         return Suggestion(**vars(replace(proposal, plan=plan)), index=index, origin=self.proposer.name)
 
     def _count_unpromising(self, proposal: Proposal) -> None:
-        """Count the proposals in a row whose expected improvement is below the noise, over all sessions."""
+        """Count, for `patience`, the proposals in a row (over all sessions) that expect to gain less than the noise."""
         if proposal.expected_improvement is not None and proposal.noise is not None:
             self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0

@@ -23,7 +23,7 @@ from qpruner.training.finetune import Listener, Schedule, finetune
 
 
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
-    """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung."""
+    """Assemble the plan's model, fine-tune it (from the checkpoint `start`, if any), score and report each rung."""
     config, materials = job.config, job.materials
     one_at_a_time = threading.Lock()  # several threads read files
 
@@ -31,7 +31,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         with one_at_a_time:
             progress(0)
 
-    checkpoint = fetch(materials.checkpoint, on_read)
+    checkpoint, start = fetch(materials.checkpoint, on_read), fetch(start) if start else None
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
     quantize, dtype = config.quantize, config.model.dtype
     assembler = plan_assembler(checkpoint, materials.bank, quantize.group, dtype, quantize.double_quant, config.lora)

@@ -15,21 +15,8 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
+from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
-from qpruner.runs.storage import (
-    FILES,
-    children,
-    display_name,
-    folder_digests,
-    for_each,
-    quarantine,
-    read_existing,
-    read_json,
-    read_progress,
-    remove,
-    write_json,
-    write_progress,
-)
 
 SETTING_REMEDIES = {
     "diverged": "lower `training.learning_rate`",
@@ -74,7 +61,7 @@ class TrialJob:
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
-"""The type of `run_trial` and its stand-ins; the path is the last checkpoint of the trial, if it has one."""
+"""The type of `run_trial` and of what tests run instead; the path is the last checkpoint of the trial, if any."""
 
 
 def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
@@ -94,13 +81,18 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
     """
     for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
-            notify(f"{record}; {_rebuild(folder, path)}")
+            suggested = _record_or_error(path.with_name(SUGGESTED))
+            where, then = storage.quarantine(path.parent, folder), "its number gets another plan"
+            if isinstance(suggested, TrialRecord):
+                begin_trial(folder, suggested)
+                then = "that trial is run again"
+            notify(f"{record}; set aside in {where}, and {then}")
         elif record and not record.is_over:
             restart_if_damaged(folder, record, notify)
     try:
         read_clock(folder, search)
     except CorruptFile as error:
-        where = quarantine(_clock_path(folder, search), folder)
+        where = storage.quarantine(_clock_path(folder, search), folder)
         notify(f"{error}; set aside in {where}, and the search's hours count from zero")
 
 
@@ -110,58 +102,48 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     if checkpoint is None:
         return False
     read_trial(folder, record.index)  # waits if the storage is away, where all files seem missing
-    found = folder_digests(checkpoint)
+    found = storage.folder_digests(checkpoint)
     if found == record.checkpoint:
         return False
-    where = f"set aside in {quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
-    notify(f"{display_name(checkpoint)} is damaged: {where}; trial {record.index} is restarted")
+    where = f"set aside in {storage.quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
+    notify(f"{storage.display_name(checkpoint)} is damaged: {where}; trial {record.index} is restarted")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
 
 
-def _rebuild(folder: Path, path: Path) -> str:
-    """Set aside a trial whose record is damaged, and begin it again if its plan is known; say what was done."""
-    suggested = _record_or_error(path.with_name(SUGGESTED))
-    where = f"set aside in {quarantine(path.parent, folder)}"
-    if not isinstance(suggested, TrialRecord):
-        return f"{where}, and its number gets another plan"
-    begin_trial(folder, suggested)
-    return f"{where}, and that trial is run again"
-
-
 def _records(trials: Path) -> dict[Path, TrialRecord | CorruptFile | None]:
     """Read the records of all trials, in order of index; a damaged record is returned as its error."""
-    paths = [trials / name / "trial.json" for name in children(trials) if name.isdigit()]
-    return dict(zip(paths, for_each(_record_or_error, paths), strict=True))
+    paths = [trials / name / "trial.json" for name in storage.children(trials) if name.isdigit()]
+    return dict(zip(paths, storage.for_each(_record_or_error, paths), strict=True))
 
 
 def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
     try:
-        return read_json(path, TrialRecord)
+        return storage.read_json(path, TrialRecord)
     except CorruptFile as error:
         return error
 
 
 def read_trial(folder: Path, index: int) -> TrialRecord:
     """Read the record of a trial, which must exist."""
-    return read_existing(trial_path(folder, index), TrialRecord)
+    return storage.read_existing(trial_path(folder, index), TrialRecord)
 
 
 def begin_trial(folder: Path, record: TrialRecord) -> None:
     """Write the first record of a trial, and a copy that has the plan if the record is damaged later."""
-    write_json(trial_folder(folder, record.index) / SUGGESTED, record)
+    storage.write_json(trial_folder(folder, record.index) / SUGGESTED, record)
     write_trial(folder, record)
 
 
 def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | None = None) -> None:
     """Write a trial's record."""
-    write_json(trial_path(folder, record.index), record, patience_seconds)
+    storage.write_json(trial_path(folder, record.index), record, patience_seconds)
 
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
     """Read a trial's last pulse; None if there is none yet, the storage is away, or a crash damaged the file."""
-    text = read_progress(trial_folder(folder, index) / "pulse.json")
+    text = storage.read_progress(trial_folder(folder, index) / "pulse.json")
     with contextlib.suppress(ValidationError):
         return TrialPulse.model_validate_json(text) if text else None
     return None
@@ -169,7 +151,7 @@ def read_pulse(folder: Path, index: int) -> TrialPulse | None:
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
     """Write a trial's sign of progress; a crash may lose it."""
-    write_progress(trial_folder(folder, index) / "pulse.json", pulse.model_dump_json())
+    storage.write_progress(trial_folder(folder, index) / "pulse.json", pulse.model_dump_json())
 
 
 def trial_path(trials: Path, index: int) -> Path:
@@ -192,17 +174,17 @@ def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None
     last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
 
     def clean(folder: Path) -> None:
-        for name in children(folder):
-            is_checkpoint = name.lstrip(".").startswith("checkpoint-") and not name.endswith(FILES)
+        for name in storage.children(folder):
+            is_checkpoint = name.lstrip(".").startswith("checkpoint-") and not name.endswith(storage.FILES)
             if is_checkpoint and folder / name != last[folder]:
-                remove(folder / name)
+                storage.remove(folder / name)
 
-    for_each(clean, list(last))
+    storage.for_each(clean, list(last))
 
 
 def read_clock(trials: Path, search: str) -> SearchClock:
     """Return the seconds and the number of sessions that a search has taken so far."""
-    return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
+    return storage.read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
 
 
 def write_seconds(trials: Path, search: str, seconds: float, session: int | None = None) -> bool:
@@ -210,20 +192,20 @@ def write_seconds(trials: Path, search: str, seconds: float, session: int | None
     clock = read_clock(trials, search)
     if session is not None and clock.sessions > session:
         return False
-    write_json(_clock_path(trials, search), clock.model_copy(update={"seconds": seconds}))
+    storage.write_json(_clock_path(trials, search), clock.model_copy(update={"seconds": seconds}))
     return True
 
 
 def begin_session(trials: Path, search: str) -> int:
     """Begin a session of a search and return its number, from 1."""
     clock = read_clock(trials, search)
-    write_json(_clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1}))
+    storage.write_json(_clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1}))
     return clock.sessions + 1
 
 
 def wait_for_storage(trials: Path, search: str) -> None:
     """Wait until the clock of a search can be read: a storage that is away may show an empty folder."""
-    read_existing(_clock_path(trials, search), SearchClock)
+    storage.read_existing(_clock_path(trials, search), SearchClock)
 
 
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:

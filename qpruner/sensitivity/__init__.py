@@ -1,1 +1,1 @@
-"""Predict with several methods how much the loss rises if a group gets fewer bits, and derive a plan from each."""
+"""Predict with several methods how much the loss rises if a group gets fewer bits."""

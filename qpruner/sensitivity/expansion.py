@@ -1,7 +1,7 @@
 """Predict the rise of the loss from a Taylor expansion in the quantization error of the weights.
 
-Let ``E = W_start - W`` be the error, ``g_s`` the gradient of the summed loss of sample s, and N the number of labelled
-tokens. The predicted rise per token is
+Let ``E = W_start - W`` be the error of the weights with which trials start (dequantized, adapters added), ``g_s`` the
+gradient of the summed loss of sample s, and N the number of labelled tokens. The predicted rise per token is
 
 - first order: ``sum_s <g_s, E> / N``,
 - Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, which approximates the change of the predictions by the diagonal of the

@@ -39,7 +39,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What methods score: samples, groups and bank; `levels` ascend, and `scaling` is LoRA's factor alpha / rank."""
+    """What methods score: samples, `quantize.group` and bank; `levels` ascend, and `scaling` is LoRA's alpha / rank."""
 
     samples: Samples
     levels: tuple[int, ...]

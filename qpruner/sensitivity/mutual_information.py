@@ -46,21 +46,16 @@ class MutualInformation:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Raw estimates minus their baselines."""
+        """Raw estimates minus the mean estimates for shuffled labels."""
         return tuple(raw - base for raw, base in zip(self.raw_nats, self.baseline_nats, strict=True))
 
 
 def measure(
-    model: PreTrainedModel,
-    samples: Samples,
-    group: str,
-    settings: SensitivityConfig,
-    seed: int,
-    on_group: OnProgress = lambda done, total: None,
+    model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int, on_group: OnProgress
 ) -> MutualInformation:
     """Estimate the mutual information of every group's output with the predicted token, in one pass over the samples.
 
-    `seed` seeds the choice of positions and the shuffling of labels. `on_group` counts the groups after that pass.
+    `group` is `quantize.group`. `seed` draws positions and shuffles labels. `on_group` counts the estimated groups.
     """
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.errors import CorruptFile, TakenOver
-from qpruner.runs.storage import (
-    FILES,
-    children,
-    fetch,
-    file_digest,
-    published_folders,
-    read_existing,
-    remove,
-    retry_storage,
-    storage_at,
-    write_json,
-    writing_folder,
-)
+from qpruner.runs import storage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,28 +33,28 @@ class Ownership:
 
     def take(self) -> None:
         """Make this process the owner."""
-        write_json(self._path, _Owner(worker=self.worker))
+        storage.write_json(self._path, _Owner(worker=self.worker))
 
     def check(self) -> None:
         """Raise `TakenOver` if another process has become the owner."""
-        if read_existing(self._path, _Owner).worker != self.worker:
+        if storage.read_existing(self._path, _Owner).worker != self.worker:
             raise TakenOver
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest intact checkpoint of a fine-tune, fetched from an object store if needed, or None."""
-    listed = [name.removesuffix(FILES) for name in children(folder) if name.endswith(FILES)]
+    listed = [name.removesuffix(storage.FILES) for name in storage.children(folder) if name.endswith(storage.FILES)]
     steps = [int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")]
     for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
         if not is_damaged(checkpoint):
-            return fetch(checkpoint)
+            return storage.fetch(checkpoint)
     return None
 
 
 def is_damaged(checkpoint: Path) -> bool:
     """Return True if a checkpoint's files differ from its list of files; without such a list, return False."""
     try:
-        storage_at(checkpoint).verify()
+        storage.storage_at(checkpoint).verify()
         return False
     except CorruptFile:
         return True
@@ -88,21 +76,21 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
     if share.rank > 0:
         return
     ownership.check()  # the owner may have changed during the save
-    storage_at(folder / checkpoint.name).put_folder(checkpoint)
+    storage.storage_at(folder / checkpoint.name).put_folder(checkpoint)
     ownership.check()  # or while the checkpoint was published
-    for old in published_folders(folder):
+    for old in storage.published_folders(folder):
         if old.name != checkpoint.name:
-            remove(old)
+            storage.remove(old)
 
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
     """Save the adapter to a temporary folder in `checkpoints`, move it to `adapter`, and return its weights' digest."""
-    aside = storage_at(checkpoints / f"adapter-{ownership.worker}").staging
-    with writing_folder(aside):
-        retry_storage(lambda: model.save_pretrained(aside), aside)
-    digest = file_digest(aside / ADAPTER_WEIGHTS)
+    aside = storage.storage_at(checkpoints / f"adapter-{ownership.worker}").staging
+    with storage.writing_folder(aside):
+        storage.retry_storage(lambda: model.save_pretrained(aside), aside)
+    digest = storage.file_digest(aside / ADAPTER_WEIGHTS)
     ownership.check()
-    storage_at(adapter).publish(aside)
+    storage.storage_at(adapter).publish(aside)
     return digest
 
 
@@ -112,7 +100,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = fetch(folder) / ADAPTER_WEIGHTS
+    path = storage.fetch(folder) / ADAPTER_WEIGHTS
     try:
         state: dict[str, Any] = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:

@@ -157,7 +157,7 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
     if wanted and wanted not in accuracies:
         raise UserError(
             f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
-            f"{', '.join(accuracies)}: set one that all report or `accuracy` (each task's own), or name other tasks"
+            f"{', '.join(accuracies)}: set one that all report or `accuracy` (chosen per task), or name other tasks"
         )
     return wanted or accuracies[0]
 
@@ -198,8 +198,7 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
     """Return a question's text: the column with the question if the row has one, else the task's full prompt."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
-            passage = doc.get("passage", "")
-            return f"{doc[column]} {passage}".strip()
+            return f"{doc[column]} {doc.get('passage', '')}".strip()
     return str(task.doc_to_text(doc))
 
 

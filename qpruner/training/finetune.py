@@ -176,10 +176,7 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that takes its batches from `_Batches`, and computes logits at labelled tokens only.
-
-    It retries a save while storage is unavailable.
-    """
+    """A Trainer that takes its batches from `_Batches`, computes logits at labelled tokens only, and retries saves."""
 
     batches: _Batches
     before_save: Callable[[], None]

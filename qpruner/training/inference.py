@@ -33,14 +33,11 @@ NUM_TURNS = 3
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """The rows of the final table whose fine-tuned models one process times in turns.
-
-    The process writes `done total` turns to `progress`. The prompt is the beginning of the confirmation rows in `data`.
-    """
+    """Table rows whose fine-tuned models one process times in turns; the file `progress` gets `done total` turns."""
 
     config: RunConfig
     candidates: tuple[Candidate, ...]
-    data: Path
+    data: Path  # the confirmation rows there give the prompt
     threads: int
     progress: Path
 

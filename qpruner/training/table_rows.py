@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.runs.records import FinalistScore, TaskScore
+from qpruner.data.encoding import load_confirmation, load_encoded
+from qpruner.data.measures import over_tasks
+from qpruner.models.loading import load_tokenizer
+from qpruner.models.memory import PeakMemory, release
+from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
@@ -30,8 +34,8 @@ if TYPE_CHECKING:
 class Candidate:
     """A row of the final table: a checkpoint quantized by a plan; `folder` is for the fine-tune's files.
 
-    `name` is used in records, `title` in the table. `seed` sets data order and dropout of the fine-tune. A row without
-    a seed is scored without a fine-tune, with the initial adapters of its quantized layers.
+    `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed` sets data order and
+    dropout of the fine-tune. A row without a seed is scored without a fine-tune, with its initial adapters.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Candidate:
     plan: Mapping[str, int]
     folder: Path
     seed: int | None
+    origin: str = ""
 
     @property
     def label(self) -> str:
@@ -78,34 +83,16 @@ class CandidateJob:
     trackers: Trackers | None = None
 
 
-@dataclass(frozen=True)
-class FinetuneOutcome:
-    """The result of a fine-tune, in the fields of `CandidateRecord`; `peak_memory_bytes` is that of one process."""
-
-    seconds: float
-    steps: int
-    train_loss: float
-    validation_loss: float
-    confirmation_loss: float
-    confirmation_losses: tuple[float, ...]
-    measured_bytes: int
-    peak_memory_bytes: int
-    memory_counter: str
-    adapter_sha256: str
-    tracker_errors: tuple[str, ...] = ()
-
-
-def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
+def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     """Fine-tune a candidate on all training rows, from its initial adapters or latest checkpoint, and save the adapter.
 
-    If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
+    Return the measured fields of the candidate's record, and errors of experiment trackers. Peak memory is that of
+    this process. If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
     """
     # Imported before memory is measured, so that the rise does not include the library.
     import peft  # noqa: F401
 
-    from qpruner.data.encoding import load_confirmation, load_encoded
     from qpruner.data.losses import mean_loss
-    from qpruner.models.memory import PeakMemory
     from qpruner.quantization.assembly import measured_bytes
     from qpruner.training.finetune import Share
 
@@ -127,24 +114,24 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
     if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
-    return FinetuneOutcome(
-        seconds=time.monotonic() - started,
-        steps=result.steps,
-        train_loss=result.train_loss,
-        validation_loss=validation_loss,
-        confirmation_loss=confirmation.mean,
-        confirmation_losses=_rounded(confirmation),
-        measured_bytes=measured_bytes(model),
-        peak_memory_bytes=peak,
-        memory_counter=memory.counter,
-        adapter_sha256=digest,
-        tracker_errors=tracker_errors,
-    )
+    measured = {
+        "seconds": time.monotonic() - started,
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "validation_loss": validation_loss,
+        "confirmation_loss": confirmation.mean,
+        "confirmation_losses": _rounded(confirmation),
+        "measured_bytes": measured_bytes(model),
+        "peak_memory_bytes": peak,
+        "memory_counter": memory.counter,
+        "adapter_sha256": digest,
+    }
+    return measured, tracker_errors
 
 
 def _train(
     job: CandidateJob, model: PeftModel, rows: Rows, pad_id: int, ownership: Ownership
-) -> tuple[TrainingResult, tuple[str, ...]]:
+) -> tuple[TrainingResult, list[str]]:
     from qpruner.training.finetune import Listener, Schedule, Share, finetune
     from qpruner.training.tracked_finetune import tracked
 
@@ -164,21 +151,14 @@ def _train(
         result = finetune(
             model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
         )
-    return result, tuple(logged.errors)
+    return result, logged.errors
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A row's scores on the held-out tasks, its loss on held-out text in nats per token, and the seconds of both."""
+def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
+    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read.
 
-    scores: tuple[TaskScore, ...]
-    text_loss: float | None
-    seconds: float
-
-
-def evaluate_candidate(job: CandidateJob) -> Evaluation:
-    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read."""
-    from qpruner.data.encoding import load_encoded
+    Return `scores` and `text_loss` of the row's record, and the seconds that both took.
+    """
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks
 
@@ -194,7 +174,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     report = ProgressFile(candidate.progress).write
     few, limit = settings.num_fewshot, settings.limit
     scores = score_tasks(model, tokenizer, settings.tasks, settings, limit, few, on_progress=report)
-    return Evaluation(scores, loss, time.monotonic() - started)
+    return {"scores": scores, "text_loss": loss}, time.monotonic() - started
 
 
 def confirm_trial(job: CandidateJob) -> FinalistScore:
@@ -202,17 +182,14 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
 
     In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
     """
-    from qpruner.data.encoding import load_confirmation
     from qpruner.data.losses import mean_loss
-    from qpruner.data.measures import over_tasks
     from qpruner.training.evaluate import score_tasks
 
     begin_job(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.candidate.folder)
     search, settings, tokenizer = job.config.search, job.config.evaluate, _tokenizer(job.candidate)
-    rows = load_confirmation(job.data, "choose")
-    loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
+    loss = mean_loss(model, load_confirmation(job.data, "choose"), int(tokenizer.pad_token_id), settings.batch_size)
     score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
     if search.metric == "loss":
         return score
@@ -249,8 +226,6 @@ class ProgressFile:
 
 
 def _tokenizer(candidate: Candidate) -> Any:
-    from qpruner.models.loading import load_tokenizer
-
     return load_tokenizer(str(fetch(candidate.checkpoint)))
 
 
@@ -261,8 +236,6 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 def begin_job(threads: int) -> None:
     """Free the memory of the worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
     import torch
-
-    from qpruner.models.memory import release
 
     release()
     if not torch.cuda.is_available():

@@ -18,10 +18,7 @@ TrackerRun = tuple[TrainerCallback, Callable[[], object]]
 
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
-    """Passes a training loop's logs to the trackers; models and checkpoints are not uploaded.
-
-    `errors` has a line for every tracker that did not get all logs.
-    """
+    """Passes a training loop's logs to the trackers; `errors` has a line for every tracker that lacks some."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []

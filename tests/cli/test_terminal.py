@@ -18,7 +18,7 @@ from rich.console import Console
 from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
 from qpruner.report import tables
-from qpruner.report.search_progress import bar
+from qpruner.report.search_progress import plan_text
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
 from qpruner.runs.records import StageState
@@ -215,7 +215,7 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
     text = in_a_pipe(TABLES, made.run.root)
     lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
-    assert plans == [bar(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
+    assert plans == [plan_text(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
     # A column is as wide as its widest cell; two spaces separate columns.
     told = []
     for final in tables.final_tables(read_snapshot(made.run).results):
@@ -233,7 +233,9 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     assert "\u2026" not in seen and max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
-    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == bar(made.trials[0]), "whole, in several lines"
+    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == plan_text(made.trials[0]), (
+        "whole, in several lines"
+    )
 
 
 def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:

@@ -284,8 +284,8 @@ run = RunDir(Path(config.output))
 names = sorted(path.stem for path in (run.stage("bank") / "4bit").iterdir())
 plan = {name: (4, 8)[position % 2] for position, name in enumerate(names)}
 row = Candidate("searched", "searched", run.stage("prune"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
-done = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
-print(json.dumps({"peak": done.peak_memory_bytes, "seconds": done.seconds}))
+done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
+print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}))
 """
 
 

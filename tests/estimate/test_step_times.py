@@ -23,7 +23,7 @@ def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
     config = cut(family_model(name), kept_of(name)).config
     linear = LinearShape("layer", 128, 64)
     times = measure(validate_config(raw), config, linear, share_high=0.5, share_labelled=0.25, threads=1)
-    assert times.scoring > 0 and times.training > 0 and times.packing_rate > 0
+    assert all(value > 0 for value in times)
     assert config.num_hidden_layers == 3, "the config is not changed"
 
 

@@ -29,7 +29,7 @@ from qpruner.pipeline.context import Context
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event
 from qpruner.runs.records import GIVEN, SensitivityRecord
-from qpruner.sensitivity.seeds import seed_plan
+from qpruner.search.choice import seed_plan
 
 MI_ROW = "mutual-information seed"
 
@@ -178,7 +178,7 @@ def test_a_row_is_named_as_in_the_final_table(found: dict[str, Any], title: str,
     """Every message about a row uses its title in the table."""
     winner = a_winner(context)
     found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
-    labels = [job.label for row, job in Comparison(found_context).jobs if row.name == "searched"]
+    labels = [job.label for job in Comparison(found_context).jobs if job.name == "searched"]
     assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
     untuned = [job.label for job in untuned_candidates(found_context, winner.as_dict())]
     assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]

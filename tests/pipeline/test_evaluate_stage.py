@@ -15,7 +15,7 @@ from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import gpus_held, untuned_candidates
+from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
@@ -23,7 +23,7 @@ from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
 from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import evaluate_candidate, finetune_candidate
 
 
 def test_gpu_seconds_of_each_job_are_counted_once(
@@ -40,10 +40,12 @@ def test_gpu_seconds_of_each_job_are_counted_once(
             if function is finetune_candidate:
                 (job.candidate.adapter).mkdir(parents=True)
                 (job.candidate.adapter / "adapter_model.safetensors").touch()
-                yield position, FinetuneOutcome(8.0, 4, 2.0, 2.0, 2.0, (2.0,), 1, 1, "rss", "")
+                losses = dict.fromkeys(("train_loss", "validation_loss", "confirmation_loss"), 2.0)
+                about = {"seconds": 8.0, "steps": 4, "measured_bytes": 1, "peak_memory_bytes": 1}
+                yield position, (losses | about | {"memory_counter": "rss"}, [])
             elif function is evaluate_candidate:
                 scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
-                yield position, Evaluation(scores, None, 8.0)
+                yield position, ({"scores": scores, "text_loss": None}, 8.0)
             else:
                 more["on_held"](100.0)
                 setting = InferenceSetting(device="a GPU", prompt_tokens=1, new_tokens=1, memory_counter="rss")
@@ -66,7 +68,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         others = len({each.digest for each in compared.candidates}) - 1
         assert others < len(compared.candidates) - 1
         assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "without the winner"
-        assert gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
+        assert context.gpus_held(2) == 2.0, "workers of one model have whole GPUs"
     finally:
         for stage in (Finetune, Evaluate, Comparison):
             context.run_dir.forget(stage.name)

@@ -78,7 +78,7 @@ MODEL = [
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
-    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... the smallest that works is ... got 1000"),
+    ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
     ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
     ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
@@ -212,34 +212,22 @@ TEXT = "[{source: TMP/text.txt, format: text}]"
 ROWS = [
     ("data.train.0.source=/no/such.jsonl", "`data.train.0.source` ... /no/such.jsonl ... does not exist ... name"),
     ("data.train.0.source=TMP/empty.jsonl", "`data.train.0.source` ... TMP/empty.jsonl ... empty ... name another"),
-    (
-        "data.train.0.columns={quetsion: x}",
-        "`data.train.0.columns` ... quetsion ... only the columns question, choices",
-    ),
+    ("data.train.0.columns={quetsion: x}", "`data.train.0.columns` ... quetsion ... the columns question, choices"),
     ("data.train.0.columns={question: [question, topic]}", "`data.train.0.columns.question` ... one column"),
     ("data.train.0.columns={choices: question}", "`data.train.0.columns.choices` ... question ... list"),
     ("data.max_length=8", "`data.max_length` ... 8 ... no labelled token in any row ... raise it"),
-    (
-        "data.confirmation.0.limit=1",
-        "`data.confirmation` must have at least 2 different ... got 1 ... raise",
-    ),
+    ("data.confirmation.0.limit=1", "`data.confirmation` must have at least 2 different ... got 1 ... raise"),
     (
         "data.template=chat; data.train.0={source: package:qpruner/demo/data/instructions.jsonl}",
         "`data.template: chat` ... needs a tokenizer with a chat template ... set `alpaca`",
     ),
 ]
 CALIBRATION = [
-    (
-        "num_sensitivity_samples=64",
-        "`calibration.num_sensitivity_samples` ... 64 samples ... give only 48 ... ask for fewer",
-    ),
+    ("num_sensitivity_samples=64", "`calibration.num_sensitivity_samples` ... 64 ... only 48 ... ask for fewer"),
     ("num_samples=64; calibration.packing=false", "`calibration.num_samples` ... 64 samples ... give only 48"),
     ("num_samples=4000", "`calibration.num_samples` ... 4000 samples of exactly 128 tokens ... `calibration.packing"),
     ("max_length=1000000", "`calibration.num_samples` ... 8 samples of exactly 1000000 tokens ... make `cali"),
-    (
-        f"data={TEXT}; calibration.packing=false",
-        "`calibration.num_samples` ... 8 samples ... rows give only 3 ... ask for fewer",
-    ),
+    (f"data={TEXT}; calibration.packing=false", "`calibration.num_samples` ... 8 ... give only 3 ... ask for fewer"),
     ("token_ids=/no/ids.json", "`calibration.token_ids` ... /no/ids.json ... cannot be read ... No such file"),
     ("token_ids=TMP/cut.json", "`calibration.token_ids` ... cut.json ... Invalid JSON"),
     ("token_ids=TMP/none.json", "`calibration.token_ids` ... none.json ... at least 1 item ... lists of at least two"),
@@ -253,14 +241,8 @@ UNKNOWN = f"has no task `qpruner_everyday_tset` ... did you mean {TEST_TASK}"
 TASKS = [
     ("evaluate.tasks=[qpruner_everyday_tset]", f"`evaluate.tasks` ... {UNKNOWN}"),
     ("search.tasks=[qpruner_everyday_tset]", f"`search.tasks` ... {UNKNOWN}"),
-    (
-        f"{BY_ACCURACY}8; search.metric=acc_norm",
-        f"`search.metric` ... got acc_norm, but `{SEARCH_TASK}` ... name other tasks",
-    ),
-    (
-        f"{BY_ACCURACY}61",
-        "`search.limit` ... at most half of the questions ... 120, got 61 ... lower it to 60",
-    ),
+    (f"{BY_ACCURACY}8; search.metric=acc_norm", f"`search.metric` ... acc_norm, but `{SEARCH_TASK}` ... other tasks"),
+    (f"{BY_ACCURACY}61", "`search.limit` ... at most half of the questions ... 120, got 61 ... lower it to 60"),
     ("evaluate.include_path=/no/tasks", "`evaluate.include_path` ... /no/tasks ... does not exist ... name"),
     ("evaluate.include_path=package:qpruner/demo/__init__.py", "`evaluate.include_path` ... is a file ... name"),
 ]
@@ -368,14 +350,14 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
         assert found, str(caught.value)
         return int(found[1]), found[2]
 
-    smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest that works is")
+    smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest budget that works is")
     layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
     names = layout.uniform(4).groups
     every = itertools.product((4, 8), repeat=len(layout.groups))
     weights = sorted(layout.plan_bytes(PrecisionPlan(names, bits)) for bits in every)
     assert weights[0] < smallest == weights[1], "the first budget that leaves a choice"
     assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes >= smallest
-    assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest that works is")[0] == smallest
+    assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest budget that works is")[0] == smallest
     largest, in_gib = named("quantize.budget={fraction: 1.0}", "the largest")
     assert inspected(f"quantize.budget={{bytes: {largest}}}").budget_bytes == largest == weights[-1] - 1
     assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes <= largest

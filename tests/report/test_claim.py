@@ -26,7 +26,7 @@ from made_run import (
 )
 from scipy import stats
 
-from qpruner.report.claim import claim, comparisons, margin
+from qpruner.report.claim import claim, comparisons, margin_text
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
@@ -100,7 +100,7 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     beside = made_search(PLAN, best_origin=GIVEN)
     assert "given, scored on fresh rows beside 1 control that a search had tried." in search_text(beside)[1]
     fresh = (made_confirmation(2, "seed-kl", 2.0), made_confirmation(9, GIVEN, 2.5))
-    behind = margin(made_search(PLAN, confirmations=fresh, best_index=9, best_origin=GIVEN))
+    behind = margin_text(made_search(PLAN, confirmations=fresh, best_index=9, best_origin=GIVEN))
     assert "is 2.5000, that of the best control 2.0000 (trial 2, seed-kl): behind by" in behind
 
 

@@ -17,7 +17,7 @@ from made_run import BUDGET, HOSTILE, STAGES, STARTED, MadeRun, results_of, scor
 import qpruner
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import tables
-from qpruner.report.claim import claim, margin
+from qpruner.report.claim import claim, margin_text
 from qpruner.report.files import summary_schema, summary_text, write_report
 from qpruner.report.html import render
 from qpruner.report.sections import sections
@@ -235,7 +235,7 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
         f"test acc {winner:.3f} (without a fine-tune, base {base:.3f}, pruned {pruned:.3f})",
     ):
         assert figures in lead
-    assert fresh.endswith(margin(results.search)[1:]) and "a margin of" in fresh
+    assert fresh.endswith(margin_text(results.search)[1:]) and "a margin of" in fresh
     assert "nothing is claimed at equal bytes" in nothing
     facts, text = status(root)
     markdown = (root / "report.md").read_text()

@@ -16,7 +16,7 @@ from made_records import made_layer, made_prune
 from made_run import SEARCH, MadeRun
 
 from qpruner.report.plots.chart import Chart
-from qpruner.report.plots.model import importance, load_importance, ranked, save_importance, shares
+from qpruner.report.plots.model import importance, in_columns, load_importance, save_importance, shades
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 
@@ -121,9 +121,9 @@ def test_a_given_plan_is_shown_beside_the_trials_of_the_search(made: MadeRun) ->
 
 def test_shades_begin_at_the_least_where_none_is_below_zero(made: MadeRun) -> None:
     """Otherwise a measure that is nearly the same for all groups would be one dark field."""
-    assert shares([0.7, 0.8, 0.9]) == pytest.approx([0.0, 0.5, 1.0])
-    assert shares([-0.1, 0.0, 0.2]) == pytest.approx([-0.5, 0.0, 1.0])
-    assert shares([0.3, 0.3]) == [1.0, 1.0] and not any(shares([0.0, 0.0]))
+    assert shades([0.7, 0.8, 0.9]) == pytest.approx([0.0, 0.5, 1.0])
+    assert shades([-0.1, 0.0, 0.2]) == pytest.approx([-0.5, 0.0, 1.0])
+    assert shades([0.3, 0.3]) == [1.0, 1.0] and not any(shades([0.0, 0.0]))
     made.change("sensitivity", methods={})
     assert chart_of(made, "winner").title == "Bits by layer", "with a single bit-width, say"
 
@@ -146,7 +146,7 @@ def test_importance_is_shown_ranked_beside_what_was_kept() -> None:
     assert [each["value"] for each in found["1 kept"]] == [0.75, 1.0]
     assert found["2 MLP channels"][0]["importance"] is None, "log10 of zero would make all other colours the same"
     units = generator.gamma(2.0, 1.0, 200)
-    assert len(ranked(units)) == 32 and ranked(units)[0] == pytest.approx(np.sort(units)[:7].mean())
+    assert len(in_columns(units)) == 32 and in_columns(units)[0] == pytest.approx(np.sort(units)[:7].mean())
 
 
 def test_experts_and_whole_blocks_have_panels_of_their_own() -> None:

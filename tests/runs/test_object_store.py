@@ -70,7 +70,7 @@ def key_of(path: Path) -> str:
 # ---- names
 
 FORM = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
-OPTIONS = "the options of a URI are endpoint_override, region, and scheme (http or https)"
+OPTIONS = "a URI takes no options but endpoint_override, region, and scheme (http or https)"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_written_files_are_uploaded_and_not_downloaded(run: RunDir, store: Store
     inode = (target / "weights").stat().st_ino
     assert (fetch(target) / "weights").stat().st_ino == inode
     assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json", "records/prune.json"}
-    assert run.has_folder("prune") and run.begin("prune") == target
+    assert run.begin("prune") == target
     assert run.read_record("prune", BankRecord) is None, "the old record goes before the old files"
     entry = run.stage("bank") / "4bit" / "q.safetensors"
     (file := tmp_path / "q.safetensors").write_text("codes")

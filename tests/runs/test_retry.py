@@ -183,5 +183,5 @@ def test_another_error_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_a_folder_missing_on_this_machine_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"prune was written on another machine and is not here\n.*mount the folder"):
+    with pytest.raises(StorageError, match=r"was written on another machine and is missing here\n.*share `output`"):
         require_arrived(tmp_path / "prune")

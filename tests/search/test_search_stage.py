@@ -399,10 +399,10 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
     job = job_of(tmp_path, max_hours=1.0)
     write_seconds(job.trials, job.search, 3599.5)
     search = Searching(job)
-    assert [(search.suggest(name), search.searcher.is_recalled(name)) for name in "ab"] == [(0, False), (1, False)]
+    assert [(search.suggest(name), search.searcher.is_cancelled(name)) for name in "ab"] == [(0, False), (1, False)]
     write_trial(job.trials, read_trials(job.trials)[0].model_copy(update={"worker": "a process"}))
     time.sleep(1.1)
-    assert [search.searcher.is_recalled(name) for name in "ab"] == [False, True]
+    assert [search.searcher.is_cancelled(name) for name in "ab"] == [False, True]
     search.searcher.on_trial_complete("b")
     assert [record.index for record in read_trials(job.trials)] == [0] and TrialWithdrawn(1) in search.events
     assert search.suggest("c") == "FINISHED"

@@ -114,7 +114,7 @@ SAMPLES = samples_of([8 + index % 5 for index in range(24)])
 
 def measured(model: PreTrainedModel, group: str, samples: Samples = SAMPLES, **changes: int) -> MutualInformation:
     settings = SensitivityConfig.model_validate({"max_positions": 128, "num_shuffles": 2} | changes)
-    return measure(model, samples, group, settings, seed=0)
+    return measure(model, samples, group, settings, seed=0, on_group=lambda done, total: None)
 
 
 def test_estimates_do_not_depend_on_the_batch_size(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -33,14 +34,13 @@ from qpruner.training.evaluate import score_tasks
 from qpruner.training.inference import InferenceJob, measure_inference, take_turn
 from qpruner.training.table_rows import (
     CandidateJob,
-    FinetuneOutcome,
     build,
     confirm_trial,
     evaluate_candidate,
     finetune_candidate,
 )
 
-Tuned = tuple[CandidateJob, FinetuneOutcome]
+Tuned = tuple[CandidateJob, SimpleNamespace]
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -56,9 +56,9 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCon
 
 @pytest.fixture(scope="module")
 def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """Fine-tune a row; return its job and the outcome."""
+    """Fine-tune a row; return its job and what was measured."""
     job = row_job(config, tmp_path_factory.mktemp("tuned") / "searched")
-    return job, finetune_candidate(job)
+    return job, SimpleNamespace(**finetune_candidate(job)[0])
 
 
 def changed(job: CandidateJob, **fields: Any) -> CandidateJob:
@@ -109,17 +109,17 @@ def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: Can
     """The driver was killed before it recorded the fine-tune, and the adapter is missing."""
     shutil.rmtree(copied.candidate.adapter)
     copied.candidate.progress.unlink()
-    again = finetune_candidate(copied)
+    again, _ = finetune_candidate(copied)
     assert not copied.candidate.progress.exists(), "no step was reported"
     figures = ("steps", "train_loss", "validation_loss", "confirmation_loss", "adapter_sha256")
-    assert [getattr(again, name) for name in figures] == [getattr(tuned[1], name) for name in figures]
+    assert [again[name] for name in figures] == [getattr(tuned[1], name) for name in figures]
 
 
 def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     """Training seeds differ in data order only; different starts would add noise between plans."""
     job, outcome = tuned
     other = changed(job, folder=tmp_path / "other", seed=1)
-    assert finetune_candidate(other).validation_loss != outcome.validation_loss
+    assert finetune_candidate(other)[0]["validation_loss"] != outcome.validation_loss
     starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
@@ -165,7 +165,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         waits, fails = (changed(job, folder=disk / name) for name in ("waits", "fails"))
         waits.candidate.folder.mkdir()
         with full_until_noticed(disk) as filler:
-            assert finetune_candidate(waits).validation_loss == undisturbed.validation_loss
+            assert finetune_candidate(waits)[0]["validation_loss"] == undisturbed.validation_loss
             assert not filler.exists()
         shutil.rmtree(waits.candidate.folder)
         fails.candidate.folder.mkdir()
@@ -173,7 +173,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         with pytest.raises(StorageError, match=r"no space left for .*\n.*make room, then repeat the command"):
             finetune_candidate(fails)
         (disk / "filler").unlink()
-        assert finetune_candidate(fails).validation_loss == undisturbed.validation_loss
+        assert finetune_candidate(fails)[0]["validation_loss"] == undisturbed.validation_loss
 
 
 # Scoring
@@ -189,7 +189,7 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
     settings, losses = job.config.evaluate, []
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
-        found = evaluate_candidate(row)
+        found = SimpleNamespace(**evaluate_candidate(row)[0])
         model.eval()
         assert found.scores == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
         assert [score.task for score in found.scores] == ["qpruner_everyday_test"] and found.text_loss is None
@@ -207,7 +207,7 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
     texts = [row["question"] for row in demo_rows("questions_confirmation.jsonl")]
     rows = text_windows(texts, tokenizer, 32)
     save_encoded(rows, tmp_path / "text")
-    found = evaluate_candidate(replace(job, text=tmp_path / "text")).text_loss
+    found = evaluate_candidate(replace(job, text=tmp_path / "text"))[0]["text_loss"]
     model = tuned_model(job)
     model.eval()
     losses, weights = [], [len(row["input_ids"]) - 1 for row in rows]

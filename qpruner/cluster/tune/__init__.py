@@ -75,21 +75,20 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     """
     assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
     halt = Halt(emit)
-    sessions = begin_session(job.trials, job.search)
-    job = replace(job, session=sessions)
+    job = replace(job, session=begin_session(job.trials, job.search))
     while True:
         ended = retry_storage(lambda: _fit(job, room, emit, halt, trackers), job.scratch, resumable=True)
         if halt.interrupted:
             raise KeyboardInterrupt
         if halt.trouble:
             raise halt.trouble
-        outcome = _outcome(job, ended or "", sessions)
+        outcome = _outcome(job, ended or "")
         if ended is not None and all(trial.is_over for trial in outcome.trials):
             return outcome
 
 
 def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
-    """Run one session of Ray Tune; returns why there are no more trials."""
+    """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
     settings = job.config.search
     name = settings.searcher if job.config.is_searched else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors, settings.pareto)
@@ -104,7 +103,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config, job.space, controls, recorded, searcher.is_recalled, searcher.on_error_text
+                job.config, job.space, controls, recorded, searcher.is_cancelled, searcher.on_error_text
             ),
             num_samples=-1,
             reuse_actors=True,
@@ -145,12 +144,8 @@ def _disk_error(text: str) -> OSError | None:
     return error if storage_error(error) else None
 
 
-def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
-    """Return the outcome of the search from the records of its trials, after the last session of Tune.
-
-    Raises:
-        StageError: If a trial failed because of the storage, a damaged file or a broken machine.
-    """
+def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
+    """Return the outcome of a search from its trials' records; raise `StageError` if its infrastructure failed."""
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
@@ -162,7 +157,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
         reused=[trial for trial in recorded if not job.owns(trial)],
         ended=ended,
         seconds=read_clock(job.trials, job.search).seconds,
-        sessions=sessions,
+        sessions=job.session,
         gpu_seconds=sum(trial.gpu_seconds_of(job.search) for trial in recorded),
     )
 
@@ -173,19 +168,14 @@ def make_proposer(
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
     Only `gp` uses `priors`, the sensitivities by method. With `pareto` the searcher looks for the Pareto front of score
-    and bytes instead of the best score.
-
-    Raises:
-        UserError: If a package of the searcher is not installed.
+    and bytes instead of the best score. A searcher whose package is missing raises `UserError`.
     """
     check_searcher(name)
     if name == "gp":  # imported here, because every worker imports this module and it is slow to import
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors, pareto)
-    kinds: dict[str, Callable[[PlanSpace, int], Proposer]] = {
-        "bayesopt": BayesOptProposer,
-        "hyperopt": HyperOptProposer,
-    }
-    proposer = kinds.get(name, RandomProposer)(space, seed)
+    kinds: dict[str, Callable[[PlanSpace, int], Proposer]]
+    kinds = {"bayesopt": BayesOptProposer, "hyperopt": HyperOptProposer, "random": RandomProposer}
+    proposer = kinds[name](space, seed)
     return ScalarizedProposer(proposer, space, seed) if pareto else proposer

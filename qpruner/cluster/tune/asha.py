@@ -1,4 +1,4 @@
-"""ASHA of Ray Tune that never stops controls, restores rungs from records, and compares by size for a Pareto front."""
+"""ASHA of Ray Tune, resumed from recorded trials; for a Pareto front, a plan competes with none of more bytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qpruner.search.trial_records import objective
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) with the recorded rungs; never stops controls (uniform and seed plans).
+    """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
-    Recorded plans outside the space are ignored. `is_recalled` returns True for the id of a waiting trial that must not
-    start any more. `on_error` is called with the id of a trial and the text of its error, before the searcher is.
+    Recorded plans outside the space are ignored. `is_cancelled` returns True for the id of a waiting trial that must
+    not start. `on_error` gets the id of a trial and the text of its error, before the searcher learns of the error.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         space: PlanSpace,
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
-        is_recalled: Callable[[str], bool],
+        is_cancelled: Callable[[str], bool],
         on_error: Callable[[str, str], None] = lambda trial_id, error: None,
     ) -> None:
         settings = config.search
@@ -44,7 +44,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             reduction_factor=settings.reduction_factor,
         )
         self._space, self._controls = space, frozenset(controls)
-        self._is_recalled, self._on_error = is_recalled, on_error
+        self._is_cancelled, self._on_error = is_cancelled, on_error
         bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
@@ -54,8 +54,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             bracket.sizes[record.index] = space.plan_bytes(plan)
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                trial = SimpleNamespace(config={"trial": record.index})
-                bracket.on_result(trial, rung.step, -objective(rung, config))
+                bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Store how many bytes the trial's plan takes."""
@@ -63,9 +62,9 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stop recalled trials before the next trial starts; no other hook of Tune can do this."""
+        """Stop waiting trials that are cancelled, then choose one; no other hook of Tune can stop them."""
         for trial in list(tune_controller.get_live_trials()):
-            if trial.status == Trial.PENDING and self._is_recalled(trial.trial_id):
+            if trial.status == Trial.PENDING and self._is_cancelled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
@@ -76,7 +75,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a rung; a control continues until the last rung."""
+        """Return whether a trial continues after a rung; those of `controls` continue until the last rung."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)

@@ -38,7 +38,7 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
 
 class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
-    """Ends the session of Tune after running rungs, on Ctrl-C or on request; a second Ctrl-C ends it at once."""
+    """Ends the session of Tune on Ctrl-C or on request once running rungs are done; on a second Ctrl-C at once."""
 
     def __init__(self, emit: Emit) -> None:
         self.requested = False  # the session is to end
@@ -70,10 +70,9 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             self._emit(Message("search", f"warning: {found[1]}; running trials stop at the next rung"))
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
-        """End the search with this error, or with an earlier one: after running rungs, or at the next step of Tune.
+        """End the search with this error, or with an earlier one; wait for running rungs, unless `at_once`.
 
-        Raised while Tune handles a result, the error would become a TuneError, and Tune (2.60) would report the end of
-        the trial to the searcher twice.
+        The error is stored, because Tune (2.60) would wrap an error raised here and report the trial's end twice.
         """
         self.requested, self.trouble = True, self.trouble or trouble
         self._at_once = self._at_once or at_once
@@ -83,7 +82,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raise an error that ends the search at once; announce a Ctrl-C."""
+        """Raise the error that was given to `end` with `at_once`; tell the user once that a Ctrl-C is being handled."""
         if self.trouble and self._at_once:
             raise self.trouble
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
@@ -91,8 +90,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             # Not in the signal handler, which may run in the middle of a printed line.
             self._announced = True
             awaited = counted(self._num_running, "running rung")
-            text = f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"
-            self._emit(Message("search", text))
+            self._emit(Message("search", f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -105,7 +103,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
 
     Time does not count while the driver waits for the storage, or while trials cannot write pulses. Ray kills a worker
     with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill, `on_hung` gets Ray's id of the trial, and
-    whether the trial runs: a trial that does not run yet waits for a worker that never left the trial before.
+    True if the trial runs; False if it waits, because the worker that it was given still hangs in an earlier trial.
     """
 
     def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:

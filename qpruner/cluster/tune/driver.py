@@ -25,19 +25,8 @@ from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWith
 from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialRecord
 from qpruner.runs.storage import display_name, exists, remove
+from qpruner.search import trial_records
 from qpruner.search.searchers import Ledger, Observation, Suggestion
-from qpruner.search.trial_records import (
-    begin_trial,
-    read_clock,
-    read_pulse,
-    read_trial,
-    read_trials,
-    remove_old_checkpoints,
-    trial_folder,
-    trial_path,
-    write_seconds,
-    write_trial,
-)
 
 MAX_KILLS = 3
 """Worker deaths in a row that fail a trial: without a rung between them, on machines that stay. Deaths for memory are
@@ -62,7 +51,7 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
-    """Gives the suggestions of the ledger to Tune, and writes the record of each trial before it runs."""
+    """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial before it runs."""
 
     def __init__(self, job: SearchJob, ledger: Ledger, room: Callable[[], int], emit: Emit, halt: Halt) -> None:
         super().__init__(metric=METRIC, mode="min")
@@ -72,16 +61,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
-        recorded = read_trials(job.trials)
+        recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
-        self._earlier_seconds, self._started = read_clock(job.trials, job.search).seconds, time.monotonic()
-        self._is_over, self._next_look = False, 0.0
+        self._earlier_seconds = trial_records.read_clock(job.trials, job.search).seconds
+        self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of the next trial; None while no more may be in flight; FINISHED at the end."""
-        self._is_out_of_hours()
+        self._end_at_time_limit()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
             return finished
@@ -101,7 +90,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Read or create the record of a trial; None if another process has created it meanwhile."""
         job = self._job
         if suggestion.index in self._recorded:
-            return read_trial(job.trials, suggestion.index)
+            return trial_records.read_trial(job.trials, suggestion.index)
         record = TrialRecord(
             index=suggestion.index,
             digest=job.digest,
@@ -115,23 +104,21 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             status="running",
             times=(time.time(),),
         )
-        path = trial_path(job.trials, record.index)
+        path = trial_records.trial_path(job.trials, record.index)
         if exists(path):  # neither read at the start nor written by this process
             self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
             return None
-        begin_trial(job.trials, record)
+        trial_records.begin_trial(job.trials, record)
         self._recorded.add(record.index)
         return record
 
     # Ray passes the arguments by name, so the parameters have Ray's names.
     @_ends_search
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report the score of a rung to the ledger."""
+        """Add the score of a rung to the `Ledger`, and emit the record of the trial."""
         suggestion = self._live[trial_id]
-        is_new = self._ledger.observe(
-            Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
-        )
-        record = read_trial(self._job.trials, suggestion.index)
+        rung = Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
+        is_new, record = self._ledger.observe(rung), trial_records.read_trial(self._job.trials, suggestion.index)
         if is_new:
             self._failed_on.pop(record.node, None)
         self._save_time(record)
@@ -139,15 +126,15 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     @_ends_search
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record how a trial ended, or return it to the ledger if its worker died."""
+        """Record how a trial ended; if only its worker died, queue the trial to be resumed."""
         suggestion = self._live.pop(trial_id)
         death = self._deaths.pop(trial_id, _Death())
-        record = read_trial(self._job.trials, suggestion.index)
+        record = trial_records.read_trial(self._job.trials, suggestion.index)
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if not error and not record.has_begun:  # recalled while it waited: delete it, as if it was never proposed
-            remove(trial_folder(self._job.trials, suggestion.index))
+        if not error and not record.has_begun:  # cancelled while it waited: delete it, as if it was never proposed
+            remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
             self._emit(TrialWithdrawn(suggestion.index))
@@ -157,20 +144,20 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
-        write_trial(self._job.trials, record)
+        trial_records.write_trial(self._job.trials, record)
         if record.is_over:
-            self._close(suggestion, record)
+            self._end_trial(suggestion, record)
             return
         place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
         self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)
 
-    def _close(self, suggestion: Suggestion, record: TrialRecord) -> None:
-        """Report a trial that is over to the ledger and the user."""
+    def _end_trial(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old checkpoints."""
         if record.failure != "hung":  # the worker of a hung trial may still write
             try:
-                remove_old_checkpoints(self._job.trials, [record])
+                trial_records.remove_old_checkpoints(self._job.trials, [record])
             except OSError as error:
                 self._emit(Message("search", f"warning: an old checkpoint could not be deleted: {error}"))
         for observation in observations_of(record, self._job.config):
@@ -184,24 +171,25 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         elif record.failure == "error":
             self._halt_on_broken_machine(record)
 
-    def is_recalled(self, trial_id: str) -> bool:
+    def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
-        is_over, suggestion = self._is_out_of_hours(), self._live.get(trial_id)
-        is_waiting = is_over and suggestion and not read_trial(self._job.trials, suggestion.index).has_begun
-        return self._halt.requested or bool(is_waiting)
+        is_over, suggestion = self._end_at_time_limit(), self._live.get(trial_id)
+        if is_over and suggestion and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun:
+            return True
+        return self._halt.requested
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Save the time of all sessions of this search, because the process may be killed at any moment."""
+        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed at any moment."""
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
-        if not write_seconds(job.trials, job.search, self._seconds(), job.session):
+        if not trial_records.write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
-    def _is_out_of_hours(self) -> bool:
-        """Return True once a time limit of the search is reached; end the search if no machine can run trials then."""
+    def _end_at_time_limit(self) -> bool:
+        """Suggest no more after a time limit and return True; end the search if no machine left could run a trial."""
         now, settings = time.monotonic(), self._job.config.search
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0
@@ -231,7 +219,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
-        """Store that a worker is killed: its trial makes no progress or, if not running, never started on it."""
+        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never started there."""
         death = self._deaths.setdefault(trial_id, _Death())
         death.hung, death.never_started = is_running, not is_running
 
@@ -248,14 +236,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         text = f"{len(failed)} trials in a row failed on {record.node}"
         for each in failed:
             reason = f"{text}, trial {each.index} with {each.reason}"
-            write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
+            failed_there = each.model_copy(update={"failure": "machine", "reason": reason})
+            trial_records.write_trial(self._job.trials, failed_there)
         self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the state of the searcher is in the records of the trials."""
+        """Do nothing: the state of the searcher is in the records of the trials."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing; see `save`."""
+    restore = save
 
 
 @dataclass
@@ -280,7 +268,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     """Return the record of a trial after the death of its worker: failed, or running, which means to be resumed."""
     if death.never_started:
         return record
-    pulse = read_pulse(job.trials, record.index)
+    pulse = trial_records.read_pulse(job.trials, record.index)
     if pulse is not None:  # the pulse may be newer than the record
         last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
         record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)
@@ -311,7 +299,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
-    """Return the record of a failed trial."""
+    """Return the record of a trial that failed; `failure` is the kind, `reason` the text for people."""
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 

@@ -11,14 +11,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
-from qpruner.search.trial_records import (
-    Materials,
-    Trial,
-    objective,
-    read_trials,
-    remove_old_checkpoints,
-    write_trial,
-)
+from qpruner.search.trial_records import Materials, Trial, objective, read_trials, remove_old_checkpoints, write_trial
 
 METRIC = "score"
 """The name of the score that Tune minimizes: the validation loss, or one minus the accuracy."""
@@ -27,7 +20,7 @@ TIME = "step"
 
 @dataclass(frozen=True)
 class SearchJob:
-    """The inputs of a search; `node_check.packed_check` makes `check_node`."""
+    """The inputs of a search."""
 
     config: RunConfig
     trial: Trial
@@ -41,7 +34,7 @@ class SearchJob:
     digest: str  # of all that the result of a trial depends on
     search: str  # digest of the further inputs that the proposals depend on
     resources: dict[str, float]  # of one trial
-    check_node: bytes  # pickled; raises on an unusable node
+    check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
 
     def owns(self, record: TrialRecord) -> bool:
@@ -78,7 +71,7 @@ def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Return the largest divisor of the batch that is at most half of a trial's micro-batch; None if there is none."""
+    """Find the largest divisor of the batch up to half a trial's micro-batch; None without one or with retries off."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -93,20 +86,14 @@ def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]
 
 
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
-    """Return a ledger that knows all recorded trials, and the records of these trials.
+    """Return a `Ledger` that knows all recorded trials, and the records of these trials.
 
     The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
     and do not count towards `max_trials`.
     """
     settings = job.config.search
-    ledger = Ledger(
-        job.space,
-        proposer,
-        job.controls,
-        settings.max_trials,
-        None if settings.pareto else settings.patience,
-        proposes=job.config.is_searched,
-    )
+    patience, proposes = None if settings.pareto else settings.patience, job.config.is_searched
+    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, patience, proposes)
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
@@ -123,7 +110,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Mark a trial as running if this search has to resume it, and return its record.
 
-    It resumes trials that were cut off or have to be retried, and its controls that another search stopped.
+    A search resumes trials cut off or to be retried, and its controls that ASHA stopped in another search.
     """
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)

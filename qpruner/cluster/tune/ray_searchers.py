@@ -1,7 +1,7 @@
 """The searchers `hyperopt` and `bayesopt`: TPE and a Gaussian process through classes of Ray Tune.
 
 Ray's classes accept scores only of plans that they have proposed themselves. So each proposal comes from a new object,
-seeded from (seed, index), that is first made to propose every known plan and is given its score.
+seeded from (seed, index). The known plans are its `points_to_evaluate`: it proposes these first and gets their scores.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _guarded(hook: str) -> Callable[..., None]:
 
 
 class _Guarded(LivesInDriver, Callback):  # type: ignore[misc]
-    """Passes the calls of Tune to a tracker's callback until its first error."""
+    """Passes the calls of Tune to a tracker's callback until the first error of the tracker."""
 
     def __init__(self, name: str, make: Callable[[], Callback], emit: Emit) -> None:
         self._make, self.inner = make, Callback()

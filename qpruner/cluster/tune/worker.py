@@ -22,27 +22,9 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
 from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
 from qpruner.runs.records import Begun, RungResult, TrialPulse
-from qpruner.runs.storage import (
-    fetch,
-    folder_digests,
-    progress_seconds,
-    remove,
-    retry_storage,
-    storage_at,
-    storage_error,
-)
-from qpruner.search.trial_records import (
-    TrialJob,
-    checkpoint_of,
-    objective,
-    read_pulse,
-    read_trial,
-    restart_if_damaged,
-    trial_folder,
-    trial_path,
-    write_pulse,
-    write_trial,
-)
+from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
+from qpruner.search import trial_records
+from qpruner.search.trial_records import TrialJob, objective
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +51,15 @@ def leave_if_drained() -> None:
 
 
 class _RecordedTrial:
-    """A trial that keeps its record and its pulse up to date while it runs."""
+    """A trial that writes its record and its pulse (a sign of progress) while it runs."""
 
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
-        self._record = read_trial(job.trials, params["trial"])
-        if restart_if_damaged(job.trials, self._record, logger.warning):
-            self._record = read_trial(job.trials, params["trial"])
+        self._record = trial_records.read_trial(job.trials, params["trial"])
+        if trial_records.restart_if_damaged(job.trials, self._record, logger.warning):
+            self._record = trial_records.read_trial(job.trials, params["trial"])
         # The pulse of an earlier process may be newer than the record of its last rung.
-        spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
+        spent = [each for each in (self._record, trial_records.read_pulse(job.trials, self._record.index)) if each]
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
         self._started = time.monotonic()
         self._memory = PeakMemory()
@@ -86,22 +68,18 @@ class _RecordedTrial:
         times = {} if self._record.rungs else {"times": (begun.time,)}  # waiting for a machine does not count
         own = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
         self._record = self._record.model_copy(update=own | times)
-        write_trial(job.trials, self._record)
+        trial_records.write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
         leave_if_drained()
         if self._record.rungs:  # report it again, as the driver may have been killed before ASHA decided on it
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial to its end.
-
-        Returns:
-            False if it has to resume from its last rung: with a smaller micro-batch, or because the storage is back.
-        """
-        start = checkpoint_of(self._job.trials, self._record)
+        """Run the trial; return False if it failed but can resume: in smaller micro-batches, or as storage is back."""
+        start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
-            self._job.trial(job, fetch(start) if start else None, self._report, self._progress)
+            self._job.trial(job, start, self._report, self._progress)
         except TakenOver:
             raise
         except Exception as error:
@@ -126,7 +104,7 @@ class _RecordedTrial:
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
         """Publish a checkpoint, record the rung, and report it to Tune."""
-        target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
+        target = trial_records.trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
         # Copied to the same folder, so that publishing is a rename.
         aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
 
@@ -142,7 +120,7 @@ class _RecordedTrial:
             if left != aside:
                 shutil.rmtree(left, ignore_errors=True)
         storage_at(target).publish(aside)
-        old = checkpoint_of(self._job.trials, self._record)
+        old = trial_records.checkpoint_of(self._job.trials, self._record)
         self._check_ownership()
         self._write(
             rungs=(*self._record.rungs, result),
@@ -159,7 +137,7 @@ class _RecordedTrial:
 
     def _check_ownership(self) -> None:
         """Raise TakenOver if another worker runs this trial now."""
-        if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
+        if trial_records.read_trial(self._job.trials, self._record.index).worker != self._record.worker:
             raise TakenOver
 
     def _progress(self, step: int) -> None:
@@ -177,11 +155,11 @@ class _RecordedTrial:
             kernel_kills=kernel_kills(),
             **self._spent(),
         )
-        write_pulse(self._job.trials, self._record.index, pulse)
+        trial_records.write_pulse(self._job.trials, self._record.index, pulse)
 
     def _was_away(self, error: Exception) -> bool:
         """Return True if an error, of any type, came from a storage that was unreachable and is back now."""
-        path = trial_path(self._job.trials, self._record.index)
+        path = trial_records.trial_path(self._job.trials, self._record.index)
         if diagnosis(error)[0] not in ("error", "damaged"):
             return False
         with contextlib.suppress(OSError, StorageError):
@@ -189,9 +167,7 @@ class _RecordedTrial:
             return False
         with contextlib.suppress(OSError, StorageError):
             retry_storage(storage_at(path).read, path, was_there=True)
-            logger.warning(
-                "trial %d resumes: the storage was unreachable when it failed: %s", self._record.index, error
-            )
+            logger.warning("trial %d resumes: the storage was unreachable as it failed: %s", self._record.index, error)
             return True
         return False
 
@@ -213,7 +189,7 @@ class _RecordedTrial:
         """Write the record with these fields and the time and memory spent so far."""
         measured = {"peak_memory_bytes": self._memory.bytes(), "memory_counter": self._memory.counter}
         self._record = self._record.model_copy(update=self._spent() | measured | update)
-        write_trial(self._job.trials, self._record, patience_seconds)
+        trial_records.write_trial(self._job.trials, self._record, patience_seconds)
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds and GPU seconds of the trial in all sessions."""

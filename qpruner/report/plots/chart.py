@@ -39,23 +39,23 @@ HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", 
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot as a Vega-Lite specification without the shared settings; `on_page` explains the use of the mouse."""
+    """A plot: a Vega-Lite specification without the shared settings; `mouse_help` says what the mouse does on it."""
 
     name: str
     title: str
     caption: str
     spec: Spec
-    on_page: str = ""
+    mouse_help: str = ""
 
     @property
     def complete(self) -> Spec:
-        """The specification with the shared settings; a single plot gets the full width of its container."""
-        single = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-        several = {"autosize": {"type": "pad", "resize": True}}  # another choice may have a longer title
+        """The specification with the shared settings; a plot of one panel gets the full width of its container."""
+        one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+        panels = {"autosize": {"type": "pad", "resize": True}}  # another choice may have a longer title
         return {
-            "description": f"{self.title}. {self.caption} {self.on_page}".rstrip(),
+            "description": f"{self.title}. {self.caption} {self.mouse_help}".rstrip(),
             "config": CONFIG,
-            **(several if "hconcat" in self.spec else single),
+            **(panels if "hconcat" in self.spec else one_panel),
             **self.spec,
         }
 

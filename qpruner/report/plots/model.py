@@ -90,7 +90,7 @@ def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
     for name, method in record.methods.items():
         lowest, *_, highest = sorted(method.values)
         found = [low - high for low, high in zip(method.values[lowest], method.values[highest], strict=True)]
-        for group, rise, share in zip(record.groups, found, shares(found), strict=True):
+        for group, rise, share in zip(record.groups, found, shades(found), strict=True):
             figures = {"rise": float(f"{rise:.4g}"), "share": round(share, 3), "strength": round(abs(share), 3)}
             values.append(places[group] | {"group": group, "method": name, "unit": method.unit} | figures)
     shade = {"condition": {"test": "datum.share < 0", "value": "var(--below-zero)"}, "value": "var(--control)"}
@@ -104,10 +104,10 @@ def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
     }
 
 
-def shares(rises: Sequence[float]) -> list[float]:
-    """Divide predictions by the largest magnitude; if none is negative, scale them from 0 (smallest) to 1 (largest).
+def shades(rises: Sequence[float]) -> list[float]:
+    """Turn the rises in loss that a method predicts for fewer bits into shades: shares of the largest magnitude.
 
-    Without the scaling, a method that predicts nearly the same for all groups would be drawn as one dark field.
+    If no rise is negative, shades go from 0 (smallest) to 1 instead, so that nearly equal rises do not all look dark.
     """
     least, largest = min(rises), max(map(abs, rises))
     if least < 0 or least == max(rises):
@@ -121,7 +121,7 @@ def shares(rises: Sequence[float]) -> list[float]:
 def save_importance(
     folder: Path, scores: Mapping[int, Mapping[str, torch.Tensor]], blocks: Mapping[int, float]
 ) -> None:
-    """Save units' scores as arrays `<block>.<kind>` ``(units,)``, whole blocks' indices and scores as array `block`."""
+    """Save units' scores as arrays `<block>.<kind>` ``(units,)``, blocks' scores as rows (index, score) of `block`."""
     arrays: dict[str, Any] = {
         f"{index}.{kind}": score.numpy() for index, kinds in scores.items() for kind, score in kinds.items()
     }
@@ -137,10 +137,7 @@ def load_importance(folder: Path) -> dict[str, Any]:
 
 
 def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
-    """Draw the ranked importance of each block's units, and the share of units that was kept.
-
-    If whole blocks were scored, a last panel shows their importance, with removed blocks in red.
-    """
+    """Draw each block's units by importance, the share kept, and scores of whole blocks, removed ones in red."""
     scored = [kind for kind in UNITS if any(name.endswith(f".{kind}") for name in scores)]
     panels = [panel for kind in scored or ["attention", "mlp"] for panel in _panels(kind, record, scores)]
     if "block" in scores:
@@ -163,7 +160,7 @@ def _panels(kind: str, record: PruneRecord, scores: Mapping[str, Any]) -> Iterat
     title, kept, base = UNITS[kind]
     values: Values = []
     for layer in record.layers:
-        for column, value in enumerate(ranked(scores.get(f"{layer.layer}.{kind}"))):
+        for column, value in enumerate(in_columns(scores.get(f"{layer.layer}.{kind}"))):
             # Log10 of zero would make every other colour the same.
             shown = round(float(np.log10(value)), 3) if value > 0 else None
             values.append({"block": layer.layer, "column": column, "importance": shown})
@@ -188,8 +185,8 @@ def _bars(title: str, values: Values, x: Spec) -> Spec:
     return _panel(title, 60, values) | {"mark": bar, "encoding": {"x": x, "y": BLOCK}}
 
 
-def ranked(scores: Any) -> Sequence[float]:
-    """Return a block's scores in ascending order, as `NUM_COLUMNS` values; empty if the block has no scores."""
+def in_columns(scores: Any) -> Sequence[float]:
+    """Spread a block's ascending scores over `NUM_COLUMNS` columns: repeat few, average many; empty without scores."""
     if scores is None:
         return ()
     ordered = np.sort(scores)

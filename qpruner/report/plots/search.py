@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qpruner.report import search_progress
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
-from qpruner.report.search_progress import bar, cost, score, score_title
+from qpruner.report.search_progress import cost, plan_text, score, score_title
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.search.choice import non_dominated
 
@@ -58,7 +58,7 @@ class Shown:
             "trial": trial.index,
             "origin": trial.origin,
             "kind": kind_of(trial),
-            "plan": bar(trial),
+            "plan": plan_text(trial),
             "megabytes": trial.plan_bytes / 1e6,
             "mean_bits": trial.mean_bits,
             "score": score(trial.rungs[-1], self.search.metric),
@@ -68,7 +68,7 @@ class Shown:
 
 
 def kind_of(trial: TrialRecord) -> str:
-    """Return the kind of a trial, as the legend names it."""
+    """Return a trial's word in the legend: `searched`, `control`, `given plan`, `stopped early` or `failed`."""
     if trial.status in ("stopped", "failed"):
         return STOPPED if trial.status == "stopped" else FAILED
     if trial.is_given:
@@ -85,16 +85,12 @@ def front(shown: Shown) -> Chart | None:
     finished = [trial for trial in shown.scored if trial.status == "finished"]
     costs = [(trial.plan_bytes, cost(trial.rungs[-1], shown.search.metric)) for trial in finished]
     best = [shown.point(finished[at]) for at in non_dominated(costs)]
-    budget = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
+    rule = {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}}
+    label = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
+    named = {"mark": label, "encoding": {"text": {"field": "text"}}}
+    budget = {"values": [{"megabytes": shown.search.budget_bytes / 1e6, "text": "budget"}]}
     layers = [
-        {
-            "data": {"values": [{"megabytes": shown.search.budget_bytes / 1e6, "text": "budget"}]},
-            "encoding": {"x": place["x"]},
-            "layer": [
-                {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
-                {"mark": budget, "encoding": {"text": {"field": "text"}}},
-            ],
-        },
+        {"data": budget, "encoding": {"x": place["x"]}, "layer": [rule, named]},
         {"data": {"values": best}, "mark": LINE | {"color": "var(--muted)", "strokeWidth": 1.5}, "encoding": place},
         *_points(shown, points, place),
     ]

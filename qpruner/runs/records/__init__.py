@@ -6,7 +6,7 @@ identifies all inputs of the stage: while they stay the same, the stage is skipp
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import RUN_ID as RUN_ID
 from qpruner.runs.records.base import Record as Record
@@ -26,21 +26,249 @@ from qpruner.runs.records.search import SearchClock as SearchClock
 from qpruner.runs.records.search import SearchRecord as SearchRecord
 from qpruner.runs.records.search import TrialPulse as TrialPulse
 from qpruner.runs.records.search import TrialRecord as TrialRecord
-from qpruner.runs.records.stages import BankRecord as BankRecord
-from qpruner.runs.records.stages import CandidateRecord as CandidateRecord
-from qpruner.runs.records.stages import ComparisonRecord as ComparisonRecord
-from qpruner.runs.records.stages import EvalRecord as EvalRecord
-from qpruner.runs.records.stages import FinetuneRecord as FinetuneRecord
-from qpruner.runs.records.stages import Inference as Inference
-from qpruner.runs.records.stages import InferenceSetting as InferenceSetting
-from qpruner.runs.records.stages import LayerWidths as LayerWidths
-from qpruner.runs.records.stages import MethodScores as MethodScores
-from qpruner.runs.records.stages import MetricScore as MetricScore
-from qpruner.runs.records.stages import PrepareRecord as PrepareRecord
-from qpruner.runs.records.stages import PruneRecord as PruneRecord
-from qpruner.runs.records.stages import RowScores as RowScores
-from qpruner.runs.records.stages import SensitivityRecord as SensitivityRecord
-from qpruner.runs.records.stages import TaskScore as TaskScore
+
+
+class PrepareRecord(Record):
+    """Where the base model is, and how many rows of data were encoded."""
+
+    model_path: str
+    converted: bool
+    source_bytes: int | None = None
+    """Size of the .gguf file that the weights of the base model were converted from."""
+    num_rows: dict[str, int]
+
+
+class LayerWidths(Recorded):
+    """The kv groups, MLP channels and experts that a block keeps, by index in the base model; none if it is removed."""
+
+    layer: int
+    kept_kv_groups: tuple[int, ...]
+    kept_mlp_channels: tuple[int, ...]
+    """For stacked experts, the index is expert * channels + channel."""
+    kept_experts: tuple[int, ...] | None = None
+    base_kv_groups: int
+    base_mlp_channels: int
+    base_experts: int | None = None
+    heads_per_group: int
+    base_parameters: int
+    kept_parameters: int
+
+
+class PruneRecord(Record):
+    """The pruned model and how it was made."""
+
+    listed: ClassVar[str] = "layers"
+    importance: str
+    selection: str
+    compensation: str
+    target: str
+    target_rate: float | None
+    """Requested share of all parameters to remove; None if shares were requested per block."""
+    achieved_rate: float
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    peak_memory_bytes: int
+    """Peak memory of pruning, less the memory of the loaded model."""
+    memory_counter: str
+    dropped_blocks: tuple[int, ...]
+    layers: tuple[LayerWidths, ...]
+    weights: str = ""
+    """Digest of the weight files; another kind of machine may compute slightly different weights."""
+
+    @property
+    def achieved(self) -> str:
+        """The share of all parameters that was removed, as text."""
+        return f"achieved {self.achieved_rate:.2%}"
+
+
+class MethodScores(Recorded):
+    """The sensitivities of all groups, as found by one method (see `SensitivityRecord`)."""
+
+    unit: str
+    source: str
+    values: dict[int, tuple[float, ...]]
+    """Bits -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 at 16 bits."""
+    seconds: float
+    details: dict[str, Any]
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per group, in the order of `SensitivityRecord.groups`."""
+        names = [f"at {bits} bits" for bits in self.values]
+        return [dict(zip(names, of_group, strict=True)) for of_group in zip(*self.values.values(), strict=True)]
+
+
+class SensitivityRecord(Record):
+    """How much each group of layers damages the model at fewer bits, by every requested method."""
+
+    groups: tuple[str, ...]
+    methods: dict[str, MethodScores]
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per group, with the scores of every method."""
+        rows: list[dict[str, Any]] = [{"group": group} for group in self.groups]
+        for name, method in self.methods.items():
+            for row, scores in zip(rows, method.table_rows(), strict=True):
+                row |= {f"{name} {column}": value for column, value in scores.items()}
+        return rows
+
+
+class BankRecord(Record):
+    """The packed weights and initial adapters of every group at every bit-width."""
+
+    files: dict[str, str]
+    """File name -> sha256."""
+    bytes: int
+    residual_ratio: dict[str, dict[str, float]]
+    """Bits -> group -> Frobenius norm of W - Q - BA, divided by that of W - Q."""
+    group_bytes: dict[str, dict[str, int]] = {}
+    """Bits -> group -> bytes of the packed weights, for all bit-widths of the search."""
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per group."""
+        rows: dict[str, dict[str, Any]] = {}
+        for field in ("group_bytes", "residual_ratio"):
+            for bits, by_group in getattr(self, field).items():
+                for group, value in by_group.items():
+                    rows.setdefault(group, {"group": group})[f"{field} at {bits} bits"] = value
+        return list(rows.values())
+
+
+class CandidateRecord(Record):
+    """One fine-tuned model of the final table, under one training seed."""
+
+    name: str
+    origin: str
+    """Source of the plan, such as a searcher and its trial, or a sensitivity."""
+    seed: int
+    plan: dict[str, int]
+    plan_bytes: int
+    """Bytes of the whole quantized model with its adapter, computed from the plan."""
+    measured_bytes: int
+    """Bytes of the packed tensors of the model with its adapter, as measured."""
+    mean_bits: float
+    num_parameters: int
+    steps: int
+    train_loss: float
+    validation_loss: float
+    confirmation_loss: float
+    """Nats per token on the half of the `data.confirmation` rows that did not select the winner."""
+    confirmation_losses: tuple[float, ...] = ()
+    """Loss of each row behind `confirmation_loss`, to compare two models row by row."""
+    peak_memory_bytes: int
+    memory_counter: str
+    adapter_sha256: str = ""
+
+
+class FinetuneRecord(Record):
+    """The fine-tune of the winner, whose adapter is part of the final model."""
+
+    listed: ClassVar[str] = "candidates"
+    winner: str
+    candidates: tuple[CandidateRecord, ...]
+
+
+class MetricScore(Recorded):
+    """The value of one metric of an lm-eval task."""
+
+    value: float
+    stderr: StandardError
+    """Standard error of the mean over questions; null if the metric is not such a mean."""
+
+
+class TaskScore(Recorded):
+    """The accuracy on an lm-eval task, with the values of all questions to compare two models question by question."""
+
+    task: str
+    metric: str
+    """The metric in the report: the first of `acc_norm`, `acc` and `exact_match` that the task reports."""
+    value: float
+    stderr: StandardError
+    num_questions: int
+    correct: tuple[float, ...]
+    """1 or 0 for each question by `metric`, in the order of the task."""
+    metrics: dict[str, MetricScore] = {}
+    """All metrics of the task by the names of lm-eval, which are `METRIC,FILTER` if the task filters answers."""
+    answer_loss: tuple[float, ...] = ()
+    """Negative log-likelihood of the right choice for each question, in nats; empty if the task has no choices."""
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per question."""
+        columns = {"correct": self.correct} | ({"answer_loss": self.answer_loss} if self.answer_loss else {})
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+class Inference(Recorded):
+    """Memory and speed of a model with its adapter while it generates one sequence."""
+
+    memory_bytes: int
+    prefill_tokens_per_second: tuple[float, ...]
+    """One value per turn; in every turn each model is measured once."""
+    decode_tokens_per_second: tuple[float, ...]
+
+
+class InferenceSetting(Recorded):
+    """How the values of `Inference` were measured."""
+
+    device: str
+    prompt_tokens: int
+    new_tokens: int
+    memory_counter: str
+
+
+class RowScores(Recorded):
+    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not fine-tuned."""
+
+    digest: str
+    name: str
+    seed: int | None
+    scores: tuple[TaskScore, ...]
+    text_loss: float | None = None
+    """Loss on the held-out text, in nats per token; None if there is no such text."""
+    inference: Inference | None = None
+    gpu_seconds: float = 0.0
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row, with all metrics of each task and their standard errors."""
+        [row] = super().table_rows()
+        del row["scores"]
+        for score in self.scores:
+            main = {score.metric: MetricScore(value=score.value, stderr=score.stderr)}
+            for name, metric in (main | score.metrics).items():
+                row |= {f"{score.task} {name}": metric.value, f"{score.task} {name}_stderr": metric.stderr}
+        return [row]
+
+
+class EvalRecord(Record):
+    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune, and of the winner."""
+
+    listed: ClassVar[str] = "rows"
+    rows: tuple[RowScores, ...]
+    text: str | None = None
+    """Description of the held-out text behind `RowScores.text_loss`."""
+    inference: InferenceSetting | None = None
+    tested: str
+    """Digest of the questions and their prompts."""
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task -> the metric of its scores."""
+        return {score.task: score.metric for score in self.rows[-1].scores}
+
+
+class ComparisonRecord(Record):
+    """The winner and the models compared with it, all after the same fine-tune, sorted by model, then training seed."""
+
+    candidates: tuple[CandidateRecord, ...]
+    rows: tuple[RowScores, ...]
+    """Scores of `candidates`, in the same order."""
+    inference: InferenceSetting
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per fine-tune, with its scores."""
+        pairs = zip(self.candidates, self.rows, strict=True)
+        return [scores.table_rows()[0] | candidate.table_rows()[0] for candidate, scores in pairs]
 
 
 class StageState(Recorded):
@@ -101,12 +329,11 @@ class RunState(Recorded):
     def asked_stages(self) -> list[str]:
         """The stages that the command runs, in the order of the flow."""
         names = [*Results.model_fields, "report"]  # the report has no record
-        asked = names[: names.index(self.until) + 1]
-        return [name for name in asked if name != "comparison" or self.compares]
+        return [name for name in names[: names.index(self.until) + 1] if name != "comparison" or self.compares]
 
     @property
     def compares(self) -> bool:
-        """Whether the command fine-tunes every row of the final table (`finetune.compare`)."""
+        """Whether the command also fine-tunes the models that the winner is compared with (`finetune.compare`)."""
         return bool(self.config.get("finetune", {}).get("compare"))
 
 
@@ -135,7 +362,7 @@ class Results(Recorded):
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tunes in the final table: of all rows after a comparison, else of the winner alone."""
+        """The fine-tuned models: the winner and, after stage comparison, the models that it is compared with."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
@@ -149,7 +376,7 @@ class Results(Recorded):
 
     @property
     def inference(self) -> InferenceSetting | None:
-        """How the memory and speed of the `candidates` were measured."""
+        """The settings with which the memory and speed of the `candidates` were measured."""
         record = self.comparison or self.evaluate
         return record.inference if record else None
 
@@ -167,5 +394,5 @@ class Results(Recorded):
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row per recorded stage, with its seconds and GPU seconds."""
-        rows = zip(self.seconds, self.seconds.values(), self.gpu_seconds.values(), strict=True)
-        return [{"stage": name, "seconds": seconds, "gpu_seconds": used} for name, seconds, used in rows]
+        used = self.gpu_seconds
+        return [{"stage": name, "seconds": spent, "gpu_seconds": used[name]} for name, spent in self.seconds.items()]

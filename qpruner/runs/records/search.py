@@ -94,9 +94,8 @@ class TrialRecord(Recorded):
 
     def gpu_seconds_of(self, search: str) -> float:
         """Return the GPU seconds that one search used for this trial."""
-        earlier = self.earlier_gpu_seconds
-        own = self.gpu_seconds - sum(earlier.values()) if self.search == search else 0.0
-        return earlier.get(search, 0.0) + own
+        own = self.gpu_seconds - sum(self.earlier_gpu_seconds.values()) if self.search == search else 0.0
+        return self.earlier_gpu_seconds.get(search, 0.0) + own
 
     @property
     def is_over(self) -> bool:
@@ -151,7 +150,7 @@ class TrialPulse(Recorded):
 
 
 class SearchClock(Recorded):
-    """Seconds in all sessions of a search, and their number; each command that runs its trials begins a session."""
+    """The time that a search took, and its number of sessions; each command that runs its trials begins a session."""
 
     seconds: float
     sessions: int = 0

@@ -43,7 +43,7 @@ RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 def storage_at(path: Path) -> Storage:
-    """Return the storage behind a path: an object if the path is in the mirror of a URI, else the file or folder."""
+    """Return the storage of a path: in an object store if the path belongs to a run at a URI, else the path itself."""
     return objects_at(path) or Storage(path)
 
 
@@ -124,7 +124,7 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
             return None
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):
-            raise ValueError(f"its contents do not match its `{OWN_DIGEST}`")
+            raise ValueError(f"the file was damaged or edited, because its contents differ from its `{OWN_DIGEST}`")
         return kind.model_validate(fields)
     except ValueError as error:  # no text, no JSON or no such record
         why = f"{error}"
@@ -135,7 +135,7 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
 
 
 def progress_seconds(path: Path) -> float:
-    """Return the seconds between two writes of progress; they are longer in an object store, which charges for each."""
+    """Return the seconds between two writes of progress; more in an object store, which charges for each write."""
     return 1.0 if storage_at(path).fills_this_disk else 5.0
 
 
@@ -197,7 +197,7 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def published_folders(parent: Path) -> list[Path]:
-    """List the complete folders inside a folder; in an object store, these are the folders with a file list."""
+    """List the complete folders inside a folder: on a disk all, in an object store those with a file list."""
     names = children(parent)
     if storage_at(parent).fills_this_disk:
         return [parent / name for name in names if (parent / name).is_dir()]
@@ -252,6 +252,6 @@ def require_arrived(folder: Path) -> None:
             retry_storage(listed.stat, listed, was_there=True)
         except FileNotFoundError as error:
             raise StorageError(
-                f"{folder} was written on another machine and is not here",
-                "mount the folder of `output` there, or remove that machine from the cluster, then repeat the command",
+                f"{folder} was written on another machine and is missing here",
+                "share `output` between both machines, or take the other out of the cluster, then repeat the command",
             ) from error

@@ -137,8 +137,7 @@ def _release(lock: FileLock) -> None:
 def working_folder(prefix: str) -> Iterator[Path]:
     """Yield a temporary folder; also delete folders with the same prefix that killed processes left.
 
-    A folder is in use while its lock is held. The kernel releases the lock however its process ends, also across
-    containers that share `/tmp`.
+    A lock shows that a folder is in use, also to containers that share `/tmp`; the kernel frees it as its process ends.
     """
     temporary = Path(tempfile.gettempdir())
     for file in temporary.glob(f".{prefix}*.lock"):
@@ -239,7 +238,7 @@ class Storage:
         sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
-        """Set the time of change to now; the contents of the file must be `data` already."""
+        """Set the time of change to now; `data` must be the present contents, as an object store writes them again."""
         os.utime(self.path)
 
     def stat(self) -> Stat | None:
@@ -321,7 +320,7 @@ class Storage:
 
     @property
     def file_list(self) -> Storage:
-        """The file list of the folder."""
+        """The storage of the folder's file list, which `read_list` reads."""
         return Storage(list_path(self.path))
 
     def read_list(self) -> FileList | None:
@@ -356,9 +355,7 @@ class Storage:
         for name, sha256 in zip(listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True):
             if sha256 != listed.sha256[name]:
                 state = "damaged" if sha256 else "missing"
-                raise CorruptFile(
-                    f"{self.name}/{name} is {state}, according to {self.file_list.name}", self.path / name
-                )
+                raise CorruptFile(f"{self.name}/{name} is {state}, says {self.file_list.name}", self.path / name)
 
 
 def write_list(folder: Path, listed: FileList) -> None:

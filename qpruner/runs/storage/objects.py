@@ -23,19 +23,8 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs.storage.base import (
-    FILES,
-    FileList,
-    OnPiece,
-    Stat,
-    Storage,
-    copy_pieces,
-    empty_folder,
-    exclusive,
-    for_each,
-    keep_copy,
-    list_path,
-)
+from qpruner.runs.storage import base
+from qpruner.runs.storage.base import FILES, FileList, OnPiece, Stat, Storage, for_each, list_path
 from qpruner.runs.storage.retry import retry_storage
 
 CACHE = "QPRUNER_CACHE"
@@ -71,7 +60,7 @@ def mirror_of(uri: str) -> Path:
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
     if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in ("http", "https"):
-        raise UserError("`output`: the options of a URI are endpoint_override, region, and scheme (http or https)")
+        raise UserError("`output`: a URI takes no options but endpoint_override, region, and scheme (http or https)")
     steps = (parts.netloc, *prefix.split("/"))
     if parts.scheme not in ("s3", "gs") or parts.fragment or any(step in ("", ".", "..") for step in steps):
         raise UserError(f"`output`: {uri} {form}")
@@ -79,7 +68,7 @@ def mirror_of(uri: str) -> Path:
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
         raise UserError(
-            f"`output`: {uri} must be shorter: it has {len(name)} characters when quoted, and at most 255 are possible"
+            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255 are possible"
         )
     return cache_root() / "runs" / name
 
@@ -120,7 +109,7 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 
 class ObjectStorage(Storage):
-    """An object, or a folder: all objects whose keys begin with this key and a slash."""
+    """The object with a key, or a folder: all objects whose keys begin with that key and a slash."""
 
     fills_this_disk = False
     access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
@@ -138,7 +127,6 @@ class ObjectStorage(Storage):
 
     @property
     def file_list(self) -> ObjectStorage:
-        """The file list of the folder."""
         return self._at(list_path(self.path), FILES)
 
     @property
@@ -183,7 +171,7 @@ class ObjectStorage(Storage):
 
     def put(self, file: Path) -> str:
         with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
-            return copy_pieces(source.read, stream.write)
+            return base.copy_pieces(source.read, stream.write)
 
     def names(self) -> list[str]:
         return sorted(info.base_name for info in self._infos(recursive=False))
@@ -233,12 +221,12 @@ class ObjectStorage(Storage):
             raise CorruptFile(f"{self.name} is missing or incomplete: there is no {self.file_list.name}", self.path)
         if self._has_copy(listed, on_piece):
             return
-        with exclusive(self.path, on_piece):
+        with base.exclusive(self.path, on_piece):
             if self._has_copy(listed, on_piece):  # downloaded by another process meanwhile
                 return
-            folder = empty_folder(self.staging)
+            folder = base.empty_folder(self.staging)
             self.compare(listed, lambda name: (self / name).download(folder / name, on_piece))
-            keep_copy(folder, self.path, listed)
+            base.keep_copy(folder, self.path, listed)
 
     def _has_copy(self, listed: FileList, on_piece: OnPiece) -> bool:
         copy = Storage(self.path)
