@@ -86,7 +86,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the lowest and the highest rise of any group: its score at the fewest bits less that at the most bits."""
+    """Format the smallest and largest difference of any group: its score at the fewest bits minus that at the most."""
     lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
     rises = [low - high for low, high in zip(lowest, highest, strict=True)]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
