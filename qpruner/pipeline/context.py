@@ -144,7 +144,7 @@ class Context:
 
     @property
     def known_slots(self) -> Slots:
-        """The room for trials at `address`, else on the machine that `check --gpu` assumes, else here; does not start Ray."""
+        """The room for trials at `address`, on the machine that `check --gpu` assumes, or here; does not start Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
