@@ -55,7 +55,7 @@ class Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Compare the searched plan with the best seed plan (a sensitivity's) and random plans; empty without other rows."""
+    """Compare the searched plan with the best seed plan (a sensitivity's) and random plans; none without other rows."""
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
     # The spread of random plans needs at least two of them.
