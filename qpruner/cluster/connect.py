@@ -37,7 +37,7 @@ class Cluster:
     was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return the slots of present machines that are not about to leave, and of those that may be started."""
+        """Return the sizes of present machines that are not about to leave, and of machines that may be started."""
         import ray
 
         draining = ray_private.state.get_draining_nodes()
@@ -86,8 +86,8 @@ def disconnect() -> None:
 def _start(options: dict[str, Any]) -> None:
     """Start Ray so that it listens on loopback only.
 
-    Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces. It does so
-    only where it supports clusters. An environment variable and a constant tell Ray that this system supports none.
+    On Linux, Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces.
+    On macOS, where it supports no clusters, it keeps 127.0.0.1: an environment variable and a constant ask for that.
     """
     import ray
 
@@ -150,7 +150,7 @@ def _growth() -> Slots:
     """Return the machines that the cluster's autoscaler may start; none if there is no autoscaler.
 
     Ray (2.60) has no API for this, so the path of the cluster file is read from the command line of the monitor process
-    on the head. A driver on another machine or on Kubernetes counts only the machines that have joined.
+    on the head node. A driver on another machine or on Kubernetes does not see this process: it gets none.
     """
     import ray
 
@@ -165,7 +165,7 @@ def _growth() -> Slots:
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the machines of stated size that a cluster file lets the autoscaler start beside the head node `head`."""
+    """Return the workers that a cluster file allows beside `head`; skip node types that state no CPUs or GPUs."""
     # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file names.
     try:
         config = yaml.safe_load(file.read_text())

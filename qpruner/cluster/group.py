@@ -42,7 +42,7 @@ def run_groups(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like `run_tasks`.
 
-    If a process dies, its group ends and the job runs again in another group. The first process returns the result.
+    If a process dies, its group ends and the job runs again in another group. Rank 0 returns the result.
     `resources` are for one process; `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder
     that all nodes share, until all jobs are over. `more` are further arguments of `run_tasks`.
     """
@@ -100,7 +100,7 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         self._state: Any = None
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Check the nodes first: Ray Train (2.60) then sends them `self`, and another qpruner may lack its class."""
+        """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may lack its class."""
         check = cloudpickle.loads(self._check_node)
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])
@@ -138,7 +138,7 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
-    """Chooses the network interface before torch connects the processes; frees the CPUs and GPUs if that fails."""
+    """Chooses the network interface before torch connects the processes; frees the CPUs and GPUs if either fails."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:

@@ -229,7 +229,7 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
                 raise RuntimeError(f"bitsandbytes has no library for CUDA or ROCm {library}, which torch uses")
     except (ImportError, OSError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0]
-        remedy = "install builds of both for its GPU driver there"
+        remedy = "install a torch for its GPU driver there, and a bitsandbytes for this torch"
         return [], f"torch or bitsandbytes cannot use its GPUs: {type(error).__name__}: {text}; {remedy}"
     seen = [(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found]
     if len(seen) < counted and (seen or _has_hardware()):

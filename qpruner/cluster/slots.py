@@ -110,7 +110,7 @@ def local_slots() -> Slots:
 
 
 def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return an assumed machine to plan a run for: the GPUs of one trial, or one GPU with cores for all its trials."""
+    """Return an assumed machine to plan a run for: room for one trial or, if trials share a GPU, for those on one."""
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0
     return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))

@@ -19,9 +19,9 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token, and a value of each row (`by_row`), whose average is the mean loss.
+    """Mean loss in nats per labelled token; `by_row` has values whose average it is and whose spread gives `stderr`.
 
-    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, with m the mean of n: the mean is a ratio.
+    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta method for a ratio).
     """
 
     mean: float

@@ -47,8 +47,8 @@ def prepare_base(
 
     A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
     license. If the run is shared with other machines (`is_shared`), which cannot read this cache, the model is
-    downloaded into `folder` instead. A .gguf file is dequantized into `folder` (15 to 25 s). Raise `UserError` if the
-    source is not a model, has no safetensors weights, or is cached in part and the hub is down.
+    downloaded into `folder` instead. A .gguf file is dequantized into `folder`. Raise `UserError` if the source is not
+    a model, has no safetensors weights, or is cached in part and the hub is down.
     """
     source = check_source(model)
     if Path(source).is_dir():

@@ -44,7 +44,7 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
 
 
 def layout_of(config: Any, grouping: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """List groups with weight shapes; count bytes of adapters and, at `dtype_bytes` each, of weights in no group."""
+    """List groups with weight shapes; count bytes of adapters, and of weights in no group (`dtype_bytes` each)."""
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = tuple(

@@ -116,9 +116,9 @@ def _pools(sizes: Sizes) -> dict[str, KindSize]:
 def nearest_totals(
     sizes: Sizes, target: int, penalty: Callable[[Mapping[str, int]], float], before: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Choose how many units of each coarse kind to remove, at least as many as in `before`.
+    """Choose how many units of each coarse kind to remove, at least what earlier steps removed (`before`).
 
-    Of the choices at most half the smallest unit off `target`, take that of lowest `penalty`; if none is, the nearest.
+    If choices miss `target` by at most half the smallest unit, the lowest `penalty` decides; otherwise the nearest.
     """
     pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
     least = before or dict.fromkeys(pools, 0)
@@ -140,8 +140,8 @@ def nearest_totals(
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     """Choose how many units of each kind every block loses.
 
-    Choices within half the smallest unit per block of the target count as equally near. Of the nearest choices, one
-    that removes too few heads or experts is better than one that removes too many; then the most even share is best.
+    Choices that miss `target` by at most half the smallest unit times the number of blocks count as equally near. Of
+    the nearest, take that which exceeds the even share of attention units and experts least, then the most even one.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2
@@ -171,7 +171,7 @@ def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     if target > (most := max(map(removed, found))) + near:
         raise UserError(
             f"`prune.rate` asks to remove {target:,} parameters, but `prune.uniform` allows at most {most:,}, because "
-            "each block keeps a unit of each kind, and a number of key/value groups that loads without qpruner (a "
-            "plain checkpoint): lower the rate, name more `prune.units`, or set `uniform: false`"
+            "each block keeps a unit of each kind, and a number of key/value groups with which the model loads without "
+            "qpruner: lower the rate, name more `prune.units`, or set `uniform: false`"
         )
     return min(found, key=order)

@@ -130,8 +130,8 @@ def compensate_blocks(
 ) -> None:
     """Make the MLP output projection (down) before dropped blocks add what these added, if its block is in `layers`.
 
-    Let X be the inputs of this projection over the calibration tokens, and D what the blocks in `dropped` add to the
-    residual stream. The new weights ``W'`` minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``, so they are
+    Let X be the inputs of this projection over the calibration tokens, and D what the dropped blocks directly behind it
+    add to the residual stream. The new weights ``W'`` minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``: they are
     ``W + D^T X (X^T X + lambda I)^-1``. Nothing changes in families where a norm follows the projection or stacked
     experts replace it. `ridge` is lambda relative to the mean square of the inputs.
     """

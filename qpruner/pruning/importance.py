@@ -75,14 +75,14 @@ def _taylor(
     """Estimate how the loss changes when the weights of a unit are set to zero (LLM-Pruner, eqs. 3 to 5).
 
     Salience is ``s = w g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq.
-    4). Let ``s`` use the gradient of the mean loss over a batch, and ``s_j`` the gradient of sample j alone. A unit
+    4). Let ``s`` use the gradient of the mean loss over all N samples, and ``s_j`` that of sample j alone. A unit
     sums ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries.
     `second` uses the diagonal Fisher information for the Hessian, without the factor 1/2, as the code of LLM-Pruner
     does; with `vector` it is the Fisher information of a mask on the row (arXiv 2204.09656, eq. 7).
 
     LLM-Pruner runs all samples in one backward pass. `vector` gives the same scores with any number of batches, and
-    needs no weight gradients. `element` sums absolute values over batches, which changes `first` and `mixed` scores if
-    there are several. Its `second` and `mixed` need a pass per sample, and `mixed` one more tensor per scored matrix.
+    needs no weight gradients. `element` takes ``s`` of each batch and sums ``|.|`` over batches, which changes `first`
+    and `mixed`. Its `second` and `mixed` need a pass per sample, and `mixed` one more tensor per scored matrix.
     """
     return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
 

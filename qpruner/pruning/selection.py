@@ -185,7 +185,7 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
-    """If channels leave over `tolerance` parameters to remove, remove coarse units, then restore surplus channels."""
+    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus channels."""
     for place, position in ranking.order:
         if target - removed <= tolerance:
             break

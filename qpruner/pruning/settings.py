@@ -85,7 +85,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
             f"`prune.compensation`: least_squares cannot compensate for whole blocks of a {name} model, because a norm "
-            "follows its MLP, or experts replace it: remove the key, or let it compensate for attention (`prune.units`)"
+            "follows its MLP, or experts replace it: remove the key, or add attention to `prune.units`"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)

@@ -211,7 +211,7 @@ def _kept_assembler(digest: str | None, *settings: Any) -> PlanAssembler:
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device, or spread it over all GPUs that this process sees, if it sees several.
+    """Move a model to the device or, outside distributed training, spread it over all GPUs that this process sees.
 
     Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses torch's current one.
     """

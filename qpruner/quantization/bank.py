@@ -37,7 +37,7 @@ FEW_WEIGHTS = 10_000_000
 
 
 class IndexEntry(Recorded):
-    """Index entry of a file: digest of its inputs, sha256, and weight error with adapters divided by that without."""
+    """A file of the bank: digest of what it was made from, sha256, and (weight error with adapters) / (without)."""
 
     inputs: str
     sha256: str

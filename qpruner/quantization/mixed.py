@@ -66,8 +66,8 @@ def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, t
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """An 8-bit layer that moves all its tensors when its parent module is moved to another device.
 
-    With bitsandbytes 0.50 a parent's `.to` moves only the weight. The scales (`SCB`) and the second reference
-    to the codes (`CB`) stay on the old device.
+    With bitsandbytes 0.50 a parent's `.to` moves only the weight. The scales (`SCB`) and `CB`, a second reference to
+    the weight's 8-bit numbers, stay on the old device.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -48,7 +48,7 @@ def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tu
 
 
 def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], confirm: int) -> list[int]:
-    """Return the trials to score on new rows, by position: the `confirm` lowest scores, and the controls to beat."""
+    """Return the trials to score on new rows, by position: the `confirm` lowest scores and all controls."""
     ranked = sorted(range(len(scores)), key=lambda position: (scores[position], position))
     return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
 

@@ -113,7 +113,7 @@ class GaussianProcessProposer:
         return candidates, values
 
     def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
-        """Return the best plan by each sample of effects, and plans a few steps up the expected improvement."""
+        """Find the best plan by each posterior sample of effects, and plans a few steps up the expected improvement."""
         effects = posterior.effects(torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects))))
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
         if self._pareto:

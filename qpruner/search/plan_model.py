@@ -54,7 +54,7 @@ class PlanModel:
     - `sublayer`: one effect for all groups of a kind, whose names differ in numbers only (`layers.#.qkv`);
     - `depth`: effects that are similar for groups of a kind in neighbouring blocks, if all names have a number;
     - `group`: an independent effect for every group, with one variance for each kind;
-    - `sensitive`: the mean of the sensitivities times an independent factor for every group; heavy-tailed like `group`;
+    - `sensitive`: the mean of the sensitivities times an independent factor for every group;
     - `level`: an independent effect for every level between lowest and highest;
     - `methods`: one term for each sensitivity, proportional to it.
 
@@ -173,7 +173,7 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
 def settled(history: History) -> tuple[Observation, ...]:
     """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
 
-    Of more trials only the first 100 count, later the first 110, 121 and so on: one fit serves many proposals.
+    Later only the first 100 count until 110 are over, then 110 until 121 are, and so on: one fit serves many proposals.
     """
     over = [item.index for item in history.last()]
     if len(over) <= NUM_FITTED:

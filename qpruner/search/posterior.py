@@ -120,8 +120,8 @@ class Posterior:
 
         ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the reference plan and
         ``u`` its mean divided by ``s``. Its derivative is ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``; here
-        both are divided by ``Phi(u)``. As ``s`` is convex in the features, the plan with the least sum of slopes is no
-        worse than the plan of `plans`, by these derivatives. First order only: without interactions between groups.
+        both are divided by ``Phi(u)``. To first order in mean and ``s``, the plan with the least sum of slopes has at
+        least the improvement of that in `plans`, as ``s`` is convex in the features. Interactions are left out.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)

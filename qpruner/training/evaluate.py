@@ -157,7 +157,7 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
     if wanted and wanted not in accuracies:
         raise UserError(
             f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
-            f"{', '.join(accuracies)}: set one that all report or `accuracy` (each task's own), or name other tasks"
+            f"{', '.join(accuracies)}: set one that all report or `accuracy` (chosen per task), or name other tasks"
         )
     return wanted or accuracies[0]
 

@@ -200,7 +200,7 @@ def test_uniform_heads_lose_at_most_the_share(shape: Any) -> None:
 def test_too_few_plain_heads_are_refused() -> None:
     """A smaller cut without an error would be taken for the requested cut."""
     sizes = sizes_of(2, attention=KindSize(1000, 8, plain=(4, 8)), mlp=KindSize(10, 100))
-    with pytest.raises(UserError, match=r"at most 9,980, .*plain checkpoint.*`uniform: false`"):
+    with pytest.raises(UserError, match=r"at most 9,980, .*loads without qpruner.*`uniform: false`"):
         counts_per_layer(sizes, 2 * 7000, uniform=True)
 
 

@@ -1,4 +1,4 @@
-"""ASHA of Ray Tune with the recorded rungs; for a Pareto front, a plan competes only with those of no more bytes."""
+"""ASHA of Ray Tune, resumed from recorded trials; for a Pareto front, a plan competes with none of more bytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qpruner.search.trial_records import objective
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) with the recorded rungs; never stops `controls`, plans made without a search.
+    """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
     Recorded plans outside the space are ignored. `is_cancelled` returns True for the id of a waiting trial that must
-    not start. `on_error` gets the id of a trial and the text of its error, before the searcher gets the trial.
+    not start. `on_error` gets the id of a trial and the text of its error, before the searcher learns of the error.
     """
 
     def __init__(

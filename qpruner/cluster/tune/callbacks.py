@@ -103,7 +103,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
 
     Time does not count while the driver waits for the storage, or while trials cannot write pulses. Ray kills a worker
     with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill, `on_hung` gets Ray's id of the trial, and
-    whether the trial runs. If not, it was given to the worker of an earlier trial, which still hangs in that trial.
+    True if the trial runs; False if it waits, because the worker that it was given still hangs in an earlier trial.
     """
 
     def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:

@@ -189,7 +189,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             raise lock_lost("search", "the other began a session of this search")
 
     def _end_at_time_limit(self) -> bool:
-        """End the suggestions at a time limit and return True from then on; without a machine, end the search too."""
+        """Suggest no more after a time limit and return True; end the search if no machine left could run a trial."""
         now, settings = time.monotonic(), self._job.config.search
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0

@@ -71,7 +71,7 @@ def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Return the largest divisor of the batch up to half a trial's micro-batch; None without one or without retries."""
+    """Find the largest divisor of the batch up to half a trial's micro-batch; None without one or with retries off."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -110,7 +110,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Mark a trial as running if this search has to resume it, and return its record.
 
-    Besides trials cut off or to be retried, these are the `controls` of this search that ASHA stopped in another one.
+    A search resumes trials cut off or to be retried, and its controls that ASHA stopped in another search.
     """
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)

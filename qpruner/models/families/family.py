@@ -47,7 +47,7 @@ class UnitKind:
 
     @property
     def units_per_partition(self) -> int:
-        """Number of units of this kind in the block or, if experts are stacked, of channels in each expert."""
+        """`num_units`; for the channels of stacked experts (see `partitions`), their number in each expert."""
         return self.num_units // self.partitions
 
     @property

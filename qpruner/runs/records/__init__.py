@@ -253,7 +253,7 @@ class EvalRecord(Record):
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Task -> its metric in the tables and the claim of the report."""
+        """Task -> the metric of its scores."""
         return {score.task: score.metric for score in self.rows[-1].scores}
 
 

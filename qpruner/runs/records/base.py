@@ -36,7 +36,7 @@ class Recorded(BaseModel):
     """Name of the field whose items are the rows of the table; if empty, the record is the only row."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return rows of column -> value; a mapping has columns `FIELD.KEY` (one a key), a plan `bits of GROUP`."""
+        """Return rows of column -> value; a mapping has a column `FIELD.KEY` for each key, a plan `bits of GROUP`."""
         if self.listed:
             return [row for item in getattr(self, self.listed) for row in item.table_rows()]
         fields = self.model_dump()

@@ -124,7 +124,7 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
             return None
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):
-            raise ValueError(f"it was damaged or edited, as its contents differ from its `{OWN_DIGEST}`")
+            raise ValueError(f"the file was damaged or edited, because its contents differ from its `{OWN_DIGEST}`")
         return kind.model_validate(fields)
     except ValueError as error:  # no text, no JSON or no such record
         why = f"{error}"

@@ -85,7 +85,7 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
 
 def _number_of(error: BaseException) -> int:
-    """Find the errno of an error; return 0 if it has none or may not concern the storage."""
+    """Find the errno of an error; return 0 if it has none, or one that may also come from a model hub."""
     text = str(error)
     if isinstance(error, OSError):
         found = re.search(r"\[[Ee]rrno (\d+)\]", text)  # shutil and pyarrow have it only in the text
