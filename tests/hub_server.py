@@ -65,9 +65,7 @@ def _app(hub: Hub) -> Flask:
     def preupload(owner: str, name: str) -> Any:
         paths = [each["path"] for each in request.get_json(force=True)["files"]]
         modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
-        return {
-            "files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()],
-        }
+        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
 
     @app.post("/<owner>/<name>.git/info/lfs/objects/batch")
     def batch(owner: str, name: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import raw_config, with_key
 from raylets import raylets
+from searched_runs import ignore
 from transformers import PreTrainedModel
 
 from qpruner.cluster.connect import connect, disconnect
@@ -60,10 +61,6 @@ def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
         made = ClusterExecutor(GPU, GpuTime(), CHECK)
     yield made
     made.close()
-
-
-def ignore(event: Event) -> None:
-    """Ignore an event."""
 
 
 # Workers cannot import this file; nested functions are pickled with their code.

@@ -67,8 +67,7 @@ def assert_same_gradients(
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "float32") for name in FAMILY_NAMES] + [("llama", "bfloat16"), ("gpt_neox", "bfloat16")],
+    ("name", "dtype"), [(name, "float32") for name in FAMILY_NAMES] + [("llama", "bfloat16"), ("gpt_neox", "bfloat16")]
 )
 def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> None:
     """In float32 they agree up to rounding; in bfloat16, gradients are summed in another order and agree to 2 %."""

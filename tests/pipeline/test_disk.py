@@ -12,17 +12,13 @@ from typing import Any
 
 import pytest
 from conftest import disk_of, with_key
+from searched_runs import ignore
 
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline.run import check, run
-from qpruner.runs.events import Event
 
 MIB = 2**20
-
-
-def ignore(event: Event) -> None:
-    """Ignore an event."""
 
 
 @pytest.fixture

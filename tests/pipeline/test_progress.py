@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import raw_config, with_key
+from searched_runs import ignore
 
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
@@ -24,10 +25,6 @@ from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.lock import NAME, this_process
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import RunDir
-
-
-def ignore(event: Event) -> None:
-    """Nobody watches."""
 
 
 @pytest.fixture(scope="module")

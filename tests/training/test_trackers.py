@@ -42,11 +42,7 @@ def same_environment() -> Iterator[None]:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return variables that keep both trackers on this machine."""
-    return {
-        "WANDB_MODE": "offline",
-        "WANDB_API_KEY": SECRET,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-    }
+    return {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
 
 
 def mlflow_runs(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
