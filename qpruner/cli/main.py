@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None) -> None:
-    """Run a verb; turn a `QprunerError` into a message and an exit code. A `plan_file` came from `--plan`: name it."""
+    """Run a verb; turn a `QprunerError` into an exit code and a message (naming `--plan` if `plan_file` is given)."""
     try:
         outcome, code = work(), 0
     except QprunerError as error:

@@ -52,7 +52,7 @@ class Bank(Stage[BankRecord]):
         check_quantizable(self.context.inspection.model_config)
 
     def begin(self) -> None:
-        """Restore a damaged index `bank.json` from the record. If an entry is damaged, delete the record to rerun."""
+        """Restore a damaged index `bank.json` from the record. Delete the record if an entry is, to rerun the stage."""
         from qpruner.quantization import bank as store
 
         bank, record, index = self.context.bank, None, None

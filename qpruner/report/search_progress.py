@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return a search's trials; for a given plan (`--plan`), add those of other given plans and of a search."""
+    """Return a search's trials; for `--plan`, also those of other given plans and of the same search without one."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 
