@@ -168,9 +168,9 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count the memory of mutual information by part: a result for a pass, and one for float64 principal components.
+    """Count the bytes, by part, at the two peaks of mutual information: a forward pass, and the principal components.
 
-    Both hold the outputs at all drawn positions. A pass also holds the outputs of its batch in float32.
+    The outputs of all groups at all drawn positions count in both, those of one batch in float32 in the pass alone.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(dense.groups)

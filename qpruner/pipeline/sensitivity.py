@@ -139,7 +139,7 @@ def _progress(emit: Emit, work: str) -> Callable[[int, int], None]:
 
 
 def _measured(context: Context, subject: Subject) -> Measurement:
-    """Measure KL divergence and loss for every group; workers measure their shares of the samples in parallel."""
+    """Measure KL divergence and loss for every group of layers; each worker measures a share of the samples."""
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import measure_share, measure_subject
 
