@@ -19,7 +19,7 @@ from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 def estimates(setup: Setup) -> Figures:
     """Seconds and bytes as `check --measure` tells them; `measured` is null where a part has not run."""
     config, inspection, found = setup.config, inspected(setup), measured(setup)
-    rates = hours.measured_rates(config, inspection, threads=1, where="here")
+    rates = hours.measured_rates(config, inspection, threads=1, machine="here")
     expected = {name: 3600 * each for name, each in hours.slot_hours(config, inspection, rates).items()}
     lasted = {
         "prune": found("prune", "cut"),

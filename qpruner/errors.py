@@ -116,7 +116,7 @@ class NodeDiffers(RemediableError):
 
 
 def note_defect(error: Exception, evidence: str = "the output above") -> str:
-    """Note on an unexpected error, once, that it is a likely defect to report with `evidence`; return the note."""
+    """Add to an unexpected error, unless present, the note that it is a likely defect to report; return the note."""
     for note in getattr(error, "__notes__", ()):
         if DEFECT in note:
             return str(note)

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None) -> None:
-    """Run a verb; turn a `QprunerError` into a message and an exit code, without a traceback."""
+    """Run a verb; turn a `QprunerError` into an exit code and a message (naming `--plan` if `plan_file` is given)."""
     try:
         outcome, code = work(), 0
     except QprunerError as error:
@@ -239,7 +239,7 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Write the final model merged or for peft; keep the export only if both predict the same."""
+    """Export the final model merged or for peft; keep only an export that predicts the same."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

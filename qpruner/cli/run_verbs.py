@@ -184,13 +184,13 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
 def _column_of(key: str, names: Mapping[str, str]) -> str:
     """Return the column that `key` means; raise a `UserError` with the nearest of `names` if `key` is none of them."""
     if key not in names:
-        columns = [name for name in names if not name.startswith("bits ")]
-        raise UserError(f"no column `{key}`; {nearest(key, columns, 'there are `bits layers.07` (so each group),')}")
+        rest = [name for name in names if not name.startswith("bits ")]
+        raise UserError(f"no column `{key}`; {nearest(key, rest, 'there are `bits layers.07` (one for each group),')}")
     return names[key]
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print a trial's plan as YAML, by default the winner's, to edit or give another run with `--plan`."""
+    """Print a trial's plan as YAML, by default the winner's, to edit or use in another run (`--plan`)."""
     snapshot = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
@@ -221,7 +221,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Compare runs: figures, differences of their winners (paired by row), and settings that differ."""
+    """Compare runs: figures, paired differences of their winners' scores, and settings that differ."""
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     apart = [run_views.against(run.results, views[0].results) for run in views[1:]]

@@ -40,7 +40,7 @@ FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
 
 
 class Terminal:
-    """Prints events, to stdout or stderr; with `quiet` it prints results only."""
+    """Prints events of a run, all to stdout or all to stderr; with `quiet` it prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
         self._console = console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
@@ -82,7 +82,7 @@ class Terminal:
             self._live.stop()
 
     def emit(self, event: events.Event) -> None:
-        """Show one event; print messages about the command itself to stderr, even with `quiet`."""
+        """Show one event; print messages of no stage, such as first warnings, to stderr even with `quiet`."""
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
             click.echo(event_line(event, 0), err=True)
             return

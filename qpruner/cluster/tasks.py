@@ -58,7 +58,7 @@ def run_tasks(
     jobs: Sequence[Any],
     resources: Mapping[str, float],
     max_concurrent: int,
-    fresh: bool,
+    own_process: bool,
     check_node: bytes,
     on_tick: Callable[[], None] = lambda: None,
     on_held: Callable[[float], None] = lambda seconds: None,
@@ -66,11 +66,11 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. With `fresh` every job runs
-    in its own new process, so that its memory can be measured. `check_node` (see `node_check.packed_check`) raises on
-    an unusable node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job,
-    without its waiting time. `progress` returns what the job at a position has saved; after a change its workers'
-    deaths count from 0 again.
+    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process`
+    every job runs in its own new process, so that its memory can be measured. `check_node` (see
+    `node_check.packed_check`) raises on an unusable node. `on_tick` is called about once a second, `on_held` with the
+    GPU seconds of each finished job, without its waiting time. `progress` returns what the job at a position has saved;
+    after a change its workers' deaths count from 0 again.
 
     Raises:
         NodeDiffers: If a job was sent to an unusable node.
@@ -89,7 +89,7 @@ def run_tasks(
         yield cloudpickle.loads(work)()
 
     options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
-    task = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **options)(located)
+    task = ray.remote(max_calls=1 if own_process else 0, max_retries=0, **options)(located)
     task, deaths = task.options(name=getattr(function, "__name__", "task")), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     while waiting or running:

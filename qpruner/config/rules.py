@@ -181,8 +181,8 @@ def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
-    A given `search.plan` is no such reason, because `--plan` may be added to any configuration of a search.
-    `calibration.num_sensitivity_samples` is not listed: `qpruner compare` pairs only runs that agree in it.
+    A given `search.plan` gives no warning for the keys of the search: `--plan` may be added to any configuration.
+    `calibration.num_sensitivity_samples` always has an effect: `qpruner compare` pairs losses only if it is equal.
     """
     only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)

@@ -131,7 +131,7 @@ MEASUREMENT = ("kl", "loss")
 
 
 class SensitivityConfig(Section):
-    """How much each group suffers at fewer bits: yields seed plans, the first to try, and the searcher's prior."""
+    """Scores how much each group suffers at fewer bits, for seed plans (tried first) and the searcher's prior."""
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
     """Methods to measure; each gives a seed plan: mutual information with the prediction (as in the paper), gradient

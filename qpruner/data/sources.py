@@ -178,8 +178,8 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
     known = COLUMNS[source.format]
     if unknown := sorted(set(source.columns) - set(known)):
         raise UserError(
-            f"`{key}.columns` maps {', '.join(unknown)}, but rows of format {source.format} have only the columns "
-            f"{', '.join(known)}"
+            f"`{key}.columns` has the keys {', '.join(unknown)}, which format {source.format} does not know: its keys "
+            f"are {', '.join(known)}"
         )
     for column in known:
         mapped = _mapped(source, column, available)

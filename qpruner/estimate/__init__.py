@@ -42,7 +42,7 @@ def facts(
 def _hours(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float], gpus: float | None
 ) -> dict[str, Any]:
-    """Return the hours that stages hold GPUs (without any: slots, room for one trial), and hours elapsed (`wall`)."""
+    """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room for one trial)."""
     held = 1.0 if gpus is None else gpus
     rates = rates.on(held)
     stages = slot_hours(config, inspection, rates)

@@ -50,8 +50,8 @@ class Rates:
         return Rates(self.training * gpus, self.scoring * gpus, self.packing * gpus, origin)
 
 
-def measured_rates(config: RunConfig, inspection: Inspection, threads: int, where: str) -> Rates:
-    """Time a micro-batch and the packing of a layer here, at the mix of lowest and highest bits that fills a budget."""
+def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
+    """Time a micro-batch and the packing of a layer on this machine, at bits that fill the configured budget."""
     count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
@@ -61,7 +61,7 @@ def measured_rates(config: RunConfig, inspection: Inspection, threads: int, wher
     rows, length = config.training.micro_batch_size, config.data.max_length
     operations = rows * length * count.weights_a_token("train")
     origin = (
-        f"measured on {where}: {rows} rows x {length} tokens take {training:.3g} s forward and backward, "
+        f"measured on {machine}: {rows} rows x {length} tokens take {training:.3g} s forward and backward, "
         f"{scoring:.3g} s forward"
     )
     return Rates(count.step_operations * operations / training, 2 * operations / scoring, packing, origin)
@@ -130,8 +130,8 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 def num_compared(config: RunConfig) -> int:
     """Count the fine-tunes that `finetune.compare` adds to the first fine-tune of the winner.
 
-    They are for the other rows of the table, and for the winner under further training seeds. Rows with the same plan
-    share a fine-tune. Without a search the row of the best plan by any sensitivity is missing.
+    They are for the other rows of the final table, and for the winner under further training seeds. Rows with the same
+    plan share a fine-tune. Without a search there is no row `best seed`, for which the search chooses the sensitivity.
     """
     methods, settings, bits = config.measured_methods, config.finetune, config.quantize.bits
     has_best = bool(methods) and config.is_searched

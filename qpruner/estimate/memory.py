@@ -3,10 +3,10 @@
 In bytes for each token of a forward pass, with a vocabulary of V and elements of e bytes:
 
 - For the backward pass, an adapted layer of r rows and c columns keeps its input in float32 for the adapter (4 c), the
-  adapter's inner values (4 x rank), and about e (r + c) between layers. A layer without adapter keeps e (r + c) only.
-  Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that computes
-  attention in float32 because it lacks bfloat16. With gradient checkpointing every block keeps its input, and one block
-  keeps all of this. In a model without adapters a layer counts as `DENSE` e (r + c), to include norms and gates.
+  adapter's inner values (4 x rank), and about e (r + c) for its input and output. In a model without adapters a layer
+  keeps `DENSE` e (r + c), norms and gates included. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3:
+  tests/estimate), within 25 % on a CPU that computes attention in float32 because it lacks bfloat16. With gradient
+  checkpointing every block keeps its input, and one block keeps all of this.
 - Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
   the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
@@ -168,9 +168,9 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count the memory of mutual information by part: a result for a pass, and one for float64 principal components.
+    """Count the bytes, by part, at the two peaks of mutual information: a forward pass, and the principal components.
 
-    Both hold the outputs at all drawn positions. A pass also holds the outputs of its batch in float32.
+    The outputs of all groups at all drawn positions count in both, those of one batch in float32 in the pass alone.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
@@ -187,7 +187,7 @@ def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
     """Count the memory of the methods KL and loss by part; `quantized group` includes its largest layer unpacked.
 
     `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
-    log-probabilities. Later: these, the logits with the quantized group, and 4 x `POSITIONS` more float32 rows.
+    log-probabilities. Later: the same log-probabilities, logits with the quantized group, 4 x `POSITIONS` float32 rows.
     """
     dense, config = inspection.pruned, inspection.model_config
     unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)

@@ -104,7 +104,7 @@ def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
 
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:
-    """Write the adapter, and the quantized model to a subfolder, which the adapter names by its path in `target`."""
+    """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
     left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())

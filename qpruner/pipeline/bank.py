@@ -52,7 +52,7 @@ class Bank(Stage[BankRecord]):
         check_quantizable(self.context.inspection.model_config)
 
     def begin(self) -> None:
-        """Delete the record if an entry is damaged, so that the stage runs again; a damaged index is made anew."""
+        """Restore a damaged index `bank.json` from the record. Delete the record if an entry is, to rerun the stage."""
         from qpruner.quantization import bank as store
 
         bank, record, index = self.context.bank, None, None
@@ -74,7 +74,7 @@ class Bank(Stage[BankRecord]):
             self.context.forget(self.name)
 
     def _index_from(self, record: BankRecord) -> BankIndex:
-        """Make the contents of `bank.json` (inputs, sha256 and error of each entry) from the record of the bank."""
+        """Make `bank.json` from the bank's record: inputs, sha256 and remaining quantization error of each entry."""
         from qpruner.quantization import bank as store
 
         files, made_from = {}, digest_of(*self._made_from())

@@ -9,7 +9,7 @@ from typing import Any
 from qpruner.config.schema import RunConfig
 from qpruner.pipeline.comparison_rows import distinct, job_keys, jobs_of, table_rows
 from qpruner.pipeline.evaluate import measure_in_turns, rows_of, score_jobs
-from qpruner.pipeline.finetune import finetune_jobs, have_rows, row_set_aside_if_damaged
+from qpruner.pipeline.finetune import finetune_jobs, have_rows, setting_aside_damaged_adapter
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.records import ComparisonRecord, EvalRecord, FinetuneRecord
@@ -18,7 +18,7 @@ from qpruner.wording import counted
 
 
 class Comparison(Stage[ComparisonRecord]):
-    """Fine-tune and score every row of the final table, but reuse the records of the winner."""
+    """Fine-tune and score the models of the final table (winner and baselines); reuse the records of the winner."""
 
     name = "comparison"
     record = ComparisonRecord
@@ -47,7 +47,7 @@ class Comparison(Stage[ComparisonRecord]):
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         text = context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
-        with row_set_aside_if_damaged(context.run_dir, self.name):
+        with setting_aside_damaged_adapter(context.run_dir, self.name):
             tuned = finetune_jobs(self, jobs)
             scored = score_jobs(self, models, text)
             before = context.gpu_time.seconds

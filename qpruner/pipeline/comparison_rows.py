@@ -82,7 +82,7 @@ def table_rows(context: Context) -> list[Row]:
 
 
 def _method_of_best_seed_plan(context: Context) -> str | None:
-    """Return the sensitivity whose own plan scored best among the finalists; None if no finalist is such a plan."""
+    """Return the method whose seed plan (best plan by its scores) did best among the finalists; None without any."""
     searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
@@ -134,7 +134,7 @@ def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]
 
 
 def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
-    """Return the candidates, one for each folder: equal models with equal fine-tunes of several rows share a folder."""
+    """Return one candidate per folder; rows of the final table with the same plan and fine-tune share a folder."""
     return list({job.folder: job for job in jobs}.values())
 
 
@@ -143,18 +143,18 @@ def run_jobs(
     function: Callable[[CandidateJob], Result],
     jobs: list[Candidate],
     num_workers: int = 1,
-    text: Path | None = None,
-    fresh: bool = False,
+    text: Path | None = None,  # folder of encoded text for perplexity
+    own_process: bool = False,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run a function on all jobs, several at once, `num_workers` on each; yield positions and results as jobs end."""
+    """Run a function on jobs in parallel, each in `num_workers` processes; yield positions and results as jobs end."""
     if not jobs:
         return
     resources, concurrent = context.task_resources(len(jobs), num_workers)
     threads = int(resources.get("cpu", 1))
     tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
     if num_workers == 1:
-        yield from context.run_tasks(function, tasks, resources, concurrent, fresh, **more)
+        yield from context.run_tasks(function, tasks, resources, concurrent, own_process, **more)
         return
     from qpruner.cluster.group import run_groups
 

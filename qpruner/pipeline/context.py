@@ -144,7 +144,7 @@ class Context:
 
     @property
     def known_slots(self) -> Slots:
-        """The room for trials on the cluster at `address`, else on this machine or `assumed`; does not start Ray."""
+        """The room for trials at `address`, on the machine that `check --gpu` assumes, or here; does not start Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
@@ -204,13 +204,13 @@ class Context:
         jobs: Sequence[Job],
         resources: dict[str, float],
         concurrent: int,
-        fresh: bool = False,
+        own_process: bool = False,
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
         """Run `function(job)` for all jobs on nodes that pass `check_node`; yield position and result of each job."""
         from qpruner.cluster.tasks import run_tasks
 
-        return run_tasks(function, jobs, resources, concurrent, fresh, self.check_node, **more)
+        return run_tasks(function, jobs, resources, concurrent, own_process, self.check_node, **more)
 
     def check_lock(self, stage: str) -> None:
         """Raise an error if another driver took over the lock, for example while this process was suspended."""

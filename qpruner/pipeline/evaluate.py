@@ -11,7 +11,7 @@ from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.comparison_rows import candidates_for, job_progress, run_jobs, untuned_candidates
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finetune import row_set_aside_if_damaged
+from qpruner.pipeline.finetune import setting_aside_damaged_adapter
 from qpruner.pipeline.stage import Stage
 from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.records import EvalRecord, FinetuneRecord, Inference, InferenceSetting, RowScores, digest_of
@@ -47,7 +47,7 @@ class Evaluate(Stage[EvalRecord]):
         inspection, settings = context.inspection, self.config.evaluate
         questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
         asked = (settings.tasks, settings.limit, settings.num_fewshot)
-        with row_set_aside_if_damaged(context.run_dir, self.name):
+        with setting_aside_damaged_adapter(context.run_dir, self.name):
             scored = score_jobs(self, jobs, text)
             before = context.gpu_time.seconds
             setting, taken = measure_in_turns(self, [job for job in jobs if job.seed is not None])
@@ -68,7 +68,7 @@ class Evaluate(Stage[EvalRecord]):
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """Encode text for perplexity into a folder; return a description and the folder, or None twice without a text.
 
-    Without `evaluate.text` the half of `data.confirmation` that judges the winner serves, if no row is multiple-choice.
+    Without `evaluate.text`, use the half of `data.confirmation` that judges the winner, unless a row has choices.
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
@@ -128,7 +128,7 @@ def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dic
 
 
 def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """Measure memory and speed of the models one by one; return how they were measured, and results by job folder."""
+    """Measure memory and speed of models, alternating between them; return the setting, and results by job folder."""
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context
@@ -144,6 +144,6 @@ def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[Infe
     remove(progress)  # the file of an earlier command
     on_tick = job_progress(stage, [progress], 1, "memory and tokens a second")
     [(_, (setting, found))] = context.run_tasks(
-        measure_inference, [task], resources, 1, fresh=True, on_tick=on_tick, on_held=context.gpu_time.add
+        measure_inference, [task], resources, 1, own_process=True, on_tick=on_tick, on_held=context.gpu_time.add
     )
     return setting, {job.folder: taken for same, taken in zip(models.values(), found, strict=True) for job in same}

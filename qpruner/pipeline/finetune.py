@@ -76,7 +76,7 @@ class Finetune(Stage[FinetuneRecord]):
         context.forget(self.name)  # because the final folder is about to be overwritten
         before = context.gpu_time.seconds
         write = partial(write_final, self.config, winner, context.run_dir.root / "final")
-        with row_set_aside_if_damaged(context.run_dir, self.name):
+        with setting_aside_damaged_adapter(context.run_dir, self.name):
             context.executor.run(write, context.emit)
         context.executor.close()
         # An earlier command may have run the fine-tune.
@@ -121,7 +121,7 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
         return sorted(storage.published_folders(left[position].checkpoints))
 
     num_workers = context.config.finetune.num_workers
-    tuned = run_jobs(context, finetune_candidate, left, num_workers, fresh=True, on_tick=on_tick, progress=saved)
+    tuned = run_jobs(context, finetune_candidate, left, num_workers, own_process=True, on_tick=on_tick, progress=saved)
     for position, (measured, tracker_errors) in tuned:
         job = left[position]
         record = found[job.folder] = _record_of(context, job, measured)
@@ -168,8 +168,8 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
 
 
 @contextmanager
-def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
-    """Set a job's folder aside if the `with` block finds the adapter there damaged; the next command makes it anew."""
+def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
+    """Set aside the folder of an adapter that the `with` block finds damaged, and raise `StageError` of this stage."""
     try:
         yield
     except CorruptFile as error:

@@ -44,7 +44,7 @@ def look_at_nodes(context: Context) -> None:
 
 
 def _node_copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
-    """Return names, bytes and file patterns of what every node copies of bank and pruned model, to check its disk."""
+    """Return what each node copies, to check its disk: the bank, and the pruned model unless nodes read it in place."""
     banked: list[str] = []
     with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)

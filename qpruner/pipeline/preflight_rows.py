@@ -137,7 +137,7 @@ def about_labelled(row: Example, data: DataConfig) -> int:
 
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
-    """Return the most labelled tokens of a row, assuming up to twice as many for each character as in English."""
+    """Bound the labelled tokens of every row from above, at twice the tokens per character of English text."""
     if not rows or data.packing or not data.response_only:
         return data.max_length
     return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))
@@ -228,8 +228,8 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     for name, task in found["search"].items() if search.by_accuracy else ():
         if search.limit is not None and len(task.texts) < 2 * search.limit:
             raise UserError(
-                f"`search.limit` must be at most half of the questions of a task: as many other questions choose the "
-                f"winner; {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
+                f"`search.limit` must be at most half of the questions of a task, because equally many others choose "
+                f"the winner; {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
             )
     return found
 

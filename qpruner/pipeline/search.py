@@ -242,7 +242,7 @@ class Search(Stage[SearchRecord]):
         )
 
     def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials of `job`, then choose finalists, also controls; repeat both if files of one are damaged."""
+        """Run the trials, then choose finalists, also controls of `job_with_controls`; repeat if a file is damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -388,6 +388,6 @@ def front_of(
 
 
 def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute the mean score by which the best plan in a budget beats the smallest, over budgets up to the search's."""
+    """Compute the lead in score of the best plan within a budget over the smallest plan, averaged over all budgets."""
     points = [(point.plan_bytes, objective(point, job.config)) for point in front]
     return choice.hypervolume(points, points[0], job.space.budget_bytes)

@@ -86,7 +86,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the lowest and the highest rise of any group: its score at the fewest bits less that at the most bits."""
+    """Format the smallest and largest difference of any group: its score at the fewest bits minus that at the most."""
     lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
     rises = [low - high for low, high in zip(lowest, highest, strict=True)]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
@@ -139,7 +139,7 @@ def _progress(emit: Emit, work: str) -> Callable[[int, int], None]:
 
 
 def _measured(context: Context, subject: Subject) -> Measurement:
-    """Measure KL divergence and loss for every group; workers measure their shares of the samples in parallel."""
+    """Measure KL divergence and loss for every group of layers; each worker measures a share of the samples."""
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import measure_share, measure_subject
 

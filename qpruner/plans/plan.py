@@ -87,7 +87,7 @@ WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly if th
 
 
 def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
-    """Raise `UserError` for a layer whose width the 4-bit CPU kernel of bitsandbytes decodes wrongly."""
+    """Raise `UserError` for a layer with a number of columns that bitsandbytes at 4 bits decodes wrongly on a CPU."""
     for linear in linears:
         if decodes_wrongly(linear.columns):
             raise UserError(

@@ -80,14 +80,14 @@ def _blocks_with(sizes: Sizes, name: str) -> dict[int, KindSize]:
     return {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
 
 
-def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) -> dict[int, int]:
-    """Count the channels to remove per block: `left` parameters in all, equal shares, in multiples of `round_to`."""
-    share = max(left, 0) / sum(size.parameters * size.count for size in channels.values())
+def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int) -> dict[int, int]:
+    """Count the channels to remove per block: equal shares in multiples of `round_to`, `target` parameters in all."""
+    share = max(target, 0) / sum(size.parameters * size.count for size in channels.values())
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
     stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
     # Give bundles back until the target is nearest, first to blocks that lost the most by rounding.
     order = sorted(stays, key=lambda index: (stays[index] - bundles[index], index))
-    over = sum((size.count - stays[index] * round_to) * size.parameters for index, size in channels.items()) - left
+    over = sum((size.count - stays[index] * round_to) * size.parameters for index, size in channels.items()) - target
     has_changed = True
     while over > 0 and has_changed:
         has_changed = False

@@ -40,7 +40,7 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The row `searched` of the final table compared with the row `other`, which is `best seed` or `random`.
+    """The row `searched` of the final table compared with `other`: `best seed` (a sensitivity's best plan) or `random`.
 
     `origin` says what suggested the plan of `other`. `more_bytes` is how many bytes more `other` takes, as a
     share of the bytes of `searched`. `no_claim` says why nothing is claimed, for example because `other` is missing.
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Compare the searched plan with the best seed plan and random plans; empty if no other plan was fine-tuned."""
+    """Compare the searched plan with the best seed plan (a sensitivity's) and random plans; none without other rows."""
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
     # The spread of random plans needs at least two of them.
@@ -115,7 +115,7 @@ def _alone(results: Results) -> str:
 
 
 def margin_text(search: SearchRecord) -> str:
-    """Describe the winner's lead on new rows: a searched plan's over uniform and seed plans, or the reverse."""
+    """Describe a winner's lead on new rows over controls (plans without a search), a control's over searched plans."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
     others = [each for each in search.confirmations if each.control != search.control_won and each != best]
     if not others:
@@ -160,7 +160,7 @@ def _compared(results: Results, other: str) -> Comparison:
 
 
 def _against_other_rows(results: Results) -> str:
-    """Compare the winner with base, pruned model and uniform plans, where fine-tuned, under the first training seed."""
+    """Compare the winner with those of base, pruned model and uniform plans that had the same fine-tune."""
     assert results.evaluate
     by_name = {row.name: row for row in under_first_seed(results)}
     winner, text = by_name[SEARCHED], ""

@@ -70,7 +70,7 @@ def under_first_seed(results: Results) -> list[Row]:
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports; a row `searched` without a searched plan is `given plan` or `winner (ORIGIN)`."""
+    """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan or a control."""
     if name != SEARCHED or search is None:
         return name
     if search.best_origin == GIVEN:

@@ -188,7 +188,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the best score of a uniform or seed plan, also in a trial reused from another search; None without any."""
+    """Return the best score of a uniform plan or a plan from a sensitivity, also if an earlier search tried it."""
     metric = run.state.config["search"]["metric"]
     finished = [each for each in run.own_trials if each.status == "finished"]
     controls = [each for each in finished if each.is_control and not each.is_given]

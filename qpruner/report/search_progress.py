@@ -15,7 +15,7 @@ from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecor
 class SearchProgress:
     """The progress of a search: its trials in order of their numbers, and `best`, the best finished searched plan.
 
-    `best_control` is the best finished uniform, seed or given plan. `seconds_left` assumes a trial's mean time.
+    `best_control` is the best finished plan that no searcher proposed. `seconds_left` assumes a trial's mean time.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -51,7 +51,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return a search's trials and, for a given plan (`--plan`), those of other given plans and of a search without."""
+    """Return a search's trials; for `--plan`, also those of other given plans and of the same search without one."""
     beside = (search.search, search.beside)
     return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 

@@ -58,7 +58,7 @@ def more_bytes(pairs: Sequence[Pair]) -> float:
 
 
 def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
-    """Return the differences in accuracy and, if every task has choices, answer loss, both paired by question."""
+    """Return first minus second model's accuracy and, if every task has choices, answer loss, paired by question."""
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
     found = []
@@ -74,7 +74,7 @@ def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
-    """Return the difference in confirmation loss, paired by row if the records have every row's loss, else unpaired."""
+    """Return first minus second model's confirmation loss, paired by row if the records have every row's loss."""
     values = [ours.confirmation_loss - theirs.confirmation_loss for (ours, _), (theirs, _) in pairs]
     both = [(ours.confirmation_losses, theirs.confirmation_losses) for (ours, _), (theirs, _) in pairs]
     by_pair = [[_less(ours, theirs)] for ours, theirs in both] if all(all(each) for each in both) else []

@@ -230,7 +230,7 @@ def kept_of_blocks(record: PruneRecord) -> Table:
 
 
 def block_cells(layer: LayerWidths) -> tuple[str, ...]:
-    """Format a block's row in the table of `kept_of_blocks`."""
+    """Return a table row: a block and its kept query heads, key/value heads, MLP channels and share of parameters."""
     groups, heads = len(layer.kept_kv_groups), layer.heads_per_group
     channels, base = len(layer.kept_mlp_channels), layer.base_mlp_channels
     mlp = f"{channels} of {base}"

@@ -1,7 +1,7 @@
 """Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
 HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far beside the
-controls (uniform, seed and given plans). Text has the configuration and the final table.
+controls (uniform, given and sensitivities' plans). Text has the configuration and the final table.
 
 A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
 appended, and an open TensorBoard shows them. After a crash, repeating the command completes or rewrites the file.
@@ -150,7 +150,7 @@ def _end(trial: TrialRecord) -> float:
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """Return a trial's HParams columns; capitals sort first in TensorBoard, which shows five columns by default."""
+    """Return a trial's HParams columns. TensorBoard shows the first five by name: capitals put useful ones first."""
     return {
         "#": f"{trial.index:04d}",  # a text, because TensorBoard shows numbers with four decimals
         "From": trial.origin,
@@ -226,7 +226,7 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
     """Return the messages of an HParams row, whose `title` must be unique, because TensorBoard merges equal ones.
 
-    It takes the metrics from the run's last scalars. tensorboardX's function `hparams` sets neither titles nor times.
+    TensorBoard takes the metrics from the run's last scalars. tensorboardX's `hparams` sets neither titles nor times.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]

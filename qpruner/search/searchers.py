@@ -25,9 +25,9 @@ Prior = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True)
 class Observation:
-    """The score of suggestion `index` at the rung of `step` optimizer steps; smaller is better.
+    """The score of the plan proposed as number `index`, at the rung of `step` optimizer steps; lower is better.
 
-    The score has no standard error: all trials answer the same questions, which thus add no noise between plans.
+    No standard error is kept: all trials answer the same questions, so drawing these adds no noise between plans.
     """
 
     index: int

@@ -38,7 +38,7 @@ squared gradients, quantization error, and a product with the error or the buffe
 
 @dataclass(frozen=True)
 class Expansion:
-    """Predicted rises of the loss ``(levels, groups)`` in nats per token: means over `num_tokens` labelled tokens."""
+    """Predicted rises of the loss ``(bit-widths below 16, groups)``: mean nats over `num_tokens` labelled tokens."""
 
     num_tokens: int
     first_order: Floats

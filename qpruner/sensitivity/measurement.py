@@ -35,7 +35,7 @@ class Measurement:
     """Sums over the predicted positions of each sample, in nats.
 
     Number of positions (`counts`) and loss of the unquantized model (`base_loss`) are ``(samples,)``. KL divergence
-    from that model (`kl`) and change of its loss (`loss`) are ``(levels, groups, samples)``.
+    from that model (`kl`) and change of its loss (`loss`) are ``(bit-widths below 16, groups, samples)``.
     """
 
     counts: Floats
@@ -116,9 +116,9 @@ class _Rerun:
         self._losses = -self._at_labels(self._expected, self._labels)
         self.base_loss = self._by_sample(self._losses, "the unquantized model")
 
-    def rise(self, path: str, model_name: str) -> torch.Tensor:
-        """Run again from the block with layer `path`; return KL divergence and change of the loss, ``(2, samples)``."""
-        first = next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
+    def rise(self, layer_path: str, model_in_errors: str) -> torch.Tensor:
+        """Run again from the layer's block; return KL divergence and change of the loss, ``(2, samples)``."""
+        first = next(index for index, block in enumerate(self._paths) if layer_path.startswith(f"{block}."))
         with returning_outputs(self._blocks[:first], self._outputs):
             logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []
@@ -128,7 +128,7 @@ class _Rerun:
             loss.append(-self._at_labels(found, self._labels[here]))
             kl.append((expected.exp() * (expected - found)).sum(dim=-1))
         changes = (torch.cat(kl), torch.cat(loss) - self._losses)
-        return torch.stack([self._by_sample(change, model_name) for change in changes])
+        return torch.stack([self._by_sample(change, model_in_errors) for change in changes])
 
     @staticmethod
     def _at_labels(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What methods score: samples, `quantize.group` and bank; `levels` ascend, and `scaling` is LoRA's alpha / rank."""
+    """Samples, `quantize.group` and bank to score; `levels` are rising bit-widths, `scaling` LoRA's alpha / rank."""
 
     samples: Samples
     levels: tuple[int, ...]

@@ -173,7 +173,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
     [
         ("trials RUN --where statsu=failed", "did you mean `status`?"),
         ("trials RUN --sort byte", "did you mean `bytes`?"),
-        ("trials RUN --sort xyz", "there are `bits layers.07` (so each group), trial, winner, from"),
+        ("trials RUN --sort xyz", "there are `bits layers.07` (one for each group), trial, winner, from"),
         ("trials RUN --where loss<low", "`loss` must be a number, got 'low'"),
         ("trials RUN --where bytes<126M", "`bytes` must be a number, plain or with kB, MB, GB"),
         ("trials RUN --where seconds<1hour", "`seconds` must be a number, plain or with h, min, s, got"),

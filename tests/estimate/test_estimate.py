@@ -1,4 +1,4 @@
-"""The estimates of memory and hours are compared with autograd, with ASHA and with a real fine-tune."""
+"""The estimates of memory and hours are compared with autograd, ASHA and a real fine-tune; real steps are timed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import raw_config, with_keys
+from conftest import changed_by, raw_config, with_keys
+from tiny_families import family_model, kept_of
 
 from qpruner import estimate
 from qpruner.config.load import validate_config
 from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig
 from qpruner.data.encoding import encode
-from qpruner.estimate import hours, memory
+from qpruner.estimate import hours, memory, step_times
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_tokenizer
@@ -29,6 +30,8 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.pipeline.run import run
+from qpruner.plans.plan import LinearShape
+from qpruner.pruning import surgery
 from qpruner.pruning.prune import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.training.finetune import Share, _Batches
@@ -324,3 +327,24 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.5 < took["peak"] < expected * 1.5
     assert seconds / 3 < took["seconds"] < seconds * 3
+
+
+# ---- timed steps
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
+    """The families have two kinds of layers and fused projections; the times depend on the machine."""
+    changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
+    raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))
+    config = surgery.cut(family_model(name), kept_of(name)).config
+    shares = {"share_high": 0.5, "share_labelled": 0.25}
+    times = step_times.measure(validate_config(raw), config, LinearShape("layer", 128, 64), **shares, threads=1)
+    assert all(value > 0 for value in times)
+    assert config.num_hidden_layers == 3, "the config is not changed"
+
+
+def test_packing_counts_levels_and_iterations() -> None:
+    count = step_times.packing_operations
+    assert count(10, 20, LoraConfig(loftq_iterations=3), 2) == 6 * count(10, 20, LoraConfig(), 1)
+    assert count(100, 200, LoraConfig(svd="exact"), 1) == 10 * 100 * 100 * 200

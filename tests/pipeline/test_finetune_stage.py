@@ -19,7 +19,7 @@ from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import candidates_for, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
-from qpruner.pipeline.finetune import Finetune, finetune_jobs, row_set_aside_if_damaged
+from qpruner.pipeline.finetune import Finetune, finetune_jobs, setting_aside_damaged_adapter
 from qpruner.pipeline.flow import run_stage
 from qpruner.runs.events import Event, StageSkipped
 from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, RowScores, TaskScore
@@ -218,7 +218,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     for is_there, cause in ((True, "the driver finds the file intact"), (False, "set aside in")):
         if not is_there:
             weights.unlink()
-        with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
+        with pytest.raises(StageError) as caught, setting_aside_damaged_adapter(run_dir, "evaluate"):
             raise CorruptFile(f"adapter {weights} cannot be read", weights)
         assert cause in caught.value.cause and "repeat the command" in caught.value.remedy
         assert (folder / "record.json").exists() == is_there

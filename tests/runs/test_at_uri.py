@@ -21,7 +21,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finetune import Finetune, row_set_aside_if_damaged
+from qpruner.pipeline.finetune import Finetune, setting_aside_damaged_adapter
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message
@@ -119,7 +119,7 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Stor
     storage_at(adapter).put_folder(tmp_path)
     write_text(adapter.with_name("record.json"), "{}")
     store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
-    with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
+    with pytest.raises(StageError) as caught, setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(adapter)
     (aside,) = children(run_dir.candidates / "damaged")
     place = f"{run_dir.place}/candidates"
@@ -127,7 +127,7 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Stor
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
     assert caught.value.remedy == "repeat the command: only that row is fine-tuned again"
     assert not files_in(adapter.parent) and "record.json" in children(run_dir.candidates / "damaged" / aside)
-    with pytest.raises(CorruptFile), row_set_aside_if_damaged(run_dir, "evaluate"):
+    with pytest.raises(CorruptFile), setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
 
 

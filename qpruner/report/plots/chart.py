@@ -60,7 +60,7 @@ class Chart:
         }
 
     def png(self) -> bytes:
-        """Draw the plot as a PNG file, in the light theme."""
+        """Draw the plot in the light theme; return the bytes of a PNG file."""
         import vl_convert
 
         drawn = self.complete | {"background": "var(--page)"}

@@ -121,7 +121,7 @@ def shades(rises: Sequence[float]) -> list[float]:
 def save_importance(
     folder: Path, scores: Mapping[int, Mapping[str, torch.Tensor]], blocks: Mapping[int, float]
 ) -> None:
-    """Save units' scores as arrays `<block>.<kind>` ``(units,)``, blocks' scores as rows (index, score) of `block`."""
+    """Save each block's scores of units as an array such as `7.mlp`; save (index, score) of blocks as array `block`."""
     arrays: dict[str, Any] = {
         f"{index}.{kind}": score.numpy() for index, kinds in scores.items() for kind, score in kinds.items()
     }

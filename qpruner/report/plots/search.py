@@ -68,7 +68,7 @@ class Shown:
 
 
 def kind_of(trial: TrialRecord) -> str:
-    """Return a trial's word in the legend: `searched`, `control`, `given plan`, `stopped early` or `failed`."""
+    """Return a trial's legend: `stopped early`, `failed`, `given plan`, `control` (needs no search) or `searched`."""
     if trial.status in ("stopped", "failed"):
         return STOPPED if trial.status == "stopped" else FAILED
     if trial.is_given:

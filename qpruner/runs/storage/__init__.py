@@ -140,7 +140,7 @@ def progress_seconds(path: Path) -> float:
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Write progress to a file in one attempt, without waiting for the storage; return True if that worked."""
+    """Try once to write progress to a file, where other writes are tried again; return True if that worked."""
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)
         return True

@@ -74,7 +74,7 @@ def mirror_of(uri: str) -> Path:
 
 
 def objects_at(path: Path) -> ObjectStorage | None:
-    """Return the storage for a path in a mirror; None for any other path."""
+    """Return the objects that a path in a mirror (local copy of a run in an object store) stands for; else None."""
     runs = cache_root() / "runs"
     if not path.is_relative_to(runs) or path == runs:
         return None
