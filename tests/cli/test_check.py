@@ -153,7 +153,7 @@ def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -
     raw = changed(tiny_raw, prune__units=["block"], prune__rate=0.5)
     assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks$", check(raw), re.MULTILINE)
     cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2", "--set", "prune.round_to=32")
-    assert "`prune.round_to: 64` for MLP channels" in check(raw, *cut, code=2)
+    assert "`prune.round_to: 64` for a layer that" in check(raw, *cut, code=2)
 
 
 def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
