@@ -53,9 +53,11 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
 
 def __getattr__(name: str) -> Callable[..., Snapshot]:
     """Return the function that runs all stages up to the stage with this name."""
-    from qpruner.pipeline.flow import STAGES
+    stage = None
+    if not name.startswith("__"):  # `from qpruner.api import run` asks for `__path__`
+        from qpruner.pipeline.flow import STAGES
 
-    stage = next((stage for stage in STAGES if stage.name == name and stage.record and stage.help), None)
+        stage = next((stage for stage in STAGES if stage.name == name and stage.record and stage.help), None)
     if stage is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

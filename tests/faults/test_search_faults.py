@@ -110,7 +110,7 @@ def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> N
     assert record["failures"] == {"lost": 1} and record["num_failed"] == 1 and record["num_trials"] == 5
 
 
-def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path, undisturbed: Path) -> None:
+def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path) -> None:
     """A suspended process ignores SIGTERM."""
     with driver(config, "--set", "search.trial_timeout_seconds=20") as process:
         pid = between(process, 1)
@@ -121,7 +121,7 @@ def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path, undisturbed: Pa
     assert trials[1]["status"] == "failed" and trials[1]["failure"] == "hung"
     assert "no progress for 20 s (`search.trial_timeout_seconds`)" in trials[1]["reason"]
     assert record["num_trials"] == 5 and record["failures"] == {"hung": 1}
-    assert rungs_of(process.run)[2] == rungs_of(undisturbed)[2], "the next trial got the only slot"
+    assert all(trials[index]["rungs"] for index in (2, 3, 4)), "the next trials got the only slot"
 
 
 # ---- Ctrl-C
