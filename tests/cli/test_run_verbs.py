@@ -374,7 +374,8 @@ def test_help_and_status_import_no_heavy_library(over: Path) -> None:
     asked = [["--help"], ["--version"], ["run", "--help"]]
     asked += [[verb, str(over)] for verb in ("status", "trials", "plan", "compare")]
     code = (
-        "import sys, qpruner\nassert 'qpruner.pipeline' not in sys.modules\nfrom click.testing import CliRunner\nfrom qpruner.cli.main import main\n"
+        "import sys, qpruner\nassert 'qpruner.pipeline' not in sys.modules\n"
+        "from click.testing import CliRunner\nfrom qpruner.cli.main import main\n"
         "assert qpruner.run and qpruner.read_run and qpruner.api.search\n"
         f"for words in {asked}:\n    assert CliRunner().invoke(main, words).exit_code == 0, words\n"
         "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
