@@ -246,13 +246,13 @@ BIG = {
     ],
     "data.max_length": 512,
     "data.packing": True,
-    "training.batch_size": 32,
-    "training.micro_batch_size": 32,
+    "training.batch_size": 64,
+    "training.micro_batch_size": 64,
     "search.steps": 4,
     "search.first_rung": 2,
     "search.max_trials": 1,
 }
-"""Keys for trials whose steps take some 440 MB, or a quarter with micro-batches of 4 rows."""
+"""Keys for trials whose steps take more than 450 MB, or much less with smaller micro-batches."""
 
 
 @pytest.fixture(scope="module")
@@ -304,25 +304,24 @@ def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path
 def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     retry: bool, big: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The process may take 280 MiB of address space more than at the start of the trial: 32 rows took 490, 16 rows 360,
-    8 rows 220; where oneDNN multiplies in bfloat16, one row of half as many tokens took more than 150."""
+    """The process may take 450 MiB of address space more than at its first pulse; 64 rows take more, 32 took 340."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
     with driver(config) as process:
         pulse = process.wait_until(lambda: pulse_of(process.run, 0), "the first pulse")
         worker = psutil.Process(pulse["pid"])
-        limit = worker.memory_info().vms + 280 * 2**20
+        limit = worker.memory_info().vms + 450 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
         code, said = process.end()
     trial = trials_of(process.run)[0]
-    assert 20e6 < trial["peak_memory_bytes"] < 450e6 and trial["memory_counter"] == "rise of resident memory"
+    assert 20e6 < trial["peak_memory_bytes"] < 500e6 and trial["memory_counter"] == "rise of resident memory"
     if not retry:
         assert (trial["status"], trial["failure"]) == ("failed", "infeasible")
-        assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith("(micro-batch 32)")
+        assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith("(micro-batch 64)")
         assert code == 1 and "none of 1 trial finished; the first reason: out of memory" in said
         return
     assert code == 0, said[-3000:]
-    assert trial["status"] == "finished" and trial["micro_batch_size"] in (16, 8, 4)
+    assert trial["status"] == "finished" and trial["micro_batch_size"] in (32, 16, 8, 4)
     expected = trials_of(big / "undisturbed" / "run")[0]
     assert expected["micro_batch_size"] is None
     losses, expected_losses = ([rung["loss"] for rung in each["rungs"]] for each in (trial, expected))
@@ -367,7 +366,7 @@ def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tin
         finished(process)
         assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS + 1
     trial = trials_of(process.run)[0]
-    assert (trial["status"], trial["micro_batch_size"], trial["kills"]) == ("finished", 2, 0)
+    assert (trial["status"], trial["micro_batch_size"], trial["kills"]) == ("finished", 4, 0)
 
 
 # ---- storage
