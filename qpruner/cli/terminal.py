@@ -82,7 +82,7 @@ class Terminal:
             self._live.stop()
 
     def emit(self, event: events.Event) -> None:
-        """Show one event; print messages of no stage, such as first warnings, to stderr even with `quiet`."""
+        """Show one event; print messages that belong to no stage to stderr, even with `quiet`."""
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
             click.echo(event_line(event, 0), err=True)
             return

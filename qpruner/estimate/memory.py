@@ -59,7 +59,7 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the comparison, whose largest step trains the base model, neither pruned nor quantized."""
+    """Estimate the memory of `finetune.compare`: its largest step trains the base, neither pruned nor quantized."""
     base = inspection.base
     about = f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS)), about)

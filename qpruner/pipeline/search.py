@@ -308,7 +308,7 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
 
 
 def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan (see `Search.given`) and, for comparison, all finished controls."""
+    """Choose the trial of the given plan (see `Search.given`) and all finished trials of controls (see the module)."""
     tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
     controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)

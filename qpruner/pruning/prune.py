@@ -222,7 +222,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names block, but one of the blocks that may be dropped must stay, and there is only one: "
+            "`prune.units` names `block`, but only one block may be dropped, and one of those that may must stay: "
             "allow more (`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block`"
         )
     if count < 1:

@@ -84,8 +84,8 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         )
     if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
-            f"`prune.compensation`: least_squares cannot compensate for whole blocks of a {name} model, because a norm "
-            "follows its MLP, or experts replace it: remove the key, or add attention to `prune.units`"
+            f"`prune.compensation`: least_squares cannot make up for removed blocks of a {name} model, which has "
+            "experts or a norm after the MLP: remove the key, or let it make up for heads (add attention to `prune.units`)"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)
@@ -108,7 +108,7 @@ def are_alike(model_config: Any) -> bool:
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
-    """Of the unit kinds that `prune.units` names, list those in each block whose weights are stacked experts."""
+    """List the unit kinds of all blocks that `prune.units` names and whose weights are stacked experts."""
     by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
     return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 

@@ -155,7 +155,7 @@ def test_no_block_outside_the_range_is_changed(gone: set[int], layers: Sequence[
 def test_no_compensation_with_a_norm_or_experts(name: str) -> None:
     model_config = decoder(name).config
     given, default = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
-    with pytest.raises(UserError, match=f"least_squares cannot compensate for whole blocks of a {name} model"):
+    with pytest.raises(UserError, match=f"least_squares cannot make up for removed blocks of a {name} model"):
         planned_cut(model_config, given)
     assert settled(model_config, default).compensates_by == "none"
     model = decoder(name)
@@ -213,7 +213,7 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
     ("options", "said"),
     [
         ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may be dropped have"),
-        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "dropped must stay, and there is only one"),
+        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "only one block may be dropped, and one of those that may must stay"),
         # The nearest number is one block, but it has more parameters than the rate allows.
         ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95}, "raise the rate or `prune.depth_share`"),
         (

@@ -75,7 +75,7 @@ class _RecordedTrial:
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial; return False if it failed but can resume: in smaller micro-batches, or as storage is back."""
+        """Run the trial; return False if it failed but can resume, in smaller micro-batches or once storage is back."""
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)

@@ -238,7 +238,7 @@ class Storage:
         sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
-        """Set the time of change to now; `data` must be the present contents, as an object store writes them again."""
+        """Set the time of change to now; `data` must be the present contents, which an object store must rewrite."""
         os.utime(self.path)
 
     def stat(self) -> Stat | None:
