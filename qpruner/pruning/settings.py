@@ -85,7 +85,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
         raise UserError(
             f"`prune.compensation`: least_squares cannot make up for removed blocks of a {name} model, which has "
-            "experts or a norm after the MLP: remove the key, or let it make up for heads (add attention to `prune.units`)"
+            "experts or a norm after the MLP: remove the key, or add attention to `prune.units`"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)

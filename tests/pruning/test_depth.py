@@ -213,7 +213,7 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
     ("options", "said"),
     [
         ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may be dropped have"),
-        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "only one block may be dropped, and one of those that may must stay"),
+        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "but only one block may be dropped"),
         # The nearest number is one block, but it has more parameters than the rate allows.
         ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95}, "raise the rate or `prune.depth_share`"),
         (
