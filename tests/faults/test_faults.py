@@ -297,8 +297,8 @@ def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: dict[str, An
     with raylets(0) as cluster:
         node = cluster.add_apart("true")
         error = failing(raw, "prune", hide, cluster.address)
-    assert error.stage == "prune" and "was written on another machine and is not here" in error.cause
-    assert "mount the folder of `output` there, or remove that machine from the cluster" in error.remedy
+    assert error.stage == "prune" and "was written on another machine and is missing here" in error.cause
+    assert "share `output` between both machines, or take the other out of the cluster" in error.remedy
     assert not record.exists()
     go(raw, "prune")
     assert record.exists()
