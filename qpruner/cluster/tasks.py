@@ -82,15 +82,7 @@ def run_tasks(
         started = time.monotonic()
         return function(job), time.monotonic() - started
 
-    def located(work: bytes) -> Iterator[Any]:
-        from ray import cloudpickle
-
-        yield ray.get_runtime_context().get_node_id()
-        yield cloudpickle.loads(work)()
-
-    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
-    task = ray.remote(max_calls=1 if own_process else 0, max_retries=0, **options)(located)
-    task, deaths = task.options(name=getattr(function, "__name__", "task")), DeathCounter(progress)
+    task, deaths = _located_task(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     while waiting or running:
         while waiting and len(running) < max_concurrent:
@@ -116,6 +108,19 @@ def run_tasks(
                 result, seconds = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
                 yield position, result
+
+
+def _located_task(name: str, resources: Mapping[str, float], own_process: bool) -> Any:
+    """Make the Ray task that yields the id of its node, then the result of the pickled work that it gets."""
+
+    def located(work: bytes) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
+        from ray import cloudpickle
+
+        yield ray.get_runtime_context().get_node_id()
+        yield cloudpickle.loads(work)()
+
+    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
+    return ray.remote(max_calls=1 if own_process else 0, max_retries=0, **options)(located).options(name=name)
 
 
 class DeathCounter:
