@@ -177,9 +177,9 @@ def test_trials_that_wait_for_workers_never_begin_at_the_end(
         waiting = [trial for trial in trials_of(run.run).values() if not trial["worker"]]
         assert len(waiting) >= MAX_WORKERS - 1 and not any(trial["rungs"] for trial in waiting)
 
-        with head.driver("search", config, "--set", "search.max_hours=0.02") as again:
+        with head.driver("search", config, "--set", "search.max_hours=0.01") as again:
             code, said = again.end()
         assert code == 0, said[-4000:]
         trials = trials_of(run.run).values()
         assert 0 < len(trials) < 60 and all(trial["status"] != "running" for trial in trials)
-        assert search_record(run.run)["ended"].endswith("`search.max_hours` is 0.02)")
+        assert search_record(run.run)["ended"].endswith("`search.max_hours` is 0.01)")
