@@ -73,7 +73,7 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
         flip_a_byte(weights)
         mended = finetune_all(whole)
         assert told(events, "comparison") == ["warning", "random, training seed 2"], "only what was damaged"
-        assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
+        assert any(f"{weights} is damaged, " in str(event) and "set aside in " in str(event) for event in events)
         trained = next(each for each in mended if (each.name, each.seed) == ("random", 2))
         assert trained.adapter_sha256 == file_digest(weights)
 
@@ -91,7 +91,7 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
     """A damaged adapter is trained again, and a damaged final folder is written again."""
     events: list[Event] = []
     alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
-    [(_, job)] = Finetune(alone).jobs
+    [job] = Finetune(alone).jobs
     weights, final = (folder / "adapter_model.safetensors" for folder in (job.adapter, alone.run_dir.root / "final"))
 
     def messages() -> list[str]:
