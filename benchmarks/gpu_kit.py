@@ -26,7 +26,18 @@ from zipfile import ZIP_DEFLATED, ZipFile
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOTS = ("accelerate", "bitsandbytes", "peft", "psutil", "pydantic", "pyyaml", "safetensors", "transformers")
+ROOTS = (
+    "accelerate",
+    "bitsandbytes",
+    "filelock",
+    "peft",
+    "psutil",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "tenacity",
+    "transformers",
+)
 """Packages that qpruner imports in the benchmark."""
 THERE = ("numpy", "torch")
 """Packages that the machine has already."""
