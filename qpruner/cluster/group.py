@@ -138,7 +138,7 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
-    """Chooses the network interface before torch connects the processes; frees the CPUs and GPUs if either fails."""
+    """Chooses the network interface, then lets torch connect the processes; on an error frees the CPUs and GPUs."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:

@@ -279,5 +279,5 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
         raise UserError(
             f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
             f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or use `quantize.bits` 8 and 16, or use "
-            "`prune.selection: per_layer`, whose widths can be checked before the cut"
+            "`prune.selection: per_layer`, which fixes these numbers of columns before the cut"
         )

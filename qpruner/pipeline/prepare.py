@@ -61,7 +61,7 @@ class Prepare(Stage[PrepareRecord]):
 
 
 def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
-    """Provide the base model; write to `target` a converted .gguf file, or a hub model if nodes share the run."""
+    """Load the base model; write to `target` what was converted from .gguf, or a hub model if nodes share the run."""
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base

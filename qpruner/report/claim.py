@@ -40,10 +40,11 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The row `searched` of the final table compared with `other`: `best seed` (a sensitivity's best plan) or `random`.
+    """The row `searched` of the final table compared with `other`: `random` or `best seed`.
 
-    `origin` says what suggested the plan of `other`. `more_bytes` is how many bytes more `other` takes, as a
-    share of the bytes of `searched`. `no_claim` says why nothing is claimed, for example because `other` is missing.
+    The plan of `best seed` is the best of those that sensitivities suggest. `origin` says what suggested the plan of
+    `other`. `more_bytes` is how many bytes more `other` takes, as a share of the bytes of `searched`. `no_claim` says
+    why nothing is claimed, for example because `other` is missing.
     """
 
     other: str

@@ -102,7 +102,7 @@ class Posterior:
 
     @cached_property
     def _effects(self) -> tuple[Tensor, Tensor]:
-        """Compute mean ``(effects,)`` and covariance of the levels' effects on the last score, in units of `unit`."""
+        """Compute mean ``(effects,)`` and covariance of what each (group, bits) adds to the score; 1 is `unit`."""
         to_target = self._rung_factor(self.hyper, self._ranks.new_zeros(1), self._ranks)[0]
         cross = self._covariance @ self._model.features(self._plans).T * to_target
         white = solve_triangular(self._factor, cross.T, upper=False)

@@ -62,7 +62,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stop waiting trials that are cancelled, then choose one; no other hook of Tune can stop them."""
+        """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_cancelled(trial.trial_id):
                 tune_controller.stop_trial(trial)

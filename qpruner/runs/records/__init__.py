@@ -136,7 +136,7 @@ class BankRecord(Record):
 
 
 class CandidateRecord(Record):
-    """One fine-tuned model of the final table, under one training seed."""
+    """One fine-tune, under one training seed, of a model that the run compares in its final table."""
 
     name: str
     origin: str
