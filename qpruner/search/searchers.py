@@ -80,10 +80,12 @@ class Proposer(Protocol):
 
 def check_searcher(name: str) -> None:
     """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
+    if name != "bayesopt":
+        return
     found = "none"
     with suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version("bayesian-optimization")
-    if name == "bayesopt" and not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
+    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
         raise UserError(
             f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
             '`pip install "qpruner[bayesopt]"`'

@@ -118,7 +118,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Add the score of a rung to the `Ledger`, and emit the record of the trial."""
         suggestion = self._live[trial_id]
         rung = Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
-        is_new, record = self._ledger.observe(rung), trial_records.read_trial(self._job.trials, suggestion.index)
+        is_new = self._ledger.observe(rung)
+        record = trial_records.read_trial(self._job.trials, suggestion.index)
         if is_new:
             self._failed_on.pop(record.node, None)
         self._save_time(record)
@@ -243,7 +244,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the state of the searcher is in the records of the trials."""
 
-    restore = save
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing, as `save`."""
 
 
 @dataclass
