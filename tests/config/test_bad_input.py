@@ -31,7 +31,10 @@ RULES = [
     ("prune.zzzz=1", "`prune.zzzz` is not a known key; known keys: aggregation, compensation, depth_importance"),
     ("model={}", "`model.source` is missing: it must be given"),
     ("lora.rank=eight", "`lora.rank` ... valid integer ... got 'eight'"),
-    ("lora.rank=true", "`lora.rank`: must not be a boolean, got True (YAML ... give a number, or quote a word such as 'no'"),
+    (
+        "lora.rank=true",
+        "`lora.rank`: must not be a boolean, got True (YAML reads yes ... give a number, or quote a word such as 'no'",
+    ),
     ("seed=[1, 2]", "`seed` ... valid integer, got [1, 2]"),
     ("data.train={source: x}", "`data.train`: must be a list, got {'source': 'x'}"),
     ("prune=3", "`prune`: must be a mapping of keys (a section), got 3"),
