@@ -1,0 +1,43 @@
+"""The registry of number formats. A format is one file in this folder that creates `Format` instances.
+
+Nothing outside this folder knows how a format stores its weights. `format_of` finds a format by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from qpruner.errors import UserError
+from qpruner.quantization.formats.format import Capability, Format, GridFormat
+
+__all__ = ["ALIASES", "DENSE", "Capability", "Format", "GridFormat", "by_size", "format_of", "formats"]
+
+DENSE = "bf16"
+"""The format of unpacked weights, which have the type `model.dtype`."""
+ALIASES = {4: "nf4", 8: "int8", 16: DENSE}
+"""Format for each bit-width of `quantize.bits`."""
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Map each name to its format, from the files of this folder, smallest first."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, Format)]
+    ordered = sorted(found, key=lambda each: (each.packed_bytes(4096, 4096, 2), each.name))
+    return {each.name: each for each in ordered}
+
+
+def format_of(name: str) -> Format:
+    """Return the format with this name; raise `UserError` if there is none."""
+    found = formats().get(name)
+    if found is None:
+        raise UserError(f"`quantize.formats`: there is no format `{name}`; the formats are {', '.join(formats())}")
+    return found
+
+
+def by_size(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Sort names of formats by the bytes that they take, smallest first; raise `UserError` for an unknown name."""
+    order = list(formats())
+    return tuple(sorted(names, key=lambda name: order.index(format_of(name).name)))

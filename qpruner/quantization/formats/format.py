@@ -1,0 +1,122 @@
+"""Describe a number format: the bytes it takes, what it can hold, how it packs and unpacks a weight.
+
+No torch is imported here, because configuration, plans and reports read the formats too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+Capability = tuple[int, int]
+"""CUDA compute capability of a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One format in which the weights of a group may be stored; each file of this folder makes one or more.
+
+    `pack` turns a weight into one uint8 tensor `weight` ``(rows, row bytes)`` in which every row can be unpacked alone,
+    so that one layer and one embedding serve all formats. A format that needs other tensors or another layer overrides
+    `empty_layer`.
+    """
+
+    name: str
+    bits: float
+    """Bits of one weight, without scales."""
+    letter: str
+    """The one character that stands for the format in a printed plan."""
+    colour: str
+    """The colour of the format in plots, as `#rrggbb`."""
+    version: int = 1
+    """To be raised when the same weight gives other tensors."""
+    package: str = ""
+    """Python package that packs the weights, besides torch; empty if none is needed."""
+    extra: str = ""
+    """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
+    holds_embeddings: bool = True
+    """Whether single rows of an embedding can be unpacked."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights are stored in other tensors than in the checkpoint."""
+        return True
+
+    def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take `element_bytes` each."""
+        raise NotImplementedError
+
+    def refusal(self, columns: int, capability: Capability | None) -> str | None:
+        """Say why a weight with this many columns cannot be packed on a GPU, or on a CPU (None); None if it can."""
+        return None
+
+    def missing(self) -> str | None:
+        """Say which package to install; None if the format can be used."""
+        if not self.package or importlib.util.find_spec(self.package):
+            return None
+        return f'the package {self.package} is missing: run `pip install "qpruner[{self.extra}]"`'
+
+    def pack(self, weight: torch.Tensor) -> Tensors:
+        """Pack a weight ``(rows, columns)`` of any floating-point type by rounding to nearest."""
+        raise NotImplementedError
+
+    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Compute the weight ``(rows, columns)`` that packed tensors stand for; `tensors` may be a few of its rows."""
+        raise NotImplementedError
+
+    def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
+        """Build a frozen layer of the size of a linear layer or embedding, with empty packed weights, on one device."""
+        from qpruner.quantization.formats.layers import packed_module
+
+        return packed_module(self, linear, dtype)
+
+    def fill(self, layer: Any, tensors: Tensors) -> None:
+        """Put packed tensors into a layer that `empty_layer` has built."""
+        import torch
+
+        layer.weight = torch.nn.Parameter(tensors["weight"], requires_grad=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridFormat(Format):
+    """A format whose groups of columns each round to an evenly spaced grid: ``weight = scale * (code - zero)``.
+
+    With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ).
+    """
+
+    group_size: int | None
+    """Columns that share one grid; None if it is a whole row."""
+    num_codes: int
+    """Codes are integers from 0 to `num_codes` - 1."""
+
+    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose scale and zero for float32 weights ``(..., group)``, as stored: float32 ``(..., 1)`` each."""
+        raise NotImplementedError
+
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Round float32 weights ``(..., group)`` to the nearest codes of a grid, in float32; a scale of 0 gives `zero`."""
+        import torch
+
+        inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+        return (weight * inverse + zero).round_().clamp_(0, self.num_codes - 1)
+
+    def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
+        """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)`` into bytes."""
+        raise NotImplementedError
+
+    def pack(self, weight: torch.Tensor) -> Tensors:
+        """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be shorter."""
+        import torch
+
+        size = self.group_size or weight.shape[1]
+        parts = [part.float() for part in weight.split(size, dim=1)]
+        grids = [self.grid(part) for part in parts]
+        codes = [self.codes(part, *grid).to(torch.uint8) for part, grid in zip(parts, grids, strict=True)]
+        scales, zeros = (torch.cat(each, dim=1) for each in zip(*grids, strict=True))
+        return self.store(torch.cat(codes, dim=1), scales, zeros)

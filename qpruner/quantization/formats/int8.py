@@ -1,0 +1,46 @@
+"""8-bit integers with a scale for each row: the codes of LLM.int8() (arXiv 2208.07339), without its 8-bit arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qpruner.quantization.formats.format import GridFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from qpruner.quantization.formats.format import Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(GridFormat):
+    """Rows of int8 codes, each followed by its scale in float32."""
+
+    def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """Count the bytes of codes and scales."""
+        return rows * (columns + 4)
+
+    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale the largest weight of each row to code 127."""
+        import torch
+
+        scale = weight.abs().amax(dim=-1, keepdim=True) / 127
+        return scale, torch.full_like(scale, 128)
+
+    def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
+        """Append each row's scale to its codes."""
+        import torch
+
+        return {"weight": torch.cat([codes, scales.contiguous().view(torch.uint8)], dim=1)}
+
+    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply codes by their row's scale."""
+        import torch
+
+        packed = tensors["weight"]
+        scale = packed[:, columns:].contiguous().view(torch.float32)
+        return ((packed[:, :columns].float() - 128) * scale).to(dtype)
+
+
+INT8 = Int8(name="int8", bits=8, letter="8", colour="#2a73b0", group_size=None, num_codes=256)

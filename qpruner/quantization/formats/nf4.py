@@ -1,0 +1,99 @@
+"""NF4 of bitsandbytes (QLoRA, arXiv 2305.14314, section 3): a scale for every 64 weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qpruner.quantization.formats.format import Capability, Format
+
+if TYPE_CHECKING:
+    import torch
+
+    from qpruner.quantization.formats.format import Tensors
+
+BLOCK_SIZE = 64  # weights that share one scale
+NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
+NEEDED_CAPABILITY = (6, 0)  # of bitsandbytes' kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4(Format):
+    """4-bit codes of a table of normal quantiles, in the tensors and the layer of bitsandbytes."""
+
+    double_quant: bool
+    """Whether the scales are quantized too, to 8 bits."""
+
+    def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """Count the bytes of codes, scales and code tables."""
+        num_scales = math.ceil(rows * columns / BLOCK_SIZE)
+        codes_and_table = math.ceil(rows * columns / 2) + 16 * 4
+        if not self.double_quant:
+            return codes_and_table + 4 * num_scales
+        num_nested = math.ceil(num_scales / NESTED_BLOCK_SIZE)
+        return codes_and_table + num_scales + 4 * num_nested + 256 * 4
+
+    def refusal(self, columns: int, capability: Capability | None) -> str | None:
+        """Refuse old GPUs, and the widths that the CPU kernel decodes wrongly.
+
+        The relative error of random weights is then 0.25 instead of 0.09 (bitsandbytes 0.50.2 on AVX512).
+        """
+        if capability is None and columns % 16 == 0 and columns % BLOCK_SIZE != 0:
+            return f"on a CPU bitsandbytes decodes {columns} columns wrongly, a multiple of 16 but not of {BLOCK_SIZE}"
+        if capability is not None and capability < NEEDED_CAPABILITY:
+            return "it needs a GPU of compute capability {}.{}".format(*NEEDED_CAPABILITY)
+        return None
+
+    def pack(self, weight: torch.Tensor) -> Tensors:
+        """Pack a weight ``(rows, columns)`` into the tensors that bitsandbytes saves to disk."""
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, state = quantize_4bit(
+            weight, blocksize=BLOCK_SIZE, compress_statistics=self.double_quant, quant_type="nf4"
+        )
+        return {"weight": codes, **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()}}
+
+    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dequantize the tensors that `pack` returned."""
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
+        quant_state = QuantState.from_dict(state, device=tensors["weight"].device)
+        weight: torch.Tensor = dequantize_4bit(tensors["weight"], quant_state)
+        return weight.to(dtype)
+
+    def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
+        """Build an empty layer of bitsandbytes."""
+        import bitsandbytes as bnb
+        import torch
+
+        layer: torch.nn.Linear = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            dtype,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )
+        layer.weight.data = layer.weight.data.to(torch.uint8)
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation. That changes the model (it
+        # rounds the scales to bf16), and fails for widths that are no multiple of 32, which pruned layers can have.
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return layer.requires_grad_(False)
+
+    def fill(self, layer: Any, tensors: Tensors) -> None:
+        """Put packed tensors into a layer of bitsandbytes."""
+        import bitsandbytes as bnb
+
+        stored = dict(tensors)
+        codes = stored.pop("weight")
+        layer.weight = bnb.nn.Params4bit.from_prequantized(
+            data=codes, quantized_stats=stored, requires_grad=False, device=codes.device, module=layer
+        )
+
+
+OF_BITSANDBYTES = {"bits": 4, "package": "bitsandbytes", "holds_embeddings": False}
+NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False, **OF_BITSANDBYTES)
+NF4_DOUBLE = Nf4(name="nf4_double", letter="d", colour="#e6eff8", double_quant=True, **OF_BITSANDBYTES)
