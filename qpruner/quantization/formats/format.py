@@ -100,7 +100,7 @@ class GridFormat(Format):
         raise NotImplementedError
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Round float32 weights ``(..., group)`` to the nearest codes of a grid, in float32; a scale of 0 gives `zero`."""
+        """Round float32 weights ``(..., group)`` to the nearest codes of a grid; a scale of 0 gives `zero`."""
         import torch
 
         inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)

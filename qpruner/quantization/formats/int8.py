@@ -1,4 +1,4 @@
-"""8-bit integers with a scale for each row: the codes of LLM.int8() (arXiv 2208.07339), without its 8-bit arithmetic."""
+"""8-bit integers with a scale for each row, the codes of LLM.int8() (arXiv 2208.07339), without its arithmetic."""
 
 from __future__ import annotations
 

@@ -56,7 +56,6 @@ class Nf4(Format):
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize the tensors that `pack` returned."""
-        import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
