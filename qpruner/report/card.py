@@ -51,7 +51,7 @@ def model_card(run: Snapshot) -> str:
     if search.best_origin == GIVEN:
         chosen = "a plan that was given, not searched for,"
     about = (
-        f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
+        f"{code(base)}, {'not ' if search.best_cut == UNPRUNED else ''}pruned, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
         f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. It "
         f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed.{expanded}"
     )

@@ -108,7 +108,7 @@ class Snapshot:
         return how_to_compare(self.state.command) if is_finished else None
 
     @property
-    def best_plan(self) -> dict[str, int] | None:
+    def best_plan(self) -> dict[str, str] | None:
         """The winner's plan; before the search is over, the plan of the best finished trial."""
         if self.results.search:
             return self.results.search.best_plan
@@ -117,7 +117,13 @@ class Snapshot:
     @property
     def plan(self) -> PrecisionPlan | None:
         """`best_plan` as a `PrecisionPlan`, which notebooks show with one cell per group."""
-        return PrecisionPlan.from_dict(self.best_plan) if self.best_plan else None
+        return PrecisionPlan.from_dict(self.best_plan, self.best_cut) if self.best_plan else None
+
+    @property
+    def best_cut(self) -> str:
+        """The model that `best_plan` quantizes: `pruned`, or `base` for the model before pruning."""
+        found = self.results.search or self.best_trial
+        return getattr(found, "best_cut", None) or getattr(found, "cut", "pruned")
 
     @property
     def best_trial(self) -> TrialRecord | None:
