@@ -34,9 +34,9 @@ class Row:
     """One row of the final table: a plan (`random`: several plans), fine-tuned under one or more training seeds.
 
     Figures are means over these fine-tunes with their standard deviations, `..._spread`; memory is a maximum. Losses
-    are in nats per token, answer losses in nats per answer (None if a task has no choices). `cut` is `pruned`, or `base`
-    if the model is not pruned. `accuracy_stderr` is the
-    standard error over questions. Records use `name`, reports use `title`. Each plan has one character per group.
+    are in nats per token, answer losses in nats per answer (None if a task has no choices). `accuracy_stderr` is the
+    standard error over questions. Records use `name`, reports use `title`. `cut` is `pruned`, or `base` if the model is
+    not pruned. Each plan has one character per group.
     """
 
     name: str
@@ -88,7 +88,7 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def control_title(name: str) -> str:
-    """Return a control's name in reports, such as `uniform nf4` or `not pruned, uniform`; other names stay as they are."""
+    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
     kind, _, detail = name.partition("-")
     if kind in ("uniform", "seed") and detail:
         return f"uniform {detail}" if kind == "uniform" else f"{detail} seed"

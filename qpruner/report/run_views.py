@@ -32,7 +32,7 @@ from qpruner.report.statistics import (
     seeds_of,
     seeds_text,
 )
-from qpruner.runs.records import GIVEN, Results, TrialRecord, flat
+from qpruner.runs.records import GIVEN, Results, SearchRecord, TrialRecord, flat
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
@@ -98,8 +98,12 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
-        "confirmations": [each.model_dump(exclude={"losses", "plan"}) for each in record.confirmations] if record else [],
+        "confirmations": _confirmations(record) if record else [],
     }
+
+
+def _confirmations(record: SearchRecord) -> list[dict[str, Any]]:
+    return [each.model_dump(exclude={"losses", "plan"}) for each in record.confirmations]
 
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
@@ -191,15 +195,15 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the best score of a uniform plan or a plan from a sensitivity, also if an earlier search tried it."""
+    """Return the best score of a control in the budget, also if an earlier search tried it."""
     metric = run.state.config["search"]["metric"]
     search = run.state.search
     finished = [each for each in run.own_trials if each.status == "finished" and search and fits(each, search)]
     controls = [each for each in finished if each.is_control and not each.is_given]
     if run.results.search:
         # A control's plan may have been tried first as a given plan, or as a searched plan of another search.
-        confirmed = [each for each in run.results.search.confirmations if each.control and each.fits and each.origin != GIVEN]
-        controls = [trial(run, each.index) for each in confirmed]
+        confirmed = [each for each in run.results.search.confirmations if each.control and each.origin != GIVEN]
+        controls = [trial(run, each.index) for each in confirmed if each.fits]
     best = best_of(controls, metric)
     return score(best.rungs[-1], metric) if best else None
 

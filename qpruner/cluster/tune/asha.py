@@ -21,8 +21,9 @@ from qpruner.search.trial_records import objective
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
-    Plans of another cut or over the budget (these are controls) do not compete. `is_cancelled` returns True for the id of a waiting trial that must
-    not start. `on_error` gets the id of a trial and the text of its error, before the searcher learns of the error.
+    Plans of another cut or over the budget, which only controls have, do not compete. `is_cancelled` returns True for
+    the id of a waiting trial that must not start. `on_error` gets the id of a trial and the text of its error, before
+    the searcher learns of the error.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
-            if not self._competes(record.cut, record.plan_bytes):
+            if not space.is_feasible(PrecisionPlan.from_dict(record.plan, record.cut)):
                 continue
             bracket.sizes[record.index] = record.plan_bytes
             # A resumed trial reports its last rung again.
@@ -76,19 +77,17 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial continues after a rung; those of `controls` continue until the last rung."""
         is_last = result[self._time_attr] >= self._max_t
-        if not self._competes(trial.config["cut"], trial.config["plan_bytes"]):
+        plan = params_to_plan(trial.config)
+        if not self._space.is_feasible(plan):
             return str(TrialScheduler.STOP if is_last else TrialScheduler.CONTINUE)
         action: str = super().on_trial_result(tune_controller, trial, result)
-        if params_to_plan(trial.config) in self._controls and not is_last:
+        if plan in self._controls and not is_last:
             return str(TrialScheduler.CONTINUE)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a lower rung."""
         self._trial_info.pop(trial.trial_id, None)
-
-    def _competes(self, cut: str, plan_bytes: int) -> bool:
-        return cut == self._space.cut and plan_bytes <= self._space.budget_bytes
 
 
 class _RungsBySize(AshaBracket):  # type: ignore[misc]

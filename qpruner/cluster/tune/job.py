@@ -42,10 +42,6 @@ class SearchJob:
         """Return True if a trial belongs to this search, not to one with another budget or searcher."""
         return record.search == self.search
 
-    def admits(self, record: TrialRecord) -> bool:
-        """Return True if this search may propose the plan of a trial: it is of its cut, and within its budget."""
-        return record.cut == self.space.cut and record.plan_bytes <= self.space.budget_bytes
-
     def control_of(self, plan: PrecisionPlan) -> str | None:
         """Return the name of the control that has this plan, such as `uniform-nf4`; None if no control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
@@ -127,7 +123,7 @@ def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     plan = PrecisionPlan.from_dict(record.plan, record.cut)
     control = job.control_of(plan)
     cut_off = record.status == "running" or record.should_retry
-    if not (control or job.admits(record)) or not (cut_off or (control and record.status == "stopped")):
+    if not (control or job.space.is_feasible(plan)) or not (cut_off or (control and record.status == "stopped")):
         return record
     other = {} if job.owns(record) else {record.search: record.gpu_seconds_of(record.search)}
     update = {

@@ -101,8 +101,9 @@ def front(shown: Shown) -> Chart | None:
     return Chart(
         "pareto",
         "Score against size",
-        "Every trial by its plan's bytes and its last score; controls may exceed the budget. The step line joins the finished trials that no trial of "
-        "fewer or equal bytes beats. A cross is a trial that was stopped early, so its score is after fewer steps."
+        "Every trial by its plan's bytes and its last score; controls may exceed the budget. The step line joins the "
+        "finished trials that no trial of fewer or equal bytes beats. A cross is a trial that was stopped early: its "
+        "score is after fewer steps."
         f"{shown.remarks}",
         {"height": 340, "data": {"values": points}, "layer": layers},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
@@ -156,7 +157,9 @@ def _points(shown: Shown, points: Values, place: Spec) -> list[Spec]:
     there = {point["kind"] for point in points}
     color, shape = ({kind: each for kind, each in found.items() if kind in there} for found in (COLORS, SHAPES))
     figures = {"megabytes": "MB|.2f", "mean_bits": "mean bits|.2f", "score": f"{shown.score_title}|.4f"}
-    details = tooltip(trial="trial", origin="from", kind="kind", plan="plan", formats="formats", **figures, step="at step")
+    details = tooltip(
+        trial="trial", origin="from", kind="kind", plan="plan", formats="formats", **figures, step="at step"
+    )
     kinds = {"color": by_word("kind", color), "shape": by_word("kind", shape), "tooltip": details}
     marks: list[Spec] = [{"mark": {"type": "point", "filled": True, "size": 60}, "encoding": place | kinds}]
     if any(point["best"] for point in points):
