@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
 from qpruner.models.families import family_of
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape
+from qpruner.plans.plan import HEAD, PRUNED, Group, Layout, LinearShape
 from qpruner.quantization.formats import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EMBEDDINGS, HEAD = "embeddings", "head"
-"""Names of the groups outside the blocks; a head that is tied to the embeddings is part of their group."""
 NEW_GPU = (99, 0)
 """A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
 

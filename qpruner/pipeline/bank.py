@@ -17,13 +17,12 @@ from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile
-from qpruner.models.layout import EMBEDDINGS, HEAD
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import check_offers, check_quantizable
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import PRUNED, UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, PrecisionPlan
 from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, digest_of
@@ -105,21 +104,26 @@ class Bank(Stage[BankRecord]):
         from qpruner.quantization import bank as store
 
         context, wanted, layout = self.context, self._wanted, self.context.layout
-        check_offers(self.config, layout, bool(context.trial_resources.get("gpu")))
+        check_offers(self.config, layout, context.on_gpu)
         inputs = made_from(context, PRUNED)
         files = _reuse_entries(context.bank, scratch, inputs, wanted)
-        files = _add(self, scratch, PRUNED, wanted, store.BankIndex(digest=self.digest, files=files))
-        sizes, by_level = files_in(scratch), {level: [] for level in self._levels}
+        index = store.BankIndex(digest=self.digest, files=files)
+        write_json(scratch / store.INDEX, index)
+        files = _add(self, scratch, PRUNED, wanted, index)
+        sizes = files_in(scratch)
+        by_level: dict[str, dict[str, IndexEntry]] = {level: {} for level in self._levels}
         for group, levels in wanted.items():
             for level in levels:
-                by_level[level].append((group, files[str(store.entry_file(Path(), group, level))]))
+                by_level[level][group] = files[str(store.entry_file(Path(), group, level))]
         packed = {level: layout.group_bytes(level) for level in layout.levels}
         names = [group.name for group in layout.groups]
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
-            "residual_ratio": {level: {name: each.residual_ratio for name, each in of} for level, of in by_level.items()},
-            "error": {level: {name: each.error for name, each in of} for level, of in by_level.items()},
+            "residual_ratio": {
+                level: {name: each.residual_ratio for name, each in of.items()} for level, of in by_level.items()
+            },
+            "error": {level: {name: each.error for name, each in of.items()} for level, of in by_level.items()},
             "group_bytes": {
                 level: {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
                 for level, sizes in packed.items()
@@ -133,10 +137,10 @@ class Bank(Stage[BankRecord]):
         return f"{size}; relative error of the weights with adapters: {left}" if left else size
 
     def disk_bytes(self) -> int:
-        inspection = self.context.inspection
-        unpruned = 0 if inspection.cuts[0].settings.is_off else 2 * inspection.base.plan_bytes(inspection.base.largest())
-        levels = inspection.pruned.levels
-        return sum(inspection.pruned.plan_bytes(inspection.pruned.uniform(level)) for level in levels) + unpruned
+        base, pruned = self.context.inspection.base, self.context.inspection.pruned
+        # The unpruned controls are two plans, each within the budget or the smallest.
+        unpruned = 0 if self.config.prune.is_off else 2 * base.plan_bytes(base.smallest())
+        return sum(pruned.plan_bytes(pruned.uniform(level)) for level in pruned.levels) + unpruned
 
 
 def made_from(context: Context, cut: str) -> str:
@@ -154,21 +158,25 @@ def made_from(context: Context, cut: str) -> str:
 
 
 def add_entries(stage: Stage[Any], plans: Iterable[PrecisionPlan]) -> None:
-    """Add the entries that plans of the unpruned model need to its bank, unless they are there and intact."""
+    """Add the entries that plans need and that the banks of their cuts lack, or have damaged."""
     from qpruner.quantization import bank as store
 
-    wanted: dict[str, tuple[str, ...]] = {}
+    wanted: dict[str, dict[str, tuple[str, ...]]] = {}
     for plan in plans:
+        of_cut = wanted.setdefault(plan.cut, {})
         for group, level in plan.as_dict().items():
-            if plan.cut == UNPRUNED and format_of(level).is_packed:
-                wanted[group] = tuple(dict.fromkeys((*wanted.get(group, ()), level)))
-    folder, inputs = stage.context.bank_of(UNPRUNED), made_from(stage.context, UNPRUNED)
-    files: dict[str, IndexEntry] = {}
-    with suppress(CorruptFile):
-        files = {name: each for name, each in store.read_index(folder).files.items() if each.inputs == inputs}
-    intact = store.intact_files(folder, {name: each.sha256 for name, each in files.items()})
-    kept = {name: files[name] for name in intact}
-    _add(stage, folder, UNPRUNED, wanted, store.BankIndex(digest=inputs, files=kept))
+            if format_of(level).is_packed:
+                of_cut[group] = tuple(dict.fromkeys((*of_cut.get(group, ()), level)))
+    for cut, of_cut in wanted.items():
+        folder, inputs = stage.context.bank_of(cut), made_from(stage.context, cut)
+        index = store.BankIndex(digest=inputs, files={})
+        with suppress(CorruptFile):
+            index = store.read_index(folder)
+        needed = _names(of_cut) & index.files.keys()
+        fitting = {name: index.files[name].sha256 for name in needed if index.files[name].inputs == inputs}
+        lost = needed - set(store.intact_files(folder, fitting))
+        kept = {name: each for name, each in index.files.items() if name not in lost}
+        _add(stage, folder, cut, of_cut, index.model_copy(update={"files": kept}))
 
 
 def _add(stage: Stage[Any], folder: Path, cut: str, wanted: Wanted, index: BankIndex) -> dict[str, IndexEntry]:
@@ -176,11 +184,10 @@ def _add(stage: Stage[Any], folder: Path, cut: str, wanted: Wanted, index: BankI
     from qpruner.quantization import bank as store
 
     context, files = stage.context, dict(index.files)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / store.INDEX, index)
     jobs = _group_jobs(context, folder, cut, wanted, set(files))
     if not jobs:
         return files
+    write_json(folder / store.INDEX, index)
     stage.notify(f"{sum(len(job.levels) for job in jobs)} entries to build")
     grams = context.run_dir.root / f"grams-{cut}"
     if context.config.quantize.rounding == "gptq":
@@ -251,10 +258,17 @@ def _fitting(bank: Path, inputs: str, wanted: Wanted) -> dict[str, IndexEntry]:
         index = store.read_index(bank)
     except CorruptFile:
         return {}
-    names = {str(store.entry_file(Path(), group, level)) for group, levels in wanted.items() for level in levels}
+    names = _names(wanted)
     fitting = {name: entry for name, entry in index.files.items() if entry.inputs == inputs and name in names}
     intact = store.intact_files(bank, {name: entry.sha256 for name, entry in fitting.items()})
     return {name: fitting[name] for name in intact}
+
+
+def _names(wanted: Wanted) -> set[str]:
+    """Name the files of the wanted entries."""
+    from qpruner.quantization.bank import entry_file
+
+    return {str(entry_file(Path(), group, level)) for group, levels in wanted.items() for level in levels}
 
 
 def _group_jobs(context: Context, folder: Path, cut: str, wanted: Wanted, kept: set[str]) -> list[GroupJob]:

@@ -66,9 +66,13 @@ class Context:
 
     def checkpoint_of(self, cut: str) -> Path:
         """Return the folder of the pruned or of the base model and its tokenizer, fetched to this machine."""
+        return fetch(self.model_folder(cut))
+
+    def model_folder(self, cut: str) -> Path:
+        """Return the folder of the pruned or of the base model, where the run keeps it."""
         if cut == UNPRUNED:
-            return fetch(self.run_dir.base_model(self.record(PrepareRecord)))
-        return fetch(self.run_dir.stage("prune"))
+            return self.run_dir.base_model(self.record(PrepareRecord))
+        return self.run_dir.stage("prune")
 
     @property
     def bank(self) -> Path:
@@ -112,16 +116,20 @@ class Context:
             fetch_file(self.run_dir.stage("prune") / "config.json", Path(here) / "config.json")
             return checkpoint_config(Path(here))
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether trials run on GPUs."""
+        return bool(self.trial_resources.get("gpu"))
+
     @cached_property
     def layout(self) -> Layout:
         """The groups of the pruned model (layers that share a format), to compute the bytes of any plan."""
-        return preflight.layout_for(self.config, self.pruned_config, bool(self.trial_resources.get("gpu")))
+        return preflight.layout_for(self.config, self.pruned_config, self.on_gpu)
 
     @cached_property
     def unpruned_layout(self) -> Layout:
         """The groups of the base model."""
-        on_gpu = bool(self.trial_resources.get("gpu"))
-        return preflight.layout_for(self.config, self.inspection.model_config, on_gpu, UNPRUNED)
+        return preflight.layout_for(self.config, self.inspection.model_config, self.on_gpu, UNPRUNED)
 
     def layout_of(self, cut: str) -> Layout:
         """Return the groups of the pruned or of the base model."""

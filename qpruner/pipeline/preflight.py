@@ -29,6 +29,7 @@ PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 
+
 @dataclass(frozen=True)
 class Shapes:
     """Shapes and sizes of the base and the pruned model, with cuts and budget, computed without weights."""
@@ -123,7 +124,7 @@ def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) ->
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, layout.groups)
+    plan = read_plan(file, layout.offered)
     if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
