@@ -74,14 +74,11 @@ class PlanModel:
         shares = [1.0 / len(offered) for offered in space.offered]
         self._shares = torch.tensor(shares, dtype=torch.float64)
         # The covariance of the features of plans drawn uniformly.
-        eye = torch.eye(num_levels - 1, dtype=torch.float64)
-        drawn = [(eye * share - share**2) * is_free for share, is_free in zip(shares, self.is_free, strict=True)]
-        self._feature_covariance = torch.block_diag(
-            *(each * f[:, None] for each, f in zip(drawn, self.is_free, strict=True))
-        )
-        error = self._above_reference(
-            space.damage or [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
-        )
+        eye, free = torch.eye(num_levels - 1, dtype=torch.float64), self.is_free.to(torch.float64)
+        drawn = [(eye * share - share**2) * torch.outer(row, row) for share, row in zip(shares, free, strict=True)]
+        self._feature_covariance = torch.block_diag(*drawn)
+        unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
+        error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)
         offered_bytes = [[size for size in sizes if size is not None] for sizes in space.group_bytes]
         sizes = torch.tensor([max(each) - min(each) for each in offered_bytes], dtype=torch.float64)
@@ -92,7 +89,7 @@ class PlanModel:
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, 0 if there is no effect."""
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``; 0 without effect."""
         hot = (plans[:, :, None] == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[:, None]
         return (hot * self.is_free).reshape(len(plans), self.num_effects)
 

@@ -2,7 +2,8 @@
 
 Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` first hands out the controls
 (plans to beat, also of another cut or over budget). It replaces a proposal that is over budget or known already by the
-nearest new feasible plan, and keeps the results. Suggestion k depends only on the seed, k and the results known when it is asked for.
+nearest new feasible plan, and keeps the results. Suggestion k depends only on the seed, k and the results known when it
+is asked for.
 """
 
 from __future__ import annotations
