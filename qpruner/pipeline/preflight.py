@@ -228,8 +228,8 @@ def _asked_bytes(budget: BudgetConfig, layout: Layout) -> int:
     means = [layout.mean_bits(plan) for plan in plans]
     if not means[0] <= budget.mean_bits <= means[-1]:
         raise UserError(
-            f"`quantize.budget.mean_bits` must be between the bits of the smallest and the largest format, {means[0]:g} "
-            f"and {means[-1]:g}, got {budget.mean_bits}"
+            f"`quantize.budget.mean_bits` must be between the bits of the smallest and of the largest format, "
+            f"{means[0]:g} and {means[-1]:g}, got {budget.mean_bits}"
         )
     return round(float(np.interp(budget.mean_bits, means, sizes[1:-1])))
 
@@ -289,9 +289,9 @@ def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool
     reasons = dict.fromkeys(reason for level in levels for reason in refusals(level, linears, on_gpu))
     taken = [name for name in formats() if not refusals(name, linears, on_gpu)]
     return (
-        f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; or, "
-        "if pruning made this width, set `prune.round_to: 64` for a layer that reads MLP channels, `prune.units: [mlp]` "
-        "for one that reads attention heads"
+        f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; "
+        "or, if pruning made this width, set `prune.round_to: 64` for a layer that reads MLP channels, "
+        "`prune.units: [mlp]` for one that reads attention heads"
     )
 
 
