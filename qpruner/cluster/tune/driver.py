@@ -96,6 +96,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         job = self._job
         if suggestion.index in self._recorded:
             return trial_records.read_trial(job.trials, suggestion.index)
+        layout = job.layouts[suggestion.plan.cut]
         record = TrialRecord(
             index=suggestion.index,
             digest=job.digest,
@@ -105,8 +106,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             noise=suggestion.noise,
             cut=suggestion.plan.cut,
             plan=suggestion.plan.as_dict(),
-            plan_bytes=job.layout.plan_bytes(suggestion.plan),
-            mean_bits=job.layout.mean_bits(suggestion.plan),
+            plan_bytes=layout.plan_bytes(suggestion.plan),
+            mean_bits=layout.mean_bits(suggestion.plan),
             status="running",
             times=(time.time(),),
         )

@@ -26,9 +26,9 @@ class SearchJob:
     config: RunConfig
     trial: Trial
     materials: Materials
-    layout: Layout
+    layouts: Mapping[str, Layout]  # by cut
     space: PlanSpace
-    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): uniform and seed plans within the budget
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): see `pipeline/controls.py`
     priors: Mapping[str, Prior]  # sensitivities by method
     trials: Path  # contains a folder for each trial
     scratch: Path  # for the files of Ray Tune
@@ -45,6 +45,10 @@ class SearchJob:
     def control_of(self, plan: PrecisionPlan) -> str | None:
         """Return the name of the control that has this plan, such as `uniform-nf4`; None if no control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
+
+    def may_run(self, plan: PrecisionPlan) -> bool:
+        """Return True if the plan is a control, or a plan of the space within the budget."""
+        return self.control_of(plan) is not None or self.space.is_feasible(plan)
 
 
 class LivesInDriver:
@@ -123,7 +127,7 @@ def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     plan = PrecisionPlan.from_dict(record.plan, record.cut)
     control = job.control_of(plan)
     cut_off = record.status == "running" or record.should_retry
-    if not (control or job.space.is_feasible(plan)) or not (cut_off or (control and record.status == "stopped")):
+    if not job.may_run(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     other = {} if job.owns(record) else {record.search: record.gpu_seconds_of(record.search)}
     update = {
