@@ -98,7 +98,7 @@ def claim(results: Results) -> str:
     found, winner, instead = comparisons(results), _winner(results, search), best_control_text(search)
     if found:
         lead = f"{winner}{_verdicts(found)}{_against_other_rows(results)}"
-        return "\n".join([lead, *map(_item, found), *([f"- Before this fine-tune: {instead}"] if instead else [])])
+        return "\n".join([lead, *map(_item, found), *([f"- {instead}"] if instead else [])])
     items = ["No other plan had this fine-tune, so nothing is claimed at equal bytes."]
     if (search.control_won or not instead) and (fresh := margin_text(search)):
         items.insert(0, f"On the search's fresh rows, before this fine-tune: i{fresh[1:]}")
