@@ -30,7 +30,7 @@ from qpruner.search.searchers import (
 MakeProposer = Callable[[PlanSpace, int], Proposer]
 NAMES = ("random", "hyperopt", "gp")
 """bayesopt is in few tests: each of its proposals takes a third of a second."""
-STEPS = ("nf4", "int8")
+STEPS = (4, 8)
 
 
 def maker(name: str) -> MakeProposer:
