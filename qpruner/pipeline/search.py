@@ -206,6 +206,7 @@ class Search(Stage[SearchRecord]):
             "metric": self._metric,
             "metrics": self.context.inspection.metrics["search"],
             "budget_bytes": self.context.space.budget_bytes,
+            "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
             "num_stopped": statuses.count("stopped"),

@@ -111,19 +111,13 @@ class PrecisionPlan:
         style = "display:inline-block;width:1.6em;text-align:center;margin:1px;"
         return "".join(
             f'<span title="{html.escape(f"{group}: {name}")}" style="{style}background:{format_of(name).colour};'
-            f'color:{_text_colour(format_of(name).colour)}">{html.escape(format_of(name).letter)}</span>'
+            f'color:{format_of(name).ink}">{html.escape(format_of(name).letter)}</span>'
             for group, name in zip(self.groups, self.formats, strict=True)
         )
 
     def __str__(self) -> str:
         """Return the plan as one character per group: the letter of its format."""
         return "".join(format_of(name).letter for name in self.formats)
-
-
-def _text_colour(background: str) -> str:
-    """Return black or white, whichever is easier to read on a colour `#rrggbb`, by its luminance (ITU-R BT.601)."""
-    red, green, blue = (int(background[at : at + 2], 16) for at in (1, 3, 5))
-    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
 
 
 def _next_format(name: str, offered: Sequence[str]) -> str:
