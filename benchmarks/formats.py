@@ -31,13 +31,12 @@ from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, PlanSpace, PrecisionPlan
 from qpruner.pruning.grams import gather
-from qpruner.quantization.assembly import PlanAssembler
+from qpruner.quantization.assembly import PlanAssembler, cast_adapters
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, build_group, entry_file, read_index, write_grams
 from qpruner.quantization.formats import format_of, formats
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import write_json
 from qpruner.search.choice import seed_plan
-from qpruner.training.checkpoints import round_adapters
 from qpruner.training.finetune import Listener, Schedule, finetune
 
 
@@ -132,7 +131,7 @@ class Rows:
             listener = Listener(on_rung=lambda step, checkpoint, loss: None)
             finetune(model, train, config.training, schedule, Path(work), seed, pad_id, listener=listener)
         seconds = time.monotonic() - started
-        round_adapters(model, getattr(torch, config.model.dtype))
+        cast_adapters(model)
         return {
             "row": row,
             "plan": str(plan),

@@ -227,6 +227,13 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
     return placed
 
 
+def cast_adapters(model: torch.nn.Module) -> None:
+    """Convert a model's adapters to the type of its other weights, in which they are saved and served."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+
+
 def measured_bytes(model: torch.nn.Module) -> int:
     """Count the bytes of all tensors of a model as they are packed, adapters included; a shared tensor counts once.
 
