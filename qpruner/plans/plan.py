@@ -22,6 +22,7 @@ from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, for
 
 PRUNED, UNPRUNED = "pruned", "base"
 """Names of the cuts: the pruned model, and the base model as it was."""
+CUTS = (PRUNED, UNPRUNED)
 EMBEDDINGS, HEAD = "embeddings", "head"
 """Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
 SOLVER_SECONDS = 60.0  # time limit of one knapsack; 120 groups take 0.1 s (2026-11)
@@ -110,19 +111,13 @@ class PrecisionPlan:
         style = "display:inline-block;width:1.6em;text-align:center;margin:1px;"
         return "".join(
             f'<span title="{html.escape(f"{group}: {name}")}" style="{style}background:{format_of(name).colour};'
-            f'color:{_text_colour(format_of(name).colour)}">{html.escape(format_of(name).letter)}</span>'
+            f'color:{format_of(name).ink}">{html.escape(format_of(name).letter)}</span>'
             for group, name in zip(self.groups, self.formats, strict=True)
         )
 
     def __str__(self) -> str:
         """Return the plan as one character per group: the letter of its format."""
         return "".join(format_of(name).letter for name in self.formats)
-
-
-def _text_colour(background: str) -> str:
-    """Return black or white, whichever is easier to read on a colour `#rrggbb`, by its luminance (ITU-R BT.601)."""
-    red, green, blue = (int(background[at : at + 2], 16) for at in (1, 3, 5))
-    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
 
 
 def _next_format(name: str, offered: Sequence[str]) -> str:
@@ -179,10 +174,11 @@ class Layout:
         return grouped + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the average bits of a weight in a group; scales and weights outside groups do not count."""
-        total = sum(group.num_weights for group in self.groups)
+        """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do not count."""
         of_groups = zip(self.groups, plan.formats, strict=True)
-        return sum(group.num_weights * format_of(name).bits for group, name in of_groups) / total
+        counted = [(group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)]
+        total = sum(group.num_weights for group, _ in counted)
+        return sum(group.num_weights * format_of(name).bits for group, name in counted) / total
 
     def _plan(self, names: Iterable[str]) -> PrecisionPlan:
         return PrecisionPlan(tuple(group.name for group in self.groups), tuple(names), self.cut)
@@ -369,7 +365,8 @@ def _error_of(name: str, group: str, error: Mapping[str, Mapping[str, float]]) -
 def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cut: str = PRUNED) -> PrecisionPlan:
     """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
 
-    `offered` maps each group to its formats (see `Layout.offered`). The bit-widths of `ALIASES` stand for formats.
+    `offered` maps each group to its formats (see `Layout.offered`). The bit-widths of `ALIASES` stand for formats. A
+    group with a single format may be left out.
     Raise `PlanRefused` with all problems: a group is unknown or missing, or is not offered its format.
     """
     try:
@@ -387,7 +384,7 @@ def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cut: str = PRUNE
     }
     if problems := _problems(plan, named, offered):
         raise PlanRefused(f"{path} is not a valid plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
-    return PrecisionPlan.from_dict({group: named[group] for group in offered}, cut)
+    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in offered.items()}, cut)
 
 
 def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]) -> list[str]:
@@ -401,7 +398,7 @@ def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str,
             key = "embeddings" if group in (EMBEDDINGS, HEAD) else "formats"
             among = ("one of " if len(offered[group]) > 1 else "") + ", ".join(offered[group])
             problems.append(f"`{group}` must be {among} (`quantize.{key}`), got {plan[group]!r}")
-    missing = [group for group in groups if group not in plan]
+    missing = [group for group in groups if group not in plan and len(offered[group]) > 1]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         remedy = "; `qpruner plan RUN` prints a plan with all groups" if len(missing) > len(groups) / 2 else ""

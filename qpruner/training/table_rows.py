@@ -18,6 +18,7 @@ from qpruner.data.encoding import load_confirmation, load_encoded
 from qpruner.data.measures import over_tasks
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
+from qpruner.plans.plan import PRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
@@ -42,10 +43,11 @@ class Candidate:
     title: str
     checkpoint: Path
     bank: Path
-    plan: Mapping[str, int]
+    plan: Mapping[str, str]
     folder: Path
     seed: int | None
     origin: str = ""
+    cut: str = PRUNED
 
     @property
     def label(self) -> str:
@@ -144,8 +146,8 @@ def _train(
         before_save=ownership.check,
         on_save=lambda checkpoint: keep_checkpoint(checkpoint, checkpoints, ownership),
     )
-    bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
-    about = {"row": candidate.title, "training seed": candidate.seed, **bits}
+    formats = {f"format/{group}": value for group, value in candidate.plan.items()}
+    about = {"row": candidate.title, "training seed": candidate.seed, **formats}
     work, start = storage_at(checkpoints).staging, latest_checkpoint(checkpoints)
     with tracked(job.trackers if Share.own().rank == 0 else None, candidate.label, about) as logged:
         result = finetune(
@@ -204,9 +206,8 @@ def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     """Build the row's model with its initial adapters."""
     from qpruner.quantization.assembly import plan_assembler
 
-    quantize = config.quantize
-    checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
-    assembler = plan_assembler(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    checkpoint, group, dtype = fetch(candidate.checkpoint), config.quantize.group, config.model.dtype
+    assembler = plan_assembler(checkpoint, candidate.bank, group, dtype, config.lora)
     return assembler.model(candidate.plan, config.seed)
 
 

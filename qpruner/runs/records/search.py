@@ -224,6 +224,8 @@ class SearchRecord(Record):
     metrics: dict[str, str] = {}
     """Task -> lm-eval metric; `accuracy` is the mean of these."""
     budget_bytes: int
+    steps: int = 0
+    """Training steps of a finished trial."""
     num_trials: int
     """Number of trials, except those reused from another search."""
     num_finished: int
