@@ -25,11 +25,14 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
-from qpruner.quantization.formats import DENSE, format_of
+from qpruner.pruning.grams import gram_bytes
+from qpruner.quantization.formats import format_of
 
 T = TypeVar("T")
 CHOICES = 4
 """Assumed number of answers to choose from in each question of a task."""
+UNPRUNED_PLANS = 2
+"""Number of plans of the unpruned model that a search tries."""
 UNTUNED = 3
 """Number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
 
@@ -81,7 +84,7 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
     evaluation = count.evaluation() / rates.scoring
     seconds = {
         Prune: count.prune() / rates.training,
-        Bank: count.bank() / rates.packing,
+        Bank: count.bank() / rates.packing + count.rounding() / rates.training,
         Sensitivity: count.sensitivity() / rates.training,
         Search: count.training(steps) / rates.training + count.search_scores() / rates.scoring,
         Finetune: finetune,
@@ -138,10 +141,13 @@ def num_compared(config: RunConfig) -> int:
     shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
     # With `all` the best seed plan is not counted here but under all `seeds` below.
     seed_rows = len(shown) - (has_best and settings.seed_rows == "all")
-    is_own_row = len(levels) == 1 or config.search.plan_method in shown
-    once = 2 + sum(each != DENSE for each in levels) + seed_rows - is_own_row
-    drawn = settings.random_plans if len(levels) > 1 else 0
-    return once + (1 + has_best + drawn) * settings.seeds - 1
+    is_own_row = not config.quantize.has_choice or config.search.plan_method in shown
+    paper, unpruned = "mutual_information" in methods, 0 if config.prune.is_off else 2
+    uniform = sum(format_of(name).is_packed for name in levels)
+    once = 2 + uniform + paper + unpruned + seed_rows - is_own_row
+    drawn = settings.random_plans if config.quantize.has_choice else 0
+    # The best control, which is one of these rows, gets the other training seeds too.
+    return once + config.is_searched * (settings.seeds - 1) + (1 + has_best + drawn) * settings.seeds - 1
 
 
 class _Count:
@@ -233,18 +239,31 @@ class _Count:
         return sum(format_of(name).is_packed for group in groups for name in group.formats)
 
     def bank(self) -> float:
-        """Count the operations of packing every group in every format; the base's groups are packed for its trials."""
-        layouts = (
-            (self._inspection.pruned,)
-            if self._config.prune.is_off
-            else (self._inspection.pruned, self._inspection.base)
-        )
-        operations = 0.0
-        for group in (group for layout in layouts for group in layout.groups):
-            levels = sum(format_of(name).is_packed for name in group.formats)
-            lora = LoraConfig(init="plain") if group.name in (EMBEDDINGS, HEAD) else self._config.lora
-            operations += sum(packing_operations(each.rows, each.columns, lora, levels) for each in group.linears)
+        """Count the operations of packing every group in every format, and the groups of the base for two plans."""
+        lora, operations = self._config.lora, 0.0
+        of_base = () if self._config.prune.is_off else self._inspection.base.groups
+        for most, groups in ((math.inf, self._inspection.pruned.groups), (UNPRUNED_PLANS, of_base)):
+            for group in groups:
+                levels = min(most, sum(format_of(name).is_packed for name in group.formats))
+                own = LoraConfig(init="plain") if group.name in (EMBEDDINGS, HEAD) else lora
+                operations += sum(packing_operations(each.rows, each.columns, own, levels) for each in group.linears)
         return operations
+
+    def rounding(self) -> float:
+        """Count the operations of GPTQ: two passes over the samples, Gram matrices of inputs, and the rounding."""
+        inspection = self._inspection
+        if self._config.quantize.rounding != "gptq":
+            return 0.0
+        tokens = inspection.samples["importance"] * inspection.sample_length
+        squares = sum(gram_bytes(inspection.pruned, inspection.cuts[0].expected)) / 4
+        rounded = sum(
+            len(group.formats) * each.rows * each.columns**2
+            for group in inspection.pruned.groups
+            for each in group.linears
+            if group.name not in (EMBEDDINGS, HEAD)
+        )
+        one = 2 * tokens * (2 * self._pruned + squares) + rounded
+        return one if self._config.prune.is_off else 2 * one  # the base is rounded too
 
     def _questions(self, section: str) -> float:
         """Count the operations of scoring questions; every answer is a separate row."""

@@ -24,6 +24,7 @@ from qpruner.models.layout import skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Group, Layout, LinearShape
+from qpruner.pruning.grams import gram_bytes
 from qpruner.pruning.settings import cuttable_layers
 from qpruner.pruning.units import available, unit_sizes
 from qpruner.quantization.formats import format_of
@@ -149,12 +150,12 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate compensation: hidden states of all samples at one block, and masks of one byte per pair of tokens."""
+    """Estimate compensation, to which the samples pass one block after the other."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.samples["importance"], inspection.sample_length
     hidden_size = int(inspection.model_config.hidden_size)
     parts = _weights(base) | {
-        "hidden states": samples * length * (hidden_size * base.element_bytes + length),
+        "hidden states": _hidden_state_bytes(inspection),
         "activations": _widest(base, calibration.batch_size * length),
     }
     if settings.compensates_by == "least_squares":
@@ -163,6 +164,25 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
         # The output that the projection should have, the change of its weights, and its weights in float32.
         parts["solution"] = 3 * FLOAT32_BYTES * hidden_size * widest
     return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
+
+
+def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
+    """Estimate how the inputs of GPTQ are gathered: as compensation's are, with the Gram matrices of one block."""
+    samples, length, base = inspection.samples["importance"], inspection.sample_length, inspection.base
+    widest = max(linear.columns for group in _blocks(base) for linear in group.linears)
+    tokens = config.calibration.batch_size * length
+    parts = _weights(base) | {
+        "hidden states": _hidden_state_bytes(inspection),
+        "activations": _widest(base, tokens) + FLOAT32_BYTES * tokens * widest,
+        "Gram matrices": 2 * max(gram_bytes(base, inspection.model_config)),
+    }
+    return Memory(f"inputs of {samples} samples x {length} tokens (`quantize.rounding`)", parts)
+
+
+def _hidden_state_bytes(inspection: Inspection) -> int:
+    """Count the hidden states of all samples at one block, and their masks of one byte per pair of tokens."""
+    samples, length = inspection.samples["importance"], inspection.sample_length
+    return samples * length * (int(inspection.model_config.hidden_size) * inspection.base.element_bytes + length)
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:

@@ -58,7 +58,7 @@ def measure(
     return training, scoring, _packing_rate(config, layout)
 
 
-def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
+def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: float) -> float:
     """Count the operations of packing a layer in `num_levels` formats."""
     by_weight = 10 * min(rows, columns) if _is_exact(lora) else SVD_OPERATIONS
     return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
