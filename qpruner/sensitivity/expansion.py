@@ -69,7 +69,7 @@ def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansio
         for index, (group, name) in enumerate(pairs):
             if group != owner[path]:
                 continue
-            error = starts.weight(group, name, path, weight.shape, weight.device).sub_(weight)
+            error = starts.weight(group, name, path, weight).sub_(weight)
             slope, curvature = rises(error, slopes, squares)
             del error  # free the memory before the next error is computed
             if not math.isfinite(slope + curvature):

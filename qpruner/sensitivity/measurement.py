@@ -102,7 +102,7 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measure
 def _start_weights(
     starts: Starts, group: str, name: str, layers: Mapping[str, torch.nn.Parameter]
 ) -> list[torch.Tensor]:
-    return [starts.weight(group, name, path, each.shape, each.device).to(each.dtype) for path, each in layers.items()]
+    return [starts.weight(group, name, path, each).to(each.dtype) for path, each in layers.items()]
 
 
 class _Rerun:

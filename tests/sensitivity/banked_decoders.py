@@ -12,7 +12,7 @@ import torch
 from mixed_models import seal
 from tiny_decoders import PAD, rows_of, tiny
 
-from qpruner.config.schema import LoraConfig, QuantizeConfig
+from qpruner.config.schema import BudgetConfig, LoraConfig, QuantizeConfig
 from qpruner.data.calibration import Samples
 from qpruner.models.layout import layout_of
 from qpruner.plans.plan import EMBEDDINGS, HEAD
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("nf4", "int8", "bf16")
 LORA = LoraConfig(rank=2, alpha=6)
+BUDGET = BudgetConfig(bytes=10**9)
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Widths that the 4-bit CPU kernel decodes correctly."""
 
@@ -40,10 +41,14 @@ class Banked:
     def starts(self) -> Starts:
         return self.subject.starts
 
+    @cached_property
+    def starts_of_blocks(self) -> Starts:
+        return self.subject.blocks.starts
+
     def weights(self, group: str, name: str) -> dict[str, torch.Tensor]:
         """Compute the initial weights of a trial for each layer of a group in a format."""
         layers = {path: self.model.get_parameter(f"{path}.weight") for path in self.starts.groups[group]}
-        return {path: self.starts.weight(group, name, path, each.shape, each.device) for path, each in layers.items()}
+        return {path: self.starts.weight(group, name, path, each) for path, each in layers.items()}
 
     def samples(self, batch_size: int = 2) -> Samples:
         return replace(self.subject.samples, batch_size=batch_size)
@@ -67,7 +72,7 @@ def banked(
     """Save a tiny decoder in the subfolder `model`, and pack all its groups in all formats."""
     model = tiny(name, **WIDE | options)
     model.save_pretrained(folder / "model")
-    quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings)
+    quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings, budget=BUDGET)
     groups = layout_of(model.config, quantize, 4, LORA.rank, on_gpu=False).groups
     for each in groups:
         lora = None if each.name in (EMBEDDINGS, HEAD) else LORA.model_copy(update={"init": init})

@@ -29,7 +29,7 @@ def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor
 def test_rises_match_gradients_of_single_samples(tmp_path: Path, name: str) -> None:
     subject = banked(tmp_path, name)
     samples = subject.samples()
-    found = expand(subject.model, samples, subject.subject.blocks.starts)
+    found = expand(subject.model, samples, subject.starts_of_blocks)
     first, fisher = np.zeros(len(found.pairs)), np.zeros(len(found.pairs))
     for loss in summed_losses(subject.model, samples):
         subject.model.zero_grad()
@@ -62,7 +62,7 @@ def test_padding_and_batch_size_change_nothing(tmp_path: Path) -> None:
     model.get_submodule("model.layers.1").requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = copy.deepcopy(model.state_dict())
-    alone, together = (expand(model, llama.samples(batch_size), llama.subject.blocks.starts) for batch_size in (1, 5))
+    alone, together = (expand(model, llama.samples(batch_size), llama.starts_of_blocks) for batch_size in (1, 5))
     assert alone.num_tokens == together.num_tokens
     for name in ("first_order", "fisher"):  # the order of summation differs
         assert np.allclose(getattr(alone, name), getattr(together, name), rtol=1e-3, atol=1e-7)
@@ -73,4 +73,4 @@ def test_padding_and_batch_size_change_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] = torch.nan
     with pytest.raises(TrainingDiverged, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
-        expand(model, llama.samples(), llama.subject.blocks.starts)
+        expand(model, llama.samples(), llama.starts_of_blocks)
