@@ -10,6 +10,7 @@ A control that no budget can hold is tried with its fewest bytes; it cannot win.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -108,6 +109,6 @@ def _rise(known: Mapping[str, Mapping[str, float]], group: str, level: str) -> f
         return 0.0
     for other in sorted(known, key=lambda name: name != level):
         if format_of(other).is_packed and known[other]:
-            factor = 4.0 ** (format_of(other).bits - format_of(level).bits)
+            factor = math.pow(4.0, format_of(other).bits - format_of(level).bits)
             return factor * known[other].get(group, sum(known[other].values()) / len(known[other]))
     return 0.0

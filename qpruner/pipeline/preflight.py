@@ -191,9 +191,9 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     lowest, highest = layout.plan_bytes(smallest), layout.plan_bytes(largest)
     size = _asked_bytes(budget, layout)
     name, value = next((name, value) for name, value in budget if value is not None)
-    sizes = {level: layout.group_bytes(level) for level in layout.levels}
-    of_group = [sorted(of[at] for of in sizes.values() if of[at] is not None) for at in range(len(layout.groups))]
-    choice = lowest + min((more - less for less, more, *_ in (each for each in of_group if len(each) > 1)), default=0)
+    of_groups = zip(*map(layout.group_bytes, layout.levels), strict=True)
+    sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
+    choice = lowest + min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
     key = f"`quantize.budget.{name}`"
     least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:

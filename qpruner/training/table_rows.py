@@ -19,9 +19,16 @@ from qpruner.data.measures import over_tasks
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
 from qpruner.plans.plan import PRUNED
+from qpruner.quantization.assembly import cast_adapters
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
-from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
+from qpruner.training.checkpoints import (
+    Ownership,
+    keep_checkpoint,
+    latest_checkpoint,
+    load_adapter,
+    publish_adapter,
+)
 from qpruner.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -111,6 +118,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     model = build(config, candidate)
     result, tracker_errors = _train(job, model, train, pad_id, ownership)
     peak = memory.bytes()
+    cast_adapters(model)
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
