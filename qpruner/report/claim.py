@@ -108,7 +108,7 @@ def claim(results: Results) -> str:
 def how_to_compare(command: str) -> str:
     """State how to compare a finished run's winner with other plans; `command` is the command line of that run."""
     return (
-        "To compare the winner with the base, uniform bits, seed and random plans after the same fine-tune, run "
+        "To compare the winner with the base, the controls, seed and random plans after the same fine-tune, run "
         f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
     )
 
