@@ -46,6 +46,14 @@ class Format:
     """Whether single rows of an embedding can be unpacked."""
 
     @property
+    def ink(self) -> str:
+        """The colour of text on `colour`: black or white, whose WCAG contrast is then at least 4.5."""
+        channels = [int(self.colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+
+    @property
     def is_packed(self) -> bool:
         """Whether weights are stored in other tensors than in the checkpoint."""
         return True

@@ -31,10 +31,10 @@ class Int8(GridFormat):
         return scale, torch.full_like(scale, 128)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Append each row's scale to its codes."""
+        """Append each row's scale to its codes, which become signed bytes."""
         import torch
 
-        return {"weight": torch.cat([codes, scales.contiguous().view(torch.uint8)], dim=1)}
+        return {"weight": torch.cat([codes ^ 128, scales.contiguous().view(torch.uint8)], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Multiply codes by their row's scale."""
@@ -42,7 +42,7 @@ class Int8(GridFormat):
 
         def decode(packed: torch.Tensor) -> torch.Tensor:
             scale = read_as(packed[:, columns:], torch.float32)
-            return packed[:, :columns].float().sub_(128).mul_(scale)
+            return packed[:, :columns].view(torch.int8).float().mul_(scale)
 
         return decode_rows(tensors["weight"], columns, dtype, decode)
 
