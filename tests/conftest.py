@@ -78,7 +78,8 @@ def fresh(tiny_model: Path) -> Callable[..., Any]:
     from qpruner.quantization.assembly import assemble, attach_adapters
 
     def build(dtype: str = "bfloat16", dropout: float = 0.0) -> Any:
-        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, dtype, False)
+        dense = dict.fromkeys(("embeddings", "layers.0", "layers.1"), "bf16")
+        model, starts = assemble(tiny_model, tiny_model, "block", dense, dtype)
         return attach_adapters(model, starts, LoraConfig(rank=4, dropout=dropout, init="plain"), "block", seed=3)
 
     return build
