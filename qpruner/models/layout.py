@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
 from qpruner.models.families import family_of
-from qpruner.plans.plan import HEAD, PRUNED, Group, Layout, LinearShape
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, Group, Layout, LinearShape
 from qpruner.quantization.formats import format_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ def skeleton(config: Any) -> PreTrainedModel:
 def group_linears(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
     """Map each group, as `grouping` (`quantize.group`) divides the model, to the paths of its linear layers."""
     return {name: linears for name, linears, _ in _groups(config, grouping)}
+
+
+def table_paths(config: Any) -> dict[str, str]:
+    """Map the groups `embeddings` and, unless it is tied to them, `head` to their paths in the model."""
+    family = family_of(config)
+    tables = {EMBEDDINGS: family.embeddings}
+    return tables if config.tie_word_embeddings else tables | {HEAD: family.head}
 
 
 def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:

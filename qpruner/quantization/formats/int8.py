@@ -29,10 +29,10 @@ class Int8(GridFormat):
         return scale, torch.full_like(scale, 128)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Append each row's scale to its codes."""
+        """Append each row's scale to its codes, which become signed bytes."""
         import torch
 
-        return {"weight": torch.cat([codes, scales.contiguous().view(torch.uint8)], dim=1)}
+        return {"weight": torch.cat([codes ^ 128, scales.contiguous().view(torch.uint8)], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Multiply codes by their row's scale."""
@@ -40,7 +40,7 @@ class Int8(GridFormat):
 
         packed = tensors["weight"]
         scale = packed[:, columns:].contiguous().view(torch.float32)
-        return ((packed[:, :columns].float() - 128) * scale).to(dtype)
+        return packed[:, :columns].view(torch.int8).to(dtype).mul_(scale)
 
 
 INT8 = Int8(name="int8", bits=8, letter="8", colour="#2a73b0", group_size=None, num_codes=256)
