@@ -95,7 +95,7 @@ def _round(
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
     """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter group stays last."""
-    groups = torch.arange(len(diagonal), device=diagonal.device).split(size)
+    groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
     means = [float(diagonal[group].mean()) for group in groups]
     first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
     return torch.cat([groups[index][diagonal[groups[index]].argsort(descending=True)] for index in first])

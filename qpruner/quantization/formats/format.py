@@ -123,7 +123,7 @@ class GridFormat(Format):
         import torch
 
         size = self.group_size or weight.shape[1]
-        parts = [part.float() for part in weight.split(size, dim=1)]
+        parts = [part.float() for part in torch.split(weight, size, dim=1)]
         grids = [self.grid(part) for part in parts]
         codes = [self.codes(part, *grid).to(torch.uint8) for part, grid in zip(parts, grids, strict=True)]
         scales, zeros = (torch.cat(each, dim=1) for each in zip(*grids, strict=True))
