@@ -13,6 +13,7 @@ from typing import Any
 from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnWork, device, ignore_progress, reporting_tensors
 from qpruner.quantization import mixed
+from qpruner.quantization.assembly import cast_adapters
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
 
@@ -36,8 +37,9 @@ def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
     weights = weights_folder(folder)
     with reporting_tensors(on_progress):
         model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())
-    if weights == folder:
-        return model
-    from peft import PeftModel
+    if weights != folder:
+        from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder)
+        model = PeftModel.from_pretrained(model, folder)
+    cast_adapters(model)
+    return model

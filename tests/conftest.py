@@ -78,7 +78,7 @@ def fresh(tiny_model: Path) -> Callable[..., Any]:
     from qpruner.quantization.assembly import assemble, attach_adapters
 
     def build(dtype: str = "bfloat16", dropout: float = 0.0) -> Any:
-        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, dtype, False)
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": "bf16", "layers.1": "bf16"}, dtype)
         return attach_adapters(model, starts, LoraConfig(rank=4, dropout=dropout, init="plain"), "block", seed=3)
 
     return build

@@ -13,10 +13,12 @@ import qpruner.hf  # noqa: F401
 from qpruner.config.schema import LoraConfig, RunConfig
 from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.layout import group_linears
+from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import load_tokenizer
+from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
+from qpruner.quantization.formats import DENSE
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import children, file_digest, write_json
 from qpruner.training.table_rows import Candidate, CandidateJob
@@ -27,42 +29,56 @@ if TYPE_CHECKING:
 LORA = LoraConfig(rank=4, alpha=8)
 GROUP = "projection"
 DTYPE = "bfloat16"
+LEVELS = ("nf4", "int8")
+PATTERN = (*LEVELS, DENSE)
+"""Formats of successive groups."""
 
 
 def fill_bank(
-    checkpoint: Path, bank: Path, double_quant: bool, lora: LoraConfig = LORA, dtype: str = DTYPE, group: str = GROUP
+    checkpoint: Path,
+    bank: Path,
+    lora: LoraConfig = LORA,
+    dtype: str = DTYPE,
+    group: str = GROUP,
+    levels: tuple[str, ...] = LEVELS,
+    tables: tuple[str, ...] = (),
 ) -> list[str]:
-    """Pack all groups of a checkpoint at 4 and 8 bits and return their names."""
-    groups = group_linears(AutoConfig.from_pretrained(checkpoint), group)
+    """Pack all groups of a checkpoint in each of some formats, embeddings and head in `tables`; return the blocks'."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    groups = group_linears(config, group)
     for name, paths in groups.items():
-        build_group(GroupJob(name, paths, (4, 8), checkpoint, bank, dtype, lora, double_quant, seed=0))
+        build_group(GroupJob(name, paths, levels, checkpoint, bank, dtype, lora, seed=0))
+    for name, path in table_paths(config).items():
+        build_group(GroupJob(name, (path,), tables, checkpoint, bank, dtype, None, seed=0))
     seal(bank)
     return list(groups)
 
 
 def seal(bank: Path) -> None:
     """Write an index of all files in a bank."""
-    files = {str(path.relative_to(bank)): file_digest(path) for path in sorted(bank.glob("*bit/*.safetensors"))}
-    entries = {name: IndexEntry(inputs="test", sha256=sha256, residual_ratio=1.0) for name, sha256 in files.items()}
+    files = {str(path.relative_to(bank)): file_digest(path) for path in sorted(bank.glob("*/*.safetensors"))}
+    entries = {
+        name: IndexEntry(inputs="test", sha256=sha256, residual_ratio=1.0, error=0.0) for name, sha256 in files.items()
+    }
     write_json(bank / INDEX, BankIndex(digest="test", files=entries))
 
 
-def mixed_plan(names: list[str], pattern: tuple[int, ...]) -> dict[str, int]:
-    """Make a plan that repeats a pattern of bit-widths over the groups."""
+def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
+    """Make a plan that repeats a pattern of formats over the groups."""
     return {name: pattern[position % len(pattern)] for position, name in enumerate(names)}
 
 
-def row_job(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed: int | None = 0) -> CandidateJob:
-    """Make the job of a row whose plan repeats the bits, in a run that has a bank."""
+def row_job(config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0) -> CandidateJob:
+    """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
     run_dir = RunDir(config.output)
-    names = [name.removesuffix(".safetensors") for name in children(run_dir.stage("bank") / "4bit")]
+    names = [name.removesuffix(".safetensors") for name in children(run_dir.stage("bank") / LEVELS[0])]
     places = run_dir.stage("prune"), run_dir.stage("bank")
-    row = Candidate("searched", "searched", *places, mixed_plan(names, bits), folder, seed)
+    row = Candidate("searched", "searched", *places, mixed_plan(names, pattern), folder, seed)
     return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
 
 
-def mixed_model(checkpoint: Path, bank: Path, plan: Mapping[str, int], double_quant: bool) -> PreTrainedModel:
-    return assemble(checkpoint, bank, GROUP, plan, DTYPE, double_quant)[0].eval()
+def mixed_model(checkpoint: Path, bank: Path, plan: Mapping[str, str]) -> PreTrainedModel:
+    return assemble(checkpoint, bank, GROUP, plan, DTYPE)[0].eval()
 
 
 def token_ids() -> torch.Tensor:
@@ -77,9 +93,10 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def final_model(tiny_model: Path, root: Path) -> Path:
-    """Write a final model with groups at 4, 8 and 16 bits and an adapter on every layer; return its folder."""
-    names = fill_bank(tiny_model, root / "bank", double_quant=False)
-    model, starts = assemble(tiny_model, root / "bank", GROUP, mixed_plan(names, (4, 8, 16)), DTYPE, False)
+    """Write a final model of several formats, embeddings too, with an adapter on every layer; return its folder."""
+    names = fill_bank(tiny_model, root / "bank", tables=("int8",))
+    plan = mixed_plan(names, PATTERN) | {EMBEDDINGS: "int8"}
+    model, starts = assemble(tiny_model, root / "bank", GROUP, plan, DTYPE)
     save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
     adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import starmap
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pr
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
-from qpruner.plans.plan import budget_text
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text
 from qpruner.report.card import other_base_remark
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -66,13 +67,15 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
     layout = inspection.pruned
     return {
         "num_groups": len(layout.groups),
+        "num_choices": sum(len(group.formats) - 1 for group in layout.groups),
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
         "blocks_base": inspection.model_config.num_hidden_layers,
         "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
-        **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in config.quantize.bits},
+        "formats": {name: _offered(layout, name) for name in layout.levels},
+        **{f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
         "concurrent_trials": min(slots, config.num_trials),
@@ -83,6 +86,23 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "questions": inspection.num_questions,
         "sample_length": inspection.sample_length,
     }
+
+
+def _offered(layout: Layout, name: str) -> dict[str, list[str]]:
+    """List the groups that may have a format, and those of the blocks that do not take it."""
+    having = [group.name for group in layout.groups if name in group.formats]
+    others = [group.name for group in layout.groups if name not in group.formats]
+    is_of_blocks = any(group not in (EMBEDDINGS, HEAD) for group in having)
+    lacking = [group for group in others if group not in (EMBEDDINGS, HEAD)] if is_of_blocks else []
+    return {"groups": having, "lacking": lacking}
+
+
+def _format_text(name: str, offered: dict[str, list[str]]) -> str:
+    having, lacking = offered["groups"], offered["lacking"]
+    which = ", ".join(having) if len(having) <= 2 else counted(len(having), "group")
+    return f"{name} for {which}" + (
+        f", not for {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}" if lacking else ""
+    )
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
@@ -100,11 +120,11 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    search, bits = config.search, config.quantize.bits
+    search = config.search
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
-    if len(bits) == 1:
-        return [f"your plan:   every group at {bits[0]} bits, the only one of `quantize.bits`"]
+    if not facts["num_choices"]:
+        return ["your plan:   every group in the only format that it may have"]
     if search.plan is None:
         return []
     size, parts = facts["bytes_plan"], []
@@ -151,17 +171,18 @@ def _questions(by_task: dict[str, int]) -> str:
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
     """Format the estimates and sizes of a run as the lines that `check` prints."""
     about = " (estimate: the exact widths are known once the model is pruned)" if facts["is_estimate"] else ""
-    sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
+    sizes = [f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
     blocks = facts["blocks_pruned"]
     if min(blocks) < facts["blocks_base"]:
         cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
     trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    unknowns = facts["num_groups"] * (len(config.quantize.bits) - 1)
+    unknowns = facts["num_choices"]
     if config.is_searched and config.measured_methods and unknowns > config.search.max_trials:
         trials += f"; fewer than the {unknowns} values to estimate, so the sensitivities guide the search"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
+        f"formats:     {'; '.join(starmap(_format_text, facts['formats'].items()))}",
         f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",
         *_row_lines(config, facts),
         f"trials:      {trials}",

@@ -12,8 +12,9 @@ from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.report.claim import claim, how_to_compare
+from qpruner.report.instead import instead
 from qpruner.report.results import rows
-from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary
+from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary, what_instead
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
 from qpruner.runs.storage import export_command, run_root, storage_at
@@ -30,7 +31,8 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             assert results.prune
             _print_layers(results.prune, terminal)
         if until == Report.name:
-            for table in final_tables(results):
+            assert results.search
+            for table in filter(None, [what_instead(results.search), *final_tables(results)]):
                 terminal.say(f"{table.caption}:")
                 terminal.table(table.headings, table.rows)
             terminal.say(claim(results), is_prose=True)
@@ -39,10 +41,11 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             terminal.say(where_next(root))
     figures: dict[str, Any] = {"status": "ok", "run": storage_at(root).address, "seconds": results.seconds}
     if results.search:
-        figures["best_plan"] = results.search.best_plan
+        figures |= {"best_plan": results.search.best_plan, "best_cut": results.search.best_cut}
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]
+        figures["instead"] = [vars(row) for row in instead(results.search)] if results.search else []
     return figures
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
-from qpruner.plans.plan import budget_text
+from qpruner.plans.plan import PRUNED, UNPRUNED, budget_text
 from qpruner.report import run_views
 from qpruner.report.search_progress import score_with_step
 from qpruner.report.snapshot import GONE, RUNNING, read_snapshot
@@ -35,7 +35,7 @@ COMPARISONS = {
     **{"<": operator.lt, ">": operator.gt, "=": operator.eq},
 }
 SHOWN = (
-    *("trial", "winner", "from", "status", "failure", "bytes", "mean_bits", "step"),
+    *("trial", "winner", "from", "cut", "status", "failure", "bytes", "mean_bits", "step"),
     *("loss", "accuracy", "seconds", "search", "plan"),
 )
 ALSO_CALLED = {"index": "trial", "origin": "from"}
@@ -146,7 +146,7 @@ def trials(
     elif not rows:
         click.echo("no trials match" if snapshot.trials else "there are no trials yet")
     else:
-        shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
+        shown = [name for name in SHOWN if any(row[name] not in (None, PRUNED) for row in rows)]
         terminal = Terminal(quiet=False)
         terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
         for row in rows:
@@ -184,8 +184,10 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
 def _column_of(key: str, names: Mapping[str, str]) -> str:
     """Return the column that `key` means; raise a `UserError` with the nearest of `names` if `key` is none of them."""
     if key not in names:
-        rest = [name for name in names if not name.startswith("bits ")]
-        raise UserError(f"no column `{key}`; {nearest(key, rest, 'there are `bits layers.07` (one for each group),')}")
+        rest = [name for name in names if not name.startswith("format ")]
+        raise UserError(
+            f"no column `{key}`; {nearest(key, rest, 'there are `format layers.07` (one for each group),')}"
+        )
     return names[key]
 
 
@@ -195,19 +197,21 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
     banked = snapshot.run_dir.read_record("bank", BankRecord)
-    sizes = banked.group_bytes if banked else {}
+    sizes = banked.group_bytes if banked and trial.cut == PRUNED else {}
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
         if sizes:
-            grouped = sum(sizes[str(bits)][group] for group, bits in trial.plan.items())
-            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB in the rest: embeddings, norms, head, adapter"
+            grouped = sum(sizes[name][group] for group, name in trial.plan.items())
+            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB in the rest, such as norms and adapter"
             click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
-        for group, bits in trial.plan.items():
-            at_levels = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {level}" for level, by_group in sizes.items())
-            click.echo(yaml.safe_dump({group: bits}).strip() + (f"  # {at_levels}" if at_levels else ""))
+        if trial.cut == UNPRUNED:
+            click.echo("# for the model before pruning: `--plan` takes it with `--set prune.rate=0`")
+        for group, name in trial.plan.items():
+            each = [f"{of[group] / 1e6:.2f} MB in {level}" for level, of in sizes.items() if group in of]
+            click.echo(yaml.safe_dump({group: name}).strip() + (f"  # {', '.join(each)}" if each else ""))
     return {
         "status": "ok",
         "trial": trial.index,
@@ -215,6 +219,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
         "budget_bytes": budget,
+        "cut": trial.cut,
         "plan": trial.plan,
         "group_bytes": sizes,
     }

@@ -21,8 +21,9 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from qpruner.quantization.formats import format_of
 from qpruner.report import search_progress as trials_now
-from qpruner.report.search_progress import event_line, plan_text, score, score_title
+from qpruner.report.search_progress import event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import counted, duration
@@ -34,7 +35,6 @@ PACE_SECONDS = 600.0
 """The time left is estimated from the steps of the last 10 minutes: one step of a large model may take a minute."""
 LINES_ABOVE = 10
 """Approximate number of lines of the live view above the list of running trials."""
-COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
 FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
 """Options of rich that wrap text in a narrow window; without them a live view cuts the text off."""
 
@@ -227,8 +227,9 @@ def _search_view(
 
 
 def _plan(trial: TrialRecord) -> Text:
-    """Render a plan with one character for each group and one colour for each bit-width."""
+    """Render a plan with the letter of each group's format on the colour of the format."""
     text = Text()
-    for character, alike in itertools.groupby(plan_text(trial)):
-        text.append("".join(alike), COLORS[character])
+    for name, alike in itertools.groupby(trial.plan.values()):
+        each = format_of(name)
+        text.append(each.letter * sum(1 for _ in alike), f"{each.ink} on {each.colour}")
     return text

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from qpruner.config import schema
 from qpruner.config.pruning import REDUCING
 from qpruner.config.section import Idle
+from qpruner.quantization.formats import DENSE, GridFormat, formats
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
@@ -58,8 +59,35 @@ def _budget_rules(budget: schema.BudgetConfig) -> Iterator[str]:
 
 
 def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
-    if list(quantize.bits) != sorted(set(quantize.bits)):
-        yield f"`bits` must be different bit-widths in ascending order, got {list(quantize.bits)}"
+    bits, known = quantize.bits, formats()
+    if quantize.formats and bits:
+        yield f"give `formats` or `bits`, not both: {take_out('quantize.formats', 'quantize.bits')}"
+    if bits and list(bits) != sorted(set(bits)):
+        yield f"`bits` must be different bit-widths in ascending order, got {list(bits)}"
+    named = {"formats": quantize.formats or (), "embeddings": quantize.embeddings}
+    for key, names in named.items():
+        holds = [name for name, each in known.items() if key == "formats" or each.holds_embeddings]
+        for name in names:
+            if name not in known:
+                yield f"`{key}`: there is no format `{name}`; name some of {', '.join(holds)}"
+            elif name not in holds:
+                yield f"`{key}`: {name} cannot hold embeddings; name some of {', '.join(holds)}"
+            elif problem := known[name].missing():
+                yield f"`{key}`: {name} cannot be packed: {problem}, or name other formats"
+        if len(set(names)) < len(names):
+            yield f"`{key}` names a format twice, got {', '.join(names)}: name each once"
+    if any(name not in known for names in named.values() for name in names):
+        return
+    taken = {*quantize.levels, *quantize.embedding_levels}
+    if quantize.rounding == "gptq" and not any(isinstance(known[name], GridFormat) for name in taken):
+        grids = [name for name, each in known.items() if isinstance(each, GridFormat)]
+        yield f"`rounding: gptq` needs one of {', '.join(grids)} under `formats`, got {', '.join(quantize.levels)}"
+    relative = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
+    if relative and quantize.embedding_levels != (DENSE,):
+        yield (
+            f"`budget.{relative}` has no one meaning if embeddings are packed too (`embeddings`: "
+            f"{', '.join(quantize.embeddings)}): give `budget.bytes` or `budget.gib`"
+        )
 
 
 def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
@@ -104,12 +132,12 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
 
 
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
-    method, bits, training = run.search.plan_method, run.quantize.bits, run.training
+    method, levels, training = run.search.plan_method, run.quantize.levels, run.training
     if method and method not in run.measured_methods:
         yield (
             f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "
-            f"`sensitivity.methods`, got {list(run.sensitivity.methods)}, and two bit-widths or more in "
-            f"`quantize.bits`, got {list(bits)}; to name a file with that name, write `./{method}`"
+            f"`sensitivity.methods`, got {list(run.sensitivity.methods)}, and two formats or more in "
+            f"`quantize.formats`, got {', '.join(levels)}; to name a file with that name, write `./{method}`"
         )
     if seen := sorted(set(run.search.tasks) & set(run.evaluate.tasks)):
         yield (
@@ -184,16 +212,18 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     A given `search.plan` gives no warning for the keys of the search: `--plan` may be added to any configuration.
     `calibration.num_sensitivity_samples` always has an effect: `qpruner compare` pairs losses only if it is equal.
     """
-    only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"
+    only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)
     measured = (f"sensitivity.{key}" for key in schema.SensitivityConfig.model_fields)
-    return ((len(run.quantize.bits) == 1, only, (*searched, *measured)),)
+    return ((not run.quantize.has_choice, only, (*searched, *measured)),)
 
 
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune
 schema.BudgetConfig.rules = _budget_rules
 schema.QuantizeConfig.rules = _quantize_rules
-schema.QuantizeConfig.idle_keys = lambda own: ((4 not in own.bits, "`quantize.bits` has no 4", ("double_quant",)),)
+schema.QuantizeConfig.idle_keys = lambda own: (
+    ("nf4_double" not in own.levels, "nf4 is not among the formats", ("double_quant",)),
+)
 schema.LoraConfig.idle_keys = lambda own: ((own.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 schema.TrainingConfig.rules = _training_rules
 schema.SensitivityConfig.rules, schema.SensitivityConfig.idle_keys = _sensitivity_rules, _idle_in_sensitivity

@@ -17,6 +17,7 @@ from qpruner.config.pruning import DataSource as DataSource
 from qpruner.config.pruning import Named, Positive
 from qpruner.config.pruning import PruneConfig as PruneConfig
 from qpruner.config.section import Section
+from qpruner.quantization.formats import ALIASES, DENSE, by_size
 
 Bits = Literal[4, 8, 16]
 AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
@@ -64,9 +65,9 @@ class BudgetConfig(Section):
     """The size that a plan may have; give exactly one key."""
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """0: the size with every group at the lowest bits; 1: with every group at the highest bits; linear between."""
+    """0: the size with every group in its smallest format; 1: in its largest; linear between."""
     mean_bits: float | None = None
-    """Mean bits per weight, over the weights of all groups."""
+    """Mean bits per weight without scales, over the weights of all groups."""
     gib: Annotated[float, Field(gt=0)] | None = None
     """Gibibytes of the whole model, adapters included."""
     bytes: Positive | None = None
@@ -77,14 +78,37 @@ class QuantizeConfig(Section):
     """Mixed-precision quantization."""
 
     group: Literal["block", "sublayer", "projection"] = "block"
-    """The part of the model that gets one bit-width."""
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (4, 8)
-    """Bit-widths to choose from: 4 (NF4), 8 (LLM.int8), 16 (unquantized). With a single one, nothing is measured or
-    searched, and one trial is run."""
+    """The part of the model that gets one format."""
+    formats: Annotated[tuple[Named, ...], Field(min_length=1)] | None = None
+    """Formats to choose from, see [formats](formats.md). A group gets those that all its layers take. With a single one
+    for all groups, nothing is measured or searched, and one trial is run. Null takes nf4 and int8."""
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] | None = None
+    """Short for `formats`: 4 is nf4, 8 is int8, 16 is bf16 (not packed)."""
     double_quant: bool = False
-    """Quantize the 4-bit scales too."""
+    """Take nf4_double, with quantized scales, in place of nf4."""
+    embeddings: Annotated[tuple[Named, ...], Field(min_length=1)] = (DENSE,)
+    """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves them unpacked."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """Round weights to the nearest code, or so that the layer's outputs on the calibration rows change least (GPTQ);
+    nf4 and the k-quants always round to nearest."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
     """The size that a plan may have."""
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The formats to choose from for groups of decoder layers, smallest first."""
+        named = self.formats or tuple(ALIASES[bits] for bits in self.bits or (4, 8))
+        return by_size(tuple("nf4_double" if name == "nf4" and self.double_quant else name for name in named))
+
+    @property
+    def embedding_levels(self) -> tuple[str, ...]:
+        """The formats to choose from for embeddings and head, smallest first."""
+        return by_size(self.embeddings)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether plans can differ."""
+        return len(self.levels) > 1 or len(self.embeddings) > 1
 
 
 class LoraConfig(Section):
@@ -131,7 +155,7 @@ MEASUREMENT = ("kl", "loss")
 
 
 class SensitivityConfig(Section):
-    """Scores how much each group suffers at fewer bits, for seed plans (tried first) and the searcher's prior."""
+    """Scores how much each group suffers in a smaller format, for seed plans (tried first) and the searcher's prior."""
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
     """Methods to measure; each gives a seed plan: mutual information with the prediction (as in the paper), gradient
@@ -140,7 +164,7 @@ class SensitivityConfig(Section):
     batch_size: Positive = 4
     """Samples per pass. Scores do not depend on it, except for rounding; memory grows with it."""
     num_measured_samples: Positive = 32
-    """KL and loss: maximum samples. Each costs half a forward pass for every group and bit-width."""
+    """KL and loss: maximum samples. Each costs half a forward pass for every group and format."""
     num_components: Positive = 4
     """Mutual information: number of principal components to keep of the output of a group."""
     num_neighbors: Positive = 3
@@ -261,8 +285,8 @@ class FinetuneConfig(Section):
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
     seed_rows: Literal["best", "all"] = "best"
-    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`, and that of
-    mutual information, under the first seed only. `all`: also the others, under the first seed only."""
+    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`. `all`: also the
+    others, under the first seed only."""
 
 
 class EvaluateConfig(Section):
@@ -319,13 +343,13 @@ class RunConfig(Section):
 
     @property
     def measured_methods(self) -> tuple[str, ...]:
-        """Sensitivity methods that are measured; none if `quantize.bits` has a single bit-width."""
-        return self.sensitivity.methods if len(self.quantize.bits) > 1 else ()
+        """Sensitivity methods that are measured; none if all plans are the same."""
+        return self.sensitivity.methods if self.quantize.has_choice else ()
 
     @property
     def is_searched(self) -> bool:
-        """Whether plans are searched: no plan is given, and there are several bit-widths."""
-        return self.search.plan is None and len(self.quantize.bits) > 1
+        """Whether plans are searched: no plan is given, and there are several formats."""
+        return self.search.plan is None and self.quantize.has_choice
 
     @property
     def num_trials(self) -> int:

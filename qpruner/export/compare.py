@@ -21,8 +21,8 @@ PEFT_PREFIX = "base_model.model."
 """Prefix that peft adds to the names of layers."""
 NUM_PROBES = 64
 MOST_ERROR = 0.05
-"""Largest allowed relative error of a layer's outputs. Rounding causes 0.003 at 4 bits, and 0.009 at 8 bits, where
-inputs are rounded too (the demo's 210 layers, 2026-11). Wrongly decoded weights cause 0.09 or more."""
+"""Largest allowed relative error of a layer's outputs. Rounding causes 0.003 (the demo's 210 layers in nf4,
+2026-11). Wrongly decoded weights cause 0.09 or more."""
 LEAST_ADAPTER = 2.0**-9
 """Smallest effect of an adapter that is checked, as a share of the layer's outputs. bfloat16 rounds by as much."""
 MOST_DIVERGENCE = 0.05

@@ -77,18 +77,21 @@ def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
     from safetensors.torch import load_file
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from qpruner.quantization.mixed import layer_tensors, unpack
+    from qpruner.models.layout import skeleton
+    from qpruner.quantization.formats import format_of
+    from qpruner.quantization.mixed import layer_tensors
 
     config = checkpoint_config(final)
     dtype = config.dtype
-    quantized = config.__dict__.pop("quantization_config", {"bits": {}})
+    quantized = config.__dict__.pop("quantization_config", {"formats": {}})
     state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # all but the adapter
-    for path in quantized["bits"]:
+    widths = {name: parameter.shape[-1] for name, parameter in skeleton(config).named_parameters()}
+    for path, format_name in quantized["formats"].items():
         packed = layer_tensors(state, path)
         packed.pop("bias", None)
         for name in packed:
             del state[f"{path}.{name}"]
-        state[f"{path}.weight"] = unpack(packed, torch.float32)
+        state[f"{path}.weight"] = format_of(format_name).unpack(packed, widths[f"{path}.weight"], torch.float32)
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     adapter = load_file(final / ADAPTER_FILES[1])
     for done, (name, lora_a) in enumerate(adapter.items(), 1):
@@ -98,6 +101,8 @@ def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
             added = settings["lora_alpha"] / settings["r"] * (lora_b.float() @ lora_a.float())
             state[weight] = (state[weight].float() + added).to(dtype)
         on_progress("merging the adapter", done, len(adapter))
+    for path in quantized["formats"]:
+        state[f"{path}.weight"] = state[f"{path}.weight"].to(dtype)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     save_checkpoint(model, load_tokenizer(str(final)), folder, on_progress)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from qpruner.quantization.formats import layers
+
 WORTH_WIDENING = 16
 """Matrix products with a dimension below this are faster without conversion to float32."""
 
@@ -38,11 +40,12 @@ def has_bfloat16() -> bool:
 
 
 def widen() -> None:
-    """Make torch's CPU kernels of matrix products, and the attention of transformers, compute in float32."""
+    """Make torch's CPU kernels of matrix products, packed layers and transformers' attention compute in float32."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     aten: Any = torch.ops.aten
+    layers.widens_bfloat16 = True
     kernels = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     _KEPT.append(kernels)
     with warnings.catch_warnings():

@@ -1,16 +1,21 @@
-"""Derive a model's groups (layers that share a bit-width) and the bytes of its parts from the config alone."""
+"""Derive a model's groups (layers that share a format) and the bytes of its parts from the config alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
 from qpruner.models.families import family_of
-from qpruner.plans.plan import Group, Layout, LinearShape
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, Group, Layout, LinearShape
+from qpruner.quantization.formats import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+NEW_GPU = (99, 0)
+"""A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -29,6 +34,13 @@ def group_linears(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
     return {name: linears for name, linears, _ in _groups(config, grouping)}
 
 
+def table_paths(config: Any) -> dict[str, str]:
+    """Map the groups `embeddings` and, unless it is tied to them, `head` to their paths in the model."""
+    family = family_of(config)
+    tables = {EMBEDDINGS: family.embeddings}
+    return tables if config.tie_word_embeddings else tables | {HEAD: family.head}
+
+
 def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
     """Map each group to the modules at its end, whose outputs are its output: a block, or q, k and v for `qkv`."""
     return {name: outputs for name, _, outputs in _groups(config, grouping)}
@@ -43,22 +55,38 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
             yield f"{layer}.{name}".rstrip("."), linears, outputs
 
 
-def layout_of(config: Any, grouping: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """List groups with weight shapes; count bytes of adapters, and of weights in no group (`dtype_bytes` each)."""
+def layout_of(
+    config: Any, quantize: QuantizeConfig, element_bytes: int, lora_rank: int, on_gpu: bool, cut: str = PRUNED
+) -> Layout:
+    """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
+
+    A group takes a format if all its layers do. Unpacked weights have `element_bytes` each, adapters too.
+    """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    groups = tuple(
-        Group(name, tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths))
-        for name, paths in group_linears(config, grouping).items()
-    )
+    blocks, tables = group_linears(config, quantize.group), table_paths(config)
+    ordered = {name: (path,) for name, path in tables.items() if name != HEAD} | blocks
+    ordered |= {name: (path,) for name, path in tables.items() if name == HEAD}
+    groups = []
+    for name, paths in ordered.items():
+        linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)
+        levels = quantize.embedding_levels if name in tables else quantize.levels
+        offered = tuple(level for level in levels if not refusals(level, linears, on_gpu))
+        groups.append(Group(name, linears, offered))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     grouped = sum(item.num_weights for item in groups)
-    adapters = sum(lora_rank * (linear.rows + linear.columns) for item in groups for linear in item.linears)
+    adapted = [linear for item in groups if item.name in blocks for linear in item.linears]
     return Layout(
-        groups=groups,
-        ungrouped_bytes=(num_parameters - grouped) * dtype_bytes,
-        adapter_bytes=adapters * 4,  # float32
-        element_bytes=dtype_bytes,
-        double_quant=double_quant,
+        groups=tuple(groups),
+        ungrouped_bytes=(num_parameters - grouped) * element_bytes,
+        adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted) * element_bytes,
+        element_bytes=element_bytes,
         num_parameters=num_parameters,
+        cut=cut,
     )
+
+
+def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:
+    """List the layers that a format cannot hold, each with the reason."""
+    found = [(linear, format_of(level).refusal(linear.columns, NEW_GPU if on_gpu else None)) for linear in linears]
+    return [f"{linear.name}: {reason}" for linear, reason in found if reason]

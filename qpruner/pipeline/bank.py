@@ -1,29 +1,42 @@
-"""The bank stage: pack every group (layers that share a bit-width) once for all trials; reuse an earlier bank."""
+"""The bank stage: pack every group (layers that share a format) once for all trials; reuse an earlier bank.
+
+The entries of the unpruned model are made when a plan first needs them, see `add_entries`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpruner.cluster.executor import ModelCache
+from qpruner.config.schema import RunConfig
+from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile
+from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import check_quantizable
+from qpruner.pipeline.preflight import check_offers, check_quantizable
+from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import FULL_BITS, check_cpu_widths
-from qpruner.runs.events import Progress
-from qpruner.runs.records import BankRecord, PruneRecord, digest_of
-from qpruner.runs.storage import display_name, files_in, remove, write_json
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, PrecisionPlan
+from qpruner.quantization.formats import format_of
+from qpruner.runs.events import Emit, Progress
+from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, digest_of
+from qpruner.runs.storage import display_name, fetch, files_in, remove, write_json, writing_folder
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
+Wanted = Mapping[str, tuple[str, ...]]
+"""Group -> formats to pack it in."""
+
 
 class Bank(Stage[BankRecord]):
-    """Write one entry (a file) for each group and bit-width: packed weights and initial weights of the adapter."""
+    """Write one entry (a file) for each group and format: packed weights and initial weights of the adapter."""
 
     name = "bank"
     help = "Run up to the bank of packed weights and adapter starts."
@@ -32,21 +45,19 @@ class Bank(Stage[BankRecord]):
     repairs_files = True
 
     @property
-    def _levels(self) -> tuple[int, ...]:
-        """The bit-widths of `quantize.bits` below 16; weights at 16 bits are not packed."""
-        return tuple(bits for bits in self.config.quantize.bits if bits != FULL_BITS)
-
-    def _made_from(self) -> tuple[Any, ...]:
-        """Return everything that an entry of the bank depends on, for a digest."""
-        from qpruner.quantization.bank import FORMAT
-
-        config, quantize, pruned = self.config, self.config.quantize, self.context.record(PruneRecord)
-        model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
-        starts = config.lora.model_copy(update={"dropout": 0.0})
-        return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, version("bitsandbytes"))
+    def _wanted(self) -> Wanted:
+        """Every group in every packed format that it takes."""
+        return {
+            group.name: tuple(level for level in group.formats if format_of(level).is_packed)
+            for group in self.context.layout.groups
+        }
 
     def inputs(self) -> tuple[Any, ...]:
-        return (*self._made_from(), self._levels)
+        return (made_from(self.context, PRUNED), self._wanted, {name: format_of(name).version for name in self._levels})
+
+    @property
+    def _levels(self) -> tuple[str, ...]:
+        return tuple(level for level in self.context.layout.levels if format_of(level).is_packed)
 
     def check(self) -> None:
         check_quantizable(self.context.inspection.model_config)
@@ -74,105 +85,209 @@ class Bank(Stage[BankRecord]):
             self.context.forget(self.name)
 
     def _index_from(self, record: BankRecord) -> BankIndex:
-        """Make `bank.json` from the bank's record: inputs, sha256 and remaining quantization error of each entry."""
+        """Make `bank.json` from the bank's record: inputs, sha256 and errors of each entry."""
         from qpruner.quantization import bank as store
 
-        files, made_from = {}, digest_of(*self._made_from())
-        for bits, by_group in record.residual_ratio.items():
+        files, inputs = {}, made_from(self.context, PRUNED)
+        for level, by_group in record.residual_ratio.items():
             for group, ratio in by_group.items():
-                name = str(store.entry_file(Path(), group, int(bits)))
-                files[name] = store.IndexEntry(inputs=made_from, sha256=record.files[name], residual_ratio=ratio)
+                name, error = str(store.entry_file(Path(), group, level)), record.error[level][group]
+                sha256 = record.files[name]
+                files[name] = store.IndexEntry(inputs=inputs, sha256=sha256, residual_ratio=ratio, error=error)
         return store.BankIndex(digest=record.digest, files=files)
 
     def detail(self) -> str:
-        return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"
+        rounding = ", GPTQ" if self.config.quantize.rounding == "gptq" else ""
+        return f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, {self.config.lora.init} start"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from qpruner.quantization import bank as store
 
-        context, levels, layout = self.context, self._levels, self.context.layout
-        if 4 in levels and not context.trial_resources.get("gpu"):
-            check_cpu_widths([linear for group in layout.groups for linear in group.linears])
-        made_from = digest_of(*self._made_from())
-        files = _reuse_entries(context.bank, scratch, made_from, levels)
-        write_json(scratch / store.INDEX, store.BankIndex(digest=self.digest, files=files))
-        jobs = _group_jobs(context, scratch, levels, set(files), made_from)
-        self.notify(f"{sum(len(job.bits) for job in jobs)} entries to build")
-        for done, (job, built) in enumerate(_built(context, jobs), 1):
-            files |= built
-            write_json(scratch / store.INDEX, store.BankIndex(digest=self.digest, files=files))
-            context.emit(Progress(self.name, done, len(jobs), job.group))
-        names, sizes = [group.name for group in layout.groups], files_in(scratch)
-        ratios = {
-            str(bits): {name: files[str(store.entry_file(Path(), name, bits))].residual_ratio for name in names}
-            for bits in levels
-        }
-        all_levels = self.config.quantize.bits
+        context, wanted, layout = self.context, self._wanted, self.context.layout
+        check_offers(self.config, layout, context.on_gpu)
+        inputs = made_from(context, PRUNED)
+        files = _reuse_entries(context.bank, scratch, inputs, wanted)
+        index = store.BankIndex(digest=self.digest, files=files)
+        write_json(scratch / store.INDEX, index)
+        files = _add(self, scratch, PRUNED, wanted, index)
+        sizes = files_in(scratch)
+        by_level: dict[str, dict[str, IndexEntry]] = {level: {} for level in self._levels}
+        for group, levels in wanted.items():
+            for level in levels:
+                by_level[level][group] = files[str(store.entry_file(Path(), group, level))]
+        packed = {level: layout.group_bytes(level) for level in layout.levels}
+        names = [group.name for group in layout.groups]
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
-            "residual_ratio": ratios,
-            "group_bytes": {str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in all_levels},
+            "residual_ratio": {
+                level: {name: each.residual_ratio for name, each in of.items()} for level, of in by_level.items()
+            },
+            "error": {level: {name: each.error for name, each in of.items()} for level, of in by_level.items()},
+            "group_bytes": {
+                level: {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
+                for level, sizes in packed.items()
+            },
         }
 
     def summary(self, record: BankRecord) -> str:
-        means = {bits: sum(ratio.values()) / len(ratio) for bits, ratio in record.residual_ratio.items()}
-        left = ", ".join(f"{bits}-bit {mean:.3f}" for bits, mean in means.items())
+        means = {level: sum(of.values()) / len(of) for level, of in record.error.items() if of}
+        left = ", ".join(f"{level} {mean**0.5:.3f}" for level, mean in means.items())
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
-        return f"{size}; share of the quantization error that LoftQ leaves: {left}"
+        return f"{size}; relative error of the weights with adapters: {left}" if left else size
 
     def disk_bytes(self) -> int:
-        pruned = self.context.inspection.pruned
-        return sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in self.config.quantize.bits)
+        from qpruner.pruning.grams import gram_bytes
+
+        inspection, gptq = self.context.inspection, self.config.quantize.rounding == "gptq"
+        base, pruned = inspection.base, inspection.pruned
+        grams = sum(gram_bytes(base, inspection.model_config)) if gptq else 0
+        # The unpruned controls are two plans, each within the budget or the smallest.
+        unpruned = 0 if self.config.prune.is_off else 2 * base.plan_bytes(base.smallest())
+        return sum(pruned.plan_bytes(pruned.uniform(level)) for level in pruned.levels) + unpruned + grams
 
 
-def _reuse_entries(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Link intact files of `bank` with these inputs and bit-widths into `scratch`; return their index entries.
+def made_from(context: Context, cut: str) -> str:
+    """Compute the digest of everything that an entry of a cut's bank depends on, besides its format."""
+    from qpruner.quantization.bank import VERSION
+
+    config, quantize, pruned = context.config, context.config.quantize, context.record(PruneRecord)
+    model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
+    if cut == UNPRUNED:
+        model = (context.record(PrepareRecord).digest,)
+    starts = config.lora.model_copy(update={"dropout": 0.0})
+    calibration = (config.calibration, context.record(PrepareRecord).digest) if quantize.rounding == "gptq" else ()
+    settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION, version("bitsandbytes"))
+    return digest_of(cut, *model, *settings)
+
+
+def add_entries(stage: Stage[Any], plans: Iterable[PrecisionPlan]) -> None:
+    """Add the entries that plans need and that the banks of their cuts lack, or have damaged."""
+    from qpruner.quantization import bank as store
+
+    wanted: dict[str, dict[str, tuple[str, ...]]] = {}
+    for plan in plans:
+        of_cut = wanted.setdefault(plan.cut, {})
+        for group, level in plan.as_dict().items():
+            if format_of(level).is_packed:
+                of_cut[group] = tuple(dict.fromkeys((*of_cut.get(group, ()), level)))
+    for cut, of_cut in wanted.items():
+        folder, inputs = stage.context.bank_of(cut), made_from(stage.context, cut)
+        index = store.BankIndex(digest=inputs, files={})
+        with suppress(CorruptFile):
+            index = store.read_index(folder)
+        needed = _names(of_cut) & index.files.keys()
+        fitting = {name: index.files[name].sha256 for name in needed if index.files[name].inputs == inputs}
+        lost = needed - set(store.intact_files(folder, fitting))
+        kept = {name: each for name, each in index.files.items() if name not in lost}
+        _add(stage, folder, cut, of_cut, index.model_copy(update={"files": kept}))
+
+
+def _add(stage: Stage[Any], folder: Path, cut: str, wanted: Wanted, index: BankIndex) -> dict[str, IndexEntry]:
+    """Build the wanted entries that an index of a cut's bank lacks; return the index entries of all its files."""
+    from qpruner.quantization import bank as store
+
+    context, files = stage.context, dict(index.files)
+    jobs = _group_jobs(context, folder, cut, wanted, set(files))
+    if not jobs:
+        return files
+    write_json(folder / store.INDEX, index)
+    stage.notify(f"{sum(len(job.levels) for job in jobs)} entries to build")
+    grams = context.run_dir.root / f"grams-{cut}"
+    if context.config.quantize.rounding == "gptq":
+        gather = partial(_gather_grams, cut, context.checkpoint_of(cut), context.config, context.data, grams)
+        context.executor.run(gather, context.emit)
+        jobs = [job if job.lora is None else replace(job, grams=grams / _gram_file(job.paths[0])) for job in jobs]
+    for done, (job, built) in enumerate(_built(context, jobs), 1):
+        files |= built
+        write_json(folder / store.INDEX, index.model_copy(update={"files": files}))
+        context.emit(Progress(stage.name, done, len(jobs), job.group))
+    remove(grams)
+    return files
+
+
+def _gram_file(path: str) -> str:
+    """Name the file with the Gram matrices of the block that a layer is in, such as `model.layers.3.safetensors`."""
+    parts = path.split(".")
+    number = next(at for at, part in enumerate(parts) if part.isdigit())
+    return f"{'.'.join(parts[: number + 1])}.safetensors"
+
+
+def _gather_grams(
+    cut: str, checkpoint: Path, config: RunConfig, data: Path, folder: Path, cache: ModelCache, emit: Emit
+) -> None:
+    """Write the Gram matrices of the inputs of all layers in the blocks of a model, one file a block."""
+    from qpruner.data.calibration import Samples
+    from qpruner.pruning.grams import gather
+    from qpruner.quantization.bank import write_grams
+
+    on_progress = loading_progress(emit, "bank")
+    if cut == UNPRUNED:
+        cache.clear()
+        model = load_dense(str(fetch(checkpoint)), config.model.dtype, on_progress=on_progress)
+    else:
+        model = cache.pruned_model(checkpoint, config.model.dtype, on_progress)
+    pad_id = int(load_tokenizer(str(checkpoint)).pad_token_id)
+    samples = Samples(list(load_encoded(data / "importance")), pad_id, config.calibration.batch_size)
+    samples = replace(samples, on_progress=partial(on_progress, "inputs of the layers"))
+    with writing_folder(folder) as scratch:
+        scratch.mkdir(parents=True, exist_ok=True)
+        for grams in gather(model, config.quantize.group, samples):
+            write_grams(scratch / _gram_file(next(iter(grams))[0]), grams)
+
+
+def _reuse_entries(bank: Path, scratch: Path, inputs: str, wanted: Wanted) -> dict[str, IndexEntry]:
+    """Link intact files of `bank` with these inputs into `scratch`, if they are wanted; return their index entries.
 
     Such files that a killed command left in `scratch` are kept and count too. All others are removed from `scratch`:
     some may be links, and writing to a link would change the earlier bank.
     """
     from qpruner.quantization import bank as store
 
-    kept = _fitting(scratch, inputs, levels)
+    kept = _fitting(scratch, inputs, wanted)
     for name in set(files_in(scratch)) - {*kept, store.INDEX}:
         remove(scratch / name)
-    earlier = {} if scratch == bank else _fitting(bank, inputs, levels)  # equal for a run at a URI
+    earlier = {} if scratch == bank else _fitting(bank, inputs, wanted)  # equal for a run at a URI
     for name in earlier.keys() - kept.keys():
         (scratch / name).parent.mkdir(exist_ok=True)
         (scratch / name).hardlink_to(bank / name)
     return earlier | kept
 
 
-def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Return the index entries of intact files in `bank` that have these bit-widths and this digest of inputs."""
+def _fitting(bank: Path, inputs: str, wanted: Wanted) -> dict[str, IndexEntry]:
+    """Return the index entries of intact files in `bank` that are wanted and have this digest of inputs."""
     from qpruner.quantization import bank as store
 
     try:
         index = store.read_index(bank)
     except CorruptFile:
         return {}
-    wanted = {f"{bits}bit" for bits in levels}
-    fitting = {
-        name: entry for name, entry in index.files.items() if entry.inputs == inputs and Path(name).parts[0] in wanted
-    }
+    names = _names(wanted)
+    fitting = {name: entry for name, entry in index.files.items() if entry.inputs == inputs and name in names}
     intact = store.intact_files(bank, {name: entry.sha256 for name, entry in fitting.items()})
     return {name: fitting[name] for name in intact}
 
 
-def _group_jobs(
-    context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str], inputs: str
-) -> list[GroupJob]:
+def _names(wanted: Wanted) -> set[str]:
+    """Name the files of the wanted entries."""
+    from qpruner.quantization.bank import entry_file
+
+    return {str(entry_file(Path(), group, level)) for group, levels in wanted.items() for level in levels}
+
+
+def _group_jobs(context: Context, folder: Path, cut: str, wanted: Wanted, kept: set[str]) -> list[GroupJob]:
     """Make a job for each group that lacks entries; `kept` has the names of the existing entries."""
     from qpruner.quantization import bank as store
 
-    config, jobs = context.config, []
-    settings = (config.model.dtype, config.lora, config.quantize.double_quant, config.seed, inputs)
-    for group in context.layout.groups:
-        left = tuple(bits for bits in levels if str(store.entry_file(Path(), group.name, bits)) not in kept)
+    config, jobs, inputs = context.config, [], made_from(context, cut)
+    groups = {group.name: group for group in context.layout_of(cut).groups}
+    for name, levels in wanted.items():
+        left = tuple(level for level in levels if str(store.entry_file(Path(), name, level)) not in kept)
         if left:
-            paths = tuple(linear.name for linear in group.linears)
-            jobs.append(store.GroupJob(group.name, paths, left, context.checkpoint, scratch, *settings))
+            paths = tuple(linear.name for linear in groups[name].linears)
+            lora = None if name in (EMBEDDINGS, HEAD) else config.lora
+            settings = (context.checkpoint_of(cut), folder, config.model.dtype, lora, config.seed, inputs)
+            jobs.append(store.GroupJob(name, paths, left, *settings))
     return jobs
 
 

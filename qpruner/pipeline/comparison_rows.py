@@ -7,17 +7,18 @@ named by the digest of everything that the job depends on. Equal jobs share a fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import FULL_BITS, PrecisionPlan
-from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.runs.records import BankRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
 from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan
 from qpruner.search.trial_records import objective
@@ -43,21 +44,23 @@ def winner_row(context: Context) -> Row:
     This seed differs from the seed of the trials: with the data order of its trial, the winner would look too good.
     """
     searched = context.record(SearchRecord)
-    plan = PrecisionPlan.from_dict(searched.best_plan)
+    plan = PrecisionPlan.from_dict(searched.best_plan, searched.best_cut)
     return Row(SEARCHED, f"{searched.best_origin}, trial {searched.best_index}", ((context.config.seed + 1, plan),))
 
 
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Seed plans (each the best plan by one sensitivity) and random plans have about the bytes of the winner. The winner,
-    the best seed plan and the random plans get `finetune.seeds` different training seeds each, the other rows get one.
+    Seed plans (each the best plan by one sensitivity) and random plans have about the bytes of the winner, if it is a
+    plan of the pruned model. The winner, the best control, the best seed plan and the random plans get
+    `finetune.seeds` different training seeds each, the other rows get one.
     """
     config, space, winner = context.config, context.space, winner_row(context)
-    measured = context.record(SensitivityRecord)
+    measured, searched = context.record(SensitivityRecord), context.record(SearchRecord)
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
-    equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan))
+    equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan) if plan in space else space.budget_bytes)
+    best_control = next((each for each in searched.confirmations if each.index == searched.best_control), None)
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))
@@ -66,16 +69,22 @@ def table_rows(context: Context) -> list[Row]:
         origin = f"{seed_origin(method)} at the winner's bytes"
         return same(name, origin, seed_plan(measured.methods[method].values, equal_bytes), under)
 
-    full = space.uniform(FULL_BITS)
-    rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
-    rows += [same(f"uniform {bits}-bit", UNIFORM, space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
+    def control_row(origin: str, plan: PrecisionPlan) -> Row:
+        is_best = best_control is not None and (best_control.cut, best_control.plan) == (plan.cut, plan.as_dict())
+        return same(origin, UNIFORM if origin.startswith("uniform-") else origin, plan, seeds if is_best else seeds[:1])
+
+    rows = [same(BASE, "unquantized", context.unpruned_layout.dense())]
+    rows.append(same(PRUNED, "unquantized", context.layout.dense()))
+    own = [(f"uniform-{level}", space.uniform(level)) for level in config.quantize.levels]
+    others = [each for each in controls(context) if not each[0].startswith(("seed-", "uniform-"))]
+    rows += [control_row(*each) for each in [*own, *others] if each[1] != context.layout.dense()]
     best = _method_of_best_seed_plan(context)
     for method in measured.methods:
-        if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):
+        if config.finetune.seed_rows == "all" and method != best:
             rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
     if best:
         rows.append(seed_row(BEST_SEED, best, seeds))
-    drawn = random_plans(space, plan, config.finetune.random_plans, config.seed)
+    drawn = random_plans(space, plan, config.finetune.random_plans, config.seed) if plan in space else []
     if drawn:
         rows.append(Row(RANDOM, counted(len(drawn), "random plan"), tuple(itertools.product(seeds, drawn))))
     return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
@@ -94,17 +103,16 @@ def _method_of_best_seed_plan(context: Context) -> str | None:
     return methods[best.origin] if best else None
 
 
-def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
+def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
-    full = context.space.uniform(FULL_BITS).as_dict()
-    return candidates_for(context, [(BASE, full, None), (PRUNED, full, None), (SEARCHED, winner, None)])
+    dense = [(BASE, context.unpruned_layout.dense(), None), (PRUNED, context.layout.dense(), None)]
+    return candidates_for(context, [*dense, (SEARCHED, winner, None)])
 
 
-def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:
+def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]) -> list[Candidate]:
     """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed (None: untuned)."""
     config, run = context.config, context.run_dir
     banked, searched = context.record(BankRecord), context.record(SearchRecord)
-    checkpoints = {BASE: run.base_model(context.record(PrepareRecord))}
     # Everything that a fine-tune depends on.
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
@@ -112,11 +120,12 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
         Candidate(
             name=name,
             title=title_of(name, searched),
-            checkpoint=checkpoints.get(name, run.stage("prune")),
-            bank=context.bank,
-            plan=dict(plan),
-            folder=run.candidates / digest_of(*inputs, name == BASE, dict(plan), seed),
+            checkpoint=context.model_folder(plan.cut),
+            bank=context.bank_of(plan.cut),
+            plan=plan.as_dict(),
+            folder=run.candidates / digest_of(*inputs, plan.cut, plan.as_dict(), seed),
             seed=seed,
+            cut=plan.cut,
         )
         for name, plan, seed in wanted
     ]
@@ -124,7 +133,7 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
 
 def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:
     """Make a job for each fine-tune of each row."""
-    wanted = [(row.origin, [(row.name, plan.as_dict(), seed) for seed, plan in row.plans]) for row in rows]
+    wanted = [(row.origin, [(row.name, plan, seed) for seed, plan in row.plans]) for row in rows]
     return [replace(job, origin=origin) for origin, each in wanted for job in candidates_for(context, each)]
 
 

@@ -17,11 +17,11 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
 from qpruner.runs.lock import lock_lost
-from qpruner.runs.records import Record, Results, digest_of
+from qpruner.runs.records import PrepareRecord, Record, Results, digest_of
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
@@ -62,12 +62,26 @@ class Context:
     @property
     def checkpoint(self) -> Path:
         """Folder of the pruned model and its tokenizer, fetched to this machine."""
-        return fetch(self.run_dir.stage("prune"))
+        return self.checkpoint_of(PRUNED)
+
+    def checkpoint_of(self, cut: str) -> Path:
+        """Return the folder of the pruned or of the base model and its tokenizer, fetched to this machine."""
+        return fetch(self.model_folder(cut))
+
+    def model_folder(self, cut: str) -> Path:
+        """Return the folder of the pruned or of the base model, where the run keeps it."""
+        if cut == UNPRUNED:
+            return self.run_dir.base_model(self.record(PrepareRecord))
+        return self.run_dir.stage("prune")
 
     @property
     def bank(self) -> Path:
         """Folder of the bank; read by `quantization.bank.read_plan`."""
-        return self.run_dir.stage("bank")
+        return self.bank_of(PRUNED)
+
+    def bank_of(self, cut: str) -> Path:
+        """Return the folder of a cut's bank; the entries of the unpruned model are made on first use."""
+        return self.run_dir.stage("bank" if cut == PRUNED else f"bank-{cut}")
 
     @cached_property
     def worker_config(self) -> RunConfig:
@@ -102,10 +116,24 @@ class Context:
             fetch_file(self.run_dir.stage("prune") / "config.json", Path(here) / "config.json")
             return checkpoint_config(Path(here))
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether trials run on GPUs."""
+        return bool(self.trial_resources.get("gpu"))
+
     @cached_property
     def layout(self) -> Layout:
-        """The groups of the pruned model (layers that share a bit-width), to compute the bytes of any plan."""
-        return preflight.layout_for(self.config, self.pruned_config)
+        """The groups of the pruned model (layers that share a format), to compute the bytes of any plan."""
+        return preflight.layout_for(self.config, self.pruned_config, self.on_gpu)
+
+    @cached_property
+    def unpruned_layout(self) -> Layout:
+        """The groups of the base model."""
+        return preflight.layout_for(self.config, self.inspection.model_config, self.on_gpu, UNPRUNED)
+
+    def layout_of(self, cut: str) -> Layout:
+        """Return the groups of the pruned or of the base model."""
+        return self.layout if cut == PRUNED else self.unpruned_layout
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -117,7 +145,7 @@ class Context:
         """All plans of the pruned model within the budget."""
         quantize = self.config.quantize
         budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
-        return PlanSpace.of(self.layout, quantize.bits, budget)
+        return PlanSpace.of(self.layout, budget)
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:

@@ -13,6 +13,7 @@ from qpruner.pipeline.comparison_rows import candidates_for, job_progress, run_j
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import setting_aside_damaged_adapter
 from qpruner.pipeline.stage import Stage
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.records import EvalRecord, FinetuneRecord, Inference, InferenceSetting, RowScores, digest_of
 from qpruner.runs.storage import for_each, remove, write_json
@@ -32,8 +33,9 @@ class Evaluate(Stage[EvalRecord]):
     def jobs(self) -> list[Candidate]:
         """The base, pruned and quantized models without a fine-tune, and the fine-tuned winner."""
         [winner] = self.context.record(FinetuneRecord).candidates
-        untuned = untuned_candidates(self.context, winner.plan)
-        return [*untuned, *candidates_for(self.context, [(winner.name, winner.plan, winner.seed)])]
+        plan = PrecisionPlan.from_dict(winner.plan, winner.cut)
+        untuned = untuned_candidates(self.context, plan)
+        return [*untuned, *candidates_for(self.context, [(winner.name, plan, winner.seed)])]
 
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(FinetuneRecord).digest, scores_digest(self.context))

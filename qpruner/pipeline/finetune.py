@@ -15,9 +15,9 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer, reporting_tensors
+from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import distinct, job_keys, job_progress, jobs_of, run_jobs, winner_row
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import layout_for
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
@@ -101,6 +101,7 @@ def have_rows(jobs: Iterable[Candidate]) -> bool:
 def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRecord]:
     """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
     context, models = stage.context, distinct(jobs)
+    add_entries(stage, [PrecisionPlan.from_dict(dict(job.plan), job.cut) for job in models])
     found: dict[Path, CandidateRecord] = {}
     for job, each in zip(models, storage.for_each(_recorded, [job.folder for job in models]), strict=True):
         if isinstance(each, CandidateRecord):
@@ -149,9 +150,7 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
 
 def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> CandidateRecord:
     """Make the record of a finished fine-tune; `measured` has the fields that its worker knows."""
-    plan, layout = PrecisionPlan.from_dict(dict(job.plan)), context.layout
-    if job.checkpoint != context.checkpoint:
-        layout = layout_for(context.config, context.inspection.model_config)
+    plan, layout = PrecisionPlan.from_dict(dict(job.plan), job.cut), context.layout_of(job.cut)
     assert job.seed is not None
     return CandidateRecord(
         digest=job.folder.name,
@@ -159,6 +158,7 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
         origin=job.origin,
         seed=job.seed,
         plan=dict(job.plan),
+        cut=job.cut,
         plan_bytes=layout.plan_bytes(plan),
         mean_bits=layout.mean_bits(plan),
         gpu_seconds=measured["seconds"] * context.gpus_held(context.config.finetune.num_workers),
@@ -189,10 +189,10 @@ def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: Model
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
-    on_progress, quantize, dtype = loading_progress(emit, "finetune"), config.quantize, config.model.dtype
+    on_progress, group, dtype = loading_progress(emit, "finetune"), config.quantize.group, config.model.dtype
     checkpoint, adapter = storage.fetch(winner.checkpoint), storage.fetch(winner.adapter)
     with reporting_tensors(on_progress):
-        model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
+        model, _ = assemble(checkpoint, winner.bank, group, winner.plan, dtype)
     scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)
     with storage.writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, on_progress)

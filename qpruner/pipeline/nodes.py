@@ -15,7 +15,8 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import amount, check_device, check_gpu
-from qpruner.plans.plan import FULL_BITS, Layout
+from qpruner.plans.plan import Layout
+from qpruner.quantization.formats import format_of
 from qpruner.runs.events import TableMade
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import BANK_CACHE, RunDir
@@ -49,8 +50,8 @@ def _node_copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
     with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)
         banked = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
-    levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
-    bank = sum(sum(layout.group_bytes(bits)) + layout.adapter_bytes for bits in levels)
+    levels = [level for level in layout.levels if format_of(level).is_packed]
+    bank = sum(sum(size or 0 for size in layout.group_bytes(level)) + layout.adapter_bytes for level in levels)
     copies = {BANK_CACHE: ("the bank", bank, banked)}
     if not run.storage.fills_this_disk:
         pruned = layout.num_parameters * layout.element_bytes

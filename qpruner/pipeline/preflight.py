@@ -17,18 +17,17 @@ from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, Run
 from qpruner.data.encoding import load_token_ids
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
-from qpruner.models.layout import layout_of
+from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly, read_plan
+from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
+from qpruner.quantization.formats import Capability, format_of, formats
 from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
-NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
-"""Minimum CUDA compute capability for the layers of bitsandbytes, by bit-width."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,13 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     model_config = load_model_config(config.model)
     family_of(model_config)  # raises an error if the family is not supported
-    base = layout_for(config, model_config)
+    on_gpu = torch.cuda.is_available() or not works_here
+    base = layout_for(config, model_config, on_gpu, UNPRUNED)
     cuts = cuts_in_effect(config.prune, model_config)
     if works_here:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         check_device(capability, config, model_config, cuts, packs)
-    pruned = layout_for(config, cuts[0].expected)
+    pruned = layout_for(config, cuts[0].expected, on_gpu)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     uncertain = [cut for cut in cuts if cut.settings.selection == "global" or cut.settings.drops_blocks]
     is_estimate = not all(cut.settings.is_off for cut in uncertain)
@@ -124,30 +124,36 @@ def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) ->
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, [group.name for group in layout.groups], config.quantize.bits)
+    plan = read_plan(file, layout.offered)
     if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
             f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the budget of "
-            f"{budget_bytes / 1e6:.2f} MB: give groups fewer bits, or raise `quantize.budget`"
+            f"{budget_bytes / 1e6:.2f} MB: give groups smaller formats, or raise `quantize.budget`"
         )
     return plan
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn if the plans to beat (uniform, and the best by each sensitivity), which run first, may use up all trials."""
-    trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
+    """Warn if the plans to beat (see `pipeline/controls.py`), which run first, may use up all trials."""
+    trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} uniform and seed plans run first and may leave none of {trials} trials "
-            "(`search.max_trials`) to the searcher: allow more trials, or name fewer `sensitivity.methods`"
+            f"up to {num_controls} plans to beat (uniform, unpruned, by sensitivity) run first and may leave none of "
+            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer "
+            "`sensitivity.methods`"
         )
 
 
-def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """List the groups of a model (layers that share a bit-width), to compute the bytes of plans, adapters included."""
-    quantize, element_bytes = config.quantize, DTYPE_BYTES[config.model.dtype]
-    return layout_of(model_config, quantize.group, element_bytes, quantize.double_quant, config.lora.rank)
+def most_controls(config: RunConfig) -> int:
+    """Count the plans to beat: uniform ones that may fit, a seed plan per method, two unpruned ones, the paper's."""
+    uniform = max(1, len(config.quantize.levels) - 1)
+    return uniform + len(config.measured_methods) + (0 if config.prune.is_off else 2) + 1
+
+
+def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str = PRUNED) -> Layout:
+    """List the groups of a model (layers that share a format), to compute the bytes of plans, adapters included."""
+    return layout_of(model_config, config.quantize, DTYPE_BYTES[config.model.dtype], config.lora.rank, on_gpu, cut)
 
 
 def is_pruned(model_config: Any) -> bool:
@@ -169,54 +175,63 @@ def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
 
 
 def check_quantizable(model_config: Any) -> None:
-    """Raise an error if bitsandbytes cannot quantize the model."""
+    """Raise an error if the weights of the model cannot be packed."""
     family = family_of(model_config)
     if family.unquantizable:
         raise UserError(
             f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter "
-            f"({family.unquantizable[0]}), which bitsandbytes' 4- and 8-bit layers cannot hold: such a model can be "
-            "pruned (`qpruner prune`), not quantized"
+            f"({family.unquantizable[0]}), which packed layers cannot hold: such a model can be pruned "
+            "(`qpruner prune`), not quantized"
         )
 
 
 def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     """Return the budget in bytes; raise an error if the budget leaves no choice between plans."""
-    budget, levels = quantize.budget, quantize.bits
-    lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
-    size = _asked_bytes(budget, levels, [layout.plan_bytes(layout.uniform(bits)) for bits in levels])
+    budget, smallest, largest = quantize.budget, layout.smallest(), layout.largest()
+    lowest, highest = layout.plan_bytes(smallest), layout.plan_bytes(largest)
+    size = _asked_bytes(budget, layout)
     name, value = next((name, value) for name, value in budget if value is not None)
-    choice = lowest
-    if len(levels) > 1:
-        choice += min(more - less for less, more in zip(*map(layout.group_bytes, levels[:2]), strict=True))
+    of_groups = zip(*map(layout.group_bytes, layout.levels), strict=True)
+    sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
+    choice = lowest + min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
     key = f"`quantize.budget.{name}`"
-    smallest = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
+    least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
         state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} {state} the pruned model with every group at {levels[0]} bits ({lowest} bytes): {smallest}, got "
-            f"{value}; raise it, or prune more"
+            f"{key} {state} the pruned model with every group in its smallest format, {', '.join(used(smallest))} "
+            f"({lowest} bytes): {least}, got {value}; raise it, or prune more"
         )
-    if size >= highest and len(levels) > 1 and not pareto:
-        largest = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
+    if size >= highest and quantize.has_choice and not pareto:
+        most = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
-            f"{key} leaves nothing to choose, because every group fits at {levels[-1]} bits: {smallest}, "
-            f"{largest}, got {value}; lower it, or let `search.pareto` find the best plan of every size"
+            f"{key} leaves nothing to choose, because every group fits in its largest format, "
+            f"{', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find the best "
+            "plan of every size"
         )
     return size
 
 
-def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Convert a budget to bytes; interpolate `fraction` or `mean_bits` between `sizes`, those of the uniform plans."""
+def used(plan: PrecisionPlan) -> list[str]:
+    """List the formats of a plan, smallest first."""
+    return [name for name in formats() if name in plan.formats]
+
+
+def _asked_bytes(budget: BudgetConfig, layout: Layout) -> int:
+    """Convert a budget to bytes; interpolate `fraction` or `mean_bits` between the uniform plans."""
+    plans = [layout.uniform(level) for level in layout.levels]
+    sizes = [layout.plan_bytes(plan) for plan in (layout.smallest(), *plans, layout.largest())]
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
         return budget.bytes if budget.bytes is not None else round((budget.gib or 0) * GIB)
-    if not levels[0] <= budget.mean_bits <= levels[-1]:
+    means = [layout.mean_bits(plan) for plan in plans]
+    if not means[0] <= budget.mean_bits <= means[-1]:
         raise UserError(
-            f"`quantize.budget.mean_bits` must be between the lowest and highest of `quantize.bits`, {levels[0]} and "
-            f"{levels[-1]}, got {budget.mean_bits}"
+            f"`quantize.budget.mean_bits` must be between the bits of the smallest and of the largest format, "
+            f"{means[0]:g} and {means[-1]:g}, got {budget.mean_bits}"
         )
-    return round(float(np.interp(budget.mean_bits, levels, sizes)))
+    return round(float(np.interp(budget.mean_bits, means, sizes[1:-1])))
 
 
 def amount(size: int) -> str:
@@ -224,60 +239,79 @@ def amount(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
-def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
-    """Raise an error if a GPU of this compute capability cannot run the configured bit-widths."""
-    for bits in config.quantize.bits:
-        needed = NEEDED_CAPABILITY.get(bits, (0, 0))
-        if capability < needed:
-            has, need = (".".join(map(str, version)) for version in (capability, needed))
+def check_gpu(config: RunConfig, capability: Capability) -> None:
+    """Raise an error if a GPU of this compute capability cannot run one of the formats."""
+    for name in {*config.quantize.levels, *config.quantize.embedding_levels}:
+        if reason := format_of(name).refusal(4096, capability):
+            has = ".".join(map(str, capability))
             raise UserError(
-                f"`quantize.bits`: a GPU of compute capability {has} cannot run {bits}-bit layers, which need "
-                f"{need}; leave {bits} out"
+                f"`quantize.formats`: a GPU of compute capability {has} cannot run {name}: {reason}; leave {name} out"
             )
 
 
 def check_device(
-    capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
+    capability: Capability | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
 ) -> None:
     """Raise an error if the pruned model cannot run on a GPU of this compute capability, or on a CPU (None)."""
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-    for cut in cuts if packs else ():
+    if not packs:
+        return
+    on_gpu = capability is not None
+    if capability is not None:
+        check_gpu(config, capability)
+    for cut in cuts:
         try:
-            _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
+            check_offers(config, layout_for(config, cut.expected, on_gpu), on_gpu)
+            if cut.settings.selection == "global" and not cut.settings.is_off:
+                for index in cuttable_layers(model_config, cut.settings):
+                    _check_any_width(config, model_config, index, on_gpu)
         except UserError as error:
             if cut.settings.is_off:
                 raise
             raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
 
 
-def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
-    """Raise an error if a cut may leave widths that 4-bit layers on a CPU decode wrongly."""
-    if 4 not in config.quantize.bits:
-        return
-    groups = layout_for(config, cut.expected).groups
-    check_cpu_widths([linear for group in groups for linear in group.linears])
-    if cut.settings.selection == "global" and not cut.settings.is_off:
-        for index in cuttable_layers(model_config, cut.settings):
-            _check_any_width(model_config, cut.settings, index)
+def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:
+    """Raise an error if a group takes none of the formats, or if a format is taken by no group."""
+    levels = config.quantize.levels
+    for group in layout.groups:
+        if not group.formats:
+            raise UserError(_refused(levels, group.linears, on_gpu, f"group {group.name} takes none of"))
+    linears = [linear for group in layout.groups for linear in group.linears]
+    for name in levels:
+        if name not in layout.levels:
+            raise UserError(_refused((name,), linears, on_gpu, "no group takes"))
 
 
-def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
-    """Raise an error if global selection may leave a block with a width that 4-bit layers on a CPU decode wrongly."""
-    family = family_of(model_config)
+def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool, state: str) -> str:
+    """Say why layers refuse formats, and which formats they take."""
+    reasons = dict.fromkeys(reason for level in levels for reason in refusals(level, linears, on_gpu))
+    taken = [name for name in formats() if not refusals(name, linears, on_gpu)]
+    return (
+        f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; "
+        "or, if pruning made this width, set `prune.round_to: 64` for a layer that reads MLP channels, "
+        "`prune.units: [mlp]` for one that reads attention heads"
+    )
+
+
+def _check_any_width(config: RunConfig, model_config: Any, index: int, on_gpu: bool) -> None:
+    """Raise an error if global selection may leave a block with a width that no format can hold."""
+    family, prune, levels = family_of(model_config), config.prune, config.quantize.levels
     for kind in family.unit_kinds(model_config.per_layer_config[index], index):
         if kind.name not in prune.width_units or not kind.output_linear:
             continue
         columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
         multiple = prune.round_to if kind.name == MLP else 1
-        widths = (units * columns for units in (*range(multiple, kind.num_units, multiple), kind.num_units))
-        wrong = next(filter(decodes_wrongly, widths), None)
-        if wrong is None:
-            continue
-        linear = f"{family.block_path(index)}.{kind.output_linear}"
-        remedy = "make `prune.round_to` a multiple of 64, or " if kind.name == MLP else ""
-        raise UserError(
-            f"`prune.selection: global` may leave {linear} with {wrong} columns, {WRONGLY_DECODED}: {remedy}set "
-            f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or use `quantize.bits` 8 and 16, or use "
-            "`prune.selection: per_layer`, which fixes these numbers of columns before the cut"
-        )
+        path = f"{family.block_path(index)}.{kind.output_linear}"
+        for units in (*range(multiple, kind.num_units, multiple), kind.num_units):
+            linear = LinearShape(path, 1, units * columns)
+            if all(refusals(level, [linear], on_gpu) for level in levels):
+                remedy = "make `prune.round_to` a multiple of 64, or " if kind.name == MLP else ""
+                raise UserError(
+                    f"`prune.selection: global` may leave a width that none of {', '.join(levels)} takes "
+                    f"({refusals(levels[0], [linear], on_gpu)[0]}): {remedy}set "
+                    f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, name a further format in "
+                    "`quantize.formats`, such as int8, or use `prune.selection: per_layer`, which fixes these numbers "
+                    "of columns before the cut"
+                )

@@ -2,7 +2,7 @@
 
 Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also depend on budget,
 searcher and sensitivities (`search_digest`). Searches with equal `trials_digest` share a folder and reuse its trials.
-Controls are plans that need no search: the uniform plans and, for each sensitivity, its best plan (the seed plan).
+Controls are the plans to beat, which need no search (see `controls.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import CUTS, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
@@ -74,9 +76,14 @@ class Search(Stage[SearchRecord]):
         space, method = self.context.space, self.config.search.plan_method
         if method:
             return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
-        if self.context.plan_in_file or len(space.levels) > 1:
+        if self.context.plan_in_file or self.config.quantize.has_choice:
             return self.context.plan_in_file
-        return space.uniform(space.levels[0])
+        return space.smallest()
+
+    @cached_property
+    def controls(self) -> list[tuple[str, PrecisionPlan]]:
+        """The plans that the search has to beat."""
+        return controls(self.context)
 
     @cached_property
     def search_digest(self) -> str:
@@ -103,7 +110,7 @@ class Search(Stage[SearchRecord]):
         return digest_of(
             "trials",
             context.record(BankRecord).digest,
-            context.space.levels,
+            context.layout.offered,
             config.training,
             config.lora,
             config.seed,
@@ -172,8 +179,8 @@ class Search(Stage[SearchRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
-        controls = [*choice.controls_of(job.space, job.priors), *job.controls] if self.given else job.controls
-        job_with_controls = replace(job, controls=controls)
+        job_with_controls = replace(job, controls=[*self.controls, *job.controls]) if self.given else job
+        add_entries(self, [plan for _, plan in job.controls])
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
@@ -183,10 +190,13 @@ class Search(Stage[SearchRecord]):
         outcome, finalists = self._finalists(job, job_with_controls)
         confirmations, gpu_seconds = confirm(self, finalists, job_with_controls)
         by_index = {trial.index: trial for trial in finalists}
-        eligible = [each for each in confirmations if self.given in (None, plan_of(by_index[each.index]))]
-        best = best_of(eligible, job)
-        best_control = best_of([each for each in confirmations if each.control], job)
-        assert best is not None, "there are finalists"
+        fitting = [each for each in confirmations if each.fits]
+        best = best_of([each for each in fitting if self.given in (None, plan_of(by_index[each.index]))], job)
+        best_control = best_of([each for each in fitting if each.control], job)
+        if best is None:
+            raise StageError(
+                "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
+            )
         write_json(scratch / "best.json", by_index[best.index])
         front = front_of(confirmations, by_index, job) if self.config.search.pareto else ()
         statuses = [trial.status for trial in outcome.trials]
@@ -196,6 +206,7 @@ class Search(Stage[SearchRecord]):
             "metric": self._metric,
             "metrics": self.context.inspection.metrics["search"],
             "budget_bytes": self.context.space.budget_bytes,
+            "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
             "num_stopped": statuses.count("stopped"),
@@ -211,6 +222,7 @@ class Search(Stage[SearchRecord]):
             "best_index": best.index,
             "best_origin": GIVEN if self.given else best.origin,
             "best_plan": by_index[best.index].plan,
+            "best_cut": by_index[best.index].cut,
             "best_control": best_control.index if best_control else None,
             "control_won": best.control and not self.given,
             "front": front,
@@ -223,15 +235,20 @@ class Search(Stage[SearchRecord]):
         from qpruner.cluster.tune import SearchJob
         from qpruner.search.trial import run_trial
 
-        context, space = self.context, self.context.space
+        context = self.context
+        space = PlanSpace.of(context.layout, context.space.budget_bytes, context.record(BankRecord).error)
         priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials(context.checkpoint, context.bank, context.data),
-            layout=context.layout,
+            materials=Materials(
+                {cut: context.checkpoint_of(cut) for cut in CUTS},
+                {cut: context.bank_of(cut) for cut in CUTS},
+                context.data,
+            ),
+            layouts={cut: context.layout_of(cut) for cut in CUTS},
             space=space,
-            controls=[(GIVEN, self.given)] if self.given else choice.controls_of(space, priors),
+            controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,
             trials=self.folder,
             scratch=context.run_dir.tune,
@@ -251,7 +268,7 @@ class Search(Stage[SearchRecord]):
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.notify(f"ended: {outcome.ended}")
-            earlier = [trial for trial in outcome.reused if job.space.is_feasible(plan_of(trial))]
+            earlier = [trial for trial in outcome.reused if job_with_controls.may_run(plan_of(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
                 finalists = finalists_with_given(usable, self.given, job_with_controls)
@@ -281,7 +298,7 @@ class Search(Stage[SearchRecord]):
 
 def plan_of(trial: TrialRecord) -> PrecisionPlan:
     """Return the plan of a trial."""
-    return PrecisionPlan.from_dict(trial.plan)
+    return PrecisionPlan.from_dict(trial.plan, trial.cut)
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
@@ -324,6 +341,10 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
             origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
             control=control not in (None, GIVEN),
             reused=reused,
+            cut=trial.cut,
+            plan=trial.plan,
+            plan_bytes=trial.plan_bytes,
+            fits=trial.plan_bytes <= job.space.budget_bytes,
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
@@ -359,8 +380,8 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
     """Describe the last checkpoint of a finished trial as a job for `run_jobs`."""
     checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
     assert checkpoint is not None, "a finished trial has a checkpoint"
-    seed = context.config.seed
-    return Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
+    model, bank = context.checkpoint_of(trial.cut), context.bank_of(trial.cut)
+    return Candidate(trial.origin, title, model, bank, trial.plan, checkpoint, context.config.seed, cut=trial.cut)
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
@@ -380,6 +401,7 @@ def front_of(
             index=each.index,
             origin=each.origin,
             plan=trials[each.index].plan,
+            cut=trials[each.index].cut,
             plan_bytes=trials[each.index].plan_bytes,
             **each.model_dump(include=set(FreshScore.model_fields)),
         )

@@ -1,1 +1,1 @@
-"""Define precision plans: a bit-width for every group of a model, and the bytes that result."""
+"""Define precision plans: a format for every group of a model, and the bytes that result."""

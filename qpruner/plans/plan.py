@@ -5,25 +5,26 @@ from __future__ import annotations
 import ctypes
 import difflib
 import html
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qpruner.config.load import parse_yaml
-from qpruner.errors import PlanRefused, SolverFailed, UserError
+from qpruner.errors import PlanRefused, SolverFailed
+from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
 
-NF4_BLOCK_SIZE = 64  # weights that share one absmax scale
-NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
-FULL_BITS = 16  # unquantized: the group keeps its floating-point weights
-SHADES = {4: "#d3e5f5;color:#14324d", 8: "#2a73b0;color:#fff", FULL_BITS: "#0c3357;color:#fff"}
-"""CSS colours of the bit-widths in notebooks, the same as in the report."""
+PRUNED, UNPRUNED = "pruned", "base"
+"""Names of the cuts: the pruned model, and the base model as it was."""
+CUTS = (PRUNED, UNPRUNED)
+EMBEDDINGS, HEAD = "embeddings", "head"
+"""Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
 SOLVER_SECONDS = 60.0  # time limit of one knapsack; 120 groups take 0.1 s (2026-11)
 MAX_EXCLUDED = 64  # most plans excluded one by one because they exceed the budget by less than HiGHS's tolerance
 
@@ -47,7 +48,7 @@ def _native_output_dropped() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Name (full module path) and weight shape ``(rows, columns)`` of a linear layer."""
+    """Name (full module path) and weight shape ``(rows, columns)`` of a linear layer or embedding."""
 
     name: str
     rows: int
@@ -59,96 +60,71 @@ class LinearShape:
         return self.rows * self.columns
 
 
-def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quant: bool) -> int:
-    """Count the bytes of the packed weight of one linear layer, with scales and code tables, without bias.
-
-    4 bits are NF4 of bitsandbytes (QLoRA, arXiv 2305.14314, section 3), 8 bits are LLM.int8() (arXiv 2208.07339), and
-    at 16 bits each weight takes `element_bytes`.
-    """
-    if bits == FULL_BITS:
-        return linear.num_weights * element_bytes
-    if bits == 8:
-        return linear.num_weights + 4 * linear.rows
-    num_scales = math.ceil(linear.num_weights / NF4_BLOCK_SIZE)
-    codes_and_table = math.ceil(linear.num_weights / 2) + 16 * 4
-    if not double_quant:
-        return codes_and_table + 4 * num_scales
-    num_nested = math.ceil(num_scales / NESTED_BLOCK_SIZE)
-    return codes_and_table + num_scales + 4 * num_nested + 256 * 4
-
-
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
     """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75 MB above ...`."""
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
 
-WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly if that is a multiple of 16 but not of 64"
-
-
-def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
-    """Raise `UserError` for a layer with a number of columns that bitsandbytes at 4 bits decodes wrongly on a CPU."""
-    for linear in linears:
-        if decodes_wrongly(linear.columns):
-            raise UserError(
-                f"`quantize.bits`: {linear.name} has {linear.columns} columns, {WRONGLY_DECODED}: set "
-                "`quantize.bits: [8, 16]`; or, if pruning made this width, set `prune.round_to: 64` for a layer that "
-                "reads MLP channels, `prune.units: [mlp]` for one that reads attention heads"
-            )
-
-
-def decodes_wrongly(columns: int) -> bool:
-    """Return True if the CPU kernel of bitsandbytes applies the wrong scales to 4-bit weights with this many columns.
-
-    The relative error of random weights is then 0.25 instead of 0.09 (bitsandbytes 0.50.2 on AVX512).
-    """
-    return columns % 16 == 0 and columns % NF4_BLOCK_SIZE != 0
-
-
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that share one bit-width."""
+    """Layers that share one format."""
 
     name: str
     linears: tuple[LinearShape, ...]
+    formats: tuple[str, ...]  # that are offered, smallest first; all its layers take them
 
     @property
     def num_weights(self) -> int:
         """Return the number of weights of all its layers."""
         return sum(linear.num_weights for linear in self.linears)
 
+    def packed_bytes(self, name: str, element_bytes: int) -> int:
+        """Count the bytes of its weights in a format, offered or not, without biases."""
+        each = format_of(name)
+        return sum(each.packed_bytes(linear.rows, linear.columns, element_bytes) for linear in self.linears)
+
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A bit-width for every group of a model; hashable."""
+    """A format for every group of a model; hashable."""
 
     groups: tuple[str, ...]  # names, in model order
-    bits: tuple[int, ...]  # 4, 8 or 16 for each group
+    formats: tuple[str, ...]  # one for each group
+    cut: str = PRUNED  # the cut whose groups these are
 
     def __post_init__(self) -> None:
-        if len(self.groups) != len(self.bits):
-            raise ValueError(f"{len(self.groups)} groups but {len(self.bits)} bit-widths")
+        if len(self.groups) != len(self.formats):
+            raise ValueError(f"{len(self.groups)} groups but {len(self.formats)} formats")
 
     @classmethod
-    def from_dict(cls, bits: Mapping[str, int]) -> PrecisionPlan:
-        """Make a plan from a mapping of groups to bits."""
+    def from_dict(cls, formats: Mapping[str, str], cut: str = PRUNED) -> PrecisionPlan:
+        """Make a plan from a mapping of groups to formats."""
         # Interned to save memory: a searcher keeps every plan, and each record would have its own copy of the names.
-        return cls(tuple(sys.intern(name) for name in bits), tuple(int(value) for value in bits.values()))
+        return cls(tuple(map(sys.intern, formats)), tuple(map(sys.intern, formats.values())), sys.intern(cut))
 
-    def as_dict(self) -> dict[str, int]:
-        """Return the plan as a mapping of groups to bits."""
-        return dict(zip(self.groups, self.bits, strict=True))
+    def as_dict(self) -> dict[str, str]:
+        """Return the plan as a mapping of groups to formats."""
+        return dict(zip(self.groups, self.formats, strict=True))
 
     def _repr_html_(self) -> str:
-        style = "display:inline-block;width:1.6em;text-align:center;margin:1px;background:"
+        style = "display:inline-block;width:1.6em;text-align:center;margin:1px;"
         return "".join(
-            f'<span title="{html.escape(group)}" style="{style}{SHADES[bits]}">{bits}</span>'
-            for group, bits in zip(self.groups, self.bits, strict=True)
+            f'<span title="{html.escape(f"{group}: {name}")}" style="{style}background:{format_of(name).colour};'
+            f'color:{format_of(name).ink}">{html.escape(format_of(name).letter)}</span>'
+            for group, name in zip(self.groups, self.formats, strict=True)
         )
 
     def __str__(self) -> str:
-        """Return the plan as one character per group: ``4``, ``8``, or ``F`` for 16 bits."""
-        return "".join({4: "4", 8: "8", FULL_BITS: "F"}[value] for value in self.bits)
+        """Return the plan as one character per group: the letter of its format."""
+        return "".join(format_of(name).letter for name in self.formats)
+
+
+def _next_format(name: str, offered: Sequence[str]) -> str:
+    """Return the format itself if it is among `offered` (smallest first), else the next larger, else the largest."""
+    order = list(formats())
+    at = order.index(format_of(name).name)
+    return next((each for each in offered if order.index(each) >= at), offered[-1])
 
 
 @dataclass(frozen=True)
@@ -156,30 +132,59 @@ class Layout:
     """The groups of a model, and the sizes of everything that is the same in all plans."""
 
     groups: tuple[Group, ...]  # in model order
-    ungrouped_bytes: int  # embeddings, head, norms and biases, which are never quantized
-    adapter_bytes: int  # LoRA matrices, which peft keeps in float32
+    ungrouped_bytes: int  # norms, biases and other weights in no group
+    adapter_bytes: int  # LoRA matrices
     element_bytes: int  # bytes of one unquantized weight
-    double_quant: bool  # whether the scales of 4-bit weights are quantized too
     num_parameters: int  # without adapters
+    cut: str = PRUNED
 
-    def uniform(self, bits: int) -> PrecisionPlan:
-        """Return the plan with every group at `bits`."""
-        return PrecisionPlan(tuple(group.name for group in self.groups), (bits,) * len(self.groups))
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Return the formats that any group is offered, smallest first."""
+        return by_size(tuple({name for group in self.groups for name in group.formats}))
 
-    def group_bytes(self, bits: int) -> list[int]:
-        """Return the bytes of each group at `bits`, in model order."""
-        each = (self.element_bytes, self.double_quant)
-        return [sum(packed_bytes(linear, bits, *each) for linear in group.linears) for group in self.groups]
+    @property
+    def offered(self) -> dict[str, tuple[str, ...]]:
+        """Map each group to the formats it is offered."""
+        return {group.name: group.formats for group in self.groups}
+
+    def uniform(self, name: str) -> PrecisionPlan:
+        """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
+        return self._plan(_next_format(name, group.formats) for group in self.groups)
+
+    def dense(self) -> PrecisionPlan:
+        """Return the plan with every group unpacked, whether that is offered or not."""
+        return self._plan(DENSE for _ in self.groups)
+
+    def smallest(self) -> PrecisionPlan:
+        """Return the plan with the fewest bytes."""
+        return self._plan(min(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups)
+
+    def largest(self) -> PrecisionPlan:
+        """Return the plan with the most bytes."""
+        return self._plan(max(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups)
+
+    def group_bytes(self, name: str) -> list[int | None]:
+        """Return the bytes of each group in a format, in model order; None where it is not offered."""
+        return [self._bytes(group, name) if name in group.formats else None for group in self.groups]
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`: packed groups, unquantized rest and adapters."""
-        sizes = {bits: self.group_bytes(bits) for bits in set(plan.bits)}
-        return sum(sizes[bits][at] for at, bits in enumerate(plan.bits)) + self.ungrouped_bytes + self.adapter_bytes
+        """Count the bytes of the whole model under `plan`: groups, all other weights and adapters."""
+        grouped = sum(self._bytes(group, name) for group, name in zip(self.groups, plan.formats, strict=True))
+        return grouped + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the average bits of a weight in a group; scales and weights outside groups do not count."""
-        total = sum(group.num_weights for group in self.groups)
-        return sum(group.num_weights * bits for group, bits in zip(self.groups, plan.bits, strict=True)) / total
+        """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do not count."""
+        of_groups = zip(self.groups, plan.formats, strict=True)
+        counted = [(group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)]
+        total = sum(group.num_weights for group, _ in counted)
+        return sum(group.num_weights * format_of(name).bits for group, name in counted) / total
+
+    def _plan(self, names: Iterable[str]) -> PrecisionPlan:
+        return PrecisionPlan(tuple(group.name for group in self.groups), tuple(names), self.cut)
+
+    def _bytes(self, group: Group, name: str) -> int:
+        return group.packed_bytes(name, self.element_bytes)
 
 
 @dataclass(frozen=True)
@@ -187,43 +192,86 @@ class PlanSpace:
     """All plans of a model that fit into a byte budget; this is all that a searcher knows about the model."""
 
     groups: tuple[str, ...]  # names, in model order
-    levels: tuple[int, ...]  # bit-widths, ascending
-    group_bytes: tuple[tuple[int, ...], ...]  # (groups, levels)
+    levels: tuple[str, ...]  # formats, smallest first
+    group_bytes: tuple[tuple[int | None, ...], ...]  # (groups, levels); None where a group is not offered a level
     fixed_bytes: int  # the same in all plans
     budget_bytes: int
+    cut: str = PRUNED
+    damage: tuple[tuple[float | None, ...], ...] = ()
+    """Relative squared error of each (group, level), None where not offered; empty: not measured."""
 
     @classmethod
-    def of(cls, layout: Layout, levels: tuple[int, ...], budget_bytes: int) -> PlanSpace:
-        """Make the plan space of a model with these bit-widths and this budget."""
-        groups = tuple(group.name for group in layout.groups)
-        group_bytes = tuple(zip(*(layout.group_bytes(bits) for bits in levels), strict=True))
-        return cls(groups, levels, group_bytes, layout.ungrouped_bytes + layout.adapter_bytes, budget_bytes)
+    def of(cls, layout: Layout, budget_bytes: int, error: Mapping[str, Mapping[str, float]] | None = None) -> PlanSpace:
+        """Make the plan space of a model with this budget; `error` is measured: format -> group -> relative square."""
+        levels, groups = layout.levels, tuple(group.name for group in layout.groups)
+        group_bytes = tuple(zip(*map(layout.group_bytes, levels), strict=True))
+        fixed_bytes = layout.ungrouped_bytes + layout.adapter_bytes
+        damage: tuple[tuple[float | None, ...], ...] = ()
+        if error:
+            damage = tuple(
+                tuple(_error_of(name, group.name, error) if name in group.formats else None for name in levels)
+                for group in layout.groups
+            )
+        return cls(groups, levels, group_bytes, fixed_bytes, budget_bytes, layout.cut, damage)
 
-    def uniform(self, bits: int) -> PrecisionPlan:
-        """Return the plan with every group at `bits`."""
-        return PrecisionPlan(self.groups, (bits,) * len(self.groups))
+    @cached_property
+    def offered(self) -> tuple[tuple[int, ...], ...]:
+        """The indices in `levels` that each group may have, ascending."""
+        return tuple(tuple(at for at, size in enumerate(sizes) if size is not None) for sizes in self.group_bytes)
+
+    @cached_property
+    def _formats(self) -> tuple[dict[str, int], ...]:
+        """The formats that each group may have, with their bytes."""
+        return tuple(
+            {name: size for name, size in zip(self.levels, sizes, strict=True) if size is not None}
+            for sizes in self.group_bytes
+        )
+
+    def __contains__(self, plan: object) -> bool:
+        """Return True for a plan of this cut whose groups all have formats they are offered, over budget or not."""
+        if not isinstance(plan, PrecisionPlan) or (plan.cut, plan.groups) != (self.cut, self.groups):
+            return False
+        return all(name in offered for name, offered in zip(plan.formats, self._formats, strict=True))
+
+    def uniform(self, name: str) -> PrecisionPlan:
+        """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
+        return self._plan(_next_format(name, tuple(offered)) for offered in self._formats)
+
+    def dense(self) -> PrecisionPlan:
+        """Return the plan with every group unpacked, whether that is offered or not."""
+        return self._plan(DENSE for _ in self.groups)
+
+    def smallest(self) -> PrecisionPlan:
+        """Return the plan with the fewest bytes."""
+        return self._plan(min(offered, key=offered.__getitem__) for offered in self._formats)
 
     def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
-        """Return the plan in which each group has the bit-width at its index in `levels`."""
-        return PrecisionPlan(self.groups, tuple(self.levels[int(index)] for index in indices))
+        """Return the plan in which each group has the format at its index in `levels`."""
+        return self._plan(self.levels[int(index)] for index in indices)
 
     def indices_of(self, plan: PrecisionPlan) -> tuple[int, ...]:
-        """Return the index in `levels` of each group's bit-width."""
-        return tuple(self.levels.index(bits) for bits in plan.bits)
+        """Return the index in `levels` of each group's format."""
+        return tuple(self.levels.index(name) for name in plan.formats)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`."""
-        grouped = sum(sizes[level] for sizes, level in zip(self.group_bytes, self.indices_of(plan), strict=True))
-        return grouped + self.fixed_bytes
+        """Count the bytes of the whole model under `plan`; raise `ValueError` for a plan outside this space."""
+        if plan not in self:
+            raise ValueError(f"the plan {plan} of the cut {plan.cut} is not in the space of the cut {self.cut}")
+        sizes = zip(plan.formats, self._formats, strict=True)
+        return sum(offered[name] for name, offered in sizes) + self.fixed_bytes
 
     def is_feasible(self, plan: PrecisionPlan) -> bool:
-        """Return True if the plan fits into the budget."""
-        return self.plan_bytes(plan) <= self.budget_bytes
+        """Return True if the plan is in this space and fits into the budget."""
+        return plan in self and self.plan_bytes(plan) <= self.budget_bytes
+
+    def _plan(self, names: Iterable[str]) -> PrecisionPlan:
+        return PrecisionPlan(self.groups, tuple(names), self.cut)
 
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
         """Return the plan in the budget with the largest sum of `gains` ``(groups, levels)``, by an exact knapsack.
 
-        Raise `ValueError` if no plan fits into the budget, and `SolverFailed` if the solver ends without an answer.
+        Gains of levels that a group is not offered do not matter. Raise `ValueError` if no plan fits into the budget,
+        and `SolverFailed` if the solver ends without an answer.
         """
         plan = self._solve(gains, avoid=())
         if plan is None:
@@ -235,14 +283,17 @@ class PlanSpace:
 
         Of equally near plans the one with the most bytes is returned; None if no plan is left.
         """
-        avoided = set(avoid)
+        avoided = {each for each in avoid if each in self}
         if self.is_feasible(plan) and plan not in avoided:
             return plan
         # The byte terms of all groups sum to less than one, so they only break ties between equally near plans.
-        limit = 1.0 + sum(max(sizes) for sizes in self.group_bytes)
+        limit = 1.0 + sum(max(offered.values()) for offered in self._formats)
         gains = [
-            [(1.0 if level == wanted else 0.0) + size / limit for level, size in zip(self.levels, sizes, strict=True)]
-            for wanted, sizes in zip(plan.bits, self.group_bytes, strict=True)
+            [
+                (1.0 if level == wanted else 0.0) + (size or 0) / limit
+                for level, size in zip(self.levels, sizes, strict=True)
+            ]
+            for wanted, sizes in zip(plan.formats, self.group_bytes, strict=True)
         ]
         # Excluding plans makes the problem larger, and most proposals do not need it: solve it without them first.
         found = self._solve(gains, ())
@@ -278,13 +329,14 @@ class PlanSpace:
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        gain = np.asarray(gains, dtype=float)
-        num_groups, num_levels = gain.shape
         sizes = np.array(self.group_bytes, dtype=float)
+        is_offered = ~np.isnan(sizes)  # None is NaN
+        gain, sizes = np.where(is_offered, np.array(gains, dtype=float), 0.0), np.where(is_offered, sizes, 0.0)
+        num_groups, num_levels = gain.shape
         capacity = float(self.budget_bytes - self.fixed_bytes)
         budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
         constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
-        excluded = [[bits == level for bits in other.bits for level in self.levels] for other in avoid]
+        excluded = [[name == level for name in other.formats for level in self.levels] for other in avoid]
         if excluded:
             constraints.append(LinearConstraint(np.array(excluded, dtype=float), -np.inf, num_groups - 1))
         with _native_output_dropped():
@@ -292,7 +344,7 @@ class PlanSpace:
                 c=-gain.ravel(),
                 constraints=[*constraints, budget],
                 integrality=np.ones(gain.size),
-                bounds=Bounds(0, 1),
+                bounds=Bounds(0, is_offered.ravel().astype(float)),
                 options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},
             )
         if solution.status == 2:  # proved to have no solution
@@ -306,10 +358,16 @@ class PlanSpace:
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))
 
 
-def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> PrecisionPlan:
-    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to bits, alone or under the key `plan`.
+def _error_of(name: str, group: str, error: Mapping[str, Mapping[str, float]]) -> float:
+    return error[name][group] if format_of(name).is_packed else 0.0
 
-    Raise `PlanRefused` with all problems: a group is unknown or missing, or its bit-width is not among `levels`.
+
+def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cut: str = PRUNED) -> PrecisionPlan:
+    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
+
+    `offered` maps each group to its formats (see `Layout.offered`). The bit-widths of `ALIASES` stand for formats. A
+    group with a single format may be left out.
+    Raise `PlanRefused` with all problems: a group is unknown or missing, or is not offered its format.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
@@ -317,27 +375,32 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
         raise PlanRefused(f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlanRefused(f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan") from error
-    bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
-    if not isinstance(bits, dict):
-        got = "an empty file" if raw is None else type(bits).__name__
-        raise PlanRefused(f"{path} must map every group to its bits, got {got}; `qpruner plan RUN` prints a plan")
-    if problems := _problems(bits, groups, levels):
+    plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
+    if not isinstance(plan, dict):
+        got = "an empty file" if raw is None else type(plan).__name__
+        raise PlanRefused(f"{path} must map every group to its format, got {got}; `qpruner plan RUN` prints a plan")
+    named: dict[Any, Any] = {
+        group: ALIASES.get(value, value) if type(value) is int else value for group, value in plan.items()
+    }
+    if problems := _problems(plan, named, offered):
         raise PlanRefused(f"{path} is not a valid plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
-    return PrecisionPlan(tuple(groups), tuple(int(bits[group]) for group in groups))
+    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in offered.items()}, cut)
 
 
-def _problems(bits: dict[Any, Any], groups: Sequence[str], levels: Sequence[int]) -> list[str]:
-    problems, allowed = [], ", ".join(map(str, levels))
-    for name, value in bits.items():
-        if name not in groups:
-            nearest = difflib.get_close_matches(str(name), groups, n=1)
+def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]) -> list[str]:
+    problems, groups = [], list(offered)
+    for group, value in named.items():
+        if group not in groups:
+            nearest = difflib.get_close_matches(str(group), groups, n=1)
             hint = f"did you mean `{nearest[0]}`?" if nearest else f"the groups are {groups[0]} to {groups[-1]}"
-            problems.append(f"`{name}` is not a group of this model; {hint}")
-        elif isinstance(value, bool) or value not in levels:
-            problems.append(f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}")
-    missing = [name for name in groups if name not in bits]
+            problems.append(f"`{group}` is not a group of this model; {hint}")
+        elif value not in offered[group]:
+            key = "embeddings" if group in (EMBEDDINGS, HEAD) else "formats"
+            among = ("one of " if len(offered[group]) > 1 else "") + ", ".join(offered[group])
+            problems.append(f"`{group}` must be {among} (`quantize.{key}`), got {plan[group]!r}")
+    missing = [group for group in groups if group not in plan and len(offered[group]) > 1]
     if missing:
-        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         remedy = "; `qpruner plan RUN` prints a plan with all groups" if len(missing) > len(groups) / 2 else ""
-        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}{remedy}")
+        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {shown}{remedy}")
     return problems

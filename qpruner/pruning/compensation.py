@@ -94,10 +94,14 @@ class BlockStream:
             visit(at_tokens(captured[0], tokens), *added)
 
     @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Replace the hidden states before block `index` by the hidden states after it."""
+    def advance(self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None) -> None:
+        """Replace the hidden states before block `index` by the hidden states after it.
+
+        After every batch `on_batch` gets a mask that is True at its tokens and False at padding.
+        """
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
+            on_batch(self._tokens[batch])
         self._on_progress(index + 1, len(self._paths))
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Assemble the model of a plan (a bit-width for every group of layers), and add LoRA adapters.
+"""Assemble the model of a plan (a format for every group of layers), and add LoRA adapters.
 
-This module quantizes no weight: packed weights come from the bank, unquantized weights from the checkpoint.
+This module packs no weight: packed weights come from the bank, unpacked weights from the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from qpruner.config.schema import LoraConfig
 from qpruner.models import cpu, ragged
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
-from qpruner.models.layout import group_linears
+from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import device
-from qpruner.plans.plan import FULL_BITS
+from qpruner.plans.plan import HEAD
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
+from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, layer_tensors, packed_layer
 from qpruner.runs.storage import OnPiece, read_json
 
@@ -37,26 +38,30 @@ def assemble(
     checkpoint: Path,
     bank: Path,
     grouping: str,
-    bits_by_group: Mapping[str, int],
+    formats_by_group: Mapping[str, str],
     dtype: str,
-    double_quant: bool,
     on_piece: OnPiece = lambda: None,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of the plan `bits_by_group`, where `grouping` (`quantize.group`) defines the groups.
+    """Build the model of the plan `formats_by_group`, where `grouping` (`quantize.group`) defines the groups.
 
-    Also return the initial adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
+    Embeddings and head are unpacked if the plan does not name them. Also return the initial adapters:
+    `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
     ragged.install(family_of(config))
     cpu.install()
-    bits = {path: bits_by_group[name] for name, paths in group_linears(config, grouping).items() for path in paths}
-    starts, packed = _split(read_plan(bank, bits_by_group, on_piece))
-    quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
-    state = read_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed
-    if quantized:
-        config.quantization_config = MixedPrecisionConfig(bits, double_quant).to_dict()
+    paths = _group_paths(config, grouping)
+    formats = {path: name for group, name in formats_by_group.items() for path in paths[group]}
+    packed_paths = {path for path, name in formats.items() if format_of(name).is_packed}
+    starts, packed = _split(read_plan(bank, formats_by_group, on_piece))
+    left_out = {f"{path}.weight" for path in packed_paths}
+    if _is_tied(config) and family_of(config).embeddings in packed_paths:
+        left_out.add(f"{family_of(config).head}.weight")  # some checkpoints have it although it is tied
+    state = read_tensors(checkpoint, lambda name: name not in left_out, on_piece) | packed
+    if packed_paths:
+        config.quantization_config = MixedPrecisionConfig(formats).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=getattr(torch, dtype)
@@ -64,6 +69,15 @@ def assemble(
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return _placed(model), starts
+
+
+def _group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
+    """Map each group, embeddings and head included, to the paths of its layers."""
+    return group_linears(config, grouping) | {name: (path,) for name, path in table_paths(config).items()}
+
+
+def _is_tied(config: Any) -> bool:
+    return HEAD not in table_paths(config)
 
 
 def _split(banked: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -75,13 +89,15 @@ def _split(banked: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 def attach_adapters(
     model: PreTrainedModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, grouping: str, seed: int
 ) -> PeftModel:
-    """Add a LoRA adapter to every layer that a plan gives a bit-width, 16 included, and set its initial values.
+    """Add a LoRA adapter to every linear layer of the groups in blocks, packed or not, and set its initial values.
 
     A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq` each row of the
-    random ``A`` is scaled to length 1, as LoftQ does, so that unquantized layers learn as fast as quantized layers.
+    random ``A`` is scaled to length 1, as LoftQ does, so that unpacked layers learn as fast as packed layers.
     """
     from peft import get_peft_model
 
+    # As in MixedPrecisionQuantizer: the model of the next plan may have layers of bitsandbytes if this one has none.
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
     paths = [path for paths in group_linears(model.config, grouping).values() for path in paths]
     peft_model: PeftModel = get_peft_model(model, _peft_config(lora, {path.rpartition(".")[2] for path in paths}))
     _set_adapters(peft_model, starts, lora, paths, seed)
@@ -113,7 +129,7 @@ def _set_adapters(
             lora_a.copy_(starts[f"{path}.lora_A"])
             lora_b.copy_(starts[f"{path}.lora_B"])
             continue
-        # Each layer has its own generator, so that its initial values do not depend on the bits of other layers.
+        # Each layer has its own generator, so that its initial values do not depend on the formats of other layers.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
         random_a = torch.nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator)
         lora_a.copy_(random_a / random_a.norm(dim=1, keepdim=True) if lora.init == "loftq" else random_a)
@@ -122,60 +138,89 @@ def _set_adapters(
 
 
 class PlanAssembler:
-    """Assemble one plan after another in one process, replacing only the groups whose bits change.
+    """Assemble one plan after another in one process, replacing only the groups whose formats change.
 
     Every plan resets all adapters and the random state, so it gives the same model as in a fresh process.
     """
 
-    def __init__(
-        self, checkpoint: Path, bank: Path, grouping: str, dtype: str, double_quant: bool, lora: LoraConfig
-    ) -> None:
+    def __init__(self, checkpoint: Path, bank: Path, grouping: str, dtype: str, lora: LoraConfig) -> None:
         self._checkpoint, self._bank, self._grouping = checkpoint, bank, grouping
-        self._dtype, self._double_quant, self._lora = dtype, double_quant, lora
+        self._dtype, self._lora = dtype, lora
         self._peft_model: PeftModel | None = None
-        self._plan: dict[str, int] = {}
+        self._plan: dict[str, str] = {}
         self._starts: dict[str, torch.Tensor] = {}
 
-    def model(self, plan: Mapping[str, int], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
-        """Assemble the model of a plan (group -> bits); do not use the model that an earlier call returned."""
+    def model(self, plan: Mapping[str, str], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
+        """Assemble the model of a plan (group -> format); do not use the model that an earlier call returned."""
         # Forget the model first: if replacing its groups fails half way, the next plan is assembled from scratch.
         current, self._peft_model = self._peft_model, None
         if current is None:
-            model, self._starts = assemble(
-                self._checkpoint, self._bank, self._grouping, plan, self._dtype, self._double_quant, on_piece
-            )
+            model, self._starts = assemble(self._checkpoint, self._bank, self._grouping, plan, self._dtype, on_piece)
             current = attach_adapters(model, self._starts, self._lora, self._grouping, seed)
         else:
             self._exchange(current, plan, seed, on_piece)
         self._plan, self._peft_model = dict(plan), current
         return current
 
-    def _exchange(self, current: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
+    def _exchange(self, current: PeftModel, plan: Mapping[str, str], seed: int, on_piece: OnPiece) -> None:
         model = current.get_base_model()
         model.disable_input_require_grads()
         current.enable_adapter_layers()  # an evaluation may have disabled them
-        # As in MixedPrecisionQuantizer: a model that was first assembled unquantized lacks these flags.
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
-        paths = group_linears(model.config, self._grouping)
-        changed = {name: bits for name, bits in plan.items() if bits != self._plan[name]}
+        paths, blocks = _group_paths(model.config, self._grouping), group_linears(model.config, self._grouping)
+        whole = dict.fromkeys(paths, DENSE) | dict(plan)
+        changed = {name: each for name, each in whole.items() if each != self._plan.get(name, DENSE)}
         starts, packed = _split(read_plan(self._bank, changed, on_piece))
-        bits_of = {path: bits for name, bits in changed.items() for path in paths[name]}
-        unquantized = {f"{path}.weight" for path, bits in bits_of.items() if bits == FULL_BITS}
-        dense = read_tensors(self._checkpoint, unquantized.__contains__, on_piece) if unquantized else {}
-        same = {name: start for name, start in self._starts.items() if name.rpartition(".")[0] not in bits_of}
+        changed_paths = {path for name in changed for path in paths[name]}
+        same = {name: start for name, start in self._starts.items() if name.rpartition(".")[0] not in changed_paths}
         self._starts = same | starts
+        wanted = {path: each for name, each in changed.items() for path in paths[name]}
+        layers = self._layers(model, wanted, packed, on_piece)
+        adapted = {path: layers.pop(path) for name in changed.keys() & blocks.keys() for path in paths[name]}
+        for path, layer in _with_adapters(adapted, self._lora).items():
+            model.set_submodule(path, layer)
+        for path, layer in layers.items():
+            _replace_table(model, path, layer)
+        in_blocks = [path for each in blocks.values() for path in each]
+        _set_adapters(current, self._starts, self._lora, in_blocks, seed)
+
+    def _layers(
+        self, model: Any, formats: Mapping[str, str], packed: Mapping[str, torch.Tensor], on_piece: OnPiece
+    ) -> dict[str, torch.nn.Module]:
+        """Build the layers at some paths anew, from packed tensors or from the checkpoint."""
+        unpacked = {f"{path}.weight" for path, name in formats.items() if not format_of(name).is_packed}
+        dense = read_tensors(self._checkpoint, unpacked.__contains__, on_piece) if unpacked else {}
         dtype = getattr(torch, self._dtype)
         layers: dict[str, torch.nn.Module] = {}
-        for path, bits in bits_of.items():
-            adapted: Any = model.get_submodule(path)
-            old = adapted.get_base_layer()
-            if bits == FULL_BITS:
+        for path, name in formats.items():
+            old: Any = model.get_submodule(path)
+            old = old.get_base_layer() if hasattr(old, "get_base_layer") else old
+            if f"{path}.weight" in dense:
                 layers[path] = dense_layer(old, dense[f"{path}.weight"].to(dtype))
             else:
-                layers[path] = packed_layer(old, bits, layer_tensors(packed, path), dtype, self._double_quant)
-        for path, layer in _with_adapters(layers, self._lora).items():
-            model.set_submodule(path, layer)
-        _set_adapters(current, self._starts, self._lora, [path for each in paths.values() for path in each], seed)
+                layers[path] = packed_layer(old, name, layer_tensors(packed, path), dtype)
+            if path == family_of(model.config).embeddings and _is_tied(model.config):
+                head = family_of(model.config).head
+                layers[head] = _tied(model.get_submodule(head), name, layers[path], dtype)
+        return layers
+
+
+def _tied(head: torch.nn.Module, name: str, embeddings: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Build a head whose weight is that of new embeddings of some format."""
+    weight = embeddings.get_parameter("weight")
+    is_packed = format_of(name).is_packed
+    layer = packed_layer(head, name, {"weight": weight}, dtype) if is_packed else dense_layer(head, weight)
+    layer.weight = weight
+    return layer
+
+
+def _replace_table(model: PreTrainedModel, path: str, layer: torch.nn.Module) -> None:
+    """Put new embeddings or a new head into a model, with the hook that moves inputs between GPUs."""
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, hook)
+    model.set_submodule(path, layer)
 
 
 def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> dict[str, torch.nn.Module]:
@@ -183,7 +228,7 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
     from peft import inject_adapter_in_model
 
     holder = torch.nn.Module()
-    holder.is_loaded_in_4bit = holder.is_loaded_in_8bit = True  # type: ignore[assignment]
+    holder.is_loaded_in_4bit = True  # type: ignore[assignment]
     names = {path: f"layer_{position}" for position, path in enumerate(layers)}
     for path, layer in layers.items():
         holder.add_module(names[path], layer)
@@ -197,12 +242,10 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
     return found
 
 
-def plan_assembler(
-    checkpoint: Path, bank: Path, grouping: str, dtype: str, double_quant: bool, lora: LoraConfig
-) -> PlanAssembler:
+def plan_assembler(checkpoint: Path, bank: Path, grouping: str, dtype: str, lora: LoraConfig) -> PlanAssembler:
     """Return an assembler for a model and a bank; it is cached, so that a worker loads the model only once."""
     index = read_json(bank / INDEX, BankIndex)
-    return _kept_assembler(index and index.digest, checkpoint, bank, grouping, dtype, double_quant, lora)
+    return _kept_assembler(index and index.digest, checkpoint, bank, grouping, dtype, lora)
 
 
 @functools.lru_cache(maxsize=1)
@@ -227,14 +270,22 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
     return placed
 
 
-def measured_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of all tensors of a model as they are packed, adapters included; a shared tensor counts once.
+def cast_adapters(model: Any) -> None:
+    """Convert a model's adapters to the type of its unpacked weights, in which they are saved and served."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.config.dtype)
 
-    bitsandbytes also stores a JSON blob per 4-bit layer and a format byte per 8-bit layer, which are not counted.
+
+def measured_bytes(model: Any) -> int:
+    """Count the bytes of all tensors of a model as they are saved; a shared tensor counts once.
+
+    Adapters are trained in float32 and saved in the model's type. bitsandbytes also stores a JSON blob for each NF4
+    layer, which is not counted.
     """
-    sizes = {
-        tensor.data_ptr(): tensor.nbytes
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, torch.Tensor) and ".quant_state." not in name and not name.endswith("weight_format")
-    }
+    sizes = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and ".quant_state." not in name:
+            element_bytes = model.config.dtype.itemsize if ".lora_" in name else tensor.element_size()
+            sizes[tensor.data_ptr()] = tensor.numel() * element_bytes
     return sum(sizes.values())

@@ -1,8 +1,8 @@
-"""Build and read the bank: packed weights and initial adapters of every (group, bits), computed once for all trials.
+"""Build and read the bank: packed weights and initial adapters of every (group, format), computed once for all trials.
 
-An entry depends on its group and bits only, not on the rest of a plan. Each entry is a safetensors file with the
-bitsandbytes tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`. The index `bank.json` has
-the sha256 of each file. A process checks the sha256 when it first reads a file.
+An entry depends on its group and format only, not on the rest of a plan. Each entry is a safetensors file with the
+packed tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`. The index `bank.json` has the sha256
+of each file. A process checks the sha256 when it first reads a file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.loading import device
-from qpruner.plans.plan import FULL_BITS
+from qpruner.quantization.formats import Format, format_of
 from qpruner.quantization.loftq import loftq_start
-from qpruner.quantization.mixed import layer_tensors, pack, unpack
+from qpruner.quantization.mixed import layer_tensors
+from qpruner.quantization.rounding import pack
 from qpruner.runs import storage
 from qpruner.runs.records import Recorded
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import OnPiece
 
-FORMAT = 2
+VERSION = 3
 """Version of the entries: raise it when the same inputs give different tensors."""
 INDEX = "bank.json"
 FEW_WEIGHTS = 10_000_000
@@ -37,11 +38,14 @@ FEW_WEIGHTS = 10_000_000
 
 
 class IndexEntry(Recorded):
-    """A file of the bank: digest of what it was made from, sha256, and (weight error with adapters) / (without)."""
+    """A file of the bank: digest of what it was made from, sha256, and what is left of the weights' error."""
 
     inputs: str
     sha256: str
     residual_ratio: float
+    """Frobenius norm of the error with initial adapters, divided by that without."""
+    error: float
+    """Squared Frobenius norm of the error with initial adapters, divided by that of the weights."""
 
 
 class BankIndex(Recorded):
@@ -51,37 +55,53 @@ class BankIndex(Recorded):
     files: dict[str, IndexEntry]
 
 
-def build_entry(
-    weights: Mapping[str, torch.Tensor], bits: int, lora: LoraConfig, double_quant: bool, seed: int
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Quantize the layers of a group (path -> weight ``(rows, columns)``) at 4 or 8 bits.
+@dataclass(frozen=True)
+class Entry:
+    """The tensors of one (group, format), and the errors of `IndexEntry`."""
 
-    Return the tensors of the entry, and the ratio of LoftQ's error to that of plain quantization (1 without LoftQ).
+    tensors: dict[str, torch.Tensor]
+    residual_ratio: float
+    error: float
+
+
+def build_entry(
+    weights: Mapping[str, torch.Tensor],
+    packing: Format,
+    lora: LoraConfig | None,
+    seed: int,
+    grams: Mapping[str, torch.Tensor] | None = None,
+) -> Entry:
+    """Pack the layers of a group (path -> weight ``(rows, columns)``); without `lora` they get no adapter.
+
+    `grams` has the Gram matrix of the inputs ``(columns, columns)`` of layers that GPTQ is to round.
     """
     tensors: dict[str, torch.Tensor] = {}
-    plain, left = 0.0, 0.0
+    total, plain, left = 0.0, 0.0, 0.0
     for path, weight in weights.items():
-        if lora.init == "plain":
-            packed = pack(weight, bits, double_quant)
+        gram = grams.get(path) if grams else None
+        if lora is None or lora.init == "plain":
+            packed = pack(packing, weight, gram)
+            error = float((weight.float() - packing.unpack(packed, weight.shape[1], torch.float32)).norm())
+            plain, left = plain + error**2, left + error**2
         else:
-            start = loftq_start(weight, bits, lora, double_quant, seed)
+            start = loftq_start(weight, packing, lora, seed, gram)
             packed = start.packed
             tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
-            plain += start.plain_error**2
-            left += start.error**2
+            plain, left = plain + start.plain_error**2, left + start.error**2
+        total += float(weight.float().norm()) ** 2
         tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return on_cpu, (left / plain) ** 0.5 if plain else 1.0
+    return Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
 
 
-def entry_file(bank: Path, group: str, bits: int) -> Path:
-    """Return the path of the file of one (group, bits)."""
-    return bank / f"{bits}bit" / f"{group}.safetensors"
+def entry_file(bank: Path, group: str, level: str) -> Path:
+    """Return the path of the file of one (group, format)."""
+    return bank / level / f"{group}.safetensors"
 
 
-def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write the tensors of one (group, bits) to a file and return its path."""
-    path = entry_file(bank, group, bits)
+def write_entry(bank: Path, group: str, level: str, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write the tensors of one (group, format) to a file and return its path."""
+    path = entry_file(bank, group, level)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,26 +113,28 @@ def write_entry(bank: Path, group: str, bits: int, tensors: dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class GroupJob:
-    """A group of layers (one entry of a plan) to pack at each of `bits`, in this process or on a worker."""
+    """A group of layers (one entry of a plan) to pack in each of `levels`, in this process or on a worker."""
 
     group: str
     paths: tuple[str, ...]
     """Paths of the group's layers in the model."""
-    bits: tuple[int, ...]
-    """Bit-widths to pack at, all below 16."""
+    levels: tuple[str, ...]
+    """Formats to pack in."""
     checkpoint: Path
     bank: Path
     dtype: str
-    lora: LoraConfig
-    double_quant: bool
+    lora: LoraConfig | None
+    """None for embeddings and head, which have no adapter."""
     seed: int
     inputs: str = ""
     """Digest of the inputs of the entries, to be written into the index."""
+    grams: Path | None = None
+    """File with the Gram matrices of the layers' inputs, if GPTQ rounds them."""
     threads: int | None = None
 
 
 def build_group(job: GroupJob) -> dict[str, IndexEntry]:
-    """Pack a group, write a file for each bit-width, and return index entries by file name."""
+    """Pack a group, write a file for each format, and return index entries by file name."""
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
@@ -121,14 +143,29 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
     weights = {names[name]: tensor.to(device(), getattr(torch, job.dtype)) for name, tensor in stored.items()}
+    grams = read_grams(job.grams, job.paths) if job.grams else None
     built = {}
-    for bits in job.bits:
-        tensors, ratio = build_entry(weights, bits, job.lora, job.double_quant, job.seed)
-        file = write_entry(storage.storage_at(job.bank).staging, job.group, bits, tensors)
-        sha256 = storage.put_file(file, entry_file(job.bank, job.group, bits))
-        name = str(entry_file(Path(), job.group, bits))
-        built[name] = IndexEntry(inputs=job.inputs, sha256=sha256, residual_ratio=ratio)
+    for level in job.levels:
+        entry = build_entry(weights, format_of(level), job.lora, job.seed, grams)
+        file = write_entry(storage.storage_at(job.bank).staging, job.group, level, entry.tensors)
+        sha256 = storage.put_file(file, entry_file(job.bank, job.group, level))
+        name = str(entry_file(Path(), job.group, level))
+        errors = {"residual_ratio": entry.residual_ratio, "error": entry.error}
+        built[name] = IndexEntry(inputs=job.inputs, sha256=sha256, **errors)
     return built
+
+
+def write_grams(file: Path, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
+    """Write the Gram matrices of a block, each under the paths of the layers that share the input."""
+    named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
+    storage.retry_storage(lambda: save_file(named, file), file)
+
+
+def read_grams(file: Path, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Read the Gram matrices of the inputs of some layers, float32 ``(columns, columns)``."""
+    stored = load_file(storage.fetch(file.parent) / file.name)
+    by_path = {path: gram for names, gram in stored.items() for path in names.split()}
+    return {path: by_path[path].to(device()) for path in paths}
 
 
 def read_index(bank: Path) -> BankIndex:
@@ -147,17 +184,15 @@ def intact_files(bank: Path, expected: Mapping[str, str]) -> list[str]:
     return [name for name, sha256 in zip(names, found, strict=True) if sha256 == expected[name]]
 
 
-def read_plan(
-    bank: Path, bits_by_group: Mapping[str, int], on_piece: OnPiece = lambda: None
-) -> dict[str, torch.Tensor]:
-    """Read the tensors of all groups that a plan quantizes; raise `CorruptFile` if a file is missing or damaged."""
-    wanted = {group: bits for group, bits in bits_by_group.items() if bits != FULL_BITS}
+def read_plan(bank: Path, plan: Mapping[str, str], on_piece: OnPiece = lambda: None) -> dict[str, torch.Tensor]:
+    """Read the tensors of all groups that a plan packs; raise `CorruptFile` if a file is missing or damaged."""
+    wanted = {group: level for group, level in plan.items() if format_of(level).is_packed}
     if not wanted:
         return {}
     index = read_index(bank)
     tensors: dict[str, torch.Tensor] = {}
-    for group, bits in wanted.items():
-        path = entry_file(bank, group, bits)
+    for group, level in wanted.items():
+        path = entry_file(bank, group, level)
         entry = index.files.get(str(path.relative_to(bank)))
         remedy = "repeat the command to rebuild it"
         try:
@@ -175,28 +210,31 @@ def read_plan(
 
 
 class Starts:
-    """Initial weights of trials: dequantized, with the adapter added, for every group and bit-width below 16.
+    """Initial weights of trials: unpacked, with the adapter added, for every group and packed format.
 
     The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight only. `groups` maps
-    each group to the paths of its linear layers; `scaling` is LoRA's factor alpha / rank.
+    each group to the paths of its layers, `offered` to the formats that it takes; `scaling` is LoRA's alpha / rank.
     """
 
-    def __init__(self, bank: Path, groups: Mapping[str, Sequence[str]], levels: Sequence[int], scaling: float) -> None:
+    def __init__(
+        self, bank: Path, groups: Mapping[str, Sequence[str]], offered: Mapping[str, Sequence[str]], scaling: float
+    ) -> None:
         self.groups = groups
-        self.levels = tuple(bits for bits in levels if bits != FULL_BITS)
+        self.offered = {
+            group: tuple(level for level in levels if format_of(level).is_packed) for group, levels in offered.items()
+        }
         self._scaling = scaling
-        self._entries = {(group, bits): read_plan(bank, {group: bits}) for group in groups for bits in self.levels}
+        self._entries = {
+            (group, level): read_plan(bank, {group: level}) for group in groups for level in self.offered[group]
+        }
 
-    def weight(self, group: str, bits: int, path: str, device: torch.device) -> torch.Tensor:
-        """Compute the float32 weight ``(rows, columns)`` that the layer at `path` has at the start of a trial.
-
-        8-bit layers also round their inputs (LLM.int8); the weight does not include that error.
-        """
-        stored = layer_tensors(self._entries[group, bits], path)
-        own = {name: tensor.to(device) for name, tensor in stored.items()}
+    def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
+        """Compute the float32 weight that the layer at `path` has at the start of a trial, of shape and device `like`."""
+        stored = layer_tensors(self._entries[group, level], path)
+        own = {name: tensor.to(like.device) for name, tensor in stored.items()}
         lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
-        weight = unpack(own, torch.float32)
-        if lora_a is None or lora_b is None:  # `lora.init: plain`
+        weight = format_of(level).unpack(own, like.shape[1], torch.float32)
+        if lora_a is None or lora_b is None:  # no adapter, or `lora.init: plain`
             return weight
         return weight.addmm_(lora_b, lora_a, alpha=self._scaling)
 

@@ -1,61 +1,27 @@
-"""Build bitsandbytes layers of several bit-widths in one model, and register them with transformers.
+"""Build layers of several formats in one model, and register them with transformers.
 
-`BitsAndBytesConfig` does not allow 4 and 8 bits in one model, so this module registers a quantization method `qpruner`.
-It builds each linear layer at its own bit-width; transformers and bitsandbytes read and write the packed tensors.
+This module registers a quantization method `qpruner`. It builds each layer in its own format; transformers reads and
+writes the packed tensors.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
-from bitsandbytes.functional import quantize_4bit as bnb_quantize_4bit
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qpruner.plans.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu_widths
+from qpruner.errors import UserError
+from qpruner.quantization.formats import Format, format_of, formats
+from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear, ScaledEmbedding
 
 METHOD = "qpruner"
-
-# bitsandbytes warns at every call that 8-bit layers cast their inputs to float16.
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(
-    lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
-)
-
-
-def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch.Tensor]:
-    """Quantize a weight ``(rows, columns)`` into the tensors (name -> tensor) that bitsandbytes saves to disk.
-
-    4 bits are NF4 with a scale per block of 64 weights; `double_quant` also quantizes these scales. 8 bits are LLM.int8
-    with a scale per row.
-    """
-    if bits == 8:
-        codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
-        return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    codes, state = bnb_quantize_4bit(
-        weight, blocksize=NF4_BLOCK_SIZE, compress_statistics=double_quant, quant_type="nf4"
-    )
-    tensors = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-    return {"weight": codes, **tensors}
-
-
-def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize the tensors that `pack` returned into a weight ``(rows, columns)`` of type `dtype`."""
-    if "SCB" in tensors:
-        weight: torch.Tensor = int8_vectorwise_dequant(tensors["weight"], tensors["SCB"])
-        return weight.to(dtype)
-    state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
-    device = tensors["weight"].device
-    decoded: torch.Tensor = dequantize_4bit(tensors["weight"], QuantState.from_dict(state, device=device))
-    return decoded.to(dtype)
 
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
@@ -63,88 +29,85 @@ def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, t
     return {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items() if name.startswith(f"{path}.")}
 
 
-class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """An 8-bit layer that moves all its tensors when its parent module is moved to another device.
-
-    With bitsandbytes 0.50 a parent's `.to` moves only the weight. The scales (`SCB`) and `CB`, a second reference to
-    the weight's 8-bit numbers, stay on the old device.
-    """
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        for holder in (self.weight, self.state):
-            if getattr(holder, "CB", None) is not None:
-                holder.CB = self.weight.data
-            if getattr(holder, "SCB", None) is not None and not holder.SCB.is_meta:
-                holder.SCB = holder.SCB.to(self.weight.device)
-        return self
-
-
 def packed_layer(
-    linear: torch.nn.Linear, bits: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, double_quant: bool
+    module: torch.nn.Module, format_name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.nn.Module:
-    """Build a bitsandbytes layer from the tensors that `pack` returned, as `from_pretrained` would.
+    """Build a layer from the tensors that `Format.pack` returned, as `from_pretrained` would.
 
-    The layer has the size, bias and device of `linear`, and computes in `dtype`.
+    The layer has the size, bias and device of `module`, a linear layer or an embedding, in a model of type `dtype`.
     """
-    device = linear.weight.device
+    found, device = format_of(format_name), module.get_parameter("weight").device
     with torch.device("meta"):
-        layer = _empty_layer(linear, bits, dtype, double_quant)
-    stored = dict(tensors)
-    codes = stored.pop("weight").to(device)
-    if bits == 8:
-        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, SCB=stored["SCB"].to(device)).to(device)
-    else:
-        layer.weight = bnb.nn.Params4bit.from_prequantized(
-            data=codes, quantized_stats=stored, requires_grad=False, device=device, module=layer
-        )
-    layer.bias = linear.bias  # type: ignore[assignment]
-    return layer.requires_grad_(False).train(linear.training)
+        layer = found.empty_layer(module, dtype)
+    found.fill(layer, {name: tensor.to(device) for name, tensor in tensors.items()})
+    return _like(module, layer)
 
 
-def dense_layer(linear: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Module:
-    """Build an `nn.Linear` with a weight ``(rows, columns)``, and with the bias and the device of `linear`."""
+def dense_layer(module: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+    """Build a layer with an unpacked weight ``(rows, columns)``, and with the bias and the device of `module`."""
+    rows, columns = weight.shape
+    layer: torch.nn.Linear | ScaledEmbedding
     with torch.device("meta"):
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    layer.weight = torch.nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
-    layer.bias = linear.bias  # type: ignore[assignment]
-    return layer.train(linear.training)
+        if isinstance(module, torch.nn.Embedding):
+            layer = ScaledEmbedding(rows, columns)
+            layer.scalar_embed_scale = getattr(module, "scalar_embed_scale", None)
+        else:
+            layer = torch.nn.Linear(columns, rows, bias=False)
+    layer.weight = torch.nn.Parameter(weight.to(module.get_parameter("weight").device), requires_grad=False)
+    return _like(module, layer)
 
 
-def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_quant: bool) -> torch.nn.Linear:
-    has_bias = linear.bias is not None
-    if bits == 8:
-        layer: torch.nn.Linear = Int8Linear(
-            linear.in_features, linear.out_features, has_bias, has_fp16_weights=False, threshold=6.0
-        )
-        layer.weight.data = layer.weight.data.to(torch.int8)
-        return layer
-    layer = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, has_bias, dtype, compress_statistics=double_quant, quant_type="nf4"
-    )
-    layer.weight.data = layer.weight.data.to(torch.uint8)
-    # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation. That changes the model (it
-    # rounds the scales to bf16), and fails for widths that are no multiple of 32, which pruned layers can have.
-    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return layer
+def _like(module: torch.nn.Module, layer: torch.nn.Module) -> torch.nn.Module:
+    if isinstance(module, torch.nn.Linear):
+        layer.bias = module.bias
+    return layer.requires_grad_(False).train(module.training)
 
 
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a mixed-precision checkpoint: `bits` maps layer paths to 4 or 8."""
+    """The `quantization_config` of a checkpoint: `formats` maps the paths of packed layers to names of formats.
 
-    def __init__(self, bits: dict[str, int], double_quant: bool = False, **_: Any) -> None:
+    A head that is tied to a packed embedding is not listed.
+    """
+
+    def __init__(self, formats: Mapping[str, str] | None = None, **others: Any) -> None:
+        if formats is None:
+            raise UserError(
+                "this model's `quantization_config` lists no `formats`: an earlier version of qpruner wrote it (it "
+                f"lists {', '.join(others)}); use that version, or repeat the run"
+            )
         self.quant_method = METHOD
-        self.bits = {path: width for path, width in bits.items() if width != FULL_BITS}
-        self.double_quant = double_quant
+        self.formats = {path: name for path, name in formats.items() if _known(name, path).is_packed}
+
+
+def _known(name: str, path: str) -> Format:
+    if name not in formats():
+        raise UserError(
+            f"{path} has the format {name}, which this version of qpruner does not know (it has "
+            f"{', '.join(formats())}); install the version that wrote the model"
+        )
+    return format_of(name)
+
+
+def _usable(name: str, path: str, module: Any) -> Format:
+    """Return a format; raise `UserError` if its package is missing, or if it cannot hold this layer here."""
+    found = _known(name, path)
+    is_table = isinstance(module, torch.nn.Embedding)
+    columns = module.embedding_dim if is_table else module.in_features
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    reason = found.missing() or found.refusal(columns, capability)
+    if is_table and not found.holds_embeddings:
+        reason = "single rows of an embedding cannot be unpacked from it"
+    if reason:
+        raise UserError(f"{path} has the format {name}, but {reason}")
+    return found
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Pass the packed tensors of a layer to the 4-bit or 8-bit reader of transformers."""
+    """Pass the tensors of a layer of bitsandbytes to the reader of transformers, and all others through."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
-        # Without an attribute of this name transformers 5.24 casts packed tensors, even the 8-bit scales to int8.
-        self.hf_quantizer = hf_quantizer
+        self._reader = Bnb4bitDeserialize(hf_quantizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
         """Return itself: transformers copies this object for each layer, and a copy would include the whole config."""
@@ -152,8 +115,7 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Convert the stored tensors of one layer into its parameters."""
-        reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
-        result: dict[str, Any] = reader(self.hf_quantizer).convert(input_dict, **kwargs)
+        result: dict[str, Any] = self._reader.convert(input_dict, **kwargs)
         return result
 
 
@@ -163,27 +125,32 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     _parts = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4")
-    serialized_names = {"weight": ["weight", *[f"weight.{part}" for part in _parts], "SCB", "weight_format"]}
+    serialized_names = {"weight": ["weight", *[f"weight.{part}" for part in _parts]]}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return True if the parameter belongs to a packed layer and is no bias."""
+        """Return True for packed weights, whose shape is not that of the empty layer if bitsandbytes made it."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and name != "bias"
+        is_packed = not module.weight.is_floating_point() if name == "weight" else False
+        return is_packed and not isinstance(module, PackedLinear | PackedEmbedding)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Cast unpacked weights only: `dtype` is that of the empty layer, and packed layers have whole numbers."""
+        return dtype if dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # The model is on the meta device here: transformers loads the weights afterwards.
-        for path, bits in self.quantization_config.bits.items():
-            linear = model.get_submodule(path)
-            if bits == 4 and not torch.cuda.is_available():
-                check_cpu_widths([LinearShape(path, linear.out_features, linear.in_features)])
+        # The model is on the meta device here: transformers loads the weights, and ties the head, afterwards.
+        dtype, names = model.dtype, dict(self.quantization_config.formats)
+        tied = {head.removesuffix(".weight"): source for head, source in model.all_tied_weights_keys.items()}
+        names |= {head: names[source] for head, key in tied.items() if (source := key.removesuffix(".weight")) in names}
+        for path, name in names.items():
+            module = model.get_submodule(path)
             with torch.device("meta"):
-                layer = _empty_layer(linear, bits, model.dtype, self.quantization_config.double_quant)
-            layer.source_cls = torch.nn.Linear  # type: ignore[assignment]
+                layer = _usable(name, path, module).empty_layer(module, dtype)
             model.set_submodule(path, layer.requires_grad_(False))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # peft uses its 4-bit and 8-bit LoRA layers only if the model has these flags.
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+        # peft uses its LoRA layer for bitsandbytes' layers only if the model has this flag.
+        model.is_loaded_in_4bit = True
         # Packed tensors are saved unchanged; transformers 5.24 would ask _Deserialize for an inverse and fail.
         model._weight_conversions = [
             conversion

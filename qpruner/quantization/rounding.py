@@ -85,7 +85,7 @@ def _round(
             own = current[column].unsqueeze(1)
             code = format_.codes(own, scale, zero)
             codes[column] = code.squeeze(1)
-            error = (own - scale * (code - zero)).squeeze(1) / makes_up[column, column]
+            error = (own - format_.values(code, scale, zero)).squeeze(1) / makes_up[column, column]
             current[column + 1 : end].addr_(makes_up[column, column + 1 : end], error, alpha=-1)
             errors[column - start] = error
         current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)
@@ -95,7 +95,7 @@ def _round(
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
     """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter group stays last."""
-    groups = torch.arange(len(diagonal), device=diagonal.device).split(size)
+    groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
     means = [float(diagonal[group].mean()) for group in groups]
     first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
     return torch.cat([groups[index][diagonal[groups[index]].argsort(descending=True)] for index in first])

@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
+from qpruner.plans.plan import UNPRUNED
 from qpruner.report.content import code, markdown, prose
-from qpruner.report.results import SEARCHED, rows
+from qpruner.report.results import SEARCHED, control_title, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import GIVEN
@@ -47,11 +48,16 @@ def model_card(run: Snapshot) -> str:
     if run.results.prepare.source_bytes is not None:  # the base model came from a .gguf file
         size = f"{run.results.prepare.source_bytes / 1e6:.1f} MB"
         expanded = f" The base model's weights were expanded from {code(Path(base).name)}, a file of {size}."
-    chosen = f"the plan {search.best_origin}, which no searched plan beat," if search.control_won else "a searched plan"
+    chosen = (
+        f"the plan {control_title(search.best_origin)}, which no searched plan beat,"
+        if search.control_won
+        else "a searched plan"
+    )
     if search.best_origin == GIVEN:
         chosen = "a plan that was given, not searched for,"
+    cut = "not pruned" if search.best_cut == UNPRUNED else "pruned"
     about = (
-        f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
+        f"{code(base)}, {cut}, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
         f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. It "
         f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed.{expanded}"
     )

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import Z_95, accuracy_in_full, over_tasks
+from qpruner.report.instead import best_control_text
 from qpruner.report.results import (
     BASE,
     BEST_SEED,
+    CONTROLS,
     PRUNED,
     RANDOM,
     SEARCHED,
     UNIFORM,
+    control_title,
     fine_tunes,
     rows,
     title_of,
@@ -40,11 +43,12 @@ RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The row `searched` of the final table compared with `other`: `random` or `best seed`.
+    """The row `searched` of the final table compared with `other`: a control, `best seed` or `random`.
 
-    The plan of `best seed` is the best of those that sensitivities suggest. `origin` says what suggested the plan of
-    `other`. `more_bytes` is how many bytes more `other` takes, as a share of the bytes of `searched`. `no_claim` says
-    why nothing is claimed, for example because `other` is missing.
+    The control is the best of those in the budget that users would try instead of a search. The plan of `best seed` is
+    the best of those that sensitivities suggest. `origin` says what suggested the plan of `other`. `more_bytes` is how
+    many bytes more `other` takes, as a share of the bytes of `searched`. `no_claim` says why nothing is claimed, for
+    example because `other` is missing.
     """
 
     other: str
@@ -56,33 +60,55 @@ class Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Compare the searched plan with the best seed plan (a sensitivity's) and random plans; none without other rows."""
+    """Compare the searched plan with the best control that users would try instead, then with plans of equal bytes.
+
+    These are the best seed plan (a sensitivity's) and random plans. There are no comparisons without other rows.
+    """
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
+    control = _best_control(results)
     # The spread of random plans needs at least two of them.
     several = len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
-    return [_compared(results, other) for other in (BEST_SEED, *([RANDOM] if several else []))]
+    rivals = (*filter(None, [control]), BEST_SEED, *([RANDOM] if several else []))
+    return [_compared(results, other) for other in rivals]
+
+
+def _best_control(results: Results) -> str | None:
+    """Name the row of the control in the budget with the least validation loss, by which nothing is claimed."""
+    assert results.search
+    by_name = {name: tuned[0][0] for name, tuned in fine_tunes(results).items()}
+    winner, budget = by_name[SEARCHED], results.search.budget_bytes
+    losses = {
+        name: record.validation_loss
+        for name, record in by_name.items()
+        if (name in CONTROLS or name.startswith((UNIFORM, "unpruned-")))
+        and record.plan_bytes <= budget
+        and (record.cut, record.plan) != (winner.cut, winner.plan)
+    }
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def claim(results: Results) -> str:
-    """State how the searched plan compares with the base and pruned model, and with other plans of equal bytes.
+    """State how the searched plan compares with what users would do instead, and with other plans of equal bytes.
 
     The first line is a paragraph. Each of the other lines states one fact behind the claim and begins with a dash.
     """
     assert results.search
-    found, winner = comparisons(results), _winner(results, results.search)
+    search = results.search
+    found, winner, instead = comparisons(results), _winner(results, search), best_control_text(search)
     if found:
-        return "\n".join([f"{winner}{_against_other_rows(results)}{_verdicts(found)}", *map(_item, found)])
-    fresh = margin_text(results.search)
-    items = [f"On the search's fresh rows, before this fine-tune: i{fresh[1:]}"] if fresh else []
-    items.append("No other plan had this fine-tune, so nothing is claimed at equal bytes.")
-    return "\n- ".join([f"{winner}{_alone(results)}", *items])
+        lead = f"{winner}{_verdicts(found)}{_against_other_rows(results)}"
+        return "\n".join([lead, *map(_item, found), *([f"- {instead}"] if instead else [])])
+    items = ["No other plan had this fine-tune, so nothing is claimed at equal bytes."]
+    if (search.control_won or not instead) and (fresh := margin_text(search)):
+        items.insert(0, f"On the search's fresh rows, before this fine-tune: i{fresh[1:]}")
+    return "\n- ".join([f"{winner}{' ' * bool(instead)}{instead}{_alone(results)}", *items])
 
 
 def how_to_compare(command: str) -> str:
     """State how to compare a finished run's winner with other plans; `command` is the command line of that run."""
     return (
-        "To compare the winner with the base, uniform bits, seed and random plans after the same fine-tune, run "
+        "To compare the winner with the base, the controls, seed and random plans after the same fine-tune, run "
         f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
     )
 
@@ -93,7 +119,7 @@ def _winner(results: Results, search: SearchRecord) -> str:
     if search.control_won:
         return (
             f"No searched plan beat the best control on fresh rows, so the search returned the control "
-            f"{search.best_origin} ({size}); its row is `{title}`."
+            f"{control_title(search.best_origin)} ({size}); its row is `{title}`."
         )
     return f"{title.capitalize()}: {record.origin}, {size}."
 
@@ -118,7 +144,8 @@ def _alone(results: Results) -> str:
 def margin_text(search: SearchRecord) -> str:
     """Describe a winner's lead on new rows over controls (plans without a search), a control's over searched plans."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
-    others = [each for each in search.confirmations if each.control != search.control_won and each != best]
+    in_budget = [each for each in search.confirmations if each.fits and each != best]
+    others = [each for each in in_budget if each.control != search.control_won]
     if not others:
         return ""
     rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
@@ -152,9 +179,9 @@ def _compared(results: Results, other: str) -> Comparison:
         return Comparison(other, "", (), None, reason if given else "no seed plan was confirmed", ())
     share, origin, seeds = more_bytes(pairs), pairs[0][1][0].origin, seeds_of(pairs)
     reason = ""
-    if all(ours.plan == theirs.plan for (ours, _), (theirs, _) in pairs):
+    if all((ours.cut, ours.plan) == (theirs.cut, theirs.plan) for (ours, _), (theirs, _) in pairs):
         reason = "it is the winner's own plan, so there is no gain to claim"
-    elif abs(share) > SAME_BYTES:
+    elif other in (BEST_SEED, RANDOM) and abs(share) > SAME_BYTES:
         reason = f"no claim at equal bytes, because it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'} bytes"
     found = () if reason else (*over_questions(pairs), over_confirmation_rows(pairs))
     return Comparison(other, origin, seeds, share, reason or None, found)
@@ -193,7 +220,7 @@ def _verdicts(found: Sequence[Comparison]) -> str:
     parts, verdicts = [], [difference.verdict for each in found for difference in each.differences]
     shown = ("better", "worse")
     for each in (each for each in found if each.differences):
-        rival = RIVALS[each.other]
+        rival = _rival(each)
         measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
         phrases = [f"is {word} than {rival} in {' and '.join(names)}" for word, names in measures.items() if names]
         parts.append(" and ".join(phrases) or f"is {SAME} from {rival}")
@@ -204,8 +231,12 @@ def _verdicts(found: Sequence[Comparison]) -> str:
     return f" It {'; it '.join(parts)}. Over {len(verdicts)} comparisons, each at 95 % by itself: {headline}."
 
 
+def _rival(found: Comparison) -> str:
+    return RIVALS.get(found.other) or f"the best control in the budget, {title_of(found.other, None)},"
+
+
 def _item(found: Comparison) -> str:
-    rival = RIVALS[found.other]
+    rival = _rival(found)
     if found.more_bytes is None:
         return f"- Against {rival}: no claim, {found.no_claim}."
     against = f"- Against {rival} ({found.origin}, {found.more_bytes:+.2%} bytes)"

@@ -12,6 +12,7 @@ from qpruner.report import html, tensorboard
 from qpruner.report.card import model_card
 from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.content import report_md
+from qpruner.report.instead import Instead, instead
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.model import IMPORTANCE_FILE, load_importance
 from qpruner.report.results import Row, rows, under_first_seed
@@ -60,13 +61,15 @@ class Summary(BaseModel):
     standing: str
     """How far the run has come, in one or two sentences."""
     claim: str | None
-    """How the searched plan compares with the base and the pruned model, and with other plans of equal bytes."""
+    """How the searched plan compares with what users would do instead, and with other plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
-    """The comparisons behind the claim: of the searched plan with the best seed plan and with random plans."""
+    """The comparisons behind the claim: of the searched plan with the best control, seed plan and random plans."""
     first_seed_table: tuple[Row, ...]
     """The rows of `table`, computed from the first training seed alone, which every row has."""
     table: tuple[Row, ...]
     """The final table: means over training seeds, with losses in nats per token."""
+    instead: tuple[Instead, ...]
+    """The winner of the search and the controls, which users would try instead, as trials scored on fresh rows."""
     records: Results
     """The records of all stages."""
     trials: tuple[TrialRecord, ...]
@@ -88,6 +91,7 @@ def summary_text(run: Snapshot) -> str:
         comparisons=tuple(comparisons(results)) if is_complete else (),
         first_seed_table=tuple(under_first_seed(results)) if is_complete else (),
         table=tuple(rows(results)) if is_complete else (),
+        instead=tuple(instead(results.search)) if results.search else (),
         records=results,
         trials=run.trials,
         state=run.state,

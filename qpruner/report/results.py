@@ -10,12 +10,18 @@ from typing import Any
 
 from qpruner.data import measures
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
+from qpruner.runs.records import GIVEN, PAPER, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
 UNIFORM = "uniform"
-"""Origin of the rows that give all groups the same bit-width."""
+"""Origin of the rows that give all groups the same format."""
+CONTROLS = {
+    "unpruned-uniform": "not pruned, uniform",
+    "unpruned-knapsack": "not pruned, knapsack",
+    PAPER: "the paper's flow",
+}
+"""Name of a control that users would try instead of a search -> its title."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
@@ -29,12 +35,14 @@ class Row:
 
     Figures are means over these fine-tunes with their standard deviations, `..._spread`; memory is a maximum. Losses
     are in nats per token, answer losses in nats per answer (None if a task has no choices). `accuracy_stderr` is the
-    standard error over questions. Records use `name`, reports use `title`. Each plan has one character per group.
+    standard error over questions. Records use `name`, reports use `title`. `cut` is `pruned`, or `base` if the model is
+    not pruned. Each plan has one character per group.
     """
 
     name: str
     title: str
     origin: str
+    cut: str
     seeds: tuple[int, ...]
     plans: tuple[str, ...]
     num_parameters: int
@@ -72,11 +80,16 @@ def under_first_seed(results: Results) -> list[Row]:
 def title_of(name: str, search: SearchRecord | None) -> str:
     """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan or a control."""
     if name != SEARCHED or search is None:
-        return name
+        return control_title(name)
     if search.best_origin == GIVEN:
         known = (each.origin for each in search.confirmations if each.index == search.best_index and each.control)
         return "".join(["given plan", *(f" ({origin})" for origin in known)])
-    return f"winner ({search.best_origin})" if search.control_won else name
+    return f"winner ({control_title(search.best_origin)})" if search.control_won else name
+
+
+def control_title(name: str) -> str:
+    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
+    return CONTROLS.get(name) or name.replace("uniform-", "uniform ", 1)
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
@@ -108,8 +121,9 @@ def _row(title: str, found: list[FineTune]) -> Row:
         name=tuned[0].name,
         title=title,
         origin=tuned[0].origin,
+        cut=tuned[0].cut,
         seeds=tuple(dict.fromkeys(record.seed for record in tuned)),
-        plans=tuple(dict.fromkeys(str(PrecisionPlan.from_dict(record.plan)) for record in tuned)),
+        plans=tuple(dict.fromkeys(str(PrecisionPlan.from_dict(record.plan, record.cut)) for record in tuned)),
         num_parameters=tuned[0].num_parameters,
         measured_bytes=round(statistics.fmean(record.measured_bytes for record in tuned)),
         mean_bits=statistics.fmean(record.mean_bits for record in tuned),

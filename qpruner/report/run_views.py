@@ -14,6 +14,7 @@ from qpruner.report.search_progress import (
     best_of,
     best_so_far,
     control_name,
+    fits,
     in_order_of_end,
     plan_text,
     score,
@@ -31,7 +32,7 @@ from qpruner.report.statistics import (
     seeds_of,
     seeds_text,
 )
-from qpruner.runs.records import GIVEN, Results, TrialRecord, flat
+from qpruner.runs.records import GIVEN, Results, SearchRecord, TrialRecord, flat
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
@@ -97,12 +98,16 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
-        "confirmations": [each.model_dump(exclude={"losses"}) for each in record.confirmations] if record else [],
+        "confirmations": _confirmations(record) if record else [],
     }
 
 
+def _confirmations(record: SearchRecord) -> list[dict[str, Any]]:
+    return [each.model_dump(exclude={"losses", "plan"}) for each in record.confirmations]
+
+
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
-    """Return a trial as a flat row: figures of its last rung, then the bits of every group."""
+    """Return a trial as a flat row: figures of its last rung, then the format of every group."""
     last = trial.rungs[-1] if trial.rungs else None
     search, record = run.state.search, run.results.search
     assert search
@@ -111,6 +116,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "trial": trial.index,
         "winner": "yes" if record and trial.index == record.best_index else None,
         "from": trial.origin,
+        "cut": trial.cut,
         "status": trial.status,
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
@@ -125,7 +131,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "search": "this" if trial.search == search.search else "another",
         "failure": trial.failure,
         "reason": trial.reason,
-        **{f"bits {group}": bits for group, bits in trial.plan.items()},
+        **{f"format {group}": name for group, name in trial.plan.items()},
     }
 
 
@@ -172,6 +178,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
     facts |= {
         "winner": record.best_index,
         "from": record.best_origin,
+        "cut": record.best_cut,
         "bytes": chosen.plan_bytes,
         "mean_bits": chosen.mean_bits,
         "plan": plan_text(chosen),
@@ -188,14 +195,15 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _best_control(run: Snapshot) -> float | None:
-    """Return the best score of a uniform plan or a plan from a sensitivity, also if an earlier search tried it."""
+    """Return the best score of a control in the budget, also if an earlier search tried it."""
     metric = run.state.config["search"]["metric"]
-    finished = [each for each in run.own_trials if each.status == "finished"]
+    search = run.state.search
+    finished = [each for each in run.own_trials if each.status == "finished" and search and fits(each, search)]
     controls = [each for each in finished if each.is_control and not each.is_given]
     if run.results.search:
         # A control's plan may have been tried first as a given plan, or as a searched plan of another search.
         confirmed = [each for each in run.results.search.confirmations if each.control and each.origin != GIVEN]
-        controls = [trial(run, each.index) for each in confirmed]
+        controls = [trial(run, each.index) for each in confirmed if each.fits]
     best = best_of(controls, metric)
     return score(best.rungs[-1], metric) if best else None
 

@@ -43,11 +43,17 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
     if over and search.slots and len(over) < len(trials):
         under_way = sum(trial.seconds for trial in trials if not trial.is_over)
         left = max(0.0, (search.max_trials - len(over)) * sum(over) / len(over) - under_way) / search.slots
+    in_budget = [trial for trial in finished if fits(trial, search)]
     best, control = (
-        best_of((trial for trial in finished if trial.is_control == is_control), search.metric)
+        best_of((trial for trial in in_budget if trial.is_control == is_control), search.metric)
         for is_control in (False, True)
     )
     return SearchProgress(trials, best, control, left)
+
+
+def fits(trial: TrialRecord, search: SearchState) -> bool:
+    """Return True if a trial's plan is within the budget; only some controls are not."""
+    return trial.plan_bytes <= search.budget_bytes
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -113,8 +119,8 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def plan_text(trial: TrialRecord | FrontPoint) -> str:
-    """Format a trial's plan with one character per group: ``4``, ``8``, or ``F`` for 16 bits."""
-    return str(PrecisionPlan.from_dict(trial.plan))
+    """Format a trial's plan with one character per group, the letter of its format."""
+    return str(PrecisionPlan.from_dict(trial.plan, trial.cut))
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:

@@ -59,6 +59,8 @@ def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
     yield Items(tuple(item.removeprefix("- ") for item in items))
     if remark:
         yield Paragraph(remark)
+    if results.search and (controls := tables.what_instead(results.search)):
+        yield controls
     yield from tables.final_tables(results)
     yield tables.legend(results)
 
@@ -87,6 +89,8 @@ def _search(run: Snapshot) -> Iterator[Part]:
             if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
                 yield chart
     if search:
+        if not run.is_complete and (controls := tables.what_instead(search)):
+            yield controls
         yield tables.finalists(search)
         if search.front:
             yield tables.front(search)

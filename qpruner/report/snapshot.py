@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from qpruner.errors import UserError
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import PRUNED, PrecisionPlan
 from qpruner.report.claim import how_to_compare
-from qpruner.report.search_progress import best_of
+from qpruner.report.search_progress import best_of, fits
 from qpruner.runs.lock import Driver, Holder, driver_of
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import LOG, STATE, RunDir
@@ -108,7 +108,7 @@ class Snapshot:
         return how_to_compare(self.state.command) if is_finished else None
 
     @property
-    def best_plan(self) -> dict[str, int] | None:
+    def best_plan(self) -> dict[str, str] | None:
         """The winner's plan; before the search is over, the plan of the best finished trial."""
         if self.results.search:
             return self.results.search.best_plan
@@ -117,15 +117,24 @@ class Snapshot:
     @property
     def plan(self) -> PrecisionPlan | None:
         """`best_plan` as a `PrecisionPlan`, which notebooks show with one cell per group."""
-        return PrecisionPlan.from_dict(self.best_plan) if self.best_plan else None
+        return PrecisionPlan.from_dict(self.best_plan, self.best_cut) if self.best_plan else None
+
+    @property
+    def best_cut(self) -> str:
+        """The model that `best_plan` quantizes: `pruned`, or `base` for the model before pruning."""
+        if self.results.search:
+            return self.results.search.best_cut
+        return self.best_trial.cut if self.best_trial else PRUNED
 
     @property
     def best_trial(self) -> TrialRecord | None:
-        """The winner; before the search is over, the finished trial with the best last score."""
+        """The winner; before the search is over, the finished trial in the budget with the best last score."""
         if self.results.search:
             best = self.results.search.best_index
             return next((trial for trial in self.trials if trial.index == best), None)
-        return best_of((trial for trial in self.own_trials if trial.status == "finished"), self.metric)
+        finished = [trial for trial in self.own_trials if trial.status == "finished"]
+        in_budget = [trial for trial in finished if self.state.search and fits(trial, self.state.search)]
+        return best_of(in_budget, self.metric)
 
     @property
     def best_title(self) -> str:

@@ -8,7 +8,10 @@ import statistics
 from collections.abc import Sequence
 
 from qpruner.data import measures
+from qpruner.plans.plan import UNPRUNED
+from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
+from qpruner.report.instead import formats_text, instead, more_loss_text
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, Row, Speed, rows, title_of, under_first_seed
 from qpruner.report.search_progress import plan_text, score, score_name, score_title
 from qpruner.report.snapshot import Snapshot
@@ -42,7 +45,10 @@ FINAL = (
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
 FIRST_SEED = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
 ROWS = {
-    "uniform": "the pruned model, every group at the same bits.",
+    "not pruned": "the base model, not pruned: every group in the format that fits best, or the best plan by the error "
+    "of each group's formats (knapsack).",
+    "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
+    "uniform": "the pruned model, every group in the same format, or in the next larger one that it takes.",
     "seed": "the plan that a sensitivity chooses without a search, at the winner's bytes.",
     BEST_SEED: "the seed plan that was best on fresh rows.",
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
@@ -79,17 +85,20 @@ def winner(run: Snapshot) -> Table:
     row = next(row for row in rows(run.results) if row.name == SEARCHED)
     asked = [f"{name} {value}" for name, value in run.state.config["quantize"]["budget"].items() if value is not None]
     base, pruned, budget = map(_megabytes, (prune.bytes_before, prune.bytes_after, search.budget_bytes))
+    cut = "not pruned" if search.best_cut == UNPRUNED else f"{pruned} after pruning"
     size = (
-        f"{prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {pruned} after "
-        f"pruning; budget {budget} (quantize.budget: {', '.join(asked)}), adapter included"
+        f"{prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {cut}; budget "
+        f"{budget} (quantize.budget: {', '.join(asked)}), adapter included"
     )
     accuracy = f"95 % interval over questions {_interval(row.accuracy, row.accuracy_stderr)}"
-    levels = list(search.best_plan.values())
-    counts = ", ".join(f"{levels.count(level)} at {level} bits" for level in sorted(set(levels)))
     body = [
         ("size", _megabytes(row.measured_bytes), size),
         (f"test {measures.accuracy_name(run.results.evaluate.metrics)}", f"{row.accuracy:.3f}", accuracy),
-        ("plan", f"{row.mean_bits:.2f} mean bits", f"{len(levels)} groups: {counts}; from {row.origin}"),
+        (
+            "plan",
+            f"{row.mean_bits:.2f} mean bits",
+            f"{len(search.best_plan)} groups: {formats_text(search.best_plan)}; from {row.origin}",
+        ),
     ]
     return Table(f"The {run.best_title}", ("what", "figure", "about it"), body)
 
@@ -167,14 +176,16 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
 def legend(results: Results) -> Table:
     """Build the legend of the final table: its rows, its figures, and what they were measured on."""
     assert results.evaluate
-    names, text, setting = [row.name for row in rows(results)], results.evaluate.text, results.inference
-    terms = {term: meaning for term, meaning in ROWS.items() if any(term in name for name in names)} | FIGURES
+    text, setting = results.evaluate.text, results.inference
+    names = [name for row in rows(results) for name in (row.name, row.title)]
+    names += [each.title for each in instead(results.search)] if results.search else []
+    terms = {term: meaning for term, meaning in ROWS.items() if any(_is_of(term, name) for name in names)} | FIGURES
     terms["perplexity"] = (
         f"the exponential of the mean loss per token on {text}."
         if text
         else "not measured, because the confirmation rows are multiple-choice; set `evaluate.text` to a text for it."
     )
-    if len(names) > 1:
+    if len(rows(results)) > 1:
         terms["interval"] = INTERVAL
     if setting:
         terms["inference memory and tokens/s"] = (
@@ -183,6 +194,10 @@ def legend(results: Results) -> Table:
             f"are the median, in brackets minimum and maximum. The memory is the {setting.memory_counter}."
         )
     return Table("How to read the table", ("term", "meaning"), list(terms.items()), "How to read the table")
+
+
+def _is_of(term: str, name: str) -> bool:
+    return name.startswith(term) or name.endswith(f" {term}")
 
 
 def by_task(results: Results) -> Table:
@@ -269,6 +284,7 @@ def trials(run: Snapshot) -> Table:
                 trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
                 run.statuses[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
+                "not pruned" if trial.cut == UNPRUNED else "-",
                 f"{trial.mean_bits:.2f}",
                 f"{score(last, run.metric):.4f}" if last else "-",
                 f"{last.step}" if last else "-",
@@ -278,9 +294,34 @@ def trials(run: Snapshot) -> Table:
             )
         )
     title = score_title(run.state.search) if run.state.search else "score"
-    headings = ("trial", "from", "status", "MB", "mean bits", title, "step", "seconds", "plan", "reason")
-    caption = "A plan has one character per group, in model order (F is 16 bits). The score is from the last rung."
+    headings = ("trial", "from", "status", "MB", "cut", "mean bits", title, "step", "seconds", "plan", "reason")
+    used = by_size(tuple({name for trial in run.trials for name in trial.plan.values()}))
+    letters = ", ".join(f"{format_of(name).letter} is {name}" for name in used)
+    caption = f"A plan has one character per group, in model order: {letters}. The score is from the last rung."
     return Table(caption, headings, body, "Every trial", is_on_page_only=True).without_empty_columns()
+
+
+def what_instead(search: SearchRecord) -> Table | None:
+    """Build the table of the winner and of all controls, which users would try instead; None without controls."""
+    found = instead(search)
+    body = [
+        (
+            each.title,
+            f"{'not pruned, ' if each.cut == UNPRUNED else ''}{each.formats}",
+            f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
+            f"{each.loss:.4f}",
+            more_loss_text(each),
+            each.verdict or "-",
+        )
+        for each in found
+    ]
+    of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
+    caption = (
+        f"What one would do instead: the winner and every control as trials{of_steps}, on the fresh rows that "
+        "chose the winner, before any other fine-tune"
+    )
+    headings = ("row", "formats", "bytes", "selection loss", "loss minus the winner's", "verdict")
+    return Table(caption, headings, body) if len(found) > 1 else None
 
 
 def finalists(search: SearchRecord) -> Table:
@@ -334,20 +375,27 @@ def methods(measured: SensitivityRecord) -> Table:
     return Table(caption, ("method", "what", "unit", "seconds"), body)
 
 
-def groups(measured: SensitivityRecord, plan: dict[str, int]) -> Table:
-    """Build the table of groups: their bits in the plan, and the cost of fewer bits that each sensitivity predicts."""
-    rises: dict[str, Sequence[float]] = {}
-    *lower, highest = sorted({bits for method in measured.methods.values() for bits in method.values})
+def groups(measured: SensitivityRecord, plan: dict[str, str]) -> Table:
+    """Build the table of groups: their format in the plan, and the cost of formats that each sensitivity predicts."""
+    costs: dict[str, list[str]] = {}
     for name, method in measured.methods.items():
-        for bits in lower:
-            pairs = zip(method.values[bits], method.values[highest], strict=True)
-            rises[f"{name}, {bits} instead of {highest} bits"] = [low - high for low, high in pairs]
+        ordered = by_size(tuple(method.values))
+        for level in ordered[:-1]:
+            larger = [method.values[other] for other in ordered[ordered.index(level) + 1 :]]
+            costs[f"{name}, {level}"] = [
+                _cost(value, others) for value, *others in zip(method.values[level], *larger, strict=True)
+            ]
     body = [
-        (group, f"{plan[group]}", *(f"{value:.3g}" for value in values))
-        for group, *values in zip(measured.groups, *rises.values(), strict=True)
+        (group, plan.get(group, "-"), *values) for group, *values in zip(measured.groups, *costs.values(), strict=True)
     ]
-    caption = "Predicted cost of fewer bits, compared with the most bits that a group may have"
-    return Table(caption, ("group", "bits", *rises), body, "Every group")
+    caption = "Predicted cost of a format, compared with the largest format that the group may have"
+    return Table(caption, ("group", "format", *costs), body, "Every group").without_empty_columns()
+
+
+def _cost(value: float | None, larger: Sequence[float | None]) -> str:
+    """Format the rise from the largest format's value; `-` if the group has not the format, or none that is larger."""
+    known = [each for each in larger if each is not None]
+    return "-" if value is None or not known else f"{value - known[-1]:.3g}"
 
 
 def stages(run: Snapshot) -> Table:

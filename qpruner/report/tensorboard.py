@@ -158,8 +158,9 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
         "Mean bits": trial.mean_bits,
         "Status": trial.status,
         "plan": plan_text(trial),
+        "cut": trial.cut,
         "search": "this" if trial.search == search.search else "another",
-        **{f"bits {group}": bits for group, bits in trial.plan.items()},
+        **{f"format {group}": name for group, name in trial.plan.items()},
     }
 
 

@@ -5,17 +5,18 @@ The replays in `benchmarks/` call these functions too, so they choose plans as a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
 from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
 RESOLUTION = 1e-5
-"""Smallest gain of more bits, relative to the largest gain: it makes a seed plan use the whole budget."""
+"""Smallest gain of a larger format, relative to the largest gain: it makes a seed plan use the whole budget."""
 SCALE = 1e3
 """Largest gain given to the solver: `SCALE * RESOLUTION` is far above its absolute tolerance of 1e-6."""
 Point = tuple[float, float]
@@ -30,32 +31,79 @@ def seed_origin(method: str) -> str:
 def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
     """Return the plan in the budget with the smallest predicted rise of the loss, by an exact knapsack.
 
-    `values` maps bits to the predicted rise of every group, in any unit. More bits that are predicted to be worse, for
-    example because of noise, count as equal to fewer bits.
+    `values` maps formats to the predicted rise of every group, in any unit; see `knapsack_plan`.
     """
-    rises = np.array([values[bits] for bits in space.levels], dtype=float).T  # (groups, levels)
-    gains = np.maximum.accumulate(rises[:, :1] - rises, axis=1)
+    return knapsack_plan(space, list(zip(*(values[name] for name in space.levels), strict=True)))
+
+
+def knapsack_plan(space: PlanSpace, rises: Sequence[Sequence[float | None]]) -> PrecisionPlan:
+    """Return the plan in the budget with the smallest sum of `rises` ``(groups, levels)``, by an exact knapsack.
+
+    A larger format that is predicted to be worse than a smaller one of the same group, for example because of noise,
+    counts as equal to it. Only the rises of levels that a group is offered matter; None there counts as its smallest
+    format's.
+    """
+    gains = np.zeros((len(space.groups), len(space.levels)))
+    for group, (offered, rise) in enumerate(zip(space.offered, rises, strict=True)):
+        of_levels = np.array([rise[at] for at in offered], dtype=float)
+        gains[group, offered] = np.maximum.accumulate(np.nan_to_num(of_levels[0] - of_levels))
     gains *= SCALE / (gains.max() or 1.0)
-    gains += SCALE * RESOLUTION * np.arange(len(space.levels)) / (len(space.levels) - 1)
+    gains += SCALE * RESOLUTION * np.arange(len(space.levels)) / max(1, len(space.levels) - 1)
     return space.best_by_gain(gains.tolist())
+
+
+def uniform_plans(space: PlanSpace) -> dict[str, PrecisionPlan]:
+    """Map each format that all groups of blocks are offered to the plan with all of them in it, smallest first.
+
+    Embeddings and head have the largest of their formats with which the plan fits the budget; if none fits, the
+    smallest.
+    """
+    outside = [at for at, name in enumerate(space.groups) if name in (EMBEDDINGS, HEAD)]
+    inside = [offered for at, offered in enumerate(space.offered) if at not in outside]
+    common = [at for at in range(len(space.levels)) if inside and all(at in offered for offered in inside)]
+    return {space.levels[at]: _with_outside(space, at, outside) for at in common}
+
+
+def _with_outside(space: PlanSpace, level: int, outside: Sequence[int]) -> PrecisionPlan:
+    plans = []
+    for chosen in itertools.product(*(space.offered[at] for at in outside)):
+        indices = dict.fromkeys(range(len(space.groups)), level) | dict(zip(outside, chosen, strict=True))
+        plans.append(space.plan_of(indices.values()))
+    fitting = filter(space.is_feasible, reversed(plans))  # of equal bytes the last format counts as the largest
+    return max(fitting, key=space.plan_bytes, default=min(plans, key=space.plan_bytes))
+
+
+def best_uniform(space: PlanSpace) -> PrecisionPlan:
+    """Return the one of `uniform_plans` with the largest format that fits; the smallest, over budget, if none does."""
+    plans = list(uniform_plans(space).values()) or [space.smallest()]
+    return next((plan for plan in reversed(plans) if space.is_feasible(plan)), plans[0])
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
     """Return the controls inside the budget: what each sensitivity suggests without a search, and uniform plans."""
-    uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
+    uniform = [(f"uniform-{name}", plan) for name, plan in uniform_plans(space).items()]
     seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in sensitivities.items()]
     return [(origin, plan) for origin, plan in [*seeds, *uniform] if space.is_feasible(plan)]
 
 
-def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], confirm: int) -> list[int]:
-    """Return the trials to score on new rows, by position: the `confirm` lowest scores and all controls."""
-    ranked = sorted(range(len(scores)), key=lambda position: (scores[position], position))
+def finalist_positions(
+    scores: Sequence[float], are_controls: Sequence[bool], confirm: int, can_win: Sequence[bool] | None = None
+) -> list[int]:
+    """Return the trials to score on new rows, by position: the `confirm` lowest that `can_win`, and all controls."""
+    allowed = [position for position in range(len(scores)) if can_win is None or can_win[position]]
+    ranked = sorted(allowed, key=lambda position: (scores[position], position))
     return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
 
 
-def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int | None:
-    """Return the position of the lowest score on rows new to all trials; None without scores; controls win ties."""
-    return min(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at), default=None)
+def winner_position(
+    fresh: Sequence[float], are_controls: Sequence[bool], can_win: Sequence[bool] | None = None
+) -> int | None:
+    """Return the position of the lowest score on rows new to all trials; None without scores; controls win ties.
+
+    With `can_win` only those count, for example because a control over budget may not win.
+    """
+    allowed = [position for position in range(len(fresh)) if can_win is None or can_win[position]]
+    return min(allowed, key=lambda at: (fresh[at], not are_controls[at], at), default=None)
 
 
 def non_dominated(points: Sequence[Point]) -> list[int]:
@@ -90,10 +138,10 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
     likely and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) then makes all plans
     equally likely. The budget is ignored. There are fewer than `count` plans if 131072 draws do not find enough.
     """
-    if count == 0 or len(space.levels) == 1:
+    if count == 0 or all(len(offered) == 1 for offered in space.offered):
         return []
     generator = np.random.default_rng(seed)
-    sizes = np.array(space.group_bytes, dtype=float)
+    sizes = np.array(space.group_bytes, dtype=float)  # NaN where a level is not offered
     wanted, apart = space.plan_bytes(plan) - space.fixed_bytes, SAME_BYTES * space.plan_bytes(plan)
     least, most = wanted - apart, wanted + apart
     tilt = _tilt(sizes, most)
@@ -101,9 +149,11 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
     if tilt < 0:  # light plans are the most frequent ones in the range
         tilt, limit = min(_tilt(sizes, least), 0.0), least
     chances = _chances(sizes, tilt).cumsum(axis=1)
+    for group, offered in enumerate(space.offered):
+        chances[group, offered[-1] :] = np.inf
     found: dict[PrecisionPlan, None] = {}
     for _ in range(MAX_BATCHES):
-        levels = (generator.random((BATCH, len(sizes), 1)) > chances[None, :, :-1]).sum(axis=2)
+        levels = (generator.random((BATCH, len(sizes), 1)) >= chances[None, :, :-1]).sum(axis=2)
         weights = np.take_along_axis(sizes[None], levels[:, :, None], axis=2).sum(axis=(1, 2))
         kept = (weights <= most) & (weights >= least)
         kept[kept] = generator.random(int(kept.sum())) < np.exp(tilt * (weights[kept] - limit))
@@ -118,16 +168,17 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
 
 def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
     """Return the probability ``(groups, levels)`` to draw each level: ``exp(-tilt * bytes)`` over its sum per group."""
-    logits = -tilt * (sizes - sizes.min(axis=1, keepdims=True))
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    logits = -tilt * (sizes - np.nanmin(sizes, axis=1, keepdims=True))
+    weights = np.nan_to_num(np.exp(logits - np.nanmax(logits, axis=1, keepdims=True)))
     chances: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
     return chances
 
 
 def _tilt(sizes: np.ndarray, wanted: float) -> float:
     """Find by bisection, within bounds, the `tilt` of `_chances` at which the expected bytes are `wanted`."""
-    low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
+    range_ = (np.nanmax(sizes, axis=1) - np.nanmin(sizes, axis=1)).mean()
+    low, high = -50.0 / range_, 50.0 / range_
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if (_chances(sizes, middle) * sizes).sum() > wanted else (low, middle)
+        low, high = (middle, high) if np.nansum(_chances(sizes, middle) * sizes) > wanted else (low, middle)
     return float((low + high) / 2)

@@ -193,18 +193,23 @@ class Plans:
 
     def __init__(self, space: PlanSpace) -> None:
         self.space = space
-        self.bytes = torch.tensor(space.group_bytes)
+        # A level that a group is not offered has the bytes of the group's last level.
+        filled = [
+            [sizes[offered[-1]] if size is None else size for size in sizes]
+            for sizes, offered in zip(space.group_bytes, space.offered, strict=True)
+        ]
+        self.bytes = torch.tensor(filled)
+        self.is_offered = torch.tensor([[size is not None for size in sizes] for sizes in space.group_bytes])
         self.capacity = space.budget_bytes - space.fixed_bytes
-        self.smallest = self.bytes.argmin(1)
+        self.smallest = self.bytes.masked_fill(~self.is_offered, torch.iinfo(torch.int64).max).argmin(1)
         self._rows = torch.arange(len(space.groups))
 
     @cached_property
     def all(self) -> Tensor | None:
         """Enumerate the plans inside the budget; None if the space has too many plans."""
-        num_levels, num_groups = len(self.space.levels), len(self.space.groups)
-        if num_levels**num_groups > MAX_ENUMERATED:
+        if math.prod(map(len, self.space.offered)) > MAX_ENUMERATED:
             return None
-        plans = torch.tensor(list(itertools.product(range(num_levels), repeat=num_groups)))
+        plans = torch.tensor(list(itertools.product(*self.space.offered)))
         return plans[self.sizes(plans) <= self.capacity]
 
     def tensor(self, plans: Iterable[PrecisionPlan]) -> Tensor:
@@ -240,7 +245,9 @@ class Plans:
         bytes_ = self.bytes.to(torch.float64)
         steps = bytes_.sort(1).values.diff(dim=1)
         spread = (costs.amax((1, 2)) - costs.amin((1, 2))).clamp_min(1e-300)
-        low, high = torch.zeros_like(spread), 2 * spread / steps[steps > 0].min()
+        costs = costs.masked_fill(~self.is_offered, math.inf)
+        least = steps[steps > 0].min() if bool((steps > 0).any()) else 1.0
+        low, high = torch.zeros_like(spread), 2 * spread / least
         for _ in range(30):
             price = (low + high) / 2
             plans = (costs + price[:, None, None] * bytes_).argmin(2)
@@ -263,8 +270,9 @@ class Plans:
         growth = self.bytes - self.bytes[self._rows, plan][:, None]
         rise = effects - effects[self._rows, plan][:, None]
         room = self.capacity - self.sizes(plan[None])[0]
-        moves = torch.nonzero(growth != 0)
-        ups, downs = torch.nonzero(growth > 0), torch.nonzero(growth < 0)
+        others = self.is_offered & (torch.arange(growth.shape[1]) != plan[:, None])
+        moves = torch.nonzero(others)
+        ups, downs = torch.nonzero(others & (growth > 0)), torch.nonzero(others & (growth < 0))
         paid = growth[tuple(ups.T)][:, None] + growth[tuple(downs.T)] <= room
         paid &= ups[:, :1] != downs[:, 0]
         total = (rise[tuple(ups.T)][:, None] + rise[tuple(downs.T)]).masked_fill(~paid, math.inf).flatten()

@@ -10,11 +10,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qpruner.plans.plan import PlanSpace
+from qpruner.quantization.formats import format_of
 from qpruner.search.searchers import History, Observation, Prior
 
 NUM_FITTED = 100  # observations that the hyperparameters are fitted to; more cost time and change little
@@ -46,16 +46,17 @@ AMPLITUDE = (1.2, 0.4)  # prior of the size of effects at a lower rung, relative
 class PlanModel:
     """The prior over effects that a space and its sensitivities imply.
 
-    An effect is the score that a level of a group adds, compared with the highest level. Unless said otherwise it is
-    proportional to the level's `damage`: the variance of its quantization error (4^-bits), from 1 at the lowest level
-    to 0 at the highest. The covariance of the effects is a sum of these parts:
+    An effect is the score that a level of a group adds, compared with the highest level that the group is offered. It
+    is 0 for that level and for levels that the group is not offered. Unless said otherwise it is proportional to the
+    `damage`: the relative squared error of the (group, level) as measured (`PlanSpace.damage`), or 4^-bits, minus that
+    of the group's highest level; the largest is 1. The covariance of the effects is a sum of these parts:
 
-    - `size`: proportional to the bytes that the lowest level saves;
+    - `size`: proportional to the bytes that the smallest level saves;
     - `sublayer`: one effect for all groups of a kind, whose names differ in numbers only (`layers.#.qkv`);
-    - `depth`: effects that are similar for groups of a kind in neighbouring blocks, if all names have a number;
+    - `depth`: effects that are similar for groups of a kind in neighbouring blocks, where names have a number;
     - `group`: an independent effect for every group, with one variance for each kind;
     - `sensitive`: the mean of the sensitivities times an independent factor for every group;
-    - `level`: an independent effect for every level between lowest and highest;
+    - `level`: an independent effect for every level between a group's lowest and highest;
     - `methods`: one term for each sensitivity, proportional to it.
 
     `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
@@ -67,24 +68,30 @@ class PlanModel:
         num_groups, num_levels = len(space.groups), len(space.levels)
         self.num_groups, self.num_levels = num_groups, num_levels
         self.num_effects = num_groups * (num_levels - 1)
-        top = space.levels[-1]
-        error = torch.tensor([4.0**-bits - 4.0**-top for bits in space.levels[:-1]], dtype=torch.float64)
-        self._damage = error / error[0]
-        share, levels = 1.0 / num_levels, torch.eye(num_levels - 1, dtype=torch.float64)
+        lower = [set(offered[:-1]) for offered in space.offered]
+        self.is_free = torch.tensor([[at in levels for at in range(num_levels - 1)] for levels in lower])
+        """Levels ``(groups, levels - 1)`` that have an effect."""
+        shares = [1.0 / len(offered) for offered in space.offered]
+        self._shares = torch.tensor(shares, dtype=torch.float64)
         # The covariance of the features of plans drawn uniformly.
-        self._feature_covariance = torch.kron(torch.eye(num_groups, dtype=torch.float64), levels * share - share**2)
-        bytes_ = torch.tensor(space.group_bytes, dtype=torch.float64)
-        sizes = bytes_[:, -1] - bytes_[:, 0]
-        self._size_effects = self._unit(((sizes / sizes.mean())[:, None] * self._damage).reshape(-1))
+        eye, free = torch.eye(num_levels - 1, dtype=torch.float64), self.is_free.to(torch.float64)
+        drawn = [(eye * share - share**2) * torch.outer(row, row) for share, row in zip(shares, free, strict=True)]
+        self._feature_covariance = torch.block_diag(*drawn)
+        unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
+        error = self._above_reference(space.damage or unmeasured)
+        self._damage = error / error.abs().max().clamp_min(1e-300)
+        sizes = torch.tensor([_saving(row) for row in space.group_bytes], dtype=torch.float64)
+        size = sizes.mean().clamp_min(1e-300)
+        self._size_effects = self._unit(((sizes / size)[:, None] * self._damage).reshape(-1))
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
         self.mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
         self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``, except the last level."""
-        hot = (plans[:, :, None] == torch.arange(self.num_levels - 1)).to(torch.float64) - 1.0 / self.num_levels
-        return hot.reshape(len(plans), self.num_effects)
+        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``; 0 without effect."""
+        hot = (plans[:, :, None] == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[:, None]
+        return (hot * self.is_free).reshape(len(plans), self.num_effects)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the share of groups in which plans ``(n, groups)`` and ``(m, groups)`` differ, as ``(n, m)``."""
@@ -99,35 +106,59 @@ class PlanModel:
         if len(set(kinds)) == self.num_groups:
             kinds = [""] * self.num_groups
         same = torch.tensor([[a == b for b in kinds] for a in kinds], dtype=torch.float64)
-        scale = torch.outer(sizes.sqrt(), sizes.sqrt()) / sizes.mean()
+        scale = torch.outer(sizes.sqrt(), sizes.sqrt()) / sizes.mean().clamp_min(1e-300)
         eye = torch.eye(self.num_groups, dtype=torch.float64)
         by_group = {"sublayer": same * scale}
-        if all(depths) and self.num_groups > 1:
-            number = torch.tensor([float(found.group()) for found in depths if found], dtype=torch.float64)
-            reach = max(1.0, float(number.max() - number.min()) / 5)
-            by_group["depth"] = same * scale * torch.exp(-(number[:, None] - number).abs() / reach)
-        pattern = torch.outer(self._damage, self._damage)
-        parts = {name: torch.kron(part, pattern) for name, part in by_group.items()}
+        numbers = [float(found.group()) for found in depths if found]
+        if len(numbers) > 1:
+            reach = max(1.0, (max(numbers) - min(numbers)) / 5)
+            number = torch.tensor([float(found.group()) if found else 0.0 for found in depths], dtype=torch.float64)
+            numbered = torch.tensor([1.0 if found else 0.0 for found in depths], dtype=torch.float64)
+            alike = same * scale * torch.exp(-(number[:, None] - number).abs() / reach)
+            by_group["depth"] = alike * torch.outer(numbered, numbered)
+        damage = self._damage.reshape(-1)
+        pattern = torch.outer(damage, damage)
+        parts = {name: self._by_level(part) * pattern for name, part in by_group.items()}
         parts["size"] = torch.outer(self._size_effects, self._size_effects)
-        if self.num_levels > 2:
-            parts["level"] = torch.kron(eye, torch.diag((torch.arange(self.num_levels - 1) > 0).to(torch.float64)))
+        between = torch.tensor(
+            [[at in offered[1:-1] for at in range(self.num_levels - 1)] for offered in self.space.offered]
+        )
+        if bool(between.any()):
+            parts["level"] = torch.diag(between.reshape(-1).to(torch.float64))
         if self._methods:
             effects = torch.stack(self._methods)
             parts["methods"] = effects.T @ effects / len(effects)
             magnitude = effects.abs().mean(0)
-            alike = torch.kron(eye, torch.ones(self.num_levels - 1, self.num_levels - 1, dtype=torch.float64))
-            parts["sensitive"] = alike * torch.outer(magnitude, magnitude)
+            parts["sensitive"] = self._by_level(eye) * torch.outer(magnitude, magnitude)
         parts = {name: self._unit_covariance(part) for name, part in parts.items()}
-        alone = self._unit_covariance(torch.kron(eye * scale, pattern))
+        alone = self._unit_covariance(self._by_level(eye * scale) * pattern)
         for kind in dict.fromkeys(kinds):
             of_kind = torch.tensor([other == kind for other in kinds]).repeat_interleave(self.num_levels - 1)
-            parts[f"group {kind}"] = alone * of_kind
+            if bool((alone * of_kind).any()):
+                parts[f"group {kind}"] = alone * of_kind
         return parts
 
+    def _by_level(self, matrix: Tensor) -> Tensor:
+        """Repeat each entry ``(groups, groups)`` for all levels of both groups: ``(effects, effects)``."""
+        num_levels = self.num_levels - 1
+        return matrix.repeat_interleave(num_levels, 0).repeat_interleave(num_levels, 1)
+
     def _method_effects(self, prior: Prior) -> Tensor:
-        top = np.asarray(prior.get(self.space.levels[-1], np.zeros(self.num_groups)), dtype=float)
-        rises = [np.asarray(prior[bits], dtype=float) - top for bits in self.space.levels[:-1]]
-        return torch.tensor(np.stack(rises, axis=1)).reshape(-1)
+        unknown = [None] * self.num_groups
+        rows = [
+            prior.get(name, unknown) if name == self.space.levels[-1] else prior[name] for name in self.space.levels
+        ]
+        return self._above_reference(list(zip(*rows, strict=True))).reshape(-1)
+
+    def _above_reference(self, values: Sequence[Sequence[float | None]]) -> Tensor:
+        """Subtract from values ``(groups, levels)`` the one of each group's highest level; None counts as 0.
+
+        Returns ``(groups, levels - 1)``, with 0 for levels that have no effect.
+        """
+        known = torch.tensor([[value or 0.0 for value in row] for row in values], dtype=torch.float64)
+        last = torch.tensor([offered[-1] for offered in self.space.offered])
+        above = known[:, :-1] - known.gather(1, last[:, None])
+        return above.masked_fill(~self.is_free, 0.0)
 
     def _unit(self, effects: Tensor) -> Tensor:
         """Scale effects so that their sum in a random plan has variance one."""
@@ -136,6 +167,12 @@ class PlanModel:
 
     def _unit_covariance(self, part: Tensor) -> Tensor:
         return part / (part * self._feature_covariance).sum().clamp_min(1e-300)
+
+
+def _saving(sizes: Sequence[int | None]) -> float:
+    """Return the bytes that a group's smallest level saves; at least a tenth of all: levels may have equal bytes."""
+    offered = [size for size in sizes if size is not None]
+    return max(max(offered) - min(offered), max(offered) / 10) if len(offered) > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Posterior:
 
     @cached_property
     def _effects(self) -> tuple[Tensor, Tensor]:
-        """Compute mean ``(effects,)`` and covariance of what each (group, bits) adds to the score; 1 is `unit`."""
+        """Compute mean ``(effects,)`` and covariance of what each (group, level) adds to the score; 1 is `unit`."""
         to_target = self._rung_factor(self.hyper, self._ranks.new_zeros(1), self._ranks)[0]
         cross = self._covariance @ self._model.features(self._plans).T * to_target
         white = solve_triangular(self._factor, cross.T, upper=False)
@@ -204,14 +204,14 @@ class Posterior:
         seen = features * self._rung_factor(self.hyper, data.ranks, data.ranks.new_zeros(1))
         distance = self._model.mismatches(data.plans, data.plans)
         rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _rung_mean(data.ranks, data.ranks) + noise
-        stretch = torch.ones_like(mine)
+        stretch, count = torch.ones_like(mine), self._model.is_free.sum(1).clamp_min(1)
         for _ in range(NUM_STEPS):
             additive = features @ (rest + mine * stretch) @ features.T
             factor = torch.linalg.cholesky(self._shape(self.hyper, additive, distance) * rungs + apart)
             white = solve_triangular(factor, seen @ (mine * stretch), upper=False)
             mean = white.T @ solve_triangular(factor, residual[:, None], upper=False)[:, 0]
             square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
-            ratio = (square / mine.diagonal().clamp_min(1e-300)).reshape(-1, levels).mean(1)
+            ratio = (square / mine.diagonal().clamp_min(1e-300)).reshape(-1, levels).sum(1) / count
             scales = ((FREEDOM + ratio) / (FREEDOM + 1)).sqrt().repeat_interleave(levels)
             stretch = torch.outer(scales, scales)
         return torch.where(own[:, None, None], self._parts * stretch, self._parts)

@@ -1,15 +1,16 @@
 """Proposers of plans, and the ledger that turns proposals into new plans inside the budget.
 
 Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` first hands out the controls
-(plans to beat). It replaces a proposal that is over budget or known already by the nearest new feasible plan, and keeps
-the results. Suggestion k depends only on the seed, k and the results known when it is asked for.
+(plans to beat, also of another cut or over budget). It replaces a proposal that is over budget or known already by the
+nearest new feasible plan, and keeps the results. Suggestion k depends only on the seed, k and the results known when it
+is asked for.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -19,8 +20,10 @@ import numpy as np
 from qpruner.errors import UserError
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
-Prior = Mapping[int, Sequence[float]]
-"""A sensitivity: for each bit-width the predicted rise of the loss by every group, in nats or another unit."""
+Prior = Mapping[str, Sequence[float | None]]
+"""A sensitivity: for each format the predicted rise of the loss by every group, in nats or another unit.
+
+None where a group is not offered the format."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known when a plan is proposed, in order of the suggestions' indices."""
+    """All that is known of the plans of a space when one is proposed, in order of the suggestions' indices."""
 
     observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
     pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
@@ -102,8 +105,9 @@ class RandomProposer:
 
     def propose(self, index: int, history: History) -> Proposal:
         """Draw a plan."""
-        generator = np.random.default_rng([self.seed, index])
-        return Proposal(self.space.plan_of(generator.integers(len(self.space.levels), size=len(self.space.groups))))
+        offered = self.space.offered
+        drawn = np.random.default_rng([self.seed, index]).integers([len(levels) for levels in offered])
+        return Proposal(self.space.plan_of(levels[at] for levels, at in zip(offered, drawn, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class Ledger:
 
     space: PlanSpace
     proposer: Proposer
-    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan), handed out first; all inside the budget
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan), handed out first; of any cut, any size
     max_trials: int  # suggestions in all, without trials of another search
     patience: int | None = None  # the search ends after so many proposals in a row below the noise
     proposes: bool = True  # False if only the controls are run
@@ -203,25 +207,28 @@ class Ledger:
         self.ended = self.ended or reason
 
     def history(self) -> History:
-        """Return the observations and plans that the searcher learns from."""
-        known = self._observations | self._penalties()
+        """Return the observations and plans that the searcher learns from: those of its own space."""
+        observed = {key: item for key, item in self._observations.items() if item.plan in self.space}
+        known = observed | self._penalties(observed.values())
         seen = {index for index, _ in known} | self._live.keys()
-        by_index = sorted(self._known.items(), key=lambda item: item[1])
+        by_index = sorted((item for item in self._known.items() if item[0] in self.space), key=lambda item: item[1])
         return History(
             tuple(known[key] for key in sorted(known)),
             tuple(plan for plan, index in by_index if index in self._live),
             tuple(plan for plan, index in by_index if index not in seen),
         )
 
-    def _penalties(self) -> dict[tuple[int, int], Observation]:
+    def _penalties(self, observed: Collection[Observation]) -> dict[tuple[int, int], Observation]:
         """Return bad scores for the plans that cannot be trained; none before the first score."""
-        if not self._observations:
+        if not observed:
             return {}
-        step = max(step for _, step in self._observations)
-        scores = [item.score for item in self._observations.values() if item.step == step]
+        step = max(item.step for item in observed)
+        scores = [item.score for item in observed if item.step == step]
         worst, best = max(scores), min(scores)
         score = worst + ((worst - best) or abs(worst) / 100)
-        untrainable = {index: plan for index, plan in self._untrainable.items() if index not in self._live}
+        untrainable = {
+            index: plan for index, plan in self._untrainable.items() if index not in self._live and plan in self.space
+        }
         return {(index, step): Observation(index, plan, step, score) for index, plan in untrainable.items()}
 
     def _new(self) -> Suggestion | None:
@@ -241,7 +248,7 @@ class Ledger:
 
     def _proposal(self, index: int) -> Suggestion | None:
         if not self.proposes:
-            self.end("only one plan was to be tried (`search.plan`, or a single `quantize.bits`)")
+            self.end("only one plan was to be tried (`search.plan`, or a single one is possible)")
             return None
         proposal = self.proposer.propose(index, self.history())
         plan = self.space.nearest_feasible(proposal.plan, avoid=self._known)

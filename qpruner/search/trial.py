@@ -31,10 +31,10 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         with one_at_a_time:
             progress(0)
 
-    checkpoint, start = fetch(materials.checkpoint, on_read), fetch(start) if start else None
+    checkpoint, start = fetch(materials.checkpoints[job.cut], on_read), fetch(start) if start else None
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    quantize, dtype = config.quantize, config.model.dtype
-    assembler = plan_assembler(checkpoint, materials.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    bank = materials.banks[job.cut]
+    assembler = plan_assembler(checkpoint, bank, config.quantize.group, config.model.dtype, config.lora)
     peft_model = assembler.model(job.plan, config.seed, on_read)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))

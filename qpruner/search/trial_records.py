@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
+from qpruner.plans.plan import PRUNED
 from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 
@@ -46,8 +47,8 @@ Progress = Callable[[int], None]
 class Materials:
     """The folders of the run that a trial reads; their paths are the same on every node."""
 
-    checkpoint: Path  # of the pruned model and its tokenizer
-    bank: Path
+    checkpoints: Mapping[str, Path]  # cut -> its model and tokenizer
+    banks: Mapping[str, Path]  # cut -> its packed weights
     data: Path  # the encoded rows
 
 
@@ -57,7 +58,8 @@ class TrialJob:
 
     config: RunConfig
     materials: Materials
-    plan: Mapping[str, int]
+    plan: Mapping[str, str]
+    cut: str = PRUNED
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.errors import CorruptFile, TakenOver
+from qpruner.quantization.assembly import cast_adapters
 from qpruner.runs import storage
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved weights into a model's adapters; raise `CorruptFile` if they are missing or cut short."""
+    """Load saved weights into a model's adapters, in the type in which they are served.
+
+    Raise `CorruptFile` if the weights are missing or cut short.
+    """
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -106,3 +110,4 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     except (FileNotFoundError, SafetensorError) as error:
         raise CorruptFile(f"adapter {path} cannot be read: {error}", path) from error
     set_peft_model_state_dict(model, state)
+    cast_adapters(model)

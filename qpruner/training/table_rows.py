@@ -18,9 +18,17 @@ from qpruner.data.encoding import load_confirmation, load_encoded
 from qpruner.data.measures import over_tasks
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
+from qpruner.plans.plan import PRUNED
+from qpruner.quantization.assembly import cast_adapters
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
-from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
+from qpruner.training.checkpoints import (
+    Ownership,
+    keep_checkpoint,
+    latest_checkpoint,
+    load_adapter,
+    publish_adapter,
+)
 from qpruner.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -42,10 +50,11 @@ class Candidate:
     title: str
     checkpoint: Path
     bank: Path
-    plan: Mapping[str, int]
+    plan: Mapping[str, str]
     folder: Path
     seed: int | None
     origin: str = ""
+    cut: str = PRUNED
 
     @property
     def label(self) -> str:
@@ -109,6 +118,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     model = build(config, candidate)
     result, tracker_errors = _train(job, model, train, pad_id, ownership)
     peak = memory.bytes()
+    cast_adapters(model)
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
@@ -144,8 +154,8 @@ def _train(
         before_save=ownership.check,
         on_save=lambda checkpoint: keep_checkpoint(checkpoint, checkpoints, ownership),
     )
-    bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
-    about = {"row": candidate.title, "training seed": candidate.seed, **bits}
+    formats = {f"format/{group}": value for group, value in candidate.plan.items()}
+    about = {"row": candidate.title, "training seed": candidate.seed, **formats}
     work, start = storage_at(checkpoints).staging, latest_checkpoint(checkpoints)
     with tracked(job.trackers if Share.own().rank == 0 else None, candidate.label, about) as logged:
         result = finetune(
@@ -204,9 +214,8 @@ def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     """Build the row's model with its initial adapters."""
     from qpruner.quantization.assembly import plan_assembler
 
-    quantize = config.quantize
-    checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
-    assembler = plan_assembler(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    checkpoint, group, dtype = fetch(candidate.checkpoint), config.quantize.group, config.model.dtype
+    assembler = plan_assembler(checkpoint, candidate.bank, group, dtype, config.lora)
     return assembler.model(candidate.plan, config.seed)
 
 

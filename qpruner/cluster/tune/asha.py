@@ -21,8 +21,9 @@ from qpruner.search.trial_records import objective
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
-    Recorded plans outside the space are ignored. `is_cancelled` returns True for the id of a waiting trial that must
-    not start. `on_error` gets the id of a trial and the text of its error, before the searcher learns of the error.
+    Plans of another cut or over the budget, which only controls have, do not compete. `is_cancelled` returns True for
+    the id of a waiting trial that must not start. `on_error` gets the id of a trial and the text of its error, before
+    the searcher learns of the error.
     """
 
     def __init__(
@@ -48,10 +49,9 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
-            plan = PrecisionPlan.from_dict(record.plan)
-            if not space.is_feasible(plan):
+            if not space.is_feasible(PrecisionPlan.from_dict(record.plan, record.cut)):
                 continue
-            bracket.sizes[record.index] = space.plan_bytes(plan)
+            bracket.sizes[record.index] = record.plan_bytes
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
                 bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
@@ -59,7 +59,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Store how many bytes the trial's plan takes."""
         super().on_trial_add(tune_controller, trial)
-        self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
+        self._brackets[0].sizes[trial.config["trial"]] = trial.config["plan_bytes"]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""
@@ -76,18 +76,18 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial continues after a rung; those of `controls` continue until the last rung."""
+        is_last = result[self._time_attr] >= self._max_t
+        plan = params_to_plan(trial.config)
+        if not self._space.is_feasible(plan):
+            return str(TrialScheduler.STOP if is_last else TrialScheduler.CONTINUE)
         action: str = super().on_trial_result(tune_controller, trial, result)
-        if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
+        if plan in self._controls and not is_last:
             return str(TrialScheduler.CONTINUE)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a lower rung."""
         self._trial_info.pop(trial.trial_id, None)
-
-    def _plan_of(self, trial: Any) -> PrecisionPlan:
-        bits = params_to_plan(trial.config)
-        return PrecisionPlan(self._space.groups, tuple(bits[name] for name in self._space.groups))
 
 
 class _RungsBySize(AshaBracket):  # type: ignore[misc]

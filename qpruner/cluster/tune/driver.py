@@ -18,7 +18,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt
-from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, observations_of, smaller_batch
+from qpruner.cluster.tune.job import (
+    METRIC,
+    TIME,
+    LivesInDriver,
+    SearchJob,
+    observations_of,
+    plan_to_params,
+    smaller_batch,
+)
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.models.memory import kernel_kills
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
@@ -56,8 +64,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def __init__(self, job: SearchJob, ledger: Ledger, room: Callable[[], int], emit: Emit, halt: Halt) -> None:
         super().__init__(metric=METRIC, mode="min")
         self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
-        # Created once and shared, because Tune keeps the parameters of every trial to the end.
-        self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
@@ -82,15 +88,15 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return finished
         self._live[trial_id] = suggestion
         self._emit(TrialChanged(record))
-        about = {"plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
-        bits = dict(zip(self._keys, suggestion.plan.bits, strict=True))
-        return {"trial": suggestion.index, "origin": suggestion.origin, **about, **bits}
+        about = {"cut": record.cut, "plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
+        return {"trial": suggestion.index, "origin": suggestion.origin, **about, **plan_to_params(suggestion.plan)}
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
         """Read or create the record of a trial; None if another process has created it meanwhile."""
         job = self._job
         if suggestion.index in self._recorded:
             return trial_records.read_trial(job.trials, suggestion.index)
+        layout = job.layouts[suggestion.plan.cut]
         record = TrialRecord(
             index=suggestion.index,
             digest=job.digest,
@@ -98,9 +104,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             origin=suggestion.origin,
             expected_improvement=suggestion.expected_improvement,
             noise=suggestion.noise,
+            cut=suggestion.plan.cut,
             plan=suggestion.plan.as_dict(),
-            plan_bytes=job.layout.plan_bytes(suggestion.plan),
-            mean_bits=job.layout.mean_bits(suggestion.plan),
+            plan_bytes=layout.plan_bytes(suggestion.plan),
+            mean_bits=layout.mean_bits(suggestion.plan),
             status="running",
             times=(time.time(),),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ class SearchJob:
     config: RunConfig
     trial: Trial
     materials: Materials
-    layout: Layout
+    layouts: Mapping[str, Layout]  # by cut
     space: PlanSpace
-    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): uniform and seed plans within the budget
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): see `pipeline/controls.py`
     priors: Mapping[str, Prior]  # sensitivities by method
     trials: Path  # contains a folder for each trial
     scratch: Path  # for the files of Ray Tune
@@ -42,8 +43,12 @@ class SearchJob:
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the name of the control that has this plan, such as `uniform-4`; None if no control has it."""
+        """Return the name of the control that has this plan, such as `uniform-nf4`; None if no control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
+
+    def may_run(self, plan: PrecisionPlan) -> bool:
+        """Return True if the plan is a control, or a plan of the space within the budget."""
+        return self.control_of(plan) is not None or self.space.is_feasible(plan)
 
 
 class LivesInDriver:
@@ -65,9 +70,16 @@ class SearchOutcome:
     gpu_seconds: float
 
 
-def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
-    """Return the bits of each group from the parameters of a trial in Tune, whose keys are `bits/GROUP`."""
-    return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
+def plan_to_params(plan: PrecisionPlan) -> dict[str, str]:
+    """Return the parameters of a plan in Tune: `format/GROUP` for each group."""
+    # Interned to save memory, because Tune keeps the parameters of every trial to the end.
+    return {sys.intern(f"format/{group}"): name for group, name in plan.as_dict().items()}
+
+
+def params_to_plan(params: dict[str, Any]) -> PrecisionPlan:
+    """Return the plan of a trial from its parameters in Tune."""
+    formats = {key.removeprefix("format/"): name for key, name in params.items() if key.startswith("format/")}
+    return PrecisionPlan.from_dict(formats, params["cut"])
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
@@ -81,7 +93,7 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
     """Return the score of a trial at every rung that it reached."""
-    plan = PrecisionPlan.from_dict(record.plan)
+    plan = PrecisionPlan.from_dict(record.plan, record.cut)
     return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]
 
 
@@ -97,7 +109,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
-        known = (PrecisionPlan.from_dict(record.plan), record.expected_improvement, record.noise)
+        known = (PrecisionPlan.from_dict(record.plan, record.cut), record.expected_improvement, record.noise)
         suggestion = Suggestion(*known, index=record.index, origin=record.origin)
         ledger.recall(suggestion, observations_of(record, job.config), counts=job.owns(record))
         if job.owns(record) and not record.is_over:
@@ -112,10 +124,10 @@ def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
 
     A search resumes trials cut off or to be retried, and its controls that ASHA stopped in another search.
     """
-    plan = PrecisionPlan.from_dict(record.plan)
+    plan = PrecisionPlan.from_dict(record.plan, record.cut)
     control = job.control_of(plan)
     cut_off = record.status == "running" or record.should_retry
-    if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
+    if not job.may_run(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     other = {} if job.owns(record) else {record.search: record.gpu_seconds_of(record.search)}
     update = {

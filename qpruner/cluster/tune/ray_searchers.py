@@ -39,10 +39,10 @@ class HyperOptProposer:
     def __init__(self, space: PlanSpace, seed: int) -> None:
         from ray.tune.search.hyperopt import HyperOptSearch
 
-        self._names, self._seed, self._search = space.groups, seed, HyperOptSearch
-        # Strings, because hyperopt treats numbers as ranges and returns lists as tuples.
-        levels = [str(bits) for bits in space.levels]
-        self._search_space = HyperOptSearch.convert_search_space({name: tune.choice(levels) for name in self._names})
+        self._names, self._cut, self._seed, self._search = space.groups, space.cut, seed, HyperOptSearch
+        offered = [[space.levels[at] for at in levels] for levels in space.offered]
+        choices = {name: tune.choice(formats) for name, formats in zip(self._names, offered, strict=True)}
+        self._search_space = HyperOptSearch.convert_search_space(choices)
 
     def propose(self, index: int, history: History) -> Proposal:
         """Propose a plan; the same arguments give the same plan."""
@@ -52,18 +52,18 @@ class HyperOptProposer:
             metric=METRIC,
             mode="min",
             n_initial_points=INITIAL_RANDOM,
-            points_to_evaluate=[{name: str(bits) for name, bits in each.plan.as_dict().items()} for each in known]
-            or None,
+            points_to_evaluate=[each.plan.as_dict() for each in known] or None,
             random_state_seed=int(np.random.default_rng([self._seed, index]).integers(2**31)),
         )
-        bits = _suggested(search, known)
-        return Proposal(PrecisionPlan(self._names, tuple(int(bits[name]) for name in self._names)))
+        suggested = _suggested(search, known)
+        return Proposal(PrecisionPlan.from_dict({name: suggested[name] for name in self._names}, self._cut))
 
 
 class BayesOptProposer:
     """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's BayesOptSearch.
 
-    BayesOptSearch supports neither integers nor choices, so the level of a group is a float that is rounded.
+    BayesOptSearch supports neither integers nor choices, so a group's format is a float that is rounded: its position
+    among those offered. Groups without a choice are left out.
     """
 
     name = "bayesopt"
@@ -72,19 +72,22 @@ class BayesOptProposer:
         from ray.tune.search.bayesopt import BayesOptSearch
 
         self._space, self._seed, self._search = space, seed, BayesOptSearch
-        self._bounds = {name: (0.0, len(space.levels) - 1.0) for name in space.groups}
+        self._offered = dict(zip(space.groups, space.offered, strict=True))
+        self._bounds = {name: (0.0, len(levels) - 1.0) for name, levels in self._offered.items() if len(levels) > 1}
 
     def propose(self, index: int, history: History) -> Proposal:
         """Propose a plan; the same arguments give the same plan."""
         # A search with another budget may have scored the same plan, but BayesOptSearch accepts a point only once.
         scored = list({item.plan: item for item in history.last()}.values())
         known = scored if len(scored) >= INITIAL_RANDOM else []
-        points = [map(float, self._space.indices_of(item.plan)) for item in known]
+        points = [dict(zip(self._space.groups, self._space.indices_of(item.plan), strict=True)) for item in known]
         search = self._search(
             self._bounds,
             metric=METRIC,
             mode="min",
-            points_to_evaluate=[dict(zip(self._space.groups, point, strict=True)) for point in points],
+            points_to_evaluate=[
+                {name: float(self._offered[name].index(point[name])) for name in self._bounds} for point in points
+            ],
             random_state=int(np.random.default_rng([self._seed, index]).integers(2**31)),
             random_search_steps=0,
             skip_duplicate=False,
@@ -93,5 +96,7 @@ class BayesOptProposer:
         with warnings.catch_warnings():
             # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
-            levels = _suggested(search, known)
-        return Proposal(self._space.plan_of(round(levels[name]) for name in self._space.groups))
+            suggested = _suggested(search, known)
+        return Proposal(
+            self._space.plan_of(self._offered[name][round(suggested.get(name, 0))] for name in self._offered)
+        )

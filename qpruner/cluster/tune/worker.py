@@ -78,7 +78,7 @@ class _RecordedTrial:
         """Run the trial; return False if it failed but can resume, in smaller micro-batches or once storage is back."""
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
-            job = TrialJob(self._config(), self._job.materials, self._plan)
+            job = TrialJob(self._config(), self._job.materials, self._plan.as_dict(), self._plan.cut)
             self._job.trial(job, start, self._report, self._progress)
         except TakenOver:
             raise

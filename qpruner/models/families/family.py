@@ -74,6 +74,8 @@ class Family:
     model_type: str  # transformers' `config.model_type`
     decoder_layer: tuple[str, str]  # module and class of the decoder block
     blocks: str = "model.layers"  # path of the list of blocks in the model
+    embeddings: str = "model.embed_tokens"  # path of the token embeddings in the model
+    head: str = "lm_head"  # path of the layer that computes the logits
     attention: str = "self_attn"  # path of the attention module in a block
     mlp: str = "mlp"  # path of the MLP in a block; '' if its layers are children of the block
     channels_key: str = "intermediate_size"  # config key of the MLP's width

@@ -24,5 +24,9 @@ class GptNeoX(DerivedHeadFamily):
 
 
 GPT_NEOX = GptNeoX(
-    "gpt_neox", ("transformers.models.gpt_neox.modeling_gpt_neox", "GPTNeoXLayer"), "gpt_neox.layers", "attention"
+    "gpt_neox",
+    ("transformers.models.gpt_neox.modeling_gpt_neox", "GPTNeoXLayer"),
+    "gpt_neox.layers",
+    "gpt_neox.embed_in",
+    attention="attention",
 )

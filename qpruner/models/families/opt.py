@@ -28,6 +28,7 @@ OPT = Opt(
     "opt",
     ("transformers.models.opt.modeling_opt", "OPTDecoderLayer"),
     "model.decoder.layers",
+    "model.decoder.embed_tokens",
     mlp="",
     channels_key="ffn_dim",
     has_learned_positions=True,

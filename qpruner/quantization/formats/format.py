@@ -9,6 +9,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qpruner.quantization.formats.rows import row_parts
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,6 +44,14 @@ class Format:
     """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
     holds_embeddings: bool = True
     """Whether single rows of an embedding can be unpacked."""
+
+    @property
+    def ink(self) -> str:
+        """The colour of text on `colour`: black or white, whose WCAG contrast is then at least 4.5."""
+        channels = [int(self.colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
     @property
     def is_packed(self) -> bool:
@@ -106,7 +116,7 @@ class GridFormat(Format):
         return True
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose scale and zero for float32 weights ``(..., group)``, as stored: float32 ``(..., 1)`` each."""
+        """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""
         raise NotImplementedError
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -116,6 +126,10 @@ class GridFormat(Format):
         inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
         return (weight * inverse + zero).round_().clamp_(0, self.num_codes - 1)
 
+    def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Compute the weights that codes stand for once the grid is stored."""
+        return scale * (codes - zero)
+
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)`` into bytes."""
         raise NotImplementedError
@@ -124,9 +138,19 @@ class GridFormat(Format):
         """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be shorter."""
         import torch
 
-        size = self.group_size or weight.shape[1]
-        parts = [part.float() for part in weight.split(size, dim=1)]
+        parts = [self._round(weight[rows].detach().float()) for rows in row_parts(weight)]
+        return self.store(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def _round(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return codes, scales and zeros as `store` takes them."""
+        import torch
+
+        rows, columns = weight.shape
+        size = self.group_size or columns
+        whole = columns - columns % size
+        parts = [weight[:, :whole].reshape(rows, whole // size, size), weight[:, whole:].unsqueeze(1)]
+        parts = [part for part in parts if part.numel()]  # (rows, groups, group)
         grids = [self.grid(part) for part in parts]
-        codes = [self.codes(part, *grid).to(torch.uint8) for part, grid in zip(parts, grids, strict=True)]
-        scales, zeros = (torch.cat(each, dim=1) for each in zip(*grids, strict=True))
-        return self.store(torch.cat(codes, dim=1), scales, zeros)
+        codes = [self.codes(part, *grid).to(torch.uint8).flatten(1) for part, grid in zip(parts, grids, strict=True)]
+        scales, zeros = (torch.cat([each.flatten(1) for each in kind], dim=1) for kind in zip(*grids, strict=True))
+        return torch.cat(codes, dim=1), scales, zeros

@@ -1,17 +1,20 @@
 """Defines a plot as a Vega-Lite specification, with the settings and encodings that all plots share.
 
-Colours are variables of the page's style sheet (``var(--bits-4)``), so that a drawn plot follows the light, dark and
-print themes. `Chart.png` replaces them by the light theme's values.
+Colours are variables of the page's style sheet (``var(--searched)``), so that a drawn plot follows the light, dark and
+print themes. `Chart.png` replaces them by the light theme's values. Formats have one colour in all themes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
+
+from qpruner.quantization.formats import by_size, format_of
 
 Spec = dict[str, Any]
 Values = list[dict[str, Any]]
@@ -88,10 +91,9 @@ def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spe
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
 
 
-def by_bits(levels: list[int], prefix: str) -> Spec:
-    """Encode the field `bits` by the style sheet's colours `--PREFIX-4`, `--PREFIX-8` and so on."""
-    scale = {"domain": levels, "range": [f"var(--{prefix}-{bits})" for bits in levels]}
-    return {"field": "bits", "type": "ordinal", "scale": scale, "legend": None}
+def by_format(used: Iterable[str]) -> Spec:
+    """Encode the field `format` by the formats' own colours; the legend lists those in use, smallest first."""
+    return by_word("format", {name: format_of(name).colour for name in by_size(tuple(set(used)))})
 
 
 def tooltip(**fields: str) -> list[Spec]:

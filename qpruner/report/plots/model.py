@@ -1,4 +1,4 @@
-"""Plots of the model: the plan's bits beside the sensitivities, and the importance of each unit (see `UNITS`)."""
+"""Plots of the model: the plan's formats beside the sensitivities, and the importance of each unit (see `UNITS`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qpruner.report.plots.chart import Chart, Spec, Values, by_bits, quantity, tooltip
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED
+from qpruner.quantization.formats import by_size, format_of
+from qpruner.report.plots.chart import Chart, Spec, Values, by_format, quantity, tooltip
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import PruneRecord, SensitivityRecord
+from qpruner.runs.records import MethodScores, PruneRecord, SensitivityRecord
 
 if TYPE_CHECKING:
     import torch
@@ -27,20 +29,20 @@ UNITS = {
 """Kind of unit -> its title, and the fields of the record with the units kept and the number before pruning."""
 BLOCK: Spec = {"field": "block", "type": "ordinal", "axis": {"title": "block"}}
 OWN_COLORS: Spec = {"scale": {"color": "independent"}}
+LETTER: Spec = {"field": "letter", "type": "nominal"}
+IN_BLOCKS, OUTSIDE_BLOCKS = [{"filter": "datum.part != null"}], [{"filter": "datum.part == null"}]
 IMPORTANCE_FILE = "importance.npz"
 
 
-def plan_map(run: Snapshot, plan: Mapping[str, int]) -> Chart:
-    """Draw each group's bits in a plan by block and, beside them, each group's sensitivity."""
-    cells: Values = []
-    for group, bits in plan.items():
-        _, block, *part = group.split(".")  # ``layers.07.mlp`` is block 7, part mlp
-        cells.append({"block": int(block), "part": ".".join(part) or "block", "group": group, "bits": bits})
+def plan_map(run: Snapshot, plan: Mapping[str, str]) -> Chart:
+    """Draw each group's format in a plan by block and, beside them, each group's sensitivity."""
+    cells = [_cell(group) | _of_format(name) for group, name in plan.items()]
     record = run.results.prune
-    numbering = " Blocks are numbered as in the pruned model." if record and record.dropped_blocks else ""
-    maps = [_bits_map(cells)]
-    if run.sensitivity is None:
-        return Chart("winner", "Bits by layer", f"One cell per group.{numbering}", {"hconcat": maps})
+    is_renumbered = record and record.dropped_blocks and run.best_cut == PRUNED
+    numbering = " Blocks are numbered as in the pruned model." if is_renumbered else ""
+    maps = [_format_map(cells)]
+    if run.sensitivity is None or set(run.sensitivity.groups) != set(plan):
+        return Chart("winner", "Formats by layer", f"One cell per group.{numbering}", {"hconcat": maps})
     maps.append(_sensitivity_map(cells, run.sensitivity))
     methods = list(run.sensitivity.methods)
     # Mutual information comes last, because it predicts no quantization error.
@@ -48,8 +50,9 @@ def plan_map(run: Snapshot, plan: Mapping[str, int]) -> Chart:
     bind = {"input": "select", "options": methods, "name": "Sensitivity by "}
     return Chart(
         "winner",
-        "Bits and sensitivity by layer",
-        "Left: each group's bits in the plan. Right: the predicted cost of fewer bits, as a share of the largest one. "
+        "Formats and sensitivity by layer",
+        "Left: each group's format in the plan. Right: the predicted cost of a group's smallest format instead of its "
+        "largest, as a share of the largest cost. "
         "Orange groups are predicted to get worse, purple ones to get better. If none gets better, the shades begin at "
         f"the smallest cost.{numbering}",
         {"params": [{"name": "method", "value": first, "bind": bind}], "hconcat": maps, "spacing": 28},
@@ -61,54 +64,77 @@ def _panel(title: Any, width: Any, values: Values) -> Spec:
     return {"title": title, "width": width, "height": {"step": CELL_HEIGHT}, "data": {"values": values}}
 
 
-def _grid(cells: Values, is_first: bool = True) -> Spec:
-    parts = list(dict.fromkeys(cell["part"] for cell in cells))
+def _cell(group: str) -> Spec:
+    """Place a group: ``layers.07.mlp`` is in row 7, column mlp; groups outside the blocks have a row of their own."""
+    if group in (EMBEDDINGS, HEAD):
+        return {"block": group, "part": None, "group": group}
+    _, block, *part = group.split(".")
+    return {"block": str(int(block)), "part": ".".join(part) or "block", "group": group}
+
+
+def _of_format(name: str) -> Spec:
+    return {"format": name, "letter": format_of(name).letter, "ink": format_of(name).ink}
+
+
+def _grid(cells: Values, layers: Sequence[Spec], is_first: bool = True) -> Spec:
+    """Draw layers, mark and encoding, in a cell per group; a group outside the blocks fills its row."""
+    parts = list(dict.fromkeys(cell["part"] for cell in cells if cell["part"])) or ["block"]
     column = {"title": None, "orient": "top", "labelAngle": 0, "labelLimit": CELL_WIDTH - 4}
     row = {"title": "block", "titlePadding": 10} if is_first else None
-    return {
-        "x": {"field": "part", "type": "nominal", "sort": parts, "axis": column},
-        "y": {"field": "block", "type": "ordinal", "axis": row},
-    }
+    x: Spec = {"field": "part", "type": "nominal", "scale": {"domain": parts}, "axis": column}
+    order = list(dict.fromkeys(cell["block"] for cell in cells))
+    y: Spec = {"field": "block", "type": "ordinal", "scale": {"domain": order}, "axis": row}
+    drawn = []
+    for layer in layers:
+        encoding = {"y": y} | layer["encoding"]
+        drawn.append(layer | {"transform": IN_BLOCKS, "encoding": {"x": x} | encoding})
+        wide = {"x": {"value": 0}, "x2": {"value": "width"}} if layer["mark"]["type"] == "rect" else {}
+        drawn.append(layer | {"transform": OUTSIDE_BLOCKS, "encoding": wide | encoding})
+    return {"layer": drawn}
 
 
-def _bits_map(cells: Values) -> Spec:
-    levels = sorted({cell["bits"] for cell in cells})
-    cell = {"color": by_bits(levels, "bits"), "tooltip": tooltip(group="group", bits="bits")}
-    text = {"text": {"field": "bits", "type": "ordinal"}, "color": by_bits(levels, "on-bits")}
-    layers = [
-        {"mark": {"type": "rect", "stroke": "var(--page)"}, "encoding": cell},
-        {"mark": {"type": "text", "fontSize": 11}, "encoding": text},
+def _format_map(cells: Values) -> Spec:
+    used = [cell["format"] for cell in cells]
+    color = {"color": by_format(used), "tooltip": tooltip(group="group", format="format")}
+    layers: list[Spec] = [
+        {"mark": {"type": "rect", "stroke": "var(--page)"}, "encoding": color},
+        {"mark": {"type": "text", "fontSize": 11, "color": {"expr": "datum.ink"}}, "encoding": {"text": LETTER}},
     ]
-    of_map = {"encoding": _grid(cells), "resolve": OWN_COLORS, "layer": layers}
-    return _panel(["bits", ""], {"step": CELL_WIDTH}, cells) | of_map
+    return _panel(["formats", ""], {"step": CELL_WIDTH}, cells) | _grid(cells, layers)
 
 
 def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:
-    """Draw the cost of fewer bits that one method predicts for each group; the page's reader selects the method."""
-    places = {cell["group"]: {"block": cell["block"], "part": cell["part"]} for cell in cells}
+    """Draw the cost that one method predicts for each group's smallest format; the page's reader selects the method."""
     values: Values = []
     for name, method in record.methods.items():
-        lowest, *_, highest = sorted(method.values)
-        found = [low - high for low, high in zip(method.values[lowest], method.values[highest], strict=True)]
-        for group, rise, share in zip(record.groups, found, shades(found), strict=True):
+        costs = {group: cost for group, cost in zip(record.groups, costs_of(method), strict=True) if cost is not None}
+        for (group, rise), share in zip(costs.items(), shades(list(costs.values())), strict=True):
             figures = {"rise": float(f"{rise:.4g}"), "share": round(share, 3), "strength": round(abs(share), 3)}
-            values.append(places[group] | {"group": group, "method": name, "unit": method.unit} | figures)
+            values.append(_cell(group) | {"method": name, "unit": method.unit} | figures)
     shade = {"condition": {"test": "datum.share < 0", "value": "var(--below-zero)"}, "value": "var(--control)"}
     opacity = {"field": "strength", "type": "quantitative", "scale": None, "legend": None}
     details = tooltip(group="group", method="method", rise="predicted rise|.3g", unit="unit")
-    encoding = _grid(cells, is_first=False) | {"color": shade, "fillOpacity": opacity, "tooltip": details}
-    return _panel({"text": {"expr": "['sensitivity by', method]"}}, {"step": CELL_WIDTH}, values) | {
-        "transform": [{"filter": "datum.method == method"}],
-        "mark": {"type": "rect", "stroke": "var(--line)"},
-        "encoding": encoding,
-    }
+    encoding = {"color": shade, "fillOpacity": opacity, "tooltip": details}
+    layers = [{"mark": {"type": "rect", "stroke": "var(--line)"}, "encoding": encoding}]
+    title = {"text": {"expr": "['sensitivity by', method]"}}
+    of_map = {"transform": [{"filter": "datum.method == method"}]} | _grid(cells, layers, is_first=False)
+    return _panel(title, {"step": CELL_WIDTH}, values) | of_map
+
+
+def costs_of(method: MethodScores) -> list[float | None]:
+    """Return for each group the predicted cost of its smallest format instead of its largest; None if it has one."""
+    ordered = [method.values[name] for name in by_size(tuple(method.values))]
+    found = ([value for value in of_group if value is not None] for of_group in zip(*ordered, strict=True))
+    return [values[0] - values[-1] if len(values) > 1 else None for values in found]
 
 
 def shades(rises: Sequence[float]) -> list[float]:
-    """Turn the rises in loss that a method predicts for fewer bits into shades: shares of the largest magnitude.
+    """Turn the rises in loss that a method predicts into shades: shares of the largest magnitude.
 
     If no rise is negative, shades go from 0 (smallest) to 1 instead, so that nearly equal rises do not all look dark.
     """
+    if not rises:
+        return []
     least, largest = min(rises), max(map(abs, rises))
     if least < 0 or least == max(rises):
         return [rise / (largest or 1.0) for rise in rises]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.report import search_progress
+from qpruner.report.instead import formats_text
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.search_progress import cost, plan_text, score, score_title
 from qpruner.runs.records import SearchState, TrialRecord
@@ -59,6 +60,7 @@ class Shown:
             "origin": trial.origin,
             "kind": kind_of(trial),
             "plan": plan_text(trial),
+            "formats": formats_text(trial.plan),
             "megabytes": trial.plan_bytes / 1e6,
             "mean_bits": trial.mean_bits,
             "score": score(trial.rungs[-1], self.search.metric),
@@ -99,8 +101,9 @@ def front(shown: Shown) -> Chart | None:
     return Chart(
         "pareto",
         "Score against size",
-        "Every trial by its plan's bytes and its last score. The step line joins the finished trials that no trial of "
-        "fewer or equal bytes beats. A cross is a trial that was stopped early, so its score is after fewer steps."
+        "Every trial by its plan's bytes and its last score; controls may exceed the budget. The step line joins the "
+        "finished trials that no trial of fewer or equal bytes beats. A cross is a trial that was stopped early: its "
+        "score is after fewer steps."
         f"{shown.remarks}",
         {"height": 340, "data": {"values": points}, "layer": layers},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
@@ -129,7 +132,9 @@ def best_so_far(shown: Shown) -> Chart | None:
 
 def _best_line(shown: Shown, kind: str) -> Values:
     over = [trial for trial in shown.trials if trial.is_over]  # a stopped trial leaves the best score as it is
-    curve = search_progress.best_so_far(over, shown.search.metric, lambda trial: kind_of(trial) == kind)
+    curve = search_progress.best_so_far(
+        over, shown.search.metric, lambda trial: kind_of(trial) == kind and search_progress.fits(trial, shown.search)
+    )
     found = zip(over, curve, strict=True)
     return [{"trial": trial.index, "kind": kind, "score": value} for trial, value in found if value is not None]
 
@@ -152,7 +157,9 @@ def _points(shown: Shown, points: Values, place: Spec) -> list[Spec]:
     there = {point["kind"] for point in points}
     color, shape = ({kind: each for kind, each in found.items() if kind in there} for found in (COLORS, SHAPES))
     figures = {"megabytes": "MB|.2f", "mean_bits": "mean bits|.2f", "score": f"{shown.score_title}|.4f"}
-    details = tooltip(trial="trial", origin="from", kind="kind", plan="plan", **figures, step="at step")
+    details = tooltip(
+        trial="trial", origin="from", kind="kind", plan="plan", formats="formats", **figures, step="at step"
+    )
     kinds = {"color": by_word("kind", color), "shape": by_word("kind", shape), "tooltip": details}
     marks: list[Spec] = [{"mark": {"type": "point", "filled": True, "size": 60}, "encoding": place | kinds}]
     if any(point["best"] for point in points):

@@ -15,6 +15,7 @@ from qpruner.runs.records.base import StandardError as StandardError
 from qpruner.runs.records.base import digest_of as digest_of
 from qpruner.runs.records.base import flat as flat
 from qpruner.runs.records.search import GIVEN as GIVEN
+from qpruner.runs.records.search import PAPER as PAPER
 from qpruner.runs.records.search import Begun as Begun
 from qpruner.runs.records.search import Confirmation as Confirmation
 from qpruner.runs.records.search import FinalistScore as FinalistScore
@@ -88,19 +89,22 @@ class MethodScores(Recorded):
 
     unit: str
     source: str
-    values: dict[int, tuple[float, ...]]
-    """Bits -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 at 16 bits."""
+    values: dict[str, tuple[float | None, ...]]
+    """Format -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 in bf16.
+
+    None if the group does not take the format.
+    """
     seconds: float
     details: dict[str, Any]
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row per group, in the order of `SensitivityRecord.groups`."""
-        names = [f"at {bits} bits" for bits in self.values]
+        names = [f"in {name}" for name in self.values]
         return [dict(zip(names, of_group, strict=True)) for of_group in zip(*self.values.values(), strict=True)]
 
 
 class SensitivityRecord(Record):
-    """How much each group of layers damages the model at fewer bits, by every requested method."""
+    """How much each group of layers damages the model in each format, by every requested method."""
 
     groups: tuple[str, ...]
     methods: dict[str, MethodScores]
@@ -115,23 +119,25 @@ class SensitivityRecord(Record):
 
 
 class BankRecord(Record):
-    """The packed weights and initial adapters of every group at every bit-width."""
+    """The packed weights and initial adapters of every group in every format."""
 
     files: dict[str, str]
     """File name -> sha256."""
     bytes: int
     residual_ratio: dict[str, dict[str, float]]
-    """Bits -> group -> Frobenius norm of W - Q - BA, divided by that of W - Q."""
+    """Format -> group -> Frobenius norm of W - Q - BA, divided by that of W - Q."""
+    error: dict[str, dict[str, float]] = {}
+    """Format -> group -> squared Frobenius norm of W - Q - BA, divided by that of W."""
     group_bytes: dict[str, dict[str, int]] = {}
-    """Bits -> group -> bytes of the packed weights, for all bit-widths of the search."""
+    """Format -> group -> bytes of the packed weights, for all formats of the search."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row per group."""
         rows: dict[str, dict[str, Any]] = {}
-        for field in ("group_bytes", "residual_ratio"):
-            for bits, by_group in getattr(self, field).items():
+        for field in ("group_bytes", "residual_ratio", "error"):
+            for name, by_group in getattr(self, field).items():
                 for group, value in by_group.items():
-                    rows.setdefault(group, {"group": group})[f"{field} at {bits} bits"] = value
+                    rows.setdefault(group, {"group": group})[f"{field} in {name}"] = value
         return list(rows.values())
 
 
@@ -142,7 +148,8 @@ class CandidateRecord(Record):
     origin: str
     """Source of the plan, such as a searcher and its trial, or a sensitivity."""
     seed: int
-    plan: dict[str, int]
+    cut: str = "pruned"
+    plan: dict[str, str]
     plan_bytes: int
     """Bytes of the whole quantized model with its adapter, computed from the plan."""
     measured_bytes: int

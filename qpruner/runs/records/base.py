@@ -36,12 +36,12 @@ class Recorded(BaseModel):
     """Name of the field whose items are the rows of the table; if empty, the record is the only row."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """Return rows of column -> value; a mapping has a column `FIELD.KEY` for each key, a plan `bits of GROUP`."""
+        """Return rows of column -> value; a mapping has a column `FIELD.KEY` for each key, a plan `format of GROUP`."""
         if self.listed:
             return [row for item in getattr(self, self.listed) for row in item.table_rows()]
         fields = self.model_dump()
         plan = fields.pop("plan", {})
-        return [flat(fields) | {f"bits of {group}": bits for group, bits in plan.items()}]
+        return [flat(fields) | {f"format of {group}": name for group, name in plan.items()}]
 
 
 class Record(Recorded):

@@ -20,6 +20,10 @@ class RungResult(Recorded):
 
 GIVEN = "given"
 """Origin of a plan that the user gave in place of a search."""
+PAPER = "paper"
+"""Origin of the plan that the paper's flow gives at the same bytes."""
+CONTROLS = ("uniform-", "seed-", "unpruned-")
+"""Beginnings of the origins of all other controls: one format, from a sensitivity, of the model before pruning."""
 
 
 class Begun(Recorded):
@@ -43,12 +47,15 @@ class TrialRecord(Recorded):
     search: str
     """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
     origin: str
-    """Name of the searcher, or of a control (see `is_control`): `uniform-4`, `seed-mutual-information`, ..."""
+    """Name of the searcher, or of a control (see `is_control`): `uniform-nf4`, `seed-mutual-information`, ..."""
     expected_improvement: float | None = None
     """Expected improvement of the score over the best plan known at the time, if the searcher has a model."""
     noise: float | None = None
     """Standard deviation of a repeated score, as estimated by the model of the searcher."""
-    plan: dict[str, int]
+    cut: str = "pruned"
+    """Name of the model that the plan quantizes: `pruned`, or `base` for the model before pruning."""
+    plan: dict[str, str]
+    """Group -> name of its format."""
     plan_bytes: int
     mean_bits: float
     status: Literal["running", "finished", "stopped", "failed"]
@@ -114,8 +121,8 @@ class TrialRecord(Recorded):
 
     @property
     def is_control(self) -> bool:
-        """Whether no searcher proposed the plan: it is uniform, derived from a sensitivity, or given by the user."""
-        return self.is_given or self.origin.startswith(("uniform-", "seed-"))
+        """Whether no searcher proposed the plan: it is one that users would try instead, or that they gave."""
+        return self.is_given or self.origin == PAPER or self.origin.startswith(CONTROLS)
 
     @property
     def plan_failed(self) -> bool:
@@ -190,6 +197,11 @@ class Confirmation(FinalistScore):
     control: bool
     reused: bool
     """Whether another search ran the trial."""
+    cut: str = "pruned"
+    plan: dict[str, str]
+    plan_bytes: int
+    fits: bool = True
+    """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
 
 
 class FrontPoint(FreshScore):
@@ -197,7 +209,8 @@ class FrontPoint(FreshScore):
 
     index: int
     origin: str
-    plan: dict[str, int]
+    cut: str = "pruned"
+    plan: dict[str, str]
     plan_bytes: int
 
 
@@ -211,6 +224,8 @@ class SearchRecord(Record):
     metrics: dict[str, str] = {}
     """Task -> lm-eval metric; `accuracy` is the mean of these."""
     budget_bytes: int
+    steps: int = 0
+    """Training steps of a finished trial."""
     num_trials: int
     """Number of trials, except those reused from another search."""
     num_finished: int
@@ -230,7 +245,8 @@ class SearchRecord(Record):
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
-    best_plan: dict[str, int]
+    best_cut: str = "pruned"
+    best_plan: dict[str, str]
     best_control: int | None
     """Index of the best control on fresh rows; None if no control finished."""
     control_won: bool

@@ -1,0 +1,179 @@
+"""Compare formats and roundings on one model: bytes, loss after equal fine-tunes, seconds, on the rows of a configuration.
+
+    .venv/bin/python benchmarks/formats.py tune_configs/demo_smollm2_cpu.yaml --steps 8 --out runs/formats \
+        bf16 nf4 q4_0 q4_0+q8_0 w3 w3:gptq best:100e6:q4_0,q5_0,q8_0
+
+The model is not pruned. A row is `FORMAT` for all blocks, `FORMAT+FORMAT` with a format for the embeddings, either with
+`:gptq` for calibrated rounding; `best:BYTES:FORMATS` is the knapsack over these formats, for blocks and embeddings, by
+the errors of the weights. Losses are those of the configuration's validation rows and of its confirmation rows that
+judge, adapters rounded to 16 bits as they are saved. One bank is built in OUT and used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
+from qpruner.data.calibration import Samples
+from qpruner.data.encoding import load_confirmation, load_encoded
+from qpruner.data.losses import mean_loss
+from qpruner.models.layout import layout_of
+from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
+from qpruner.pipeline.run import run
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, PlanSpace, PrecisionPlan
+from qpruner.pruning.grams import gather
+from qpruner.quantization.assembly import PlanAssembler, cast_adapters
+from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, build_group, entry_file, read_index, write_grams
+from qpruner.quantization.formats import format_of, formats
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import write_json
+from qpruner.search.choice import seed_plan
+from qpruner.training.finetune import Listener, Schedule, finetune
+
+
+class Rows:
+    """The prepared base model and rows of a configuration, and banks for nearest and calibrated rounding."""
+
+    def __init__(self, config: RunConfig, out: Path) -> None:
+        self.config, self.out = config, out
+        self.prepared = RunDir(config.output)
+        results = run(config, lambda event: None, until="prepare")
+        assert results.prepare is not None
+        self.model = self.prepared.base_model(results.prepare)
+        self.data = self.prepared.stage("prepare") / "data"
+        names = tuple(formats())
+        wide = tuple(name for name in names if format_of(name).holds_embeddings)
+        quantize = config.quantize.model_copy(update={"formats": names, "bits": None, "embeddings": wide})
+        self.layout = layout_of(checkpoint_config(self.model), quantize, 2, config.lora.rank, torch.cuda.is_available())
+
+    def plan(self, row: str) -> PrecisionPlan:
+        """Return the plan of a row."""
+        name, _, rest = row.partition(":")
+        if name == "best":
+            size, _, named = rest.removesuffix(":gptq").partition(":")
+            return self._best(int(float(size)), tuple(named.split(",")), "gptq" if row.endswith(":gptq") else "nearest")
+        block, _, table = name.partition("+")
+        tables = {EMBEDDINGS: table or "bf16", HEAD: table or "bf16"}
+        return PrecisionPlan.from_dict({group.name: tables.get(group.name, block) for group in self.layout.groups})
+
+    def _best(self, size: int, names: tuple[str, ...], rounding: str) -> PrecisionPlan:
+        offered = [replace(each, formats=tuple(n for n in each.formats if n in names)) for each in self.layout.groups]
+        layout = replace(self.layout, groups=tuple(offered))
+        bank = self.bank(rounding, {each.name: each.formats for each in offered})
+        index = read_index(bank)
+        rises = {
+            level: [
+                each.num_weights * index.files[str(entry_file(Path(), each.name, level))].error
+                if level in each.formats and format_of(level).is_packed
+                else 0.0
+                for each in offered
+            ]
+            for level in layout.levels
+        }
+        return seed_plan(rises, PlanSpace.of(layout, size))
+
+    def bank(self, rounding: str, wanted: dict[str, tuple[str, ...]]) -> Path:
+        """Build what a bank lacks of the wanted entries, and return its folder."""
+        bank = self.out / f"bank-{rounding}"
+        bank.mkdir(parents=True, exist_ok=True)
+        files = read_index(bank).files if (bank / INDEX).exists() else {}
+        grams = bank / "grams"
+        if rounding == "gptq" and not grams.exists():
+            grams.mkdir()
+            self._gather(grams)
+        of_group = {each.name: tuple(linear.name for linear in each.linears) for each in self.layout.groups}
+        for name, levels in wanted.items():
+            packed = (level for level in levels if format_of(level).is_packed)
+            left = tuple(level for level in packed if str(entry_file(Path(), name, level)) not in files)
+            if not left:
+                continue
+            lora = None if name in (EMBEDDINGS, HEAD) else self.config.lora
+            job = GroupJob(name, of_group[name], left, self.model, bank, self.config.model.dtype, lora, 0)
+            if rounding == "gptq" and lora:
+                job = replace(job, grams=grams / f"{_block(of_group[name][0])}.safetensors")
+            files |= build_group(job)
+            write_json(bank / INDEX, BankIndex(digest="benchmark", files=files))
+        write_json(bank / INDEX, BankIndex(digest="benchmark", files=files))
+        return bank
+
+    def _gather(self, folder: Path) -> None:
+        model = load_dense(str(self.model), self.config.model.dtype)
+        pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
+        samples = Samples(list(load_encoded(self.data / "importance")), pad_id, self.config.calibration.batch_size)
+        for grams in gather(model, self.config.quantize.group, samples):
+            write_grams(folder / f"{_block(next(iter(grams))[0])}.safetensors", grams)
+
+    def measure(self, row: str, steps: int, seed: int) -> dict[str, Any]:
+        """Fine-tune and score one row."""
+        config, plan = self.config, self.plan(row)
+        rounding = "gptq" if row.endswith(":gptq") else "nearest"
+        bank = self.bank(rounding, {group: (level,) for group, level in plan.as_dict().items()})
+        started = time.monotonic()
+        assembler = PlanAssembler(self.model, bank, config.quantize.group, config.model.dtype, config.lora)
+        model = assembler.model(plan.as_dict(), config.seed)
+        start_seconds = time.monotonic() - started
+        pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
+        train, validation = (load_encoded(self.data / name) for name in ("train", "validation"))
+        fresh = load_confirmation(self.data, "judge")
+        before = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as work:
+            schedule = Schedule(steps, rungs=(steps,))
+            listener = Listener(on_rung=lambda step, checkpoint, loss: None)
+            finetune(model, train, config.training, schedule, Path(work), seed, pad_id, listener=listener)
+        seconds = time.monotonic() - started
+        cast_adapters(model)
+        return {
+            "row": row,
+            "plan": str(plan),
+            "bytes": self.layout.plan_bytes(plan),
+            "steps": steps,
+            "seed": seed,
+            "before": before,
+            "validation": mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean,
+            "confirmation": mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean,
+            "start_seconds": start_seconds,
+            "seconds": seconds,
+        }
+
+
+def _block(path: str) -> str:
+    parts = path.split(".")
+    return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    run_folder = f"output={args.out / 'run'}"
+    rows = Rows(load_config(args.config, [run_folder, "prune.rate=0"]), args.out)
+    print("| row | MB | steps | seed | before | validation | confirmation | start s | fine-tune s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    with (args.out / "rows.jsonl").open("a") as lines:
+        for row in args.rows:
+            for steps in args.steps:
+                for seed in args.seeds:
+                    found = rows.measure(row, steps, seed)
+                    lines.write(json.dumps(found) + "\n")
+                    lines.flush()
+                    losses = " | ".join(f"{found[name]:.3f}" for name in ("before", "validation", "confirmation"))
+                    size, times = found["bytes"] / 1e6, f"{found['start_seconds']:.1f} | {found['seconds']:.1f}"
+                    print(f"| {row} | {size:.1f} | {steps} | {seed} | {losses} | {times} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

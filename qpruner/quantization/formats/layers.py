@@ -1,0 +1,169 @@
+"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each backward pass.
+
+Only the packed weight is saved for the backward pass. bitsandbytes' 8-bit layers also keep their input, out of reach of
+gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from qpruner.quantization.formats.format import Format
+
+PIECE = {"cpu": 1 << 21, "other": 1 << 24}
+"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache.
+
+On a core, training steps of 4096 x 4096 at 1024 tokens take 1.6 times as long with the whole weight as with 2^21
+weights at a time, and 1.3 times with 2^18 (bfloat16, medians, 2026-12).
+"""
+widens_bfloat16 = False
+"""Whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it."""
+
+
+class _Packed(torch.nn.Module):
+    """A layer with a packed weight, uint8 ``(rows, row bytes)``, and the type in which the model computes."""
+
+    format: Format
+    compute_dtype: torch.dtype
+    weight: torch.Tensor
+
+    def _hold(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        self.format, self.compute_dtype = layer_format, dtype
+        row_bytes = layer_format.packed_bytes(1, columns, 0)
+        self.weight = torch.nn.Parameter(torch.empty(rows, row_bytes, dtype=torch.uint8), requires_grad=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # A change of the model's type leaves the packed weight as it is.
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format.name}"
+
+
+class PackedLinear(_Packed, torch.nn.Linear):
+    """A linear layer with a packed weight, that computes in the type of its input.
+
+    peft gives it the adapter of a plain `nn.Linear`, in the type `compute_dtype`.
+    """
+
+    def __init__(self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype) -> None:
+        self._hold(layer_format, rows, columns, dtype)
+        self.in_features, self.out_features = columns, rows
+        bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if has_bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Compute ``input @ weight.T + bias``."""
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        product: torch.Tensor = _Product.apply(input, self.weight, bias, self.unpacked)  # type: ignore[no-untyped-call]
+        return product
+
+    def unpacked(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Unpack rows of the weight."""
+        return self.format.unpack({"weight": weight}, self.in_features, dtype)
+
+
+class ScaledEmbedding(torch.nn.Embedding):
+    """An embedding whose rows are multiplied by `scalar_embed_scale`, as transformers' class for Gemma does."""
+
+    scalar_embed_scale: float | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look rows up."""
+        return self._scaled(super().forward(input))
+
+    def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.scalar_embed_scale is None:
+            return rows
+        return rows * float(torch.tensor(self.scalar_embed_scale, dtype=rows.dtype, device="cpu"))
+
+
+class PackedEmbedding(_Packed, ScaledEmbedding):
+    """An embedding with a packed weight, of which it unpacks the rows that are looked up."""
+
+    def __init__(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self._hold(layer_format, rows, columns, dtype)
+        self.num_embeddings, self.embedding_dim = rows, columns
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look rows up, in `compute_dtype`."""
+        rows = self.weight.index_select(0, input.reshape(-1))
+        unpacked = self.format.unpack({"weight": rows}, self.embedding_dim, self.compute_dtype)
+        return self._scaled(unpacked.view(*input.shape, self.embedding_dim))
+
+
+def packed_module(layer_format: Format, module: torch.nn.Module, dtype: torch.dtype) -> PackedLinear | PackedEmbedding:
+    """Build a layer of the size of a linear layer or embedding, with empty packed weights."""
+    if isinstance(module, torch.nn.Linear):
+        columns, rows = module.in_features, module.out_features
+        return PackedLinear(layer_format, columns, rows, module.bias is not None, dtype)
+    assert isinstance(module, torch.nn.Embedding), type(module)
+    embedding = PackedEmbedding(layer_format, module.num_embeddings, module.embedding_dim, dtype)
+    embedding.scalar_embed_scale = getattr(module, "scalar_embed_scale", None)
+    return embedding
+
+
+Unpack = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+
+
+class _Product(torch.autograd.Function):
+    """Multiply ``x (..., columns)`` by a packed weight, piece by piece."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, unpack: Unpack
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.unpack, ctx.columns = unpack, x.shape[-1]
+        flat = _wide(x.reshape(-1, x.shape[-1]))
+        out = x.new_empty(flat.shape[0], len(packed))
+        for rows, weight in _pieces(packed, flat.dtype, ctx.columns, unpack):
+            part = None if bias is None else bias[rows].to(flat.dtype)
+            if len(weight) == len(packed):
+                out = torch.nn.functional.linear(flat, weight, part).to(x.dtype)
+            else:
+                out[:, rows] = torch.nn.functional.linear(flat, weight, part)
+        return out.view(*x.shape[:-1], len(packed))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        (packed,) = ctx.saved_tensors
+        flat = _wide(grad.reshape(-1, len(packed)))
+        total: torch.Tensor | None = None
+        for rows, weight in _pieces(packed, flat.dtype, ctx.columns, ctx.unpack):
+            if len(weight) == len(packed):
+                total = flat @ weight
+            elif total is None:
+                total = (flat[:, rows] @ weight).float()
+            elif flat.dtype == torch.float32:
+                total.addmm_(flat[:, rows], weight)
+            else:
+                total += flat[:, rows] @ weight
+        assert total is not None
+        return total.to(grad.dtype).view(*grad.shape[:-1], ctx.columns), None, None, None
+
+
+def _pieces(
+    packed: torch.Tensor, dtype: torch.dtype, columns: int, unpack: Unpack
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Unpack a few rows at a time, about equally many."""
+    most = max(1, PIECE.get(packed.device.type, PIECE["other"]) // columns)
+    size = -(-len(packed) // -(-len(packed) // most))
+    for start in range(0, len(packed), size):
+        yield slice(start, start + size), unpack(packed[start : start + size], dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 else x

@@ -1,0 +1,118 @@
+"""Compares the winner of a search with the controls: what users would do instead, as trials of equally many steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qpruner.data.measures import Z_95
+from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.quantization.formats import by_size
+from qpruner.report.results import SEARCHED, title_of
+from qpruner.report.statistics import SAME, paired_losses
+from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.wording import counted
+
+
+@dataclass(frozen=True)
+class Instead:
+    """The winner of a search or a control, as a trial of `SearchRecord.steps` steps scored on fresh rows.
+
+    `name` is its origin, which `title` puts into words, `trial` its number, `cut` `pruned` or `base` (not pruned), and
+    `formats` says how many groups have which format. `fits` is False if `plan_bytes` exceed the budget. `loss` is in
+    nats per token. `more_loss` is by how much it exceeds the winner's, and `half_width` half of the 95 % interval,
+    paired by row. `verdict` is `better` or `worse` if the interval excludes zero; null for the winner.
+    """
+
+    name: str
+    title: str
+    trial: int
+    cut: str
+    formats: str
+    plan_bytes: int
+    fits: bool
+    loss: float
+    more_loss: float | None
+    half_width: float | None
+    num_rows: int
+    verdict: str | None
+
+
+def instead(search: SearchRecord) -> list[Instead]:
+    """List the winner, then the controls in the budget, then those that exceed it; controls with less loss first."""
+    best = next(each for each in search.confirmations if each.index == search.best_index)
+    controls = [each for each in search.confirmations if each.control and each != best]
+    controls.sort(key=lambda each: (not each.fits, each.loss, each.index))
+    return [_compared(each, best, search) for each in (best, *controls)]
+
+
+def best_control(search: SearchRecord) -> Instead | None:
+    """Return the best control in the budget that is not the winner; None without one."""
+    return next((each for each in instead(search)[1:] if each.fits), None)
+
+
+def best_control_text(search: SearchRecord) -> str:
+    """State how the winner compares, as a trial, with the best control in the budget; empty without controls."""
+    winner, *controls = instead(search)
+    if not controls:
+        return ""
+    rival = best_control(search)
+    after = f" after {counted(search.steps, 'step')}" if search.steps else ""
+    if rival is None:
+        nearest = min(controls, key=lambda each: each.plan_bytes)
+        return f"No other control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
+    verdict = {"better": "worse than", "worse": "better than"}.get(rival.verdict or "", f"{SAME} from")
+    which = "the best other " if search.control_won else "the best "
+    assert rival.more_loss is not None
+    return (
+        f"On the search's fresh rows{after} the winner is {verdict} {which}control in the budget, {rival.title} "
+        f"({_megabytes(rival)}, {rival.formats}): loss {winner.loss:.4f} instead of {rival.loss:.4f}, "
+        f"{-rival.more_loss:+.4f} nats ({_interval(rival, sign=-1)})."
+    )
+
+
+def more_loss_text(each: Instead) -> str:
+    """Format by how much a loss exceeds the winner's, with its interval; `-` for the winner."""
+    return "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({_interval(each)})"
+
+
+def formats_text(plan: Mapping[str, str]) -> str:
+    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one format."""
+    counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
+    of_blocks = list(counts) if len(counts) == 1 else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
+    return ", ".join([*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)])
+
+
+def _compared(each: Confirmation, best: Confirmation, search: SearchRecord) -> Instead:
+    is_best = each == best
+    apart = None if is_best else paired_losses(each, best)
+    more = None if is_best else apart.mean if apart else each.loss - best.loss
+    half_width, verdict = Z_95 * apart.stderr if apart else None, None if is_best else SAME
+    if more is not None and half_width and abs(more) > half_width:
+        verdict = "better" if more < 0 else "worse"
+    return Instead(
+        name=each.origin,
+        title=title_of(SEARCHED if is_best else each.origin, search),
+        trial=each.index,
+        cut=each.cut,
+        formats=formats_text(each.plan),
+        plan_bytes=each.plan_bytes,
+        fits=each.fits,
+        loss=each.loss,
+        more_loss=more,
+        half_width=half_width,
+        num_rows=len(each.losses),
+        verdict=verdict,
+    )
+
+
+def _interval(each: Instead, sign: int = 1) -> str:
+    if each.half_width is None or each.more_loss is None:
+        return "no interval"
+    ends = sorted(sign * (each.more_loss + side * each.half_width) for side in (-1, 1))
+    return f"95 % interval {ends[0]:+.4f} to {ends[1]:+.4f}, paired over {counted(each.num_rows, 'row')}"
+
+
+def _megabytes(each: Instead) -> str:
+    return f"{each.plan_bytes / 1e6:.1f} MB"
