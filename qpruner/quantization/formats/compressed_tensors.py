@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qpruner.quantization.formats.format import Capability, GridFormat
+from qpruner.quantization.formats.rows import read_as, row_parts
 
 if TYPE_CHECKING:
     import torch
 
     from qpruner.quantization.formats.format import Tensors
 
-CHUNK = 2**18  # weights unpacked at a time on a CPU, so that they stay in its cache
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))
 """Scales tried by `*_hqq`, relative to the one that spans a group's range."""
 STEPS = 5  # half-quadratic steps from the best of these
@@ -75,26 +75,24 @@ class Packed(GridFormat):
         return {"weight": torch.cat([_to_bits(codes, self.width, words), halves, zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute ``scale * (code - zero)``, some rows at a time on a CPU.
+        """Compute ``scale * (code - zero)``.
 
-        A code less a zero and a bfloat16 are exact in float32, so bfloat16 weights are rounded once, as in vLLM.
+        In bfloat16 the difference is exact, so that the product is rounded once, as in vLLM.
         """
         import torch
 
-        packed = tensors["weight"]
-        codes, scales, zeros = (part.contiguous() for part in packed.split(self._row_bytes(columns), dim=1))
-        scale = scales.view(torch.bfloat16).to(dtype).unsqueeze(2)
+        codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
+        scale = read_as(scales, torch.bfloat16).to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(2)
         zero = _from_bits(zeros, self.width, scale.shape[1]).unsqueeze(2)
-        weight = torch.empty(len(packed), columns, dtype=dtype, device=packed.device)
-        size = max(1, CHUNK // columns if packed.device.type == "cpu" else len(packed))
-        signed = torch.int8 if self.width < 8 else torch.int16
-        for part, scale_of, zero_of, into in zip(
-            *(each.split(size) for each in (codes, scale, zero, weight)), strict=True
-        ):
-            grouped = _from_bits(part, self.width, columns).unflatten(1, (zero_of.shape[1], -1))
-            differences = grouped - zero_of if self.width < 8 else grouped.to(signed) - zero_of
-            into.copy_(differences.view(signed).flatten(1))  # below 0 they wrapped around in uint8
-            into.unflatten(1, (zero_of.shape[1], -1)).mul_(scale_of)
+        weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
+        grouped = weight.view(len(codes), scale.shape[1], columns // scale.shape[1])
+        for rows in row_parts(weight):
+            code = _from_bits(codes[rows], self.width, columns).view_as(grouped[rows])
+            if self.width == 8:
+                code = code.to(torch.int16)
+            difference = code - zero[rows]  # below 0 it wraps around in uint8
+            difference = difference.view(torch.int8) if self.width < 8 else difference
+            grouped[rows].copy_(difference).mul_(scale[rows])
         return weight
 
     def parts(self, tensors: Tensors, columns: int) -> Tensors:
@@ -102,12 +100,12 @@ class Packed(GridFormat):
         import torch
 
         packed = tensors["weight"]
-        codes, scales, zeros = (part.contiguous() for part in packed.split(self._row_bytes(columns), dim=1))
+        codes, scales, zeros = torch.split(packed, self._row_bytes(columns), dim=1)
         zero = _from_bits(zeros, self.width, scales.shape[1] // 2).T.contiguous()
         zero_words = _to_bits(zero, self.width, 4 * math.ceil(len(packed) * self.width / 32))
         return {
-            "weight_packed": codes.view(torch.int32),
-            "weight_scale": scales.view(torch.bfloat16),
+            "weight_packed": read_as(codes, torch.int32),
+            "weight_scale": read_as(scales, torch.bfloat16),
             "weight_zero_point": zero_words.view(torch.int32).T.contiguous(),
             "weight_shape": torch.tensor([len(packed), columns]),
         }
@@ -179,47 +177,43 @@ def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
     """Pack uint8 codes ``(rows, columns)`` of some bits each, lowest bits first, into `num_bytes` bytes a row."""
     import torch
 
-    if width == 8:
-        fields = codes.unsqueeze(2)
-    else:  # eight codes take as many bytes as one has bits
-        eights = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.int64)
-        field = (eights << torch.arange(0, 8 * width, width, device=codes.device)).sum(dim=2, keepdim=True)
-        fields = (field >> torch.arange(0, 8 * width, 8, device=codes.device)).to(torch.uint8)
-    packed = fields.flatten(1)
-    return torch.nn.functional.pad(packed, (0, num_bytes - packed.shape[1]))
+    eights = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+    eights = eights.view(len(codes), eights.shape[1] // 8, 8)
+    field = eights[..., 0].to(torch.int64)  # eight codes take as many bytes as one has bits
+    for index in range(1, 8):
+        field |= eights[..., index].to(torch.int64) << index * width
+    packed = field.unsqueeze(2).view(torch.uint8)[..., :width].flatten(1)
+    return torch.nn.functional.pad(packed[:, :num_bytes], (0, max(0, num_bytes - packed.shape[1])))
 
 
 def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
     """Unpack bytes ``(rows, bytes)`` into uint8 codes ``(rows, columns)``.
 
-    Eight codes are spread over eight bytes at once: halves of the field move apart, then quarters, then single codes.
+    Eight codes are spread over eight bytes at once: halves of their bits move apart, then quarters, then single codes.
     """
     import torch
 
     if width == 8:
-        return packed[:, :columns]
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width)).unflatten(1, (-1, width))
-    bytes_of_field = 2 if width == 2 else 4
-    padded = torch.nn.functional.pad(padded, (0, bytes_of_field - width))
-    fields = padded.flatten(1).view(torch.int16 if width == 2 else torch.int32).to(torch.int64)
-    apart = torch.empty_like(fields)
+        return packed[:, :columns].contiguous()
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
+    eights = padded.view(len(padded), padded.shape[1] // width, width)
+    field = torch.nn.functional.pad(eights, (0, width % 2)).view(torch.int16 if width == 2 else torch.int32)
+    field = field.squeeze(2).to(torch.int64).bitwise_and_((1 << 8 * width) - 1)  # not the sign's copies
     for lane in (32, 16, 8):
-        mask = sum(((1 << lane * width // 8) - 1) << at for at in range(0, 64, lane))
-        if lane == 32:
-            fields.bitwise_and_((1 << 8 * width) - 1)  # the sign of a word filled the upper half
-        torch.bitwise_left_shift(fields, lane - lane * width // 8, out=apart)
-        fields.bitwise_or_(apart).bitwise_and_(mask)
-    return fields.view(torch.uint8)[:, :columns]
+        bits = lane * width // 8
+        mask = sum(((1 << bits) - 1) << start for start in range(0, 64, lane))
+        field |= field << (lane - bits)
+        field &= mask
+    return field.view(torch.uint8)[:, :columns]
 
 
-_W2, _W3, _W4, _W8 = ({"bits": bits, "num_codes": 2**bits} for bits in (2, 3, 4, 8))
-W2 = Packed(name="w2", letter="2", colour="#e4f4e0", group_size=64, **_W2)
-W2_G32 = Packed(name="w2_g32", letter="i", colour="#d5edcf", group_size=32, **_W2)
-W2_HQQ = Packed(name="w2_hqq", letter="p", colour="#dcf1d8", group_size=64, half_quadratic=True, **_W2)
-W3 = Packed(name="w3", letter="3", colour="#b9e0b1", group_size=64, **_W3)
-W3_G32 = Packed(name="w3_g32", letter="j", colour="#9fd396", group_size=32, **_W3)
-W3_HQQ = Packed(name="w3_hqq", letter="q", colour="#acdaa4", group_size=64, half_quadratic=True, **_W3)
-W4 = Packed(name="w4", letter="w", colour="#7bc178", group_size=64, **_W4)
-W4_G32 = Packed(name="w4_g32", letter="k", colour="#5eaf62", group_size=32, **_W4)
-W4_HQQ = Packed(name="w4_hqq", letter="r", colour="#6db86d", group_size=64, half_quadratic=True, **_W4)
-W8 = Packed(name="w8", letter="W", colour="#1f7a3d", group_size=64, **_W8)
+W2 = Packed(name="w2", letter="2", colour="#efedf5", group_size=64, bits=2, num_codes=4)
+W2_G32 = Packed(name="w2_g32", letter="i", colour="#d5d3e8", group_size=32, bits=2, num_codes=4)
+W2_HQQ = Packed(name="w2_hqq", letter="p", colour="#e4e1ef", group_size=64, half_quadratic=True, bits=2, num_codes=4)
+W3 = Packed(name="w3", letter="3", colour="#c6c3e0", group_size=64, bits=3, num_codes=8)
+W3_G32 = Packed(name="w3_g32", letter="j", colour="#a8a3cf", group_size=32, bits=3, num_codes=8)
+W3_HQQ = Packed(name="w3_hqq", letter="q", colour="#b6b2d7", group_size=64, half_quadratic=True, bits=3, num_codes=8)
+W4 = Packed(name="w4", letter="w", colour="#958fc3", group_size=64, bits=4, num_codes=16)
+W4_G32 = Packed(name="w4_g32", letter="k", colour="#756bb1", group_size=32, bits=4, num_codes=16)
+W4_HQQ = Packed(name="w4_hqq", letter="r", colour="#857cba", group_size=64, half_quadratic=True, bits=4, num_codes=16)
+W8 = Packed(name="w8", letter="W", colour="#4a1486", group_size=64, bits=8, num_codes=256)
