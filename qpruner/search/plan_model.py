@@ -80,9 +80,9 @@ class PlanModel:
         unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
         error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)
-        offered_bytes = [[size for size in sizes if size is not None] for sizes in space.group_bytes]
-        sizes = torch.tensor([max(each) - min(each) for each in offered_bytes], dtype=torch.float64)
-        self._size_effects = self._unit(((sizes / sizes.mean().clamp_min(1e-300))[:, None] * self._damage).reshape(-1))
+        sizes = torch.tensor([_saving(row) for row in space.group_bytes], dtype=torch.float64)
+        size = sizes.mean().clamp_min(1e-300)
+        self._size_effects = self._unit(((sizes / size)[:, None] * self._damage).reshape(-1))
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
         self.mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
@@ -106,7 +106,7 @@ class PlanModel:
         if len(set(kinds)) == self.num_groups:
             kinds = [""] * self.num_groups
         same = torch.tensor([[a == b for b in kinds] for a in kinds], dtype=torch.float64)
-        scale = torch.outer(sizes.sqrt(), sizes.sqrt()) / sizes.mean()
+        scale = torch.outer(sizes.sqrt(), sizes.sqrt()) / sizes.mean().clamp_min(1e-300)
         eye = torch.eye(self.num_groups, dtype=torch.float64)
         by_group = {"sublayer": same * scale}
         numbers = [float(found.group()) for found in depths if found]
@@ -167,6 +167,12 @@ class PlanModel:
 
     def _unit_covariance(self, part: Tensor) -> Tensor:
         return part / (part * self._feature_covariance).sum().clamp_min(1e-300)
+
+
+def _saving(sizes: Sequence[int | None]) -> float:
+    """Return the bytes that a group's smallest level saves; at least a tenth of all: levels may have equal bytes."""
+    offered = [size for size in sizes if size is not None]
+    return max(max(offered) - min(offered), max(offered) / 10) if len(offered) > 1 else 0.0
 
 
 @dataclass(frozen=True)

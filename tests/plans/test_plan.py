@@ -1,80 +1,83 @@
-"""Sizes of plans and the search for plans in a budget: models must not exceed the budget."""
+"""Sizes of plans and the best plans in a budget, which models must not exceed; also with formats of groups' own."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from qpruner.errors import SolverFailed
+from qpruner.errors import PlanRefused, SolverFailed
 from qpruner.plans import plan as plan_module
-from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan, packed_bytes
-from qpruner.quantization.mixed import pack
+from qpruner.plans.plan import UNPRUNED, Group, Layout, LinearShape, PlanSpace, PrecisionPlan, read_plan
+from qpruner.quantization.formats import format_of
 
-SHAPES = [(77, 64), (1, 1), (3, 5), (129, 130), (256, 1024)]
-NOT_WEIGHTS = ("quant_state", "weight_format")
-"""Names of the JSON blob and the one-byte layout tag of bitsandbytes, which do not count as weights."""
+LEVELS = ("nf4", "int8")
 
 
-def layout_of(shapes: list[tuple[int, int]], rest: int = 1000, double_quant: bool = False) -> Layout:
+def layout_of(
+    shapes: list[tuple[int, int]], rest: int = 1000, levels: tuple[str, ...] = LEVELS, cut: str = "pruned"
+) -> Layout:
     groups = tuple(
-        Group(f"layers.{index}", (LinearShape(f"model.layers.{index}", *shape),)) for index, shape in enumerate(shapes)
+        Group(f"layers.{index}", (LinearShape(f"model.layers.{index}", *shape),), levels)
+        for index, shape in enumerate(shapes)
     )
     return Layout(
         groups=groups,
         ungrouped_bytes=rest,
         adapter_bytes=rest // 2,
         element_bytes=2,
-        double_quant=double_quant,
         num_parameters=rest + sum(group.num_weights for group in groups),
+        cut=cut,
     )
 
 
-def random_layout(generator: np.random.Generator, num_groups: int) -> Layout:
-    return layout_of([(int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))])
+def random_layout(generator: np.random.Generator, num_groups: int, levels: tuple[str, ...] = LEVELS) -> Layout:
+    shapes = [(int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))]
+    return layout_of(shapes, levels=levels)
+
+
+def mixed_layout(generator: np.random.Generator) -> Layout:
+    """Embeddings of two formats, a head of one, blocks of one, two or three."""
+    offered = [("int8", "bf16"), LEVELS, ("nf4", "int8", "bf16"), ("nf4",), ("nf4", "bf16"), LEVELS, ("bf16",)]
+    layout = random_layout(generator, len(offered))
+    groups = [replace(group, formats=formats) for group, formats in zip(layout.groups, offered, strict=True)]
+    return replace(
+        layout, groups=(replace(groups[0], name="embeddings"), *groups[1:-1], replace(groups[-1], name="head"))
+    )
 
 
 def all_plans(space: PlanSpace) -> list[PrecisionPlan]:
-    return [PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=len(space.groups))]
+    return [space.plan_of(indices) for indices in itertools.product(*space.offered)]
 
 
-def space_of(layout: Layout, levels: tuple[int, ...], share: float) -> PlanSpace:
+def space_of(layout: Layout, share: float) -> PlanSpace:
     """Make the plan space for a budget between the smallest (share 0) and the largest plan (share 1)."""
-    lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
-    return PlanSpace.of(layout, levels, lowest + int(share * (highest - lowest)))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("bits", "double_quant"), [(4, False), (4, True), (8, False)])
-def test_packed_bytes_equals_the_size_of_the_tensors(shape: tuple[int, int], bits: int, double_quant: bool) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(torch.bfloat16)
-    packed = pack(weight, bits, double_quant)
-    measured = sum(tensor.nbytes for name, tensor in packed.items() if not any(part in name for part in NOT_WEIGHTS))
-    assert packed_bytes(LinearShape("layer", *shape), bits, 2, double_quant) == measured
+    lowest, highest = layout.plan_bytes(layout.smallest()), layout.plan_bytes(layout.largest())
+    return PlanSpace.of(layout, lowest + int(share * (highest - lowest)))
 
 
 def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
     layout = layout_of([(77, 64), (96, 77)], rest=12345)
-    plan = PrecisionPlan(("layers.0", "layers.1"), (4, 8))
-    first = packed_bytes(LinearShape("a", 77, 64), 4, 2, False)
-    second = packed_bytes(LinearShape("b", 96, 77), 8, 2, False)
+    plan = PrecisionPlan(("layers.0", "layers.1"), ("nf4", "int8"))
+    first, second = format_of("nf4").packed_bytes(77, 64, 2), format_of("int8").packed_bytes(96, 77, 2)
     assert layout.plan_bytes(plan) == first + second + 12345 + 6172
     weights = 77 * 64 + 96 * 77
     assert layout.mean_bits(plan) == pytest.approx((77 * 64 * 4 + 96 * 77 * 8) / weights)
 
 
-@pytest.mark.parametrize("levels", [(4, 8), (4, 16), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize("levels", [LEVELS, ("nf4", "bf16"), ("nf4", "int8", "bf16"), ()], ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_the_knapsack_finds_the_best_plan(levels: tuple[int, ...], seed: int) -> None:
+def test_the_knapsack_finds_the_best_plan(levels: tuple[str, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
-    layout = random_layout(generator, 7 if len(levels) == 2 else 5)
-    space = space_of(layout, levels, float(generator.uniform(0.05, 0.95)))
-    gains = generator.normal(size=(len(layout.groups), len(levels)))
+    layout = random_layout(generator, 7 if len(levels) == 2 else 5, levels) if levels else mixed_layout(generator)
+    space = space_of(layout, float(generator.uniform(0.05, 0.95)))
+    gains = generator.normal(size=(len(layout.groups), len(space.levels)))
 
     def total(plan: PrecisionPlan) -> float:
-        return sum(gains[group][levels.index(bits)] for group, bits in enumerate(plan.bits))
+        return sum(gains[group][at] for group, at in enumerate(space.indices_of(plan)))
 
     found = space.best_by_gain(gains.tolist())
     assert layout.plan_bytes(found) <= space.budget_bytes
@@ -89,42 +92,42 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
     """
     generator = np.random.default_rng(seed)
     layout = layout_of([(64, int(columns)) for columns in generator.integers(2, 40, 56) * 8])
-    space, gains = space_of(layout, (4, 8), 0.47), generator.uniform(0.95, 1.05, 56)
+    space, gains = space_of(layout, 0.47), generator.uniform(0.95, 1.05, 56)
     found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
-    room, best = space.budget_bytes - layout.plan_bytes(layout.uniform(4)), {0: 0.0}
-    for low, high, gain in zip(layout.group_bytes(4), layout.group_bytes(8), gains, strict=True):
+    room, best = space.budget_bytes - layout.plan_bytes(layout.uniform("nf4")), {0: 0.0}
+    for low, high, gain in zip(layout.group_bytes("nf4"), layout.group_bytes("int8"), gains, strict=True):
         for used, value in sorted(best.items(), reverse=True):
             weight = used + high - low
             if weight <= room and value + gain > best.get(weight, -np.inf):
                 best[weight] = value + float(gain)
     assert layout.plan_bytes(found) <= space.budget_bytes
-    total = sum(gain for gain, bits in zip(gains, found.bits, strict=True) if bits == 8)
+    total = sum(gain for gain, bits in zip(gains, found.formats, strict=True) if bits == "int8")
     assert total == pytest.approx(max(best.values()), abs=1e-9)
 
 
 def test_a_plan_one_byte_over_the_budget_is_rejected() -> None:
     """One byte of gigabytes is far below the tolerance of the solver, but still exceeds the budget."""
     layout = layout_of([(4096, 11008)] * 12, rest=2**30)
-    highest = layout.uniform(8)
-    space = PlanSpace.of(layout, (4, 8), layout.plan_bytes(highest) - 1)
+    highest = layout.uniform("int8")
+    space = PlanSpace.of(layout, layout.plan_bytes(highest) - 1)
     for found in (space.best_by_gain([[0.0, 1.0]] * 12), space.nearest_feasible(highest)):
-        assert found is not None and sorted(found.bits) == [4] + [8] * 11
+        assert found is not None and sorted(str(found)) == ["4"] + ["8"] * 11
 
 
 def test_a_plan_of_exactly_the_budget_is_found() -> None:
     """All other plans exceed the budget by a billionth, which HiGHS accepts, and with a margin no plan is left."""
     half = 500_000_000
     groups = tuple(f"layers.{index}" for index in range(3))
-    space = PlanSpace(groups, (4, 8), ((half, half + 1),) * 3, fixed_bytes=7, budget_bytes=3 * half + 7)
-    assert space.best_by_gain([[0.0, 1.0]] * 3) == space.uniform(4)
-    assert space.nearest_feasible(space.uniform(8)) == space.uniform(4)
-    assert space.nearest_feasible(space.uniform(8), avoid=[space.uniform(4)]) is None
+    space = PlanSpace(groups, ("nf4", "int8"), ((half, half + 1),) * 3, fixed_bytes=7, budget_bytes=3 * half + 7)
+    assert space.best_by_gain([[0.0, 1.0]] * 3) == space.uniform("nf4")
+    assert space.nearest_feasible(space.uniform("int8")) == space.uniform("nf4")
+    assert space.nearest_feasible(space.uniform("int8"), avoid=[space.uniform("nf4")]) is None
 
 
 def test_a_solver_that_finds_only_plans_over_budget_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "MAX_EXCLUDED", 1)
     sizes = ((500_000_000, 500_000_001),) * 3
-    space = PlanSpace(tuple("abc"), (4, 8), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
+    space = PlanSpace(tuple("abc"), ("nf4", "int8"), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
     with pytest.raises(SolverFailed, match=r"budget .*\(1 of them\): raise `quantize.budget` .*`quantize.group`"):
         space.best_by_gain([[0.0, 1.0]] * 3)
 
@@ -132,49 +135,119 @@ def test_a_solver_that_finds_only_plans_over_budget_is_an_error(monkeypatch: pyt
 def test_a_solver_that_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SOLVER_SECONDS", 0.0)
     layout = layout_of([(64 * (3 + index), 77 + index) for index in range(40)])
-    space = space_of(layout, (4, 8), 0.5)
+    space = space_of(layout, 0.5)
     gains = [[0.0, 1.0 + index / 7] for index in range(40)]
-    for ask in (lambda: space.best_by_gain(gains), lambda: space.nearest_feasible(layout.uniform(8))):
+    for ask in (lambda: space.best_by_gain(gains), lambda: space.nearest_feasible(layout.uniform("int8"))):
         with pytest.raises(SolverFailed, match=r"HiGHS .* ended with status 1 .*limit of 0 s.*`quantize.group`"):
             ask()
 
 
 def test_no_plan_below_the_lowest_levels() -> None:
     layout = layout_of([(64, 64), (77, 64)])
-    space = PlanSpace.of(layout, (4, 8), layout.plan_bytes(layout.uniform(4)) - 1)
+    space = PlanSpace.of(layout, layout.plan_bytes(layout.uniform("nf4")) - 1)
     with pytest.raises(ValueError, match="no plan fits"):
         space.best_by_gain([[0.0, 1.0]] * 2)
-    assert space.nearest_feasible(layout.uniform(8)) is None
+    assert space.nearest_feasible(layout.uniform("int8")) is None
 
 
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize("levels", [LEVELS, ("nf4", "int8", "bf16"), ()], ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[int, ...], seed: int) -> None:
+def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[str, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
-    layout = random_layout(generator, 5)
-    space = space_of(layout, levels, float(generator.uniform(0.2, 0.8)))
-    plans = all_plans(space)
+    layout = random_layout(generator, 5, levels) if levels else mixed_layout(generator)
+    space = space_of(layout, float(generator.uniform(0.2, 0.8)))
+    plans = [space.plan_of(each) for each in itertools.product(range(len(space.levels)), repeat=len(space.groups))]
     feasible = list(filter(space.is_feasible, plans))
+    assert set(feasible) == set(filter(space.is_feasible, all_plans(space)))
 
     def agreement(plan: PrecisionPlan) -> int:
-        return sum(bits == other for bits, other in zip(plan.bits, wanted.bits, strict=True))
+        return sum(bits == other for bits, other in zip(plan.formats, wanted.formats, strict=True))
 
     for _ in range(5):
         wanted = plans[generator.integers(len(plans))]
         known = {feasible[index] for index in generator.integers(len(feasible), size=len(feasible) // 2)}
-        found = space.nearest_feasible(wanted, avoid=known)
+        found = space.nearest_feasible(wanted, avoid=[*known, replace(wanted, cut=UNPRUNED)])
         candidates = [plan for plan in feasible if plan not in known]
         assert found is not None and found in candidates
         best = max(candidates, key=lambda plan: (agreement(plan), layout.plan_bytes(plan)))
         assert (agreement(found), layout.plan_bytes(found)) == (agreement(best), layout.plan_bytes(best))
 
 
-@pytest.mark.parametrize("bits", [(4, 8, 16), (8,), (4,) * 40], ids=str)
-def test_a_plan_round_trips_through_a_dict(bits: tuple[int, ...]) -> None:
-    plan = PrecisionPlan(tuple(f"layers.{index:02d}.mlp" for index in range(len(bits))), bits)
+@pytest.mark.parametrize("text", ["48F", "8", "4" * 40])
+def test_a_plan_round_trips_through_a_dict(text: str) -> None:
+    formats = tuple({"4": "nf4", "8": "int8", "F": "bf16"}[letter] for letter in text)
+    plan = PrecisionPlan(tuple(f"layers.{index:02d}.mlp" for index in range(len(text))), formats)
     assert PrecisionPlan.from_dict(plan.as_dict()) == plan
     assert hash(PrecisionPlan.from_dict(plan.as_dict())) == hash(plan)
-    assert str(plan) == "".join({4: "4", 8: "8", 16: "F"}[value] for value in bits)
+    assert PrecisionPlan.from_dict(plan.as_dict(), UNPRUNED) != plan
+    assert str(plan) == text
+
+
+def test_a_plan_in_a_notebook_can_be_read() -> None:
+    """Letters are black on light colours and white on dark ones; names cannot break out of the page."""
+    plan = PrecisionPlan(("a", "b", '"><script>'), ("nf4", "int8", "bf16"))
+    page = plan._repr_html_()
+    assert [part[:4] for part in page.split(";color:")[1:]] == ["#000", "#fff", "#fff"]
+    assert "a: nf4" in page and "<script>" not in page
+
+
+# ---- groups with formats of their own
+
+
+def test_a_uniform_plan_takes_the_next_larger_format() -> None:
+    layout = mixed_layout(np.random.default_rng(0))
+    space = space_of(layout, 1.0)
+    for name, text in (("nf4", "844444F"), ("int8", "8884F8F"), ("bf16", "F8F4F8F")):
+        assert str(layout.uniform(name)) == str(space.uniform(name)) == text
+    assert str(layout.smallest()) == str(space.smallest()) == "844444F"
+    assert str(layout.largest()) == "F8F4F8F"
+    assert str(layout.dense()) == "FFFFFFF" and layout.dense() not in space
+    assert layout.plan_bytes(layout.dense()) - 1500 == 2 * sum(group.num_weights for group in layout.groups)
+    assert layout.levels == space.levels == ("nf4", "int8", "bf16")
+    assert layout.group_bytes("nf4")[0] is None and space.group_bytes[0][0] is None
+
+
+def test_a_plan_of_another_cut_is_outside_the_space() -> None:
+    pruned, base = layout_of([(64, 64)] * 2), layout_of([(64, 80)] * 2, cut=UNPRUNED)
+    space, plan = space_of(pruned, 1.0), base.uniform("nf4")
+    assert plan.cut == UNPRUNED and space_of(base, 1.0).is_feasible(plan)
+    assert plan not in space and not space.is_feasible(plan) and space.uniform("nf4") in space
+    with pytest.raises(ValueError, match="of the cut base is not in the space of the cut pruned"):
+        space.plan_bytes(plan)
+
+
+def test_measured_errors_become_the_damage_of_a_space() -> None:
+    layout = mixed_layout(np.random.default_rng(0))
+    names = [group.name for group in layout.groups]
+    error = {
+        name: {group: size + at / 100 for at, group in enumerate(names)} for name, size in (("nf4", 1), ("int8", 0))
+    }
+    damage = PlanSpace.of(layout, 10**9, error).damage
+    assert damage[0] == (None, 0.0, 0.0) and damage[2] == (1.02, 0.02, 0.0) and damage[-1] == (None, None, 0.0)
+    assert PlanSpace.of(layout, 10**9).damage == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("embeddings: 8", "1 of 2 groups are missing: layers.0"),
+        ("{embeddings: nf4, layers.0: nf4}", r"`embeddings` must be int8 \(`quantize.embeddings`\), got 'nf4'"),
+        ("{embeddings: 8, layers.0: 16}", r"`layers.0` must be one of nf4, int8 \(`quantize.formats`\), got 16"),
+        ("{embeddings: 8, layers.0: true}", "got True"),
+        ("{embeddings: 8, layers.0: '4'}", "got '4'"),
+        ("{embeddings: 8, layers.0: [nf4]}", r"got \['nf4'\]"),
+        ("{embeddings: 8, layers.1: 4}", "did you mean `layers.0`"),
+        ("[4, 8]", "must map every group to its format, got list"),
+    ],
+)
+def test_a_plan_file_that_does_not_fit_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    offered = {"embeddings": ("int8",), "layers.0": LEVELS}
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(PlanRefused, match=said):
+        read_plan(file, offered)
+    file.write_text('{"plan": {"layers.0": 4, "embeddings": "int8"}}')
+    assert read_plan(file, offered, UNPRUNED) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"), UNPRUNED)
 
 
 def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
@@ -187,3 +260,5 @@ def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) 
     print("ours")
     library.fflush(None)
     assert capfd.readouterr().out == "ours\n"
+    file.write_text("layers.0: nf4")
+    assert str(read_plan(file, offered)) == "84", "a group without a choice need not be named"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,24 +20,49 @@ from qpruner.search.trial_records import Materials
 
 MINE, ANOTHER = "a" * 16, "b" * 16
 """Digests of searches."""
-GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
-LAYOUT = Layout(GROUPS, 1000, 300, 2, double_quant=False, num_parameters=10**5)
+LETTERS = {"4": "nf4", "8": "int8", "F": "bf16"}
+BITS = {"nf4": 4, "int8": 8, "bf16": 16}
+GROUPS = tuple(
+    Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),), ("nf4", "int8")) for index in range(6)
+)
+LAYOUT = Layout(GROUPS, 1000, 300, 2, num_parameters=10**5)
 
 
 def plan_of(text: str) -> PrecisionPlan:
-    return PrecisionPlan(tuple(group.name for group in GROUPS), tuple(map(int, text)))
+    return PrecisionPlan(tuple(group.name for group in GROUPS), tuple(LETTERS[letter] for letter in text))
 
 
 SEED_PLAN = "884444"
-CONTROLS = [("uniform-4", plan_of("444444")), ("seed-kl", plan_of(SEED_PLAN))]
+CONTROLS = [("uniform-nf4", plan_of("444444")), ("seed-kl", plan_of(SEED_PLAN))]
 
 
-def space_of(names: Sequence[str], levels: tuple[int, ...] = (4, 8), share: float = 0.5, seed: int = 0) -> PlanSpace:
+def space_of(
+    names: Sequence[str], levels: tuple[str, ...] = ("nf4", "int8"), share: float = 0.5, seed: int = 0
+) -> PlanSpace:
     """Groups of unlike sizes, and a budget at this share of the way from the smallest plan to the largest."""
     weights = np.random.default_rng(seed).integers(50, 200, len(names))
-    group_bytes = tuple(tuple(int(weight) * bits for bits in levels) for weight in weights)
+    group_bytes = tuple(tuple(int(weight) * BITS[name] for name in levels) for weight in weights)
     lowest, highest = (sum(sizes[at] for sizes in group_bytes) for at in (0, -1))
     return PlanSpace(tuple(names), levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest)))
+
+
+def masked_space(share: float = 0.5, levels: tuple[str, ...] = ("nf4", "int8", "bf16")) -> PlanSpace:
+    """Embeddings without the first level, blocks without the last, a tied group of one level, and a budget."""
+    names = ("embeddings", *blocks(6), "odd")
+    sizes = np.random.default_rng(3).integers(50, 200, len(names))
+    refused = {"embeddings": levels[:1], "odd": (levels[0], levels[-1])}
+    group_bytes = tuple(
+        tuple(None if level in refused.get(name, levels[-1:]) else int(size) * BITS[level] for level in levels)
+        for name, size in zip(names, sizes, strict=True)
+    )
+    offered = [[size for size in each if size is not None] for each in group_bytes]
+    lowest, highest = sum(map(min, offered)), sum(map(max, offered))
+    return PlanSpace(names, levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest)))
+
+
+def plans_in(space: PlanSpace) -> list[PrecisionPlan]:
+    """Every plan of a space, over budget or not."""
+    return [space.plan_of(indices) for indices in itertools.product(*space.offered)]
 
 
 def blocks(number: int) -> list[str]:
@@ -51,7 +77,7 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
         trial=run_trial,
         materials=Materials(folder, folder, folder),
         layout=LAYOUT,
-        space=PlanSpace.of(LAYOUT, (4, 8), LAYOUT.plan_bytes(plan_of("888444"))),
+        space=PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),
         controls=CONTROLS,
         priors={},
         trials=folder / "trials",

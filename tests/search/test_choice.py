@@ -9,31 +9,41 @@ import numpy as np
 import pytest
 import torch
 from botorch.utils.multi_objective.hypervolume import Hypervolume
+from made_searches import BITS, masked_space, plans_in
 from scipy import stats
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.choice import hypervolume, non_dominated, random_plans, seed_plan
+from qpruner.search.choice import (
+    best_uniform,
+    controls_of,
+    finalist_positions,
+    hypervolume,
+    non_dominated,
+    random_plans,
+    seed_plan,
+    uniform_plans,
+    winner_position,
+)
 
-SIZES = {4: 40, 8: 70, 16: 130}
+SIZES = {"nf4": 40, "int8": 70, "bf16": 130}
 
 
-def space_of(num_groups: int, levels: tuple[int, ...], fixed_bytes: int) -> PlanSpace:
+def space_of(num_groups: int, levels: tuple[str, ...], fixed_bytes: int) -> PlanSpace:
     """Groups of unlike sizes, as global pruning leaves them."""
     weights = np.random.default_rng(num_groups).integers(800, 1600, num_groups)
-    sizes = tuple(tuple(int(weight * bits) for bits in levels) for weight in weights)
+    sizes = tuple(tuple(int(weight * BITS[name]) for name in levels) for weight in weights)
     return PlanSpace(tuple(f"layers.{index}" for index in range(num_groups)), levels, sizes, fixed_bytes, 10**9)
 
 
 def equal_plans(space: PlanSpace, plan: PrecisionPlan) -> list[PrecisionPlan]:
     size = space.plan_bytes(plan)
-    every = (PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=len(space.groups)))
-    return [other for other in every if abs(space.plan_bytes(other) - size) <= 0.01 * size and other != plan]
+    return [other for other in plans_in(space) if abs(space.plan_bytes(other) - size) <= 0.01 * size and other != plan]
 
 
 @pytest.mark.parametrize("share_of_high", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize(("num_groups", "levels"), [(30, (4, 8)), (224, (4, 8, 16))])
+@pytest.mark.parametrize(("num_groups", "levels"), [(30, ("nf4", "int8")), (224, ("nf4", "int8", "bf16"))])
 def test_random_plans_have_equal_bytes_and_differ(
-    num_groups: int, levels: tuple[int, ...], share_of_high: float
+    num_groups: int, levels: tuple[str, ...], share_of_high: float
 ) -> None:
     space = space_of(num_groups, levels, 200_000)
     high = np.random.default_rng(1).permutation(num_groups) < share_of_high * num_groups
@@ -49,7 +59,7 @@ def test_random_plans_have_equal_bytes_and_differ(
 @pytest.mark.parametrize("num_high", [1, 7])
 def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
     # With so many fixed bytes plans of several sizes are within the tolerance.
-    space = space_of(8, (4, 8), 600_000)
+    space = space_of(8, ("nf4", "int8"), 600_000)
     plan = space.plan_of([1] * num_high + [0] * (8 - num_high))
     wanted = equal_plans(space, plan)
     counts = Counter(random_plans(space, plan, 1, seed)[0] for seed in range(20 * len(wanted)))
@@ -58,11 +68,11 @@ def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
 
 
 def test_few_plans_of_equal_bytes_are_all_returned() -> None:
-    space = space_of(6, (4, 8), 0)
+    space = space_of(6, ("nf4", "int8"), 0)
     plans = [space.plan_of(indices) for indices in itertools.product((0, 1), repeat=6)]
     few = next(plan for plan in plans if len(equal_plans(space, plan)) == 2)
     assert set(random_plans(space, few, 5, seed=0)) == set(equal_plans(space, few))
-    assert random_plans(space, space.uniform(4), 3, seed=0) == []
+    assert random_plans(space, space.uniform("nf4"), 3, seed=0) == []
 
 
 def test_no_plan_of_fewer_or_equal_bytes_beats_one_on_the_front() -> None:
@@ -85,31 +95,32 @@ def test_the_hypervolume_is_botorchs(budget: float) -> None:
     assert hypervolume(points, smallest, budget) == pytest.approx(area / (budget - smallest[0]))
 
 
-def seed_space(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8), step: int = 0) -> PlanSpace:
+def seed_space(num_groups: int, share: float, levels: tuple[str, ...] = ("nf4", "int8"), step: int = 0) -> PlanSpace:
     """Make groups of `SIZES` bytes, each `step` larger than the previous, and a budget between all low and all high."""
-    sizes = tuple(tuple(SIZES[bits] + step * index for bits in levels) for index in range(num_groups))
+    sizes = tuple(tuple(SIZES[name] + step * index for name in levels) for index in range(num_groups))
     lowest, highest = (sum(size[index] for size in sizes) for index in (0, -1))
     names = tuple(f"layers.{index}" for index in range(num_groups))
     return PlanSpace(names, levels, sizes, fixed_bytes=500, budget_bytes=500 + lowest + int(share * (highest - lowest)))
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1e6])
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16), (8, 16)], ids=str)
+@pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16"), ("int8", "bf16")], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[int, ...], seed: int, unit: float) -> None:
+def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[str, ...], seed: int, unit: float) -> None:
     """Rises decrease with the bits to 0 at the highest, and differ by up to three orders of magnitude."""
     space, generator = seed_space(6, 0.45, levels, step=7), np.random.default_rng(seed)
     shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, 6)), axis=0)[::-1]
     rows = [*(shares * 10.0 ** generator.uniform(-3, 0, 6)), np.zeros(6)]
-    values = {bits: (unit * row).tolist() for bits, row in zip(levels, rows, strict=True)}
+    values = {name: (unit * row).tolist() for name, row in zip(levels, rows, strict=True)}
 
     def rise(plan: PrecisionPlan) -> float:
-        return sum(values[bits][index] for index, bits in enumerate(plan.bits))
+        return sum(values[name][index] for index, name in enumerate(plan.formats))
 
-    plans = (PrecisionPlan(space.groups, bits) for bits in itertools.product(levels, repeat=6))
     found = seed_plan(values, space)
     assert space.is_feasible(found)
-    assert rise(found) == pytest.approx(min(rise(plan) for plan in plans if space.is_feasible(plan)), rel=1e-6)
+    assert rise(found) == pytest.approx(
+        min(rise(plan) for plan in plans_in(space) if space.is_feasible(plan)), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,9 +136,70 @@ def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[int, ...]
 )
 def test_a_seed_plan_always_uses_the_budget(lowest: tuple[float, ...]) -> None:
     """Groups with a predicted rise of zero still get more bits, so that no bytes of the budget are left."""
-    plan = seed_plan({4: lowest, 8: (0.0,) * 6}, seed_space(6, 0.67))
-    assert sorted(plan.bits) == [4, 4, 8, 8, 8, 8]
-    assert all(bits == 8 for bits, value in zip(plan.bits, lowest, strict=True) if value == max(lowest) > 0)
+    plan = seed_plan({"nf4": lowest, "int8": (0.0,) * 6}, seed_space(6, 0.67))
+    assert sorted(str(plan)) == list("448888")
+    assert all(name == "int8" for name, value in zip(plan.formats, lowest, strict=True) if value == max(lowest) > 0)
     # Although 8 bits are predicted slightly worse than 4, the first group gets 16 bits, which saves most.
-    values = {4: (0.2, 0.1), 8: (0.21, 0.05), 16: (0.0, 0.0)}
-    assert seed_plan(values, seed_space(2, 0.5, (4, 8, 16))).bits == (16, 4)
+    values = {"nf4": (0.2, 0.1), "int8": (0.21, 0.05), "bf16": (0.0, 0.0)}
+    assert str(seed_plan(values, seed_space(2, 0.5, ("nf4", "int8", "bf16")))) == "F4"
+
+
+# ---- groups that are not offered every format
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
+def test_a_seed_plan_is_the_best_of_what_groups_are_offered(share: float) -> None:
+    """Values of formats that are not offered, None or wild, do not matter."""
+    space, generator = masked_space(share), np.random.default_rng(0)
+    rises = np.sort(generator.uniform(0, 1, (8, 3)), axis=1)[:, ::-1]
+    wild = {
+        name: [float(rises[g, at]) if at in space.offered[g] else -1e9 for g in range(8)]
+        for at, name in enumerate(space.levels)
+    }
+    known = {name: [None if value < 0 else value for value in row] for name, row in wild.items()}
+
+    def rise(plan: PrecisionPlan) -> float:
+        return sum(float(rises[group, at]) for group, at in enumerate(space.indices_of(plan)))
+
+    found = seed_plan(known, space)
+    assert seed_plan(wild, space) == found and space.is_feasible(found)
+    assert rise(found) == pytest.approx(min(rise(plan) for plan in plans_in(space) if space.is_feasible(plan)))
+
+
+def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
+    """Without `odd`, whose blocks take int8 alone; the embeddings take int8 or bf16."""
+    whole = masked_space(1.0)
+    groups, sizes = whole.groups[:-1], whole.group_bytes[:-1]
+
+    def uniform(budget: int) -> dict[str, str]:
+        space = PlanSpace(groups, whole.levels, sizes, 0, budget)
+        assert best_uniform(space) == ([*controls_of(space, {})] or [("", uniform_plans(space)["nf4"])])[-1][1]
+        return {origin: str(plan) for origin, plan in controls_of(space, {})}
+
+    small, large = (sum(each[at] or 0 for each in sizes[1:]) for at in (0, 1))
+    low, high = sizes[0][1] or 0, sizes[0][2] or 0
+    assert uniform(small + low - 1) == {}, "the best is over budget"
+    assert uniform(small + low) == {"uniform-nf4": "8444444"}
+    assert uniform(small + high) == {"uniform-nf4": "F444444"}
+    assert uniform(large + low) == {
+        "uniform-nf4": ("F" if large + low >= small + high else "8") + "444444",
+        "uniform-int8": "8888888",
+    }
+    assert list(uniform_plans(masked_space())) == ["int8"], "all blocks must take it"
+
+
+def test_random_plans_have_formats_that_are_offered() -> None:
+    space = masked_space(1.0)
+    plan = space.plan_of([2, 0, 1, 1, 0, 0, 1, 1])
+    wanted = {other for other in plans_in(space) if other in equal_plans(space, plan)}
+    drawn = random_plans(space, plan, 100, seed=0)
+    assert wanted and set(drawn) == wanted
+
+
+def test_a_trial_that_may_not_win_is_shown_all_the_same() -> None:
+    """A control over budget: the best score of all, scored again, never the winner, and in no finalist's place."""
+    scores, controls, fits = [1.0, 3.0, 2.0, 4.0], [True, False, False, False], [False, True, True, True]
+    assert finalist_positions(scores, controls, 1, fits) == [0, 2]
+    assert winner_position(scores, controls, fits) == 2
+    assert winner_position(scores, controls) == 0
+    assert winner_position(scores, controls, [False] * 4) is None

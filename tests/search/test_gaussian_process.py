@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from made_searches import blocks, space_of
+from made_searches import blocks, masked_space, plans_in, space_of
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
@@ -28,7 +29,7 @@ def effects_of(number: int, seed: int = 0) -> np.ndarray:
 
 def loss_of(plan: PrecisionPlan, effects: np.ndarray) -> float:
     """A loss to which a group adds its effect at 4 bits, and a fiftieth of it at 8."""
-    share = np.array([{4: 1.0, 8: 0.02, 16: 0.0}[bits] for bits in plan.bits])
+    share = np.array([{"nf4": 1.0, "int8": 0.02, "bf16": 0.0}[name] for name in plan.formats])
     return 3.0 + float(effects @ share)
 
 
@@ -43,8 +44,8 @@ def scored(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -
     return [Observation(index, plan, step, loss_of(plan, effects)) for index, plan in enumerate(plans)]
 
 
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-def test_scores_that_add_up_are_predicted_from_few(levels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
+def test_scores_that_add_up_are_predicted_from_few(levels: tuple[str, ...]) -> None:
     space, effects = space_of(blocks(12), levels), effects_of(12)
     plans = random_plans(space, 60)
     posterior = posterior_of(space, scored(plans[:24], effects))
@@ -59,8 +60,8 @@ def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
     rest, actual = Plans(space).tensor(plans[10:]), np.array([loss_of(plan, effects) for plan in plans[10:]])
     rises = {
         "none": {},
-        "true": {"first": {4: (30 * effects).tolist(), 8: (0.6 * effects).tolist()}},
-        "lying": {"first": {4: effects[::-1].tolist(), 8: [0.0] * 20}},
+        "true": {"first": {"nf4": (30 * effects).tolist(), "int8": (0.6 * effects).tolist()}},
+        "lying": {"first": {"nf4": effects[::-1].tolist(), "int8": [0.0] * 20}},
     }
     errors = {
         name: float(np.std(posterior_of(space, scored(plans[:10], effects), **priors).mean(rest).numpy() - actual))
@@ -97,8 +98,8 @@ def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
     assert np.mean(together) == pytest.approx(np.mean(actual), abs=0.2 * np.std(actual) + 0.01)
 
 
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
+def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[str, ...]) -> None:
     space = space_of(blocks(40), levels, share=0.37)
     plans, rows = Plans(space), torch.arange(40)
     costs = torch.tensor(np.random.default_rng(2).normal(size=(5, 40, len(levels)))).sort(dim=2, descending=True).values
@@ -192,3 +193,58 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
         pending = tuple(plans[index] for index in running)
         history = History(tuple(item for item in observations if item.index < over), pending)
         assert asked.propose(over, history) == GaussianProcessProposer(space, 0, {}).propose(over, history)
+
+
+# ---- groups that are not offered every format
+
+
+def test_what_a_group_is_not_offered_has_no_effect() -> None:
+    """Effects are relative to each group's own last level; those of other cells are 0, before and after scores."""
+    space = masked_space()
+    plans = plans_in(space)[::7][:40]
+    model = PlanModel(space, {})
+    free = {(group, at) for group, offered in enumerate(space.offered) for at in offered[:-1]}
+    assert {tuple(cell) for cell in torch.nonzero(model.is_free).tolist()} == free
+    assert all(bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values())
+    features = model.features(Plans(space).tensor(plans_in(space)))
+    assert features.mean(0).abs().max() < 1e-9, "centred in the plans of the space"
+    assert {"depth", "sublayer", "group embeddings"} <= set(model.parts), "blocks have a depth all the same"
+    observations = [Observation(at, plan, 8, float(index_sum(space, plan))) for at, plan in enumerate(plans)]
+    posterior = posterior_of(space, observations)
+    noise = torch.tensor(np.random.default_rng(0).standard_normal((3, model.num_effects)))
+    effects = posterior.effects(noise)
+    held = [[at for at in range(3) if (group, at) not in free] for group in range(len(space.groups))]
+    assert all(effects[:, group, cells].abs().max() < 1e-5 for group, cells in enumerate(held))
+    predicted = posterior.mean(Plans(space).tensor(plans_in(space))).numpy()
+    actual = [index_sum(space, plan) for plan in plans_in(space)]
+    assert np.corrcoef(predicted, actual)[0, 1] > 0.98
+
+
+def index_sum(space: PlanSpace, plan: PrecisionPlan) -> float:
+    """A score that falls with each group's bytes."""
+    return 10.0 - space.plan_bytes(plan) / 500
+
+
+def test_measured_damage_steers_a_search_without_scores() -> None:
+    """One group is harmed eight times as much by the smallest format: it is the one to raise."""
+    space = space_of(blocks(9), share=0.4)
+    even = replace(space, damage=((0.01, 0.0001),) * 9)
+    uneven = replace(space, damage=tuple((0.08 if group == 4 else 0.01, 0.0001) for group in range(9)))
+    observations = [Observation(at, space.uniform(name), 8, 3.0 - at) for at, name in enumerate(space.levels)]
+    effects = [
+        posterior_of(each, observations).effects(torch.zeros(0, 9, dtype=torch.float64))[0][:, 0]
+        for each in (even, uneven)
+    ]
+    assert effects[1].argmax() == 4 and effects[1][4] > 3 * effects[1].median()
+    assert effects[1][4] / effects[1].sum() > 3 * effects[0][4] / effects[0].sum()
+    first = GaussianProcessProposer(uneven, 0, {}).propose(2, History(tuple(observations))).plan
+    assert first.formats[4] == "int8"
+
+
+def test_formats_of_equal_bytes_are_both_searched() -> None:
+    """Such as two ways to find scales: the better is found, also where no plan is listed."""
+    for number in (6, 20):
+        space = PlanSpace(tuple(blocks(number)), ("nf4", "int8"), ((50, 50),) * number, 0, 50 * number)
+        effects = effects_of(number)
+        ran = search(space, effects, 12)
+        assert min(loss_of(plan, effects) for plan in ran) < 3.0 + 0.1 * float(effects.sum())

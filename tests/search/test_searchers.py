@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
-from made_searches import blocks, space_of
+from made_searches import blocks, masked_space, plans_in, space_of
 
 from qpruner.cluster.tune import make_proposer
 from qpruner.errors import UserError
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PlanSpace, PrecisionPlan
 from qpruner.search import searchers
 from qpruner.search.searchers import (
     History,
@@ -42,7 +42,7 @@ PROPOSERS = pytest.mark.parametrize("make", [maker(name) for name in NAMES], ids
 
 def controls_of(space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
     gains = [[0.0, float(index)] + [float(index)] * (len(space.levels) - 2) for index in range(len(space.groups))]
-    return [("uniform-4", space.uniform(4)), ("seed-mutual-information", space.best_by_gain(gains))]
+    return [("uniform-nf4", space.uniform("nf4")), ("seed-mutual-information", space.best_by_gain(gains))]
 
 
 def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: int = 12) -> Ledger:
@@ -51,7 +51,7 @@ def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: i
 
 def rungs_of(suggestion: Suggestion) -> list[Observation]:
     """The rungs of a finished trial; its loss is lower with more bits in the first groups."""
-    score = 3.0 - sum((bits == 8) / (1 + index) for index, bits in enumerate(suggestion.plan.bits))
+    score = 3.0 - sum((name == "int8") / (1 + index) for index, name in enumerate(suggestion.plan.formats))
     return [Observation(suggestion.index, suggestion.plan, step, score + 1 / step) for step in STEPS]
 
 
@@ -98,8 +98,8 @@ def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
 
 
 @PROPOSERS
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-def test_controls_first_no_plan_twice_none_over_budget(make: MakeProposer, levels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
+def test_controls_first_no_plan_twice_none_over_budget(make: MakeProposer, levels: tuple[str, ...]) -> None:
     space = space_of(blocks(8), levels, 0.4)
     suggestions = run(ledger_of(space, make))
     assert [(item.origin, item.plan) for item in suggestions[:2]] == controls_of(space)
@@ -112,9 +112,8 @@ def test_controls_first_no_plan_twice_none_over_budget(make: MakeProposer, level
 def test_a_search_of_a_small_space_tries_every_plan_and_ends(make: MakeProposer) -> None:
     """The search ends by itself if `max_trials` is larger than the number of plans."""
     space = space_of(blocks(5))
-    every = [PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=5)]
     ledger = ledger_of(space, make, max_trials=100)
-    assert {item.plan for item in run(ledger)} == set(filter(space.is_feasible, every))
+    assert {item.plan for item in run(ledger)} == set(filter(space.is_feasible, plans_in(space)))
     assert ledger.next() is None and ledger.ended == "every plan inside the budget was tried"
 
 
@@ -143,12 +142,12 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
     space = space_of(blocks(8), share=1.0)
     plans = [space.plan_of(row) for row in np.random.default_rng(0).integers(2, size=(30, 8))]
     results = [
-        Observation(index, plan, 8, 3.0 - 0.5 * plan.bits[:3].count(8) + 0.5 * plan.bits[5:].count(8))
+        Observation(index, plan, 8, 3.0 - 0.5 * plan.formats[:3].count("int8") + 0.5 * plan.formats[5:].count("int8"))
         for index, plan in enumerate(plans)
     ]
     proposer = make_proposer(name, space, 0, {})
     history, number = History(tuple(results)), 5 if name == "bayesopt" else 20
-    proposed = np.array([proposer.propose(index, history).plan.bits for index in range(30, 30 + number)]) == 8
+    proposed = np.array([proposer.propose(index, history).plan.formats for index in range(30, 30 + number)]) == "int8"
     assert proposed[:, :3].mean() > 0.65
     assert proposed[:, 5:].mean() < 0.35
 
@@ -194,7 +193,7 @@ def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
             return super().propose(index, history)
 
     space = space_of(blocks(6), share=1.0)
-    observations = tuple(Observation(at, space.uniform(bits), 8, 2.0) for at, bits in enumerate((4, 8)))
+    observations = tuple(Observation(at, space.uniform(name), 8, 2.0) for at, name in enumerate(("nf4", "int8")))
     proposer = ScalarizedProposer(Listener(space, 0), space, 0)
     for index in range(5):
         proposer.propose(index, History(observations))
@@ -216,3 +215,47 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
         check_searcher(name)
     with pytest.raises(UserError, match=r'pip install "qpruner\[bayesopt\]"'):
         make_proposer("bayesopt", space_of(blocks(4)), 0, {})
+
+
+# ---- groups that are not offered every format, plans of another cut, controls over budget
+
+
+@pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
+@pytest.mark.parametrize("pareto", [False, True])
+def test_no_searcher_proposes_what_a_group_is_not_offered(name: str, pareto: bool) -> None:
+    space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
+    ledger = Ledger(space, make_proposer(name, space, 0, {}, pareto), [], number)
+    proposed = [ledger.proposer.propose(index, History()).plan for index in range(100, 103)]
+    suggestions = run(ledger)
+    assert len({item.plan for item in suggestions}) == number
+    assert all(space.is_feasible(item.plan) for item in suggestions)
+    proposed += [ledger.proposer.propose(index, ledger.history()).plan for index in range(100, 103)]
+    assert all(plan in space for plan in proposed)
+
+
+@PROPOSERS
+def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -> None:
+    """They run first, whatever they are; the searcher sees those of its own cut alone, and none is proposed."""
+    space = space_of(blocks(6), share=0.3)
+    other = replace(space.uniform("nf4"), cut=UNPRUNED)
+    controls = [("unpruned", other), ("uniform-int8", space.uniform("int8")), ("uniform-nf4", space.uniform("nf4"))]
+    with_other, without = (Ledger(space, make(space, 0), each, 40) for each in (controls, controls[1:]))
+    suggestions = run(with_other)
+    assert [(item.origin, item.plan) for item in suggestions[:3]] == controls
+    assert all(space.is_feasible(item.plan) for item in suggestions[3:])
+    assert len(suggestions) == 2 + sum(map(space.is_feasible, plans_in(space))), "every plan, and those two"
+    known = {item.plan for item in with_other.history().observations}
+    assert other not in known and space.uniform("int8") in known
+    ruined, _ = begin(without, 2, finished=(1,)), with_other
+    without.close(ruined[0], is_untrainable=True)
+    assert [item.index for item in without.history().observations] == [0, 1, 1]
+
+
+def test_a_ruined_plan_of_another_cut_is_not_learned_from() -> None:
+    space = space_of(blocks(4))
+    other = replace(space.uniform("nf4"), cut=UNPRUNED)
+    ledger = Ledger(space, RandomProposer(space, 0), [("unpruned", other)], 4)
+    ruined, good = begin(ledger, 2, finished=(1,))
+    ledger.close(ruined, is_untrainable=True)
+    assert {item.plan for item in ledger.history().observations} == {good.plan}
+    assert ledger.history().failed == ledger.history().pending == ()
