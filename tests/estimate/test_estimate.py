@@ -315,8 +315,8 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.update({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
-    # Packed rows have full length, as the estimate assumes.
-    rows = {"data__max_length": 128, "data__packing": True}
+    # Packed rows have full length and every token a label, and the model is not cut, as the estimate assumes.
+    rows = {"data__max_length": 128, "data__packing": True, "data__response_only": False, "prune__rate": 0.0}
     batches = {"training__batch_size": 16, "training__micro_batch_size": 16, "finetune__steps": 6}
     raw = with_keys(raw_config(folder / "model", folder / "run"), **rows, **batches, quantize__group="block")
     path = folder / "config.yaml"
@@ -327,7 +327,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: Path) -> None:
-    """Memory matches within a factor of 1.5; time without loading, on a machine with other load, within 3."""
+    """Memory matches within a factor of 1.25; time without loading, on a machine with other load, within 3."""
 
     def last_line(*command: str) -> dict[str, Any]:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=600)
@@ -338,7 +338,7 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
     expected, seconds = facts["memory"]["trial, training"]["total"], facts["hours"]["stages"]["finetune"] * 3600
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
-    assert expected / 1.5 < took["peak"] < expected * 1.5
+    assert expected / 1.25 < took["peak"] < expected * 1.25
     assert seconds / 3 < took["seconds"] < seconds * 3
 
 
@@ -347,8 +347,9 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
-    """The families have two kinds of layers and fused projections; the times depend on the machine."""
+    """The families have two kinds of layers, fused projections and a head that is tied or not; times depend on load."""
     changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
+    changes += "; quantize.embeddings=[int8]; quantize.budget={bytes: 100000}"
     raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))
     config = surgery.cut(family_model(name), kept_of(name)).config
     shares = {"share_high": 0.5, "share_labelled": 0.25}
