@@ -14,6 +14,7 @@ from qpruner.data.sources import Example
 from qpruner.estimate import hours, memory
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
+from qpruner.plans.plan import UNPRUNED
 
 
 def estimates(setup: Setup) -> Figures:
@@ -41,10 +42,11 @@ def inspected(setup: Setup) -> Any:
     """Stands for a `preflight.Inspection` in the estimates, with rows of the benchmark's lengths and no task."""
     config, base = setup.config, setup.base()
     cuts = preflight.cuts_in_effect(config.prune, base)
-    pruned = preflight.layout_for(config, cuts[0].expected)
+    on_gpu = torch.cuda.is_available()
+    pruned = preflight.layout_for(config, cuts[0].expected, on_gpu)
     shapes = preflight.Shapes(
         model_config=base,
-        base=preflight.layout_for(config, base),
+        base=preflight.layout_for(config, base, on_gpu, UNPRUNED),
         cuts=cuts,
         pruned=pruned,
         is_estimate=cuts[0].settings.selection == "global" or cuts[0].settings.drops_blocks,

@@ -64,10 +64,10 @@ def prune(setup: Setup) -> Figures:
 
 
 def bank(setup: Setup) -> Figures:
-    """Pack every (group, bits) with its LoftQ start."""
+    """Pack every (group, format) with its LoftQ start."""
     config, files = setup.config, dict[str, IndexEntry]()
-    levels, dtype, peak, laps = config.quantize.bits, config.model.dtype, PeakMemory(), Laps()
-    settings = (dtype, config.lora, config.quantize.double_quant, config.seed)
+    levels, peak, laps = config.quantize.levels, PeakMemory(), Laps()
+    settings = (config.model.dtype, config.lora, config.seed)
     for name, paths in setup.groups.items():
         files |= build_group(GroupJob(name, paths, levels, setup.pruned, setup.bank, *settings))
     write_json(setup.bank / INDEX, BankIndex(digest="benchmark", files=files))
@@ -84,7 +84,7 @@ def bank(setup: Setup) -> Figures:
 
 
 def one_trial(setup: Setup) -> Figures:
-    """Blocks at 4 and 8 bits in turns: assembled, trained for 8 steps, scored after 4 and after 8."""
+    """Blocks in two formats in turns: assembled, trained for 8 steps, scored after 4 and after 8."""
     rows = {"train": setup.train_rows, "validation": setup.validation_rows}
     # A trial reads its rows by datasets, whose pyarrow alone is most of what the kit may weigh.
     trial.load_encoded = lambda folder: rows[folder.name]  # type: ignore[attr-defined]
@@ -94,7 +94,9 @@ def one_trial(setup: Setup) -> Figures:
         losses.append(result.loss)
         laps.end(f"rung {len(losses)}")
 
-    job = TrialJob(setup.config, Materials(setup.pruned, setup.bank, setup.work), setup.plan(4, 8))
+    job = TrialJob(
+        setup.config, Materials(setup.pruned, setup.bank, setup.work), setup.plan(*setup.config.quantize.levels)
+    )
     trial.run_trial(job, None, report)
     first, second = laps.seconds.values()
     return {"start": first - second, "training_and_scoring": 2 * second, "peak_bytes": peak.bytes(), "losses": losses}

@@ -19,6 +19,8 @@ from transformers import AutoConfig, LlamaConfig
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.models.layout import group_linears
+from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.quantization.formats import DENSE
 
 PAD_ID = 0
 SPREAD = 0.5
@@ -81,7 +83,7 @@ class Setup:
                 "data": {"train": rows, "validation": rows, "confirmation": rows, "max_length": self.tokens[1]},
                 "calibration": {"packing": False, "num_samples": 10, "batch_size": 10, "max_length": 64},
                 "prune": {**cut, "first_layer": first, "last_layer": last},
-                "quantize": {"group": "block", "bits": [4, 8], "double_quant": True, "budget": {"fraction": 0.5}},
+                "quantize": {"group": "block", "formats": ["nf4_double", "int8"], "budget": {"fraction": 0.5}},
                 "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
                 "training": {"batch_size": self.batch_size, "micro_batch_size": 4, "gradient_checkpointing": True},
                 "search": {"max_trials": 1, "steps": 8, "first_rung": 4},
@@ -119,9 +121,10 @@ class Setup:
     def groups(self) -> dict[str, tuple[str, ...]]:
         return group_linears(AutoConfig.from_pretrained(self.pruned), self.config.quantize.group)
 
-    def plan(self, *bits: int) -> dict[str, int]:
-        """The groups at these bits, over and over."""
-        return dict(zip(self.groups, itertools.cycle(bits), strict=False))
+    def plan(self, *formats: str) -> dict[str, str]:
+        """The groups in these formats, over and over; embeddings and head are not packed."""
+        packed = dict(zip(self.groups, itertools.cycle(formats), strict=False))
+        return {EMBEDDINGS: DENSE} | packed | {HEAD: DENSE}
 
 
 SHAPES = {

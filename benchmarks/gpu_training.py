@@ -35,11 +35,11 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.seconds = now() - self.started
 
 
-def our_model(setup: Setup, *bits: int) -> Any:
+def our_model(setup: Setup, *formats: str) -> Any:
     """The pruned model as a trial gets it."""
     config, quantize, dtype = setup.config, setup.config.quantize, setup.config.model.dtype
-    bench = PlanAssembler(setup.pruned, setup.bank, quantize.group, dtype, quantize.double_quant, config.lora)
-    return bench.model(setup.plan(*bits), config.seed)
+    bench = PlanAssembler(setup.pruned, setup.bank, quantize.group, dtype, config.lora)
+    return bench.model(setup.plan(*formats), config.seed)
 
 
 def train_ours(setup: Setup, model: Any, rows: Rows) -> float:
@@ -105,7 +105,7 @@ def train_plainly(model: Any, rows: Rows, setup: Setup, checkpointing: bool = Tr
 
 def throughput(setup: Setup) -> Figures:
     """Non-padding tokens a second of our fine-tune and of Trainer with peft's QLoRA, both at 4 bits."""
-    rows, ours, plain = setup.train_rows, our_model(setup, 4), plain_model(setup, 4)
+    rows, ours, plain = setup.train_rows, our_model(setup, "nf4_double"), plain_model(setup, 4)
     turns: list[tuple[float, float]] = []
     started = time.monotonic()
     while len(turns) < 2 or (len(turns) <= TURNS and time.monotonic() - started < TURNS_SECONDS):
@@ -124,7 +124,7 @@ def peaks(setup: Setup) -> Figures:
     """Peak memory of a step on the longest rows, weights included; null for what the GPU has too little memory for."""
     rows = setup.longest_rows
     arms: dict[str, Callable[[], float]] = {
-        "qpruner_4_and_8_bits": lambda: train_ours(setup, our_model(setup, 4, 8), rows),
+        "qpruner_4_and_8_bits": lambda: train_ours(setup, our_model(setup, "nf4_double", "int8"), rows),
         "plain_qlora": lambda: train_plainly(plain_model(setup, 4), rows, setup),
         "bf16_lora": lambda: train_plainly(plain_model(setup, 16), rows, setup),
         # As its post_training.py: weights in half precision, no checkpointing.

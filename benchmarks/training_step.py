@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/training_step.py tune_configs/demo_smollm2_cpu.yaml
     .venv/bin/python benchmarks/training_step.py CONFIG --set training.batch_size=64 --steps 1
 
-A model of the configuration's shapes, unpruned, with random weights packed at its lowest bits and adapters, takes the
+A model of the configuration's shapes, unpruned, with random weights in its smallest formats and adapters, takes the
 same rows in turns: as they are trained on, with logits at every token (`all logits`), and dealt into micro-batches in
 the epoch's random order (`random order`, where an optimizer batch has several). Seconds are processor seconds of one
 step or pass; tokens are means over the whole training set. Prints a table and a JSON line.
@@ -27,7 +27,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import collate, encode
 from qpruner.data.losses import labelled_only, mean_loss, predicted_labels
 from qpruner.data.sources import load_examples
-from qpruner.estimate.step_times import _small_model
+from qpruner.estimate.step_times import small_model
 from qpruner.models.loading import load_model_config, load_tokenizer, resolve_source
 from qpruner.training.finetune import Share, _Batches
 
@@ -101,7 +101,7 @@ def measure(config: RunConfig, steps: int, turns: int) -> dict[str, Any]:
         list(random_order(len(train), settings.micro_batch_size)),
     )
     model_config = load_model_config(config.model)
-    model = _small_model(config, model_config, int(model_config.num_hidden_layers), config.quantize.bits[0])
+    model = small_model(config, model_config, int(model_config.num_hidden_layers), is_largest=False)
     each = settings.batch_size // settings.micro_batch_size
     work: dict[str, Callable[[], float]] = {}
     for number in range(steps):

@@ -39,24 +39,26 @@ from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.models.memory import freeze_libraries
+from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.assembly import PlanAssembler, attach_adapters
 from qpruner.quantization.bank import build_entry
+from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import packed_layer
 
 
-def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, int]) -> torch.nn.Module:
-    """The model of a plan without a bank."""
+def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> torch.nn.Module:
+    """The model of a plan without a bank; embeddings stay unpacked."""
     dtype = getattr(torch, config.model.dtype)
     model = load_dense(str(checkpoint), config.model.dtype)
-    settings = (config.lora, config.quantize.double_quant, config.seed)
     starts: dict[str, torch.Tensor] = {}
     for name, paths in group_linears(model.config, config.quantize.group).items():
-        tensors, _ = build_entry({path: model.get_submodule(path).weight for path in paths}, plan[name], *settings)
+        weights = {path: model.get_submodule(path).weight for path in paths}
+        tensors = build_entry(weights, format_of(plan[name]), config.lora, config.seed).tensors
         for path in paths:
             own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(path)}
             starts |= {f"{path}.{key}": own.pop(key) for key in ("lora_A", "lora_B")}
             linear: Any = model.get_submodule(path)
-            model.set_submodule(path, packed_layer(linear, plan[name], own, dtype, config.quantize.double_quant))
+            model.set_submodule(path, packed_layer(linear, plan[name], own, dtype))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
     return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
 
@@ -72,12 +74,11 @@ def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, 
     """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
     checkpoint, bank, quantize = run / "prune", run / "bank", config.quantize
     freeze_libraries()
-    names = group_names(bank)
     generator = random.Random(turn)
-    first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
+    first, second = ({name: generator.choice(offered) for name, offered in banked_formats(bank).items()} for _ in "12")
     if not banked:
         return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
-    bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
+    bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, config.lora)
     return {
         kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
         for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))
@@ -125,8 +126,12 @@ def measure_rows(count: int, repeats: int) -> None:
     print(json.dumps({"rows": count, "repeats": repeats, **columns}))
 
 
-def group_names(bank: Path) -> list[str]:
-    return sorted({path.stem for path in bank.glob("*bit/*.safetensors")})
+def banked_formats(bank: Path) -> dict[str, list[str]]:
+    """The packed formats of each group of layers; a table of embeddings stays as it is."""
+    found: dict[str, list[str]] = {EMBEDDINGS: [DENSE], HEAD: [DENSE]}
+    for path in sorted(bank.glob("*/layers.*.safetensors")):
+        found.setdefault(path.stem, []).append(path.parent.name)
+    return found
 
 
 def main() -> None:
@@ -160,7 +165,7 @@ def main() -> None:
             middle = statistics.median(column)
             told = f"{middle:7.2f} {name} ({min(column):.2f} to {max(column):.2f})"
             print(f"{kind:22} {told:44} {scratch / middle:6.1f}x")
-    groups = len(group_names(arguments.run / "bank"))
+    groups = len(banked_formats(arguments.run / "bank"))
     print(json.dumps({"groups": groups, "repeats": arguments.repeats, "seconds": found}))
 
 

@@ -64,6 +64,8 @@ def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], m
     """Return, for each kind of work by name, the function that estimates its memory."""
     counters = {"trial, training": memory_of.training_memory, "trial, scoring": memory_of.scoring_memory}
     counters["prune"] = memory_of.prune_memory
+    if config.quantize.rounding == "gptq":
+        counters["bank"] = memory_of.rounding_memory
     if config.measured_methods:
         counters["sensitivity"] = memory_of.sensitivity_memory
     if config.finetune.compare:

@@ -12,23 +12,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, LoraConfig, PruneConfig, RunConfig
 from qpruner.estimate.step_times import measure, packing_operations
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import STAGES
-from qpruner.pipeline.preflight import Inspection
+from qpruner.pipeline.preflight import Inspection, most_controls
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
-from qpruner.plans.plan import FULL_BITS, Layout
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
+from qpruner.pruning.grams import gram_bytes
+from qpruner.quantization.formats import format_of
 
 T = TypeVar("T")
 CHOICES = 4
 """Assumed number of answers to choose from in each question of a task."""
+UNPRUNED_PLANS = 2
+"""Number of plans of the unpruned model that a search tries."""
 UNTUNED = 3
 """Number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
 
@@ -51,13 +55,12 @@ class Rates:
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
-    """Time a micro-batch and the packing of a layer on this machine, at bits that fill the configured budget."""
-    count, layout, levels = _Count(config, inspection), inspection.pruned, config.quantize.bits
-    low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
+    """Time a micro-batch and the packing of a layer on this machine, in formats that fill the configured budget."""
+    count, layout = _Count(config, inspection), inspection.pruned
+    low, high = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
-    widest = max((each for group in layout.groups for each in group.linears), key=lambda linear: linear.num_weights)
     model_config, labelled = inspection.cuts[0].expected, count.share_labelled("train")
-    training, scoring, packing = measure(config, model_config, widest, share_high, labelled, threads)
+    training, scoring, packing = measure(config, model_config, layout, share_high, labelled, threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     operations = rows * length * count.weights_a_token("train")
     origin = (
@@ -81,7 +84,7 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
     evaluation = count.evaluation() / rates.scoring
     seconds = {
         Prune: count.prune() / rates.training,
-        Bank: count.bank() / rates.packing,
+        Bank: count.bank() / rates.packing + count.rounding() / rates.training,
         Sensitivity: count.sensitivity() / rates.training,
         Search: count.training(steps) / rates.training + count.search_scores() / rates.scoring,
         Finetune: finetune,
@@ -115,11 +118,11 @@ def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
 def expected_steps(config: RunConfig) -> tuple[float, float]:
     """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one trial in `reduction_factor` at each rung, but every control (uniform plans, and the best plan by each
-    sensitivity). The first trial at a rung always continues, so a small search takes more steps than this.
+    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat (`preflight.most_controls`). The
+    first trial at a rung always continues, so a small search takes more steps than this.
     """
     search = config.search
-    controls = min(config.num_trials, max(1, len(config.quantize.bits) - 1 + len(config.measured_methods)))
+    controls = min(config.num_trials, most_controls(config))
     shares = [search.reduction_factor**-position for position in range(len(search.rungs))]
     lengths = [after - before for before, after in zip((0, *search.rungs), search.rungs, strict=False)]
     others = config.num_trials - controls
@@ -133,15 +136,18 @@ def num_compared(config: RunConfig) -> int:
     They are for the other rows of the final table, and for the winner under further training seeds. Rows with the same
     plan share a fine-tune. Without a search there is no row `best seed`, for which the search chooses the sensitivity.
     """
-    methods, settings, bits = config.measured_methods, config.finetune, config.quantize.bits
+    methods, settings, levels = config.measured_methods, config.finetune, config.quantize.levels
     has_best = bool(methods) and config.is_searched
     shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
     # With `all` the best seed plan is not counted here but under all `seeds` below.
     seed_rows = len(shown) - (has_best and settings.seed_rows == "all")
-    is_own_row = len(bits) == 1 or config.search.plan_method in shown
-    once = 2 + sum(each != FULL_BITS for each in bits) + seed_rows - is_own_row
-    drawn = settings.random_plans if len(bits) > 1 else 0
-    return once + (1 + has_best + drawn) * settings.seeds - 1
+    is_own_row = not config.quantize.has_choice or config.search.plan_method in shown
+    paper, unpruned = "mutual_information" in methods, 0 if config.prune.is_off else 2
+    uniform = sum(format_of(name).is_packed for name in levels)
+    once = 2 + uniform + paper + unpruned + seed_rows - is_own_row
+    drawn = settings.random_plans if config.quantize.has_choice else 0
+    # The best control, which is one of these rows, gets the other training seeds too.
+    return once + config.is_searched * (settings.seeds - 1) + (1 + has_best + drawn) * settings.seeds - 1
 
 
 class _Count:
@@ -219,17 +225,45 @@ class _Count:
         operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0
         if methods & set(EXPANSION):
             operations += 6 * tokens
+        measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))
         if methods & set(MEASUREMENT):
-            measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))
-            lower = len(self._config.quantize.bits) - 1 + (self._config.quantize.bits[-1] != FULL_BITS)
-            # Half a forward pass for each group and bit-width: outputs of the blocks before the group are kept.
-            operations += measured * len(self._inspection.pruned.groups) * lower
+            # Half a forward pass for each group and format: outputs of the blocks before the group are kept.
+            operations += measured * self._packed_entries(in_blocks=True)
+        if methods & {*MEASUREMENT, *EXPANSION}:
+            operations += 2 * measured * self._packed_entries(in_blocks=False)
         return operations * self._pruned
 
+    def _packed_entries(self, in_blocks: bool) -> int:
+        """Count the pairs of a group and a packed format, of groups in blocks, or of embeddings and head."""
+        groups = [group for group in self._inspection.pruned.groups if (group.name in (EMBEDDINGS, HEAD)) != in_blocks]
+        return sum(format_of(name).is_packed for group in groups for name in group.formats)
+
     def bank(self) -> float:
-        levels = sum(bits != FULL_BITS for bits in self._config.quantize.bits)
-        linears = [linear for group in self._inspection.pruned.groups for linear in group.linears]
-        return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each in linears)
+        """Count the operations of packing every group in every format, and the groups of the base for two plans."""
+        lora, operations = self._config.lora, 0.0
+        of_base = () if self._config.prune.is_off else self._inspection.base.groups
+        for most, groups in ((math.inf, self._inspection.pruned.groups), (UNPRUNED_PLANS, of_base)):
+            for group in groups:
+                levels = min(most, sum(format_of(name).is_packed for name in group.formats))
+                own = LoraConfig(init="plain") if group.name in (EMBEDDINGS, HEAD) else lora
+                operations += sum(packing_operations(each.rows, each.columns, own, levels) for each in group.linears)
+        return operations
+
+    def rounding(self) -> float:
+        """Count the operations of GPTQ: two passes over the samples, Gram matrices of inputs, and the rounding."""
+        inspection = self._inspection
+        if self._config.quantize.rounding != "gptq":
+            return 0.0
+        tokens = inspection.samples["importance"] * inspection.sample_length
+        squares = sum(gram_bytes(inspection.pruned, inspection.cuts[0].expected)) / 4
+        rounded = sum(
+            len(group.formats) * each.rows * each.columns**2
+            for group in inspection.pruned.groups
+            for each in group.linears
+            if group.name not in (EMBEDDINGS, HEAD)
+        )
+        one = 2 * tokens * (2 * self._pruned + squares) + rounded
+        return one if self._config.prune.is_off else 2 * one  # the base is rounded too
 
     def _questions(self, section: str) -> float:
         """Count the operations of scoring questions; every answer is a separate row."""

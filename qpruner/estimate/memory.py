@@ -6,23 +6,29 @@ In bytes for each token of a forward pass, with a vocabulary of V and elements o
   adapter's inner values (4 x rank), and about e (r + c) for its input and output. In a model without adapters a layer
   keeps `DENSE` e (r + c), norms and gates included. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3:
   tests/estimate), within 25 % on a CPU that computes attention in float32 because it lacks bfloat16. With gradient
-  checkpointing every block keeps its input, and one block keeps all of this.
+  checkpointing every block keeps its input, and one block keeps all of this. Packed layers keep no input of their own,
+  and unpack their weight, or pieces of it, in each pass.
 - Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
   the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
 from qpruner.models.layout import skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
-from qpruner.plans.plan import FULL_BITS, Layout, LinearShape
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Group, Layout, LinearShape
+from qpruner.pruning.grams import gram_bytes
 from qpruner.pruning.settings import cuttable_layers
 from qpruner.pruning.units import available, unit_sizes
+from qpruner.quantization.formats import format_of
+from qpruner.quantization.formats.layers import PIECE
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 
@@ -53,16 +59,19 @@ class Memory:
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate a training step of a trial or the final fine-tune, with a plan as large as the budget and full rows."""
-    about = "(`training.micro_batch_size`), in the final fine-tune too"
-    return _step(config, inspection, inspection.pruned, _trial_bytes(config, inspection), about)
+    """Estimate a training step of a trial or the final fine-tune, with a plan as large as the budget and full rows.
+
+    Trials of the unpruned model, which every search makes, are the largest.
+    """
+    about, layout = "(`training.micro_batch_size`), in the final fine-tune too", inspection.base
+    return _step(config, inspection, layout, _trial_bytes(layout, inspection), about)
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the memory of `finetune.compare`: its largest step trains the base, neither pruned nor quantized."""
     base = inspection.base
-    about = f"of the base model at {FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)"
-    return _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS)), about)
+    about = "of the base model, unpacked (`finetune.compare`, `training.micro_batch_size`)"
+    return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
 
 
 def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str) -> Memory:
@@ -73,6 +82,7 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
     rank, checkpointing = config.lora.rank, training.gradient_checkpointing
     activations = activation_bytes(layout, hidden_size, rows * length, rank, checkpointing)
     parts = {"activations": activations, "logits": logit_bytes(inspection, labelled)}
+    parts |= _unpacked(layout, plan_bytes)
     return Memory(f"a step of {rows} rows x {length} tokens {about}", _held(layout, plan_bytes) | parts)
 
 
@@ -81,25 +91,35 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
     With tasks, lm-eval pads answers, so the head may run at every token.
     """
-    layout, rows, length = inspection.pruned, config.evaluate.batch_size, config.data.max_length
+    layout, rows, length = inspection.base, config.evaluate.batch_size, config.data.max_length
     labelled = length
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
     a_logit, vocabulary = inspection.base.element_bytes + 2 * FLOAT32_BYTES, int(inspection.model_config.vocab_size)
     scored = {"activations": _widest(layout, rows * length), "logits": a_logit * rows * labelled * vocabulary}
-    about = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)"
-    return Memory(about, _held(layout, _trial_bytes(config, inspection)) | scored)
+    about, size = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)", _trial_bytes(layout, inspection)
+    return Memory(about, _held(layout, size) | scored | _unpacked(layout, size))
 
 
-def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
-    layout = inspection.pruned
-    return min(inspection.budget_bytes, layout.plan_bytes(layout.uniform(config.quantize.bits[-1])))
+def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
+    smallest, largest = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
+    return min(max(inspection.budget_bytes, smallest), largest)
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Return the bytes that training holds all the time, by part."""
-    size = layout.adapter_bytes
-    return {"weights": plan_bytes - size, "adapters": size, "gradients": size, "optimizer": 2 * size}
+    """Return the bytes that training holds all the time, by part; adapters are trained in float32."""
+    size = layout.adapter_bytes // layout.element_bytes * FLOAT32_BYTES
+    weights = plan_bytes - layout.adapter_bytes
+    return {"weights": weights, "adapters": size, "gradients": size, "optimizer": 2 * size}
+
+
+def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
+    """Count what a packed layer needs in a pass: all its weights by bitsandbytes, else a piece of them with copies."""
+    if plan_bytes >= layout.plan_bytes(layout.dense()):
+        return {}
+    largest, piece = _largest(_blocks(layout)), PIECE["other" if torch.cuda.is_available() else "cpu"]
+    in_pieces = min(largest, piece) * (layout.element_bytes + 2 * FLOAT32_BYTES)
+    return {"unpacked weights": max(largest * layout.element_bytes, in_pieces)}
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
@@ -124,26 +144,45 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
         sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
     length, tokens = inspection.sample_length, calibration.batch_size * inspection.sample_length
-    parts["gradient"] = FLOAT32_BYTES * _largest(base)  # only one parameter's gradient is held at a time
+    parts["gradient"] = FLOAT32_BYTES * _largest(_blocks(base))  # only one parameter's gradient is held at a time
     parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
     return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate compensation: hidden states of all samples at one block, and masks of one byte per pair of tokens."""
+    """Estimate compensation, to which the samples pass one block after the other."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.samples["importance"], inspection.sample_length
     hidden_size = int(inspection.model_config.hidden_size)
     parts = _weights(base) | {
-        "hidden states": samples * length * (hidden_size * base.element_bytes + length),
+        "hidden states": _hidden_state_bytes(inspection),
         "activations": _widest(base, calibration.batch_size * length),
     }
     if settings.compensates_by == "least_squares":
-        widest = max(linear.columns for group in base.groups for linear in group.linears)
+        widest = max(linear.columns for group in _blocks(base) for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in float32.
         parts["solution"] = 3 * FLOAT32_BYTES * hidden_size * widest
     return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
+
+
+def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
+    """Estimate how the inputs of GPTQ are gathered: as compensation's are, with the Gram matrices of one block."""
+    samples, length, base = inspection.samples["importance"], inspection.sample_length, inspection.base
+    widest = max(linear.columns for group in _blocks(base) for linear in group.linears)
+    tokens = config.calibration.batch_size * length
+    parts = _weights(base) | {
+        "hidden states": _hidden_state_bytes(inspection),
+        "activations": _widest(base, tokens) + FLOAT32_BYTES * tokens * widest,
+        "Gram matrices": 2 * max(gram_bytes(base, inspection.model_config)),
+    }
+    return Memory(f"inputs of {samples} samples x {length} tokens (`quantize.rounding`)", parts)
+
+
+def _hidden_state_bytes(inspection: Inspection) -> int:
+    """Count the hidden states of all samples at one block, and their masks of one byte per pair of tokens."""
+    samples, length = inspection.samples["importance"], inspection.sample_length
+    return samples * length * (int(inspection.model_config.hidden_size) * inspection.base.element_bytes + length)
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
@@ -157,12 +196,15 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     works = [weights]
     if set(settings.methods) & set(INFORMATION):
         works += [weights | parts for parts in _by_information(config, inspection, tokens)]
+    measured = _packable(dense.groups)
+    if not set(settings.methods) & set(MEASUREMENT):  # embeddings and head take their place in no other pass
+        measured = [group for group in measured if group.name in (EMBEDDINGS, HEAD)]
     if set(settings.methods) & set(EXPANSION):
         activations = {"activations": _kept_dense(dense, tokens)}
         works.append(weights | activations | {"logits": logit_bytes(inspection, tokens)})
-        works.append(weights | activations | {"gradients and errors": BYTES_A_WEIGHT * _largest(dense)})
-    if set(settings.methods) & set(MEASUREMENT):
-        works.append(weights | _by_measurement(inspection, tokens))
+        works.append(weights | activations | {"gradients and errors": BYTES_A_WEIGHT * _largest(_blocks(dense))})
+    if measured and set(settings.methods) & {*MEASUREMENT, *EXPANSION}:
+        works.append(weights | _by_measurement(inspection, measured, tokens))
     about = f"passes of {settings.batch_size} rows x {config.data.max_length} tokens (`sensitivity.batch_size`)"
     return Memory(about, max(works, key=lambda parts: sum(parts.values())))
 
@@ -173,9 +215,9 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
     The outputs of all groups at all drawn positions count in both, those of one batch in float32 in the pass alone.
     """
     dense, positions = inspection.pruned, config.sensitivity.max_positions
-    features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
+    features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
-        features = [sum(linear.rows for linear in group.linears) for group in dense.groups]
+        features = [sum(linear.rows for linear in group.linears) for group in _blocks(dense)]
     drawn, outputs = min(tokens, positions), positions * dense.element_bytes * sum(features)
     logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
     in_pass = {"outputs": outputs + drawn * FLOAT32_BYTES * sum(features), "activations": _widest(dense, tokens)}
@@ -183,20 +225,20 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
     return [in_pass | {"logits": logits}, {"outputs": outputs, "components": components}]
 
 
-def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count the memory of the methods KL and loss by part; `quantized group` includes its largest layer unpacked.
+def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
+    """Count the memory of measuring KL and loss by part; `quantized group` includes its largest layer unpacked.
 
     `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
     log-probabilities. Later: the same log-probabilities, logits with the quantized group, 4 x `POSITIONS` float32 rows.
     """
     dense, config = inspection.pruned, inspection.model_config
-    unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)
+    quantized = [dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each]) for each in groups]
     making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
     comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(tokens, POSITIONS)
     return {
         "block outputs": int(config.num_hidden_layers) * tokens * int(config.hidden_size) * dense.element_bytes,
         "activations": _widest(dense, tokens),
-        "quantized group": dense.element_bytes * max(group.num_weights for group in dense.groups) + unpacked,
+        "quantized group": max(quantized),
         "log-probabilities": int(config.vocab_size) * max(making, comparing),
     }
 
@@ -204,7 +246,7 @@ def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
 def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool) -> int:
     """Count the bytes that a forward pass with adapters keeps for the backward pass."""
     blocks: dict[str, list[LinearShape]] = {}  # a group's name begins with its block's, `layers.07`
-    for group in layout.groups:
+    for group in _blocks(layout):
         blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)
     kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks.values()]
     if not checkpointing:
@@ -227,18 +269,28 @@ def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank:
 
 def _kept_dense(dense: Layout, tokens: int) -> int:
     """Count the bytes that a model without adapters keeps for the backward pass."""
-    return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups))
+    return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in _blocks(dense)))
 
 
 def _weights(dense: Layout) -> dict[str, int]:
     return {"weights": dense.num_parameters * dense.element_bytes}
 
 
-def _largest(layout: Layout) -> int:
+def _blocks(layout: Layout) -> list[Group]:
+    """Return the groups inside of blocks, whose layers have adapters."""
+    return [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
+
+
+def _packable(groups: Iterable[Group]) -> list[Group]:
+    """Return the groups that may be packed."""
+    return [group for group in groups if any(format_of(name).is_packed for name in group.formats)]
+
+
+def _largest(groups: Iterable[Group]) -> int:
     """Return the number of weights of the largest layer."""
-    return max(linear.num_weights for group in layout.groups for linear in group.linears)
+    return max(linear.num_weights for group in groups for linear in group.linears)
 
 
 def _widest(layout: Layout, tokens: int) -> int:
     """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest group's layers."""
-    return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups)
+    return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in _blocks(layout))

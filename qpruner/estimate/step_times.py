@@ -19,13 +19,14 @@ from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import token_losses
 from qpruner.models import cpu, ragged
 from qpruner.models.families import family_of
-from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.models.memory import release
-from qpruner.plans.plan import FULL_BITS, LinearShape
+from qpruner.pipeline.preflight import layout_for
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.quantization.bank import build_entry
-from qpruner.quantization.mixed import pack, packed_layer
+from qpruner.quantization.formats import Format, format_of
+from qpruner.quantization.mixed import packed_layer
 
 Batch = dict[str, torch.Tensor]
 FEW, MORE = 1, 5
@@ -38,43 +39,43 @@ SVD_OPERATIONS = 150
 
 
 def measure(
-    config: RunConfig, model_config: Any, linear: LinearShape, share_high: float, share_labelled: float, threads: int
+    config: RunConfig, model_config: Any, layout: Layout, share_high: float, share_labelled: float, threads: int
 ) -> tuple[float, float, float]:
     """Time a micro-batch of rows of full length, and the packing of a layer cut to `LARGEST` rows and columns.
 
     Return the seconds of training and of scoring, and the operations per second of packing. `share_high` of the weights
-    have the highest bits, the others the lowest. The head runs at the tokens with a label, `share_labelled` of all.
+    have their largest format, the others their smallest. The head runs at the tokens with a label, `share_labelled`.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    levels = config.quantize.bits
     rows, length = config.training.micro_batch_size, config.data.max_length
     ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
     labels = ids.clone()
     labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    low, high = (_extrapolate(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
+    low, high = (_extrapolate(config, model_config, batch, is_largest) for is_largest in (False, True))
     training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
-    return training, scoring, _packing_rate(config, linear)
+    return training, scoring, _packing_rate(config, layout)
 
 
-def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
-    """Count the operations of packing a layer at `num_levels` bit-widths."""
+def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: float) -> float:
+    """Count the operations of packing a layer in `num_levels` formats."""
     by_weight = 10 * min(rows, columns) if _is_exact(lora) else SVD_OPERATIONS
     return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
 
 
-def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
+def _packing_rate(config: RunConfig, layout: Layout) -> float:
     # Packing is far slower than matrix products: 2 of a core's 100 GFLOP/s with AVX2.
-    levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
+    blocks = [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
+    group, linear = max(((group, each) for group in blocks for each in group.linears), key=lambda at: at[1].num_weights)
+    levels = [format_of(name) for name in group.formats if format_of(name).is_packed]
     if not levels:
         return 1.0  # nothing is packed
     lora = config.lora.model_copy(update={"loftq_iterations": 1})  # all iterations cost the same
     most = LARGEST // (2 if _is_exact(lora) else 1)
     rows, columns = min(linear.rows, most), min(linear.columns, most)
     weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
-    settings = (lora, config.quantize.double_quant, config.seed)
-    seconds = _least(lambda: [build_entry({"": weight}, bits, *settings) for bits in levels])
+    seconds = _least(lambda: [build_entry({"": weight}, level, lora, config.seed) for level in levels])
     return packing_operations(rows, columns, lora, len(levels)) / seconds
 
 
@@ -82,13 +83,13 @@ def _is_exact(lora: LoraConfig) -> bool:
     return lora.init == "loftq" and lora.svd == "exact"
 
 
-def _extrapolate(config: RunConfig, model_config: Any, batch: Batch, bits: int) -> tuple[float, float]:
-    """Estimate the seconds of training and of scoring at one bit-width from two small models."""
+def _extrapolate(config: RunConfig, model_config: Any, batch: Batch, is_largest: bool) -> tuple[float, float]:
+    """Estimate the seconds of training and of scoring with the largest or smallest formats from two small models."""
     blocks = int(model_config.num_hidden_layers)
     few, more = min(FEW, blocks), min(MORE, blocks)
     timed = {}
     for count in {few, more}:
-        timed[count] = _timed(_small_model(config, model_config, count, bits), batch)
+        timed[count] = _timed(small_model(config, model_config, count, is_largest), batch)
         release()
     each = [max(0.0, most - less) / max(1, more - few) for less, most in zip(timed[few], timed[more], strict=True)]
     training, scoring = (most + (blocks - more) * block for most, block in zip(timed[more], each, strict=True))
@@ -125,8 +126,11 @@ def _least(work: Callable[[], object]) -> float:
     return min(taken[1:])  # the first warms up
 
 
-def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: int) -> Any:
-    """Build a small model of middle blocks, because the first and last blocks may have other widths."""
+def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_largest: bool) -> Any:
+    """Build a small model of middle blocks, because the first and last blocks may have other widths.
+
+    Its random weights are in the largest or smallest formats of the configuration, and it has adapters.
+    """
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))
@@ -134,18 +138,32 @@ def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: in
     small = copy.deepcopy(model_config)
     first = (int(small.num_hidden_layers) - num_blocks) // 2
     ragged.keep_blocks(small, range(first, first + num_blocks))
-    quantize, dtype = config.quantize, getattr(torch, config.model.dtype)
+    dtype = getattr(torch, config.model.dtype)
     with torch.device(device()):
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    if bits != FULL_BITS:
-        for paths in group_linears(small, quantize.group).values():
-            for path in paths:
-                linear = model.get_submodule(path)
-                tensors = pack(linear.weight.data, bits, quantize.double_quant)
-                model.set_submodule(path, packed_layer(linear, bits, tensors, dtype, quantize.double_quant))
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
-    adapted: Any = attach_adapters(model, {}, config.lora, quantize.group, config.seed)
+    layout = layout_for(config, small, on_gpu=torch.cuda.is_available())
+    plan = layout.largest() if is_largest else layout.smallest()
+    for group, name in zip(layout.groups, plan.formats, strict=True):
+        if format_of(name).is_packed:
+            for linear in group.linears:
+                _pack(model, linear.name, format_of(name), dtype)
+    model.is_loaded_in_4bit = True  # for peft
+    adapted: Any = attach_adapters(model, {}, config.lora, config.quantize.group, config.seed)
     if config.training.gradient_checkpointing:
         adapted.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted.train()
+
+
+def _pack(model: Any, path: str, packing: Format, dtype: torch.dtype) -> None:
+    """Pack a layer and, of embeddings, a head that is tied to them. A table repeats rows, to be packed fast."""
+    layer = model.get_submodule(path)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if layer not in ends:
+        model.set_submodule(path, packed_layer(layer, packing.name, packing.pack(layer.weight.data), dtype))
+        return
+    rows = torch.arange(len(layer.weight), device=layer.weight.device) % LARGEST
+    tensors = {"weight": packing.pack(layer.weight.data[:LARGEST])["weight"][rows]}
+    for end, replace in zip(ends, (model.set_input_embeddings, model.set_output_embeddings), strict=True):
+        if end.weight is layer.weight:
+            replace(packed_layer(end, packing.name, tensors, dtype))

@@ -137,10 +137,14 @@ class Bank(Stage[BankRecord]):
         return f"{size}; relative error of the weights with adapters: {left}" if left else size
 
     def disk_bytes(self) -> int:
-        base, pruned = self.context.inspection.base, self.context.inspection.pruned
+        from qpruner.pruning.grams import gram_bytes
+
+        inspection, gptq = self.context.inspection, self.config.quantize.rounding == "gptq"
+        base, pruned = inspection.base, inspection.pruned
+        grams = sum(gram_bytes(base, inspection.model_config)) if gptq else 0
         # The unpruned controls are two plans, each within the budget or the smallest.
         unpruned = 0 if self.config.prune.is_off else 2 * base.plan_bytes(base.smallest())
-        return sum(pruned.plan_bytes(pruned.uniform(level)) for level in pruned.levels) + unpruned
+        return sum(pruned.plan_bytes(pruned.uniform(level)) for level in pruned.levels) + unpruned + grams
 
 
 def made_from(context: Context, cut: str) -> str:

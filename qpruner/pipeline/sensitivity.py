@@ -1,9 +1,9 @@
-"""The sensitivity stage: score by several methods the harm to the model if one group gets fewer bits."""
+"""The sensitivity stage: score by several methods the harm to the model if one group gets a smaller format."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
-from qpruner.runs.storage import children, exists, read_json, remove, write_json
+from qpruner.runs.storage import children, read_json, remove, write_json
 
 Result = TypeVar("Result")
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score for each group the harm to the model if it gets fewer bits; reuse earlier scores of the same inputs."""
+    """Score for each group the harm to the model by every format; reuse earlier scores of the same inputs."""
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -49,7 +49,7 @@ class Sensitivity(Stage[SensitivityRecord]):
             self.context.record(BankRecord).digest,
             config.sensitivity.model_copy(update={"methods": ()}),
             config.quantize.group,
-            config.quantize.bits,
+            {group.name: group.formats for group in self.context.layout.groups},
             config.seed,
         )
 
@@ -57,43 +57,55 @@ class Sensitivity(Stage[SensitivityRecord]):
         return ", ".join(self.config.measured_methods) or "nothing to measure"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, digest = self.context, self._scores_digest()
-        self._reuse_scores(scratch, f"-{digest}.json")
-        files = {method: scratch / f"{method}-{digest}.json" for method in self.config.measured_methods}
-        missing = {method for method, file in files.items() if not exists(file)}
-        for method, scores in _scored(context, missing):
-            write_json(scratch / f"{method}-{digest}.json", scores)
+        context, ending, methods = self.context, f"-{self._scores_digest()}.json", self.config.measured_methods
+        known = self._reuse_scores(scratch, ending)
+        for method, scores in _scored(context, set(methods) - known.keys(), known):
+            write_json(scratch / f"{method}{ending}", scores)
             self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
-        methods = {method: read_json(file, MethodScores) for method, file in files.items()}
-        return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
+        groups = tuple(group.name for group in context.layout.groups)
+        found = {method: read_json(scratch / f"{method}{ending}", MethodScores) for method in methods}
+        return {"groups": groups, "methods": found}
 
-    def _reuse_scores(self, scratch: Path, ending: str) -> None:
-        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there."""
+    def _reuse_scores(self, scratch: Path, ending: str) -> dict[str, MethodScores]:
+        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there.
+
+        Return the scores by method.
+        """
         root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
         for name in children(scratch):
             if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
                 remove(scratch / name)
         files = {name: folder / name for folder in (stage, scratch) for name in children(folder)}
+        found = {}
         for name in (name for name in files if name.endswith(ending)):
             if scores := self.read_intact(files[name], MethodScores, root, "its scores are computed again"):
+                found[name.removesuffix(ending)] = scores
                 write_json(scratch / name, scores)
+        return found
 
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
-        bits = self.config.quantize.bits
-        about = f"{min(bits)} less {max(bits)} bits: {ranges}" if ranges else "nothing measured"
+        levels = self.context.layout.levels
+        about = f"{levels[0]} less {levels[-1]}: {ranges}" if ranges else "nothing measured"
         return f"{len(record.groups)} groups, {about}"
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the smallest and largest difference of any group: its score at the fewest bits minus that at the most."""
-    lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
-    rises = [low - high for low, high in zip(lowest, highest, strict=True)]
+    """Format the smallest and largest difference of any group: its score in its smallest format minus the largest."""
+    offered = [
+        [value for value in of_group if value is not None] for of_group in zip(*scores.values.values(), strict=True)
+    ]
+    rises = [values[0] - values[-1] for values in offered if len(values) > 1] or [0.0]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
 
 
-def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
-    """Yield the scores of the missing methods, and of other methods that the same passes over the data compute."""
+def _scored(
+    context: Context, missing: set[str], known: Mapping[str, MethodScores]
+) -> Iterator[tuple[str, MethodScores]]:
+    """Yield the scores of the missing methods, and of other methods that the same passes over the data compute.
+
+    `known` has the scores by KL and loss that are there already. Without them, packed embeddings are measured alone.
+    """
     from qpruner.data.calibration import Samples
     from qpruner.sensitivity import methods as scoring
 
@@ -102,20 +114,29 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
     pad_id = int(load_tokenizer(str(context.checkpoint)).pad_token_id)
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
-        group=config.quantize.group,
-        levels=config.quantize.bits,
+        groups=context.layout.groups,
+        grouping=config.quantize.group,
         bank=context.bank,
         scaling=config.lora.alpha / config.lora.rank,
     )
-    by_information = partial(scoring.by_information, settings=config.sensitivity, seed=config.seed)
-    for methods, score in ((INFORMATION, by_information), (EXPANSION, scoring.by_expansion)):
-        if missing.intersection(methods):
-            yield from _on_model(context, subject, methods, score).items()
+    few_rows = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples])
+    measured = replace(subject, samples=few_rows.by_length)
+    if missing.intersection(INFORMATION):
+        by_information = partial(scoring.by_information, settings=config.sensitivity, seed=config.seed)
+        yield from _on_model(context, subject, INFORMATION, by_information).items()
     if missing.intersection(MEASUREMENT):
         started = time.monotonic()
-        measured = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples]).by_length
-        found = _measured(context, replace(subject, samples=measured))
-        yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
+        found = _measured(context, measured)
+        known = scoring.by_measurement(found, measured.groups, time.monotonic() - started)
+        yield from known.items()
+    if missing.intersection(EXPANSION):
+        if not known.keys() >= set(MEASUREMENT):
+            measured, known = measured.tables, {}
+        if measured.groups and not known:
+            found = _on_model(context, measured, [group.name for group in measured.groups], scoring.measure_subject)
+            known = scoring.by_measurement(found, measured.groups, seconds=0.0)
+        by_expansion = partial(scoring.by_expansion, tables=scoring.table_rises(known, measured.groups))
+        yield from _on_model(context, subject, EXPANSION, by_expansion).items()
 
 
 def _on_model(context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]) -> Result:

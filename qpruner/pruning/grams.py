@@ -11,6 +11,7 @@ from qpruner.data.calibration import Samples, at_tokens
 from qpruner.data.losses import hooked
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears
+from qpruner.plans.plan import Layout
 from qpruner.pruning.compensation import BlockStream
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ def gather(model: PreTrainedModel, grouping: str, samples: Samples) -> Iterator[
     for index in range(model.config.num_hidden_layers):
         block = f"{family_of(model.config).block_path(index)}."
         yield _of_block(model, stream, index, [path for path in paths if path.startswith(block)])
+
+
+def gram_bytes(layout: Layout, config: Any) -> list[int]:
+    """Count the bytes of the Gram matrices of each block of a model."""
+    columns = {linear.name: linear.columns for group in layout.groups for linear in group.linears}
+    sizes: dict[str, int] = {}
+    for name, paths in group_linears(config, "projection").items():  # the layers of one share their input
+        block = ".".join(name.split(".")[:2])
+        sizes[block] = sizes.get(block, 0) + 4 * columns[paths[0]] ** 2
+    return list(sizes.values())
 
 
 @torch.no_grad()

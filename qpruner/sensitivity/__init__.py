@@ -1,1 +1,1 @@
-"""Predict with several methods how much the loss rises if a group gets fewer bits."""
+"""Predict with several methods how much the loss rises if a group gets a smaller format."""

@@ -9,7 +9,7 @@ gradient of the summed loss of sample s, and N the number of labelled tokens. Th
 - second order: the sum of both, with the Fisher diagonal in place of the Hessian.
 
 Gradients of different tokens are uncorrelated under the model, so the summed gradient of a sample has the Fisher
-information of all its tokens. One backward pass over the samples gives all values for all groups and bit-widths.
+information of all its tokens. One backward pass over the samples gives all values for all groups and formats.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qpruner.data.calibration import Samples, visit_linear_gradients
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
 from qpruner.quantization.bank import Starts
+from qpruner.sensitivity.measurement import Pair, pairs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +39,9 @@ squared gradients, quantization error, and a product with the error or the buffe
 
 @dataclass(frozen=True)
 class Expansion:
-    """Predicted rises of the loss ``(bit-widths below 16, groups)``: mean nats over `num_tokens` labelled tokens."""
+    """Predicted rises of the loss, one for each (group, format) of `pairs`: mean nats over `num_tokens` labels."""
 
+    pairs: tuple[Pair, ...]
     num_tokens: int
     first_order: Floats
     fisher: Floats
@@ -51,29 +53,33 @@ class Expansion:
 
 
 def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
-    """Predict the rise of the loss by every (group, bits) in one forward and backward pass of the unquantized model."""
-    owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
+    """Predict the rise of the loss by every (group, format) in one forward and backward pass of the unquantized model.
+
+    The groups of `starts` must be parts of blocks.
+    """
+    pairs = pairs_of(starts)
+    owner = {path: group for group in dict(pairs) for path in starts.groups[group]}
     linears = {path: model.get_submodule(path) for path in owner}
-    first_order = np.zeros((len(starts.levels), len(starts.groups)))
-    fisher = np.zeros_like(first_order)
+    first_order, fisher = np.zeros(len(pairs)), np.zeros(len(pairs))
 
     @torch.no_grad()
     def visit(path: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        index, group = owner[path]
         weight = linears[path].weight
         slopes, squares = _sums_over_samples(inputs, gradients)
-        for level, bits in enumerate(starts.levels):
-            error = starts.weight(group, bits, path, weight.device).sub_(weight)
+        for index, (group, name) in enumerate(pairs):
+            if group != owner[path]:
+                continue
+            error = starts.weight(group, name, path, weight).sub_(weight)
             slope, curvature = rises(error, slopes, squares)
             del error  # free the memory before the next error is computed
             if not math.isfinite(slope + curvature):
                 raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
-            first_order[level, index] += slope
-            fisher[level, index] += curvature
+            first_order[index] += slope
+            fisher[index] += curvature
 
     visit_linear_gradients(model, linears, samples.by_length, visit)  # type: ignore[arg-type]
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
-    return Expansion(num_tokens, first_order / num_tokens, fisher / num_tokens)
+    return Expansion(pairs, num_tokens, first_order / num_tokens, fisher / num_tokens)
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Measure how the predictions change when one group is quantized: KL divergence and change of the loss.
 
-For every (group, bits) the group gets the weights with which trials start, and the samples run through the model. The
-blocks before the changed block return their stored outputs, so only the later blocks run. The head runs only at
-positions with a label.
+For every (group, format) the group gets the weights with which trials start, and the samples run through the model. The
+blocks before the changed layers return their stored outputs, so only the later blocks run: all of them for embeddings,
+none for a head. The head runs only at positions with a label.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Floats = npt.NDArray[np.float64]
+Pair = tuple[str, str]
+"""A group and a packed format that it may have."""
 POSITIONS = 256
 """Positions compared at once; each needs a float32 row of the size of the vocabulary."""
 
@@ -35,9 +37,10 @@ class Measurement:
     """Sums over the predicted positions of each sample, in nats.
 
     Number of positions (`counts`) and loss of the unquantized model (`base_loss`) are ``(samples,)``. KL divergence
-    from that model (`kl`) and change of its loss (`loss`) are ``(bit-widths below 16, groups, samples)``.
+    from that model (`kl`) and change of its loss (`loss`) are ``(pairs, samples)``.
     """
 
+    pairs: tuple[Pair, ...]
     counts: Floats
     base_loss: Floats
     kl: Floats
@@ -47,7 +50,8 @@ class Measurement:
     def joined(cls, parts: Sequence[Measurement]) -> Measurement:
         """Concatenate measurements of different samples."""
         fields = ("counts", "base_loss", "kl", "loss")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in fields))
+        joined = (np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in fields)
+        return cls(parts[0].pairs, *joined)
 
     def mean(self, sums: Floats) -> Floats:
         """Divide sums ``(..., samples)`` by the number of positions."""
@@ -63,34 +67,42 @@ class Measurement:
         return stderr
 
 
+def pairs_of(starts: Starts) -> tuple[Pair, ...]:
+    """List all pairs of a group and a packed format that it may have, in the order of the groups."""
+    return tuple((group, name) for group in starts.groups for name in starts.offered[group])
+
+
 @torch.no_grad()
 def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measurement:
-    """Measure every (group, bits) on all samples; progress counts one step for each (group, bits) and batch.
+    """Measure every (group, format) on all samples; progress counts one step for each (group, format) and batch.
 
     In bfloat16 rounding alone causes some KL divergence: 0.0009 to 0.0015 nats on pruned SmolLM2 after one weight was
     changed by one unit in the last place (2026-11). 8 bits cause about as much: rank groups at 8 bits by `fisher`.
+    Packed embeddings also replace a head that is tied to them.
 
     Memory besides the model: for one batch the outputs of all blocks and float32 log-probabilities; the weights of one
     group; and one layer during unpacking.
     """
     all_batches = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
-    total = len(all_batches) * len(starts.groups) * len(starts.levels)
-    done, parts = 0, []
-    for batch in all_batches:
+    pairs, parts = pairs_of(starts), []
+    layers = {
+        group: {path: model.get_parameter(f"{path}.weight") for path in starts.groups[group]} for group, _ in pairs
+    }
+    for number, batch in enumerate(all_batches):
         run = _Rerun(model, batch)
-        sums = torch.zeros(len(starts.levels), len(starts.groups), 2, len(run.counts), dtype=torch.float64)
-        for index, (group, paths) in enumerate(starts.groups.items()):
-            own = {path: model.get_parameter(f"{path}.weight") for path in paths}
-            for level, bits in enumerate(starts.levels):
-                weights = [starts.weight(group, bits, path, each.device).to(each.dtype) for path, each in own.items()]
-                with _replaced(list(own.values()), weights):
-                    sums[level, index] = run.rise(paths[0], f"the model with {group} at {bits} bits")
-                done += 1
-                samples.on_progress(done, total)
-        parts.append(
-            Measurement(run.counts.numpy(), run.base_loss.numpy(), sums[:, :, 0].numpy(), sums[:, :, 1].numpy())
-        )
+        sums = torch.zeros(len(pairs), 2, len(run.counts), dtype=torch.float64)
+        for index, (group, name) in enumerate(pairs):
+            with _replaced([*layers[group].values()], _start_weights(starts, group, name, layers[group])):
+                sums[index] = run.rise(next(iter(layers[group])), f"the model with {group} in {name}")
+            samples.on_progress(number * len(pairs) + index + 1, len(all_batches) * len(pairs))
+        parts.append(Measurement(pairs, *(each.numpy() for each in (run.counts, run.base_loss, *sums.unbind(1)))))
     return Measurement.joined(parts)
+
+
+def _start_weights(
+    starts: Starts, group: str, name: str, layers: Mapping[str, torch.nn.Parameter]
+) -> list[torch.Tensor]:
+    return [starts.weight(group, name, path, each).to(each.dtype) for path, each in layers.items()]
 
 
 class _Rerun:
@@ -117,8 +129,9 @@ class _Rerun:
         self.base_loss = self._by_sample(self._losses, "the unquantized model")
 
     def rise(self, layer_path: str, model_in_errors: str) -> torch.Tensor:
-        """Run again from the layer's block; return KL divergence and change of the loss, ``(2, samples)``."""
-        first = next(index for index, block in enumerate(self._paths) if layer_path.startswith(f"{block}."))
+        """Run again from this layer on; return KL divergence and change of the loss, ``(2, samples)``."""
+        first = len(self._blocks) if self._model.get_submodule(layer_path) is self._model.get_output_embeddings() else 0
+        first = next((at for at, block in enumerate(self._paths) if layer_path.startswith(f"{block}.")), first)
         with returning_outputs(self._blocks[:first], self._outputs):
             logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []

@@ -1,37 +1,44 @@
-"""Compute sensitivities: every method predicts how much each (group, bits) raises the loss of the pruned model.
+"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model.
 
-Methods that need the same passes over the samples share them; their records name the other methods.
+Methods that need the same passes over the samples share them; their records name the other methods. Embeddings and head
+have no place in the passes of some methods (`MEASURED_INSTEAD`): they are measured as `kl` and `loss` are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
-from qpruner.models.layout import group_linears
-from qpruner.plans.plan import FULL_BITS
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
 from qpruner.quantization.bank import Starts
+from qpruner.quantization.formats import by_size, format_of
 from qpruner.runs.records import MethodScores
 from qpruner.runs.storage import fetch
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
-from qpruner.sensitivity.measurement import Measurement, measure
+from qpruner.sensitivity.measurement import Measurement, Pair, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ByBits = dict[int, tuple[float, ...]]
+Rises = Mapping[Pair, float]
+"""Predicted rise for each pair of a group and a packed format."""
+MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
+"""Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear layers is blind."""
 SOURCES = {
     "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
-    "NAACL 2025), scaled linearly from 0 at the most bits to 1 at the fewest",
-    "first_order": "gradient times quantization error, summed over the weights",
-    "fisher": "half the mean squared gradient times squared quantization error, summed over the weights",
-    "second_order": "first order plus Fisher: second-order expansion of the loss, with squared gradients as curvature",
+    "NAACL 2025), scaled linearly in bytes from 0 in the largest format to 1 in the smallest; embeddings and head have "
+    "the largest value of any other group, so that they are kept as long as anything is",
+    "first_order": "gradient times quantization error, summed over the weights; embeddings and head: as by `loss`",
+    "fisher": "half the mean squared gradient times squared quantization error, summed over the weights; embeddings "
+    "and head: as by `kl`",
+    "second_order": "first order plus Fisher: second-order expansion of the loss, with squared gradients as curvature; "
+    "embeddings and head: as by `kl`",
     "kl": "KL divergence between the predictions of the model with one group quantized and of the unquantized model",
     "loss": "measured change of the loss when one group is quantized",
 }
@@ -39,19 +46,36 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, `quantize.group` and bank to score; `levels` are rising bit-widths, `scaling` LoRA's alpha / rank."""
+    """Samples, groups with the formats that each may have, `quantize.group`, bank, and LoRA's alpha / rank."""
 
     samples: Samples
-    levels: tuple[int, ...]
-    group: str
+    groups: tuple[Group, ...]
+    grouping: str
     bank: Path
     scaling: float
     on_group: OnProgress = lambda done, total: None
     """Counts the groups that `by_information` has scored after its pass over the samples."""
 
-    def starts(self, model: PreTrainedModel) -> Starts:
-        """Open the bank to read the initial weights of the model's groups."""
-        return Starts(self.bank, group_linears(model.config, self.group), self.levels, self.scaling)
+    @property
+    def tables(self) -> Subject:
+        """The same without the blocks' groups: embeddings and head, as far as they may be packed."""
+        tables = (group for group in self.groups if group.name in (EMBEDDINGS, HEAD))
+        return replace(self, groups=tuple(group for group in tables if _packed(group)))
+
+    @property
+    def blocks(self) -> Subject:
+        """The same without embeddings and head."""
+        return replace(self, groups=tuple(group for group in self.groups if group.name not in (EMBEDDINGS, HEAD)))
+
+    @property
+    def starts(self) -> Starts:
+        """Open the bank to read the initial weights of the groups."""
+        groups = {group.name: tuple(linear.name for linear in group.linears) for group in self.groups}
+        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups}, self.scaling)
+
+
+def _packed(group: Group) -> tuple[str, ...]:
+    return tuple(name for name in group.formats if format_of(name).is_packed)
 
 
 def by_information(
@@ -59,42 +83,66 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(model, subject.samples, subject.group, settings, seed, subject.on_group)
-    lowest, highest = subject.levels[0], subject.levels[-1]
-    values = {
-        bits: tuple(value * (highest - bits) / (highest - lowest) for value in found.values) for bits in subject.levels
-    }
+    found = mutual_information.measure(model, subject.samples, subject.grouping, settings, seed, subject.on_group)
+    nats = dict.fromkeys((group.name for group in subject.groups), max(found.values))
+    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found.values, strict=True)}
+    sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}
+    least, most = min(sizes.values()), max(sizes.values())
+    share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
+    rises = {(group.name, name): nats[group.name] * share[name] for group in subject.groups for name in _packed(group)}
     details = {"estimator": mutual_information.ESTIMATOR, "bias": mutual_information.BIAS, **vars(found)}
-    return _scores({"mutual_information": (values, details)}, time.monotonic() - started, "nats of information")
+    seconds = time.monotonic() - started
+    return _scores({"mutual_information": (rises, details)}, subject.groups, seconds, "nats of information")
 
 
-def by_expansion(model: PreTrainedModel, subject: Subject) -> dict[str, MethodScores]:
-    """Score all groups by first order, Fisher and second order, with one forward and backward pass."""
+def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]) -> dict[str, MethodScores]:
+    """Score all groups by first order, Fisher and second order, with one forward and backward pass.
+
+    `tables` has the rises of embeddings and head by `loss` and `kl`, see `table_rises`.
+    """
     started = time.monotonic()
-    found = expand(model, subject.samples, subject.starts(model))
+    found = expand(model, subject.samples, subject.blocks.starts)
     details = {"num_samples": len(subject.samples.rows), "num_positions": found.num_tokens}
-    by_method = {name: (_by_bits(getattr(found, name), subject.levels), details) for name in EXPANSION}
-    return _scores(by_method, time.monotonic() - started)
+    by_method = {}
+    for name in EXPANSION:
+        rises = dict(zip(found.pairs, getattr(found, name).tolist(), strict=True))
+        by_method[name] = (rises | dict(tables[MEASURED_INSTEAD[name]]), details)
+    return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
-def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) -> dict[str, MethodScores]:
+def by_measurement(found: Measurement, groups: Sequence[Group], seconds: float) -> dict[str, MethodScores]:
     """Turn a measurement into scores by KL divergence and by change of the loss, with standard errors over samples."""
     by_method = {}
     for name in MEASUREMENT:
         sums = getattr(found, name)
+        stderr = dict(zip(found.pairs, found.stderr(sums).tolist(), strict=True))
         details = {
             "num_samples": len(found.counts),
             "num_positions": int(found.counts.sum()),
             "base_loss": float(found.mean(found.base_loss)),
-            "stderr": _by_bits(found.stderr(sums), levels),
+            "stderr": _by_format(stderr, groups),
         }
-        by_method[name] = (_by_bits(found.mean(sums), levels), details)
-    return _scores(by_method, seconds)
+        by_method[name] = (dict(zip(found.pairs, found.mean(sums).tolist(), strict=True)), details)
+    return _scores(by_method, groups, seconds)
+
+
+def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
+    """Return the rises by `kl` and `loss` of packed embeddings and head from the scores of `groups`."""
+    tables = [(at, group) for at, group in enumerate(groups) if group.name in (EMBEDDINGS, HEAD)]
+    return {
+        method: {
+            (group.name, name): value
+            for at, group in tables
+            for name in _packed(group)
+            if (value := scores[method].values[name][at]) is not None
+        }
+        for method in MEASUREMENT
+    }
 
 
 def measure_subject(model: PreTrainedModel, subject: Subject) -> Measurement:
-    """Measure KL divergence and change of the loss for every (group, bits) on the samples of `subject`."""
-    return measure(model, subject.samples, subject.starts(model))
+    """Measure KL divergence and change of the loss for every (group, format) on the samples of `subject`."""
+    return measure(model, subject.samples, subject.starts)
 
 
 def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) -> Measurement:
@@ -108,18 +156,28 @@ def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) 
 
 
 def _scores(
-    by_method: Mapping[str, tuple[ByBits, dict[str, Any]]], seconds: float, unit: str = "nats per predicted token"
+    by_method: Mapping[str, tuple[Rises, dict[str, Any]]],
+    groups: Sequence[Group],
+    seconds: float,
+    unit: str = "nats per predicted token",
 ) -> dict[str, MethodScores]:
-    """Make one record per method from values and details; the methods share the time `seconds`."""
+    """Make one record per method from rises and details; the methods share the time `seconds`."""
     found = {}
-    for name, (values, details) in by_method.items():
+    for name, (rises, details) in by_method.items():
         if others := [other for other in by_method if other != name]:
             details = details | {"shared_with": others}
+        values = _by_format(rises, groups)
         found[name] = MethodScores(unit=unit, source=SOURCES[name], values=values, seconds=seconds, details=details)
     return found
 
 
-def _by_bits(values: Any, levels: tuple[int, ...]) -> ByBits:
-    """Map bits to the rows of `values` ``(levels below 16, groups)``, and 16 bits to zeros."""
-    found = {bits: tuple(row.tolist()) for bits, row in zip(levels, values, strict=False)}
-    return found | ({FULL_BITS: (0.0,) * values.shape[1]} if FULL_BITS in levels else {})
+def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float | None, ...]]:
+    """Map each format, smallest first, to the rises of all groups: 0 if unpacked, None where it is not offered."""
+    levels = by_size(tuple({name for group in groups for name in group.formats}))
+
+    def rise(group: Group, name: str) -> float | None:
+        if name not in group.formats:
+            return None
+        return rises[group.name, name] if format_of(name).is_packed else 0.0
+
+    return {name: tuple(rise(group, name) for group in groups) for name in levels}

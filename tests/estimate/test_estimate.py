@@ -98,7 +98,7 @@ def test_activations_match_autograd(family: str) -> None:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     adapted = attach_adapters(model, {}, LoraConfig(rank=8), "block", seed=0).train()
     ids = torch.randint(0, 512, (2, 64))
-    own = layout_of(config, "block", 2, False, 8)
+    own = layout_of(config, QuantizeConfig(), 2, 8, on_gpu=False)
     found = memory.activation_bytes(own, config.hidden_size, ids.numel(), 8, checkpointing=False)
     assert found == pytest.approx(kept_bytes(adapted, ids), rel=0.15 if has_bfloat16() else 0.25)
 

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mixed_models import fill_bank
+from mixed_models import seal
 from tiny_decoders import PAD, rows_of, tiny
 
-from qpruner.config.schema import LoraConfig
+from qpruner.config.schema import BudgetConfig, LoraConfig, QuantizeConfig
 from qpruner.data.calibration import Samples
-from qpruner.quantization.bank import Starts
+from qpruner.models.layout import layout_of
+from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.quantization.bank import GroupJob, Starts, build_group
+from qpruner.quantization.formats import format_of
 from qpruner.sensitivity.methods import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LEVELS = (4, 8, 16)
+LEVELS = ("nf4", "int8", "bf16")
 LORA = LoraConfig(rank=2, alpha=6)
+BUDGET = BudgetConfig(bytes=10**9)
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Widths that the 4-bit CPU kernel decodes correctly."""
 
@@ -35,12 +39,16 @@ class Banked:
 
     @cached_property
     def starts(self) -> Starts:
-        return self.subject.starts(self.model)
+        return self.subject.starts
 
-    def errors(self, group: str, bits: int) -> dict[str, torch.Tensor]:
-        """Compute the difference between the initial weights of a trial and the weights, for each layer of a group."""
-        weights = {path: self.model.get_parameter(f"{path}.weight").detach() for path in self.starts.groups[group]}
-        return {path: self.starts.weight(group, bits, path, each.device) - each for path, each in weights.items()}
+    @cached_property
+    def starts_of_blocks(self) -> Starts:
+        return self.subject.blocks.starts
+
+    def weights(self, group: str, name: str) -> dict[str, torch.Tensor]:
+        """Compute the initial weights of a trial for each layer of a group in a format."""
+        layers = {path: self.model.get_parameter(f"{path}.weight") for path in self.starts.groups[group]}
+        return {path: self.starts.weight(group, name, path, each) for path, each in layers.items()}
 
     def samples(self, batch_size: int = 2) -> Samples:
         return replace(self.subject.samples, batch_size=batch_size)
@@ -57,11 +65,19 @@ def banked(
     name: str = "llama",
     group: str = "projection",
     init: str = "loftq",
-    double_quant: bool = False,
+    levels: tuple[str, ...] = LEVELS,
+    embeddings: tuple[str, ...] = ("bf16",),
     **options: Any,
 ) -> Banked:
-    """Save a tiny decoder in the subfolder `model`, and pack all its groups at 4 and 8 bits."""
+    """Save a tiny decoder in the subfolder `model`, and pack all its groups in all formats."""
     model = tiny(name, **WIDE | options)
     model.save_pretrained(folder / "model")
-    fill_bank(folder / "model", folder, double_quant, LORA.model_copy(update={"init": init}), "float32", group)
-    return Banked(model, Subject(samples_of(), LEVELS, group, folder, LORA.alpha / LORA.rank))
+    quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings, budget=BUDGET)
+    groups = layout_of(model.config, quantize, 4, LORA.rank, on_gpu=False).groups
+    for each in groups:
+        lora = None if each.name in (EMBEDDINGS, HEAD) else LORA.model_copy(update={"init": init})
+        packed = tuple(level for level in each.formats if format_of(level).is_packed)
+        paths = tuple(linear.name for linear in each.linears)
+        build_group(GroupJob(each.name, paths, packed, folder / "model", folder, "float32", lora, seed=0))
+    seal(folder)
+    return Banked(model, Subject(samples_of(), groups, group, folder, LORA.alpha / LORA.rank))

@@ -29,17 +29,17 @@ def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor
 def test_rises_match_gradients_of_single_samples(tmp_path: Path, name: str) -> None:
     subject = banked(tmp_path, name)
     samples = subject.samples()
-    found = expand(subject.model, samples, subject.starts)
-    first, fisher = np.zeros(found.fisher.shape), np.zeros(found.fisher.shape)
+    found = expand(subject.model, samples, subject.starts_of_blocks)
+    first, fisher = np.zeros(len(found.pairs)), np.zeros(len(found.pairs))
     for loss in summed_losses(subject.model, samples):
         subject.model.zero_grad()
         loss.backward()
-        for index, group in enumerate(subject.starts.groups):
-            for level, bits in enumerate((4, 8)):
-                for path, error in subject.errors(group, bits).items():
-                    product = subject.model.get_submodule(path).weight.grad * error
-                    first[level, index] += float(product.sum())
-                    fisher[level, index] += float(product.square().sum()) / 2
+        for index, (group, level) in enumerate(found.pairs):
+            for path, start in subject.weights(group, level).items():
+                weight = subject.model.get_submodule(path).weight
+                product = weight.grad * (start - weight.detach())
+                first[index] += float(product.sum())
+                fisher[index] += float(product.square().sum()) / 2
     assert found.num_tokens == sum(label != -100 for row in samples.rows for label in row["labels"])
     first, fisher = first / found.num_tokens, fisher / found.num_tokens
     assert found.first_order == pytest.approx(first, rel=1e-3, abs=1e-6)
@@ -62,7 +62,7 @@ def test_padding_and_batch_size_change_nothing(tmp_path: Path) -> None:
     model.get_submodule("model.layers.1").requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = copy.deepcopy(model.state_dict())
-    alone, together = (expand(model, llama.samples(batch_size), llama.starts) for batch_size in (1, 5))
+    alone, together = (expand(model, llama.samples(batch_size), llama.starts_of_blocks) for batch_size in (1, 5))
     assert alone.num_tokens == together.num_tokens
     for name in ("first_order", "fisher"):  # the order of summation differs
         assert np.allclose(getattr(alone, name), getattr(together, name), rtol=1e-3, atol=1e-7)
@@ -73,4 +73,4 @@ def test_padding_and_batch_size_change_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] = torch.nan
     with pytest.raises(TrainingDiverged, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
-        expand(model, llama.samples(), llama.starts)
+        expand(model, llama.samples(), llama.starts_of_blocks)

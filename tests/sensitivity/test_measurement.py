@@ -38,42 +38,55 @@ def rises(before: Predictions, after: Predictions) -> tuple[float, float]:
     return float(kl), float(losses[1] - losses[0])
 
 
-def with_group_quantized(subject: Banked, group: str, bits: int) -> torch.nn.Module:
+def with_group_quantized(subject: Banked, group: str, level: str) -> torch.nn.Module:
     """Copy the model and give one group its initial weights of a trial."""
     model = copy.deepcopy(subject.model)
     with torch.no_grad():
-        for path, error in subject.errors(group, bits).items():
-            model.get_submodule(path).weight.add_(error)
+        for path, weight in subject.weights(group, level).items():
+            model.get_submodule(path).weight.copy_(weight)
     return model
+
+
+def check_rises(subject: Banked) -> None:
+    """Compare the rises of all groups with those of models whose weights are replaced."""
+    samples = subject.samples()
+    found = measure(subject.model, samples, subject.starts)
+    kl, loss = found.mean(found.kl), found.mean(found.loss)
+    before = predictions(subject.model, samples)
+    for index, (group, level) in enumerate(found.pairs):
+        expected = rises(before, predictions(with_group_quantized(subject, group, level), samples))
+        assert (kl[index], loss[index]) == pytest.approx(expected, rel=1e-2, abs=2e-6), (group, level)
+        assert level == "int8" or kl[index] > 10 * 2e-6, "the rises must be larger than the tolerance"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_rises_match_a_model_with_replaced_weights(tmp_path: Path, name: str) -> None:
     """Padding, skipped blocks and the head at labelled positions only do not change the results."""
-    subject = banked(tmp_path, name, "sublayer" if name == "llama" else "block")
-    samples = subject.samples()
-    found = measure(subject.model, samples, subject.starts)
-    kl, loss = found.mean(found.kl), found.mean(found.loss)
-    before = predictions(subject.model, samples)
-    for index, group in enumerate(subject.starts.groups):
-        for level, bits in enumerate((4, 8)):
-            expected = rises(before, predictions(with_group_quantized(subject, group, bits), samples))
-            assert (kl[level, index], loss[level, index]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
-    assert kl[0].min() > 10 * 2e-6, "the rises must be larger than the tolerance"
+    check_rises(banked(tmp_path, name, "sublayer" if name == "llama" else "block"))
 
 
-@pytest.mark.parametrize(("init", "double_quant"), [("loftq", False), ("plain", True)])
-def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str, double_quant: bool) -> None:
-    """Use real bitsandbytes layers and peft adapters, at 4 bits only: 8-bit layers also round their inputs."""
-    subject = banked(tmp_path, "llama", "block", init, double_quant)
+@pytest.mark.parametrize(("name", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("opt", True)])
+def test_rises_match_a_model_with_a_replaced_table(tmp_path: Path, name: str, tied: bool) -> None:
+    """A head that is tied to the embeddings changes with them; else each is a group."""
+    subject = banked(tmp_path, name, "block", embeddings=("int8", "bf16"), tie_word_embeddings=tied)
+    tables = replace(subject, subject=subject.subject.tables)
+    assert list(tables.starts.groups) == ["embeddings"] + ["head"] * (not tied)
+    check_rises(tables)
+
+
+@pytest.mark.parametrize(("init", "level"), [("loftq", "nf4"), ("plain", "nf4_double"), ("loftq", "int8")])
+def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str, level: str) -> None:
+    """Use real packed layers and peft adapters; the embeddings are packed too."""
+    subject = banked(tmp_path, "llama", "block", init, (level, "bf16"), ("int8",))
     samples = subject.samples()
     found = measure(subject.model, samples, subject.starts)
-    plan = {name: 4 if index == 1 else 16 for index, name in enumerate(subject.starts.groups)}
-    model, starts = assemble(tmp_path / "model", tmp_path, "block", plan, "float32", double_quant)
-    trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
-    kl, loss = rises(predictions(subject.model, samples), predictions(trial, samples))
-    assert found.mean(found.kl)[0, 1] == pytest.approx(kl, rel=1e-2)
-    assert found.mean(found.loss)[0, 1] == pytest.approx(loss, rel=1e-2)
+    kl, loss = (dict(zip(found.pairs, found.mean(sums).tolist(), strict=True)) for sums in (found.kl, found.loss))
+    for chosen in (("layers.1", level), ("embeddings", "int8")):
+        plan = dict.fromkeys(subject.starts.groups, "bf16") | dict([chosen])
+        model, starts = assemble(tmp_path / "model", tmp_path, "block", plan, "float32")
+        trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
+        expected = rises(predictions(subject.model, samples), predictions(trial, samples))
+        assert (kl[chosen], loss[chosen]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
 
 
 @pytest.fixture
@@ -81,8 +94,9 @@ def llama(tmp_path: Path) -> Banked:
     return banked(tmp_path, "llama", "block")
 
 
-def test_blocks_before_the_group_do_not_run_again(llama: Banked) -> None:
-    """The model is unchanged afterwards."""
+def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
+    """All run again for embeddings, none for a head. The model is unchanged afterwards."""
+    llama = banked(tmp_path, "llama", "block", embeddings=("int8", "bf16"), tie_word_embeddings=False)
     model, runs = llama.model, list[int]()
     places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
@@ -91,8 +105,8 @@ def test_blocks_before_the_group_do_not_run_again(llama: Banked) -> None:
         for index, block in enumerate(model.model.layers)
     ]
     measure(model, llama.samples(batch_size=5), llama.starts)
-    # Each block runs once unquantized, then at two bit-widths for its own group and each earlier group.
-    assert [runs.count(index) for index in range(3)] == [1 + 2 * 1, 1 + 2 * 2, 1 + 2 * 3]
+    # Each block runs once unquantized and once for embeddings, then in two formats for its own and each earlier group.
+    assert [runs.count(index) for index in range(3)] == [2 + 2 * 1, 2 + 2 * 2, 2 + 2 * 3]
     for hook in hooks:
         hook.remove()
     assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == places
@@ -114,16 +128,16 @@ def test_joined_shares_equal_one_measurement(llama: Banked) -> None:
 
 def test_the_standard_error_is_over_samples() -> None:
     """With equally many positions per sample it is that of a plain mean; a single sample gives NaN."""
-    sums = np.random.default_rng(0).normal(size=(1, 1, 50))
-    found, alone = (Measurement(np.full(n, 4.0), np.zeros(n), sums[..., :n], sums[..., :n]) for n in (50, 1))
-    assert found.mean(sums)[0, 0] == pytest.approx((sums / 4).mean())
-    assert found.stderr(sums)[0, 0] == pytest.approx((sums / 4).std(ddof=1) / 50**0.5)
+    sums, pairs = np.random.default_rng(0).normal(size=(1, 50)), (("layers.0", "nf4"),)
+    found, alone = (Measurement(pairs, np.full(n, 4.0), np.zeros(n), sums[:, :n], sums[:, :n]) for n in (50, 1))
+    assert found.mean(sums)[0] == pytest.approx((sums / 4).mean())
+    assert found.stderr(sums)[0] == pytest.approx((sums / 4).std(ddof=1) / 50**0.5)
     assert np.isnan(alone.stderr(alone.kl)).all()
 
 
 def test_a_group_with_nan_is_named(llama: Banked) -> None:
     starts = llama.starts
-    tensors = starts._entries["layers.1", 8]
+    tensors = starts._entries["layers.1", "int8"]
     tensors |= {name: tensor * torch.nan for name, tensor in tensors.items() if name.endswith("lora_B")}
-    with pytest.raises(TrainingDiverged, match=r"layers\.1 at 8 bits"):
+    with pytest.raises(TrainingDiverged, match=r"layers\.1 in int8"):
         measure(llama.model, llama.samples(), starts)

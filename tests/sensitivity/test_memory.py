@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from banked_decoders import Banked, banked, samples_of
+from banked_decoders import BUDGET, LEVELS, Banked, banked, samples_of
 from conftest import changed_by, raw_config, with_key
 from torch.profiler import ProfilerActivity, profile
 
 from qpruner.config.load import validate_config
-from qpruner.config.schema import RunConfig, SensitivityConfig
+from qpruner.config.schema import QuantizeConfig, RunConfig, SensitivityConfig
 from qpruner.data.losses import mean_loss
 from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
@@ -26,12 +26,12 @@ from qpruner.sensitivity.methods import by_information
 
 LENGTH = 64
 SHAPES: dict[str, dict[str, Any]] = {
-    "many weights": {"hidden_size": 512, "intermediate_size": 1376},  # Llama-2-7B's proportions
+    "many weights": {"hidden_size": 512, "intermediate_size": 1408},  # Llama-2-7B's proportions
     "many words": {"vocab_size": 16000},
 }
 METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
     "mutual_information": lambda banked, config: by_information(banked.model, banked.subject, config.sensitivity, 0),
-    "fisher": lambda banked, config: expand(banked.model, banked.subject.samples, banked.starts),
+    "fisher": lambda banked, config: expand(banked.model, banked.subject.samples, banked.starts_of_blocks),
     "kl": lambda banked, config: measure(banked.model, banked.subject.samples, banked.starts),
     "scoring": lambda banked, config: mean_loss(
         banked.model, banked.subject.samples.rows, banked.subject.samples.pad_id, config.evaluate.batch_size
@@ -67,17 +67,21 @@ def inspection(raw: dict[str, Any]) -> Inspection:
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Banked:
     """Make a bfloat16 decoder, its bank, and samples of full length with a label on every token."""
     folder = tmp_path_factory.mktemp("bank")
-    found = banked(folder, "llama", "block", init="plain", num_hidden_layers=2, **SHAPES[request.param])
+    options = {"init": "plain", "embeddings": ("int8", "bf16"), "num_hidden_layers": 2}
+    found = banked(folder, "llama", "block", **options, **SHAPES[request.param])
     found.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
     samples = replace(samples_of([LENGTH] * 8, unlabelled=0), batch_size=SensitivityConfig().batch_size)
     found = replace(found, subject=replace(found.subject, samples=samples))
-    assert found.starts, "opened here, because the profiler would count the mapped files as memory"
+    assert found.starts and found.starts_of_blocks, (
+        "opened here, because the profiler would count the mapped files as memory"
+    )
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str) -> None:
-    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
+    quantize = QuantizeConfig(group="block", formats=LEVELS, embeddings=("int8", "bf16"), budget=BUDGET)
+    own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
     inspection = replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
     if method == "scoring":
         config = validate_config(raw)

@@ -18,48 +18,61 @@ from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure
-from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, measure_share
+from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, measure_share, table_rises
 
 Raw = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
-    """A model whose projections are fused into one matrix."""
-    return banked(tmp_path_factory.mktemp("bank"), "phi3")
+    """A model whose projections are fused into one matrix; its embeddings and head take 8 or 16 bits."""
+    return banked(tmp_path_factory.mktemp("bank"), "phi3", embeddings=("int8", "bf16"), tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
 def scores(phi: Banked) -> dict[str, MethodScores]:
     settings = SensitivityConfig(batch_size=2, max_positions=32, num_shuffles=1)
-    found = by_information(phi.model, phi.subject, settings, 0) | by_expansion(phi.model, phi.subject)
-    return found | by_measurement(measure(phi.model, phi.samples(), phi.starts), LEVELS, seconds=1.0)
+    groups = phi.subject.groups
+    measured = by_measurement(measure(phi.model, phi.samples(), phi.starts), groups, seconds=1.0)
+    expanded = by_expansion(phi.model, phi.subject, table_rises(measured, groups))
+    return by_information(phi.model, phi.subject, settings, 0) | expanded | measured
 
 
-def test_every_method_scores_every_group_at_every_width(phi: Banked, scores: dict[str, MethodScores]) -> None:
+def test_every_method_scores_every_group_in_every_format(phi: Banked, scores: dict[str, MethodScores]) -> None:
     assert tuple(scores) == SensitivityConfig().methods
     for found in scores.values():
-        assert tuple(sorted(found.values)) == LEVELS
-        assert {len(values) for values in found.values.values()} == {len(phi.starts.groups)}
-        assert np.isfinite(list(found.values.values())).all()
-        assert set(found.values[16]) == {0.0}
+        assert tuple(found.values) == LEVELS
+        assert {len(values) for values in found.values.values()} == {len(phi.subject.groups)}
+        assert np.isfinite([values[1:-1] for values in found.values.values()]).all()
+        assert found.values["nf4"][0] is found.values["nf4"][-1] is None, "embeddings and head are not offered it"
+        assert set(found.values["bf16"]) == {0.0}
         assert found.seconds > 0
         assert MethodScores.model_validate_json(found.model_dump_json()).values == found.values
     for method in ("mutual_information", "fisher", "kl"):
-        assert np.mean(scores[method].values[4]) > np.mean(scores[method].values[8]) > 0, method
+        assert np.mean(scores[method].values["nf4"][1:-1]) > np.mean(scores[method].values["int8"][1:-1]) > 0, method
     information = scores["mutual_information"]
     net = np.array(information.details["raw_nats"]) - np.array(information.details["baseline_nats"])
-    for bits in LEVELS:
-        assert information.values[bits] == pytest.approx(net * (16 - bits) / (16 - 4))
+    assert information.values["nf4"][1:-1] == pytest.approx(net)
+    share = information.values["int8"][1] / information.values["nf4"][1]
+    assert share == pytest.approx((16 - 8.008) / (16 - 4.5), rel=1e-3), "linear in bytes"
     assert scores["kl"].details["shared_with"] == ["loss"]
     assert scores["fisher"].details["shared_with"] == ["first_order", "second_order"]
     assert scores["fisher"].seconds == scores["first_order"].seconds
 
 
+def test_embeddings_and_head_are_scored_as_measured(scores: dict[str, MethodScores]) -> None:
+    """For mutual information they are worth as much as the best of the other groups."""
+    packed = {name: found.values["int8"] for name, found in scores.items()}
+    for at in (0, -1):
+        assert packed["first_order"][at] == packed["loss"][at]
+        assert packed["fisher"][at] == packed["second_order"][at] == packed["kl"][at] > 0
+        assert packed["mutual_information"][at] == max(packed["mutual_information"][1:-1])
+
+
 def test_a_separate_process_measures_the_same(phi: Banked, scores: dict[str, MethodScores]) -> None:
     found = measure_share(phi.subject.bank / "model", "float32", threads=1, subject=phi.subject)
-    again = by_measurement(found, LEVELS, seconds=1.0)
-    assert again["kl"].values[4] == pytest.approx(scores["kl"].values[4], rel=1e-4)
+    again = by_measurement(found, phi.subject.groups, seconds=1.0)
+    assert again["kl"].values["nf4"][1:-1] == pytest.approx(scores["kl"].values["nf4"][1:-1], rel=1e-4)
 
 
 @pytest.fixture
@@ -118,6 +131,27 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert fourth.methods["kl"].values != second.methods["kl"].values
 
 
+def steps(events: list[Event], detail: str) -> int:
+    """Return the number of steps of some work of the stage."""
+    work = [event for event in events if isinstance(event, Progress) and event.stage == "sensitivity"]
+    (total,) = {event.total for event in work if event.detail == detail}
+    return total
+
+
+def test_packed_embeddings_are_measured_without_the_blocks(raw: Raw) -> None:
+    """If neither KL nor loss is asked for, the passes are few; the scores are the same as with them."""
+    events: list[Event] = []
+    packed = "quantize.embeddings=[int8, bf16]; quantize.budget={bytes: 300000}; sensitivity.methods="
+    alone = record_of(raw, f"{packed}[fisher]", events).methods["fisher"]
+    few = steps(events, "embeddings")
+    assert measured(events) == {"first_order", "fisher", "second_order"}
+    both = record_of(raw, f"{packed}[kl, fisher]", events)
+    assert measured(events) == {"kl", "loss"}
+    assert steps(events, "kl, loss") == few * (1 + 2 * (len(both.groups) - 1)), "nf4 and int8 for the blocks"
+    assert both.methods["fisher"].values == alone.values
+    assert alone.values["int8"][0] == pytest.approx(both.methods["kl"].values["int8"][0], rel=1e-3)
+
+
 def test_sensitivities_use_their_own_batch_size(raw: Raw) -> None:
     events: list[Event] = []
     change = "sensitivity.methods=[fisher]; sensitivity.batch_size=5; calibration.batch_size=32"
@@ -142,5 +176,6 @@ def test_a_cluster_measures_the_same_in_shares(raw: Raw, tmp_path: Path) -> None
     assert shared is not None
     totals = {event.total for event in steps if isinstance(event, Progress) and event.stage == "sensitivity"}
     assert totals == {num_nodes}, "a share for every core"
-    for bits in (4, 8):
-        assert shared.methods["kl"].values[bits] == pytest.approx(alone.values[bits], rel=1e-3, abs=1e-8)
+    for level in ("nf4", "int8"):
+        found, expected = (scores.values[level][1:] for scores in (shared.methods["kl"], alone))
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-8)
