@@ -82,10 +82,10 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
     if quantize.rounding == "gptq" and not any(isinstance(known[name], GridFormat) for name in taken):
         grids = [name for name, each in known.items() if isinstance(each, GridFormat)]
         yield f"`rounding: gptq` needs one of {', '.join(grids)} under `formats`, got {', '.join(quantize.levels)}"
-    key = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
-    if key and quantize.embedding_levels != (DENSE,):
+    relative = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
+    if relative and quantize.embedding_levels != (DENSE,):
         yield (
-            f"`budget.{key}` has no one meaning if embeddings are packed too (`embeddings`: "
+            f"`budget.{relative}` has no one meaning if embeddings are packed too (`embeddings`: "
             f"{', '.join(quantize.embeddings)}): give `budget.bytes` or `budget.gib`"
         )
 

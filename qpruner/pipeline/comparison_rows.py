@@ -16,7 +16,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.report.results import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
+from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
@@ -80,7 +80,7 @@ def table_rows(context: Context) -> list[Row]:
     rows += [control_row(*each) for each in [*own, *others] if each[1] != context.layout.dense()]
     best = _method_of_best_seed_plan(context)
     for method in measured.methods:
-        if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):
+        if config.finetune.seed_rows == "all" and method != best:
             rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
     if best:
         rows.append(seed_row(BEST_SEED, best, seeds))

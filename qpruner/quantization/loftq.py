@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from qpruner.config.schema import LoraConfig
-from qpruner.quantization.mixed import pack, unpack
+from qpruner.quantization.formats import Format
+from qpruner.quantization.rounding import pack
 
 OVERSAMPLING = 8
 """Directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)."""
@@ -32,7 +33,9 @@ class LoftqStart:
     """Frobenius norm of ``W - dequantize(Q) - scaling * B A``."""
 
 
-def loftq_start(weight: torch.Tensor, bits: int, lora: LoraConfig, double_quant: bool, seed: int) -> LoftqStart:
+def loftq_start(
+    weight: torch.Tensor, packing: Format, lora: LoraConfig, seed: int, gram: torch.Tensor | None = None
+) -> LoftqStart:
     """Compute the packed weight and the initial adapter of one linear layer W ``(rows, columns)`` with LoftQ.
 
     The product ``B A`` is scaled by alpha / rank, as in peft; `seed` seeds the randomized SVD.
@@ -40,16 +43,16 @@ def loftq_start(weight: torch.Tensor, bits: int, lora: LoraConfig, double_quant:
     rank, scaling = lora.rank, lora.alpha / lora.rank
     weight = weight.detach()
     target = weight.float()
-    packed = pack(weight, bits, double_quant)
-    residual = target - unpack(packed, torch.float32)
+    packed = pack(packing, weight, gram)
+    residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
     plain_error = float(residual.norm())
     no_a = torch.zeros(rank, weight.shape[1], device=weight.device)
     no_b = torch.zeros(weight.shape[0], rank, device=weight.device)
     best = LoftqStart(packed, no_a, no_b, plain_error, plain_error)
     for iteration in range(lora.loftq_iterations):
         if iteration > 0:
-            packed = pack((target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), bits, double_quant)
-            residual = target - unpack(packed, torch.float32)
+            packed = pack(packing, (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), gram)
+            residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
         lora_a, lora_b = _factorize(residual, rank, scaling, lora.svd, seed + iteration)
         error = float((residual - scaling * lora_b @ lora_a).norm())
         if error >= best.error:

@@ -69,6 +69,12 @@ RULES = [
     ("prune.reduction=product", "`reduction: product` needs `selection: per_layer` ... such as sum"),
     ("prune.units=[mlp, mlp]", "`units` names a kind twice: ['mlp', 'mlp']; name each once"),
     ("prune.units=[expert, mlp]", "`units` may name `expert` or `mlp`, not both"),
+    ("quantize.formats=[nf4]", "give `formats` or `bits`, not both: take one out"),
+    ("quantize.bits=; quantize.formats=[nf5]", "`formats`: there is no format `nf5`; name some of ... nf4 ... int8"),
+    ("quantize.bits=; quantize.formats=[nf4, nf4]", "`formats` names a format twice, got nf4, nf4: name each once"),
+    ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
+    ("quantize.embeddings=[int8]", "`budget.fraction` has no one meaning if embeddings are packed too ... `budget.bytes`"),
+    ("quantize.rounding=gptq; quantize.bits=[4]", "`rounding: gptq` needs one of ... int8 ... got nf4"),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     ("quantize.budget={}", "`quantize.budget`: give exactly one of fraction, mean_bits, gib, bytes; got none"),
     ("quantize.budget={fraction: 0.5, mean_bits: 5}", "give exactly one of ... got fraction, mean_bits: take one out"),
@@ -86,7 +92,7 @@ RULES = [
     ("card.license=Apache 2.0", "`card.license`: must be ... such as apache-2.0, got 'Apache 2.0'"),
     # between sections
     ("search.plan=kl; sensitivity.methods=[fisher]", "`search.plan` ... kl ... not measured ... ['fisher']"),
-    ("search.plan=kl; quantize.bits=[4]", "`search.plan` ... not measured ... two bit-widths or more ... got [4]"),
+    ("search.plan=kl; quantize.bits=[4]", "`search.plan` ... not measured ... two formats or more ... got nf4"),
     ("search.tasks=[qpruner_everyday_test]", "`evaluate.tasks` must not share ... both name qpruner_everyday_test"),
     ("finetune.num_workers=2", "`training.batch_size` must be a multiple of ... (2 x 4), got 4 ... take fewer workers"),
     (

@@ -98,7 +98,7 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
     assert {name for name, each in seeds.items() if each == {1, 2}} == {"best seed", "random", "searched"}
     assert {name for name, each in seeds.items() if each == {1}} == {
-        *("base", "pruned", "uniform 4-bit", "uniform 8-bit", MI_ROW)
+        *("base", "pruned", "uniform-nf4", "uniform-int8", "paper", "unpruned-uniform", "unpruned-knapsack", MI_ROW)
     }
 
 
@@ -159,7 +159,7 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     rows = rows_of(context, winner)
     assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
     found = folders(context, rows)
-    assert found["searched", 1] == found["uniform 8-bit", 1]
+    assert found["searched", 1] == found["uniform-int8", 1]
     assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
     assert found["base", 1] != found["pruned", 1]
     untuned = {each.folder for each in untuned_candidates(context, winner.as_dict())}

@@ -19,7 +19,7 @@ from qpruner.config.load import validate_config
 from qpruner.pipeline.nodes import row, troubles
 
 GIB = 1024**3
-L40S, V100, P40 = ("NVIDIA L40S", 45 * GIB, (8, 9)), ("Tesla V100", 16 * GIB, (7, 0)), ("P40", GIB, (6, 1))
+L40S, M60, P40 = ("NVIDIA L40S", 45 * GIB, (8, 9)), ("Tesla M60", 8 * GIB, (5, 2)), ("P40", GIB, (6, 1))
 RUN = Path("/shared/runs/mine")
 FINE = NodeReport("ab" * 28, "10.0.0.5 (worker, abababab)", Node(8, 2), {}, (L40S, L40S))
 
@@ -40,7 +40,7 @@ def test_a_node_that_can_do_the_run_is_ok() -> None:
         ({"problems": {"storage": "cannot be written there"}}, False, "storage", f"`output`: {RUN} cannot be written"),
         ({}, True, "storage", "file that the node wrote; `output` must be in a folder that every node"),
         ({"problems": {"GPUs": "torch sees 1"}}, False, "GPUs", "torch sees 1"),
-        ({"gpus": (L40S, V100)}, False, "GPUs", "capability 7.0 cannot run 8-bit layers, which need 7.5; leave 8 out"),
+        ({"gpus": (L40S, M60)}, False, "GPUs", "capability 5.2 cannot run nf4: it needs a GPU of compute capability 6.0"),
         ({"problems": {"no answer": "in 60 s"}, "gpus": ()}, True, "no answer", "in 60 s"),
     ],
 )
@@ -57,7 +57,7 @@ def test_a_node_that_left_has_no_problems() -> None:
 
 
 def test_older_gpus_run_what_they_can() -> None:
-    assert found(replace(FINE, gpus=(V100, P40)), bits=(4, 16)) == {}
+    assert found(replace(FINE, gpus=(P40,))) == {} and found(replace(FINE, gpus=(M60,)), bits=(8, 16)) == {}
 
 
 def test_a_node_that_no_trial_fits_on_needs_neither_disk_nor_gpus() -> None:

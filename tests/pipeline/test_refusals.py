@@ -80,19 +80,22 @@ MODEL = [
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
     ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
-    ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... at 4 bits ... got 0.0"),
-    ("quantize.budget={fraction: 1}", "every group fits at 8 bits ... the largest ... got 1.0 ... `search.pareto`"),
-    ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... every group fits at 8 bits ... got 1.0"),
-    ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the lowest ... 4 and 8, got 9"),
+    ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... smallest format, nf4, bf16 ... got 0.0"),
+    ("quantize.budget={fraction: 1}", "every group fits in its largest format, int8, bf16 ... got 1.0 ... `search.pareto`"),
+    ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... every group fits in its largest format ... got 1.0"),
+    ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the bits of ... 4 and 8, got 9"),
     ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name"),
     ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name"),
 ]
 ON_CPU = [
     (
-        "prune.round_to=32; prune.selection=global; prune.rate=0.1",
-        "`prune.selection: global` ... mlp.down_proj with 32 columns ... `prune.round_to` a multiple of 64",
+        "prune.round_to=32; prune.selection=global; prune.rate=0.1; quantize.bits=[4]",
+        "`prune.selection: global` ... nf4 ... mlp.down_proj ... 32 columns ... `prune.round_to` a multiple of 64",
     ),
-    ("prune.round_to=32", "`quantize.bits` ... has 160 columns ... wrongly ... `prune.round_to: 64`"),
+    (
+        "prune.round_to=32; quantize.bits=[4]",
+        "`quantize.formats`: group layers.0.down takes none of nf4 ... decodes 160 columns wrongly ... int8 ... round_to",
+    ),
     ("model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16"),
 ]
 MODEL += [] if torch.cuda.is_available() else ON_CPU
@@ -341,7 +344,7 @@ def test_model_rows_and_tasks_are_refused_at_once(tiny_raw: dict[str, Any], tmp_
 
 
 def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
-    """The smallest budget leaves a choice, and the largest is one byte below every group at 8 bits."""
+    """The smallest budget leaves a choice, and the largest is one byte below every group as int8."""
 
     def named(change: str, bound: str) -> tuple[int, str]:
         with pytest.raises(UserError) as caught:
@@ -352,9 +355,9 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
 
     smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest budget that works is")
     layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
-    names = layout.uniform(4).groups
-    every = itertools.product((4, 8), repeat=len(layout.groups))
-    weights = sorted(layout.plan_bytes(PrecisionPlan(names, bits)) for bits in every)
+    names = layout.smallest().groups
+    every = itertools.product(*(group.formats for group in layout.groups))
+    weights = sorted(layout.plan_bytes(PrecisionPlan(names, each)) for each in every)
     assert weights[0] < smallest == weights[1], "the first budget that leaves a choice"
     assert inspected(f"quantize.budget={{gib: {in_gib}}}").budget_bytes >= smallest
     assert named(f"quantize.budget={{bytes: {smallest - 1}}}", "smallest budget that works is")[0] == smallest

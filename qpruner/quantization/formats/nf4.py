@@ -22,6 +22,9 @@ NEEDED_CAPABILITY = (6, 0)  # of bitsandbytes' kernels
 class Nf4(Format):
     """4-bit codes of a table of normal quantiles, in the tensors and the layer of bitsandbytes."""
 
+    bits: float = 4
+    package: str = "bitsandbytes"
+    holds_embeddings: bool = False
     double_quant: bool
     """Whether the scales are quantized too, to 8 bits."""
 
@@ -93,6 +96,5 @@ class Nf4(Format):
         )
 
 
-OF_BITSANDBYTES = {"bits": 4, "package": "bitsandbytes", "holds_embeddings": False}
-NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False, **OF_BITSANDBYTES)
-NF4_DOUBLE = Nf4(name="nf4_double", letter="d", colour="#e6eff8", double_quant=True, **OF_BITSANDBYTES)
+NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False)
+NF4_DOUBLE = Nf4(name="nf4_double", letter="d", colour="#e6eff8", double_quant=True)

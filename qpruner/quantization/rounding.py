@@ -1,0 +1,112 @@
+"""Pack weights, rounding to nearest, or so that the outputs change least: GPTQ (Frantar et al., arXiv 2210.17323).
+
+With inputs X ``(tokens, columns)`` the outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W - Q)^T)``, where ``G`` is
+the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each time changes the columns that are not yet
+rounded so that they make up for its error.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qpruner.errors import TrainingDiverged
+from qpruner.quantization.formats import Format, GridFormat
+
+DAMPING = (0.01, 0.1, 1.0, 10.0)
+"""Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
+BLOCK = 128
+"""Columns whose errors are carried to all later columns in one product."""
+
+
+def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has grids, else to nearest.
+
+    Args:
+        format_: Format of the result; `supports_gptq` says whether it has grids.
+        weight: Any floating-point type.
+        gram: ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
+
+    Returns:
+        The tensors of `Format.pack`.
+
+    Raises:
+        TrainingDiverged: If the Gram matrix is NaN or infinite.
+    """
+    if gram is None or not isinstance(format_, GridFormat):
+        return format_.pack(weight)
+    return format_.store(*_round(format_, weight.detach().float(), gram.to(weight.device, torch.float32)))
+
+
+def gram_root(gram: torch.Tensor) -> torch.Tensor:
+    """Compute an upper triangular R with ``R R^T = G``, the damped Gram matrix ``(columns, columns)``.
+
+    So ``|E R|^2`` is the error that a change E of the weights makes in the outputs. Inputs that are always 0 count as
+    independent inputs of mean size.
+    """
+    damped = gram.clone()
+    diagonal = damped.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    diagonal[diagonal == 0] = mean
+    added = 0.0
+    for damping in DAMPING:
+        diagonal.add_((damping - added) * mean)
+        added = damping
+        # The factor of the matrix with rows and columns in reverse is lower triangular.
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and factor.isfinite().all():
+            return factor.flip(0, 1)
+    raise TrainingDiverged("GPTQ: the inputs of a layer are NaN or infinite on the calibration samples")
+
+
+def _round(
+    format_: GridFormat, weight: torch.Tensor, gram: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return uint8 codes ``(rows, columns)``, and scales and zeros ``(rows, groups)``.
+
+    Columns with large inputs come first, because all others can make up for their errors. Groups stay whole, so that a
+    group's grid is chosen when its first column is rounded, from weights that already make up for earlier errors. Mean
+    output error at 3 bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29):
+    nearest 0.0354, columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
+    """
+    rows, columns = weight.shape
+    size = format_.group_size or columns
+    order = _order(gram.diagonal(), size)
+    # Hessian^-1 = U^T U with U = R^-1; row i of U says how later columns make up for an error of column i.
+    root = gram_root(gram[order][:, order])
+    makes_up = torch.linalg.solve_triangular(root, torch.eye(columns, device=root.device), upper=True)
+    current = weight.T[order].contiguous()  # (columns, rows)
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    grids: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for start, end in _blocks(columns, size):
+        errors = torch.empty(end - start, rows, device=weight.device)
+        for column in range(start, end):
+            if column % size == 0:
+                scale, zero = grids[int(order[column]) // size] = format_.grid(current[column : column + size].T)
+            own = current[column].unsqueeze(1)
+            code = format_.codes(own, scale, zero)
+            codes[column] = code.squeeze(1)
+            error = (own - format_.values(code, scale, zero)).squeeze(1) / makes_up[column, column]
+            current[column + 1 : end].addr_(makes_up[column, column + 1 : end], error, alpha=-1)
+            errors[column - start] = error
+        current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)
+    scales, zeros = (torch.cat(each, dim=1) for each in zip(*(grids[group] for group in sorted(grids)), strict=True))
+    return codes[order.argsort()].T.contiguous(), scales, zeros
+
+
+def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
+    """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter group stays last."""
+    groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
+    means = [float(diagonal[group].mean()) for group in groups]
+    first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
+    return torch.cat([groups[index][diagonal[groups[index]].argsort(descending=True)] for index in first])
+
+
+def _blocks(columns: int, size: int) -> list[tuple[int, int]]:
+    """Divide columns into blocks of whole groups, or into parts of one group; return where they start and end."""
+    span = max(size, BLOCK // size * size)
+    step = min(span, BLOCK)
+    return [
+        (start, min(start + step, first + span, columns))
+        for first in range(0, columns, span)
+        for start in range(first, min(first + span, columns), step)
+    ]
