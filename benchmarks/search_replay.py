@@ -408,13 +408,19 @@ class _Asha:
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
         self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
-        self._trials: dict[int, SimpleNamespace] = {}
+        self._space, self._trials = space, dict[int, SimpleNamespace]()
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
         """Whether a trial that reports a rung ends there."""
         index = suggestion.index
         if index not in self._trials:
-            about = {"trial": index, "cut": suggestion.plan.cut, **plan_to_params(suggestion.plan)}
+            plan = suggestion.plan
+            about = {
+                "trial": index,
+                "cut": plan.cut,
+                "plan_bytes": self._space.plan_bytes(plan),
+                **plan_to_params(plan),
+            }
             self._trials[index] = SimpleNamespace(trial_id=str(index), config=about)
             self._scheduler.on_trial_add(None, self._trials[index])
         result = {METRIC: score, TIME: step}
