@@ -29,7 +29,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_of, hypervolume_of
-from qpruner.plans.plan import PlanSpace
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
 from qpruner.runs.records import RungResult, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
@@ -364,7 +364,7 @@ def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
     left = ["checkpoint-2", "checkpoint-4", ".checkpoint-2.worker", ".checkpoint-1.doomed"]
     for index, (status, losses) in enumerate((("finished", [3.5, 3.4, 3.3]), ("running", [3.5, 3.4]))):
         search.suggest("ab"[index])
-        plan = "".join(map(str, read_trial(job.trials, index).plan.values()))
+        plan = str(PrecisionPlan.from_dict(read_trial(job.trials, index).plan))
         write_trial(job.trials, trial(index, plan, losses, status=status))
         for each in left:
             (job.trials / f"000{index}" / each).mkdir()
