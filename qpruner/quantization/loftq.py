@@ -2,17 +2,34 @@
 
 The algorithm alternates ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``. With one iteration
 ``Q`` is the plainly quantized weight. The loop stops at the first iteration that does not reduce the error.
+
+With the Gram matrix of a layer's inputs, quantize is GPTQ where the format has grids, and the SVD is weighted so that
+the outputs lose least, in every format. SmolLM2-135M, all 210 layers at 3 bits (`w3_hqq`), rank 8, Gram matrices of 32k
+tokens of C4, before any fine-tune (2026-11-29). Output error: mean of 21 layers on WikiText, as the loss:
+
+| rounding | SVD | iterations | weight error | output error | loss (unpacked 3.581) |
+|---|---|---|---|---|---|
+| nearest | none | | 0.0325 | 0.0307 | 4.810 |
+| nearest | plain | 1 | 0.0301 | 0.0276 | 4.703 |
+| nearest | weighted | 1 | 0.0310 | 0.0155 | 4.084 |
+| GPTQ | none | | 0.0485 | 0.0155 | 4.244 |
+| GPTQ | plain | 1 | 0.0412 | 0.0137 | 4.037 |
+| GPTQ | weighted | 1 | 0.0425 | 0.0136 | 4.011 |
+| GPTQ | weighted | 2 | 0.0411 | 0.0132 | 4.051 |
+
+Taking the adapter from nearest's error, then rounding what is left by GPTQ, leaves 0.0136, too: no better order. More
+iterations fit the calibration text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qpruner.config.schema import LoraConfig
 from qpruner.quantization.formats import Format
-from qpruner.quantization.rounding import gram_root, pack
+from qpruner.quantization.rounding import change_size, gram_root, pack
 
 OVERSAMPLING = 8
 """Directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)."""
@@ -27,10 +44,12 @@ class LoftqStart:
     """Float32 ``(rank, columns)``."""
     lora_b: torch.Tensor
     """Float32 ``(rows, rank)``."""
+    size: float
+    """Norm of W; with a Gram matrix this and the errors are norms of the outputs they make (`change_size`)."""
     plain_error: float
-    """Frobenius norm of ``W - dequantize(quantize(W))``."""
+    """Norm of ``W - dequantize(quantize(W))``."""
     error: float
-    """Frobenius norm of ``W - dequantize(Q) - scaling * B A``."""
+    """Norm of ``W - dequantize(Q) - scaling * B A``."""
 
 
 def loftq_start(
@@ -48,25 +67,20 @@ def loftq_start(
     root = None if gram is None else gram_root(gram.to(weight.device, torch.float32))
     no_a = torch.zeros(rank, weight.shape[1], device=weight.device)
     no_b = torch.zeros(weight.shape[0], rank, device=weight.device)
-    best, least = None, 0.0
+    packed = pack(packing, weight, gram)
+    residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
+    plain_error = change_size(residual, gram)
+    best = LoftqStart(packed, no_a, no_b, change_size(target, gram), plain_error, plain_error)
     for iteration in range(lora.loftq_iterations):
-        goal = weight if best is None else (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype)
-        packed = pack(packing, goal, gram)
-        residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
-        if best is None:
-            best, least = LoftqStart(packed, no_a, no_b, norm := float(residual.norm()), norm), _size(residual, root)
+        if iteration > 0:
+            packed = pack(packing, (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), gram)
+            residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
         lora_a, lora_b = _factorize(residual, root, rank, scaling, lora.svd, seed + iteration)
-        left = residual - scaling * lora_b @ lora_a
-        if (size := _size(left, root)) >= least:
+        error = change_size(residual - scaling * lora_b @ lora_a, gram)
+        if error >= best.error:
             break
-        best, least = LoftqStart(packed, lora_a, lora_b, best.plain_error, float(left.norm())), size
-    assert best is not None, "there is at least one iteration"
+        best = replace(best, packed=packed, lora_a=lora_a, lora_b=lora_b, error=error)
     return best
-
-
-def _size(change: torch.Tensor, root: torch.Tensor | None) -> float:
-    """Compute the norm of a change of the weights, or of the change of the outputs that it makes."""
-    return float((change if root is None else change @ root).norm())
 
 
 def _factorize(
