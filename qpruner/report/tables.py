@@ -69,7 +69,7 @@ ROWS = {
 FIGURES = {
     "seeds": "the number of training seeds and, in brackets, which. Trials use another seed, so the loss of a trial "
     "cannot be compared with a loss here. With several seeds, figures are means ± standard deviation.",
-    "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are over the weights of the blocks, without scales.",
+    "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are of the blocks' weights.",
     "test accuracy": "the share of right answers on the held-out tasks, by which nothing was chosen: the mean over a "
     "task's questions, then over tasks. se is its standard error over questions. The model's answer is the choice with "
     "the highest log-likelihood (acc) or the highest per character (acc_norm), or the text it writes (exact_match).",
