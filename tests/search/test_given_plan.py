@@ -12,7 +12,7 @@ from conftest import command
 from real_driver import config_file, search_record
 from whole_runs import said
 
-ENDED = "only one plan was to be tried (`search.plan`, or a single `quantize.bits`)"
+ENDED = "only one plan was to be tried (`search.plan`, or a single one is possible)"
 SEED, UNIFORM = 0, 1
 """The numbers of the trials of that search."""
 
@@ -30,7 +30,7 @@ def comparison_rows(run: Path) -> list[dict[str, Any]]:
     return list(json.loads((run / "records" / "comparison.json").read_text())["candidates"])
 
 
-def plan_file(config: Path, **changes: int) -> tuple[Path, dict[str, int]]:
+def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
     """The uniform trial's plan, changed by hand."""
     plan = yaml.safe_load(said(config.parent / "run", "--trial", str(UNIFORM), verb="plan")) | changes
     file = config.parent / f"plan-{len(list(config.parent.iterdir()))}.yaml"
@@ -43,7 +43,7 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     """The given plan wins whatever its score; the next search without it has its old winner again."""
     run = searched.parent / "run"
     before = search_record(run)
-    file, changed = plan_file(searched, **{"layers.0.qkv": 8, "layers.1.o": 8})
+    file, changed = plan_file(searched, **{"layers.0.qkv": "int8", "layers.1.o": "int8"})
     compared = ("--set", "finetune.compare=true", "--set", "finetune.seeds=1")
     told = said(searched, "--plan", str(file), *compared, "--json")
     assert json.loads(told.splitlines()[-1])["best_plan"] == changed
@@ -51,11 +51,11 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     listed = json.loads(said(run, "--json", verb="trials"))["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
-        ("seed-first-order", "another"), ("uniform-4", "another"), ("given", "this"),
+        ("seed-first-order", "another"), ("uniform-nf4", "another"), ("given", "this"),
     ]  # fmt: skip
     confirmed = {each["origin"]: each for each in record["confirmations"]}
     controls = [origin for origin, each in confirmed.items() if each["control"]]
-    assert (controls, list(confirmed)) == (["seed-first-order", "uniform-4"], [*controls, "given"])
+    assert (controls, list(confirmed)) == (["seed-first-order", "uniform-nf4"], [*controls, "given"])
     best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
     assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
     [summary] = json.loads(said(run, "--json", verb="compare"))["runs"]
@@ -89,7 +89,7 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
 
 @pytest.fixture(scope="module")
 def uniform(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration with one bit-width."""
+    """A configuration with one format."""
     keys = {"quantize": {"group": "block", "bits": [4]}, "finetune.seeds": 1, "finetune.random_plans": 1}
     return config_file(tiny_model, tmp_path_factory.mktemp("uniform"), **keys)
 
@@ -106,10 +106,10 @@ def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
 
 def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     said, facts = checked(uniform)
-    assert "your plan:   every group at 4 bits, the only one of `quantize.bits`\n" in said
+    assert "your plan:   every group in the only format that it may have\n" in said
     assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
-    assert facts["bytes_budget"] == facts["bytes_all_4"] and "sensitivity" not in facts["memory"]
-    idle = "has no effect: `quantize.bits` is [4], so nothing is measured or searched"
+    assert facts["bytes_budget"] == facts["bytes_all_nf4"] and "sensitivity" not in facts["memory"]
+    idle = "has no effect: nf4 is the only format (`quantize`), so nothing is measured or searched"
     trials, methods = f"`search.max_trials` {idle}", f"`sensitivity.methods` {idle}"
     assert trials in facts["warnings"] and methods not in facts["warnings"]
     assert methods in checked(uniform, *METHODS)[1]["warnings"]
@@ -119,25 +119,27 @@ def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_bit_width_runs_whole_without_a_search(uniform: Path) -> None:
+def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     """The first variant of the paper: the report has no sensitivities, and fewer comparisons."""
     run = uniform.parent / "run"
     said(uniform)
     record = search_record(run)
-    assert record["best_plan"] == {"layers.0": 4, "layers.1": 4}
+    assert record["best_plan"] == {"embeddings": "bf16", "layers.0": "nf4", "layers.1": "nf4"}
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
     assert rows == ["base", "pruned", "uniform 4-bit", "searched"], "there is no other plan to draw or to seed"
-    assert "given plan (uniform-4)" in (run / "report.md").read_text()
+    assert "given plan (uniform-nf4)" in (run / "report.md").read_text()
 
 
 @pytest.mark.slow
 def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) -> None:
-    """The paper's second variant: bits by mutual information, and no search."""
+    """The paper's second variant: formats by mutual information, and no search."""
     run = tmp_path / "run"
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
-    assert [each["origin"] for each in record["confirmations"]] == ["seed-mutual-information"]
-    assert sorted(record["best_plan"].values()) == [4, 8], "half the bytes between all at 4 and all at 8"
+    assert [each["origin"] for each in record["confirmations"]] == ["paper"]
+    assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"], (
+        "half the bytes between all at 4 and all at 8"
+    )
