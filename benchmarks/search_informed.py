@@ -46,7 +46,7 @@ class Informed:
     @cached_property
     def effects(self) -> np.ndarray:
         """What each group's higher level adds to the loss, ``(groups,)``."""
-        low, high = (np.array(self.table.content["main"][str(level)]) for level in self.table.levels)
+        low, high = (np.array(self.table.content["main"][level]) for level in self.table.levels)
         return np.asarray(high - low)
 
     @cached_property
@@ -68,7 +68,7 @@ class Informed:
 
     def posterior(self, plans: Sequence[PrecisionPlan], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean ``(groups,)`` and covariance ``(groups, groups)`` of the effects; the level of all scores is unknown."""
-        design = np.array([plan.bits for plan in plans], dtype=float) == self.table.levels[1]
+        design = (np.array([plan.formats for plan in plans]) == self.table.levels[1]).astype(float)
         design, centred = design - design.mean(0), scores - scores.mean()
         solve = np.linalg.inv(self.variance * design @ design.T + self.noise**2 * np.eye(len(plans)))
         gain = self.variance * design.T @ solve
@@ -125,9 +125,8 @@ def random_design(table: Table) -> dict[int, tuple[float, ...]]:
             for group in generator.permutation(len(sizes)):
                 row[group] = row @ sizes + sizes[group] <= room
         scores = design @ informed.effects + informed.noise * generator.standard_normal(number)
-        bits = np.where(design > 0, table.levels[1], table.levels[0])
-        plans = [PrecisionPlan(space.groups, tuple(int(level) for level in row)) for row in bits]
+        plans = [space.plan_of(row) for row in design]
         plan = best_plan(space, informed.posterior(plans, scores)[0])
-        return (table.score(plan.bits, 0) - best) / (worst - best)
+        return (table.score(plan.formats, 0) - best) / (worst - best)
 
     return {number: quartiles([regret(number, seed) for seed in range(SEEDS)]) for number in RANDOM_PLANS}

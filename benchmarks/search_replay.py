@@ -1,6 +1,7 @@
 """Replays of a search on measured losses: tables of every plan, surrogates of many groups, and one search on them.
 
-A table is a JSON file: `groups`, `levels`, `group_bytes` {level: [bytes per group]}, `plans` [[level per group]],
+A table is a JSON file: `groups`, `levels` (names of formats; 4, 8 and 16 stand for nf4, int8 and bf16), `group_bytes`
+{level: [bytes per group]}, `plans` [[level per group]],
 `loss` per plan, `loss_noise` (of a repeat), `sensitivities` {method: {level: [predicted rise per group]}}, and where
 trials report earlier, `rungs` {step: [loss per plan]}, the last of which equals `loss`; step 0 is before the fine-tune
 and no trial reports it. A surrogate has `intercept`, `main` {level: [per group]} and `pairs`
@@ -27,13 +28,15 @@ import numpy as np
 
 from qpruner.cluster.tune import make_proposer
 from qpruner.cluster.tune.asha import RecordedAsha
-from qpruner.cluster.tune.job import METRIC, TIME
+from qpruner.cluster.tune.job import METRIC, TIME, plan_to_params
 from qpruner.config.schema import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.quantization.formats import ALIASES, by_size
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
 
 NUM_TRIALS = 64
+BITS = {name: bits for bits, name in ALIASES.items()}
 CONFIRM = SearchConfig().confirm
 """Best trials that are scored again before one is returned."""
 JITTER = 0.25
@@ -61,8 +64,7 @@ class Table:
             BadTable: Naming the file, the field and what is wrong with it.
         """
         try:
-            content = json.loads(path.read_text())
-            found = cls(path.stem, content)
+            found = cls(path.stem, _named(json.loads(path.read_text())))
             problem = _problem_with(found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadTable(f"{path} is no table: {type(error).__name__} {error}") from error
@@ -75,24 +77,24 @@ class Table:
         return "plans" not in self.content
 
     @cached_property
-    def levels(self) -> tuple[int, ...]:
-        """Ascending, in whatever order and type the file has them."""
-        return tuple(sorted(int(level) for level in self.content["levels"]))
+    def levels(self) -> tuple[str, ...]:
+        """Smallest first, in whatever order the file has them."""
+        return by_size(tuple(self.content["levels"]))
 
     @cached_property
-    def sensitivities(self) -> dict[str, dict[int, list[float]]]:
+    def sensitivities(self) -> dict[str, dict[str, list[float]]]:
         """By method, in the order in which a run measures them, and hands out their seeds; a level that is left out, as
         that of the unquantized weights, raises nothing."""
         found, known = self.content.get("sensitivities", {}), SensitivityConfig().methods
         order = [*(method for method in known if method in found), *(method for method in found if method not in known)]
         nothing = [0.0] * len(self.content["groups"])
-        return {method: {bits: found[method].get(str(bits), nothing) for bits in self.levels} for method in order}
+        return {method: {level: found[method].get(level, nothing) for level in self.levels} for method in order}
 
     @cached_property
-    def losses(self) -> dict[int, dict[tuple[int, ...], float]]:
+    def losses(self) -> dict[int, dict[tuple[str, ...], float]]:
         """Step -> plan -> loss; a table without rungs has the one step 0."""
         rungs = self.content.get("rungs") or {"0": self.content["loss"]}
-        plans = [tuple(int(bits) for bits in plan) for plan in self.content["plans"]]
+        plans = [tuple(plan) for plan in self.content["plans"]]
         return {int(step): dict(zip(plans, losses, strict=True)) for step, losses in rungs.items()}
 
     @property
@@ -102,32 +104,34 @@ class Table:
         return tuple(step for step in steps if step > 0) or steps
 
     @property
-    def pairs(self) -> list[tuple[int, int, int, int, float]]:
+    def pairs(self) -> list[tuple[int, str, int, str, float]]:
         """Of a surrogate: (group, level, other group, its level, what both together add to the loss)."""
         return list(self.content.get("pairs", ()))
 
-    def score(self, bits: tuple[int, ...], step: int) -> float:
+    def score(self, plan: tuple[str, ...], step: int) -> float:
         if not self.is_surrogate:
-            return self.losses[step][bits]
-        main = sum(self.content["main"][str(level)][group] for group, level in enumerate(bits))
+            return self.losses[step][plan]
+        main = sum(self.content["main"][level][group] for group, level in enumerate(plan))
         pairs = sum(
             value
             for group, level, other, their_level, value in self.pairs
-            if bits[group] == level and bits[other] == their_level
+            if plan[group] == level and plan[other] == their_level
         )
         return float(self.content["intercept"] + main + pairs)
 
-    def measured(self, bits: tuple[int, ...], step: int, of: tuple[int, str]) -> float:
+    def measured(self, plan: tuple[str, ...], step: int, of: tuple[int, str]) -> float:
         """The score with the table's `loss_noise`: one draw for a plan and a measurement `of` it, whatever the rung."""
         noise = float(self.content.get("loss_noise", 0.0))
         if noise == 0.0:
-            return self.score(bits, step)
-        seed = int.from_bytes(hashlib.sha256(repr((bits, of)).encode()).digest()[:8], "big")
-        return self.score(bits, step) + noise * float(np.random.default_rng(seed).standard_normal())
+            return self.score(plan, step)
+        # In bits where that is possible: the draws are those of replays from before formats had names.
+        told = tuple(BITS.get(level, level) for level in plan)
+        seed = int.from_bytes(hashlib.sha256(repr((told, of)).encode()).digest()[:8], "big")
+        return self.score(plan, step) + noise * float(np.random.default_rng(seed).standard_normal())
 
     def space(self, fraction: float) -> PlanSpace:
         """Plans within a budget between the smallest plan's bytes (0) and the largest's (1)."""
-        by_level = [self.content["group_bytes"][str(level)] for level in self.levels]
+        by_level = [self.content["group_bytes"][level] for level in self.levels]
         group_bytes = tuple(tuple(int(size) for size in sizes) for sizes in zip(*by_level, strict=True))
         lowest, highest = (sum(chosen(sizes) for sizes in group_bytes) for chosen in (min, max))
         fixed = int(self.content.get("fixed_bytes", 0))
@@ -150,7 +154,7 @@ class Table:
 
     def feasible(self, space: PlanSpace) -> list[PrecisionPlan]:
         """Every plan inside the budget; of a table."""
-        plans = [PrecisionPlan(space.groups, bits) for bits in self.losses[self.steps[-1]]]
+        plans = [PrecisionPlan(space.groups, formats) for formats in self.losses[self.steps[-1]]]
         return [plan for plan in plans if space.is_feasible(plan)]
 
     def limits(self, space: PlanSpace) -> tuple[float, float]:
@@ -160,58 +164,76 @@ class Table:
         groups, pairs counted, until none helps; so they are bounds that a search may still pass.
         """
         if not self.is_surrogate:
-            losses = [self.score(plan.bits, self.steps[-1]) for plan in self.feasible(space)]
+            losses = [self.score(plan.formats, self.steps[-1]) for plan in self.feasible(space)]
             return min(losses), max(losses)
         best, worst = (self._extreme(space, sign) for sign in (1.0, -1.0))
         return best, worst
 
     def _extreme(self, space: PlanSpace, sign: float) -> float:
         main = self.content["main"]
-        gains = [[-sign * main[str(level)][group] for level in self.levels] for group in range(len(space.groups))]
-        bits = np.array(space.best_by_gain(gains).bits)
+        gains = [[-sign * main[level][group] for level in self.levels] for group in range(len(space.groups))]
+        at = np.array(space.indices_of(space.best_by_gain(gains)))
         terms = _PairTerms(self)
         sizes = np.array(space.group_bytes)
         capacity = space.budget_bytes - space.fixed_bytes
         while True:
-            change = sign * terms.changes(bits)
-            at = np.array([self.levels.index(level) for level in bits])
+            change = sign * terms.changes(at)
             growth = sizes - sizes[np.arange(len(at)), at][:, None]
             room = capacity - sizes[np.arange(len(at)), at].sum()
             moves = [(group, level) for group, level in np.ndindex(change.shape) if level != at[group]]
             options = [(change[move], (move,)) for move in moves if growth[move] <= room]
             options += [
-                (change[one] + change[two] + sign * terms.joint(bits, one, two), (one, two))
+                (change[one] + change[two] + sign * terms.joint(at, one, two), (one, two))
                 for one, two in itertools.combinations(moves, 2)
                 if one[0] != two[0] and growth[one] + growth[two] <= room
             ]
             gain, chosen = min(options, key=lambda option: option[0])
             if gain > -1e-12:
-                return self.score(tuple(int(level) for level in bits), 0)
+                return self.score(space.plan_of(at).formats, 0)
             for group, level in chosen:
-                bits[group] = self.levels[level]
+                at[group] = level
+
+
+def _named(content: dict[str, Any]) -> dict[str, Any]:
+    """A table's content with names of formats for levels, also where its file has bits."""
+
+    def name(level: Any) -> str:
+        is_number = isinstance(level, int) or level.isdigit()
+        return str(ALIASES.get(int(level), level)) if is_number else str(level)
+
+    def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name(level): value for level, value in values.items()}
+
+    found = content | {"levels": [name(level) for level in content["levels"]]}
+    found |= {key: by_name(content[key]) for key in ("group_bytes", "main") if key in content}
+    found["sensitivities"] = {method: by_name(values) for method, values in content.get("sensitivities", {}).items()}
+    found["pairs"] = [(a, name(one), b, name(two), value) for a, one, b, two, value in content.get("pairs", ())]
+    if "plans" in content:
+        found["plans"] = [[name(level) for level in plan] for plan in content["plans"]]
+    return found
 
 
 def _problem_with(table: Table) -> str | None:
     """What is wrong with a table's content, in one line."""
     content, levels, groups = table.content, table.levels, table.content["groups"]
     if len(set(levels)) < 2 or len(set(levels)) < len(levels):
-        return f"`levels` must be two or more different numbers of bits, got {content['levels']}"
+        return f"`levels` must be two or more different formats, got {content['levels']}"
     if not groups or len(set(groups)) < len(groups):
         return f"`groups` must be different names, got {groups}"
-    by_level = {f"`group_bytes` at {bits}": content["group_bytes"][str(bits)] for bits in levels}
+    by_level = {f"`group_bytes` at {level}": content["group_bytes"][level] for level in levels}
     for method, values in content.get("sensitivities", {}).items():
-        lacking = [bits for bits in levels[:-1] if values and str(bits) not in values]
+        lacking = [level for level in levels[:-1] if values and level not in values]
         if lacking:
-            return f"`sensitivities.{method}` lacks {lacking[0]} bits; only the highest level may be left out"
-        by_level |= {f"`sensitivities.{method}` at {bits}": each for bits, each in values.items()}
+            return f"`sensitivities.{method}` lacks {lacking[0]}; only the highest level may be left out"
+        by_level |= {f"`sensitivities.{method}` at {level}": each for level, each in values.items()}
     if table.is_surrogate:
-        by_level |= {f"`main` at {bits}": content["main"][str(bits)] for bits in levels}
+        by_level |= {f"`main` at {level}": content["main"][level] for level in levels}
     for name, each in by_level.items():
         if len(each) != len(groups) or not np.isfinite(np.array(each, dtype=float)).all():
             return f"{name} must be {len(groups)} numbers, one a group"
     if table.is_surrogate:
         return None
-    plans = [tuple(int(bits) for bits in plan) for plan in content["plans"]]
+    plans = [tuple(plan) for plan in content["plans"]]
     odd = next((plan for plan in plans if len(plan) != len(groups) or not set(plan) <= set(levels)), None)
     if odd is not None:
         return f"`plans` must have {len(groups)} of the levels {list(levels)} each, got {list(odd)}"
@@ -229,25 +251,23 @@ class _PairTerms:
 
     def __init__(self, table: Table) -> None:
         levels = table.levels
-        self._levels = levels
-        self._main = np.array([table.content["main"][str(level)] for level in levels]).T
+        self._main = np.array([table.content["main"][level] for level in levels]).T
         num_groups = len(self._main)
         self._pairs = np.zeros((num_groups, len(levels), num_groups, len(levels)))
         for group, level, other, their_level, value in table.pairs:
             self._pairs[group, levels.index(level), other, levels.index(their_level)] += value
             self._pairs[other, levels.index(their_level), group, levels.index(level)] += value
 
-    def changes(self, bits: np.ndarray) -> np.ndarray:
-        """``(groups, levels)``: of giving one group another level."""
-        at = np.array([self._levels.index(level) for level in bits])
+    def changes(self, at: np.ndarray) -> np.ndarray:
+        """``(groups, levels)``: of giving one group of a plan, by index, another level."""
         rows = np.arange(len(at))
         values = self._main + self._pairs[:, :, rows, at].sum(2)
         changed: np.ndarray = values - values[rows, at][:, None]
         return changed
 
-    def joint(self, bits: np.ndarray, one: tuple[int, int], two: tuple[int, int]) -> float:
+    def joint(self, at: np.ndarray, one: tuple[int, int], two: tuple[int, int]) -> float:
         """What changing two groups adds to the sum of changing each."""
-        was, theirs = self._levels.index(bits[one[0]]), self._levels.index(bits[two[0]])
+        was, theirs = at[one[0]], at[two[0]]
         block = self._pairs[one[0], :, two[0], :]
         return float(block[one[1], two[1]] - block[was, two[1]] - block[one[1], theirs] + block[was, theirs])
 
@@ -388,14 +408,20 @@ class _Asha:
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
         self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
-        self._trials: dict[int, SimpleNamespace] = {}
+        self._space, self._trials = space, dict[int, SimpleNamespace]()
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
         """Whether a trial that reports a rung ends there."""
         index = suggestion.index
         if index not in self._trials:
-            bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
-            self._trials[index] = SimpleNamespace(trial_id=str(index), config={"trial": index, **bits})
+            plan = suggestion.plan
+            about = {
+                "trial": index,
+                "cut": plan.cut,
+                "plan_bytes": self._space.plan_bytes(plan),
+                **plan_to_params(plan),
+            }
+            self._trials[index] = SimpleNamespace(trial_id=str(index), config=about)
             self._scheduler.on_trial_add(None, self._trials[index])
         result = {METRIC: score, TIME: step}
         action: str = self._scheduler.on_trial_result(None, self._trials[index], result)
@@ -443,20 +469,20 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
             continue
         now = moment
         spent += step - (table.steps[rung - 1] if rung else 0)
-        score = table.measured(plan.bits, step, (task.seed, "trial"))
+        score = table.measured(plan.formats, step, (task.seed, "trial"))
         ledger.observe(Observation(index, plan, step, score))
         finished = step == table.steps[-1]
         if not finished and not (asha and asha.stops(suggestion, step, score)):
             continue
         ledger.close(suggestion)
         last = table.steps[-1]
-        fresh = table.measured(plan.bits, last, (task.seed, "fresh"))
-        loss = table.score(plan.bits, last)
+        fresh = table.measured(plan.formats, last, (task.seed, "fresh"))
+        loss = table.score(plan.formats, last)
         ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent)
         fill(now)
     proposals = witness.proposed
     wasted = sum(proposals[item.index].plan != item.plan for item in started if item.index in proposals)
-    at_start = [table.score(plan.bits, table.steps[-1]) for plan in plans]
+    at_start = [table.score(plan.formats, table.steps[-1]) for plan in plans]
     return Replay(
         task,
         list(ended.values()),

@@ -293,13 +293,13 @@ def ablation(path: Path) -> list[dict[str, Any]]:
     seeds = dict(controls_of(space, table.sensitivities))
     before, after = (0, table.steps[-1]) if table.is_surrogate else (min(table.losses), table.steps[-1])
     best, worst = table.limits(space)
-    inside = [] if table.is_surrogate else sorted(table.score(plan.bits, after) for plan in table.feasible(space))
+    inside = [] if table.is_surrogate else sorted(table.score(plan.formats, after) for plan in table.feasible(space))
     costs: Mapping[str, float] = table.content.get("meta", {}).get("sensitivity_seconds", {})
     found = []
     for method, values in table.sensitivities.items():
         top = np.array(values.get(table.levels[-1], np.zeros(len(space.groups))))
-        predicted = np.concatenate([np.array(values[bits]) - top for bits in table.levels[:-1]])
-        loss = table.score(seeds[seed_origin(method)].bits, after)
+        predicted = np.concatenate([np.array(values[level]) - top for level in table.levels[:-1]])
+        loss = table.score(seeds[seed_origin(method)].formats, after)
         found.append(
             {
                 "table": table.name,
@@ -322,8 +322,8 @@ def main_effects(table: Table, step: int) -> np.ndarray:
     below = table.levels[:-1]
     if table.is_surrogate:
         main = table.content["main"]
-        return np.concatenate([np.array(main[str(bits)]) - main[str(table.levels[-1])] for bits in below])
+        return np.concatenate([np.array(main[level]) - main[table.levels[-1]] for level in below])
     plans = np.array(list(table.losses[step]))
-    design = np.hstack([np.ones((len(plans), 1)), *((plans == bits).astype(float) for bits in below)])
+    design = np.hstack([np.ones((len(plans), 1)), *((plans == level).astype(float) for level in below)])
     effects: np.ndarray = np.linalg.lstsq(design, np.array(list(table.losses[step].values())), rcond=None)[0][1:]
     return effects

@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -34,17 +34,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from qpruner.config.schema import LoraConfig, SensitivityConfig, TrainingConfig
+from qpruner.config.schema import MEASUREMENT, LoraConfig, QuantizeConfig, SensitivityConfig, TrainingConfig
 from qpruner.data.calibration import Samples
 from qpruner.data.losses import mean_loss, token_losses
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.plans.plan import FULL_BITS
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.pruning.compensation import BlockStream
 from qpruner.quantization.assembly import PlanAssembler
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group, read_plan
-from qpruner.quantization.mixed import unpack
+from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
+from qpruner.quantization.mixed import layer_tensors
 from qpruner.runs.storage import write_json
 from qpruner.sensitivity.measurement import measure, returning_outputs
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
@@ -67,7 +68,7 @@ class Job:
     text: str
     bank: str
     groups: str
-    levels: tuple[int, ...]
+    levels: tuple[str, ...]
     context: int
     num_validation: int
     rungs: tuple[int, ...]
@@ -87,9 +88,16 @@ class Job:
         parts = np.array_split(np.array(names), int(self.groups))
         return {f"{part[0]}-{part[-1].rpartition('.')[2]}": tuple(part.tolist()) for part in parts}
 
-    def bits(self, plan: Sequence[int]) -> dict[str, int]:
-        """A table's plan as bits by the bank's groups."""
-        return {name: bits for members, bits in zip(self.members().values(), plan, strict=True) for name in members}
+    def formats(self, plan: Sequence[str]) -> dict[str, str]:
+        """A table's plan as formats by the bank's groups."""
+        return {name: level for members, level in zip(self.members().values(), plan, strict=True) for name in members}
+
+    def layout(self) -> Layout:
+        """The model's groups, embeddings and head unpacked."""
+        from transformers import AutoConfig
+
+        quantize = QuantizeConfig(group=self.base_group, formats=self.levels)  # type: ignore[arg-type]
+        return layout_of(AutoConfig.from_pretrained(self.model), quantize, 2, LORA.rank, torch.cuda.is_available())
 
     def windows(self, first: int, count: int) -> list[dict[str, list[int]]]:
         """`count` windows of the text from window `first`."""
@@ -118,8 +126,8 @@ class Evaluator:
         self.start = self.stream._hidden
         self.paths = group_linears(self.model.config, job.base_group)
         self.members = job.members()
-        self.bits = dict.fromkeys(self.paths, FULL_BITS)
-        self.weights: dict[tuple[str, int], torch.Tensor] = {}
+        self.formats = dict.fromkeys(self.paths, DENSE)
+        self.weights: dict[tuple[str, str], torch.Tensor] = {}
         block_path = family_of(self.model.config).block_path
         self.blocks = [block_path(index) for index in range(self.model.config.num_hidden_layers)]
         self.modules = [self.model.get_submodule(path) for path in self.blocks]
@@ -129,17 +137,21 @@ class Evaluator:
         handle.remove()
         self.puts_tuples = isinstance(put[0], tuple)
 
-    def set_bits(self, name: str, bits: int) -> None:
-        """Put the weights of a bank group at a bit-width in place: what quantization and the LoftQ start make of it."""
-        if self.bits[name] == bits:
+    def set_format(self, name: str, level: str) -> None:
+        """Put the weights of a bank group in a format in place: what quantization and the LoftQ start make of it."""
+        if self.formats[name] == level:
             return
         for path in self.paths[name]:
             linear = self.model.get_submodule(path)
-            self.weights.setdefault((path, self.bits[name]), linear.weight.data)
-            if (path, bits) not in self.weights:
-                self.weights |= effective_weights(Path(self.job.bank), name, bits, self.paths[name])
-            linear.weight.data = self.weights[path, bits]
-        self.bits[name] = bits
+            self.weights.setdefault((path, self.formats[name]), linear.weight.data)
+            if (path, level) not in self.weights:
+                self.weights |= effective_weights(Path(self.job.bank), name, level, self._shapes(name))
+            linear.weight.data = self.weights[path, level]
+        self.formats[name] = level
+
+    def _shapes(self, name: str) -> dict[str, int]:
+        """Columns of a bank group's layers."""
+        return {path: self.model.get_submodule(path).weight.shape[1] for path in self.paths[name]}
 
     def blocks_of(self, group: str) -> list[int]:
         """Blocks that a table group's layers are in."""
@@ -171,48 +183,50 @@ class Evaluator:
             start += len(batch)
         return total / self.labels[:, 1:].numel()
 
-    def every_plan(self, prefix: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], float]]:
+    def every_plan(self, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
         """All plans that begin with a prefix, as a tree: blocks that plans share run once."""
         yield from self._below(0, self.start, prefix, ())
 
     def _below(
-        self, depth: int, hidden: list[torch.Tensor], prefix: tuple[int, ...], plan: tuple[int, ...]
-    ) -> Iterator[tuple[tuple[int, ...], float]]:
+        self, depth: int, hidden: list[torch.Tensor], prefix: tuple[str, ...], plan: tuple[str, ...]
+    ) -> Iterator[tuple[tuple[str, ...], float]]:
         names = list(self.members)
         if depth == len(names):
             yield plan, self.loss(hidden)
             return
-        for bits in (prefix[depth],) if depth < len(prefix) else self.job.levels:
+        for level in (prefix[depth],) if depth < len(prefix) else self.job.levels:
             for name in self.members[names[depth]]:
-                self.set_bits(name, bits)
+                self.set_format(name, level)
             after = self.advance(hidden, self.blocks_of(names[depth]))
-            yield from self._below(depth + 1, after, prefix, (*plan, bits))
+            yield from self._below(depth + 1, after, prefix, (*plan, level))
 
-    def one(self, plan: Sequence[int]) -> float:
+    def one(self, plan: Sequence[str]) -> float:
         """Loss of a plan, from the first block on."""
-        for name, bits in self.job.bits(plan).items():
-            self.set_bits(name, bits)
+        for name, level in self.job.formats(plan).items():
+            self.set_format(name, level)
         return self.loss(self.advance(self.start, range(len(self.blocks))))
 
 
-def effective_weights(bank: Path, group: str, bits: int, paths: Sequence[str]) -> dict[tuple[str, int], torch.Tensor]:
-    """What the layers of a bank entry compute with before any training: ``dequantize(Q) + scaling B A``."""
-    tensors = read_plan(bank, {group: bits})
+def effective_weights(
+    bank: Path, group: str, level: str, columns: Mapping[str, int]
+) -> dict[tuple[str, str], torch.Tensor]:
+    """What layers of a bank entry, with these columns, compute with before any training: ``Q + scaling B A``."""
+    tensors = read_plan(bank, {group: level})
     found = {}
-    for path in paths:
-        own = {name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")}
+    for path, width in columns.items():
+        own = layer_tensors(tensors, path)
         adapter = own.pop("lora_B") @ own.pop("lora_A") * (LORA.alpha / LORA.rank)
-        found[path, bits] = (unpack(own, torch.float32) + adapter).to(getattr(torch, DTYPE))
+        found[path, level] = (format_of(level).unpack(own, width, torch.float32) + adapter).to(getattr(torch, DTYPE))
     return found
 
 
-def finetuned(job: Job, plans: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[dict[str, Any]]:
+def finetuned(job: Job, plans: Sequence[tuple[tuple[str, ...], int]]) -> Iterator[dict[str, Any]]:
     """Loss of plans at every rung of a short fine-tune; each plan comes with its training seed."""
-    bench = PlanAssembler(Path(job.model), Path(job.bank), job.base_group, DTYPE, double_quant=False, lora=LORA)
+    bench = PlanAssembler(Path(job.model), Path(job.bank), job.base_group, DTYPE, LORA)
     train, validation = job.windows(0, job.num_train), job.validation()
     for plan, seed in plans:
         started = time.monotonic()
-        model = bench.model(job.bits(plan), seed)
+        model = bench.model(job.formats(plan), seed)
         losses = {0: mean_loss(model, validation, 0, 16).mean}
 
         def on_rung(step: int, checkpoint: Path, loss: float, model: Any = model, losses: Any = losses) -> None:
@@ -246,16 +260,16 @@ def _work(kind: str, job: Job, todo: Sequence[Any], lines: str) -> None:
 
 
 def build_bank(job: Job) -> None:
-    """Every (group, bits), unless the bank is there."""
+    """Every (group, format), unless the bank is there."""
     from transformers import AutoConfig
 
     bank = Path(job.bank)
     if (bank / INDEX).is_file():
         return
-    levels = tuple(bits for bits in job.levels if bits != FULL_BITS)
+    levels = tuple(level for level in job.levels if format_of(level).is_packed)
     files: dict[str, IndexEntry] = {}
     for name, paths in group_linears(AutoConfig.from_pretrained(job.model), job.base_group).items():
-        files |= build_group(GroupJob(name, paths, levels, Path(job.model), bank, DTYPE, LORA, False, 0, job.model))
+        files |= build_group(GroupJob(name, paths, levels, Path(job.model), bank, DTYPE, LORA, 0, job.model))
     write_json(bank / INDEX, BankIndex(digest=job.model, files=files))
 
 
@@ -266,38 +280,38 @@ def sensitivities(job: Job) -> dict[str, Any]:
     """
     model = load_dense(job.model, DTYPE)
     rows = job.windows(job.num_train + job.num_validation, NUM_CALIBRATION)
-    bank, scaling = Path(job.bank), LORA.alpha / LORA.rank
-    subject = Subject(Samples(rows, 0, 16), job.levels, job.base_group, bank, scaling)
+    groups = tuple(group for group in job.layout().groups if group.name not in (EMBEDDINGS, HEAD))
+    subject = Subject(Samples(rows, 0, 16), groups, job.base_group, Path(job.bank), LORA.alpha / LORA.rank)
 
     scores = by_information(model, subject, SensitivityConfig(), 0)
-    scores |= by_expansion(model, subject)
+    scores |= by_expansion(model, subject, {method: {} for method in MEASUREMENT})
     started = time.monotonic()
-    found = measure(model, Samples(rows[:NUM_MEASURED], 0, 16), subject.starts(model))
-    scores |= by_measurement(found, job.levels, time.monotonic() - started)
+    found = measure(model, Samples(rows[:NUM_MEASURED], 0, 16), subject.starts)
+    scores |= by_measurement(found, groups, time.monotonic() - started)
     names = list(group_linears(model.config, job.base_group))
     values = {
         method: {
-            str(bits): [sum(by_group[names.index(name)] for name in each) for each in job.members().values()]
-            for bits, by_group in score.values.items()
+            level: [sum(by_group[names.index(name)] or 0.0 for name in each) for each in job.members().values()]
+            for level, by_group in score.values.items()
         }
         for method, score in scores.items()
     }
     return {"sensitivities": values, "seconds": {method: score.seconds for method, score in scores.items()}}
 
 
-def random_plans(num_groups: int, levels: Sequence[int], count: int, seed: int) -> list[tuple[int, ...]]:
+def random_plans(num_groups: int, levels: Sequence[str], count: int, seed: int) -> list[tuple[str, ...]]:
     """Plans whose share of high levels is uniform, so that every budget is covered."""
     generator = np.random.default_rng(seed)
-    plans: dict[tuple[int, ...], None] = {(levels[0],) * num_groups: None, (levels[-1],) * num_groups: None}
+    plans: dict[tuple[str, ...], None] = {(levels[0],) * num_groups: None, (levels[-1],) * num_groups: None}
     while len(plans) < count:
         share = generator.uniform()
         chosen = np.where(generator.uniform(size=num_groups) < share, levels[-1], levels[0])
-        plans[tuple(int(bits) for bits in chosen)] = None
+        plans[tuple(chosen.tolist())] = None
     return list(plans)
 
 
 def fit_surrogate(
-    names: Sequence[str], levels: Sequence[int], plans: Sequence[Sequence[int]], losses: Sequence[float]
+    names: Sequence[str], levels: Sequence[str], plans: Sequence[Sequence[str]], losses: Sequence[float]
 ) -> dict[str, Any]:
     """Ridge regression of main effects and of pairs in one block or of one kind in neighbouring blocks.
 
@@ -338,7 +352,7 @@ def fit_surrogate(
     main, pair = coefficients[: len(names)], coefficients[len(names) :]
     return {
         "intercept": intercept,
-        "main": {str(levels[0]): [0.0] * len(names), str(levels[-1]): main.tolist()},
+        "main": {levels[0]: [0.0] * len(names), levels[-1]: main.tolist()},
         "pairs": [
             [first, levels[-1], second, levels[-1], float(value)]
             for (first, second), value in zip(pairs, pair, strict=True)
@@ -362,7 +376,9 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="plain text")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--groups", default="10", help="number of runs of blocks, or block, sublayer, projection")
-    parser.add_argument("--levels", type=int, nargs="+", default=(4, 8))
+    parser.add_argument(
+        "--levels", nargs="+", default=("nf4", "int8"), help="formats; 4, 8 and 16 bits stand for theirs"
+    )
     parser.add_argument("--rungs", type=int, nargs="+", default=(4, 8, 16))
     parser.add_argument("--context", type=int, default=96)
     parser.add_argument("--validation", type=int, default=48, help="windows")
@@ -378,7 +394,7 @@ def main() -> None:
         text=arguments.text,
         bank=bank,
         groups=arguments.groups,
-        levels=tuple(sorted(arguments.levels)),
+        levels=by_size(tuple(str(ALIASES[int(level)]) if level.isdigit() else level for level in arguments.levels)),
         context=arguments.context,
         num_validation=arguments.validation,
         rungs=tuple(arguments.rungs) if arguments.kind == "finetuned" else (),
@@ -414,19 +430,13 @@ def main() -> None:
 
 def write_table(kind: str, job: Job, lines: Path, scored: dict[str, Any], out: Path) -> None:
     """The table's file, from all that was measured."""
-    from transformers import AutoConfig
-
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     first = {tuple(each["plan"]): each["losses"] for each in found if each["seed"] == 0}
-    layout = layout_of(AutoConfig.from_pretrained(job.model), job.base_group, 2, False, LORA.rank)
-    members = job.members()
-    sizes = {
-        bits: dict(zip((group.name for group in layout.groups), layout.group_bytes(bits), strict=True))
-        for bits in job.levels
-    }
+    layout, members = job.layout(), job.members()
+    sizes = {level: {group.name: group.packed_bytes(level, 2) for group in layout.groups} for level in job.levels}
     plans = sorted(first)
     rungs = list(next(iter(first.values())))
-    repeats: dict[tuple[int, ...], list[float]] = {}
+    repeats: dict[tuple[str, ...], list[float]] = {}
     for each in found:
         repeats.setdefault(tuple(each["plan"]), []).append(each["losses"][rungs[-1]])
     spreads = [statistics.stdev(values) for values in repeats.values() if len(values) > 1]
@@ -435,9 +445,10 @@ def write_table(kind: str, job: Job, lines: Path, scored: dict[str, Any], out: P
         "groups": list(members),
         "levels": list(job.levels),
         "group_bytes": {
-            str(bits): [sum(sizes[bits][name] for name in each) for each in members.values()] for bits in job.levels
+            level: [sum(sizes[level][name] for name in each) for each in members.values()] for level in job.levels
         },
-        "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
+        "fixed_bytes": layout.plan_bytes(layout.dense())
+        - sum(group.packed_bytes(DENSE, 2) for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)),
         "sensitivities": scored["sensitivities"],
         "meta": {
             **asdict(job),

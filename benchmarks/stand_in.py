@@ -23,7 +23,8 @@ from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
+from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape, PlanSpace
+from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Event
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
@@ -31,12 +32,12 @@ from qpruner.search.trial_records import Materials, Progress, Report, TrialJob
 
 NUM_GROUPS = 64
 NAMES = tuple(f"layers.{index:02d}" for index in range(NUM_GROUPS))
+LEVELS = ("nf4", "int8")
 LAYOUT = Layout(
-    groups=tuple(Group(name, (LinearShape(name, 64, 64),)) for name in NAMES),
+    groups=tuple(Group(name, (LinearShape(name, 64, 64),), LEVELS) for name in NAMES),
     ungrouped_bytes=1000,
     adapter_bytes=300,
     element_bytes=2,
-    double_quant=False,
     num_parameters=10**6,
 )
 SIGMA = 1.0
@@ -67,7 +68,7 @@ class Sleeper:
     diary: Path
 
     def __call__(self, job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        bits = [job.plan[name] for name in NAMES]
+        bits = [int(format_of(job.plan[name]).bits) for name in NAMES]
         generator = np.random.default_rng(bits)
         length = self.mean_seconds * generator.lognormal(-(SIGMA**2) / 2, SIGMA)
         weights = np.random.default_rng(0).exponential(0.01, NUM_GROUPS)
@@ -133,14 +134,14 @@ def run_search(
     """
     diary = folder / "diary"
     diary.mkdir(parents=True, exist_ok=True)
-    budget = (LAYOUT.plan_bytes(LAYOUT.uniform(4)) + LAYOUT.plan_bytes(LAYOUT.uniform(8))) // 2
+    budget = (LAYOUT.plan_bytes(LAYOUT.smallest()) + LAYOUT.plan_bytes(LAYOUT.largest())) // 2
     job = SearchJob(
         config=_config(folder, searcher, num_trials),
         trial=Sleeper(mean_seconds, diary),
-        materials=Materials(folder, folder, folder),
-        layout=LAYOUT,
-        space=PlanSpace.of(LAYOUT, (4, 8), budget),
-        controls=[("uniform-4", LAYOUT.uniform(4))],
+        materials=Materials({PRUNED: folder}, {PRUNED: folder}, folder),
+        layouts={PRUNED: LAYOUT},
+        space=PlanSpace.of(LAYOUT, budget),
+        controls=[("uniform-nf4", LAYOUT.uniform("nf4"))],
         priors={},
         trials=folder / "trials",
         scratch=folder / "tune",

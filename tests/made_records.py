@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpruner.runs.records import Confirmation, LayerWidths, PruneRecord, SearchRecord
+from qpruner.runs.records import PAPER, Confirmation, LayerWidths, PruneRecord, SearchRecord
+from qpruner.runs.records.search import CONTROLS
 
 
-def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
+def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of trial 2."""
     fields: dict[str, Any] = {"digest": "c" * 16, "trials_digest": "1" * 16, "searcher": "gp", "metric": "loss"}
     fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
@@ -20,7 +21,9 @@ def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """Make a finalist, which is a control if its origin is the name of one."""
-    fields = {"control": origin.startswith(("uniform-", "seed-")), "reused": False, "stderr": 0.0625}
+    is_control = origin == PAPER or origin.startswith(CONTROLS)
+    fields: dict[str, Any] = {"control": is_control, "reused": False, "stderr": 0.0625}
+    fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 
 

@@ -203,7 +203,7 @@ _verb(
     ),
     click.option("--sort", default="trial", metavar="KEY", help="Column to sort by, or `score`."),
     click.option("--descending", is_flag=True, help="Largest first."),
-    click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, including the bits of each group."),
+    click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, also the format of each group."),
     _json,
 )(run_verbs.trials)
 _verb(

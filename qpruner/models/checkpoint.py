@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from qpruner.config.schema import ModelConfig
 
 
+RENAMED = "embed_out.", "lm_head."
+"""Prefixes of the head of GPT-NeoX in files and in the model: transformers renames it when it loads and saves."""
+
+
 @dataclass(frozen=True)
 class Base:
     """The local folder of the base model, and whether this run wrote its files."""
@@ -113,15 +117,17 @@ def save_checkpoint(
 def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read tensors with `wanted` names, and call `on_piece` after each; raise `CorruptFile` if a file is damaged."""
+    """Read tensors with `wanted` names (of the model), and call `on_piece` after each; raise `CorruptFile` for damage."""
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
     for shard in shards or [checkpoint / "model.safetensors"]:
         try:
             with safe_open(shard, framework="pt") as file:
-                for name in filter(wanted, file.keys()):
-                    tensors[name] = file.get_tensor(name)
-                    on_piece()
+                for stored in file.keys():  # noqa: SIM118
+                    name = f"{RENAMED[1]}{rest}" if (rest := stored.removeprefix(RENAMED[0])) != stored else stored
+                    if wanted(name):
+                        tensors[name] = file.get_tensor(stored)
+                        on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
                 f"weight file {shard} is missing or damaged: {error}; in a run, `qpruner run CONFIG` repairs it", shard

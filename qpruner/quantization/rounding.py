@@ -85,7 +85,7 @@ def _round(
             own = current[column].unsqueeze(1)
             code = format_.codes(own, scale, zero)
             codes[column] = code.squeeze(1)
-            error = (own - scale * (code - zero)).squeeze(1) / makes_up[column, column]
+            error = (own - format_.values(code, scale, zero)).squeeze(1) / makes_up[column, column]
             current[column + 1 : end].addr_(makes_up[column, column + 1 : end], error, alpha=-1)
             errors[column - start] = error
         current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)

@@ -98,7 +98,7 @@ def claim(results: Results) -> str:
     found, winner, instead = comparisons(results), _winner(results, search), best_control_text(search)
     if found:
         lead = f"{winner}{_verdicts(found)}{_against_other_rows(results)}"
-        return "\n".join([lead, *map(_item, found), *([f"- Before this fine-tune: {instead}"] if instead else [])])
+        return "\n".join([lead, *map(_item, found), *([f"- {instead}"] if instead else [])])
     items = ["No other plan had this fine-tune, so nothing is claimed at equal bytes."]
     if (search.control_won or not instead) and (fresh := margin_text(search)):
         items.insert(0, f"On the search's fresh rows, before this fine-tune: i{fresh[1:]}")
@@ -108,7 +108,7 @@ def claim(results: Results) -> str:
 def how_to_compare(command: str) -> str:
     """State how to compare a finished run's winner with other plans; `command` is the command line of that run."""
     return (
-        "To compare the winner with the base, uniform bits, seed and random plans after the same fine-tune, run "
+        "To compare the winner with the base, the controls, seed and random plans after the same fine-tune, run "
         f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
     )
 

@@ -53,7 +53,7 @@ def best_control(search: SearchRecord) -> Instead | None:
 
 
 def best_control_text(search: SearchRecord) -> str:
-    """State how the winner compares with the best control in the budget; empty without controls."""
+    """State how the winner compares, as a trial, with the best control in the budget; empty without controls."""
     winner, *controls = instead(search)
     if not controls:
         return ""
@@ -63,11 +63,12 @@ def best_control_text(search: SearchRecord) -> str:
         nearest = min(controls, key=lambda each: each.plan_bytes)
         return f"No other control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
     verdict = {"better": "worse than", "worse": "better than"}.get(rival.verdict or "", f"{SAME} from")
+    which = "the best other " if search.control_won else "the best "
     assert rival.more_loss is not None
     return (
-        f"On the search's fresh rows{after} it is {verdict} the best {'other ' * search.control_won}control in the "
-        f"budget, {rival.title} ({_megabytes(rival)}, {rival.formats}): loss {winner.loss:.4f} instead of "
-        f"{rival.loss:.4f}, {-rival.more_loss:+.4f} nats ({_interval(rival, sign=-1)})."
+        f"On the search's fresh rows{after} the winner is {verdict} {which}control in the budget, {rival.title} "
+        f"({_megabytes(rival)}, {rival.formats}): loss {winner.loss:.4f} instead of {rival.loss:.4f}, "
+        f"{-rival.more_loss:+.4f} nats ({_interval(rival, sign=-1)})."
     )
 
 

@@ -89,10 +89,7 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 def control_title(name: str) -> str:
     """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
-    kind, _, detail = name.partition("-")
-    if kind in ("uniform", "seed") and detail:
-        return f"uniform {detail}" if kind == "uniform" else f"{detail} seed"
-    return CONTROLS.get(name, name)
+    return CONTROLS.get(name) or name.replace("uniform-", "uniform ", 1)
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:

@@ -18,6 +18,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.run import run
+from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.runs.lock import hold_run
 
 
@@ -132,11 +133,16 @@ def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any]
     assert "pruned earlier: the cut is skipped" in said and "no cut, achieved 0.00%" in said
 
 
+def all_in(name: str, groups: list[str]) -> dict[str, str]:
+    """Return the plan with every block in one format."""
+    return {group: "bf16" if group in (EMBEDDINGS, HEAD) else name for group in groups}
+
+
 def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, Any]) -> None:
     """With global selection the widths are known only after the cut."""
     groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).pruned.groups]
-    for bits in (4, 8):
-        Path(f"{bits}.yaml").write_text(yaml.safe_dump(dict.fromkeys(groups, bits)))
+    for name, size in (("nf4", "4"), ("int8", "8")):
+        Path(f"{size}.yaml").write_text(yaml.safe_dump(all_in(name, groups)))
     said = check(tiny_raw, "--plan", "8.yaml")
     assert "its bytes are compared with the budget once the model is pruned" in said
     run(validate_config(tiny_raw), lambda event: None, until="prune")
@@ -161,14 +167,16 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: dict[str, Any
     raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
     inspection = preflight.inspect(validate_config(raw))
     before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.pruned))
-    assert before[: len(after)] == after and len(after) == len(before) // 2
+    assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD}) and set(after) < set(before)
     plan = tmp_path / "plan.yaml"
     raw = with_key(raw, "search.plan", str(plan))
-    plan.write_text(yaml.safe_dump(dict.fromkeys(after, 4)))
+    plan.write_text(yaml.safe_dump(all_in("nf4", after)))
     read = preflight.inspect(validate_config(raw)).plan
-    assert read and read.as_dict() == dict.fromkeys(after, 4)
-    plan.write_text(yaml.safe_dump(dict.fromkeys(before, 4)))
-    with pytest.raises(UserError, match=f"`{before[len(after)]}` is not a group of this model"):
+    assert read and read.as_dict() == all_in("nf4", after)
+    plan.write_text(yaml.safe_dump(all_in("nf4", before)))
+    with pytest.raises(
+        UserError, match=f"`{next(name for name in before if name not in after)}` is not a group of this model"
+    ):
         preflight.inspect(validate_config(raw))
 
 
@@ -178,10 +186,10 @@ def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[s
     raw = with_key(tiny_raw, "prune.selection", "per_layer")
     inspection = preflight.inspect(validate_config(raw))
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump({group.name: 8 for group in inspection.pruned.groups}))
+    plan.write_text(yaml.safe_dump(inspection.pruned.uniform("int8").as_dict()))
     options = (key, str(plan)) if key == "--plan" else ("--set", f"search.plan={plan}")
     said = check(raw, *options, code=2, verb=verb)
     assert f"error: `{key}`: the plan in {plan} takes " in said
     told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
-    over = inspection.pruned.plan_bytes(inspection.pruned.uniform(8)) - inspection.budget_bytes
+    over = inspection.pruned.plan_bytes(inspection.pruned.uniform("int8")) - inspection.budget_bytes
     assert told and 0 <= float(told[1]) * 1e6 - over < 101, "rounded up, never down"

@@ -161,7 +161,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
     assert listed(over, "--where", "winner=yes") == [2]
     rows = list(csv.DictReader(io.StringIO(printed("trials", over, "--csv"))))
     assert [row["winner"] for row in rows] == ["", "", "yes", "", "", ""]
-    assert [rows[1][f"bits {group}"] for group in GROUPS] == ["8", "8", "4", "4", "4", "4"]
+    assert [rows[1][f"format {group}"] for group in GROUPS] == [*["int8"] * 2, *["nf4"] * 4]
     assert rows[4]["reason"] == "TrainingDiverged: the loss is nan"
     assert printed("trials", run, "--where", "loss<1") == "no trials match\n"
     shutil.rmtree(run / "trials")
@@ -173,7 +173,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
     [
         ("trials RUN --where statsu=failed", "did you mean `status`?"),
         ("trials RUN --sort byte", "did you mean `bytes`?"),
-        ("trials RUN --sort xyz", "there are `bits layers.07` (one for each group), trial, winner, from"),
+        ("trials RUN --sort xyz", "there are `format layers.07` (one for each group), trial, winner, from"),
         ("trials RUN --where loss<low", "`loss` must be a number, got 'low'"),
         ("trials RUN --where bytes<126M", "`bytes` must be a number, plain or with kB, MB, GB"),
         ("trials RUN --where seconds<1hour", "`seconds` must be a number, plain or with h, min, s, got"),
@@ -201,28 +201,27 @@ def test_a_damaged_record_has_a_remedy(run: Path) -> None:
 
 # ---- plan
 
+OFFERED = dict.fromkeys(GROUPS, ("nf4", "int8"))
+
 
 def test_a_printed_plan_can_be_read_back(over: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan"
     for options in ((), ("--json",)):
         file.write_text(printed("plan", over, *options))
-        assert read_plan(file, GROUPS, (4, 8)).as_dict() == trials()[2].plan
-    file.write_text(printed("plan", over, "--trial", 0).replace(": 4", ": 4.0"))
-    # The bank names its files by the bits, so 4.0 must become 4.
-    assert [repr(bits) for bits in read_plan(file, GROUPS, (4, 8)).bits] == ["4"] * len(GROUPS)
+        assert read_plan(file, OFFERED).as_dict() == trials()[2].plan
 
 
 def test_a_plan_is_printed_with_bytes_and_budget(over: Path) -> None:
-    sizes = {str(bits): dict.fromkeys(GROUPS, bits * 250_000) for bits in (4, 8)}
+    sizes = {name: dict.fromkeys(GROUPS, size) for name, size in (("nf4", 1_000_000), ("int8", 2_000_000))}
     RunDir(over).write_record(
         "bank", BankRecord(digest="d", seconds=1.0, files={}, bytes=1, residual_ratio={}, group_bytes=sizes)
     )
     lines, facts = printed("plan", over).splitlines(), json_of("plan", over)
     budget = facts["budget_bytes"]
     assert lines[1:4] == [
-        "# 8.0 MB in these groups; 24.0 MB in the rest: embeddings, norms, head, adapter",
+        "# 8.0 MB in these groups; 24.0 MB in the rest, such as norms and adapter",
         f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB",
-        "layers.0: 8  # 1.00 MB at 4, 2.00 MB at 8",
+        "layers.0: int8  # 1.00 MB in nf4, 2.00 MB in int8",
     ]
     assert facts["group_bytes"] == sizes
 
@@ -239,25 +238,28 @@ def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     assert "given plan:    validation loss 3.0000, trial 1 (given)" in printed("status", over)
 
 
-ALL_4 = dict.fromkeys(GROUPS, 4)
+ALL_4 = dict.fromkeys(GROUPS, "nf4")
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (yaml.safe_dump(ALL_4 | {"layers.5": 6}), r"`layers.5` must have one of 4, 8 bits \(`quantize.bits`\), got 6"),
-        (yaml.safe_dump(ALL_4 | {"layer.5": 4}), "`layer.5` is not a group of this model; did you mean `layers.5`?"),
-        (yaml.safe_dump(dict.fromkeys(GROUPS[1:], 4)), "1 of 6 groups are missing: layers.0"),
-        ("", "must map every group to its bits, got an empty file; `qpruner plan RUN` prints a plan"),
-        ("[4, 4, 4, 4, 4, 4]", "must map every group to its bits, got list; `qpruner plan RUN` prints a plan"),
-        (yaml.safe_dump(ALL_4) + "layers.0: 4", r"key `layers.0` is given twice\s.*line 7"),
+        (yaml.safe_dump(ALL_4 | {"layers.5": 6}), r"`layers.5` must be one of nf4, int8 \(`quantize.formats`\), got 6"),
+        (
+            yaml.safe_dump(ALL_4 | {"layer.5": "nf4"}),
+            "`layer.5` is not a group of this model; did you mean `layers.5`?",
+        ),
+        (yaml.safe_dump(dict.fromkeys(GROUPS[1:], "nf4")), "1 of 6 groups are missing: layers.0"),
+        ("", "must map every group to its format, got an empty file; `qpruner plan RUN` prints a plan"),
+        ("[4, 4, 4, 4, 4, 4]", "must map every group to its format, got list; `qpruner plan RUN` prints a plan"),
+        (yaml.safe_dump(ALL_4) + "layers.0: nf4", r"key `layers.0` is given twice\s.*line 7"),
     ],
 )
 def test_an_invalid_plan_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(PlanRefused, match=problem):
-        read_plan(file, GROUPS, (4, 8))
+        read_plan(file, OFFERED)
 
 
 # ---- compare

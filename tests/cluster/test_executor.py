@@ -231,8 +231,8 @@ def test_stages_share_the_only_gpu_of_a_cluster(one_gpu: str, tiny_model: Path, 
         assert 0 < record.gpu_seconds <= record.seconds, "one GPU is held while work runs"
     assert there.prune.layers == here.prune.layers and there.bank.files == here.bank.files
     for name, method in here.sensitivity.methods.items():
-        for bits, values in method.values.items():
-            assert there.sensitivity.methods[name].values[bits] == pytest.approx(values, rel=1e-4, abs=1e-6)
+        for level, values in method.values.items():
+            assert there.sensitivity.methods[name].values[level] == pytest.approx(values, rel=1e-4, abs=1e-6)
 
 
 def test_workers_find_paths_relative_to_the_driver(

@@ -22,7 +22,8 @@ from qpruner.errors import StageError, UserError
 from qpruner.export.compare import compare
 from qpruner.export.forms import export
 from qpruner.pipeline.run import run as run_pipeline
-from qpruner.quantization.mixed import layer_tensors, unpack
+from qpruner.quantization.formats import DENSE, format_of
+from qpruner.quantization.mixed import layer_tensors
 from qpruner.runs.run_dir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
@@ -95,23 +96,24 @@ def compared_with(run: Path, tensor: str, value: Callable[[torch.Tensor], torch.
 
 
 @pytest.mark.parametrize(
-    ("layer", "bits", "damage", "message"),
+    ("layer", "name", "damage", "message"),
     [
-        ("self_attn.q_proj", 4, lambda base, added: base, r"has -?\d?\d% of its adapter"),
-        ("self_attn.o_proj", 8, lambda base, added: base + 2 * added, r"has (1[5-9]|2[0-4])\d% of its adapter"),
-        ("self_attn.o_proj", 8, lambda base, added: 1.1 * base + added, r"has outputs with an error of 1\d%"),
-        ("mlp.up_proj", 16, lambda base, added: base + torch.nan, "has outputs with an error of nan%"),
+        ("self_attn.q_proj", "nf4", lambda base, added: base, r"has -?\d?\d% of its adapter"),
+        ("self_attn.o_proj", "int8", lambda base, added: base + 2 * added, r"has (1[5-9]|2[0-4])\d% of its adapter"),
+        ("self_attn.o_proj", "int8", lambda base, added: 1.1 * base + added, r"has outputs with an error of 1\d%"),
+        ("mlp.up_proj", DENSE, lambda base, added: base + torch.nan, "has outputs with an error of nan%"),
     ],
     ids=["adapter lost", "adapter twice", "another base", "not a number"],
 )
 def test_one_damaged_layer_is_noticed(
-    layer: str, bits: int, damage: Callable[..., torch.Tensor], message: str, faint: Path, tmp_path: Path
+    layer: str, name: str, damage: Callable[..., torch.Tensor], message: str, faint: Path, tmp_path: Path
 ) -> None:
     layer = f"model.layers.0.{layer}"
     state, adapter = load_file(faint / "final" / "model.safetensors"), load_file(faint / "final" / ADAPTER)
     parts = layer_tensors(state, layer)
-    base = parts["weight"].float() if bits == 16 else unpack(parts, torch.float32)
     lora_a, lora_b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
+    columns = lora_a.shape[1]
+    base = parts["weight"].float() if name == DENSE else format_of(name).unpack(parts, columns, torch.float32)
     damaged = damage(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
     with pytest.raises(StageError, match=rf"`{layer}` {message}"):
         compared_with(faint, f"{layer}.weight", lambda _: damaged, tmp_path / "out")

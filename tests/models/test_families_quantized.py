@@ -1,4 +1,4 @@
-"""4- and 8-bit layers in every family. Without them a run would fail when it fills the quantization bank."""
+"""Packed layers, embeddings and heads in every family. Without them a run would fail when it fills the bank."""
 
 from __future__ import annotations
 
@@ -11,23 +11,38 @@ from mixed_models import GROUP, fill_bank, mixed_plan
 from tiny_families import FAMILY_NAMES, MIXTURES, family_model, kept_of, logits_of, prompt, with_output_biases
 from transformers import AutoModelForCausalLM
 
-from qpruner.config.schema import LoraConfig
+from qpruner.config.schema import LoraConfig, QuantizeConfig
 from qpruner.errors import UserError
-from qpruner.models.layout import group_linears, layout_of
+from qpruner.models.layout import group_linears, layout_of, table_paths
 from qpruner.pipeline.preflight import check_quantizable
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.pruning.surgery import cut
-from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
+from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
 from qpruner.quantization.bank import read_plan
-from qpruner.quantization.mixed import layer_tensors, unpack
+from qpruner.quantization.formats import DENSE, format_of
+from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear
+from qpruner.quantization.mixed import layer_tensors
 
 DTYPE, LORA = "float32", LoraConfig(rank=12, alpha=24)
-LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
-PATTERN = (4, 8, 16, 8, 4)
-"""Five bit-widths over four projections per block, so that each projection gets other bit-widths in each block."""
+LAYERS = {"nf4": bnb.nn.Linear4bit, "int8": PackedLinear, "bf16": torch.nn.Linear}
+PATTERN = ("nf4", "int8", "bf16", "int8", "nf4")
+"""Five formats over four projections per block, so that each projection gets other formats in each block."""
 OUTPUT_BIASES = ", output biases"
 NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
 """Separate and fused projections, biases, norms; the linear layers of other families are like these."""
+
+
+def with_unpacked(folder: Path, plan: dict[str, str], formats: dict[str, str]) -> torch.nn.Module:
+    """Load the model that a plan packs, with the weights that packed tensors stand for."""
+    model, tensors = (
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        read_plan(folder / "bank", plan),
+    )
+    for path, level in formats.items():
+        parts = {key: each for key, each in layer_tensors(tensors, path).items() if not key.startswith("lora_")}
+        weight = model.get_submodule(path).weight
+        weight.data = format_of(level).unpack(parts, weight.shape[1], torch.float32)
+    return model
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -40,25 +55,27 @@ def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> N
     family = name.removesuffix(OUTPUT_BIASES)
     dense = cut(family_model(family) if name == family else with_output_biases(family), kept_of(family))
     dense.save_pretrained(tmp_path / "model")
-    plan = mixed_plan(fill_bank(tmp_path / "model", tmp_path / "bank", False, LORA, DTYPE), PATTERN)
-    model, starts = assemble(tmp_path / "model", tmp_path / "bank", GROUP, plan, DTYPE, double_quant=False)
+    names = fill_bank(tmp_path / "model", tmp_path / "bank", LORA, DTYPE, tables=("int8",))
+    tables = table_paths(dense.config)
+    plan = {EMBEDDINGS: "int8"} | mixed_plan(names, PATTERN) | dict.fromkeys(tables, "int8")
+    model, starts = assemble(tmp_path / "model", tmp_path / "bank", GROUP, plan, DTYPE)
     model.eval()
-    packed, tensors = set(), read_plan(tmp_path / "bank", plan)
-    unpacked = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     groups = group_linears(dense.config, GROUP)
-    for path, bits in ((path, plan[group]) for group, paths in groups.items() for path in paths):
-        assert isinstance(model.get_submodule(path), LAYERS[bits])
-        if bits != 16:
-            packed.add(f"{path}.weight")
-            parts = {key: each for key, each in layer_tensors(tensors, path).items() if not key.startswith("lora_")}
-            unpacked.get_submodule(path).weight.data = unpack(parts, torch.float32)
+    linears = {path: plan[group] for group, paths in groups.items() for path in paths}
+    assert all(isinstance(model.get_submodule(path), LAYERS[level]) for path, level in linears.items())
+    formats = {path: level for path, level in linears.items() if level != DENSE} | dict.fromkeys(
+        tables.values(), "int8"
+    )
+    unpacked = with_unpacked(tmp_path, plan, formats)
+    packed = {f"{path}.weight" for path in formats}
     others = {key: each for key, each in dense.named_parameters() if key not in packed}
     assert dict(model.named_parameters()).keys() == others.keys() | packed
     assert all(each.abs().max() > 0 and torch.equal(model.get_parameter(key), each) for key, each in others.items())
     found, whole = logits_of(model), logits_of(dense)
-    assert distance(found, logits_of(unpacked)) < 0.05, "LLM.int8 rounds activations to 8 bits"
+    assert distance(found, logits_of(unpacked)) < 1e-5
     assert 0.02 < distance(found, whole) < 0.5
-    layout = layout_of(dense.config, GROUP, 4, double_quant=False, lora_rank=LORA.rank)
+    quantize = QuantizeConfig(group=GROUP, formats=tuple(LAYERS), embeddings=("int8",), budget={"gib": 1})
+    layout = layout_of(dense.config, quantize, 4, LORA.rank, on_gpu=False)
     assert measured_bytes(model) == layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
@@ -74,6 +91,34 @@ def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> N
         losses[-1].backward()
         torch.optim.SGD((each for each in adapted.parameters() if each.requires_grad), lr=0.5).step()
     assert losses[1] < losses[0] - 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, "opt-350m"])
+def test_embeddings_and_head_are_packed(name: str, tied: bool, tmp_path: Path) -> None:
+    dense = family_model(name, tie_word_embeddings=tied)
+    dense.save_pretrained(tmp_path / "model")
+    tables = table_paths(dense.config)
+    assert dense.get_submodule(tables[EMBEDDINGS]) is dense.get_input_embeddings()
+    assert (HEAD in tables) is not tied
+    whole = dict.fromkeys(
+        fill_bank(tmp_path / "model", tmp_path / "bank", LORA, DTYPE, levels=(), tables=("int8",)), DENSE
+    )
+    plan = whole | dict.fromkeys(tables, "int8")
+    expected = logits_of(with_unpacked(tmp_path, plan, dict.fromkeys(tables.values(), "int8")))
+    assembler = PlanAssembler(
+        tmp_path / "model", tmp_path / "bank", GROUP, DTYPE, LORA.model_copy(update={"init": "plain"})
+    )
+    assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
+    exchanged = assembler.model(plan, seed=0).get_base_model().eval()
+    model = assemble(tmp_path / "model", tmp_path / "bank", GROUP, plan, DTYPE)[0].eval()
+    model.save_pretrained(tmp_path / "saved")
+    for each in (model, exchanged, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        head, table = each.get_output_embeddings(), each.get_input_embeddings()
+        assert isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding)
+        assert (head.weight is table.weight) is tied
+        assert distance(logits_of(each), expected) < 1e-5
+    assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

@@ -13,26 +13,29 @@ from transformers import AutoConfig, PreTrainedModel
 from qpruner.errors import CorruptFile
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
+from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization import assembly
 from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters
 from qpruner.quantization.bank import read_plan
 
-Banked = tuple[Path, list[str], bool]
-PATTERNS = [(4,), (16,), (4, 8, 16, 8, 4), (8,), (16, 4, 8)]
+Banked = tuple[Path, list[str]]
+Plan = dict[str, str]
+PATTERNS = [("nf4",), ("bf16",), ("nf4", "int8", "bf16", "nf4_double"), ("int8",), ("bf16", "nf4", "int8")]
+TABLES = [{}, {EMBEDDINGS: "int8"}, {EMBEDDINGS: "int8"}, {EMBEDDINGS: "bf16"}, {EMBEDDINGS: "int8"}]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["single", "double"])
-def banked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Banked:
+@pytest.fixture(scope="module")
+def banked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Banked:
     folder = tmp_path_factory.mktemp("bank")
-    return folder, fill_bank(tiny_model, folder, request.param), request.param
+    return folder, fill_bank(tiny_model, folder, levels=("nf4", "nf4_double", "int8"), tables=("int8",))
 
 
 def assembler_of(tiny_model: Path, banked: Banked) -> PlanAssembler:
-    return PlanAssembler(tiny_model, banked[0], GROUP, DTYPE, banked[2], LORA)
+    return PlanAssembler(tiny_model, banked[0], GROUP, DTYPE, LORA)
 
 
-def fresh_model(tiny_model: Path, banked: Banked, plan: dict[str, int], seed: int) -> torch.nn.Module:
-    model, starts = assemble(tiny_model, banked[0], GROUP, plan, DTYPE, banked[2])
+def fresh_model(tiny_model: Path, banked: Banked, plan: Plan, seed: int) -> torch.nn.Module:
+    model, starts = assemble(tiny_model, banked[0], GROUP, plan, DTYPE)
     peft_model: torch.nn.Module = attach_adapters(model, starts, LORA, GROUP, seed)
     return peft_model
 
@@ -56,8 +59,8 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 def test_the_next_plan_gives_the_model_of_a_fresh_process(tiny_model: Path, banked: Banked) -> None:
     """Before and after training, even if the previous model was trained and its adapters were disabled."""
     assembler = assembler_of(tiny_model, banked)
-    for pattern in PATTERNS:
-        plan = mixed_plan(banked[1], pattern)
+    for pattern, tables in zip(PATTERNS, TABLES, strict=True):
+        plan = mixed_plan(banked[1], pattern) | tables
         expected = fresh_model(tiny_model, banked, plan, seed=3)
         state = torch.get_rng_state()
         found = assembler.model(plan, seed=3)
@@ -69,18 +72,18 @@ def test_the_next_plan_gives_the_model_of_a_fresh_process(tiny_model: Path, bank
         found.disable_adapter_layers()
 
 
-def test_only_groups_with_changed_bits_are_replaced(tiny_model: Path, banked: Banked) -> None:
+def test_only_groups_of_other_formats_are_replaced(tiny_model: Path, banked: Banked) -> None:
     assembler, names = assembler_of(tiny_model, banked), banked[1]
-    plan = mixed_plan(names, (4, 8))
+    plan = mixed_plan(names, ("nf4", "int8"))
     before = dict(assembler.model(plan, seed=0).named_parameters())
-    after = dict(assembler.model({**plan, names[2]: 8}, seed=0).named_parameters())
+    after = dict(assembler.model({**plan, names[2]: "int8"}, seed=0).named_parameters())
     changed = {name for name, weight in after.items() if "lora_" not in name and weight is not before[name]}
     paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)[names[2]]
     assert changed == {f"base_model.model.{path}.base_layer.weight" for path in paths}
 
 
 def test_every_grouped_layer_gets_its_initial_adapter(tiny_model: Path, banked: Banked) -> None:
-    plan = mixed_plan(banked[1], (4, 8, 16))
+    plan = mixed_plan(banked[1], ("nf4", "int8", "bf16"))
     plain, read = [], read_plan(banked[0], plan)
     for seed in (0, 1):
         torch.manual_seed(11 + seed)
@@ -90,8 +93,8 @@ def test_every_grouped_layer_gets_its_initial_adapter(tiny_model: Path, banked: 
                 layer = model.base_model.model.get_submodule(path)
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 assert a.dtype == b.dtype == torch.float32
-                if plan[name] == 16:
-                    assert a.abs().max() > 0 and not b.any(), "the adapter of an unquantized layer starts at zero"
+                if plan[name] == "bf16":
+                    assert a.abs().max() > 0 and not b.any(), "the adapter of an unpacked layer starts at zero"
                     plain.append(a)
                 else:
                     assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(b, read[f"{path}.lora_B"])
@@ -103,7 +106,7 @@ def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, banked: Banked, tm
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     os.truncate(shard, 100)
     with pytest.raises(CorruptFile, match=shard.name):
-        fresh_model(tmp_path, banked, mixed_plan(banked[1], (16,)), seed=0)
+        fresh_model(tmp_path, banked, mixed_plan(banked[1], ("bf16",)), seed=0)
 
 
 def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,14 +121,17 @@ def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
 def test_groups_are_replaced_in_a_model_over_several_gpus(
     tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = mixed_plan(banked[1], (4, 16, 8))
+    plan = mixed_plan(banked[1], ("nf4", "bf16", "int8")) | {EMBEDDINGS: "int8"}
     expected = assembler_of(tiny_model, banked).model(plan, seed=0)
     monkeypatch.setattr(assembly, "_placed", spread_over_hooks)
     assembler = assembler_of(tiny_model, banked)
-    first = assembler.model(mixed_plan(banked[1], (8, 4)), seed=0)
+    first = assembler.model(mixed_plan(banked[1], ("int8", "nf4")), seed=0)
     assert any(hasattr(module, "_hf_hook") for module in first.modules())
     train_a_little(first)
     found = assembler.model(plan, seed=0)
+    assert all(
+        hasattr(found.get_base_model().get_submodule(path), "_hf_hook") for path in ("model.embed_tokens", "lm_head")
+    )
     for model in (expected, found):
         train_a_little(model)
     assert torch.equal(logits_of(found.eval()), logits_of(expected.eval()))
@@ -141,7 +147,10 @@ def test_a_trial_over_several_gpus_matches_a_single_gpu(
     for number in (2, 1):
         monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
         assembler = assembler_of(tiny_model, banked)
-        for plan in (mixed_plan(names, (4, 8)), mixed_plan(names, (8, 16, 4))):
+        for plan in (
+            mixed_plan(names, ("nf4", "int8")),
+            mixed_plan(names, ("int8", "bf16", "nf4")) | {EMBEDDINGS: "int8"},
+        ):
             model = assembler.model(plan, seed=0)
             assert len({parameter.device for parameter in model.parameters()}) == number
             train_a_little(model)

@@ -20,6 +20,7 @@ from made_records import made_confirmation, made_layer, made_prune, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
+from qpruner.quantization.formats import format_of
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
 from qpruner.report.snapshot import Liveness, Snapshot
 from qpruner.runs.events import SearchPlanned
@@ -27,6 +28,7 @@ from qpruner.runs.records import (
     BankRecord,
     CandidateRecord,
     ComparisonRecord,
+    Confirmation,
     EvalRecord,
     FinetuneRecord,
     Inference,
@@ -47,8 +49,9 @@ from qpruner.runs.records import (
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
-PLAN = {"layers.0": 8, "layers.1": 4}
-SEED_PLAN = {"layers.0": 4, "layers.1": 8}
+PLAN = {"layers.0": "int8", "layers.1": "nf4"}
+SEED_PLAN = {"layers.0": "nf4", "layers.1": "int8"}
+OF_LETTER = {"4": "nf4", "8": "int8", "F": "bf16"}
 TRIALS, SEARCH = "1" * 16, "2" * 16
 STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison")
@@ -74,7 +77,7 @@ STATE = RunState(
 )
 
 
-def made_methods(values: dict[int, tuple[float, ...]], *names: str) -> dict[str, MethodScores]:
+def made_methods(values: dict[str, tuple[float | None, ...]], *names: str) -> dict[str, MethodScores]:
     """Return sensitivities with the same predicted losses."""
     scores = MethodScores(unit="nats", source="one group at a time", values=values, seconds=12.5, details={})
     return dict.fromkeys(names, scores)
@@ -87,17 +90,18 @@ Scored = tuple[CandidateRecord, tuple[TaskScore, ...]]
 
 def candidate(
     name: str,
-    plan: dict[str, int],
+    plan: dict[str, str],
     measured_bytes: int = 100_000_000,
     seed: int = 0,
     validation_loss: float = 2.125,
     confirmation_loss: float = 2.0,
 ) -> CandidateRecord:
-    mean_bits = sum(plan.values()) / len(plan)
+    mean_bits = sum(format_of(each).bits for each in plan.values()) / len(plan)
     sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
     losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
     costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
-    origin = ORIGINS.get(name, "unquantized" if name in (BASE, PRUNED) else "uniform")
+    others = dict.fromkeys((BASE, PRUNED), "unquantized") | dict.fromkeys(LEVELS.keys() - {BASE, PRUNED}, "uniform")
+    origin = (others | ORIGINS).get(name, name)
     return CandidateRecord(**STAGE, name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs)
 
 
@@ -125,7 +129,7 @@ def results_of(
     search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
     rows += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
-    kl = made_methods({4: (0.5125, 0.25), 8: (0.0125, 0.0)}, "kl")
+    kl = made_methods({"nf4": (0.5125, 0.25), "int8": (0.0125, 0.0)}, "kl")
     return Results(
         prepare=PrepareRecord(**STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}),
         prune=made_prune(made_layer(0, 2, 100)),
@@ -145,7 +149,7 @@ def row_of(
     name: str,
     losses: Sequence[float],
     scores: Sequence[TaskScore] | None = None,
-    plan: dict[str, int] = SEED_PLAN,
+    plan: dict[str, str] = SEED_PLAN,
     measured_bytes: int = 100_000_000,
 ) -> list[Scored]:
     """Return a row with one training seed per confirmation loss; without `scores` all seeds answer alike."""
@@ -162,7 +166,7 @@ def searched_row(losses: Sequence[float], scores: Sequence[TaskScore] | None = N
 
 def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Scored]:
     """Return one random plan per distance from the losses, with one training seed per loss."""
-    plans = [{"layers.0": 4, "layers.1": bits} for bits in (4, 8, 16)]
+    plans = [{"layers.0": "nf4", "layers.1": name} for name in OF_LETTER.values()]
     return [
         scored
         for plan, off in zip(plans, by_plan, strict=False)
@@ -187,7 +191,7 @@ def with_figures(results: Results) -> Results:
 
 def whole_results() -> Results:
     """Return a finished run with every row, on two tasks; three of the rows have two training seeds."""
-    plans = {name: dict.fromkeys(PLAN, bits) for name, bits in LEVELS.items()}
+    plans = {name: dict.fromkeys(PLAN, level) for name, level in LEVELS.items()}
     plans |= dict.fromkeys(("mutual-information seed", BEST_SEED, RANDOM), SEED_PLAN) | {SEARCHED: PLAN}
     scored: list[Scored] = []
     for number, (name, plan) in enumerate(plans.items()):
@@ -201,6 +205,10 @@ def whole_results() -> Results:
     return results_of(scored, untuned)
 
 
+def made_finalist(trial: TrialRecord, loss: float) -> Confirmation:
+    return made_confirmation(trial.index, trial.origin, loss, plan=trial.plan, plan_bytes=trial.plan_bytes)
+
+
 # ---- the folder of a long search
 
 NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
@@ -208,9 +216,9 @@ NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
 """A name that would act as markup if a report did not escape it."""
 BUDGET = 93_000_000
-CONTROLS = {"uniform-4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
-"""Origin of one of the first trials -> share of groups with 8 bits."""
-LEVELS = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
+CONTROLS = {"uniform-nf4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
+"""Origin of one of the first trials -> share of groups in int8."""
+LEVELS = {BASE: "bf16", PRUNED: "bf16", "uniform-nf4": "nf4", "uniform-int8": "int8"}
 SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
 
 
@@ -276,7 +284,7 @@ class MadeRun:
 
     def win(self, best: TrialRecord, **changes: Any) -> None:
         """Make a trial the winner, and the only one scored on fresh rows."""
-        fresh = (made_confirmation(best.index, best.origin, 3.0),)
+        fresh = (made_finalist(best, 3.0),)
         chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
         self.change("search", **chosen, confirmations=fresh, **changes)
 
@@ -297,7 +305,7 @@ class MadeRun:
             rungs = [RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps]
             taken = {"seconds": seconds, "gpu_seconds": seconds * self._gpus, "rungs": rungs}
             times = (ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot])
-            plan = {group: int(value) for group, value in zip(self.groups, bits, strict=True)}
+            plan = {group: OF_LETTER[str(value)] for group, value in zip(self.groups, bits, strict=True)}
             size = int(40_000_000 + (self._weights * bits / 8).sum())
             mean_bits = float((self._weights * bits).sum() / self._weights.sum())
             told = {"reason": {"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status)}
@@ -312,7 +320,7 @@ class MadeRun:
         methods = {}
         for name, noise in NOISES.items():
             values = self._gains * self._random.lognormal(0, noise, len(self.groups))
-            methods |= made_methods({4: tuple(values.tolist()), 8: tuple((values / 50).tolist())}, name)
+            methods |= made_methods({"nf4": tuple(values.tolist()), "int8": tuple((values / 50).tolist())}, name)
         prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
         return {
             "prepare": PrepareRecord(**self._stage, **prepared),
@@ -325,12 +333,12 @@ class MadeRun:
         statuses = [trial.status for trial in self.trials]
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
-        found = [(each.index, each.origin, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
+        found = [made_finalist(each, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
         search = {f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")}
         search |= {"num_trials": len(statuses), "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)"}
         search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0, "best_control": 1}
         search |= {"best_index": best.index, "best_origin": best.origin}
-        search |= {"confirmations": tuple(made_confirmation(*each) for each in found)}
+        search |= {"confirmations": tuple(found)}
         untuned = [(name, self._scores(name)) for name in UNTUNED]
         made = with_figures(results_of(self._scored(best.plan), untuned, **search, **self._stage))
         assert made.search and made.finetune and made.evaluate
@@ -345,7 +353,7 @@ class MadeRun:
             "comparison": ComparisonRecord(**compared, **self._stage),
         }
 
-    def _scored(self, best: dict[str, int]) -> list[Scored]:
+    def _scored(self, best: dict[str, str]) -> list[Scored]:
         """Return the fine-tunes of every row; the searched row comes last and has three."""
         found: list[Scored] = []
         for name in (*LEVELS, BEST_SEED, RANDOM, SEARCHED):
@@ -353,13 +361,13 @@ class MadeRun:
             if name in (BEST_SEED, RANDOM):
                 plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
             for seed in range(1 if name in LEVELS else 3):
-                loss = 3.9 + self._random.normal(0, 0.02) + {4: 0.3, 8: 0.1}.get(LEVELS.get(name, 0), 0.0)
+                loss = 3.9 + self._random.normal(0, 0.02) + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
                 row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss, loss - 0.05)
                 found.append((row.model_copy(update={"digest": f"{len(found):016d}"}), self._scores(name)))
         return found
 
     def _scores(self, name: str) -> tuple[TaskScore, ...]:
-        share = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}.get(name, 0.69)
+        share = {BASE: 0.77, PRUNED: 0.71, "uniform-nf4": 0.66}.get(name, 0.69)
         correct = {task: (self._random.random(count) < share).astype(float) for task, count in self._tasks.items()}
         losses = {task: self._random.gamma(2.0, 1.0, count).tolist() for task, count in self._tasks.items()}
         return tuple(score(right.tolist(), losses[task], task) for task, right in correct.items())
@@ -388,9 +396,10 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
     )
     given = {"status": "finished" if len(losses) == len(RUNGS) else "stopped", "origin": "gp", **fields}
     over = [] if given["status"] == "running" else [times[-1] + 1]
-    bits = {group: int(character) for group, character in zip(GROUPS, plan, strict=True)}
-    made = {"index": index, "digest": TRIALS, "search": SEARCH, "plan": bits, "rungs": rungs}
-    made |= {"plan_bytes": MEGABYTE * sum(bits.values()), "mean_bits": sum(bits.values()) / len(bits)}
+    formats = {group: OF_LETTER[character] for group, character in zip(GROUPS, plan, strict=True)}
+    bits = sum(format_of(name).bits for name in formats.values())
+    made = {"index": index, "digest": TRIALS, "search": SEARCH, "plan": formats, "rungs": rungs}
+    made |= {"plan_bytes": MEGABYTE * int(bits), "mean_bits": bits / len(formats)}
     made |= {"seconds": 60.0 * len(losses), "times": (*times, *over)}
     return TrialRecord(**made | given)
 
@@ -398,7 +407,7 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
 def trials() -> list[TrialRecord]:
     """Return six trials: two controls, a plan that beats them, one stopped, one failed and one running."""
     return [
-        trial(0, "444444", [3.4, 3.3, 3.2], origin="uniform-4"),
+        trial(0, "444444", [3.4, 3.3, 3.2], origin="uniform-nf4"),
         trial(1, "884444", [3.3, 3.2, 3.0], origin="seed-kl"),
         trial(2, "848444", [3.2, 3.1, 2.9]),
         trial(3, "448844", [3.5]),
@@ -413,7 +422,7 @@ def search_state(**fields: Any) -> SearchState:
 
 
 def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
-    values = {4: tuple(0.1 * index for index in range(len(GROUPS))), 8: (0.0,) * len(GROUPS)}
+    values = {"nf4": tuple(0.1 * index for index in range(len(GROUPS))), "int8": (0.0,) * len(GROUPS)}
     measured = SensitivityRecord(**STAGE, groups=GROUPS, methods=made_methods(values, "kl"))
     return SearchPlanned(search_state(**fields), tuple(records), measured)
 
@@ -427,7 +436,7 @@ def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, *
     if is_over:
         best, ended = records[2], {"num_trials": 6, "num_finished": 3, "num_stopped": 1, "best_control": 1}
         chosen = {"best_index": 2, "trials_digest": TRIALS, "budget_bytes": 32 * MEGABYTE}
-        fresh = (made_confirmation(2, best.origin, best.rungs[-1].loss + 0.05),)
+        fresh = (made_finalist(best, best.rungs[-1].loss + 0.05),)
         run.write_record("search", made_search(best.plan, confirmations=fresh, **ended, **chosen))
         stage = StageState(state="done", started=STARTED, seconds=600.0, text="3 finished")
     told = {"config": config_of(root, **settings).model_dump(mode="json"), "command": "qpruner run config.yaml"}

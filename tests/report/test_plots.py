@@ -13,12 +13,22 @@ import pytest
 import torch
 import vl_convert
 from made_records import made_layer, made_prune
-from made_run import SEARCH, MadeRun
+from made_run import SEARCH, STAGE, MadeRun, made_methods, results_of, searched_row, snapshot
 
+from qpruner.quantization.formats import format_of
 from qpruner.report.plots.chart import Chart
-from qpruner.report.plots.model import importance, in_columns, load_importance, save_importance, shades
+from qpruner.report.plots.model import (
+    costs_of,
+    importance,
+    in_columns,
+    load_importance,
+    plan_map,
+    save_importance,
+    shades,
+)
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
+from qpruner.runs.records import SensitivityRecord
 
 
 @pytest.fixture
@@ -125,7 +135,28 @@ def test_shades_begin_at_the_least_where_none_is_below_zero(made: MadeRun) -> No
     assert shades([-0.1, 0.0, 0.2]) == pytest.approx([-0.5, 0.0, 1.0])
     assert shades([0.3, 0.3]) == [1.0, 1.0] and not any(shades([0.0, 0.0]))
     made.change("sensitivity", methods={})
-    assert chart_of(made, "winner").title == "Bits by layer", "with a single bit-width, say"
+    assert chart_of(made, "winner").title == "Formats by layer", "with a single format, say"
+
+
+def test_a_plan_is_drawn_in_the_colours_of_its_formats() -> None:
+    """Embeddings and head are rows of their own; the legend has each used format once, smallest first."""
+    plan = {"embeddings": "int8", "layers.0.attention": "nf4", "layers.1.mlp": "bf16", "head": "bf16"}
+    methods = made_methods({"nf4": (None, 0.5, 0.3, None), "int8": (0.2, 0.1, 0.1, None), "bf16": (0.0,) * 4}, "kl")
+    measured = SensitivityRecord(**STAGE, groups=tuple(plan), methods=methods)
+    run = snapshot(results_of(searched_row([1.0], plan=plan)).model_copy(update={"sensitivity": measured}))
+    assert costs_of(methods["kl"]) == [0.2, 0.5, 0.3, None]
+    chart = plan_map(run, plan)
+    drawn = str(vl_convert.vegalite_to_svg(json.dumps(chart.complete)))
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
+    assert [text for text in texts if text in ("nf4", "int8", "bf16")] == ["nf4", "int8", "bf16"]
+    first = texts.index("embeddings")
+    assert texts[first : first + 4] == ["embeddings", "0", "1", "head"]
+    letters = [text for text in texts if text in ("4", "8", "F")]
+    assert sorted(letters) == ["4", "8", "F", "F"]
+    for name in plan.values():
+        assert f'fill="{format_of(name).colour}"' in drawn and f'fill="{format_of(name).ink}"' in drawn
+    assert re.search(r'embeddings; format: int8; [^>]* d="M0,0h124v17', drawn), "it fills its row of two columns"
+    assert chart.png().startswith(b"\x89PNG")
 
 
 def panels_of(record: Any, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -31,11 +31,11 @@ def test_every_record_has_a_table() -> None:
     [
         ("prepare", 1, {"model_path", "num_rows.train", "seconds"}),
         ("prune", 30, {"layer", "kept_mlp_channels", "kept_parameters"}),
-        ("sensitivity", 60, {"group", "kl at 4 bits", "kl at 8 bits", "mutual_information at 4 bits"}),
+        ("sensitivity", 60, {"group", "kl in nf4", "kl in int8", "mutual_information in nf4"}),
         ("search", 4, {"index", "origin", "loss", "stderr", "control"}),
-        ("finetune", 1, {"name", "seed", "validation_loss", "bits of layers.00.mlp"}),
+        ("finetune", 1, {"name", "seed", "validation_loss", "format of layers.00.mlp"}),
         ("evaluate", 4, {"name", "seed", "arc_easy acc", "arc_easy acc_stderr", "inference.memory_bytes"}),
-        ("comparison", 13, {"name", "seed", "validation_loss", "bits of layers.00.mlp", "arc_easy acc", "text_loss"}),
+        ("comparison", 13, {"name", "seed", "validation_loss", "format of layers.00.mlp", "arc_easy acc", "text_loss"}),
     ],
 )
 def test_a_stages_record_has_one_row_per_item(stage: str, num_rows: int, columns: set[str], run: Snapshot) -> None:
@@ -45,11 +45,11 @@ def test_a_stages_record_has_one_row_per_item(stage: str, num_rows: int, columns
 
 
 def test_a_bank_has_one_row_per_group_and_a_trial_one_row(run: Snapshot) -> None:
-    by_group = {"4": {"a": 10, "b": 20}, "8": {"a": 30, "b": 40}}
-    fields = {"digest": "", "seconds": 1.0, "files": {}, "bytes": 1, "residual_ratio": {"4": {"a": 0.5, "b": 0.6}}}
+    by_group = {"nf4": {"a": 10, "b": 20}, "int8": {"a": 30, "b": 40}}
+    fields = {"digest": "", "seconds": 1.0, "files": {}, "bytes": 1, "residual_ratio": {"nf4": {"a": 0.5, "b": 0.6}}}
     frame = BankRecord(**fields, group_bytes=by_group).to_dataframe()
-    assert frame["group"].tolist() == ["a", "b"] and frame["group_bytes at 8 bits"].tolist() == [30, 40]
-    assert frame["residual_ratio at 4 bits"].tolist() == [0.5, 0.6]
+    assert frame["group"].tolist() == ["a", "b"] and frame["group_bytes in int8"].tolist() == [30, 40]
+    assert frame["residual_ratio in nf4"].tolist() == [0.5, 0.6]
     trial = run.trials[0]
     row = trial.to_dataframe().iloc[0]
     stages = "prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison"
@@ -58,7 +58,7 @@ def test_a_bank_has_one_row_per_group_and_a_trial_one_row(run: Snapshot) -> None
     frame = run.to_dataframe()
     assert frame["loss at 16"].notna().sum() == (frame["status"] == "finished").sum()
     assert (row["plan_bytes"], row["loss at 16"]) == (trial.plan_bytes, trial.rungs[-1].loss)
-    assert row["bits of layers.00.mlp"] == trial.plan["layers.00.mlp"]
+    assert row["format of layers.00.mlp"] == trial.plan["layers.00.mlp"]
     assert len(trial.rungs[0].to_dataframe()) == 1
 
 
@@ -70,7 +70,7 @@ def test_records_inside_records_are_tables_and_show_themselves(run: Snapshot) ->
     assert len(frame) == 400 and frame["correct"].mean() == questions.value
     assert results.to_dataframe()["stage"].tolist()[-3:] == ["finetune", "evaluate", "comparison"]
     method = results.sensitivity.methods["kl"]
-    assert method.to_dataframe()["at 4 bits"].tolist() == list(method.values[4])
+    assert method.to_dataframe()["in nf4"].tolist() == list(method.values["nf4"])
     shown = results.prune._repr_html_()
     assert shown.count("<tr") == 1 + len(results.prune.to_dataframe()) and "<th>kept_parameters</th>" in shown
     markup = run.trials[0].model_copy(update={"origin": "<b>mine</b>"})._repr_html_()

@@ -48,7 +48,7 @@ def test_the_winner_is_shown_in_figures() -> None:
     assert size[:2] == ("size", "100.0 MB") and size[2].startswith("3.0 times smaller than the base model's 300.0 MB")
     assert "budget 101.5 MB (quantize.budget: fraction 0.5), adapter included" in size[2]
     assert accuracy == ("test acc", "0.400", "95 % interval over questions 0.263 to 0.537")
-    assert plan == ("plan", "6.00 mean bits", "2 groups: 1 at 4 bits, 1 at 8 bits; from gp, trial 11")
+    assert plan == ("plan", "6.00 mean bits", "2 groups: 1 nf4, 1 int8; from gp, trial 11")
 
 
 def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:
@@ -133,9 +133,9 @@ def test_the_report_has_every_row_claim_and_configuration(whole: Results) -> Non
     assert "```yaml\nmodel:\n  source: me/base\n" in text and "| python | 3.11.9 |" in lines
     assert "`search.plan`" not in text
     assert [row[0] for row in tables.legend(whole).rows][:5] == ["uniform", "seed", BEST_SEED, RANDOM, SEARCHED]
-    assert tables.legend(results_of(searched_row([1.0]))).rows[0][0] == SEARCHED, "there are no other rows to explain"
+    assert tables.legend(results_of(searched_row([1.0]))).rows[0][0] == "seed", "a control of the search"
     given = report(results_of(searched_row([1.0]), best_origin=GIVEN))
-    assert "The plan:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in given, "its file may be gone"
+    assert "The plan:\n\n```yaml\nlayers.0: int8\nlayers.1: nf4\n```" in given, "its file may be gone"
 
 
 def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
@@ -194,7 +194,7 @@ def test_the_report_tells_of_search_pruning_and_sensitivities(whole: Results) ->
     assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
     assert "| 0 | 4 of 8 | 2 of 4 | 100 of 200 | 50.0% |" in text
     assert "\n| method | what | unit | seconds |\n" in text and "\n| kl | one group at a time | nats | 12.5 |\n" in text
-    assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text, "sensitivities beside the plan"
+    assert "| layers.0 | int8 | 0.5 |" in text and "| layers.1 | nf4 | 0.25 |" in text, "sensitivities beside the plan"
 
 
 def test_the_report_shows_a_front() -> None:

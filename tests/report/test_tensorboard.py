@@ -85,8 +85,9 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
     named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001", "search": "this"}
-    bits = dict(zip((f"bits {group}" for group in GROUPS), (8, 8, 4, 4, 4, 4), strict=True))
-    assert rows[1] == {**named, **bits, "Mean bits": pytest.approx(32 / 6)}
+    named |= {"cut": "pruned"}
+    formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
+    assert rows[1] == {**named, **formats, "Mean bits": pytest.approx(32 / 6)}
     ends = {}
     for record in (trials()[2], trials()[4]):
         content = read(written, run_name(record)).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
@@ -114,7 +115,7 @@ def test_curves_have_every_step_and_controls_are_lines_beside(written: Path) -> 
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
-    assert points(written, "control-uniform-4", BEST) == [(1, 3.2), (20, 3.2)]
+    assert points(written, "control-uniform-nf4", BEST) == [(1, 3.2), (20, 3.2)]
     assert points(written, "control-seed-kl", BEST) == [(1, 3.0), (20, 3.0)]
     assert "max_trials: 20" in config_text(written)
 
@@ -178,7 +179,7 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
         show(shown, planned(known, search=given.search, beside=SEARCH, max_trials=1), TrialChanged(given))
         known.append(given)
     assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
-    levels = {"uniform-4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
+    levels = {"uniform-nf4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
     for control, level in levels.items():
         assert points(shown, f"control-{control}", BEST) == [(1, level), (20, level)]
     assert [row(shown, run_name(record))["search"] for record in (known[2], known[-1])] == ["another", "this"]
@@ -190,7 +191,7 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
 def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
     steps = range(5000, 20_001, 5000)
     rungs = tuple(RungResult(step=step, loss=3.0, accuracy=0.5, train_losses=(3.123,) * 5000) for step in steps)
-    groups = {f"layers.{index}.gate_up": 4 for index in range(128)}
+    groups = {f"layers.{index}.gate_up": "nf4" for index in range(128)}
     record = trial(7, "444444", [], status="finished", rungs=rungs).model_copy(update={"plan": groups})
     search = search_state(steps=steps[-1], metric="accuracy", metrics={"arc_easy": "acc_norm"})
     write_trial(tmp_path / "tensorboard", search, record)

@@ -26,6 +26,7 @@ from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
 from qpruner.quantization.bank import build_entry, read_plan, write_entry
+from qpruner.quantization.formats import format_of
 from qpruner.runs.records import SearchClock
 from qpruner.runs.storage import (
     exists,
@@ -48,14 +49,14 @@ def test_files_that_a_trial_reads_first_are_waited_for(disk: Path) -> None:
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
     save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
-    tensors, _ = build_entry({"mlp": torch.randn(8, 64)}, 8, LoraConfig(), double_quant=False, seed=0)
-    file = write_entry(disk / "bank", "mlp", 8, tensors)
+    entry = build_entry({"mlp": torch.randn(8, 64)}, format_of("int8"), LoraConfig(), seed=0)
+    file = write_entry(disk / "bank", "mlp", "int8", entry.tensors)
     seal(disk / "bank")
     storage = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
         (disk / "run", lambda: check_node(versions(), storage)),
         (disk / "rows", lambda: load_encoded(disk / "rows")),
-        (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
+        (file.parent, lambda: read_plan(disk / "bank", {"mlp": "int8"})),
     ):
         with away(place) as end:  # type: ignore[attr-defined]
             threading.Timer(0.3, end).start()

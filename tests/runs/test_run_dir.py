@@ -181,7 +181,9 @@ ROW = RowScores(digest="0" * 16, name="base", seed=0, scores=(QUESTION,))
     [
         EvalRecord(digest="0" * 16, seconds=1.0, rows=(ROW,), tested="asked"),
         KeptScore(digest="0", gpu_seconds=0.0, loss=2.5, stderr=math.nan, losses=(2.5,)),
-        MethodScores(unit="nats", source="", values={4: (0.5,)}, seconds=1.0, details={"stderr": {"4": [math.nan]}}),
+        MethodScores(
+            unit="nats", source="", values={"nf4": (0.5, None)}, seconds=1.0, details={"stderr": {"4": [math.nan]}}
+        ),
     ],
     ids=["question", "row", "sample"],
 )

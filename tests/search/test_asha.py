@@ -15,7 +15,7 @@ import pytest
 from conftest import raw_config, with_keys
 
 from qpruner.cluster.tune.asha import RecordedAsha
-from qpruner.cluster.tune.job import METRIC, TIME
+from qpruner.cluster.tune.job import METRIC, TIME, plan_to_params
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
@@ -51,8 +51,9 @@ class Session:
     def report(self, index: int, rung: RungResult) -> str:
         """The decision of the scheduler after a rung of a trial."""
         if index not in self.trials:
-            bits = {f"bits/{name}": value for name, value in plan_of(index).as_dict().items()}
-            self.trials[index] = SimpleNamespace(trial_id=f"ray-{index}", config={"trial": index, **bits})
+            plan = plan_of(index)
+            config = {"trial": index, "cut": plan.cut, "plan_bytes": SPACE.plan_bytes(plan), **plan_to_params(plan)}
+            self.trials[index] = SimpleNamespace(trial_id=f"ray-{index}", config=config)
             self.scheduler.on_trial_add(None, self.trials[index])
         result = {METRIC: objective(rung, self.config), TIME: rung.step, "loss": rung.loss}
         action = self.scheduler.on_trial_result(None, self.trials[index], result)

@@ -12,7 +12,7 @@ from conftest import command
 from real_driver import config_file, search_record
 from whole_runs import said
 
-ENDED = "only one plan was to be tried (`search.plan`, or a single `quantize.bits`)"
+ENDED = "only one plan was to be tried (`search.plan`, or a single one is possible)"
 SEED, UNIFORM = 0, 1
 """The numbers of the trials of that search."""
 
@@ -30,7 +30,7 @@ def comparison_rows(run: Path) -> list[dict[str, Any]]:
     return list(json.loads((run / "records" / "comparison.json").read_text())["candidates"])
 
 
-def plan_file(config: Path, **changes: int) -> tuple[Path, dict[str, int]]:
+def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
     """The uniform trial's plan, changed by hand."""
     plan = yaml.safe_load(said(config.parent / "run", "--trial", str(UNIFORM), verb="plan")) | changes
     file = config.parent / f"plan-{len(list(config.parent.iterdir()))}.yaml"
@@ -43,7 +43,7 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     """The given plan wins whatever its score; the next search without it has its old winner again."""
     run = searched.parent / "run"
     before = search_record(run)
-    file, changed = plan_file(searched, **{"layers.0.qkv": 8, "layers.1.o": 8})
+    file, changed = plan_file(searched, **{"layers.0.qkv": "int8", "layers.1.o": "int8"})
     compared = ("--set", "finetune.compare=true", "--set", "finetune.seeds=1")
     told = said(searched, "--plan", str(file), *compared, "--json")
     assert json.loads(told.splitlines()[-1])["best_plan"] == changed
@@ -51,11 +51,11 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     listed = json.loads(said(run, "--json", verb="trials"))["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
-        ("seed-first-order", "another"), ("uniform-4", "another"), ("given", "this"),
+        ("seed-first-order", "another"), ("uniform-nf4", "another"), ("given", "this"),
     ]  # fmt: skip
     confirmed = {each["origin"]: each for each in record["confirmations"]}
     controls = [origin for origin, each in confirmed.items() if each["control"]]
-    assert (controls, list(confirmed)) == (["seed-first-order", "uniform-4"], [*controls, "given"])
+    assert (controls, list(confirmed)) == (["seed-first-order", "uniform-nf4"], [*controls, "given"])
     best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
     assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
     [summary] = json.loads(said(run, "--json", verb="compare"))["runs"]

@@ -29,7 +29,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_of, hypervolume_of
-from qpruner.plans.plan import PlanSpace
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
 from qpruner.runs.records import RungResult, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
@@ -122,7 +122,7 @@ class Hopeless:
     name: str = "gp"
 
     def propose(self, index: int, history: History) -> Proposal:
-        return Proposal(self.space.uniform(8), expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
+        return Proposal(self.space.uniform("int8"), expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
 
 
 def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> N
         while isinstance(index := search.suggest("a"), int):
             record = read_trial(job.trials, index)
             gains = zip((2, 6, 1, 5, 3, 4), record.plan.values(), strict=True)
-            accuracy = 0.5 + sum(gain for gain, bits in gains if bits == 8) / 100
+            accuracy = 0.5 + sum(gain for gain, name in gains if name == "int8") / 100
             rungs = (RungResult(step=4, loss=1.0, accuracy=accuracy, accuracy_stderr=stderr),)
             write_trial(job.trials, record.model_copy(update={"rungs": rungs, "status": "finished"}))
             search.searcher.on_trial_complete("a")
@@ -165,7 +165,7 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
     job = job_of(tmp_path, max_trials=4)
     search = Searching(
         job,
-        trial(0, "444444", [3.4, 3.3, 3.2], ANOTHER, origin="uniform-4"),
+        trial(0, "444444", [3.4, 3.3, 3.2], ANOTHER, origin="uniform-nf4"),
         trial(1, "888844", [3.0, 2.9, 2.8], ANOTHER, origin="seed-kl"),
         trial(2, "484444", [3.5], ANOTHER),
     )
@@ -224,7 +224,7 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", ["diverged", "infeasible"])
 def test_the_searcher_learns_of_a_plan_that_cannot_be_trained(failure: str, tmp_path: Path) -> None:
     """It counts as a bad plan, in the session in which it failed and in the next one."""
-    search = Searching(job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-4"))
+    search = Searching(job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-nf4"))
     search.suggest("a")
     search.fail("a", failure=failure)
     for each in (search, Searching(search.job)):
@@ -345,7 +345,7 @@ def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None
     search = Searching(job)
     assert [search.suggest(name) for name in "ab"] == [0, 1]
     begin_session(job.trials, job.search)
-    finished = trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-4", times=(1.0, 2.0), worker="theirs")
+    finished = trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-nf4", times=(1.0, 2.0), worker="theirs")
     goes_on = trial(1, SEED_PLAN, [3.5], status="running", worker="theirs")
     for record in (finished, goes_on):
         write_trial(job.trials, record)
@@ -364,7 +364,7 @@ def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
     left = ["checkpoint-2", "checkpoint-4", ".checkpoint-2.worker", ".checkpoint-1.doomed"]
     for index, (status, losses) in enumerate((("finished", [3.5, 3.4, 3.3]), ("running", [3.5, 3.4]))):
         search.suggest("ab"[index])
-        plan = "".join(map(str, read_trial(job.trials, index).plan.values()))
+        plan = str(PrecisionPlan.from_dict(read_trial(job.trials, index).plan))
         write_trial(job.trials, trial(index, plan, losses, status=status))
         for each in left:
             (job.trials / f"000{index}" / each).mkdir()
@@ -407,7 +407,7 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
     assert [record.index for record in read_trials(job.trials)] == [0] and TrialWithdrawn(1) in search.events
     assert search.suggest("c") == "FINISHED"
     more = Searching(job_of(tmp_path, max_hours=2.0)).rest()
-    assert more[:2] == [(0, "uniform-4", "444444"), (1, "seed-kl", SEED_PLAN)]
+    assert more[:2] == [(0, "uniform-nf4", "444444"), (1, "seed-kl", SEED_PLAN)]
 
 
 # ---- damaged files
@@ -417,7 +417,7 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
 def test_a_damaged_record_is_set_aside_and_its_trial_rerun(copy: str, tmp_path: Path) -> None:
     """It is rerun with its own plan if the copy of its first record can be read."""
     job = job_of(tmp_path)
-    for record in (trial(0, "444444", [3, 3, 3], origin="uniform-4"), trial(1, "484444", [3, 3, 3])):
+    for record in (trial(0, "444444", [3, 3, 3], origin="uniform-nf4"), trial(1, "484444", [3, 3, 3])):
         begin_trial(job.trials, record.model_copy(update={"rungs": (), "status": "running"}))
         write_trial(job.trials, record)
     path = job.trials / "0001" / "trial.json"
@@ -464,7 +464,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     checkpoint = trials / "0000" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"w" * 1000)
-    running = trial(0, "444444", [3.5, 3.4], origin="uniform-4", status="running", times=(1.0, 2.0, 3.0))
+    running = trial(0, "444444", [3.5, 3.4], origin="uniform-nf4", status="running", times=(1.0, 2.0, 3.0))
     running = running.model_copy(update={"checkpoint": folder_digests(checkpoint)})
     write_trial(trials, running)
     if damage in ("away", None):
@@ -491,7 +491,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
 def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
     """Whether a trial is a control depends on its plan at this budget, not on its origin."""
     trials = [
-        trial(0, "444444", [3, 3, 3.9], origin="uniform-4"),
+        trial(0, "444444", [3, 3, 3.9], origin="uniform-nf4"),
         trial(1, "448444", [3, 3, 3.8], ANOTHER, origin="seed-kl"),
         trial(2, SEED_PLAN, [3, 3, 3.7], ANOTHER, origin="random"),
         trial(3, "488444", [3, 3, 3.2]),

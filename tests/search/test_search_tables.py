@@ -24,6 +24,7 @@ from search_tables import LORA, Evaluator, Job, build_bank  # noqa: E402
 from qpruner.data.losses import mean_loss  # noqa: E402
 from qpruner.quantization.assembly import PlanAssembler  # noqa: E402
 
+LEVELS = ("nf4", "int8")
 MAIN = [0.03, 0.005, 0.08, 0.06, 0.02]
 LYING = [0.01, 0.06, 0.005, 0.02, 0.08]
 
@@ -32,20 +33,20 @@ def test_plans_that_share_blocks_get_their_own_loss(tiny_model: Path, tmp_path: 
     """The evaluator, which shares blocks between plans, measures the loss of each plan's own model."""
     text, folder = tmp_path / "text.txt", tiny_model
     text.write_text("\n".join(row["question"] for row in demo_rows("questions_train.jsonl")))
-    job = Job(str(folder), str(text), str(tmp_path / "bank"), "2", (4, 8), context=24, num_validation=4, rungs=())
+    job = Job(str(folder), str(text), str(tmp_path / "bank"), "2", LEVELS, context=24, num_validation=4, rungs=())
     build_bank(job)
     evaluator = Evaluator(job)
-    found = {plan: loss for prefix in ((4,), (8,)) for plan, loss in evaluator.every_plan(prefix)}
-    assert list(found) == list(itertools.product((4, 8), repeat=2)) and len(set(found.values())) == 4
-    assembler = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
+    found = {plan: loss for prefix in itertools.product(LEVELS) for plan, loss in evaluator.every_plan(prefix)}
+    assert list(found) == list(itertools.product(LEVELS, repeat=2)) and len(set(found.values())) == 4
+    assembler = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", LORA)
     for plan, loss in found.items():
-        model = assembler.model(job.bits(plan), seed=0)
+        model = assembler.model(job.formats(plan), seed=0)
         assert loss == pytest.approx(mean_loss(model, job.validation(), 0, 16).mean, abs=3e-3)
         assert loss == evaluator.one(plan)
 
 
 def content() -> dict[str, Any]:
-    """A table of every plan of five groups, at three rungs."""
+    """A table of every plan of five groups, at three rungs, with bits for levels, as tables had them at first."""
     plans = list(itertools.product((4, 8), repeat=5))
     losses = [3.0 + sum(rise for rise, bits in zip(MAIN, plan, strict=True) if bits == 4) for plan in plans]
     early = [1.0 + 2 * loss for loss in losses]
@@ -76,7 +77,7 @@ def table(tmp_path: Path) -> Path:
         (("groups",), None, "KeyError 'groups'"),
         (("rungs", "8", 2), float("nan"), "`rungs` at 8 must be 32 numbers, one a plan"),
         (("plans", 0), [8] * 5, "`plans` has 1 plans more than once"),
-        (("sensitivities", "loss"), {"8": [0.0] * 5}, "`sensitivities.loss` lacks 4 bits"),
+        (("sensitivities", "loss"), {"8": [0.0] * 5}, "`sensitivities.loss` lacks nf4"),
     ],
 )
 def test_an_invalid_table_is_refused(place: tuple[Any, ...], value: Any, said: str, table: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: s
     done, found = replay(task(table, searcher, in_flight=in_flight)), Table.read(table)
     feasible = found.feasible(found.space(0.5))
     losses = sorted(trial.loss for trial in done.trials)
-    assert losses == pytest.approx(sorted(found.score(plan.bits, 8) for plan in feasible))
+    assert losses == pytest.approx(sorted(found.score(plan.formats, 8) for plan in feasible))
     # With several in flight the searcher is asked until it has nothing left.
     assert done.proposals >= len(feasible)
     assert (done.wasted == 0) == (searcher == "gp")

@@ -19,11 +19,15 @@ DENSE = "bf16"
 ALIASES = {4: "nf4", 8: "int8", 16: DENSE}
 """Format for each bit-width of `quantize.bits`."""
 
+NO_FORMATS = {"format", "layers", "rows"}
+"""Files of this folder that make no format; `layers` imports torch."""
+
 
 @functools.cache
 def formats() -> dict[str, Format]:
     """Map each name to its format, from the files of this folder, smallest first."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    names = {info.name for info in pkgutil.iter_modules(__path__)} - NO_FORMATS
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Format)]
     ordered = sorted(found, key=lambda each: (each.packed_bytes(4096, 4096, 2), each.name))
     return {each.name: each for each in ordered}

@@ -9,6 +9,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qpruner.quantization.formats.rows import row_parts
+
 if TYPE_CHECKING:
     import torch
 
@@ -104,7 +106,7 @@ class GridFormat(Format):
     """Codes are integers from 0 to `num_codes` - 1."""
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose scale and zero for float32 weights ``(..., group)``, as stored: float32 ``(..., 1)`` each."""
+        """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""
         raise NotImplementedError
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -114,6 +116,10 @@ class GridFormat(Format):
         inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
         return (weight * inverse + zero).round_().clamp_(0, self.num_codes - 1)
 
+    def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Compute the weights that codes stand for once the grid is stored."""
+        return scale * (codes - zero)
+
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)`` into bytes."""
         raise NotImplementedError
@@ -122,9 +128,19 @@ class GridFormat(Format):
         """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be shorter."""
         import torch
 
-        size = self.group_size or weight.shape[1]
-        parts = [part.float() for part in torch.split(weight, size, dim=1)]
+        parts = [self._round(weight[rows].detach().float()) for rows in row_parts(weight)]
+        return self.store(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def _round(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return codes, scales and zeros as `store` takes them."""
+        import torch
+
+        rows, columns = weight.shape
+        size = self.group_size or columns
+        whole = columns - columns % size
+        parts = [weight[:, :whole].reshape(rows, whole // size, size), weight[:, whole:].unsqueeze(1)]
+        parts = [part for part in parts if part.numel()]  # (rows, groups, group)
         grids = [self.grid(part) for part in parts]
-        codes = [self.codes(part, *grid).to(torch.uint8) for part, grid in zip(parts, grids, strict=True)]
-        scales, zeros = (torch.cat(each, dim=1) for each in zip(*grids, strict=True))
-        return self.store(torch.cat(codes, dim=1), scales, zeros)
+        codes = [self.codes(part, *grid).to(torch.uint8).flatten(1) for part, grid in zip(parts, grids, strict=True)]
+        scales, zeros = (torch.cat([each.flatten(1) for each in kind], dim=1) for kind in zip(*grids, strict=True))
+        return torch.cat(codes, dim=1), scales, zeros

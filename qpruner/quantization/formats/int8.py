@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qpruner.quantization.formats.format import GridFormat
+from qpruner.quantization.formats.rows import decode_rows, read_as
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,8 @@ class Int8(GridFormat):
         """Scale the largest weight of each row to code 127."""
         import torch
 
-        scale = weight.abs().amax(dim=-1, keepdim=True) / 127
+        largest = weight.abs().amax(dim=-1, keepdim=True)
+        scale = largest / torch.full_like(largest, 127)  # GPUs divide by a plain number less exactly
         return scale, torch.full_like(scale, 128)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
@@ -38,9 +40,11 @@ class Int8(GridFormat):
         """Multiply codes by their row's scale."""
         import torch
 
-        packed = tensors["weight"]
-        scale = packed[:, columns:].contiguous().view(torch.float32)
-        return packed[:, :columns].view(torch.int8).to(dtype).mul_(scale)
+        def decode(packed: torch.Tensor) -> torch.Tensor:
+            scale = read_as(packed[:, columns:], torch.float32)
+            return packed[:, :columns].view(torch.int8).float().mul_(scale)
+
+        return decode_rows(tensors["weight"], columns, dtype, decode)
 
 
 INT8 = Int8(name="int8", bits=8, letter="8", colour="#2a73b0", group_size=None, num_codes=256)

@@ -91,10 +91,9 @@ def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spe
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
 
 
-def by_format(used: Iterable[str], of_text: bool = False) -> Spec:
-    """Encode the field `format` by the colours of formats, or of text on them; the legend lists them smallest first."""
-    colors = {name: format_of(name).ink if of_text else format_of(name).colour for name in by_size(tuple(set(used)))}
-    return by_word("format", colors) | ({"legend": None} if of_text else {})
+def by_format(used: Iterable[str]) -> Spec:
+    """Encode the field `format` by the formats' own colours; the legend lists those in use, smallest first."""
+    return by_word("format", {name: format_of(name).colour for name in by_size(tuple(set(used)))})
 
 
 def tooltip(**fields: str) -> list[Spec]:

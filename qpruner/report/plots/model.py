@@ -29,13 +29,14 @@ UNITS = {
 """Kind of unit -> its title, and the fields of the record with the units kept and the number before pruning."""
 BLOCK: Spec = {"field": "block", "type": "ordinal", "axis": {"title": "block"}}
 OWN_COLORS: Spec = {"scale": {"color": "independent"}}
+LETTER: Spec = {"field": "letter", "type": "nominal"}
 IN_BLOCKS, OUTSIDE_BLOCKS = [{"filter": "datum.part != null"}], [{"filter": "datum.part == null"}]
 IMPORTANCE_FILE = "importance.npz"
 
 
 def plan_map(run: Snapshot, plan: Mapping[str, str]) -> Chart:
     """Draw each group's format in a plan by block and, beside them, each group's sensitivity."""
-    cells = [_cell(group) | {"format": name, "letter": format_of(name).letter} for group, name in plan.items()]
+    cells = [_cell(group) | _of_format(name) for group, name in plan.items()]
     record = run.results.prune
     is_renumbered = record and record.dropped_blocks and run.best_cut == PRUNED
     numbering = " Blocks are numbered as in the pruned model." if is_renumbered else ""
@@ -71,6 +72,10 @@ def _cell(group: str) -> Spec:
     return {"block": str(int(block)), "part": ".".join(part) or "block", "group": group}
 
 
+def _of_format(name: str) -> Spec:
+    return {"format": name, "letter": format_of(name).letter, "ink": format_of(name).ink}
+
+
 def _grid(cells: Values, layers: Sequence[Spec], is_first: bool = True) -> Spec:
     """Draw layers, mark and encoding, in a cell per group; a group outside the blocks fills its row."""
     parts = list(dict.fromkeys(cell["part"] for cell in cells if cell["part"])) or ["block"]
@@ -91,12 +96,11 @@ def _grid(cells: Values, layers: Sequence[Spec], is_first: bool = True) -> Spec:
 def _format_map(cells: Values) -> Spec:
     used = [cell["format"] for cell in cells]
     color = {"color": by_format(used), "tooltip": tooltip(group="group", format="format")}
-    text = {"text": {"field": "letter"}, "color": by_format(used, of_text=True)}
     layers: list[Spec] = [
         {"mark": {"type": "rect", "stroke": "var(--page)"}, "encoding": color},
-        {"mark": {"type": "text", "fontSize": 11}, "encoding": text},
+        {"mark": {"type": "text", "fontSize": 11, "color": {"expr": "datum.ink"}}, "encoding": {"text": LETTER}},
     ]
-    return _panel(["formats", ""], {"step": CELL_WIDTH}, cells) | _grid(cells, layers) | {"resolve": OWN_COLORS}
+    return _panel(["formats", ""], {"step": CELL_WIDTH}, cells) | _grid(cells, layers)
 
 
 def _sensitivity_map(cells: Values, record: SensitivityRecord) -> Spec:

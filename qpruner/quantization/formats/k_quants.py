@@ -1,0 +1,146 @@
+"""The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have quantized scales.
+
+Rows have the bytes of a GGUF file. `libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the
+`gguf` package, step by step in float32, so the weights are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qpruner.quantization.formats.format import Capability, Format
+from qpruner.quantization.formats.rows import decode_rows, read_as, row_parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from qpruner.quantization.formats.format import Tensors
+
+BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class KQuant(Format):
+    """Blocks of 256 weights."""
+
+    package: str = "libgguf"
+    extra: str = "gguf"
+    block_bytes: int
+    ggml_type: int
+    """Number of the type in GGUF files."""
+
+    def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """Count the bytes of all blocks."""
+        return rows * (columns // BLOCK_SIZE) * self.block_bytes
+
+    def refusal(self, columns: int, capability: Capability | None) -> str | None:
+        """Refuse rows that are no whole number of blocks."""
+        return f"{columns} columns do not divide by {BLOCK_SIZE}" if columns % BLOCK_SIZE else None
+
+    def pack(self, weight: torch.Tensor) -> Tensors:
+        """Pack a weight ``(rows, columns)`` on the CPU, with llama.cpp's search for scales."""
+        import libgguf
+        import torch
+
+        packed = torch.empty(weight.shape[0], self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8)
+        for rows in row_parts(weight):
+            part = weight[rows].detach().float().cpu().numpy()
+            packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.ggml_type))
+        return {"weight": packed.to(weight.device)}
+
+    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply codes by the scale of their group."""
+        return decode_rows(
+            tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, self.block_bytes))
+        )
+
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Compute float32 weights from uint8 ``(blocks, block bytes)``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q2K(KQuant):
+    """4-bit scales and minima of 16 groups, 64 bytes of codes, their scales."""
+
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        scales, codes, scale, minimum = blocks.split_with_sizes([16, 64, 2, 2], dim=1)
+        step = _float16(scale) * (scales & 15)  # (blocks, 16)
+        offset = _float16(minimum) * (scales >> 4)
+        weight = _crumbs(codes).float().view(-1, 16, 16)
+        return weight.mul_(step.unsqueeze(2)).sub_(offset.unsqueeze(2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q3K(KQuant):
+    """32 bytes of third bits, 64 of the lower two, 6-bit scales of 16 groups, their scale."""
+
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        third, codes, scales, scale = blocks.split_with_sizes([32, 64, 12, 2], dim=1)
+        low = torch.cat([scales[:, :8] & 15, scales[:, :8] >> 4], dim=1)
+        high = torch.cat([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
+        step = _float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
+        third = third.contiguous()
+        bits = torch.stack([(third << 2 - bit if bit < 2 else third >> bit - 2) & 4 for bit in range(8)], dim=1)
+        signed = _crumbs(codes).bitwise_or_(bits.view(-1, 2, 4, 32)).view(torch.int8).sub_(4)
+        return signed.float().view(-1, 16, 16).mul_(step.unsqueeze(2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q4K(KQuant):
+    """Scale and minimum of 6-bit scales and minima of 8 groups, 128 bytes of codes."""
+
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scale, minimum, scales, codes = blocks.split_with_sizes([2, 2, 12, 128], dim=1)
+        first, second, rest = scales.chunk(3, dim=1)
+        steps = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)  # (blocks, 8)
+        offsets = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
+        weight = _nibbles(codes, 32).float().view(-1, 8, 32)
+        weight.mul_((_float16(scale) * steps).unsqueeze(2))
+        return weight.sub_((_float16(minimum) * offsets).unsqueeze(2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q6K(KQuant):
+    """128 bytes of the lower four bits, 64 of the upper two, int8 scales of 16 groups, their scale."""
+
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        low, high, scales, scale = blocks.split_with_sizes([128, 64, 16, 2], dim=1)
+        step = _float16(scale) * scales.view(torch.int8)  # (blocks, 16)
+        codes = _crumbs(high).bitwise_left_shift_(4).bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
+        return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(step.unsqueeze(2))
+
+
+def _float16(header: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return read_as(header, torch.float16).float()
+
+
+def _crumbs(packed: torch.Tensor) -> torch.Tensor:
+    """Split bytes ``(blocks, 64)`` into 2-bit codes ``(blocks, 2, 4, 32)``."""
+    import torch
+
+    packed = packed.contiguous()
+    return torch.stack([((packed >> shift) & 3).view(-1, 2, 32) for shift in (0, 2, 4, 6)], dim=2)
+
+
+def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
+    """Split bytes ``(blocks, 128)`` into 4-bit codes ``(blocks, 128 / run, 2, run)``."""
+    import torch
+
+    packed = packed.contiguous()
+    return torch.stack([half.view(-1, 128 // run, run) for half in (packed & 15, packed >> 4)], dim=2)
+
+
+Q2_K = Q2K(name="q2_k", bits=2, letter="e", colour="#fdd0a2", block_bytes=84, ggml_type=10)
+Q3_K = Q3K(name="q3_k", bits=3, letter="f", colour="#fdae6b", block_bytes=110, ggml_type=11)
+Q4_K = Q4K(name="q4_k", bits=4, letter="g", colour="#f16913", block_bytes=144, ggml_type=12)
+Q6_K = Q6K(name="q6_k", bits=6, letter="h", colour="#a63603", block_bytes=210, ggml_type=14)

@@ -1,0 +1,135 @@
+"""Packed layers compute what unpacked layers with the same weights compute, and keep no activations."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from qpruner.quantization.formats import formats, layers
+from qpruner.quantization.formats.layers import PackedLinear
+from qpruner.quantization.mixed import dense_layer, packed_layer
+
+Linears = tuple[PackedLinear, torch.nn.Linear]
+ROWS, COLUMNS = 70, 256
+GENERIC = [name for name, each in formats().items() if each.is_packed and each.holds_embeddings and not each.missing()]
+
+
+@pytest.fixture(params=["one piece", "pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "pieces":
+        monkeypatch.setitem(layers.PIECE, "cpu", 16 * COLUMNS)
+
+
+def weight_of(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def both(name: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> Linears:
+    """Make a packed layer, and one with the weights that it stands for."""
+    linear = torch.nn.Linear(COLUMNS, ROWS, bias, dtype=dtype).requires_grad_(False)
+    tensors = formats()[name].pack(weight_of(dtype))
+    packed = packed_layer(linear, name, tensors, dtype)
+    dense = dense_layer(linear, formats()[name].unpack(tensors, COLUMNS, dtype))
+    assert isinstance(packed, PackedLinear) and isinstance(dense, torch.nn.Linear)
+    return packed, dense
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    made = torch.randn(2, 33, COLUMNS, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return made.requires_grad_()
+
+
+def step(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute outputs, and the gradient of the inputs for some gradient of the outputs."""
+    out = layer(x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    return out, torch.autograd.grad(out, x, grad)[0]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_packed_layer_equals_the_unpacked_one(name: str, bias: bool, pieces: None) -> None:
+    packed, dense = both(name, bias=bias)
+    torch.testing.assert_close(step(packed, inputs()), step(dense, inputs()), rtol=1e-5, atol=1e-4)
+    assert packed.weight.dtype == torch.uint8 and packed.weight.nbytes < weight_of().nbytes / 3
+
+
+@pytest.mark.parametrize("widened", [False, True], ids=["as it is", "widened"])
+def test_bfloat16_is_as_exact_as_in_the_unpacked_layer(
+    widened: bool, pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `qpruner.models.cpu` computes in float32."""
+    monkeypatch.setattr(layers, "widens_bfloat16", widened)
+    packed, dense = both("int8", torch.bfloat16)
+    expected = step(dense.float(), inputs(torch.bfloat16).float())
+    for found, exact in zip(step(packed, inputs(torch.bfloat16)), expected, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_autocast_chooses_the_type_of_the_product() -> None:
+    packed, _ = both("int8")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, grad = step(packed, inputs())
+    assert (found.dtype, grad.dtype) == (torch.bfloat16, torch.float32)
+    with torch.no_grad():
+        assert (found - packed(inputs())).norm() < 0.01 * found.float().norm()
+
+
+@pytest.mark.parametrize("scale", [None, 7.7], ids=["plain", "scaled as in Gemma"])
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_packed_embedding_looks_up_unpacked_rows(name: str, scale: float | None) -> None:
+    plain = torch.nn.Embedding(ROWS, COLUMNS, padding_idx=0)
+    embedding = Gemma3TextScaledWordEmbedding(ROWS, COLUMNS, 0, scale) if scale else plain
+    embedding = embedding.to(torch.bfloat16)
+    tensors = formats()[name].pack(weight_of())
+    packed = packed_layer(embedding, name, tensors, torch.bfloat16)
+    unpacked = formats()[name].unpack(tensors, COLUMNS, torch.bfloat16)
+    embedding.weight.data = unpacked
+    ids = torch.tensor([[0, 3, 3], [ROWS - 1, 1, 0]])
+    for each in (packed, dense_layer(packed, unpacked)):
+        assert torch.equal(each(ids), embedding(ids))
+
+
+def test_layers_survive_copies_processes_and_types() -> None:
+    packed, _ = both("int8")
+    expected = packed(inputs())
+    table = packed_layer(torch.nn.Embedding(ROWS, COLUMNS), "int8", {"weight": packed.weight}, torch.bfloat16)
+    model = torch.nn.ModuleList([packed, table])
+    empty = copy.deepcopy(model)
+    empty[0].weight.data.zero_()
+    empty.load_state_dict(model.state_dict())
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), empty):
+        assert torch.equal(each[0](inputs()), expected)
+        assert each[1](torch.tensor([1])).dtype == torch.bfloat16
+        each.to(torch.float32)
+        assert each[0].weight.dtype == torch.uint8 and torch.equal(each[0].weight, packed.weight)
+        assert each[1](torch.tensor([1])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_layer_keeps_no_input(name: str) -> None:
+    """bitsandbytes' 8-bit layers do."""
+    packed, _ = both(name)
+    x = inputs() * 1.0
+    alive = StorageWeakRef(x.untyped_storage())
+    out = packed(x)
+    del x
+    assert alive.expired() and out.requires_grad
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["in place", "safely"])
+@pytest.mark.parametrize("name", GENERIC)
+def test_peft_refuses_to_merge_into_packed_weights(name: str, safe: bool) -> None:
+    packed, _ = both(name)
+    before = packed.weight.clone()
+    model = get_peft_model(torch.nn.Sequential(packed), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError):
+        model.merge_adapter(safe_merge=safe)  # type: ignore[operator]
+    assert torch.equal(packed.weight, before)
