@@ -284,7 +284,7 @@ from qpruner.config.load import load_config
 from qpruner.runs.run_dir import RunDir
 config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))
-names = sorted(path.stem for path in (run.stage("bank") / "4bit").iterdir())
+names = sorted(path.stem for path in (run.stage("bank") / "nf4").iterdir())
 plan = {name: (4, 8)[position % 2] for position, name in enumerate(names)}
 row = Candidate("searched", "searched", run.stage("prune"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
 done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))

@@ -138,7 +138,7 @@ def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     other = with_key(raw, "prune.rate", 0.3)
     after, events = bank_of(other)
-    name = "4bit/layers.0.down.safetensors"
+    name = "nf4/layers.0.down.safetensors"
     assert before.files[name] != after.files[name] and len(built(events)) == 8
     shutil.rmtree(folder)
     (tmp_path / "copy").rename(folder)
