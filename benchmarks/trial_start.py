@@ -59,7 +59,6 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> t
             starts |= {f"{path}.{key}": own.pop(key) for key in ("lora_A", "lora_B")}
             linear: Any = model.get_submodule(path)
             model.set_submodule(path, packed_layer(linear, plan[name], own, dtype))
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
     return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
 
 

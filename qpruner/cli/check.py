@@ -13,12 +13,14 @@ from qpruner.cli.terminal import Terminal
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.estimate import hours
+from qpruner.models.layout import refusals
 from qpruner.models.memory import free_bytes
 from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text
+from qpruner.quantization.formats import by_size
 from qpruner.report.card import other_base_remark
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -64,7 +66,8 @@ def check(
 
 
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    layout = inspection.pruned
+    layout, asked = inspection.pruned, {*config.quantize.levels, *config.quantize.embedding_levels}
+    levels = by_size(tuple(asked))
     return {
         "num_groups": len(layout.groups),
         "num_choices": sum(len(group.formats) - 1 for group in layout.groups),
@@ -74,7 +77,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
-        "formats": {name: _offered(layout, name) for name in layout.levels},
+        "formats": {name: _offered(config, layout, name) for name in levels},
         **{f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
@@ -88,21 +91,23 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
     }
 
 
-def _offered(layout: Layout, name: str) -> dict[str, list[str]]:
-    """List the groups that may have a format, and those of the blocks that do not take it."""
-    having = [group.name for group in layout.groups if name in group.formats]
-    others = [group.name for group in layout.groups if name not in group.formats]
-    is_of_blocks = any(group not in (EMBEDDINGS, HEAD) for group in having)
-    lacking = [group for group in others if group not in (EMBEDDINGS, HEAD)] if is_of_blocks else []
-    return {"groups": having, "lacking": lacking}
+def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
+    """Return the groups that may have a format, and those that cannot take it, with the reason."""
+    lacking = {}
+    for group in layout.groups:
+        is_outside = group.name in (EMBEDDINGS, HEAD)
+        asked = config.quantize.embedding_levels if is_outside else config.quantize.levels
+        if name in asked and name not in group.formats:
+            lacking[group.name] = (refusals(name, group.linears, True) or refusals(name, group.linears, False))[0]
+    return {"groups": [group.name for group in layout.groups if name in group.formats], "lacking": lacking}
 
 
-def _format_text(name: str, offered: dict[str, list[str]]) -> str:
-    having, lacking = offered["groups"], offered["lacking"]
+def _format_text(name: str, offered: dict[str, Any]) -> str:
+    having, lacking = offered["groups"], list(offered["lacking"].items())
     which = ", ".join(having) if len(having) <= 2 else counted(len(having), "group")
-    return f"{name} for {which}" + (
-        f", not for {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}" if lacking else ""
-    )
+    if not lacking:
+        return f"{name} for {which}"
+    return f"{name} for {which}, not for {counted(len(lacking), 'group')} ({lacking[0][0]}: {lacking[0][1]})"
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:

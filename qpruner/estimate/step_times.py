@@ -147,7 +147,6 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_larges
         if format_of(name).is_packed:
             for linear in group.linears:
                 _pack(model, linear.name, format_of(name), dtype)
-    model.is_loaded_in_4bit = True  # for peft
     adapted: Any = attach_adapters(model, {}, config.lora, config.quantize.group, config.seed)
     if config.training.gradient_checkpointing:
         adapted.enable_input_require_grads()

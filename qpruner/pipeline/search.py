@@ -198,7 +198,7 @@ class Search(Stage[SearchRecord]):
                 "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
             )
         write_json(scratch / "best.json", by_index[best.index])
-        front = front_of(confirmations, by_index, job) if self.config.search.pareto else ()
+        front = front_of(fitting, by_index, job) if self.config.search.pareto else ()
         statuses = [trial.status for trial in outcome.trials]
         return {
             "trials_digest": self.trials_digest,
@@ -320,7 +320,8 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
     points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
-    chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm)
+    fit = [size <= job.space.budget_bytes for size, _ in points]
+    chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
     front = choice.non_dominated(points) if job.config.search.pareto else []
     return [finished[position] for position in sorted({*chosen, *front})]
 

@@ -54,7 +54,8 @@ def gram_root(gram: torch.Tensor) -> torch.Tensor:
         # The factor of the matrix with rows and columns in reverse is lower triangular.
         factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed and factor.isfinite().all():
-            return factor.flip(0, 1)
+            root: torch.Tensor = factor.flip(0, 1)
+            return root
     raise TrainingDiverged("GPTQ: the inputs of a layer are NaN or infinite on the calibration samples")
 
 

@@ -58,16 +58,16 @@ def best_control_text(search: SearchRecord) -> str:
     if not controls:
         return ""
     rival = best_control(search)
+    other = "other " if search.control_won else ""
     after = f" after {counted(search.steps, 'step')}" if search.steps else ""
     if rival is None:
         nearest = min(controls, key=lambda each: each.plan_bytes)
-        return f"No other control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
+        return f"No {other}control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
     verdict = {"better": "worse than", "worse": "better than"}.get(rival.verdict or "", f"{SAME} from")
-    which = "the best other " if search.control_won else "the best "
     assert rival.more_loss is not None
     return (
-        f"On the search's fresh rows{after} the winner is {verdict} {which}control in the budget, {rival.title} "
-        f"({_megabytes(rival)}, {rival.formats}): loss {winner.loss:.4f} instead of {rival.loss:.4f}, "
+        f"On the search's fresh rows{after} the winner is {verdict} the best {other}control in the budget, "
+        f"{rival.title} ({_megabytes(rival)}, {rival.formats}): loss {winner.loss:.4f} instead of {rival.loss:.4f}, "
         f"{-rival.more_loss:+.4f} nats ({_interval(rival, sign=-1)})."
     )
 

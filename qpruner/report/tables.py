@@ -12,7 +12,17 @@ from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
 from qpruner.report.instead import formats_text, instead, more_loss_text
-from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, Row, Speed, rows, title_of, under_first_seed
+from qpruner.report.results import (
+    BEST_SEED,
+    RANDOM,
+    SEARCHED,
+    Row,
+    Speed,
+    control_title,
+    rows,
+    title_of,
+    under_first_seed,
+)
 from qpruner.report.search_progress import plan_text, score, score_name, score_title
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.statistics import paired_losses
@@ -59,7 +69,7 @@ ROWS = {
 FIGURES = {
     "seeds": "the number of training seeds and, in brackets, which. Trials use another seed, so the loss of a trial "
     "cannot be compared with a loss here. With several seeds, figures are means ± standard deviation.",
-    "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are over the weights in groups.",
+    "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are of the blocks' weights.",
     "test accuracy": "the share of right answers on the held-out tasks, by which nothing was chosen: the mean over a "
     "task's questions, then over tasks. se is its standard error over questions. The model's answer is the choice with "
     "the highest log-likelihood (acc) or the highest per character (acc_norm), or the text it writes (exact_match).",
@@ -178,7 +188,7 @@ def legend(results: Results) -> Table:
     assert results.evaluate
     text, setting = results.evaluate.text, results.inference
     names = [name for row in rows(results) for name in (row.name, row.title)]
-    names += [each.title for each in instead(results.search)] if results.search else []
+    names += [control_title(each.name) for each in instead(results.search)] if results.search else []
     terms = {term: meaning for term, meaning in ROWS.items() if any(_is_of(term, name) for name in names)} | FIGURES
     terms["perplexity"] = (
         f"the exponential of the mean loss per token on {text}."

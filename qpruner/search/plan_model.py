@@ -76,7 +76,8 @@ class PlanModel:
         # The covariance of the features of plans drawn uniformly.
         eye, free = torch.eye(num_levels - 1, dtype=torch.float64), self.is_free.to(torch.float64)
         drawn = [(eye * share - share**2) * torch.outer(row, row) for share, row in zip(shares, free, strict=True)]
-        self._feature_covariance = torch.block_diag(*drawn)
+        blocks = torch.eye(num_groups, dtype=torch.float64)[:, None, :, None] * torch.stack(drawn)[:, :, None, :]
+        self._feature_covariance = blocks.reshape(self.num_effects, self.num_effects)
         unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
         error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.errors import CorruptFile, TakenOver
-from qpruner.quantization.assembly import cast_adapters
 from qpruner.runs import storage
 
 if TYPE_CHECKING:
@@ -103,6 +102,8 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from qpruner.quantization.assembly import cast_adapters
 
     path = storage.fetch(folder) / ADAPTER_WEIGHTS
     try:

@@ -19,7 +19,6 @@ from qpruner.data.measures import over_tasks
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
 from qpruner.plans.plan import PRUNED
-from qpruner.quantization.assembly import cast_adapters
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import (
@@ -102,7 +101,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     import peft  # noqa: F401
 
     from qpruner.data.losses import mean_loss
-    from qpruner.quantization.assembly import measured_bytes
+    from qpruner.quantization.assembly import cast_adapters, measured_bytes
     from qpruner.training.finetune import Share
 
     started = time.monotonic()

@@ -20,20 +20,22 @@ from tiny_families import family_model, kept_of
 
 from qpruner import estimate
 from qpruner.config.load import validate_config
-from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig
+from qpruner.config.schema import LoraConfig, QuantizeConfig, RunConfig, TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.estimate import hours, memory, step_times
 from qpruner.models.cpu import has_bfloat16
-from qpruner.models.layout import layout_of
+from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import LinearShape
+from qpruner.plans.plan import EMBEDDINGS
 from qpruner.pruning import surgery
 from qpruner.pruning.prune import Cut
 from qpruner.quantization.assembly import attach_adapters
+from qpruner.quantization.formats import format_of
+from qpruner.quantization.mixed import packed_layer
 from qpruner.training.finetune import Share, _Batches
 
 Changed = Callable[..., RunConfig]
@@ -87,15 +89,20 @@ def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("level", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_activations_match_autograd(family: str) -> None:
-    """The estimate does not include attention in float32, as on a CPU without bfloat16 instructions."""
+def test_activations_match_autograd(family: str, level: str) -> None:
+    """Packed layers keep no more than others. Attention in float32, on a CPU without bfloat16, is not included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = AutoConfig.for_model(family, **sizes, **heads)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for path in (path for paths in group_linears(config, "block").values() for path in paths if level != "bf16"):
+        linear = model.get_submodule(path)
+        tensors = format_of(level).pack(linear.weight.data)
+        model.set_submodule(path, packed_layer(linear, level, tensors, torch.bfloat16))
     adapted = attach_adapters(model, {}, LoraConfig(rank=8), "block", seed=0).train()
     ids = torch.randint(0, 512, (2, 64))
     own = layout_of(config, QuantizeConfig(), 2, 8, on_gpu=False)
@@ -107,8 +114,9 @@ def test_memory_grows_with_length_and_batch(inspection: Inspection, changed: Cha
     before = memory.training_memory(changed(), inspection)
     longer = memory.training_memory(changed(data__max_length=128), inspection)
     assert longer.parts["activations"] == 2 * before.parts["activations"]
-    assert longer.parts["optimizer"] == 2 * before.parts["adapters"] == 2 * inspection.pruned.adapter_bytes
-    assert before.parts["weights"] + before.parts["adapters"] == inspection.budget_bytes
+    assert longer.parts["optimizer"] == 2 * before.parts["adapters"] == 4 * inspection.base.adapter_bytes
+    smallest = inspection.base.plan_bytes(inspection.base.smallest())
+    assert before.parts["weights"] + inspection.base.adapter_bytes == max(inspection.budget_bytes, smallest)
     thrifty = memory.training_memory(changed(training__gradient_checkpointing=True), inspection)
     assert thrifty.parts["activations"] < before.parts["activations"]
     wide = memory.scoring_memory(changed(evaluate__batch_size=32), inspection)
@@ -137,13 +145,15 @@ def test_logits_are_counted_at_labelled_tokens(inspection: Inspection, changed: 
     assert logits(inspection, **tasks) == [training, every[1]], "lm-eval pads answers"
 
 
-def test_the_comparison_trains_the_base_model_at_16_bits(inspection: Inspection, changed: Changed) -> None:
+def test_the_comparison_trains_the_base_model_unpacked(inspection: Inspection, changed: Changed) -> None:
     config = changed()
     found = estimate.facts(config, inspection, RATES, 2, {}, 0.5)
     parts = found["memory"]["comparison"]["parts"]
     assert parts["weights"] == inspection.base.num_parameters * 2
-    assert parts["adapters"] == inspection.base.adapter_bytes > inspection.pruned.adapter_bytes
-    assert parts["activations"] > memory.training_memory(config, inspection).parts["activations"]
+    assert parts["adapters"] == 2 * inspection.base.adapter_bytes > 2 * inspection.pruned.adapter_bytes, "in float32"
+    trial = memory.training_memory(config, inspection).parts
+    assert parts["activations"] == trial["activations"], "the search tries the base model too"
+    assert "unpacked weights" in trial and "unpacked weights" not in parts
     most = max(each["total"] for name, each in found["memory"].items() if name.startswith(("trial", "comparison")))
     assert found["memory_at_once"] >= 2 * most, "two slots share a GPU"
     assert "comparison" not in estimate.works(changed(finetune={"steps": 4}))
@@ -165,7 +175,9 @@ def test_the_cut_counts_gradients_and_samples(inspection: Inspection, cut: Calla
     assert solved.parts["Gram matrix"] == 2 * 4 * 256**2 and solved.parts["solution"] == 3 * 4 * 64 * 256
     assert "hidden states" not in cut(**short, prune__compensation="none").parts
     mixed = {"prune__importance": "taylor", "prune__order": "mixed"}
-    assert cut(**mixed).parts["mean squares"] == 4 * sum(group.num_weights for group in inspection.base.groups)
+    assert cut(**mixed).parts["mean squares"] == 4 * sum(
+        group.num_weights for group in inspection.base.groups if group.name != EMBEDDINGS
+    )
     assert "mean squares" not in cut(**mixed, prune__aggregation="vector").parts
 
 
@@ -193,8 +205,9 @@ def test_each_sensitivity_method_counts_its_passes(inspection: Inspection, chang
 def test_expected_steps_match_asha(changed: Changed) -> None:
     """A simulated ASHA, where a trial continues while it is in the best half so far, takes few steps more."""
     config = changed(search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[])
-    generator, seen, steps = np.random.default_rng(0), {rung: [] for rung in config.search.rungs}, 16.0
-    for score in generator.random(399):
+    controls = preflight.most_controls(config)
+    generator, seen, steps = np.random.default_rng(0), {rung: [] for rung in config.search.rungs}, 16.0 * controls
+    for score in generator.random(400 - controls):
         for rung in config.search.rungs:
             seen[rung].append(score)
             if rung == 16 or score > np.quantile(seen[rung], 0.5):
@@ -270,8 +283,8 @@ def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspect
     one = alone["finetune"] + alone["evaluate"] / (1 + hours.UNTUNED)
     assert asked["comparison"] == pytest.approx(hours.num_compared(changed()) * one)
     fewer = changed(finetune={"steps": 4, "compare": True, "seeds": 1, "random_plans": 1})
-    # two seeds less for the winner, the best seed plan and random plans
-    assert hours.num_compared(fewer) == hours.num_compared(changed()) - 12
+    # two seeds less for the winner, the best control, the best seed plan and random plans
+    assert hours.num_compared(fewer) == hours.num_compared(changed()) - 14
 
 
 # ---- against reality
@@ -285,7 +298,7 @@ from qpruner.runs.run_dir import RunDir
 config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))
 names = sorted(path.stem for path in (run.stage("bank") / "nf4").iterdir())
-plan = {name: (4, 8)[position % 2] for position, name in enumerate(names)}
+plan = {"embeddings": "bf16"} | {name: ("nf4", "int8")[position % 2] for position, name in enumerate(names)}
 row = Candidate("searched", "searched", run.stage("prune"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
 done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
 print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}))
@@ -302,8 +315,8 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.update({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
-    # Packed rows have full length, as the estimate assumes.
-    rows = {"data__max_length": 128, "data__packing": True}
+    # Packed rows have full length and every token a label, and the model is not cut, as the estimate assumes.
+    rows = {"data__max_length": 128, "data__packing": True, "data__response_only": False, "prune__rate": 0.0}
     batches = {"training__batch_size": 16, "training__micro_batch_size": 16, "finetune__steps": 6}
     raw = with_keys(raw_config(folder / "model", folder / "run"), **rows, **batches, quantize__group="block")
     path = folder / "config.yaml"
@@ -314,7 +327,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: Path) -> None:
-    """Memory matches within a factor of 1.5; time without loading, on a machine with other load, within 3."""
+    """Memory matches within a factor of 1.25; time without loading, on a machine with other load, within 3."""
 
     def last_line(*command: str) -> dict[str, Any]:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=600)
@@ -325,7 +338,7 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
     expected, seconds = facts["memory"]["trial, training"]["total"], facts["hours"]["stages"]["finetune"] * 3600
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
-    assert expected / 1.5 < took["peak"] < expected * 1.5
+    assert expected / 1.25 < took["peak"] < expected * 1.25
     assert seconds / 3 < took["seconds"] < seconds * 3
 
 
@@ -334,12 +347,15 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
-    """The families have two kinds of layers and fused projections; the times depend on the machine."""
+    """The families have two kinds of layers, fused projections and a head that is tied or not; times depend on load."""
     changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
+    changes += "; quantize.embeddings=[int8]; quantize.budget={bytes: 100000}"
     raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))
     config = surgery.cut(family_model(name), kept_of(name)).config
     shares = {"share_high": 0.5, "share_labelled": 0.25}
-    times = step_times.measure(validate_config(raw), config, LinearShape("layer", 128, 64), **shares, threads=1)
+    asked = validate_config(raw)
+    layout = preflight.layout_for(asked, config, on_gpu=False)
+    times = step_times.measure(asked, config, layout, **shares, threads=1)
     assert all(value > 0 for value in times)
     assert config.num_hidden_layers == 3, "the config is not changed"
 

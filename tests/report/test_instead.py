@@ -71,7 +71,7 @@ def test_the_claim_is_first_against_the_best_control_in_the_budget() -> None:
     )
     assert "is not distinguishable from the best control in the budget, the paper's flow (" in claim(searched(PAPER))
     over = claim(searched(OVER)).splitlines()[0]
-    assert "No other control fits the budget; the nearest is not pruned, uniform (120.0 MB)." in over
+    assert "No control fits the budget; the nearest is not pruned, uniform (120.0 MB)." in over
     assert "control" not in claim(searched())
 
 

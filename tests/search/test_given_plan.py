@@ -89,7 +89,7 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
 
 @pytest.fixture(scope="module")
 def uniform(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration with one bit-width."""
+    """A configuration with one format."""
     keys = {"quantize": {"group": "block", "bits": [4]}, "finetune.seeds": 1, "finetune.random_plans": 1}
     return config_file(tiny_model, tmp_path_factory.mktemp("uniform"), **keys)
 
@@ -106,10 +106,10 @@ def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
 
 def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     said, facts = checked(uniform)
-    assert "your plan:   every group at 4 bits, the only one of `quantize.bits`\n" in said
+    assert "your plan:   every group in the only format that it may have\n" in said
     assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
-    assert facts["bytes_budget"] == facts["bytes_all_4"] and "sensitivity" not in facts["memory"]
-    idle = "has no effect: `quantize.bits` is [4], so nothing is measured or searched"
+    assert facts["bytes_budget"] == facts["bytes_all_nf4"] and "sensitivity" not in facts["memory"]
+    idle = "has no effect: nf4 is the only format (`quantize`), so nothing is measured or searched"
     trials, methods = f"`search.max_trials` {idle}", f"`sensitivity.methods` {idle}"
     assert trials in facts["warnings"] and methods not in facts["warnings"]
     assert methods in checked(uniform, *METHODS)[1]["warnings"]
@@ -119,25 +119,27 @@ def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_bit_width_runs_whole_without_a_search(uniform: Path) -> None:
+def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     """The first variant of the paper: the report has no sensitivities, and fewer comparisons."""
     run = uniform.parent / "run"
     said(uniform)
     record = search_record(run)
-    assert record["best_plan"] == {"layers.0": 4, "layers.1": 4}
+    assert record["best_plan"] == {"embeddings": "bf16", "layers.0": "nf4", "layers.1": "nf4"}
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
     assert rows == ["base", "pruned", "uniform 4-bit", "searched"], "there is no other plan to draw or to seed"
-    assert "given plan (uniform-4)" in (run / "report.md").read_text()
+    assert "given plan (uniform-nf4)" in (run / "report.md").read_text()
 
 
 @pytest.mark.slow
 def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) -> None:
-    """The paper's second variant: bits by mutual information, and no search."""
+    """The paper's second variant: formats by mutual information, and no search."""
     run = tmp_path / "run"
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
-    assert [each["origin"] for each in record["confirmations"]] == ["seed-mutual-information"]
-    assert sorted(record["best_plan"].values()) == [4, 8], "half the bytes between all at 4 and all at 8"
+    assert [each["origin"] for each in record["confirmations"]] == ["paper"]
+    assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"], (
+        "half the bytes between all at 4 and all at 8"
+    )

@@ -1,8 +1,9 @@
-"""Compare the peak memory of sensitivities and scoring with the prediction of `qpruner check`."""
+"""Compare the peak memory of sensitivities, scoring and GPTQ's inputs with the prediction of `qpruner check`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from qpruner.config.load import validate_config
 from qpruner.config.schema import QuantizeConfig, RunConfig, SensitivityConfig
 from qpruner.data.losses import mean_loss
-from qpruner.estimate.memory import scoring_memory, sensitivity_memory
+from qpruner.estimate.memory import rounding_memory, scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
+from qpruner.pruning.grams import Grams, gather, gram_bytes
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_information
@@ -29,10 +31,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "many weights": {"hidden_size": 512, "intermediate_size": 1408},  # Llama-2-7B's proportions
     "many words": {"vocab_size": 16000},
 }
+
+
+def gather_of(banked: Banked, batch_size: int) -> Iterator[Grams]:
+    """Gather the Gram matrices of the layers' inputs."""
+    return gather(banked.model, "block", replace(banked.subject.samples, batch_size=batch_size))
+
+
 METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
     "mutual_information": lambda banked, config: by_information(banked.model, banked.subject, config.sensitivity, 0),
     "fisher": lambda banked, config: expand(banked.model, banked.subject.samples, banked.starts_of_blocks),
     "kl": lambda banked, config: measure(banked.model, banked.subject.samples, banked.starts),
+    "gptq": lambda banked, config: deque(gather_of(banked, config.calibration.batch_size), maxlen=0),
     "scoring": lambda banked, config: mean_loss(
         banked.model, banked.subject.samples.rows, banked.subject.samples.pad_id, config.evaluate.batch_size
     ),
@@ -82,13 +92,22 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str) -> None:
     quantize = QuantizeConfig(group="block", formats=LEVELS, embeddings=("int8", "bf16"), budget=BUDGET)
     own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
-    inspection = replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
+    inspection = replace(
+        inspection, model_config=subject.model.config, base=own, pruned=own, examples={}, sample_length=LENGTH
+    )
     if method == "scoring":
         config = validate_config(raw)
         parts = scoring_memory(config, inspection).parts
         beside = parts["activations"] + parts["logits"]
     else:
-        config = validate_config(with_key(raw, "sensitivity.methods", [method]))
-        found = sensitivity_memory(config, inspection)
+        config = validate_config(raw if method == "gptq" else with_key(raw, "sensitivity.methods", [method]))
+        found = rounding_memory(config, inspection) if method == "gptq" else sensitivity_memory(config, inspection)
         beside = found.total - found.parts["weights"]
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
+
+
+def test_the_disk_of_gram_matrices_is_told_exactly(subject: Banked) -> None:
+    quantize = QuantizeConfig(group="block", formats=LEVELS)
+    layout = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
+    found = [sum(gram.nbytes for gram in grams.values()) for grams in gather_of(subject, 4)]
+    assert found == gram_bytes(layout, subject.model.config)

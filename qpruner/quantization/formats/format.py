@@ -58,6 +58,11 @@ class Format:
         """Whether weights are stored in other tensors than in the checkpoint."""
         return True
 
+    @property
+    def supports_gptq(self) -> bool:
+        """Whether `quantize.rounding: gptq` changes anything; other formats round to nearest."""
+        return False
+
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take `element_bytes` each."""
         raise NotImplementedError
@@ -104,6 +109,11 @@ class GridFormat(Format):
     """Columns that share one grid; None if it is a whole row."""
     num_codes: int
     """Codes are integers from 0 to `num_codes` - 1."""
+
+    @property
+    def supports_gptq(self) -> bool:
+        """Whether `quantize.rounding: gptq` changes anything."""
+        return True
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""

@@ -1,0 +1,219 @@
+"""Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them and vLLM reads them.
+
+A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, 32 codes in as many words as
+a code has bits (compressed-tensors 0.20; vLLM asks for ``ceil(columns * bits / 32)`` words a row). Zeros are integers
+and are packed alike. Scales are bfloat16: vLLM stores scales in the type of the model, which is bfloat16 in nearly all
+checkpoints, so it computes with the very scales that were trained with; float16 scales would be rounded when loaded.
+vLLM serves asymmetric 4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming.
+
+In our one tensor a row has its words, then its scales, then its zeros, packed into bytes; `parts` is the layout of the
+checkpoint, where zeros are packed along rows instead.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qpruner.quantization.formats.format import Capability, GridFormat
+from qpruner.quantization.formats.rows import read_as, row_parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from qpruner.quantization.formats.format import Tensors
+
+SHRINKS = tuple(1 - 0.04 * step for step in range(16))
+"""Scales tried by `*_hqq`, relative to the one that spans a group's range."""
+STEPS = 5  # half-quadratic steps from the best of these
+NORM = 0.7  # p of HQQ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(GridFormat):
+    """Integer codes of 2, 3, 4 or 8 bits with a scale and an integer zero for each group of columns."""
+
+    half_quadratic: bool = False
+    """Whether scales and zeros are fitted by HQQ; otherwise they span from the smallest to the largest weight."""
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return int(self.bits)
+
+    @property
+    def columns_of_group(self) -> int:
+        """Columns that share a scale."""
+        assert self.group_size is not None, "these formats have groups"
+        return self.group_size
+
+    def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """Count the bytes of words, scales and zeros."""
+        return rows * sum(self._row_bytes(columns))
+
+    def refusal(self, columns: int, capability: Capability | None) -> str | None:
+        """Refuse widths that vLLM does not read: it has as many scales as whole groups."""
+        if columns % self.columns_of_group:
+            return f"vLLM reads groups of {self.columns_of_group} columns only if they divide the width, here {columns}"
+        return None
+
+    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as they are stored."""
+        low, high = weight.amin(dim=-1, keepdim=True).clamp_(max=0), weight.amax(dim=-1, keepdim=True).clamp_(min=0)
+        scale = _rounded((high - low) / (self.num_codes - 1))
+        zero = self.codes(-low, scale, scale.new_zeros(()))
+        return self._fitted(weight, scale, zero, (low + high) / 2) if self.half_quadratic else (scale, zero)
+
+    def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
+        """Put words, scales and zeros of each row behind one another."""
+        import torch
+
+        words, _, zero_bytes = self._row_bytes(codes.shape[1])
+        halves = scales.to(torch.bfloat16).contiguous().view(torch.uint8)
+        zeros = _to_bits(zeros.to(torch.uint8), self.width, zero_bytes)
+        return {"weight": torch.cat([_to_bits(codes, self.width, words), halves, zeros], dim=1)}
+
+    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Compute ``scale * (code - zero)``.
+
+        In bfloat16 the difference is exact, so that the product is rounded once, as in vLLM.
+        """
+        import torch
+
+        codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
+        scale = read_as(scales, torch.bfloat16).to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(2)
+        zero = _from_bits(zeros, self.width, scale.shape[1]).unsqueeze(2)
+        weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
+        grouped = weight.view(len(codes), scale.shape[1], columns // scale.shape[1])
+        for rows in row_parts(weight):
+            code = _from_bits(codes[rows], self.width, columns).view_as(grouped[rows])
+            if self.width == 8:
+                code = code.to(torch.int16)
+            difference = code - zero[rows]  # below 0 it wraps around in uint8
+            difference = difference.view(torch.int8) if self.width < 8 else difference
+            grouped[rows].copy_(difference).mul_(scale[rows])
+        return weight
+
+    def parts(self, tensors: Tensors, columns: int) -> Tensors:
+        """Slice packed tensors into those that a checkpoint of compressed-tensors has for a linear layer."""
+        import torch
+
+        packed = tensors["weight"]
+        codes, scales, zeros = torch.split(packed, self._row_bytes(columns), dim=1)
+        zero = _from_bits(zeros, self.width, scales.shape[1] // 2).T.contiguous()
+        zero_words = _to_bits(zero, self.width, 4 * math.ceil(len(packed) * self.width / 32))
+        return {
+            "weight_packed": read_as(codes, torch.int32),
+            "weight_scale": read_as(scales, torch.bfloat16),
+            "weight_zero_point": zero_words.view(torch.int32).T.contiguous(),
+            "weight_shape": torch.tensor([len(packed), columns]),
+        }
+
+    def _row_bytes(self, columns: int) -> list[int]:
+        """Count the bytes that a row's words, scales and zeros take."""
+        groups = math.ceil(columns / self.columns_of_group)
+        return [4 * math.ceil(columns * self.width / 32), 2 * groups, math.ceil(groups * self.width / 8)]
+
+    def _fitted(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Try smaller scales around the centre of each group, then half-quadratic steps; keep the least squared error.
+
+        HQQ itself keeps the range's scale, shifts the zero by fractions of a code and takes the last step. With integer
+        zeros that changes nothing; trying scales, and fitting the scale in each step, does.
+        """
+        import torch
+
+        best, least = (scale, zero), self._error(weight, scale, zero)
+
+        def offer(scale: torch.Tensor, zero: torch.Tensor) -> None:
+            nonlocal best, least
+            error = self._error(weight, scale, zero)
+            best = torch.where(error < least, scale, best[0]), torch.where(error < least, zero, best[1])
+            least = torch.minimum(error, least)
+
+        for shrink in SHRINKS:
+            smaller = _rounded(scale * shrink)
+            offer(smaller, self.codes(-centre, smaller, torch.full_like(smaller, (self.num_codes - 1) / 2)))
+        for _ in range(STEPS):
+            offer(*self._step(weight, *best))
+        return best
+
+    def _step(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take a half-quadratic step: shrink errors (HQQ, equation 3), then fit scale and zero to what is left of them.
+
+        Errors are in units of the scale, and beta is 1, so that only errors of more than a scale, of clipped outliers,
+        are forgiven in part.
+        """
+        import torch
+
+        codes = self.codes(weight, scale, zero)
+        unit = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        error = (weight - scale * (codes - zero)) / unit
+        size = error.abs()
+        forgiven = error.sign() * (size - size.clamp(min=1e-6) ** (NORM - 1)).clamp_(min=0)
+        target, levels = weight - forgiven * unit, codes - zero
+        square = levels.square().sum(dim=-1, keepdim=True)
+        product = (levels * target).sum(dim=-1, keepdim=True)
+        scale = _rounded(torch.where(square > 0, product / square, scale).clamp_(min=0))
+        zero = self.codes(-target.mean(dim=-1, keepdim=True), scale, codes.mean(dim=-1, keepdim=True))
+        return scale, zero
+
+    def _error(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Compute the squared error of each group on a grid."""
+        error = self.codes(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
+        return error.square_().sum(dim=-1, keepdim=True)
+
+
+def _rounded(scale: torch.Tensor) -> torch.Tensor:
+    """Round float32 scales to the bfloat16 that is stored."""
+    import torch
+
+    return scale.to(torch.bfloat16).float()
+
+
+def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
+    """Pack uint8 codes ``(rows, columns)`` of some bits each, lowest bits first, into `num_bytes` bytes a row."""
+    import torch
+
+    eights = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+    eights = eights.view(len(codes), eights.shape[1] // 8, 8)
+    field = eights[..., 0].to(torch.int64)  # eight codes take as many bytes as one has bits
+    for index in range(1, 8):
+        field |= eights[..., index].to(torch.int64) << index * width
+    packed = field.unsqueeze(2).view(torch.uint8)[..., :width].flatten(1)
+    return torch.nn.functional.pad(packed[:, :num_bytes], (0, max(0, num_bytes - packed.shape[1])))
+
+
+def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
+    """Unpack bytes ``(rows, bytes)`` into uint8 codes ``(rows, columns)``.
+
+    Eight codes are spread over eight bytes at once: halves of their bits move apart, then quarters, then single codes.
+    """
+    import torch
+
+    if width == 8:
+        return packed[:, :columns].contiguous()
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
+    eights = padded.view(len(padded), padded.shape[1] // width, width)
+    field = torch.nn.functional.pad(eights, (0, width % 2)).view(torch.int16 if width == 2 else torch.int32)
+    field = field.squeeze(2).to(torch.int64).bitwise_and_((1 << 8 * width) - 1)  # not the sign's copies
+    for lane in (32, 16, 8):
+        bits = lane * width // 8
+        mask = sum(((1 << bits) - 1) << start for start in range(0, 64, lane))
+        field |= field << (lane - bits)
+        field &= mask
+    return field.view(torch.uint8)[:, :columns]
+
+
+W2 = Packed(name="w2", letter="2", colour="#efedf5", group_size=64, bits=2, num_codes=4)
+W2_G32 = Packed(name="w2_g32", letter="i", colour="#d5d3e8", group_size=32, bits=2, num_codes=4)
+W2_HQQ = Packed(name="w2_hqq", letter="p", colour="#e4e1ef", group_size=64, half_quadratic=True, bits=2, num_codes=4)
+W3 = Packed(name="w3", letter="3", colour="#c6c3e0", group_size=64, bits=3, num_codes=8)
+W3_G32 = Packed(name="w3_g32", letter="j", colour="#a8a3cf", group_size=32, bits=3, num_codes=8)
+W3_HQQ = Packed(name="w3_hqq", letter="q", colour="#b6b2d7", group_size=64, half_quadratic=True, bits=3, num_codes=8)
+W4 = Packed(name="w4", letter="w", colour="#958fc3", group_size=64, bits=4, num_codes=16)
+W4_G32 = Packed(name="w4_g32", letter="k", colour="#756bb1", group_size=32, bits=4, num_codes=16)
+W4_HQQ = Packed(name="w4_hqq", letter="r", colour="#857cba", group_size=64, half_quadratic=True, bits=4, num_codes=16)
+W8 = Packed(name="w8", letter="W", colour="#4a1486", group_size=64, bits=8, num_codes=256)
