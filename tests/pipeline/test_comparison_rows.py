@@ -95,9 +95,7 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), "as `check` counts"
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
     assert {name for name, each in seeds.items() if each == {1, 2}} == {"best seed", "random", "searched"}
-    assert {name for name, each in seeds.items() if each == {1}} == {
-        *("base", "pruned", *CONTROLS)
-    }
+    assert {name for name, each in seeds.items() if each == {1}} == {*("base", "pruned", *CONTROLS)}
 
 
 def test_all_seed_plans_are_rows_on_request(changed: Callable[[str, Any], Context]) -> None:
