@@ -229,7 +229,7 @@ class Starts:
         }
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
-        """Compute the float32 weight of the layer at `path` at the start of a trial, of the shape and device of `like`."""
+        """Compute a layer's float32 weight at the start of a trial, with the shape and on the device of `like`."""
         stored = layer_tensors(self._entries[group, level], path)
         own = {name: tensor.to(like.device) for name, tensor in stored.items()}
         lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
