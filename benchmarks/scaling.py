@@ -38,8 +38,12 @@ def fixed(config: RunConfig, output: Path) -> RunConfig:
     return config.model_copy(update={"output": str(output), "search": config.search.model_copy(update=update)})
 
 
-def search_seconds(config: RunConfig, run: Path, num_raylets: int, work: Path) -> tuple[float, list[dict[str, int]]]:
-    """Seconds of the search, Tune's and its workers' start included, and the plans."""
+Plans = list[tuple[dict[str, str], str]]
+"""Plans with their cuts."""
+
+
+def search_seconds(config: RunConfig, run: Path, num_raylets: int, work: Path) -> tuple[float, Path, Plans]:
+    """Seconds of the search, Tune's and its workers' start included, its run folder, and the plans."""
     from ray.cluster_utils import Cluster
 
     from qpruner.search.trial_records import read_trials
@@ -64,7 +68,7 @@ def search_seconds(config: RunConfig, run: Path, num_raylets: int, work: Path) -
     trials = read_trials(next(path for path in (output / "trials").iterdir() if path.is_dir()))
     assert len(trials) == NUM_PLANS and all(trial.status == "finished" for trial in trials)
     seconds = json.loads((output / "records" / "search.json").read_text())["search_seconds"]
-    return seconds, [trial.plan for trial in trials]
+    return seconds, output, [(trial.plan, trial.cut) for trial in trials]
 
 
 BARE = """
@@ -73,16 +77,23 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qpruner.config.load import validate_config
+from qpruner.plans.plan import PRUNED, UNPRUNED
+from qpruner.runs.records import PrepareRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import read_json
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
-for plan in plans:
-    job = TrialJob(config, Materials(run / "prune", run / "bank", run / "prepare" / "data"), plan)
+base = RunDir(str(run)).base_model(read_json(run / "records" / "prepare.json", PrepareRecord))
+checkpoints = {PRUNED: run / "prune", UNPRUNED: base}
+banks = {PRUNED: run / "bank", UNPRUNED: run / f"bank-{UNPRUNED}"}
+for plan, cut in plans:
+    job = TrialJob(config, Materials(checkpoints, banks, run / "prepare" / "data"), plan, cut)
     run_trial(job, None, lambda result, checkpoint: None)
 """
 
 
-def bare_seconds(config: RunConfig, run: Path, plans: list[dict[str, int]], num_processes: int) -> float:
+def bare_seconds(config: RunConfig, run: Path, plans: Plans, num_processes: int) -> float:
     """Seconds that so many processes take for the trials, without Ray and without us."""
     settings = json.dumps(fixed(config, run).model_dump(mode="json"))
     started = time.monotonic()
@@ -153,10 +164,10 @@ def main() -> None:
             config = load_config(options.config, options.set)
             ratios, searches, bares = [], [], []
             for _ in range(options.repeats):
-                one, plans = search_seconds(config, options.run, 1, work)
-                two, _ = search_seconds(config, options.run, 2, work)
-                alone = bare_seconds(config, options.run, plans, 1)
-                both = bare_seconds(config, options.run, plans, 2)
+                one, run, plans = search_seconds(config, options.run, 1, work)
+                two, *_ = search_seconds(config, options.run, 2, work)
+                alone = bare_seconds(config, run, plans, 1)
+                both = bare_seconds(config, run, plans, 2)
                 searches.append(one / two)
                 bares.append(alone / both)
                 ratios.append(searches[-1] / bares[-1])

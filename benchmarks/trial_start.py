@@ -36,10 +36,9 @@ import yaml
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import collate, load_encoded, save_encoded
-from qpruner.models.layout import group_linears
-from qpruner.models.loading import load_dense
+from qpruner.models.layout import group_linears, table_paths
+from qpruner.models.loading import checkpoint_config, load_dense
 from qpruner.models.memory import freeze_libraries
-from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.assembly import PlanAssembler, attach_adapters
 from qpruner.quantization.bank import build_entry
 from qpruner.quantization.formats import DENSE, format_of
@@ -74,7 +73,8 @@ def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, 
     checkpoint, bank, quantize = run / "prune", run / "bank", config.quantize
     freeze_libraries()
     generator = random.Random(turn)
-    first, second = ({name: generator.choice(offered) for name, offered in banked_formats(bank).items()} for _ in "12")
+    offered = banked_formats(bank) | {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}
+    first, second = ({name: generator.choice(levels) for name, levels in offered.items()} for _ in range(2))
     if not banked:
         return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
     bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, config.lora)
@@ -126,8 +126,8 @@ def measure_rows(count: int, repeats: int) -> None:
 
 
 def banked_formats(bank: Path) -> dict[str, list[str]]:
-    """The packed formats of each group of layers; a table of embeddings stays as it is."""
-    found: dict[str, list[str]] = {EMBEDDINGS: [DENSE], HEAD: [DENSE]}
+    """The packed formats of each group in a block."""
+    found: dict[str, list[str]] = {}
     for path in sorted(bank.glob("*/layers.*.safetensors")):
         found.setdefault(path.stem, []).append(path.parent.name)
     return found

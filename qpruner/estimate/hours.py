@@ -241,7 +241,8 @@ class _Count:
     def bank(self) -> float:
         """Count the operations of packing every group in every format, and the groups of the base for two plans."""
         lora, operations = self._config.lora, 0.0
-        of_base = () if self._config.prune.is_off else self._inspection.base.groups
+        has_base = not self._config.prune.is_off and (self._config.is_searched or self._config.finetune.compare)
+        of_base = self._inspection.base.groups if has_base else ()
         for most, groups in ((math.inf, self._inspection.pruned.groups), (UNPRUNED_PLANS, of_base)):
             for group in groups:
                 levels = min(most, sum(format_of(name).is_packed for name in group.formats))

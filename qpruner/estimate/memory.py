@@ -63,7 +63,7 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
     Trials of the unpruned model, which every search makes, are the largest.
     """
-    about, layout = "(`training.micro_batch_size`), in the final fine-tune too", inspection.base
+    about, layout = "(`training.micro_batch_size`), in the final fine-tune too", _largest_trial(config, inspection)
     return _step(config, inspection, layout, _trial_bytes(layout, inspection), about)
 
 
@@ -91,7 +91,7 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
     With tasks, lm-eval pads answers, so the head may run at every token.
     """
-    layout, rows, length = inspection.base, config.evaluate.batch_size, config.data.max_length
+    layout, rows, length = _largest_trial(config, inspection), config.evaluate.batch_size, config.data.max_length
     labelled = length
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
@@ -99,6 +99,10 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     scored = {"activations": _widest(layout, rows * length), "logits": a_logit * rows * labelled * vocabulary}
     about, size = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)", _trial_bytes(layout, inspection)
     return Memory(about, _held(layout, size) | scored | _unpacked(layout, size))
+
+
+def _largest_trial(config: RunConfig, inspection: Inspection) -> Layout:
+    return inspection.base if config.is_searched else inspection.pruned
 
 
 def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
