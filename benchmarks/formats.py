@@ -1,4 +1,4 @@
-"""Compare formats and roundings on one model: bytes, loss after equal fine-tunes, seconds, on the rows of a configuration.
+"""Compare formats and roundings on one model: bytes, loss after equal fine-tunes, seconds.
 
     .venv/bin/python benchmarks/formats.py tune_configs/demo_smollm2_cpu.yaml --steps 8 --out runs/formats \
         bf16 nf4 q4_0 q4_0+q8_0 w3 w3:gptq best:100e6:q4_0,q5_0,q8_0
@@ -29,7 +29,7 @@ from qpruner.data.losses import mean_loss
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
 from qpruner.pruning.grams import gather
 from qpruner.quantization.assembly import PlanAssembler, cast_adapters
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, build_group, entry_file, read_index, write_grams

@@ -285,8 +285,8 @@ class FinetuneConfig(Section):
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
     seed_rows: Literal["best", "all"] = "best"
-    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`. `all`: also the
-    others, under the first seed only."""
+    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`. `all`: also
+    the others, under the first seed only."""
 
 
 class EvaluateConfig(Section):

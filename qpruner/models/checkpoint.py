@@ -117,7 +117,7 @@ def save_checkpoint(
 def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read tensors with `wanted` names (of the model), and call `on_piece` after each; raise `CorruptFile` for damage."""
+    """Read tensors with `wanted` names in the model, and call `on_piece` after each; raise `CorruptFile` for damage."""
     tensors: dict[str, torch.Tensor] = {}
     shards = sorted(checkpoint.glob("*.safetensors"))
     for shard in shards or [checkpoint / "model.safetensors"]:

@@ -20,7 +20,7 @@ from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UN
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan
+from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan, uniform_plans
 from qpruner.search.trial_records import objective
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
@@ -75,7 +75,7 @@ def table_rows(context: Context) -> list[Row]:
 
     rows = [same(BASE, "unquantized", context.unpruned_layout.dense())]
     rows.append(same(PRUNED, "unquantized", context.layout.dense()))
-    own = [(f"uniform-{level}", space.uniform(level)) for level in config.quantize.levels]
+    own = [(f"uniform-{level}", plan) for level, plan in uniform_plans(space).items()]
     others = [each for each in controls(context) if not each[0].startswith(("seed-", "uniform-"))]
     rows += [control_row(*each) for each in [*own, *others] if each[1] != context.layout.dense()]
     best = _method_of_best_seed_plan(context)

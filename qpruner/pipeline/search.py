@@ -283,7 +283,8 @@ class Search(Stage[SearchRecord]):
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
             f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
-            f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
+            f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan, record.best_cut)}] "
+            f"({record.best_origin})"
         )
 
     def share_done(self) -> float:

@@ -24,7 +24,7 @@ from qpruner.models.loading import device
 from qpruner.quantization.formats import Format, format_of
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors
-from qpruner.quantization.rounding import pack
+from qpruner.quantization.rounding import change_size, pack
 from qpruner.runs import storage
 from qpruner.runs.records import Recorded
 from qpruner.runs.run_dir import BANK_CACHE
@@ -43,9 +43,9 @@ class IndexEntry(Recorded):
     inputs: str
     sha256: str
     residual_ratio: float
-    """Frobenius norm of the error with initial adapters, divided by that without."""
+    """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided by that without."""
     error: float
-    """Squared Frobenius norm of the error with initial adapters, divided by that of the weights."""
+    """Squared norm of that error, divided by that of the weights (or outputs)."""
 
 
 class BankIndex(Recorded):
@@ -81,14 +81,13 @@ def build_entry(
         gram = grams.get(path) if grams else None
         if lora is None or lora.init == "plain":
             packed = pack(packing, weight, gram)
-            error = float((weight.float() - packing.unpack(packed, weight.shape[1], torch.float32)).norm())
-            plain, left = plain + error**2, left + error**2
+            error = change_size(weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram)
+            plain, left, total = plain + error**2, left + error**2, total + change_size(weight.float(), gram) ** 2
         else:
             start = loftq_start(weight, packing, lora, seed, gram)
             packed = start.packed
             tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
-            plain, left = plain + start.plain_error**2, left + start.error**2
-        total += float(weight.float().norm()) ** 2
+            plain, left, total = plain + start.plain_error**2, left + start.error**2, total + start.size**2
         tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
@@ -229,7 +228,7 @@ class Starts:
         }
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
-        """Compute the float32 weight that the layer at `path` has at the start of a trial, of shape and device `like`."""
+        """Compute the float32 weight of the layer at `path` at the start of a trial, of shape and device `like`."""
         stored = layer_tensors(self._entries[group, level], path)
         own = {name: tensor.to(like.device) for name, tensor in stored.items()}
         lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)

@@ -37,6 +37,16 @@ def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None
     return format_.store(*_round(format_, weight.detach().float(), gram.to(weight.device, torch.float32)))
 
 
+def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """Compute the norm of what a float32 change of a weight makes of the outputs; without a Gram matrix, its own norm.
+
+    Under GPTQ the norm of the change itself says little: table in `loftq`, fifth row beside second.
+    """
+    if gram is None:
+        return float(change.norm())
+    return float(((change @ gram.to(change.device, torch.float32)) * change).sum().clamp(min=0).sqrt())
+
+
 def gram_root(gram: torch.Tensor) -> torch.Tensor:
     """Compute an upper triangular R with ``R R^T = G``, the damped Gram matrix ``(columns, columns)``.
 

@@ -73,7 +73,7 @@ RULES = [
     ("quantize.bits=; quantize.formats=[nf5]", "`formats`: there is no format `nf5`; name some of ... nf4 ... int8"),
     ("quantize.bits=; quantize.formats=[nf4, nf4]", "`formats` names a format twice, got nf4, nf4: name each once"),
     ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
-    ("quantize.embeddings=[int8]", "`budget.fraction` has no one meaning if embeddings are packed too ... `budget.bytes`"),
+    ("quantize.embeddings=[int8]", "`budget.fraction` has no one meaning ... embeddings ... `budget.bytes`"),
     ("quantize.rounding=gptq; quantize.bits=[4]", "`rounding: gptq` needs one of ... int8 ... got nf4"),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     ("quantize.budget={}", "`quantize.budget`: give exactly one of fraction, mean_bits, gib, bytes; got none"),

@@ -115,7 +115,7 @@ def test_verbs_for_finished_runs_accept_a_uri(store: Store, taken_up: TakenUp, t
 def test_only_damaged_objects_are_set_aside_and_made_again(
     store: Store, taken_up: TakenUp, tiny_model: Path, tmp_path: Path
 ) -> None:
-    run, entry = "damaged/run", "bank/4bit/layers.0.o.safetensors"
+    run, entry = "damaged/run", "bank/nf4/layers.0.o.safetensors"
     store.copy(KILLED, run, ("prepare", "prune", "bank", "records", "run.json"))
     for name in ("prune/model.safetensors", entry):
         store.damage(f"{run}/{name}")

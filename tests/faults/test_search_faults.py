@@ -218,7 +218,7 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
     keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
     config = search_config(tiny_model, config.parent, **keys)
     bank = ended(config, "bank").run / "bank"
-    name = next(name for name in read_index(bank).files if name.startswith("4bit/"))
+    name = next(name for name in read_index(bank).files if name.startswith("nf4/"))
     spoil(bank, name)
     group = Path(name).stem
     with driver(config) as process:

@@ -44,7 +44,7 @@ def with_records(context: Context, **records: Record) -> Context:
 
 def a_winner(context: Context) -> PrecisionPlan:
     """Return a plan that is no control."""
-    return context.space.plan_of([0, 1, 1, 0, 0, 1, 0, 0])
+    return PrecisionPlan(context.space.groups, ("bf16", *(("nf4", "int8")[at] for at in (0, 1, 1, 0, 0, 1, 0, 0))))
 
 
 def told(events: Sequence[Event], stage: str) -> list[str]:
@@ -68,7 +68,7 @@ def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | 
 
 def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
     """Return the folders by row and training seed; for the random row the folder of its last plan."""
-    wanted = [(name, plan.as_dict(), seed) for name, row in rows.items() for seed, plan in row.plans]
+    wanted = [(name, plan, seed) for name, row in rows.items() for seed, plan in row.plans]
     found = candidates_for(context, wanted)
     return {(name, seed): job.folder for (name, _, seed), job in zip(wanted, found, strict=True)}
 

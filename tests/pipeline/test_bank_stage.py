@@ -61,8 +61,8 @@ def test_only_damaged_and_missing_files_are_built_again(raw: Raw) -> None:
     whole = {path: file_digest(path) for path in folder.rglob("*.safetensors")}
     _, events = bank_of(raw)
     assert is_skipped(events) and built(events) == []
-    flip_a_byte(flipped := folder / "4bit" / "layers.1.down.safetensors")
-    (gone := folder / "8bit" / "layers.0.qkv.safetensors").unlink()
+    flip_a_byte(flipped := folder / "nf4" / "layers.1.down.safetensors")
+    (gone := folder / "int8" / "layers.0.qkv.safetensors").unlink()
     record, events = bank_of(raw)
     assert str(flipped) in said(events) and str(gone) in said(events)
     assert built(events) == ["layers.0.qkv", "layers.1.down"]
@@ -72,20 +72,20 @@ def test_only_damaged_and_missing_files_are_built_again(raw: Raw) -> None:
 
 def test_a_damaged_index_is_made_from_the_record(raw: Raw) -> None:
     folder = Path(raw["output"]) / "bank"
-    index, intact = read_index(folder), folder_digests(folder / "4bit")
+    index, intact = read_index(folder), folder_digests(folder / "nf4")
     os.truncate(folder / INDEX, 100)
     _, events = bank_of(raw)
     assert str(folder / INDEX) in said(events) and is_skipped(events) and read_index(folder) == index
     (folder / INDEX).unlink()
-    flip_a_byte(folder / "4bit" / "layers.1.down.safetensors")
+    flip_a_byte(folder / "nf4" / "layers.1.down.safetensors")
     _, events = bank_of(raw)
     assert built(events) == ["layers.1.down"]
-    assert read_index(folder) == index and folder_digests(folder / "4bit") == intact
+    assert read_index(folder) == index and folder_digests(folder / "nf4") == intact
 
 
-def test_another_bit_width_builds_no_file_anew(tiny_raw: Raw) -> None:
+def test_another_format_builds_no_file_anew(tiny_raw: Raw) -> None:
     bank_of(with_key(tiny_raw, "quantize.bits", [4, 16]))
-    folder = Path(tiny_raw["output"]) / "bank" / "4bit"
+    folder = Path(tiny_raw["output"]) / "bank" / "nf4"
     places = {path.name: path.stat().st_ino for path in folder.iterdir()}
     record, _ = bank_of(with_key(tiny_raw, "quantize.bits", [4, 8, 16]))
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == places
@@ -109,7 +109,7 @@ def interrupt(raw: Raw, num_groups: int) -> list[Event]:
 def test_groups_of_an_interrupted_command_are_reused(finished: Path, tiny_raw: Raw) -> None:
     """A group whose file is damaged in between is built again."""
     first = interrupt(tiny_raw, 3)
-    flip_a_byte(Path(tiny_raw["output"]) / ".scratch-bank" / "8bit" / f"{built(first)[1]}.safetensors")
+    flip_a_byte(Path(tiny_raw["output"]) / ".scratch-bank" / "int8" / f"{built(first)[1]}.safetensors")
     _, events = bank_of(tiny_raw)
     assert set(built(first)) & set(built(events)) == {built(first)[1]}
     assert len({*built(first), *built(events)}) == 8
@@ -138,7 +138,7 @@ def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     other = with_key(raw, "prune.rate", 0.3)
     after, events = bank_of(other)
-    name = "4bit/layers.0.down.safetensors"
+    name = "nf4/layers.0.down.safetensors"
     assert before.files[name] != after.files[name] and len(built(events)) == 8
     shutil.rmtree(folder)
     (tmp_path / "copy").rename(folder)
@@ -162,7 +162,7 @@ def test_workers_build_what_this_process_builds(
 def test_a_bank_file_damaged_under_a_search_stops_it(raw: Raw) -> None:
     """The disk flips a byte after the bank was checked, so the trials that read it say nothing about their plans."""
     raw = with_key(with_key(raw, "search.max_trials", 3), "sensitivity.methods", ["mutual_information"])
-    path = Path(raw["output"]) / "bank" / "4bit" / "layers.1.down.safetensors"
+    path = Path(raw["output"]) / "bank" / "nf4" / "layers.1.down.safetensors"
 
     def flip(event: Event) -> None:
         if isinstance(event, StageStarted) and event.stage == "search":

@@ -30,7 +30,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
     context: Context, changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that share a model count once; each faked job reserves half a GPU for 8 seconds."""
-    winner = context.space.uniform(8)  # a control
+    winner = context.space.uniform("int8")  # a control
     context = with_winner(changed("training.learning_rate", 0.003), winner)
     context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
 
@@ -63,7 +63,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         assert tuned and scored and compared
         assert [each.gpu_seconds for each in tuned.candidates] == [4.0]
         assert tuned.gpu_seconds == pytest.approx(4.0, abs=0.1)
-        untuned = len(untuned_candidates(context, winner.as_dict()))
+        untuned = len(untuned_candidates(context, winner))
         assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
         others = len({each.digest for each in compared.candidates}) - 1
         assert others < len(compared.candidates) - 1

@@ -115,7 +115,7 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
         assert messages() == [] and isinstance(events[0], StageSkipped)
         scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
         digest = scores_digest(alone)
-        for each in untuned_candidates(alone, a_winner(context).as_dict()):
+        for each in untuned_candidates(alone, a_winner(context)):
             write_json(
                 each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
             )
@@ -164,7 +164,7 @@ def test_the_final_folder_is_the_recorded_winners(
                 while filler.write(b"\0" * 4096):
                     pass
             with pytest.raises(StageError, match="no space left for"):
-                run_stage(Finetune(other := with_winner(alone, context.space.uniform(4))))
+                run_stage(Finetune(other := with_winner(alone, context.space.uniform("nf4"))))
             other.close()
             assert weights.read_bytes() != whole
             (records / "filler").unlink()
@@ -192,7 +192,7 @@ def test_two_workers_fine_tune_what_one_does(
             (found[workers],) = context.record(FinetuneRecord).candidates
         finally:
             context.close()
-        [winner] = candidates_for(context, [("searched", plan.as_dict(), 1)])
+        [winner] = candidates_for(context, [("searched", plan, 1)])
         folder = winner.folder
         left = sorted(path.name for path in folder.iterdir())
         assert left == ["adapter", "adapter.files.json", "owner.json", "progress", "record.json"]

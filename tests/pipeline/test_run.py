@@ -27,10 +27,12 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     report = json.loads((root / "results.json").read_text())
     table, records, claim = report["table"], report["records"], report["claim"]
     names = [row["name"] for row in table]
-    uniform, seeds = ["uniform 4-bit", "uniform 8-bit"], ["mutual-information seed", "best seed"]
-    # Beside all groups at 4 bits there may be no other plan of equal bytes.
-    random = ["random"] if "random" in names or set(records["search"]["best_plan"].values()) != {4} else []
-    assert names == ["base", "pruned", *uniform, *seeds, *random, "searched"]
+    controls = ["uniform-nf4", "uniform-int8", "paper", "unpruned-uniform", "unpruned-knapsack"]
+    # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of equal bytes.
+    random = ["random"] if "random" in names else []
+    assert names == ["base", "pruned", *controls, "best seed", *random, "searched"]
+    instead = [each["origin"] for each in records["search"]["confirmations"] if each["control"]]
+    assert {"unpruned-uniform", "paper"} <= set(instead) or "seed-mutual-information" in instead
     assert told["status"] == "ok" and told["claim"] == claim
     assert table[-1]["measured_bytes"] <= records["search"]["budget_bytes"]
     text = (root / "report.md").read_text()
@@ -55,8 +57,9 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
     search, trials = search_record(undisturbed), trials_of(undisturbed).values()
     plans = [tuple(trial["plan"].values()) for trial in trials]
     assert len(plans) == len(set(plans)) == search["num_trials"]
-    assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in trials)
-    controls = [trial for trial in trials if trial["origin"].startswith(("uniform-", "seed-"))]
+    fits = [trial for trial in trials if not trial["origin"].startswith(("unpruned-", "paper"))]
+    assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in fits)
+    controls = [trial for trial in trials if trial["origin"].startswith(("uniform-", "seed-", "unpruned-", "paper"))]
     assert controls and all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
     confirmed = {each["index"] for each in search["confirmations"]}
     assert {trial["index"] for trial in controls} <= confirmed, "and scored again on fresh rows with the finalists"
@@ -69,7 +72,7 @@ def test_final_folder_loads_in_plain_transformers(undisturbed: Path) -> None:
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "kinds = {type(m).__name__ for m in model.modules()}\n"
-        "assert {'Linear4bit', 'Int8Linear'} & kinds, kinds\n"
+        "assert {'Linear4bit', 'PackedLinear'} & kinds, kinds\n"
         "assert any('lora_A' in name for name, _ in model.named_parameters())\n"
         "ids = tokenizer('Question: What is ice?', return_tensors='pt')\n"
         "assert model.generate(**ids, max_new_tokens=4).shape[1] > ids['input_ids'].shape[1]\n"

@@ -125,9 +125,9 @@ class BankRecord(Record):
     """File name -> sha256."""
     bytes: int
     residual_ratio: dict[str, dict[str, float]]
-    """Format -> group -> Frobenius norm of W - Q - BA, divided by that of W - Q."""
+    """Format -> group -> norm of W - Q - BA (under GPTQ, of the outputs it makes), divided by that of W - Q."""
     error: dict[str, dict[str, float]] = {}
-    """Format -> group -> squared Frobenius norm of W - Q - BA, divided by that of W."""
+    """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
     group_bytes: dict[str, dict[str, int]] = {}
     """Format -> group -> bytes of the packed weights, for all formats of the search."""
 
