@@ -170,6 +170,7 @@ class Layout:
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
         """Count the bytes of the whole model under `plan`: groups, all other weights and adapters."""
+        assert plan.groups == tuple(group.name for group in self.groups), "a plan names the groups in the model's order"
         grouped = sum(self._bytes(group, name) for group, name in zip(self.groups, plan.formats, strict=True))
         return grouped + self.ungrouped_bytes + self.adapter_bytes
 

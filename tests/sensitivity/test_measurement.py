@@ -68,7 +68,7 @@ def test_rises_match_a_model_with_replaced_weights(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize(("name", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("opt", True)])
 def test_rises_match_a_model_with_a_replaced_table(tmp_path: Path, name: str, tied: bool) -> None:
     """A head that is tied to the embeddings changes with them; else each is a group."""
-    subject = banked(tmp_path, name, "block", embeddings=("int8", "bf16"), tie_word_embeddings=tied)
+    subject = banked(tmp_path, name, "block", embeddings=("q4_0", "int8", "bf16"), tie_word_embeddings=tied)
     tables = replace(subject, subject=subject.subject.tables)
     assert list(tables.starts.groups) == ["embeddings"] + ["head"] * (not tied)
     check_rises(tables)
