@@ -234,7 +234,7 @@ def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
     layout = layout_of(model_config, job.config.quantize, 2, 4, on_gpu=False)
     assert packed.memory_bytes >= tuned[1].measured_bytes
-    assert full.memory_bytes >= layout.plan_bytes(layout.uniform(16))
+    assert full.memory_bytes >= layout.plan_bytes(layout.dense())
 
 
 def test_mapped_weights_are_counted_once(tmp_path: Path) -> None:
