@@ -189,11 +189,12 @@ def _add(stage: Stage[Any], folder: Path, cut: str, wanted: Wanted, index: BankI
 
     context, files = stage.context, dict(index.files)
     jobs = _group_jobs(context, folder, cut, wanted, set(files))
+    grams = context.run_dir.root / f"grams-{cut}"
     if not jobs:
+        remove(grams)  # a killed command may have left it
         return files
     write_json(folder / store.INDEX, index)
     stage.notify(f"{sum(len(job.levels) for job in jobs)} entries to build")
-    grams = context.run_dir.root / f"grams-{cut}"
     if context.config.quantize.rounding == "gptq":
         gather = partial(_gather_grams, cut, context.checkpoint_of(cut), context.config, context.data, grams)
         context.executor.run(gather, context.emit)
