@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from qpruner.config import schema
 from qpruner.config.pruning import REDUCING
 from qpruner.config.section import Idle
-from qpruner.quantization.formats import DENSE, GridFormat, formats
+from qpruner.quantization.formats import DENSE, formats
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
@@ -78,10 +78,6 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
             yield f"`{key}` names a format twice, got {', '.join(names)}: name each once"
     if any(name not in known for names in named.values() for name in names):
         return
-    taken = {*quantize.levels, *quantize.embedding_levels}
-    if quantize.rounding == "gptq" and not any(isinstance(known[name], GridFormat) for name in taken):
-        grids = [name for name, each in known.items() if isinstance(each, GridFormat)]
-        yield f"`rounding: gptq` needs one of {', '.join(grids)} under `formats`, got {', '.join(quantize.levels)}"
     relative = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
     if relative and quantize.embedding_levels != (DENSE,):
         yield (
@@ -133,6 +129,13 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
 
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     method, levels, training = run.search.plan_method, run.quantize.levels, run.training
+    if run.quantize.rounding == "gptq" and run.lora.init == "plain":
+        grids = [name for name, each in formats().items() if each.supports_gptq]
+        if not set(grids) & set(levels):
+            yield (
+                f"`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats "
+                f"{', '.join(levels)}: take one of {', '.join(grids)}, or `lora.init: loftq`"
+            )
     if method and method not in run.measured_methods:
         yield (
             f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "

@@ -89,8 +89,8 @@ class QuantizeConfig(Section):
     embeddings: Annotated[tuple[Named, ...], Field(min_length=1)] = (DENSE,)
     """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves them unpacked."""
     rounding: Literal["nearest", "gptq"] = "nearest"
-    """Round weights to the nearest code, or so that the layer's outputs on the calibration rows change least (GPTQ);
-    nf4 and the k-quants always round to nearest."""
+    """Round weights to the nearest code, or so that the layer's outputs on the calibration rows change least (GPTQ).
+    LoftQ then counts errors of outputs too. nf4, the k-quants, embeddings and head always round to nearest."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
     """The size that a plan may have."""
 

@@ -60,7 +60,8 @@ def layout_of(
 ) -> Layout:
     """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
 
-    A group takes a format if all its layers do. Unpacked weights have `element_bytes` each, adapters too.
+    A group is offered the formats that all its layers take; all formats if there is none, as in a model that is only
+    pruned. Unpacked weights have `element_bytes` each, adapters too.
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -72,7 +73,7 @@ def layout_of(
         linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)
         levels = quantize.embedding_levels if name in tables else quantize.levels
         offered = tuple(level for level in levels if not refusals(level, linears, on_gpu))
-        groups.append(Group(name, linears, offered))
+        groups.append(Group(name, linears, offered or levels))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     grouped = sum(item.num_weights for item in groups)
     adapted = [linear for item in groups if item.name in blocks for linear in item.linears]

@@ -20,7 +20,7 @@ from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UN
 from qpruner.runs.events import Progress
 from qpruner.runs.records import BankRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import controls_of, random_plans, seed_origin, seed_plan, uniform_plans
+from qpruner.search.choice import random_plans, seed_origin, seed_plan, uniform_plans
 from qpruner.search.trial_records import objective
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
@@ -94,10 +94,10 @@ def _method_of_best_seed_plan(context: Context) -> str | None:
     """Return the method whose seed plan (best plan by its scores) did best among the finalists; None without any."""
     searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
-    controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
+    tried = controls(context)
     # Equal control plans ran as a single trial, under one of their names.
-    of_plan = {plan: names[origin] for origin, plan in reversed(controls) if origin in names}
-    methods = {origin: of_plan[plan] for origin, plan in controls if plan in of_plan}
+    of_plan = {plan: names[origin] for origin, plan in reversed(tried) if origin in names}
+    methods = {origin: of_plan[plan] for origin, plan in tried if plan in of_plan}
     seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
     best = min(seeds, key=lambda each: (objective(each, context.config), each.index), default=None)
     return methods[best.origin] if best else None

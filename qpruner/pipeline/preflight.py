@@ -276,8 +276,8 @@ def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:
     """Raise an error if a group takes none of the formats, or if a format is taken by no group."""
     levels = config.quantize.levels
     for group in layout.groups:
-        if not group.formats:
-            raise UserError(_refused(levels, group.linears, on_gpu, f"group {group.name} takes none of"))
+        if all(refusals(name, group.linears, on_gpu) for name in group.formats):
+            raise UserError(_refused(group.formats, group.linears, on_gpu, f"group {group.name} takes none of"))
     linears = [linear for group in layout.groups for linear in group.linears]
     for name in levels:
         if name not in layout.levels:

@@ -123,6 +123,8 @@ def _set_adapters(
     model = peft_model.get_base_model()
     for path in paths:
         layer: Any = model.get_submodule(path)
+        for each in (layer.lora_A, layer.lora_B):
+            each.float()  # an evaluation may have cast them
         lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         lora_a.grad = lora_b.grad = None
         if f"{path}.lora_A" in starts:

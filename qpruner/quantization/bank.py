@@ -105,6 +105,7 @@ def write_entry(bank: Path, group: str, level: str, tensors: dict[str, torch.Ten
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable for the owner only
 
     storage.retry_storage(write, path)
     return path

@@ -74,7 +74,10 @@ RULES = [
     ("quantize.bits=; quantize.formats=[nf4, nf4]", "`formats` names a format twice, got nf4, nf4: name each once"),
     ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
     ("quantize.embeddings=[int8]", "`budget.fraction` has no one meaning ... embeddings ... `budget.bytes`"),
-    ("quantize.rounding=gptq; quantize.bits=[4]", "`rounding: gptq` needs one of ... int8 ... got nf4"),
+    (
+        "quantize.rounding=gptq; quantize.bits=[4]; lora.init=plain",
+        "`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats nf4: take one of ... int8",
+    ),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     ("quantize.budget={}", "`quantize.budget`: give exactly one of fraction, mean_bits, gib, bytes; got none"),
     ("quantize.budget={fraction: 0.5, mean_bits: 5}", "give exactly one of ... got fraction, mean_bits: take one out"),

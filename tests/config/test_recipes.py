@@ -94,7 +94,7 @@ def test_no_recipe_gives_a_warning(path: Path, tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize("model", ["llama2_7b", "smollm2_135m"])
 def test_the_paper_variants_differ_only_in_bits(model: str) -> None:
     uniform, by_information, bayesian = (load_config(PAPER / f"{model}_{variant}.yaml") for variant in VARIANTS)
-    assert uniform.quantize.levels == ("nf4_double",) and uniform.measured_methods == ()
+    assert len(uniform.quantize.levels) == 1 and uniform.measured_methods == ()
     assert by_information.search.plan_method == "mutual_information"
     assert [each.is_searched for each in (uniform, by_information, bayesian)] == [False, False, True]
     assert by_information.quantize == bayesian.quantize

@@ -34,6 +34,7 @@ from tiny_families import (
 )
 from transformers import AutoConfig
 
+from qpruner.config.schema import QuantizeConfig
 from qpruner.errors import UserError
 from qpruner.models.families import families, family_of
 from qpruner.models.layout import group_linears, layout_of, output_modules
@@ -140,9 +141,9 @@ def test_sizes_are_known_before_the_cut(name: str, cut_of: Callable[[str], Kept]
             promised += (sizes[kind].count - len(stays) // sizes[kind].partitions) * sizes[kind].parameters
     before = model.num_parameters()
     assert before - cut(model, kept).num_parameters() == promised > 0
-    layout = layout_of(model.config, "projection", 4, double_quant=False, lora_rank=2)
+    layout = layout_of(model.config, QuantizeConfig(group="projection", bits=(16,)), 4, lora_rank=2, on_gpu=False)
     assert layout.num_parameters == model.num_parameters()
-    assert layout.plan_bytes(layout.uniform(16)) - layout.adapter_bytes == 4 * model.num_parameters()
+    assert layout.plan_bytes(layout.dense()) - layout.adapter_bytes == 4 * model.num_parameters()
     for group in layout.groups:
         for linear in group.linears:
             assert tuple(model.get_submodule(linear.name).weight.shape) == (linear.rows, linear.columns)

@@ -386,7 +386,7 @@ def warned(inspected: Any) -> Callable[[str | dict[str, Any], str], list[str]]:
         (
             "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=3",
             "`search.max_trials`",
-            "3 uniform and seed plans ... none of 3 trials ... `sensitivity.methods`",
+            "up to 6 plans to beat ... none of 3 trials ... `sensitivity.methods`",
         ),
     ],
 )
@@ -397,7 +397,7 @@ def test_too_little_to_tell_plans_apart_is_a_warning(change: str, words: str, me
 
 def test_enough_to_tell_plans_apart_is_no_warning(warned: Any) -> None:
     assert warned(f"{BY_ACCURACY}8", "tokens of") == warned("evaluate.limit=40", "`evaluate.tasks`") == []
-    enough = "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=4"
+    enough = "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=7"
     assert warned(enough, "`search.max_trials`") == []
 
 

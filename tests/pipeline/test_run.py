@@ -55,7 +55,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
 
 def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
     search, trials = search_record(undisturbed), trials_of(undisturbed).values()
-    plans = [tuple(trial["plan"].values()) for trial in trials]
+    plans = [(trial["cut"], *trial["plan"].values()) for trial in trials]
     assert len(plans) == len(set(plans)) == search["num_trials"]
     fits = [trial for trial in trials if not trial["origin"].startswith(("unpruned-", "paper"))]
     assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in fits)

@@ -88,7 +88,9 @@ def test_a_format_in_one_file_is_searched_and_loaded(tiny_model: Path, tmp_path:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
 
     def python(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

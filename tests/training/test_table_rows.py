@@ -98,9 +98,9 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
     assert kept == ["checkpoint-4", "checkpoint-4.files.json"]
     assert outcome.steps == 4
-    settings, model_config = job.config.quantize, AutoConfig.from_pretrained(job.candidate.checkpoint)
-    layout = layout_of(model_config, settings.group, 2, settings.double_quant, job.config.lora.rank)
-    plan = PrecisionPlan.from_dict({group.name: job.candidate.plan[group.name] for group in layout.groups})
+    model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
+    layout = layout_of(model_config, job.config.quantize, 2, job.config.lora.rank, on_gpu=False)
+    plan = PrecisionPlan.from_dict({group.name: job.candidate.plan.get(group.name, "bf16") for group in layout.groups})
     assert outcome.measured_bytes == layout.plan_bytes(plan)
 
 
@@ -180,9 +180,9 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     """A row without fine-tune does not use the adapter that a fine-tune left in its folder."""
     job = tuned[0]
     started = changed(job, seed=None)
-    dense = row_job(config, job.candidate.folder, bits=(16,), seed=None)
+    dense = row_job(config, job.candidate.folder, pattern=("bf16",), seed=None)
     start = build(job.config, job.candidate)
-    assert 4 in job.candidate.plan.values()
+    assert "nf4" in job.candidate.plan.values()
     whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
     settings, losses = job.config.evaluate, []
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
@@ -221,7 +221,7 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
 def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     """An unquantized row takes turns with the quantized one; both have the same adapter."""
     job = tuned[0]
-    dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, 16))
+    dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, "bf16"))
     signs = tmp_path / "turns"
     task = InferenceJob(job.config, (job.candidate, dense), job.data, threads=1, progress=signs)
     setting, (packed, full) = measure_inference(task)
@@ -231,9 +231,10 @@ def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     for each in (packed, full):
         assert len(each.prefill_tokens_per_second) == len(each.decode_tokens_per_second) == 3
         assert min(each.prefill_tokens_per_second) > 0 and min(each.decode_tokens_per_second) > 0
-    layout = layout_of(AutoConfig.from_pretrained(job.candidate.checkpoint), job.config.quantize.group, 2, False, 4)
+    model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
+    layout = layout_of(model_config, job.config.quantize, 2, 4, on_gpu=False)
     assert packed.memory_bytes >= tuned[1].measured_bytes
-    assert full.memory_bytes >= layout.plan_bytes(layout.uniform(16))
+    assert full.memory_bytes >= layout.plan_bytes(layout.dense())
 
 
 def test_mapped_weights_are_counted_once(tmp_path: Path) -> None:
