@@ -221,6 +221,8 @@ def test_parts_of_a_configuration_are_valid(block: Block) -> None:
         raw[section] = raw.get(section, {}) | keys if isinstance(keys, dict) else keys
         if section == "prune" and "layer_rate" in keys and "rate" not in keys:
             del raw[section]["rate"]  # only one rate is allowed
+        if section == "quantize" and "formats" in keys:
+            del raw[section]["bits"]  # as above
     validate_config(raw)
 
 
