@@ -65,7 +65,7 @@ def importance_samples(
 
 
 def sensitivity_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
-    """Make the samples that show what a group's bit-width does to the loss: shuffled rows, labels on responses."""
+    """Make the samples that show what a group's format does to the loss: shuffled rows, labels on responses."""
     keys = ("calibration.num_sensitivity_samples", "data.max_length")
     return _calibration_samples(config, examples, tokenizer, *keys, response_only=True, packing=False)
 

@@ -20,7 +20,7 @@ from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.quantization.formats import Capability, format_of, formats
 from qpruner.runs.storage import run_root
@@ -278,9 +278,10 @@ def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:
     for group in layout.groups:
         if all(refusals(name, group.linears, on_gpu) for name in group.formats):
             raise UserError(_refused(group.formats, group.linears, on_gpu, f"group {group.name} takes none of"))
-    linears = [linear for group in layout.groups for linear in group.linears]
+    blocks = [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
+    linears = [linear for group in blocks for linear in group.linears]
     for name in levels:
-        if name not in layout.levels:
+        if all(refusals(name, group.linears, on_gpu) for group in blocks):
             raise UserError(_refused((name,), linears, on_gpu, "no group takes"))
 
 

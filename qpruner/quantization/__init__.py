@@ -1,1 +1,1 @@
-"""Quantize groups of layers at every bit-width into a bank of files; from it assemble models of mixed bit-widths."""
+"""Pack groups of layers in every format into a bank of files; from it assemble models of mixed formats."""

@@ -106,6 +106,8 @@ def _factorize(
             left = torch.svd_lowrank(weighted, q=min(rank + OVERSAMPLING, *residual.shape), niter=2)[0]
     rows = left[:, :count].T @ residual
     lengths = rows.norm(dim=1, keepdim=True)
+    if root is not None:
+        lengths = (rows @ root).norm(dim=1, keepdim=True) / (root.square().sum() / len(root)).sqrt()
     lora_a = torch.zeros(rank, residual.shape[1], device=residual.device)
     lora_b = torch.zeros(residual.shape[0], rank, device=residual.device)
     lora_a[:count] = rows / lengths.clamp(min=torch.finfo(torch.float32).tiny)

@@ -55,8 +55,8 @@ FINAL = (
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
 FIRST_SEED = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
 ROWS = {
-    "not pruned": "the base model, not pruned: every group in the format that fits best, or the best plan by the error "
-    "of each group's formats (knapsack).",
+    "not pruned": "the base model, not pruned: every group in the format that fits best, or the best plan by a "
+    "sensitivity (knapsack).",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
     "uniform": "the pruned model, every group in the same format, or in the next larger one that it takes.",
     "seed": "the plan that a sensitivity chooses without a search, at the winner's bytes.",

@@ -15,7 +15,7 @@ ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
 
 
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
-"""Name of a group (layers that share a bit-width) -> paths of its linear layers, and of the modules at its end."""
+"""Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at its end."""
 
 
 @dataclass(frozen=True)
