@@ -13,7 +13,6 @@ from typing import Any
 from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnWork, device, ignore_progress, reporting_tensors
 from qpruner.quantization import mixed
-from qpruner.quantization.assembly import cast_adapters
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
 
@@ -41,5 +40,4 @@ def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder)
-    cast_adapters(model)
     return model

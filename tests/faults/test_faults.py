@@ -25,6 +25,7 @@ from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
+from qpruner.plans.plan import PRUNED
 from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import RunDir
@@ -343,8 +344,10 @@ def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> Tri
     """Make a trial of a run that has a bank, with every group at 4 bits."""
     bank = RunDir(root).read_record("bank", BankRecord)
     assert bank is not None
-    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
-    return TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / data), plan)
+    plan = dict.fromkeys(bank.residual_ratio["nf4"], "nf4")
+    return TrialJob(
+        validate_config(raw), Materials({PRUNED: root / "prune"}, {PRUNED: root / "bank"}, root / data), plan
+    )
 
 
 def test_a_diverging_trial_names_step_and_learning_rate(banked: Path, tiny_raw: dict[str, Any]) -> None:

@@ -138,7 +138,8 @@ def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None
     """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
     *_, trial = trials_of(undisturbed).values()
     threads = torch.get_num_threads()
-    materials = Materials(undisturbed / "prune", undisturbed / "bank", undisturbed / "prepare" / "data")
+    checkpoint, bank = {"pruned": undisturbed / "prune"}, {"pruned": undisturbed / "bank"}
+    materials = Materials(checkpoint, bank, undisturbed / "prepare" / "data")
     rungs: list[RungResult] = []
     torch.set_num_threads(1)
     try:
