@@ -112,8 +112,7 @@ def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
     """Return the bytes that training holds all the time, by part; adapters are trained in float32."""
-    size = layout.adapter_bytes // layout.element_bytes * FLOAT32_BYTES
-    weights = plan_bytes - layout.adapter_bytes
+    size, weights = layout.trained_bytes, plan_bytes - layout.adapter_bytes
     return {"weights": weights, "adapters": size, "gradients": size, "optimizer": 2 * size}
 
 

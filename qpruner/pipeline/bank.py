@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,12 @@ from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import check_offers, check_quantizable
+from qpruner.pipeline.preflight import Inspection, check_offers, check_quantizable
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, PrecisionPlan
-from qpruner.quantization.formats import format_of
+from qpruner.quantization.formats import ALIASES, format_of, formats
+from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, digest_of
 from qpruner.runs.storage import display_name, fetch, files_in, remove, write_json, writing_folder
@@ -31,6 +31,8 @@ from qpruner.runs.storage import display_name, fetch, files_in, remove, write_js
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
+PAPER = (ALIASES[4], ALIASES[8])
+"""Formats of the control `paper`."""
 Wanted = Mapping[str, tuple[str, ...]]
 """Group -> formats to pack it in."""
 
@@ -53,7 +55,13 @@ class Bank(Stage[BankRecord]):
         }
 
     def inputs(self) -> tuple[Any, ...]:
-        return (made_from(self.context, PRUNED), self._wanted, {name: format_of(name).version for name in self._levels})
+        from qpruner.quantization.bank import entry_digest
+
+        context = self.context
+        # The trials of controls depend on this digest too, and need entries of other formats.
+        levels = {*context.layout.levels, *context.unpruned_layout.levels, *PAPER}
+        packed = sorted(level for level in levels if format_of(level).is_packed)
+        return (made_from(context, PRUNED), self._wanted, [entry_digest("", level) for level in packed])
 
     @property
     def _levels(self) -> tuple[str, ...]:
@@ -92,8 +100,9 @@ class Bank(Stage[BankRecord]):
         for level, by_group in record.residual_ratio.items():
             for group, ratio in by_group.items():
                 name, error = str(store.entry_file(Path(), group, level)), record.error[level][group]
-                sha256 = record.files[name]
-                files[name] = store.IndexEntry(inputs=inputs, sha256=sha256, residual_ratio=ratio, error=error)
+                errors = {"residual_ratio": ratio, "error": error}
+                digest = store.entry_digest(inputs, level)
+                files[name] = store.IndexEntry(inputs=digest, sha256=record.files[name], **errors)
         return store.BankIndex(digest=record.digest, files=files)
 
     def detail(self) -> str:
@@ -105,11 +114,11 @@ class Bank(Stage[BankRecord]):
 
         context, wanted, layout = self.context, self._wanted, self.context.layout
         check_offers(self.config, layout, context.on_gpu)
-        inputs = made_from(context, PRUNED)
-        files = _reuse_entries(context.bank, scratch, inputs, wanted)
+        files = _reuse_entries(context.bank, scratch, made_from(context, PRUNED))
         index = store.BankIndex(digest=self.digest, files=files)
         write_json(scratch / store.INDEX, index)
-        files = _add(self, scratch, PRUNED, wanted, index)
+        built = _add(self, scratch, PRUNED, wanted, index)
+        files = {name: built[name] for name in sorted(_names(wanted))}
         sizes = files_in(scratch)
         by_level: dict[str, dict[str, IndexEntry]] = {level: {} for level in self._levels}
         for group, levels in wanted.items():
@@ -140,15 +149,29 @@ class Bank(Stage[BankRecord]):
         from qpruner.pruning.grams import gram_bytes
 
         inspection, gptq = self.context.inspection, self.config.quantize.rounding == "gptq"
-        base, pruned = inspection.base, inspection.pruned
-        grams = sum(gram_bytes(base, inspection.model_config)) if gptq else 0
-        # The unpruned controls are two plans, each within the budget or the smallest.
-        unpruned = 0 if self.config.prune.is_off else 2 * base.plan_bytes(base.smallest())
-        return sum(pruned.plan_bytes(pruned.uniform(level)) for level in pruned.levels) + unpruned + grams
+        grams = sum(gram_bytes(inspection.base, inspection.model_config)) if gptq else 0
+        return bank_bytes(self.config, inspection) + grams
+
+
+def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
+    """Estimate the bytes of the entries of a run, those of its controls included; adapters are in float32."""
+    base, pruned, size = inspection.base, inspection.pruned, 0
+    for level in pruned.levels:
+        if format_of(level).is_packed:
+            size += sum(each or 0 for each in pruned.group_bytes(level)) + pruned.trained_bytes
+    extra = [level for level in PAPER if level not in pruned.levels]
+    if extra and MUTUAL_INFORMATION in config.measured_methods:  # one plan of formats that are not the run's
+        blocks = [group for group in pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
+        size += sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks) + pruned.trained_bytes
+    if not config.prune.is_off:  # two plans, each in the budget or the smallest
+        smallest, largest = base.plan_bytes(base.smallest()), base.plan_bytes(base.largest())
+        plan_bytes = max(smallest, min(inspection.budget_bytes, largest))
+        size += 2 * (plan_bytes - base.adapter_bytes + base.trained_bytes)
+    return size
 
 
 def made_from(context: Context, cut: str) -> str:
-    """Compute the digest of everything that an entry of a cut's bank depends on, besides its format."""
+    """Compute the digest of everything that entries of a cut's bank depend on, besides their formats."""
     from qpruner.quantization.bank import VERSION
 
     config, quantize, pruned = context.config, context.config.quantize, context.record(PruneRecord)
@@ -157,7 +180,7 @@ def made_from(context: Context, cut: str) -> str:
         model = (context.record(PrepareRecord).digest,)
     starts = config.lora.model_copy(update={"dropout": 0.0})
     calibration = (config.calibration, context.record(PrepareRecord).digest) if quantize.rounding == "gptq" else ()
-    settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION, version("bitsandbytes"))
+    settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
     return digest_of(cut, *model, *settings)
 
 
@@ -177,10 +200,12 @@ def add_entries(stage: Stage[Any], plans: Iterable[PrecisionPlan]) -> None:
         with suppress(CorruptFile):
             index = store.read_index(folder)
         needed = _names(of_cut) & index.files.keys()
-        fitting = {name: index.files[name].sha256 for name in needed if index.files[name].inputs == inputs}
-        lost = needed - set(store.intact_files(folder, fitting))
+        lost = needed - _intact(folder, {name: index.files[name] for name in needed}, inputs).keys()
         kept = {name: each for name, each in index.files.items() if name not in lost}
-        _add(stage, folder, cut, of_cut, index.model_copy(update={"files": kept}))
+        digest = inputs if cut == UNPRUNED else index.digest
+        files = _add(stage, folder, cut, of_cut, store.BankIndex(digest=digest, files=kept))
+        if files.keys() != kept.keys():
+            stage.context.executor.close()  # the models that need the entries need its memory
 
 
 def _add(stage: Stage[Any], folder: Path, cut: str, wanted: Wanted, index: BankIndex) -> dict[str, IndexEntry]:
@@ -237,35 +262,43 @@ def _gather_grams(
             write_grams(scratch / _gram_file(next(iter(grams))[0]), grams)
 
 
-def _reuse_entries(bank: Path, scratch: Path, inputs: str, wanted: Wanted) -> dict[str, IndexEntry]:
-    """Link intact files of `bank` with these inputs into `scratch`, if they are wanted; return their index entries.
+def _reuse_entries(bank: Path, scratch: Path, inputs: str) -> dict[str, IndexEntry]:
+    """Link intact files of `bank` with these inputs into `scratch`; return their index entries.
 
-    Such files that a killed command left in `scratch` are kept and count too. All others are removed from `scratch`:
-    some may be links, and writing to a link would change the earlier bank.
+    Entries of controls, which the stage itself does not build, are kept too. Such files that a killed command left in
+    `scratch` are kept and count too. All others are removed from `scratch`: some may be links, and writing to a link
+    would change the earlier bank.
     """
     from qpruner.quantization import bank as store
 
-    kept = _fitting(scratch, inputs, wanted)
+    kept = _fitting(scratch, inputs)
     for name in set(files_in(scratch)) - {*kept, store.INDEX}:
         remove(scratch / name)
-    earlier = {} if scratch == bank else _fitting(bank, inputs, wanted)  # equal for a run at a URI
+    earlier = {} if scratch == bank else _fitting(bank, inputs)  # equal for a run at a URI
     for name in earlier.keys() - kept.keys():
         (scratch / name).parent.mkdir(exist_ok=True)
         (scratch / name).hardlink_to(bank / name)
     return earlier | kept
 
 
-def _fitting(bank: Path, inputs: str, wanted: Wanted) -> dict[str, IndexEntry]:
-    """Return the index entries of intact files in `bank` that are wanted and have this digest of inputs."""
+def _fitting(bank: Path, inputs: str) -> dict[str, IndexEntry]:
+    """Return the index entries of intact files in `bank` that have this digest of inputs."""
     from qpruner.quantization import bank as store
 
     try:
-        index = store.read_index(bank)
+        return _intact(bank, store.read_index(bank).files, inputs)
     except CorruptFile:
         return {}
-    names = _names(wanted)
-    fitting = {name: entry for name, entry in index.files.items() if entry.inputs == inputs and name in names}
-    intact = store.intact_files(bank, {name: entry.sha256 for name, entry in fitting.items()})
+
+
+def _intact(bank: Path, entries: Mapping[str, IndexEntry], inputs: str) -> dict[str, IndexEntry]:
+    """Return those entries of a bank that have this digest of inputs and whose files are intact."""
+    from qpruner.quantization import bank as store
+
+    levels = {Path(name).parent.name for name in entries} & formats().keys()
+    digests = {level: store.entry_digest(inputs, level) for level in levels if not format_of(level).missing()}
+    fitting = {name: each for name, each in entries.items() if each.inputs == digests.get(Path(name).parent.name)}
+    intact = store.intact_files(bank, {name: each.sha256 for name, each in fitting.items()})
     return {name: fitting[name] for name in intact}
 
 

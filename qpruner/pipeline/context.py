@@ -137,8 +137,8 @@ class Context:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Estimated bytes of a training checkpoint: the adapter and its two Adam moments."""
-        return 3 * self.inspection.pruned.adapter_bytes
+        """Estimated bytes of a training checkpoint at most: the adapter of the base model and its two Adam moments."""
+        return 3 * self.inspection.base.trained_bytes
 
     @cached_property
     def space(self) -> PlanSpace:

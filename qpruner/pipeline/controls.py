@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qpruner.models.layout import refusals
+from qpruner.pipeline.bank import PAPER
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
-from qpruner.quantization.formats import ALIASES, DENSE, format_of
+from qpruner.quantization.formats import DENSE, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import BankRecord, PruneRecord, SensitivityRecord
 from qpruner.search.choice import best_uniform, controls_of, seed_plan
@@ -57,7 +58,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
     methods, layout = context.record(SensitivityRecord).methods, context.layout
     if MUTUAL_INFORMATION not in methods:
         return None
-    small, large, groups = ALIASES[4], ALIASES[8], []
+    (small, large), groups = PAPER, []
     for group in layout.groups:
         levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else (small, large)
         if any(refusals(level, group.linears, context.on_gpu) for level in levels):

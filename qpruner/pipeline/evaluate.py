@@ -9,6 +9,7 @@ from typing import Any
 
 from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
+from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import candidates_for, job_progress, run_jobs, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import setting_aside_damaged_adapter
@@ -45,6 +46,7 @@ class Evaluate(Stage[EvalRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs = self.context, self.jobs
+        add_entries(self, [PrecisionPlan.from_dict(dict(job.plan), job.cut) for job in jobs])
         about, text = held_out_text(context, scratch / "text")
         inspection, settings = context.inspection, self.config.evaluate
         questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]

@@ -13,10 +13,9 @@ from pathlib import Path
 from qpruner.cluster.node_check import Copies, NodeReport, look_at_all
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
+from qpruner.pipeline.bank import bank_bytes
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import amount, check_device, check_gpu
-from qpruner.plans.plan import Layout
-from qpruner.quantization.formats import format_of
+from qpruner.pipeline.preflight import Inspection, amount, check_device, check_gpu
 from qpruner.runs.events import TableMade
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import BANK_CACHE, RunDir
@@ -29,7 +28,7 @@ def look_at_nodes(context: Context) -> None:
     config, resources, inspection = context.config, context.trial_resources, context.inspection
     root = context.run_dir.root
     with _test_file(root) as (folder, driver):
-        reports = look_at_all(folder, driver, _node_copies(config, inspection.pruned, context.run_dir))
+        reports = look_at_all(folder, driver, _node_copies(config, inspection, context.run_dir))
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
     rows = tuple(row(report, found[report.id]) for report in reports)
@@ -44,17 +43,15 @@ def look_at_nodes(context: Context) -> None:
         check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
-def _node_copies(config: RunConfig, layout: Layout, run: RunDir) -> Copies:
+def _node_copies(config: RunConfig, inspection: Inspection, run: RunDir) -> Copies:
     """Return what each node copies, to check its disk: the bank, and the pruned model unless nodes read it in place."""
     banked: list[str] = []
     with contextlib.suppress(CorruptFile):  # the bank stage reports it
         record = run.read_record("bank", BankRecord)
         banked = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
-    levels = [level for level in layout.levels if format_of(level).is_packed]
-    bank = sum(sum(size or 0 for size in layout.group_bytes(level)) + layout.adapter_bytes for level in levels)
-    copies = {BANK_CACHE: ("the bank", bank, banked)}
+    copies = {BANK_CACHE: ("the bank", bank_bytes(config, inspection), banked)}
     if not run.storage.fills_this_disk:
-        pruned = layout.num_parameters * layout.element_bytes
+        pruned = inspection.pruned.num_parameters * inspection.pruned.element_bytes
         copies[CACHE] = ("the pruned model", pruned, [f"{run.root.relative_to(cache_root())}/**/*"])
     return copies
 

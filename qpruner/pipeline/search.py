@@ -369,6 +369,7 @@ def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: Sear
     found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
     context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
+    add_entries(stage, [plan_of(finalists[position]) for position in left])
     candidates, held = [_candidate(context, finalists[position], job) for position in left], list[float]()
     for number, score in run_jobs(context, confirm_trial, candidates, on_held=held.append):
         position = left[number]

@@ -133,7 +133,7 @@ class Layout:
 
     groups: tuple[Group, ...]  # in model order
     ungrouped_bytes: int  # norms, biases and other weights in no group
-    adapter_bytes: int  # LoRA matrices
+    adapter_bytes: int  # LoRA matrices as they are served, see `trained_bytes`
     element_bytes: int  # bytes of one unquantized weight
     num_parameters: int  # without adapters
     cut: str = PRUNED
@@ -147,6 +147,11 @@ class Layout:
     def offered(self) -> dict[str, tuple[str, ...]]:
         """Map each group to the formats it is offered."""
         return {group.name: group.formats for group in self.groups}
+
+    @property
+    def trained_bytes(self) -> int:
+        """Count the bytes of the adapters in float32, as they are trained and kept in the bank and in checkpoints."""
+        return self.adapter_bytes // self.element_bytes * 4
 
     def uniform(self, name: str) -> PrecisionPlan:
         """Return the plan with every group in one format; one that is not offered it takes its next larger one."""

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors
 from qpruner.quantization.rounding import change_size, pack
 from qpruner.runs import storage
-from qpruner.runs.records import Recorded
+from qpruner.runs.records import Recorded, digest_of
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import OnPiece
 
@@ -38,7 +39,7 @@ FEW_WEIGHTS = 10_000_000
 
 
 class IndexEntry(Recorded):
-    """A file of the bank: digest of what it was made from, sha256, and what is left of the weights' error."""
+    """A file of the bank: its `entry_digest`, sha256, and what is left of the weights' error."""
 
     inputs: str
     sha256: str
@@ -93,6 +94,12 @@ def build_entry(
     return Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
 
 
+def entry_digest(inputs: str, level: str) -> str:
+    """Compute the digest of all that an entry depends on: of its `inputs`, and of what packs its format."""
+    packing = format_of(level)
+    return digest_of(inputs, level, packing.version, version(packing.package) if packing.package else "")
+
+
 def entry_file(bank: Path, group: str, level: str) -> Path:
     """Return the path of the file of one (group, format)."""
     return bank / level / f"{group}.safetensors"
@@ -127,7 +134,7 @@ class GroupJob:
     """None for embeddings and head, which have no adapter."""
     seed: int
     inputs: str = ""
-    """Digest of the inputs of the entries, to be written into the index."""
+    """Digest of all that the entries depend on besides their formats."""
     grams: Path | None = None
     """File with the Gram matrices of the layers' inputs, if GPTQ rounds them."""
     threads: int | None = None
@@ -151,7 +158,7 @@ def build_group(job: GroupJob) -> dict[str, IndexEntry]:
         sha256 = storage.put_file(file, entry_file(job.bank, job.group, level))
         name = str(entry_file(Path(), job.group, level))
         errors = {"residual_ratio": entry.residual_ratio, "error": entry.error}
-        built[name] = IndexEntry(inputs=job.inputs, sha256=sha256, **errors)
+        built[name] = IndexEntry(inputs=entry_digest(job.inputs, level), sha256=sha256, **errors)
     return built
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import flip_a_byte, raw_config, with_key
+from conftest import flip_a_byte, ignore, raw_config, with_key, with_keys
 
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
+from qpruner.pipeline import preflight
+from qpruner.pipeline.bank import Bank, add_entries
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import controls
+from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.run import run
 from qpruner.quantization.bank import INDEX, read_index
+from qpruner.quantization.formats import format_of, formats
 from qpruner.runs.events import Event, Message, Progress, StageSkipped, StageStarted
 from qpruner.runs.records import BankRecord
-from qpruner.runs.storage import file_digest, folder_digests
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, folder_digests, write_json
 
 Raw = dict[str, Any]
 
@@ -90,6 +98,68 @@ def test_another_format_builds_no_file_anew(tiny_raw: Raw) -> None:
     record, _ = bank_of(with_key(tiny_raw, "quantize.bits", [4, 8, 16]))
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == places
     assert len(record.files) == 2 * len(places)
+
+
+def places(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+
+def test_a_new_version_of_a_format_is_packed_anew(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(raw["output"]) / "bank"
+    before = places(folder / "nf4")
+    monkeypatch.setitem(formats(), "int8", replace(format_of("int8"), version=2))
+    os.truncate(stale := folder / "int8" / "layers.0.down.safetensors", 8)
+    index = read_index(folder)  # as if version 1 had packed other bytes
+    entry = index.files["int8/layers.0.down.safetensors"].model_copy(update={"sha256": file_digest(stale)})
+    files = index.files | {"int8/layers.0.down.safetensors": entry}
+    write_json(folder / INDEX, index.model_copy(update={"files": files}))
+    _, events = bank_of(raw)
+    assert len(built(events)) == len(before) and stale.stat().st_size > 8
+    assert places(folder / "nf4") == before
+
+
+def test_a_new_version_of_its_package_packs_nf4_anew(raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(raw["output"]) / "bank"
+    before = {level: places(folder / level) for level in ("nf4", "int8")}
+    (about := tmp_path / "new" / "bitsandbytes-99.0.dist-info").mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 99.0\n")
+    monkeypatch.syspath_prepend(str(about.parent))
+    bank_of(raw)
+    after = {level: places(folder / level) for level in ("nf4", "int8")}
+    assert after["int8"] == before["int8"] and not set(after["nf4"].values()) & set(before["nf4"].values())
+
+
+def test_entries_that_a_new_bank_lacks_are_kept(raw: Raw) -> None:
+    """Those of the paper's flow may be of other formats than the run's."""
+    folder = Path(raw["output"]) / "bank"
+    flip_a_byte(folder / "int8" / "layers.0.down.safetensors")
+    record, _ = bank_of(with_key(raw, "quantize.bits", [4, 16]))
+    assert {name.partition("/")[0] for name in record.files} == {"nf4"}
+    assert set(folder_digests(folder)) == {*read_index(folder).files, INDEX}
+    _, events = bank_of(raw)
+    assert built(events) == ["layers.0.down"]
+
+
+@pytest.fixture
+def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
+    """A run of formats that the paper does not use, with the entries of its controls."""
+    shutil.copytree(sensed_raw["output"], tiny_raw["output"])
+    del tiny_raw["quantize"]["bits"]
+    keys = {"quantize.formats": ["q4_0", "q8_0"], "sensitivity.methods": ["mutual_information"], "lora.rank": 32}
+    config = validate_config(with_keys(tiny_raw, **keys))
+    run(config, ignore, until="sensitivity")
+    context = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
+    recorded(context)
+    add_entries(Bank(context), [plan for _, plan in controls(context)])
+    return context
+
+
+def test_the_bank_takes_the_room_that_was_estimated(with_controls: Context) -> None:
+    context = with_controls
+    assert {"nf4", "q4_0"} <= {path.name for path in context.bank.iterdir()}
+    banks = [context.bank_of(cut) for cut in ("pruned", "base")]
+    size = sum(path.stat().st_size for bank in banks for path in bank.rglob("*.safetensors"))
+    assert size <= Bank(context).disk_bytes() < 1.5 * size
 
 
 def interrupt(raw: Raw, num_groups: int) -> list[Event]:
@@ -177,3 +247,29 @@ def test_a_bank_file_damaged_under_a_search_stops_it(raw: Raw) -> None:
     assert searched is not None
     assert built(events) == ["layers.1.down"]
     assert (searched.num_trials, searched.num_failed) == (3, 0)
+
+
+@pytest.mark.slow
+def test_a_damaged_bank_of_finalists_is_built_again(tiny_raw: Raw) -> None:
+    """The second command tries the given plan only, and scores the controls of the first again."""
+    del tiny_raw["quantize"]["bits"]
+    keys = {"quantize.formats": ["q4_0", "q8_0"], "sensitivity.methods": ["mutual_information"], "search.steps": 1}
+    raw, root = with_keys(tiny_raw, **keys), Path(tiny_raw["output"])
+    run(validate_config(raw), ignore, until="search")
+    config = validate_config(raw)
+    context = Context(config, RunDir(root), ignore, None, preflight.inspect(config))
+    for checkpoint in (checkpoints := list(root.glob("trials/*/*/checkpoint-*"))):
+        size = sum(path.stat().st_size for path in checkpoint.iterdir())
+        assert context.checkpoint_bytes < 1.2 * size < 2 * context.checkpoint_bytes, "adapter and moments in float32"
+    assert checkpoints
+    papers, base = root / "bank" / "nf4", root / "bank-base" / "q4_0"
+    intact, before = places(papers), folder_digests(base)
+    flip_a_byte(base / min(before))
+    (root / "bank" / "q8_0" / "layers.1.down.safetensors").unlink()
+    scores = list(root.glob("trials/*/*/fresh.json"))
+    for path in scores:
+        path.unlink()
+    events: list[Event] = []
+    run(validate_config(with_key(raw, "search.plan", "mutual_information")), events.append, until="search")
+    assert built(events) == ["layers.1.down"] and places(papers) == intact
+    assert folder_digests(base) == before and any(path.exists() for path in scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ignore, with_key
-from searched_runs import with_winner
+from searched_runs import searched_record, with_records, with_winner
 
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
@@ -17,22 +18,21 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import unpruned_controls
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import folder_digests
 from qpruner.training.table_rows import evaluate_candidate, finetune_candidate
 
 
-def test_gpu_seconds_of_each_job_are_counted_once(
-    context: Context, changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that share a model count once; each faked job reserves half a GPU for 8 seconds."""
-    winner = context.space.uniform("int8")  # a control
-    context = with_winner(changed("training.learning_rate", 0.003), winner)
-    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are faked: each reserves half a GPU for 8 seconds."""
 
     def run_tasks(function: Any, jobs: Sequence[Any], resources: dict[str, float], *_: Any, **more: Any) -> Any:
         assert resources["gpu"] == 0.5
@@ -55,6 +55,39 @@ def test_gpu_seconds_of_each_job_are_counted_once(
     monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
     monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda *given: None)
+
+
+def forget(context: Context) -> None:
+    for stage in (Finetune, Evaluate, Comparison):
+        context.run_dir.forget(stage.name)
+
+
+@pytest.mark.usefixtures("faked")
+def test_a_lost_bank_of_the_base_model_is_built_again(context: Context) -> None:
+    """It is lost after the fine-tune, so evaluation has to build it."""
+    [*_, (_, plan)] = unpruned_controls(context)
+    searched = searched_record(plan).model_copy(update={"best_cut": UNPRUNED})
+    context = with_records(replace(context), search=searched)
+    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
+    bank = context.bank_of(UNPRUNED)
+    try:
+        run_stage(Finetune(context))
+        before = folder_digests(bank)
+        shutil.rmtree(bank)
+        run_stage(Evaluate(context))
+        assert before and folder_digests(bank) == before
+    finally:
+        forget(context)
+        shutil.rmtree(bank)
+
+
+@pytest.mark.usefixtures("faked")
+def test_gpu_seconds_of_each_job_are_counted_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
+    """Rows that share a model count once."""
+    winner = context.space.uniform("int8")  # a control
+    context = with_winner(changed("training.learning_rate", 0.003), winner)
+    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
+
     try:
         for stage in (Finetune, Evaluate, Comparison):
             run_stage(stage(context))
@@ -70,8 +103,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "without the winner"
         assert context.gpus_held(2) == 2.0, "workers of one model have whole GPUs"
     finally:
-        for stage in (Finetune, Evaluate, Comparison):
-            context.run_dir.forget(stage.name)
+        forget(context)
 
 
 def test_the_text_is_described(context: Context, sensed_raw: dict[str, Any], tmp_path: Path) -> None:
