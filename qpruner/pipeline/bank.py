@@ -22,7 +22,7 @@ from qpruner.pipeline.preflight import Inspection, check_offers, check_quantizab
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, PrecisionPlan
-from qpruner.quantization.formats import ALIASES, format_of, formats
+from qpruner.quantization.formats import PAPER, format_of, formats
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, digest_of
@@ -31,8 +31,6 @@ from qpruner.runs.storage import display_name, fetch, files_in, remove, write_js
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
-PAPER = (ALIASES[4], ALIASES[8])
-"""Formats of the control `paper`."""
 Wanted = Mapping[str, tuple[str, ...]]
 """Group -> formats to pack it in."""
 
