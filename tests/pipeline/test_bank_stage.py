@@ -190,6 +190,7 @@ def test_files_of_an_interrupted_bank_change_no_other_bank(raw: Raw) -> None:
     """The interrupted command had linked files of the finished bank."""
     raw = with_key(raw, "quantize.bits", [4, 16])
     record, _ = bank_of(raw)
+    shutil.rmtree(Path(raw["output"]) / "bank" / "int8")
     interrupt(with_key(raw, "quantize.bits", [4, 8, 16]), 1)
     other = with_key(raw, "lora.rank", 2)
     first = interrupt(other, 2)
