@@ -124,7 +124,7 @@ def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) ->
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, layout.offered)
+    plan = read_plan(file, layout.offered, (PRUNED, UNPRUNED) if config.prune.is_off else (PRUNED,))
     if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
