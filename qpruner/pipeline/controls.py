@@ -3,7 +3,7 @@
 - `paper`: the flow of the QPruner paper: the pruned model in nf4 and int8, chosen by mutual information;
 - `seed-METHOD`: the best plan of the pruned model by a sensitivity;
 - `uniform-FORMAT`: every block of the pruned model in one format;
-- `unpruned-uniform`, `unpruned-knapsack`: the base model in one format, and its best plan by a sensitivity.
+- `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by a sensitivity.
 
 A control that no budget can hold is tried with its fewest bytes; it cannot win.
 """
@@ -43,9 +43,10 @@ def unpruned_controls(context: Context) -> list[Control]:
     if pruned.parameters_after == pruned.parameters_before:
         return []
     space = PlanSpace.of(context.unpruned_layout, context.space.budget_bytes)
-    found = [("unpruned-uniform", best_uniform(space))]
+    rises = _unpruned_rises(context, space)
+    found = [("unpruned-uniform", best_uniform(space, rises))]
     if space.is_feasible(space.smallest()):
-        found.append(("unpruned-knapsack", seed_plan(_unpruned_rises(context, space), space)))
+        found.append(("unpruned-knapsack", seed_plan(rises, space)))
     return found
 
 
