@@ -18,7 +18,7 @@ from dataclasses import replace
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
-from qpruner.quantization.formats import ALIASES, DENSE, format_of
+from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import BankRecord, PruneRecord, SensitivityRecord
 from qpruner.search.choice import best_uniform, controls_of, seed_plan
@@ -58,9 +58,9 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
     methods, layout = context.record(SensitivityRecord).methods, context.layout
     if MUTUAL_INFORMATION not in methods:
         return None
-    small, large, groups = ALIASES[4], ALIASES[8], []
+    groups = []
     for group in layout.groups:
-        levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else (small, large)
+        levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else PAPER
         if any(refusals(level, group.linears, context.on_gpu) for level in levels):
             return None
         groups.append(replace(group, formats=levels))
@@ -69,7 +69,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
         return space.smallest()
     values = methods[MUTUAL_INFORMATION].values.values()
     shares = [next(of[at] for of in values if of[at] is not None) for at in range(len(groups))]
-    return seed_plan({small: shares, large: [0.0] * len(shares), DENSE: [0.0] * len(shares)}, space)
+    return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space)
 
 
 def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:

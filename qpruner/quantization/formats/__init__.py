@@ -15,6 +15,7 @@ from qpruner.quantization.formats.format import Capability, Format, GridFormat
 __all__ = [
     "ALIASES",
     "DENSE",
+    "PAPER",
     "Capability",
     "Format",
     "GridFormat",
@@ -28,6 +29,8 @@ DENSE = "bf16"
 """The format of unpacked weights, which have the type `model.dtype`."""
 ALIASES = {4: "nf4", 8: "int8", 16: DENSE}
 """Format for each bit-width of `quantize.bits`."""
+PAPER = (ALIASES[4], ALIASES[8])
+"""The formats of the QPruner paper."""
 
 NO_FORMATS = {"format", "layers", "rows"}
 """Files of this folder that make no format; `layers` imports torch."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 64  # weights that share one scale
 NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
 NEEDED_CAPABILITY = (6, 0)  # of bitsandbytes' kernels
+STATE = "weight.quant_state.bitsandbytes__nf4"  # JSON as bytes: block sizes, shape and type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,15 @@ class Nf4(Format):
     bits: float = 4
     package: str = "bitsandbytes"
     holds_embeddings: bool = False
+    more_tensors: tuple[str, ...] = (
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_map",
+        "weight.absmax",
+        STATE,
+    )
+    uncounted: tuple[str, ...] = (STATE,)
+    peft_flag: str = "is_loaded_in_4bit"
     double_quant: bool
     """Whether the scales are quantized too, to 8 bits."""
 
