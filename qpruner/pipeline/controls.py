@@ -1,6 +1,6 @@
 """The plans that a search has to beat: what a user would do without a search, within the same bytes.
 
-- `unpruned-uniform`, `unpruned-knapsack`: the base model in one format, and its best plan by a sensitivity;
+- `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by a sensitivity;
 - `paper`: the flow of the QPruner paper: the pruned model in nf4 and int8, chosen by mutual information;
 - `seed-METHOD`: the best plan of the pruned model by a sensitivity;
 - `uniform-FORMAT`: every block of the pruned model in one format.
@@ -18,7 +18,7 @@ from dataclasses import replace
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
-from qpruner.quantization.formats import ALIASES, DENSE, format_of
+from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import BankRecord, PruneRecord, SensitivityRecord
 from qpruner.search.choice import best_uniform, controls_of, seed_plan
@@ -44,9 +44,10 @@ def unpruned_controls(context: Context) -> list[Control]:
     if pruned.parameters_after == pruned.parameters_before or any(refused):
         return []
     space = PlanSpace.of(context.unpruned_layout, context.space.budget_bytes)
-    found = [("unpruned-uniform", best_uniform(space))]
+    rises = _unpruned_rises(context, space)
+    found = [("unpruned-uniform", best_uniform(space, rises))]
     if space.is_feasible(space.smallest()):
-        found.append(("unpruned-knapsack", seed_plan(_unpruned_rises(context, space), space)))
+        found.append(("unpruned-knapsack", seed_plan(rises, space)))
     return found
 
 
@@ -58,9 +59,9 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
     methods, layout = context.record(SensitivityRecord).methods, context.layout
     if MUTUAL_INFORMATION not in methods:
         return None
-    small, large, groups = ALIASES[4], ALIASES[8], []
+    groups = []
     for group in layout.groups:
-        levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else (small, large)
+        levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else PAPER
         if any(refusals(level, group.linears, context.on_gpu) for level in levels):
             return None
         groups.append(replace(group, formats=levels))
@@ -69,7 +70,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
         return space.smallest()
     values = methods[MUTUAL_INFORMATION].values.values()
     shares = [next(of[at] for of in values if of[at] is not None) for at in range(len(groups))]
-    return seed_plan({small: shares, large: [0.0] * len(shares), DENSE: [0.0] * len(shares)}, space)
+    return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space)
 
 
 def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:

@@ -22,8 +22,8 @@ from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import device
 from qpruner.plans.plan import HEAD
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
-from qpruner.quantization.formats import DENSE, format_of
-from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, layer_tensors, packed_layer
+from qpruner.quantization.formats import DENSE, format_of, formats
+from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, flag_for_peft, layer_tensors, packed_layer
 from qpruner.runs.storage import OnPiece, read_json
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def attach_adapters(
     """
     from peft import get_peft_model
 
-    # As in MixedPrecisionQuantizer: the model of the next plan may have layers of bitsandbytes if this one has none.
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    flag_for_peft(model)
     paths = [path for paths in group_linears(model.config, grouping).values() for path in paths]
     peft_model: PeftModel = get_peft_model(model, _peft_config(lora, {path.rpartition(".")[2] for path in paths}))
     _set_adapters(peft_model, starts, lora, paths, seed)
@@ -230,7 +229,7 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
     from peft import inject_adapter_in_model
 
     holder = torch.nn.Module()
-    holder.is_loaded_in_4bit = True  # type: ignore[assignment]
+    flag_for_peft(holder)
     names = {path: f"layer_{position}" for position, path in enumerate(layers)}
     for path, layer in layers.items():
         holder.add_module(names[path], layer)
@@ -282,12 +281,11 @@ def cast_adapters(model: Any) -> None:
 def measured_bytes(model: Any) -> int:
     """Count the bytes of all tensors of a model as they are saved; a shared tensor counts once.
 
-    Adapters are trained in float32 and saved in the model's type. bitsandbytes also stores a JSON blob for each NF4
-    layer, which is not counted.
+    Adapters are trained in float32 and saved in the model's type.
     """
-    sizes = {}
+    sizes, uncounted = {}, tuple(f".{name}" for found in formats().values() for name in found.uncounted)
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and ".quant_state." not in name:
+        if isinstance(tensor, torch.Tensor) and not name.endswith(uncounted):
             element_bytes = model.config.dtype.itemsize if ".lora_" in name else tensor.element_size()
             sizes[tensor.data_ptr()] = tensor.numel() * element_bytes
     return sum(sizes.values())

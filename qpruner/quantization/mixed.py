@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -63,6 +62,13 @@ def _like(module: torch.nn.Module, layer: torch.nn.Module) -> torch.nn.Module:
     return layer.requires_grad_(False).train(module.training)
 
 
+def flag_for_peft(model: Any) -> None:
+    """Let peft recognize the layers of every format, as the model of the next plan may have formats that this lacks."""
+    for found in formats().values():
+        if found.peft_flag:
+            setattr(model, found.peft_flag, True)
+
+
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint: `formats` maps the paths of packed layers to names of formats.
@@ -104,19 +110,26 @@ def _usable(name: str, path: str, module: Any) -> Format:
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Pass the tensors of a layer of bitsandbytes to the reader of transformers, and all others through."""
+    """Fill a layer whose format stores more than one tensor, and pass all other tensors through."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
-        self._reader = Bnb4bitDeserialize(hf_quantizer)
+        self._formats: dict[str, str] = hf_quantizer.quantization_config.formats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
         """Return itself: transformers copies this object for each layer, and a copy would include the whole config."""
         return self
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
         """Convert the stored tensors of one layer into its parameters."""
-        result: dict[str, Any] = self._reader.convert(input_dict, **kwargs)
-        return result
+        if len(input_dict) == 1:
+            return input_dict
+        tensors = {name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()}
+        layer, _ = get_module_from_name(model, full_layer_name)
+        format_of(self._formats[full_layer_name.removesuffix(".weight")]).fill(layer, tensors)
+        layer._is_hf_initialized = True
+        return {"weight": layer.weight}
 
 
 @register_quantizer(METHOD)
@@ -124,11 +137,12 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     """Build a mixed-precision model in `from_pretrained`, and allow `save_pretrained` to save it."""
 
     requires_calibration = True
-    _parts = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4")
-    serialized_names = {"weight": ["weight", *[f"weight.{part}" for part in _parts]]}
+    serialized_names = {
+        "weight": list(dict.fromkeys(["weight", *[name for each in formats().values() for name in each.more_tensors]]))
+    }
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return True for packed weights, whose shape is not that of the empty layer if bitsandbytes made it."""
+        """Return True for packed weights, whose shape may not be that of the empty layer."""
         module, name = get_module_from_name(model, param_name)
         is_packed = not module.weight.is_floating_point() if name == "weight" else False
         return is_packed and not isinstance(module, PackedLinear | PackedEmbedding)
@@ -149,8 +163,7 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(path, layer.requires_grad_(False))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # peft uses its LoRA layer for bitsandbytes' layers only if the model has this flag.
-        model.is_loaded_in_4bit = True
+        flag_for_peft(model)
         # Packed tensors are saved unchanged; transformers 5.24 would ask _Deserialize for an inverse and fail.
         model._weight_conversions = [
             conversion

@@ -26,7 +26,7 @@ class Format:
 
     `pack` turns a weight into one uint8 tensor `weight` ``(rows, row bytes)`` in which every row can be unpacked alone,
     so that one layer and one embedding serve all formats. A format that needs other tensors or another layer overrides
-    `empty_layer`.
+    `empty_layer` and `fill`, and names the tensors in `more_tensors`.
     """
 
     name: str
@@ -42,8 +42,16 @@ class Format:
     """Python package that packs the weights, besides torch; empty if none is needed."""
     extra: str = ""
     """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
+    doubled: str = ""
+    """Name of the format with quantized scales that `quantize.double_quant` takes in place of this one, if any."""
     holds_embeddings: bool = True
     """Whether single rows of an embedding can be unpacked."""
+    more_tensors: tuple[str, ...] = ()
+    """Names of the tensors that `pack` returns besides `weight`; they are saved, and `fill` takes them."""
+    uncounted: tuple[str, ...] = ()
+    """Those of `more_tensors` that hold no weights and are not counted as bytes."""
+    peft_flag: str = ""
+    """Attribute that must be true on a model, so that peft puts its own LoRA layer on layers of this format."""
 
     @property
     def ink(self) -> str:

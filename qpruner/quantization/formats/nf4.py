@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 64  # weights that share one scale
 NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization
 NEEDED_CAPABILITY = (6, 0)  # of bitsandbytes' kernels
+STATE = "weight.quant_state.bitsandbytes__nf4"  # JSON as bytes: block sizes, shape and type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,15 @@ class Nf4(Format):
     bits: float = 4
     package: str = "bitsandbytes"
     holds_embeddings: bool = False
+    more_tensors: tuple[str, ...] = (
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_map",
+        "weight.absmax",
+        STATE,
+    )
+    uncounted: tuple[str, ...] = (STATE,)
+    peft_flag: str = "is_loaded_in_4bit"
     double_quant: bool
     """Whether the scales are quantized too, to 8 bits."""
 
@@ -96,5 +106,5 @@ class Nf4(Format):
         )
 
 
-NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False)
 NF4_DOUBLE = Nf4(name="nf4_double", letter="d", colour="#e6eff8", double_quant=True)
+NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False, doubled=NF4_DOUBLE.name)

@@ -131,6 +131,8 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
             why = f"{'.'.join(str(part) for part in problem['loc']) or 'its contents'}: {problem['msg']}"
+            if isinstance(fields, dict):  # with the right digest, so the file is as it was written
+                why += "; an earlier version of qpruner wrote it, and repeating `qpruner run` makes it again"
         raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {why}", path) from error
 
 
