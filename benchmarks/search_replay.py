@@ -436,7 +436,8 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     """
     table = Table.read(task.path)
     space = table.space(task.fraction)
-    controls = controls_of(space, table.sensitivities) if task.seeded else []
+    found = controls_of(space, table.sensitivities) if task.seeded else []
+    controls = [each for each in found if space.is_feasible(each[1])]
     plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}
     witness = _Witness(proposer or make_proposer(task.searcher, space, task.seed, priors))

@@ -208,7 +208,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
         if trial.cut == UNPRUNED:
-            click.echo("# for the model before pruning: `--plan` takes it with `--set prune.rate=0`")
+            click.echo("cut: base  # the model before pruning: `--plan` takes it with `--set prune.rate=0`")
         for group, name in trial.plan.items():
             each = [f"{of[group] / 1e6:.2f} MB in {level}" for level, of in sizes.items() if group in of]
             click.echo(yaml.safe_dump({group: name}).strip() + (f"  # {', '.join(each)}" if each else ""))

@@ -74,10 +74,13 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
                 yield f"`{key}`: {name} cannot hold embeddings; name some of {', '.join(holds)}"
             elif problem := known[name].missing():
                 yield f"`{key}`: {name} cannot be packed: {problem}, or name other formats"
-        if len(set(names)) < len(names):
-            yield f"`{key}` names a format twice, got {', '.join(names)}: name each once"
     if any(name not in known for names in named.values() for name in names):
         return
+    taken = {"formats": quantize.levels if quantize.formats else (), "embeddings": quantize.embeddings}
+    for key, names in taken.items():
+        if len(set(names)) < len(names):
+            by = " with `double_quant`" if len(set(named[key])) == len(names) else ""
+            yield f"`{key}` names a format twice{by}, got {', '.join(names)}: name each once"
     relative = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
     if relative and quantize.embedding_levels != (DENSE,):
         yield (
@@ -188,6 +191,12 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     )
 
 
+def _idle_in_quantize(quantize: schema.QuantizeConfig) -> tuple[Idle, ...]:
+    doubled = [name for name, each in formats().items() if each.doubled]
+    none = not set(doubled) & set(quantize.named)
+    return ((none, f"{' or '.join(doubled)} is not among the formats", ("double_quant",)),)
+
+
 def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, ...]:
     methods = set(sensitivity.methods)
     of_information = ("num_components", "num_neighbors", "num_shuffles", "max_positions")
@@ -224,9 +233,7 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune
 schema.BudgetConfig.rules = _budget_rules
 schema.QuantizeConfig.rules = _quantize_rules
-schema.QuantizeConfig.idle_keys = lambda own: (
-    ("nf4_double" not in own.levels, "nf4 is not among the formats", ("double_quant",)),
-)
+schema.QuantizeConfig.idle_keys = _idle_in_quantize
 schema.LoraConfig.idle_keys = lambda own: ((own.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 schema.TrainingConfig.rules = _training_rules
 schema.SensitivityConfig.rules, schema.SensitivityConfig.idle_keys = _sensitivity_rules, _idle_in_sensitivity

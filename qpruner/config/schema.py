@@ -17,7 +17,7 @@ from qpruner.config.pruning import DataSource as DataSource
 from qpruner.config.pruning import Named, Positive
 from qpruner.config.pruning import PruneConfig as PruneConfig
 from qpruner.config.section import Section
-from qpruner.quantization.formats import ALIASES, DENSE, by_size
+from qpruner.quantization.formats import ALIASES, DENSE, by_size, double_quantized
 
 Bits = Literal[4, 8, 16]
 AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
@@ -95,10 +95,14 @@ class QuantizeConfig(Section):
     """The size that a plan may have."""
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """The formats for groups of decoder layers as the file names them."""
+        return self.formats or tuple(ALIASES[bits] for bits in self.bits or (4, 8))
+
+    @property
     def levels(self) -> tuple[str, ...]:
         """The formats to choose from for groups of decoder layers, smallest first."""
-        named = self.formats or tuple(ALIASES[bits] for bits in self.bits or (4, 8))
-        return by_size(tuple("nf4_double" if name == "nf4" and self.double_quant else name for name in named))
+        return by_size(tuple(map(double_quantized, self.named)) if self.double_quant else self.named)
 
     @property
     def embedding_levels(self) -> tuple[str, ...]:

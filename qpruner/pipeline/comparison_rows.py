@@ -66,7 +66,7 @@ def table_rows(context: Context) -> list[Row]:
         return Row(name, origin, tuple((seed, plan) for seed in under))
 
     def seed_row(name: str, method: str, under: Iterable[int]) -> Row:
-        origin = f"{seed_origin(method)} at the winner's bytes"
+        origin = f"{seed_origin(method)} at the {'winner' if plan in space else 'budget'}'s bytes"
         return same(name, origin, seed_plan(measured.methods[method].values, equal_bytes), under)
 
     def control_row(origin: str, plan: PrecisionPlan) -> Row:

@@ -1,9 +1,9 @@
 """The plans that a search has to beat: what a user would do without a search, within the same bytes.
 
+- `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by a sensitivity;
 - `paper`: the flow of the QPruner paper: the pruned model in nf4 and int8, chosen by mutual information;
 - `seed-METHOD`: the best plan of the pruned model by a sensitivity;
-- `uniform-FORMAT`: every block of the pruned model in one format;
-- `unpruned-uniform`, `unpruned-knapsack`: the base model in one format, and its best plan by a sensitivity.
+- `uniform-FORMAT`: every block of the pruned model in one format.
 
 A control that no budget can hold is tried with its fewest bytes; it cannot win.
 """
@@ -34,18 +34,20 @@ def controls(context: Context) -> list[Control]:
     priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
     paper = paper_plan(context)
     found = [("paper", paper)] if paper else []
-    return [*found, *controls_of(context.space, priors), *unpruned_controls(context)]
+    return [*unpruned_controls(context), *found, *controls_of(context.space, priors)]
 
 
 def unpruned_controls(context: Context) -> list[Control]:
-    """List the controls on the base model; none if the run prunes nothing."""
-    pruned = context.record(PruneRecord)
-    if pruned.parameters_after == pruned.parameters_before:
+    """List the controls on the base model; none if the run prunes nothing, or if the base takes none of the formats."""
+    pruned, layout = context.record(PruneRecord), context.unpruned_layout
+    refused = [refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats]
+    if pruned.parameters_after == pruned.parameters_before or any(refused):
         return []
     space = PlanSpace.of(context.unpruned_layout, context.space.budget_bytes)
-    found = [("unpruned-uniform", best_uniform(space))]
+    rises = _unpruned_rises(context, space)
+    found = [("unpruned-uniform", best_uniform(space, rises))]
     if space.is_feasible(space.smallest()):
-        found.append(("unpruned-knapsack", seed_plan(_unpruned_rises(context, space), space)))
+        found.append(("unpruned-knapsack", seed_plan(rises, space)))
     return found
 
 
@@ -72,10 +74,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
 
 
 def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:
-    """Predict the rise of the loss by every (group, format) of the base model from a sensitivity of the pruned model.
-
-    The two rank groups alike (see docs/results.md).
-    """
+    """Predict the rise of the loss by every (group, format) of the base model from those of the pruned model."""
     measured = context.record(SensitivityRecord)
     method = next((name for name in SHARED if name in measured.methods), None)
     known: dict[str, dict[str, float]] = {}

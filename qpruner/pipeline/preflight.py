@@ -124,7 +124,7 @@ def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) ->
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, layout.offered)
+    plan = read_plan(file, layout.offered, (PRUNED, UNPRUNED) if config.prune.is_off else (PRUNED,))
     if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
@@ -194,6 +194,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     of_groups = zip(*map(layout.group_bytes, layout.levels), strict=True)
     sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
     choice = lowest + min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
+    has_equal = any(len(set(each)) < len(each) for each in sizes)  # then there is a choice at any size
     key = f"`quantize.budget.{name}`"
     least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
@@ -202,7 +203,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
             f"{key} {state} the pruned model with every group in its smallest format, {', '.join(used(smallest))} "
             f"({lowest} bytes): {least}, got {value}; raise it, or prune more"
         )
-    if size >= highest and quantize.has_choice and not pareto:
+    if size >= highest and quantize.has_choice and not pareto and not has_equal:
         most = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
             f"{key} leaves nothing to choose, because every group fits in its largest format, "

@@ -368,8 +368,10 @@ def _error_of(name: str, group: str, error: Mapping[str, Mapping[str, float]]) -
     return error[name][group] if format_of(name).is_packed else 0.0
 
 
-def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cut: str = PRUNED) -> PrecisionPlan:
+def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cuts: Sequence[str] = (PRUNED,)) -> PrecisionPlan:
     """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
+
+    A key `cut` beside the groups or the plan names the cut, which must be among `cuts`.
 
     `offered` maps each group to its formats (see `Layout.offered`). The bit-widths of `ALIASES` stand for formats. A
     group with a single format may be left out.
@@ -381,6 +383,12 @@ def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cut: str = PRUNE
         raise PlanRefused(f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlanRefused(f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan") from error
+    cut = raw.pop("cut", PRUNED) if isinstance(raw, dict) else PRUNED
+    if cut not in cuts:
+        raise PlanRefused(
+            f"{path} is a plan of the model before pruning (`cut: {cut}`): take it with `--set prune.rate=0`, or give "
+            "one of the pruned model"
+        )
     plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(plan, dict):
         got = "an empty file" if raw is None else type(plan).__name__
@@ -390,7 +398,7 @@ def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cut: str = PRUNE
     }
     if problems := _problems(plan, named, offered):
         raise PlanRefused(f"{path} is not a valid plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
-    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in offered.items()}, cut)
+    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in offered.items()})
 
 
 def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]) -> list[str]:

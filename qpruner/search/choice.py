@@ -15,10 +15,8 @@ from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
-RESOLUTION = 1e-5
-"""Smallest gain of a larger format, relative to the largest gain: it makes a seed plan use the whole budget."""
 SCALE = 1e3
-"""Largest gain given to the solver: `SCALE * RESOLUTION` is far above its absolute tolerance of 1e-6."""
+"""Largest gain given to the solver, far above its absolute tolerance of 1e-6."""
 Point = tuple[float, float]
 """The bytes of a plan and its score; both are minimized."""
 
@@ -39,51 +37,78 @@ def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
 def knapsack_plan(space: PlanSpace, rises: Sequence[Sequence[float | None]]) -> PrecisionPlan:
     """Return the plan in the budget with the smallest sum of `rises` ``(groups, levels)``, by an exact knapsack.
 
-    A larger format that is predicted to be worse than a smaller one of the same group, for example because of noise,
-    counts as equal to it. Only the rises of levels that a group is offered matter; None there counts as its smallest
-    format's.
+    Bytes that are left go to formats that are predicted no worse. Only the rises of levels that a group is offered
+    matter; None there counts as its smallest format's.
     """
     gains = np.zeros((len(space.groups), len(space.levels)))
     for group, (offered, rise) in enumerate(zip(space.offered, rises, strict=True)):
         of_levels = np.array([rise[at] for at in offered], dtype=float)
-        gains[group, offered] = np.maximum.accumulate(np.nan_to_num(of_levels[0] - of_levels))
-    gains *= SCALE / (gains.max() or 1.0)
-    gains += SCALE * RESOLUTION * np.arange(len(space.levels)) / max(1, len(space.levels) - 1)
-    return space.best_by_gain(gains.tolist())
+        gains[group, offered] = np.nan_to_num(of_levels[0] - of_levels)
+    largest = gains.max() or np.abs(gains).max() or 1.0
+    scaled = gains.clip(min=-largest) * (SCALE / largest)  # much worse is as bad as worse: the smallest format is there
+    return _with_left_over(space, space.best_by_gain(scaled.tolist()), gains)
+
+
+def _with_left_over(space: PlanSpace, plan: PrecisionPlan, gains: np.ndarray) -> PrecisionPlan:
+    """Raise groups, level by level, as far as bytes are left and the gains ``(groups, levels)`` get no smaller."""
+    indices, left = list(space.indices_of(plan)), space.budget_bytes - space.plan_bytes(plan)
+    for level, group in itertools.product(range(len(space.levels)), range(len(space.groups))):
+        sizes, current = space.group_bytes[group], indices[group]
+        more = (sizes[level] or 0) - (sizes[current] or 0)  # a level that is not offered has no more bytes
+        if 0 < more <= left and gains[group, level] >= gains[group, current]:
+            indices[group], left = level, left - more
+    return space.plan_of(indices)
 
 
 def uniform_plans(space: PlanSpace) -> dict[str, PrecisionPlan]:
     """Map each format that all groups of blocks are offered to the plan with all of them in it, smallest first.
 
+    If they share no format, map each format of any block; blocks that do not take it get their next larger one.
     Embeddings and head have the largest of their formats with which the plan fits the budget; if none fits, the
     smallest.
     """
     outside = [at for at, name in enumerate(space.groups) if name in (EMBEDDINGS, HEAD)]
     inside = [offered for at, offered in enumerate(space.offered) if at not in outside]
-    common = [at for at in range(len(space.levels)) if inside and all(at in offered for offered in inside)]
-    return {space.levels[at]: _with_outside(space, at, outside) for at in common}
+    of_any = sorted({at for offered in inside for at in offered})
+    common = [at for at in of_any if all(at in offered for offered in inside)]
+    plans: dict[PrecisionPlan, str] = {}
+    for name in (space.levels[at] for at in common or of_any):
+        plans.setdefault(_with_outside(space, space.uniform(name), outside), name)
+    return {name: plan for plan, name in plans.items()}
 
 
-def _with_outside(space: PlanSpace, level: int, outside: Sequence[int]) -> PrecisionPlan:
+def _with_outside(space: PlanSpace, uniform: PrecisionPlan, outside: Sequence[int]) -> PrecisionPlan:
     plans = []
     for chosen in itertools.product(*(space.offered[at] for at in outside)):
-        indices = dict.fromkeys(range(len(space.groups)), level) | dict(zip(outside, chosen, strict=True))
+        indices = dict(enumerate(space.indices_of(uniform))) | dict(zip(outside, chosen, strict=True))
         plans.append(space.plan_of(indices.values()))
     fitting = filter(space.is_feasible, reversed(plans))  # of equal bytes the last format counts as the largest
     return max(fitting, key=space.plan_bytes, default=min(plans, key=space.plan_bytes))
 
 
-def best_uniform(space: PlanSpace) -> PrecisionPlan:
-    """Return the one of `uniform_plans` with the largest format that fits; the smallest, over budget, if none does."""
+def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
+    """Return the one of `uniform_plans` that fits with the least sum of `rises` (see `seed_plan`).
+
+    Of equally good ones, and without rises, it is the one with the largest format. If none fits, it is the smallest.
+    """
     plans = list(uniform_plans(space).values()) or [space.smallest()]
-    return next((plan for plan in reversed(plans) if space.is_feasible(plan)), plans[0])
+
+    def rise(plan: PrecisionPlan) -> float:
+        return sum(rises[name][at] or 0.0 for at, name in enumerate(plan.formats)) if rises else 0.0
+
+    fitting = filter(space.is_feasible, reversed(plans))
+    return min(fitting, key=rise, default=min(plans, key=space.plan_bytes))
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
-    """Return the controls inside the budget: what each sensitivity suggests without a search, and uniform plans."""
+    """Return the plans that each sensitivity suggests without a search, and the uniform plans that fit.
+
+    If no uniform plan fits, the smallest is there, over budget.
+    """
+    best = best_uniform(space)
     uniform = [(f"uniform-{name}", plan) for name, plan in uniform_plans(space).items()]
     seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in sensitivities.items()]
-    return [(origin, plan) for origin, plan in [*seeds, *uniform] if space.is_feasible(plan)]
+    return [*seeds, *(each for each in uniform if each[1] == best or space.is_feasible(each[1]))]
 
 
 def finalist_positions(
@@ -177,6 +202,8 @@ def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
 def _tilt(sizes: np.ndarray, wanted: float) -> float:
     """Find by bisection, within bounds, the `tilt` of `_chances` at which the expected bytes are `wanted`."""
     range_ = (np.nanmax(sizes, axis=1) - np.nanmin(sizes, axis=1)).mean()
+    if range_ == 0:  # all formats of a group have equal bytes
+        return 0.0
     low, high = -50.0 / range_, 50.0 / range_
     for _ in range(60):
         middle = (low + high) / 2

@@ -72,6 +72,10 @@ RULES = [
     ("quantize.formats=[nf4]", "give `formats` or `bits`, not both: take one out"),
     ("quantize.bits=; quantize.formats=[nf5]", "`formats`: there is no format `nf5`; name some of ... nf4 ... int8"),
     ("quantize.bits=; quantize.formats=[nf4, nf4]", "`formats` names a format twice, got nf4, nf4: name each once"),
+    (
+        "quantize.bits=; quantize={formats: [nf4, nf4_double], double_quant: true}",
+        "`formats` names a format twice with `double_quant`, got nf4_double, nf4_double: name each once",
+    ),
     ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
     ("quantize.embeddings=[int8]", "`budget.fraction` has no one meaning ... embeddings ... `budget.bytes`"),
     (

@@ -367,6 +367,14 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
     assert inspected("quantize.budget={fraction: 1.0}; search.pareto=true").budget_bytes == largest + 1
 
 
+@pytest.mark.parametrize("levels", ["w3, w3_hqq", "w3, w3_hqq, w8", "q4_0, q4_k"])
+def test_formats_of_equal_bytes_leave_a_choice_at_any_size(levels: str, inspected: Any) -> None:
+    keys = f"quantize.bits=; quantize.formats=[{levels}]; "
+    for budget in ("{fraction: 1.0}", "{gib: 1}", "{fraction: 0.5}"):
+        found = inspected(f"{keys}quantize.budget={budget}")
+        assert found.budget_bytes >= found.pruned.plan_bytes(found.pruned.smallest())
+
+
 # ---- warnings
 
 

@@ -237,6 +237,7 @@ def test_measured_errors_become_the_damage_of_a_space() -> None:
         ("{embeddings: 8, layers.0: '4'}", "got '4'"),
         ("{embeddings: 8, layers.0: [nf4]}", r"got \['nf4'\]"),
         ("{embeddings: 8, layers.1: 4}", "did you mean `layers.0`"),
+        ("{cut: base, plan: {embeddings: 8, layers.0: 4}}", "plan of the model before pruning .* `--set prune.rate=0`"),
         ("[4, 8]", "must map every group to its format, got list"),
     ],
 )
@@ -247,7 +248,7 @@ def test_a_plan_file_that_does_not_fit_is_refused(text: str, said: str, tmp_path
     with pytest.raises(PlanRefused, match=said):
         read_plan(file, offered)
     file.write_text('{"plan": {"layers.0": 4, "embeddings": "int8"}}')
-    assert read_plan(file, offered, UNPRUNED) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"), UNPRUNED)
+    assert read_plan(file, offered) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"))
     file.write_text("layers.0: nf4")
     assert str(read_plan(file, offered)) == "84", "a group without a choice need not be named"
 

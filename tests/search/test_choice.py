@@ -13,6 +13,7 @@ from made_searches import BITS, masked_space, plans_in
 from scipy import stats
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.quantization.formats import by_size, format_of
 from qpruner.search.choice import (
     best_uniform,
     controls_of,
@@ -124,24 +125,66 @@ def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[str, ...]
 
 
 @pytest.mark.parametrize(
-    "lowest",
+    ("lowest", "expected"),
     [
-        (0.5, -0.01, 0.0, -0.02, 0.3, -0.5),
-        (-0.01, -0.02, -0.03, -0.01, -0.02, -0.03),
-        (0.0,) * 6,
-        (2e-4, 1e-4, 5e-5, -1e-4, 1e-5, 0.0),
-        (1.0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9),
+        ((0.5, -0.01, 0.0, -0.02, 0.3, -0.5), "848484"),
+        ((-0.01, -0.02, -0.03, -0.01, -0.02, -0.03), "444444"),
+        ((0.0,) * 6, "888844"),
+        ((2e-4, 1e-4, 5e-5, -1e-4, 1e-5, 0.0), "888484"),
+        ((1.0, 1e-7, 2e-7, 3e-7, 4e-7, 5e-7), "844888"),
     ],
     ids=["some-negative", "all-negative", "all-zero", "all-tiny", "one-dominates"],
 )
-def test_a_seed_plan_always_uses_the_budget(lowest: tuple[float, ...]) -> None:
-    """Groups with a predicted rise of zero still get more bits, so that no bytes of the budget are left."""
-    plan = seed_plan({"nf4": lowest, "int8": (0.0,) * 6}, seed_space(6, 0.67))
-    assert sorted(str(plan)) == list("448888")
-    assert all(name == "int8" for name, value in zip(plan.formats, lowest, strict=True) if value == max(lowest) > 0)
+def test_a_seed_plan_leaves_no_bytes_that_may_help(lowest: tuple[float, ...], expected: str) -> None:
+    """Groups with a predicted rise of zero still get more bits, those of a negative one do not."""
+    assert str(seed_plan({"nf4": lowest, "int8": (0.0,) * 6}, seed_space(6, 0.67))) == expected
     # Although 8 bits are predicted slightly worse than 4, the first group gets 16 bits, which saves most.
     values = {"nf4": (0.2, 0.1), "int8": (0.21, 0.05), "bf16": (0.0, 0.0)}
     assert str(seed_plan(values, seed_space(2, 0.5, ("nf4", "int8", "bf16")))) == "F4"
+
+
+# ---- formats of several families: a larger one may be worse, and two may have equal bytes
+
+
+@pytest.mark.parametrize(("better", "worse"), [("w4", "nf4"), ("w3", "w3_hqq"), ("w3_hqq", "w3")])
+def test_a_format_that_is_predicted_worse_is_not_taken(better: str, worse: str) -> None:
+    """The budget has room for any plan."""
+    levels = by_size((better, worse))
+    space = space_of_families(levels)
+    rises = {better: (0.1,) * 4, worse: (0.2,) * 4}
+    assert set(seed_plan(rises, space).formats) == {better}
+    assert set(best_uniform(space, rises).formats) == {better}
+    assert set(best_uniform(space).formats) == {levels[-1]}, "the largest, if nothing is known"
+
+
+def space_of_families(levels: tuple[str, ...], budget: int = 10**9) -> PlanSpace:
+    sizes = tuple(format_of(name).packed_bytes(64, 64, 2) for name in levels)
+    return PlanSpace(tuple(f"layers.{at}" for at in range(4)), levels, (sizes,) * 4, 0, budget)
+
+
+def test_formats_of_equal_bytes_are_drawn_alike() -> None:
+    space = space_of_families(("w3", "w3_hqq"))
+    plan = space.uniform("w3")
+    assert len(random_plans(space, plan, 20, seed=0)) == 15, "all others"
+
+
+def test_the_best_uniform_plan_fits() -> None:
+    levels = ("w3", "w4", "nf4")
+    rises = {"w3": (0.3,) * 4, "w4": (0.1,) * 4, "nf4": (0.2,) * 4}
+    sizes = {name: space_of_families(levels).plan_bytes(space_of_families(levels).uniform(name)) for name in levels}
+    for budget, best in ((sizes["nf4"], "w4"), (sizes["w4"] - 1, "w3"), (1, "w3")):
+        assert set(best_uniform(space_of_families(levels, budget), rises).formats) == {best}
+
+
+def test_a_uniform_plan_is_a_control_whatever_the_budget() -> None:
+    """The smallest one, over budget; without a common format, blocks get their next larger one."""
+    few = PlanSpace(("layers.0", "layers.1"), ("nf4", "int8"), ((4, 8), (None, 8)), 0, 12)
+    assert [(origin, str(plan)) for origin, plan in controls_of(few, {})] == [("uniform-int8", "88")]
+    apart = PlanSpace(("layers.0", "layers.1"), ("w3", "nf4", "int8"), ((3, None, 8), (None, 4, None)), 0, 12)
+    assert [(origin, str(plan)) for origin, plan in controls_of(apart, {})] == [
+        ("uniform-w3", "34"),
+        ("uniform-nf4", "84"),
+    ]
 
 
 # ---- groups that are not offered every format
@@ -173,12 +216,12 @@ def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
 
     def uniform(budget: int) -> dict[str, str]:
         space = PlanSpace(groups, whole.levels, sizes, 0, budget)
-        assert best_uniform(space) == ([*controls_of(space, {})] or [("", uniform_plans(space)["nf4"])])[-1][1]
+        assert best_uniform(space) == controls_of(space, {})[-1][1]
         return {origin: str(plan) for origin, plan in controls_of(space, {})}
 
     small, large = (sum(each[at] or 0 for each in sizes[1:]) for at in (0, 1))
     low, high = sizes[0][1] or 0, sizes[0][2] or 0
-    assert uniform(small + low - 1) == {}, "the best is over budget"
+    assert uniform(small + low - 1) == {"uniform-nf4": "8444444"}, "the smallest, over budget"
     assert uniform(small + low) == {"uniform-nf4": "8444444"}
     assert uniform(small + high) == {"uniform-nf4": "F444444"}
     assert uniform(large + low) == {

@@ -128,7 +128,8 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
-    assert rows == ["base", "pruned", "uniform 4-bit", "searched"], "there is no other plan to draw or to seed"
+    unpruned = ["unpruned-uniform", "unpruned-knapsack"]
+    assert rows == ["base", "pruned", "uniform-nf4", *unpruned, "searched"], "there is no other plan to draw or to seed"
     assert "given plan (uniform-nf4)" in (run / "report.md").read_text()
 
 

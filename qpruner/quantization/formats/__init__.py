@@ -12,7 +12,18 @@ import pkgutil
 from qpruner.errors import UserError
 from qpruner.quantization.formats.format import Capability, Format, GridFormat
 
-__all__ = ["ALIASES", "DENSE", "PAPER", "Capability", "Format", "GridFormat", "by_size", "format_of", "formats"]
+__all__ = [
+    "ALIASES",
+    "DENSE",
+    "PAPER",
+    "Capability",
+    "Format",
+    "GridFormat",
+    "by_size",
+    "double_quantized",
+    "format_of",
+    "formats",
+]
 
 DENSE = "bf16"
 """The format of unpacked weights, which have the type `model.dtype`."""
@@ -41,6 +52,11 @@ def format_of(name: str) -> Format:
     if found is None:
         raise UserError(f"`quantize.formats`: there is no format `{name}`; the formats are {', '.join(formats())}")
     return found
+
+
+def double_quantized(name: str) -> str:
+    """Return the name of the same format with quantized scales; the name itself if there is none."""
+    return format_of(name).doubled or name
 
 
 def by_size(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ checkpoint, where zeros are packed along rows instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qpruner.quantization.formats.format import Capability, GridFormat
@@ -210,12 +210,18 @@ def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
 
 
 W2 = Packed(name="w2", letter="2", colour="#efedf5", group_size=64, bits=2, num_codes=4)
-W2_G32 = Packed(name="w2_g32", letter="i", colour="#d5d3e8", group_size=32, bits=2, num_codes=4)
-W2_HQQ = Packed(name="w2_hqq", letter="p", colour="#e4e1ef", group_size=64, half_quadratic=True, bits=2, num_codes=4)
+W2_G32 = replace(W2, name="w2_g32", letter="i", colour="#d5d3e8", group_size=32)
+W2_HQQ = replace(W2, name="w2_hqq", letter="p", colour="#e4e1ef", half_quadratic=True)
+W2_G32_HQQ = replace(W2_G32, name="w2_g32_hqq", letter="s", colour="#cecbe4", half_quadratic=True)
 W3 = Packed(name="w3", letter="3", colour="#c6c3e0", group_size=64, bits=3, num_codes=8)
-W3_G32 = Packed(name="w3_g32", letter="j", colour="#a8a3cf", group_size=32, bits=3, num_codes=8)
-W3_HQQ = Packed(name="w3_hqq", letter="q", colour="#b6b2d7", group_size=64, half_quadratic=True, bits=3, num_codes=8)
+W3_G32 = replace(W3, name="w3_g32", letter="j", colour="#a8a3cf", group_size=32)
+W3_HQQ = replace(W3, name="w3_hqq", letter="q", colour="#b6b2d7", half_quadratic=True)
+W3_G32_HQQ = replace(W3_G32, name="w3_g32_hqq", letter="t", colour="#9e99c9", half_quadratic=True)
 W4 = Packed(name="w4", letter="w", colour="#958fc3", group_size=64, bits=4, num_codes=16)
-W4_G32 = Packed(name="w4_g32", letter="k", colour="#756bb1", group_size=32, bits=4, num_codes=16)
-W4_HQQ = Packed(name="w4_hqq", letter="r", colour="#857cba", group_size=64, half_quadratic=True, bits=4, num_codes=16)
+W4_G32 = replace(W4, name="w4_g32", letter="k", colour="#756bb1", group_size=32)
+W4_HQQ = replace(W4, name="w4_hqq", letter="r", colour="#857cba", half_quadratic=True)
+W4_G32_HQQ = replace(W4_G32, name="w4_g32_hqq", letter="u", colour="#6a51a3", half_quadratic=True)
 W8 = Packed(name="w8", letter="W", colour="#4a1486", group_size=64, bits=8, num_codes=256)
+W8_G32 = replace(W8, name="w8_g32", letter="K", colour="#3a0d6b", group_size=32)
+W8_HQQ = replace(W8, name="w8_hqq", letter="R", colour="#551f91", half_quadratic=True)
+W8_G32_HQQ = replace(W8_G32, name="w8_g32_hqq", letter="U", colour="#43117a", half_quadratic=True)

@@ -42,6 +42,8 @@ class Format:
     """Python package that packs the weights, besides torch; empty if none is needed."""
     extra: str = ""
     """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
+    doubled: str = ""
+    """Name of the format with quantized scales that `quantize.double_quant` takes in place of this one, if any."""
     holds_embeddings: bool = True
     """Whether single rows of an embedding can be unpacked."""
     more_tensors: tuple[str, ...] = ()

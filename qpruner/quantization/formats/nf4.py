@@ -106,5 +106,5 @@ class Nf4(Format):
         )
 
 
-NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False)
 NF4_DOUBLE = Nf4(name="nf4_double", letter="d", colour="#e6eff8", double_quant=True)
+NF4 = Nf4(name="nf4", letter="4", colour="#d3e5f5", double_quant=False, doubled=NF4_DOUBLE.name)

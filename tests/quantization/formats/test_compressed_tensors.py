@@ -15,6 +15,13 @@ def gaussian(columns: int, rows: int = 24) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.03
 
 
+def test_every_width_has_two_group_sizes_and_two_fits() -> None:
+    assert len(EVERY) == len({(each.width, each.group_size, each.half_quadratic) for each in EVERY}) == 4 * 2 * 2
+    for each in EVERY:
+        group = "" if each.group_size == 64 else f"_g{each.group_size}"
+        assert each.name == f"w{each.width}{group}{'_hqq' if each.half_quadratic else ''}"
+
+
 def test_words_are_those_of_compressed_tensors() -> None:
     """The words that its `pack_to_int32` (version 0.20.1) gives for these codes; 3 bits cross the edges of words."""
     codes = torch.arange(64).unsqueeze(0) * 37 % 251
@@ -55,12 +62,13 @@ def test_half_quadratic_scales_leave_less_error() -> None:
     """At 2 and 3 bits a range that reaches to the largest weights wastes codes; groups of one value must work, too."""
     weight = gaussian(256)
     weight[0, :64], weight[1, :64], weight[2, 0] = 0.0, 0.02, 1.0
-    for bits, share in ((2, 0.9), (3, 0.95), (4, 0.98)):
-        plain, fitted = (
-            float((each.unpack(each.pack(weight), 256, torch.float32) - weight).norm())
-            for each in (formats()[f"w{bits}"], formats()[f"w{bits}_hqq"])
-        )
-        assert fitted < share * plain, bits
+    for bits, share in ((2, 0.9), (3, 0.95), (4, 0.98), (8, 0.999)):
+        for name in (f"w{bits}", f"w{bits}_g32"):
+            plain, fitted = (
+                float((each.unpack(each.pack(weight), 256, torch.float32) - weight).norm())
+                for each in (formats()[name], formats()[f"{name}_hqq"])
+            )
+            assert fitted < share * plain, name
     constant = formats()["w3_hqq"].unpack(formats()["w3_hqq"].pack(weight), 256, torch.float32)[:2, :64]
     assert torch.allclose(constant, weight[:2, :64], rtol=1 / 256)
 
