@@ -51,7 +51,8 @@ def test_demo(tmp_path: Path) -> None:
     outcome = json.loads(text.splitlines()[-1])
     report = json.loads((run / "results.json").read_text())
     table = {row["name"]: row for row in outcome["table"]}
-    others = ["uniform 4-bit", "uniform 8-bit", "mutual-information seed", "best seed"]
+    uniform = [f"uniform-{name}" for name in ("q4_0", "q5_0", "q8_0")]
+    others = [*uniform, "unpruned-uniform", "unpruned-knapsack", "paper", "best seed"]
     assert list(table) == ["base", "pruned", *others, "searched"]
     unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
