@@ -232,7 +232,7 @@ def _verdicts(found: Sequence[Comparison]) -> str:
 
 
 def _rival(found: Comparison) -> str:
-    return RIVALS.get(found.other) or f"the best control in the budget, {title_of(found.other, None)},"
+    return RIVALS.get(found.other) or f"the best control in the budget ({title_of(found.other, None)})"
 
 
 def _item(found: Comparison) -> str:

@@ -107,9 +107,9 @@ def places(folder: Path) -> dict[str, int]:
 def test_a_new_version_of_a_format_is_packed_anew(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(raw["output"]) / "bank"
     before = places(folder / "nf4")
-    monkeypatch.setitem(formats(), "int8", replace(format_of("int8"), version=2))
+    monkeypatch.setitem(formats(), "int8", replace(format_of("int8"), version=format_of("int8").version + 1))
     os.truncate(stale := folder / "int8" / "layers.0.down.safetensors", 8)
-    index = read_index(folder)  # as if version 1 had packed other bytes
+    index = read_index(folder)  # as if this version had packed other bytes
     entry = index.files["int8/layers.0.down.safetensors"].model_copy(update={"sha256": file_digest(stale)})
     files = index.files | {"int8/layers.0.down.safetensors": entry}
     write_json(folder / INDEX, index.model_copy(update={"files": files}))

@@ -27,7 +27,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     report = json.loads((root / "results.json").read_text())
     table, records, claim = report["table"], report["records"], report["claim"]
     names = [row["name"] for row in table]
-    controls = ["uniform-nf4", "uniform-int8", "paper", "unpruned-uniform", "unpruned-knapsack"]
+    controls = ["uniform-nf4", "uniform-int8", "unpruned-uniform", "unpruned-knapsack", "paper"]
     # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of equal bytes.
     random = ["random"] if "random" in names else []
     assert names == ["base", "pruned", *controls, "best seed", *random, "searched"]
