@@ -107,7 +107,7 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     assert (first.other, seed.other, first.no_claim) == ("unpruned-knapsack", BEST_SEED, None)
     assert first.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
     lead, item, *_ = claim(results).splitlines()
-    rival = "the best control in the budget, not pruned, knapsack,"
+    rival = "the best control in the budget (not pruned, knapsack)"
     assert f" It is not distinguishable from {rival}; it is " in lead
     assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), one training seed")
     assert {row.name: row.title for row in rows(results)}["uniform-nf4"] == "uniform nf4"
