@@ -52,7 +52,7 @@ def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
     Seed plans (each the best plan by one sensitivity) and random plans have about the bytes of the winner, if it is a
-    plan of the pruned model. The winner, the best control, the best seed plan and the random plans get
+    plan of the pruned model. The winner, the best other control, the best seed plan and the random plans get
     `finetune.seeds` different training seeds each, the other rows get one.
     """
     config, space, winner = context.config, context.space, winner_row(context)
@@ -60,7 +60,10 @@ def table_rows(context: Context) -> list[Row]:
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
     equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan) if plan in space else space.budget_bytes)
-    best_control = next((each for each in searched.confirmations if each.index == searched.best_control), None)
+    rivals = [
+        each for each in searched.confirmations if each.control and each.fits and each.index != searched.best_index
+    ]
+    rival = min(rivals, key=lambda each: (objective(each, config), each.index), default=None)
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))
@@ -70,7 +73,7 @@ def table_rows(context: Context) -> list[Row]:
         return same(name, origin, seed_plan(measured.methods[method].values, equal_bytes), under)
 
     def control_row(origin: str, plan: PrecisionPlan) -> Row:
-        is_best = best_control is not None and (best_control.cut, best_control.plan) == (plan.cut, plan.as_dict())
+        is_best = rival is not None and (rival.cut, rival.plan) == (plan.cut, plan.as_dict())
         return same(origin, UNIFORM if origin.startswith("uniform-") else origin, plan, seeds if is_best else seeds[:1])
 
     rows = [same(BASE, "unquantized", context.unpruned_layout.dense())]
