@@ -21,7 +21,7 @@ from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.run import run
 from qpruner.quantization.bank import INDEX, read_index
 from qpruner.quantization.formats import format_of, formats
-from qpruner.runs.events import Event, Message, Progress, StageSkipped, StageStarted
+from qpruner.runs.events import Event, Message, Progress, StageSkipped, TrialChanged
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest, folder_digests, write_json
@@ -235,8 +235,11 @@ def test_a_bank_file_damaged_under_a_search_stops_it(raw: Raw) -> None:
     raw = with_key(with_key(raw, "search.max_trials", 3), "sensitivity.methods", ["mutual_information"])
     path = Path(raw["output"]) / "bank" / "nf4" / "layers.1.down.safetensors"
 
+    flipped: list[Event] = []
+
     def flip(event: Event) -> None:
-        if isinstance(event, StageStarted) and event.stage == "search":
+        if isinstance(event, TrialChanged) and not flipped:
+            flipped.append(event)
             flip_a_byte(path)
 
     with pytest.raises(StageError, match="damaged") as caught:

@@ -84,7 +84,7 @@ def test_a_format_in_one_file_is_searched_and_loaded(tiny_model: Path, tmp_path:
     }
     run = tmp_path / "run"
     raw = with_keys(raw_config(tiny_model, run), **keys)
-    raw["quantize"]["budget"] = {"bytes": 220_000}
+    raw["quantize"]["budget"] = {"bytes": 195_000}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
 
     def python(*arguments: str) -> str:
