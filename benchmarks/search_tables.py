@@ -210,7 +210,7 @@ class Evaluator:
 def effective_weights(
     bank: Path, group: str, level: str, columns: Mapping[str, int]
 ) -> dict[tuple[str, str], torch.Tensor]:
-    """What layers of a bank entry, with these columns, compute with before any training: ``Q + scaling B A``."""
+    """Return the weights with which the layers of a bank entry start a trial: ``Q + scaling B A``."""
     tensors = read_plan(bank, {group: level})
     found = {}
     for path, width in columns.items():

@@ -6,6 +6,7 @@ No torch is imported here, because configuration, plans and reports read the for
 from __future__ import annotations
 
 import importlib.util
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ Capability = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
+class Format(ABC):
     """One format in which the weights of a group may be stored; each file of this folder makes one or more.
 
     `pack` turns a weight into one uint8 tensor `weight` ``(rows, row bytes)`` in which every row can be unpacked alone,
@@ -71,9 +72,9 @@ class Format:
         """Whether `quantize.rounding: gptq` changes anything; other formats round to nearest."""
         return False
 
+    @abstractmethod
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take `element_bytes` each."""
-        raise NotImplementedError
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
         """Say why a weight with this many columns cannot be packed on a GPU, or on a CPU (None); None if it can."""
@@ -85,13 +86,13 @@ class Format:
             return None
         return f'the package {self.package} is missing: run `pip install "qpruner[{self.extra}]"`'
 
+    @abstractmethod
     def pack(self, weight: torch.Tensor) -> Tensors:
         """Pack a weight ``(rows, columns)`` of any floating-point type by rounding to nearest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Compute the weight ``(rows, columns)`` that packed tensors stand for; `tensors` may be a few of its rows."""
-        raise NotImplementedError
 
     def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
         """Build a frozen layer of the size of a linear layer or embedding, with empty packed weights, on one device."""
@@ -123,9 +124,9 @@ class GridFormat(Format):
         """Whether `quantize.rounding: gptq` changes anything."""
         return True
 
+    @abstractmethod
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""
-        raise NotImplementedError
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Round float32 weights ``(..., group)`` to the nearest codes of a grid; a scale of 0 gives `zero`."""
@@ -138,9 +139,9 @@ class GridFormat(Format):
         """Compute the weights that codes stand for once the grid is stored."""
         return scale * (codes - zero)
 
+    @abstractmethod
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)`` into bytes."""
-        raise NotImplementedError
 
     def pack(self, weight: torch.Tensor) -> Tensors:
         """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be shorter."""

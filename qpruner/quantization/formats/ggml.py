@@ -5,6 +5,7 @@ Rows have the bytes of a GGUF file. They are those that llama.cpp's reference an
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,13 +62,13 @@ class Blocks(GridFormat):
         scale = read_as(blocks[:, :2], torch.float16).float()
         return self._to_codes(blocks).float().mul_(scale)
 
+    @abstractmethod
     def _to_bytes(self, codes: torch.Tensor) -> torch.Tensor:
         """Turn codes ``(rows, blocks, 32)`` into the bytes after the scale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _to_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         """Read signed codes, int8 ``(blocks, 32)``, from uint8 ``(blocks, block bytes)``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

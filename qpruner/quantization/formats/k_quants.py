@@ -6,6 +6,7 @@ Rows have the bytes of a GGUF file. `libgguf`, which has llama.cpp's code, packs
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,9 +56,9 @@ class KQuant(Format):
             tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, self.block_bytes))
         )
 
+    @abstractmethod
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
         """Compute float32 weights from uint8 ``(blocks, block bytes)``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
