@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from qpruner.config import schema
 from qpruner.config.pruning import REDUCING
 from qpruner.config.section import Idle
-from qpruner.quantization.formats import DENSE, formats
+from qpruner.quantization.formats import DENSE, GridFormat, formats
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
@@ -133,7 +133,7 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     method, levels, training = run.search.plan_method, run.quantize.levels, run.training
     if run.quantize.rounding == "gptq" and run.lora.init == "plain":
-        grids = [name for name, each in formats().items() if each.supports_gptq]
+        grids = [name for name, each in formats().items() if isinstance(each, GridFormat)]
         if not set(grids) & set(levels):
             yield (
                 f"`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats "

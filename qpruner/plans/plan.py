@@ -243,10 +243,6 @@ class PlanSpace:
         """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
         return self._plan(_next_format(name, tuple(offered)) for offered in self._formats)
 
-    def dense(self) -> PrecisionPlan:
-        """Return the plan with every group unpacked, whether that is offered or not."""
-        return self._plan(DENSE for _ in self.groups)
-
     def smallest(self) -> PrecisionPlan:
         """Return the plan with the fewest bytes."""
         return self._plan(min(offered, key=offered.__getitem__) for offered in self._formats)

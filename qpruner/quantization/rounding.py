@@ -22,7 +22,7 @@ def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None
     """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has grids, else to nearest.
 
     Args:
-        format_: Format of the result; `supports_gptq` says whether it has grids.
+        format_: Format of the result; a `GridFormat` has grids.
         weight: Any floating-point type.
         gram: ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
 

@@ -60,7 +60,6 @@ def test_without_a_gram_or_a_grid_weights_round_to_nearest() -> None:
     assert torch.equal(pack(W3, weight)["weight"], W3.pack(weight)["weight"])
     nf4 = format_of("nf4")
     assert torch.equal(pack(nf4, weight, gram)["weight"], nf4.pack(weight)["weight"])
-    assert W3.supports_gptq and format_of("int8").supports_gptq and not nf4.supports_gptq
 
 
 def test_codes_stand_on_the_grids_that_are_stored() -> None:

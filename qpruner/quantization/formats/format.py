@@ -67,11 +67,6 @@ class Format(ABC):
         """Whether weights are stored in other tensors than in the checkpoint."""
         return True
 
-    @property
-    def supports_gptq(self) -> bool:
-        """Whether `quantize.rounding: gptq` changes anything; other formats round to nearest."""
-        return False
-
     @abstractmethod
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take `element_bytes` each."""
@@ -111,18 +106,14 @@ class Format(ABC):
 class GridFormat(Format):
     """A format whose groups of columns each round to an evenly spaced grid: ``weight = scale * (code - zero)``.
 
-    With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ).
+    With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ); all other formats
+    round to nearest.
     """
 
     group_size: int | None
     """Columns that share one grid; None if it is a whole row."""
     num_codes: int
     """Codes are integers from 0 to `num_codes` - 1."""
-
-    @property
-    def supports_gptq(self) -> bool:
-        """Whether `quantize.rounding: gptq` changes anything."""
-        return True
 
     @abstractmethod
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
