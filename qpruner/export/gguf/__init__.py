@@ -1,0 +1,1 @@
+"""Write models as GGUF files, and run them with llama.cpp."""
