@@ -1,0 +1,1 @@
+"""Write models and adapters as GGUF files, which llama.cpp, Ollama and LM Studio load."""
