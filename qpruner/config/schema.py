@@ -315,8 +315,8 @@ class ServeConfig(Section):
     """Files of the final model for other servers."""
 
     to: tuple[Literal["gguf", "gguf_merged", "vllm", "vllm_merged"], ...] = ()
-    """Forms to write to `serve/` in the run folder, as `qpruner export` does, and to measure beside the base model: gguf
-    for llama.cpp and Ollama, vllm for vLLM, with the adapter in a file of its own or merged into the weights.
+    """Forms to write to `serve/` in the run folder and to measure beside the base model: gguf for llama.cpp and Ollama,
+    vllm for vLLM, with the adapter in a file of its own or merged into the weights, as `qpruner export` writes them.
     `--set serve.to=[gguf]` adds this to a finished run."""
     threads: Positive | None = None
     """CPU threads of every measured row; null takes all cores of a machine."""
