@@ -9,13 +9,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
-from qpruner.export.compare import PEFT_PREFIX, Likeness, compare
+from qpruner.export.compare import Likeness, compare
+from qpruner.export.recode import ADAPTER_FILES, dense, recode
 from qpruner.hf import PEFT_BASE
-from qpruner.models.checkpoint import read_tensors, save_checkpoint
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
@@ -23,7 +23,6 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import exists, fetch, retry_storage, storage_at, write_json
 
 Form = Literal["merged", "peft"]
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 AGAINST_SHORTAGE = (
     "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
@@ -58,7 +57,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         if form == "merged":
-            _write_merged(final, scratch, on_progress)
+            recode(final, scratch, dense, True, on_progress)
         else:
             _write_peft(final, scratch, target)
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
@@ -69,43 +68,6 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         shutil.rmtree(scratch, ignore_errors=True)
     is_plain = form == "merged" and not checkpoint_config(target).is_heterogeneous
     return Exported(**vars(likeness), folder=target, is_plain=is_plain)
-
-
-def _write_merged(final: Path, folder: Path, on_progress: OnWork) -> None:
-    """Dequantize every layer, add its adapter (``W + alpha / rank * B A``) in the model's dtype, and save the model."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from qpruner.models.layout import skeleton
-    from qpruner.quantization.formats import format_of
-    from qpruner.quantization.mixed import layer_tensors
-
-    config = checkpoint_config(final)
-    dtype = config.dtype
-    quantized = config.__dict__.pop("quantization_config", {"formats": {}})
-    state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))  # all but the adapter
-    widths = {name: parameter.shape[-1] for name, parameter in skeleton(config).named_parameters()}
-    for path, format_name in quantized["formats"].items():
-        packed = layer_tensors(state, path)
-        packed.pop("bias", None)
-        for name in packed:
-            del state[f"{path}.{name}"]
-        state[f"{path}.weight"] = format_of(format_name).unpack(packed, widths[f"{path}.weight"], torch.float32)
-    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    adapter = load_file(final / ADAPTER_FILES[1])
-    for done, (name, lora_a) in enumerate(adapter.items(), 1):
-        if name.endswith(".lora_A.weight"):
-            lora_b = adapter[name.replace(".lora_A.", ".lora_B.")]
-            weight = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
-            added = settings["lora_alpha"] / settings["r"] * (lora_b.float() @ lora_a.float())
-            state[weight] = (state[weight].float() + added).to(dtype)
-        on_progress("merging the adapter", done, len(adapter))
-    for path in quantized["formats"]:
-        state[f"{path}.weight"] = state[f"{path}.weight"].to(dtype)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    save_checkpoint(model, load_tokenizer(str(final)), folder, on_progress)
 
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:

@@ -1,1 +1,1 @@
-"""Write models and adapters as GGUF files, which llama.cpp, Ollama and LM Studio load."""
+"""Write models as GGUF files for llama.cpp, and load them there again."""

@@ -1,0 +1,86 @@
+"""A model is written again in other formats: what stays keeps its bytes, what changes is packed once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_models import LORA, final_model, logits_of, off_by
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qpruner.export import recode as recoding
+from qpruner.export.recode import ADAPTER_FILES, dense, recode
+from qpruner.quantization.formats import DENSE, format_of
+from qpruner.quantization.mixed import layer_tensors
+
+
+@pytest.fixture(scope="module")
+def final(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return final_model(tiny_model, tmp_path_factory.mktemp("final"))
+
+
+def formats_of(folder: Path) -> dict[str, str]:
+    formats: dict[str, str] = json.loads((folder / "config.json").read_text())["quantization_config"]["formats"]
+    return formats
+
+
+def weight_of(folder: Path, path: str, columns: int) -> torch.Tensor:
+    tensors = layer_tensors(load_file(folder / "model.safetensors"), path)
+    return format_of(formats_of(folder).get(path, DENSE)).unpack(tensors, columns, torch.float32)
+
+
+def test_a_model_whose_formats_stay_keeps_every_byte(
+    final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several files too, which transformers finds by their index."""
+    monkeypatch.setattr(recoding, "SHARD_BYTES", 60_000)
+    assert recode(final, tmp_path / "same", lambda name, columns: name, merge=False) == {}
+    files = sorted((tmp_path / "same").glob("model*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 250_000
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(final / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert formats_of(tmp_path / "same") == formats_of(final)
+    for name in ADAPTER_FILES:
+        assert (tmp_path / "same" / name).read_bytes() == (final / name).read_bytes()
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (final, tmp_path / "same")]
+    assert torch.equal(*map(logits_of, models))
+
+
+def test_layers_of_one_format_are_packed_again_alone(final: Path, tmp_path: Path) -> None:
+    changed = recode(final, tmp_path / "new", lambda name, columns: "q4_0" if name == "nf4" else name, merge=False)
+    old, new = formats_of(final), formats_of(tmp_path / "new")
+    assert changed == {path: "q4_0" for path, name in old.items() if name == "nf4"} and changed
+    assert new == old | changed
+    path = "model.layers.0.self_attn.q_proj"
+    weight = weight_of(final, path, 64)
+    packed = format_of("q4_0").pack(weight)["weight"]
+    assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")[f"{path}.weight"], packed)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "w4"])
+def test_an_adapter_is_merged_into_packed_weights(final: Path, name: str, tmp_path: Path) -> None:
+    """Weights are unpacked, added to and packed in float32; layers that were dense stay so."""
+    changed = recode(final, tmp_path / "new", lambda old, columns: name, merge=True)
+    assert formats_of(tmp_path / "new") == changed == dict.fromkeys(formats_of(final), name)
+    assert not [file for file in ADAPTER_FILES if (tmp_path / "new" / file).exists()]
+    adapter = load_file(final / ADAPTER_FILES[1])
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"):
+        lora_a, lora_b = (adapter[f"base_model.model.{path}.lora_{side}.weight"].float() for side in "AB")
+        exact = weight_of(final, path, 64) + LORA.alpha / LORA.rank * (lora_b @ lora_a)
+        found = weight_of(tmp_path / "new", path, 64)
+        is_packed = path in changed
+        expected = format_of(name).unpack(format_of(name).pack(exact), 64, torch.float32)
+        assert torch.equal(found, expected if is_packed else exact.bfloat16().float())
+    if name == "q8_0":
+        assert off_by(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), final) < 0.05
+
+
+def test_a_merged_model_is_dense(final: Path, tmp_path: Path) -> None:
+    recode(final, tmp_path / "new", dense, merge=True)
+    assert "quantization_config" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "new" / "model.safetensors").values()} == {torch.bfloat16}
