@@ -68,8 +68,8 @@ def frequency_factors(config: Any) -> torch.Tensor | None:
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
-    plain: torch.Tensor = 1.0 / (found["rope_theta"] ** exponents)
-    return plain / scaled
+    factors: torch.Tensor = 1.0 / (found["rope_theta"] ** exponents) / scaled
+    return factors
 
 
 def _attention_factor(config: Any) -> float:
