@@ -1,1 +1,1 @@
-"""Write models as GGUF files, and run them with llama.cpp."""
+"""Write models as GGUF files for llama.cpp, and load them there again."""

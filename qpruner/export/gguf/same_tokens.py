@@ -24,8 +24,9 @@ NUM_SPECIAL = 160
 LATIN = "the The don't we'LL I'VE naïve 3.14 1234567 0x1F ½ x² Σ ß İ ſ ﬁ café cafe\u0301 q\u0303 ÉcoleÉté"
 SCRIPTS = """中文字符 日本語です 한국어 ｱｲｳ שלום مرحبا اَلْعَرَبِيَّةُ ٣٤٥ Привет ПриветМир Ελληνικά ქართული አማርኛ ไทย ก็ हिन्दी
     বাংলা தமிழ் 𝔘𝔫𝔦 𐍈 🦙 👩\u200d👩\u200d👧\u200d👦 👍🏽 🇩🇪 ❤️ 1️⃣ ☃ € №"""
-SIGNS = """== != => :: /* */ // ## \"\"\" ''' `x` {} [] () <p> </p> <s> </s> [PAD] <0x0A> $x @y #z %d ... …… !? —– \\n \\t
-    && | ~ ^ _ foo_bar camelCase HTMLParser SELECT /usr/bin/env C:\\dir http://a.b/c?d=e&f=1 me@example.org 192.168.0.1"""
+SIGNS = """== != => :: /* */ // ## \"\"\" ''' `x` {} [] () <p> </p> <s> </s> [PAD] <0x0A> $x @y #z %d ... …… !? —–
+    \\n \\t && | ~ ^ _ foo_bar camelCase HTMLParser SELECT /usr/bin/env C:\\dir http://a.b/c?d=e&f=1
+    me@example.org 192.168.0.1"""
 SPACES = ("\u00a0", "\u3000", "\u2009", "\u200b", "\u200d", "\u0085", "\v", "\f", "\u2028", "\ufeff", "\ufffd", "\x7f")
 PIECES = (
     *f"{LATIN} {SCRIPTS} {SIGNS}".split(),
