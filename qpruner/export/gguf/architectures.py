@@ -35,9 +35,19 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a file of one of llama.cpp's architectures has that differs from our checkpoints."""
+    """One of llama.cpp's architectures, and what its files have that differs from our checkpoints."""
 
     name: str
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether every block has its own widths."""
+        return self.name in ("deci", "openelm")
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether norms, windows and caps are Gemma's."""
+        return self.name.startswith("gemma")
 
     @property
     def interleaves(self) -> bool:
@@ -52,7 +62,7 @@ class Architecture:
     @property
     def adds_to_norms(self) -> float:
         """What is added to the weights of norms: Gemma computes ``1 + weight``, llama.cpp ``weight``."""
-        return 1.0 if self.name.startswith("gemma") else 0.0
+        return 1.0 if self.is_gemma else 0.0
 
 
 def block_widths(config: Any) -> list[Widths]:
