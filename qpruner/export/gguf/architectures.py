@@ -135,13 +135,14 @@ def _window(config: Any) -> int | None:
 
 
 def _has_output_biases(config: Any) -> bool:
-    return any(getattr(config, key, False) for key in (OUTPUT_BIASES, "attention_bias", "mlp_bias"))
+    keys = (OUTPUT_BIASES, "attention_bias", "mlp_bias")
+    return any(bool(getattr(config, key, None)) for key in keys)
 
 
 def _width_refusal(config: Any, architecture: str, biases: bool) -> str | None:
     """Refuse what an architecture cannot have: biases of outputs, an untied head, heads of several sizes."""
     if (biases or _has_output_biases(config)) and architecture not in ALL_BIASES:
-        remedy = NO_BIASES if biases or getattr(config, OUTPUT_BIASES, ()) else ELSEWHERE
+        remedy = NO_BIASES if biases or getattr(config, OUTPUT_BIASES, None) else ELSEWHERE
         return f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {remedy}"
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
         remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
