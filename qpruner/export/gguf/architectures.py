@@ -101,7 +101,7 @@ def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | No
     architecture = architecture_of(config, ragged, biases).name
     if not architecture:
         return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
-    return _width_refusal(config, architecture, biases or _has_output_biases(config)) or _refusal(config, architecture)
+    return _width_refusal(config, architecture, biases) or _refusal(config, architecture)
 
 
 def context_length(config: Any) -> int:
@@ -135,15 +135,15 @@ def _window(config: Any) -> int | None:
 
 
 def _has_output_biases(config: Any) -> bool:
-    return bool(getattr(config, OUTPUT_BIASES, ()) or getattr(config, "mlp_bias", False)) or (
-        bool(getattr(config, "attention_bias", False))
-    )
+    keys = (OUTPUT_BIASES, "attention_bias", "mlp_bias")
+    return any(bool(getattr(config, key, None)) for key in keys)
 
 
 def _width_refusal(config: Any, architecture: str, biases: bool) -> str | None:
     """Refuse what an architecture cannot have: biases of outputs, an untied head, heads of several sizes."""
-    if biases and architecture not in ALL_BIASES:
-        return f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {NO_BIASES}"
+    if (biases or _has_output_biases(config)) and architecture not in ALL_BIASES:
+        remedy = NO_BIASES if biases or getattr(config, OUTPUT_BIASES, None) else ELSEWHERE
+        return f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {remedy}"
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
         remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
         return f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
