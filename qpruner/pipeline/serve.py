@@ -1,14 +1,26 @@
-"""The serve stage: write the final model for other servers, and measure size, loss and speed as served."""
+"""The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
+from qpruner.pipeline.report import report_unfinished
+from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
+from qpruner.plans.plan import UNPRUNED
+from qpruner.report.results import SEARCHED
+from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServeRecord
+from qpruner.runs.storage import display_name
+
+BASE_BYTES = 6
+"""Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
 
 
 class Serve(Stage[ServeRecord]):
@@ -16,24 +28,95 @@ class Serve(Stage[ServeRecord]):
 
     name = "serve"
     record = ServeRecord
+    starts_ray = False
+    memory_keys = "`evaluate.batch_size`, or use a machine with more memory"
 
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:
         return bool(config.serve.to)
 
+    def warnings(self) -> Iterator[str]:
+        if not self.config.serve.uses_llama_cpp:
+            return
+        from qpruner.export.gguf.architectures import remark
+        from qpruner.export.gguf.types import is_llama_cpp
+
+        quantize = self.config.quantize
+        for name in dict.fromkeys((*quantize.levels, *quantize.embedding_levels)):
+            if not is_llama_cpp(name):
+                yield f"`serve.to`: llama.cpp has no format {name}: its layers get the nearest one, and are scored anew"
+        if said := remark(self.context.inspection.model_config):
+            yield f"`serve.to`: {said}"
+
     def check(self) -> None:
-        if self.is_wanted(self.config):
-            raise UserError("`serve.to`: no form can be written yet: take it out")
+        if self.is_wanted(self.config) and (reason := self._refusal()):
+            raise UserError(f"`serve.to` names {', '.join(self.config.serve.to)}: {reason}; or set `serve.to: []`")
+
+    def _refusal(self) -> str | None:
+        """Say why the run's models cannot be served, and what would work; None if they can."""
+        if not self.config.serve.uses_llama_cpp:
+            return None
+        from qpruner.export.gguf.architectures import refusal
+        from qpruner.export.gguf.llama_cpp import library_path
+
+        library_path()  # raises a `UserError` without the package
+        inspection = self.context.inspection
+        cut = inspection.cuts[0]
+        settings, is_ragged = cut.settings, False
+        if not settings.is_off:
+            is_ragged = settings.selection == "global" and bool(settings.width_units) and not settings.uniform
+        has_biases = not settings.is_off and settings.compensates_by == "bias"
+        return refusal(inspection.model_config) or refusal(cut.expected, is_ragged, has_biases)
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        return (prepared.digest, tuned.digest, [each.adapter_sha256 for each in tuned.candidates], self.config.serve)
+        adapters = [each.adapter_sha256 for each in tuned.candidates]
+        return (prepared.digest, tuned.digest, adapters, self.config.serve, _versions())
 
     def detail(self) -> str:
-        return ", ".join(self.config.serve.to)
+        return f"{', '.join(self.config.serve.to)}, measured beside the base model on the CPU"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        raise NotImplementedError
+        context, executor = self.context, self.context.executor
+        self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
+        [winner] = context.record(FinetuneRecord).candidates
+        job = ServeJob(
+            config=context.worker_config,
+            root=context.run_dir.root,
+            base=context.model_folder(UNPRUNED),
+            data=context.data,
+            scratch=scratch,
+            threads=self._threads(),
+            layout=context.layout_of(winner.cut),
+            winner=winner,
+        )
+        executor.close()  # frees the memory of a model that an earlier stage has kept
+        measured = executor.run(partial(serve, job), context.emit)
+        executor.close()
+        return vars(measured)
+
+    def _threads(self) -> int:
+        context = self.context
+        cores = context.trial_resources["cpu"] if context.on_gpu else context.known_slots.largest.cpus
+        return self.config.serve.threads or max(1, int(cores))
 
     def summary(self, record: ServeRecord) -> str:
-        return ", ".join(row.form for row in record.rows)
+        found = [row for row in record.rows if row.name == SEARCHED]
+        sizes = [f"{form_text(row)} {row.file_bytes / 1e6:.1f} MB" for row in found]
+        return "; ".join([*sizes, *commands(record, display_name(self.context.run_dir.root))[:1]])
+
+    def disk_bytes(self) -> int:
+        inspection = self.context.inspection
+        forms = 2 * len(self.config.serve.to) * inspection.budget_bytes
+        return forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that write and run the files; those that are missing are left out."""
+    found = {}
+    for name in ("gguf", "xllamacpp", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -350,7 +350,9 @@ class RunState(Recorded):
     @property
     def extras(self) -> dict[str, bool]:
         """Stage that not every run has -> whether the configuration asks for it."""
-        asked = [(self.config.get(section) or {}).get(key) for section, key in (("finetune", "compare"), ("serve", "to"))]
+        asked = [
+            (self.config.get(section) or {}).get(key) for section, key in (("finetune", "compare"), ("serve", "to"))
+        ]
         return {name: bool(each) for name, each in zip(EXTRAS, asked, strict=True)}
 
     @property
