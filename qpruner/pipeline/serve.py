@@ -10,15 +10,18 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
+from qpruner.models.loading import check_source, load_tokenizer
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED
 from qpruner.report.results import SEARCHED
 from qpruner.report.served import commands, form_text
-from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServeRecord
+from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
 
+COLUMNS = 4096
+"""Columns that every format takes."""
 BASE_BYTES = 6
 """Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
 
@@ -39,34 +42,49 @@ class Serve(Stage[ServeRecord]):
         if not self.config.serve.uses_llama_cpp:
             return
         from qpruner.export.gguf.architectures import remark
-        from qpruner.export.gguf.types import is_llama_cpp
+        from qpruner.export.gguf.types import llama_cpp_format
 
         quantize = self.config.quantize
         for name in dict.fromkeys((*quantize.levels, *quantize.embedding_levels)):
-            if not is_llama_cpp(name):
-                yield f"`serve.to`: llama.cpp has no format {name}: its layers get the nearest one, and are scored anew"
+            if (nearest := llama_cpp_format(name, COLUMNS)) != name:
+                yield f"`serve.to`: llama.cpp has no format {name}: its layers get {nearest}, and are scored anew"
         if said := remark(self.context.inspection.model_config):
             yield f"`serve.to`: {said}"
 
     def check(self) -> None:
-        if self.is_wanted(self.config) and (reason := self._refusal()):
-            raise UserError(f"`serve.to` names {', '.join(self.config.serve.to)}: {reason}; or set `serve.to: []`")
+        for form in self.config.serve.to:
+            if reason := self._refusal(form):
+                remedy = "name other forms, or none (on the command line `--set serve.to=[]`)"
+                raise UserError(f"`serve.to`: {form} cannot be written: {reason}; or {remedy}")
+        if self.config.serve.uses_llama_cpp:
+            self._check_tokenizer()
 
-    def _refusal(self) -> str | None:
-        """Say why the run's models cannot be served, and what would work; None if they can."""
-        if not self.config.serve.uses_llama_cpp:
-            return None
-        from qpruner.export.gguf.architectures import refusal
-        from qpruner.export.gguf.llama_cpp import library_path
+    def _refusal(self, form: ServedForm) -> str | None:
+        """Say why the base or the pruned model cannot have this form, and what would work; None if both can."""
+        from qpruner.export import forms
 
-        library_path()  # raises a `UserError` without the package
+        refusal: Any = getattr(forms, "refusal", None)
+        if refusal is None:
+            return "no form can be written yet"
         inspection = self.context.inspection
         cut = inspection.cuts[0]
-        settings, is_ragged = cut.settings, False
-        if not settings.is_off:
-            is_ragged = settings.selection == "global" and bool(settings.width_units) and not settings.uniform
-        has_biases = not settings.is_off and settings.compensates_by == "bias"
-        return refusal(inspection.model_config) or refusal(cut.expected, is_ragged, has_biases)
+        is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
+        is_ragged = is_cut and is_free and bool(cut.settings.width_units)
+        has_biases = is_cut and cut.settings.compensates_by == "bias"
+        reason: str | None = refusal(form, inspection.model_config)
+        return reason or refusal(form, cut.expected, is_ragged, has_biases)
+
+    def _check_tokenizer(self) -> None:
+        from qpruner.export.gguf.vocabulary import vocabulary
+
+        source = check_source(self.config.model)
+        if source.endswith(".gguf"):  # takes 15 s to convert, and comes from llama.cpp
+            return
+        tokenizer = load_tokenizer(source, self.config.model)
+        try:
+            vocabulary(tokenizer, self.context.inspection.model_config.vocab_size)
+        except UserError as error:
+            raise UserError(f"`serve.to`: {error}; or set `serve.to: []`") from error
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
@@ -86,7 +104,7 @@ class Serve(Stage[ServeRecord]):
             base=context.model_folder(UNPRUNED),
             data=context.data,
             scratch=scratch,
-            threads=self._threads(),
+            threads=self.config.serve.threads or max(1, int(context.trial_resources["cpu"])),
             layout=context.layout_of(winner.cut),
             winner=winner,
         )
@@ -94,11 +112,6 @@ class Serve(Stage[ServeRecord]):
         measured = executor.run(partial(serve, job), context.emit)
         executor.close()
         return vars(measured)
-
-    def _threads(self) -> int:
-        context = self.context
-        cores = context.trial_resources["cpu"] if context.on_gpu else context.known_slots.largest.cpus
-        return self.config.serve.threads or max(1, int(cores))
 
     def summary(self, record: ServeRecord) -> str:
         found = [row for row in record.rows if row.name == SEARCHED]

@@ -24,6 +24,7 @@ from qpruner.runs.events import Emit, Message, Progress
 from qpruner.runs.records import CandidateRecord, ServedForm, ServedRow, ServeSetting
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import empty_folder, fetch, storage_at, writing_folder
+from qpruner.wording import counted
 
 EMBEDDING_FORMAT = "q8_0"
 """Format of embeddings and head in the packed files of the base model: llama.cpp's own quantizer takes Q6_K or this."""
@@ -96,23 +97,23 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
 
     place = job.scratch / form
     with writing_folder(place) as folder:
-        done = export(RunDir(job.root, create=False), form, folder, on_progress)
-    names = [path for path in sorted(place.rglob("*")) if path.is_file()]
-    tensors = [path for path in names if path.suffix in (".gguf", ".safetensors")]
+        done: Any = export(RunDir(job.root, create=False), form, folder, on_progress)  # type: ignore[arg-type]
+    names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
+    alike = f"{done.agreement:.1%} of {counted(done.num_positions, 'prediction')} are the same as in transformers"
     row = ServedRow(
         name=SEARCHED,
         form=form,
         format=PLAN,
-        files=tuple(f"serve/{form}/{path.relative_to(place).as_posix()}" for path in names),
-        file_bytes=sum(path.stat().st_size for path in names),
-        tensor_bytes=sum(map(tensor_bytes, tensors)),
+        files=tuple(f"serve/{form}/{name}" for name in names),
+        file_bytes=done.file_bytes,
+        tensor_bytes=done.tensor_bytes,
+        plan_bytes=done.plan_bytes,
         mean_bits=_mean_bits(job, done.recoded),
-        check=done.check,
-        recoded=done.recoded,
+        check=f"loaded again by {done.by}: {alike}, KL divergence {done.divergence:.2g} nats",
+        recoded=dict(done.recoded),
     )
-    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {done.check}"))
-    models = [path for path in tensors if path.suffix == ".gguf"]
-    return Served(row, *sorted(models, key=lambda path: len(path.name)))
+    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {row.check}"))
+    return Served(row, *(place / name for name in sorted(names, key=len) if name.endswith(".gguf")))
 
 
 def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
@@ -182,16 +183,6 @@ def _save_in(model: Any, tokenizer: Any, name: str, folder: Path) -> int:
     return sum(each.nbytes for each in tensors.values())
 
 
-def tensor_bytes(file: Path) -> int:
-    """Count the bytes of the tensors in a GGUF or safetensors file."""
-    if file.suffix == ".gguf":
-        from gguf import GGUFReader
-
-        return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
-    with file.open("rb") as opened:
-        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")  # the header and its length
-
-
 # ---- measurement
 
 
@@ -241,13 +232,23 @@ def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[
         return _take_turn_in_transformers(job, prompt, rows)
     from qpruner.export.gguf.llama_cpp import Llama
 
-    longest = max([PROMPT_TOKENS + NEW_TOKENS, *(len(row["input_ids"]) for row in rows)])
-    with Llama(served.model, served.adapter, job.threads, longest + 1) as llama:
-        loss = _loss(llama, rows) if rows else None
+    loss = _loss(job, served, rows) if rows else None
+    with Llama(served.model, served.adapter, job.threads, PROMPT_TOKENS + NEW_TOKENS) as llama:
         llama.prefill(prompt[:WARM_UP_TOKENS])
         llama.decode(1)
         read = llama.prefill(prompt)
         return PROMPT_TOKENS / read, NEW_TOKENS / llama.decode(NEW_TOKENS), loss
+
+
+def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float:
+    from qpruner.data.encoding import IGNORED_LABEL
+    from qpruner.data.losses import loss_result
+    from qpruner.export.gguf.running import row_losses
+
+    assert served.model
+    pairs = [(row["input_ids"], row["labels"]) for row in rows]
+    found = row_losses(served.model, served.adapter, pairs, job.threads, IGNORED_LABEL, None)
+    return loss_result(*zip(*found, strict=True)).mean
 
 
 def _take_turn_in_transformers(job: ServeJob, prompt: list[int], rows: Sequence[Any]) -> Turn:
@@ -261,21 +262,3 @@ def _take_turn_in_transformers(job: ServeJob, prompt: list[int], rows: Sequence[
         return prefill, decode, None
     pad_id = int(load_tokenizer(base).pad_token_id)
     return prefill, decode, mean_loss(model, rows, pad_id, job.config.evaluate.batch_size).mean
-
-
-def _loss(llama: Any, rows: Sequence[Any]) -> float:
-    """Compute the mean loss in nats per labelled token, as `data.losses.mean_loss` does."""
-    import numpy as np
-
-    from qpruner.data.encoding import IGNORED_LABEL
-
-    total, count = 0.0, 0
-    for row in rows:
-        labels = np.asarray([*row["labels"][1:], IGNORED_LABEL])
-        wanted = labels != IGNORED_LABEL
-        logits = llama.logits(row["input_ids"], wanted.tolist()).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        chosen = logits[np.arange(len(logits)), labels[wanted]]
-        total += float((np.log(np.exp(logits).sum(axis=1)) - chosen).sum())
-        count += int(wanted.sum())
-    return total / count
