@@ -138,20 +138,27 @@ def _without_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _metaspace(tokens: Sequence[str], only_first: bool, is_chatty: bool) -> tuple[Callable[[str], str | None], str]:
     """Treat text for which the tokenizer adds a space before each part, or before the first, that has none."""
-    added = "|".join(map(re.escape, tokens)) or "(?!)"
+    added = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    spaces = (" ", "▁")
     if only_first and is_chatty:
-        first = re.compile(rf"\Z|[ ▁]|{added}")
-        told = "llama.cpp adds no space before text that does not begin with a special token, as chats do"
-        return lambda text: text if first.match(text) else f" {text}", told
-    inside = re.compile(rf"({added})(?!\Z|{added})")
-    starts, one_space = re.compile(f"(^|{added})[ ▁]"), re.compile(rf"(^|{added})[ ▁](\Z|{added})")
-    told = "llama.cpp adds a space before text at the start and after special tokens, even where there is one"
 
-    def treat(text: str) -> str | None:
-        is_other = one_space.search(text) or (only_first and inside.search(text))
-        return None if is_other else starts.sub(r"\1", text)
+        def with_space(text: str) -> str:
+            bare = text and not text.startswith(spaces) and not added.match(text)
+            return f" {text}" if bare else text
 
-    return treat, told
+        return with_space, "llama.cpp adds no space before text that does not begin with a special token, as chats do"
+
+    def without_space(text: str) -> str | None:
+        tokens, parts = added.findall(text), added.split(text)
+        if any(part in spaces for part in parts) or (only_first and any(parts[1:])):
+            return None
+        bare = [part[1:] if part.startswith(spaces) else part for part in parts]
+        return "".join(part + token for part, token in zip(bare, [*tokens, ""], strict=True))
+
+    return (
+        without_space,
+        "llama.cpp adds a space before text at the start and after special tokens, even where there is one",
+    )
 
 
 def _is_mark(character: str) -> bool:
