@@ -130,6 +130,11 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
         yield f"`text` is running text: give its sources `format: text`, got {', '.join(other)}"
 
 
+def _serve_rules(serve: schema.ServeConfig) -> Iterator[str]:
+    if len(set(serve.to)) < len(serve.to):
+        yield f"`to` names a form twice, got {', '.join(serve.to)}: name each once"
+
+
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     method, levels, training = run.search.plan_method, run.quantize.levels, run.training
     if run.quantize.rounding == "gptq" and run.lora.init == "plain":
@@ -244,6 +249,8 @@ schema.FinetuneConfig.idle_keys = lambda own: (
     (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),
 )
 schema.EvaluateConfig.rules = _evaluate_rules
+schema.ServeConfig.rules = _serve_rules
+schema.ServeConfig.idle_keys = lambda own: ((not own.to, "`serve.to` is empty", ("threads",)),)
 schema.CalibrationConfig.idle_keys = lambda own: (
     (own.token_ids is not None, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),
 )

@@ -311,6 +311,22 @@ class EvaluateConfig(Section):
     responses of the confirmation rows that judge the winner; none if they are multiple-choice."""
 
 
+class ServeConfig(Section):
+    """Files of the final model for other servers."""
+
+    to: tuple[Literal["gguf", "gguf_merged", "vllm", "vllm_merged"], ...] = ()
+    """Forms to write to `serve/` in the run folder and to measure beside the base model: gguf for llama.cpp and Ollama,
+    vllm for vLLM, with the adapter in a file of its own or merged into the weights, as `qpruner export` writes them.
+    `--set serve.to=[gguf]` adds this to a finished run."""
+    threads: Positive | None = None
+    """CPU threads of every measured row; null takes all cores of a machine."""
+
+    @property
+    def uses_llama_cpp(self) -> bool:
+        """Whether a form is for llama.cpp."""
+        return any(form.startswith("gguf") for form in self.to)
+
+
 class CardConfig(Section):
     """Facts for the card of the final model, `final/README.md`; nothing is computed from them."""
 
@@ -340,6 +356,7 @@ class RunConfig(Section):
     search: SearchConfig = SearchConfig()
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
+    serve: ServeConfig = ServeConfig()
     card: CardConfig = CardConfig()
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where every trial and fine-tune is logged besides TensorBoard. Places and keys come from the trackers' own

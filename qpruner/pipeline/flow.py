@@ -24,6 +24,7 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
+from qpruner.pipeline.serve import Serve
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
@@ -32,7 +33,7 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, exists, storage_error
 
 Stages = tuple[type[Stage[Any]], ...]
-STAGES: Stages = (Prepare, Prune, Bank, Sensitivity, Search, Finetune, Evaluate, Comparison, Report)
+STAGES: Stages = (Prepare, Prune, Bank, Sensitivity, Search, Finetune, Evaluate, Comparison, Serve, Report)
 
 
 def stages_until(until: str) -> Stages:

@@ -30,6 +30,7 @@ CUT_OFF = "cut off"
 """Outcome of a command whose process ended without recording its outcome."""
 GONE = "most likely gone"
 """Outcome of a command on another machine whose heartbeat has stopped."""
+LACKING = {"comparison": "its comparison is", "serve": "the files to serve it are"}
 MOMENT_SECONDS = 0.3
 """Longest expected time between a driver's change of the run's state and its change of the lock."""
 
@@ -97,9 +98,9 @@ class Snapshot:
         return self.results.evaluate is not None
 
     @property
-    def lacks_comparison(self) -> bool:
-        """Whether other plans are to be compared with the winner (`finetune.compare`), and are not yet fine-tuned."""
-        return self.state.compares and self.results.comparison is None
+    def lacking(self) -> list[str]:
+        """The stages after the evaluation that the configuration asks for, and that have no record yet."""
+        return [name for name, asked in self.state.extras.items() if asked and getattr(self.results, name) is None]
 
     @property
     def how_to_compare(self) -> str | None:
@@ -180,8 +181,8 @@ class Snapshot:
         """How far the run has come, in one or two sentences."""
         if not self.is_complete:
             return self._unfinished
-        if self.lacks_comparison:
-            return f"The winner is finished, its comparison is not. {self._unfinished}"
+        if self.lacking:
+            return f"The winner is finished, {LACKING[self.lacking[0]]} not. {self._unfinished}"
         resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
         return f"Finished{resumed if self.state.resumed else ''}."
 
@@ -206,7 +207,7 @@ class Snapshot:
     @property
     def missing(self) -> str | None:
         """A sentence that lists the stages without a record; None if every stage has a record."""
-        asked = [name for name in Results.model_fields if name != "comparison" or self.lacks_comparison]
+        asked = [name for name in Results.model_fields if self.state.extras.get(name, True)]
         names = [name for name in asked if getattr(self.results, name) is None]
         return f"There is no result yet from: {', '.join(names)}." if names else None
 

@@ -3,4 +3,4 @@
 from qpruner.models.families.family import DividedFamily
 
 BLOCK = ("transformers.models.gemma2.modeling_gemma2", "Gemma2DecoderLayer")
-GEMMA2 = DividedFamily("gemma2", BLOCK, down_adds_to_residual=False)
+GEMMA2 = DividedFamily("gemma2", BLOCK, down_adds_to_residual=False, gguf="gemma2")

@@ -2,4 +2,6 @@
 
 from qpruner.models.families.family import DividedFamily
 
-LLAMA = DividedFamily("llama", ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"))
+LLAMA = DividedFamily(
+    "llama", ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"), gguf="llama", gguf_ragged="deci"
+)

@@ -2,4 +2,6 @@
 
 from qpruner.models.families.family import Family
 
-MISTRAL = Family("mistral", ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"))
+MISTRAL = Family(
+    "mistral", ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"), gguf="llama", gguf_ragged="deci"
+)

@@ -2,4 +2,6 @@
 
 from qpruner.models.families.family import Family
 
-QWEN2 = Family("qwen2", ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"))
+QWEN2 = Family(
+    "qwen2", ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"), gguf="qwen2", gguf_ragged="deci"
+)

@@ -2,4 +2,6 @@
 
 from qpruner.models.families.family import Family
 
-QWEN3 = Family("qwen3", ("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"))
+QWEN3 = Family(
+    "qwen3", ("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"), gguf="qwen3", gguf_ragged="openelm"
+)

@@ -51,6 +51,8 @@ class Format(ABC):
     """Names of the tensors that `pack` returns besides `weight`; they are saved, and `fill` takes them."""
     uncounted: tuple[str, ...] = ()
     """Those of `more_tensors` that hold no weights and are not counted as bytes."""
+    ggml_type: str = ""
+    """Name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none."""
     peft_flag: str = ""
     """Attribute that must be true on a model, so that peft puts its own LoRA layer on layers of this format."""
 

@@ -173,6 +173,6 @@ def _split_nibbles(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return torch.cat([half[:, start:] for half in halves], dim=1)
 
 
-Q4_0 = Q4(name="q4_0", bits=4, letter="a", colour="#c7e9c0", num_codes=16, block_bytes=18)
-Q5_0 = Q5(name="q5_0", bits=5, letter="b", colour="#74c476", num_codes=32, block_bytes=22)
-Q8_0 = Q8(name="q8_0", bits=8, letter="c", colour="#238b45", num_codes=255, block_bytes=34)
+Q4_0 = Q4(name="q4_0", ggml_type="Q4_0", bits=4, letter="a", colour="#c7e9c0", num_codes=16, block_bytes=18)
+Q5_0 = Q5(name="q5_0", ggml_type="Q5_0", bits=5, letter="b", colour="#74c476", num_codes=32, block_bytes=22)
+Q8_0 = Q8(name="q8_0", ggml_type="Q8_0", bits=8, letter="c", colour="#238b45", num_codes=255, block_bytes=34)

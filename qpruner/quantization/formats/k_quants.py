@@ -28,8 +28,8 @@ class KQuant(Format):
     package: str = "libgguf"
     extra: str = "gguf"
     block_bytes: int
-    ggml_type: int
-    """Number of the type in GGUF files."""
+    type_number: int
+    """Number of `ggml_type` in GGUF files."""
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         """Count the bytes of all blocks."""
@@ -47,7 +47,7 @@ class KQuant(Format):
         packed = torch.empty(weight.shape[0], self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8)
         for rows in row_parts(weight):
             part = weight[rows].detach().float().cpu().numpy()
-            packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.ggml_type))
+            packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.type_number))
         return {"weight": packed.to(weight.device)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
     return torch.stack([half.view(-1, 128 // run, run) for half in (packed & 15, packed >> 4)], dim=2)
 
 
-Q2_K = Q2K(name="q2_k", bits=2, letter="e", colour="#fdd0a2", block_bytes=84, ggml_type=10)
-Q3_K = Q3K(name="q3_k", bits=3, letter="f", colour="#fdae6b", block_bytes=110, ggml_type=11)
-Q4_K = Q4K(name="q4_k", bits=4, letter="g", colour="#f16913", block_bytes=144, ggml_type=12)
-Q6_K = Q6K(name="q6_k", bits=6, letter="h", colour="#a63603", block_bytes=210, ggml_type=14)
+Q2_K = Q2K(name="q2_k", ggml_type="Q2_K", bits=2, letter="e", colour="#fdd0a2", block_bytes=84, type_number=10)
+Q3_K = Q3K(name="q3_k", ggml_type="Q3_K", bits=3, letter="f", colour="#fdae6b", block_bytes=110, type_number=11)
+Q4_K = Q4K(name="q4_k", ggml_type="Q4_K", bits=4, letter="g", colour="#f16913", block_bytes=144, type_number=12)
+Q6_K = Q6K(name="q6_k", ggml_type="Q6_K", bits=6, letter="h", colour="#a63603", block_bytes=210, type_number=14)

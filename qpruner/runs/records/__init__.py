@@ -27,6 +27,10 @@ from qpruner.runs.records.search import SearchClock as SearchClock
 from qpruner.runs.records.search import SearchRecord as SearchRecord
 from qpruner.runs.records.search import TrialPulse as TrialPulse
 from qpruner.runs.records.search import TrialRecord as TrialRecord
+from qpruner.runs.records.serving import ServedForm as ServedForm
+from qpruner.runs.records.serving import ServedRow as ServedRow
+from qpruner.runs.records.serving import ServeRecord as ServeRecord
+from qpruner.runs.records.serving import ServeSetting as ServeSetting
 
 
 class PrepareRecord(Record):
@@ -336,12 +340,19 @@ class RunState(Recorded):
     def asked_stages(self) -> list[str]:
         """The stages that the command runs, in the order of the flow."""
         names = [*Results.model_fields, "report"]  # the report has no record
-        return [name for name in names[: names.index(self.until) + 1] if name != "comparison" or self.compares]
+        left_out = {name for name, is_wanted in self.extras.items() if not is_wanted}
+        return [name for name in names[: names.index(self.until) + 1] if name not in left_out]
+
+    @property
+    def extras(self) -> dict[str, bool]:
+        """Stage that not every run has -> whether the configuration asks for it."""
+        sections = {name: self.config.get(name) or {} for name in ("finetune", "serve")}
+        return {"comparison": bool(sections["finetune"].get("compare")), "serve": bool(sections["serve"].get("to"))}
 
     @property
     def compares(self) -> bool:
         """Whether the command also fine-tunes the models that the winner is compared with (`finetune.compare`)."""
-        return bool(self.config.get("finetune", {}).get("compare"))
+        return self.extras["comparison"]
 
 
 MARK = "qpruner_export.json"
@@ -366,6 +377,7 @@ class Results(Recorded):
     finetune: FinetuneRecord | None = None
     evaluate: EvalRecord | None = None
     comparison: ComparisonRecord | None = None
+    serve: ServeRecord | None = None
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:

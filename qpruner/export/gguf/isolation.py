@@ -1,0 +1,79 @@
+"""Run a generator function in a process of its own, so that a crash of llama.cpp is an error like others."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from qpruner.errors import QprunerError, StageError
+
+T = TypeVar("T")
+REMEDY = "repeat the command; if it happens again, report it with the file and the version of `xllamacpp`"
+
+
+def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
+    """Yield what a generator function of a module yields; it runs in a new interpreter, and imports what it names.
+
+    Raises:
+        QprunerError: As the function raised it.
+        StageError: If the process was ended by a signal, or failed in another way.
+    """
+    # Not multiprocessing: its children import the user's script again.
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", __name__, str(writing)]
+    with open(reading, "rb") as answers:
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[writing], env=paths)  # noqa: S603
+        os.close(writing)
+        try:
+            assert child.stdin
+            with child.stdin:
+                pickle.dump((function.__module__, function.__qualname__, arguments), child.stdin)
+            while True:
+                kind, value = pickle.load(answers)  # noqa: S301
+                if kind == "end":
+                    return
+                if kind == "error":
+                    raise value
+                yield value
+        except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
+            raise _died(child.wait()) from error
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _died(status: int) -> StageError:
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+    return StageError("export", f"the process that runs llama.cpp {how}", REMEDY)
+
+
+def _serve(descriptor: int) -> None:
+    """Call the function that the parent names, and send what it yields."""
+    with open(descriptor, "wb") as answers:
+
+        def send(kind: str, value: Any = None) -> None:
+            pickle.dump((kind, value), answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+
+        module, name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301
+        try:
+            for value in getattr(importlib.import_module(module), name)(*arguments):
+                send("value", value)
+        except QprunerError as error:
+            send("error", error)
+        except Exception:
+            send("error", RuntimeError(traceback.format_exc()))
+        else:
+            send("end")
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

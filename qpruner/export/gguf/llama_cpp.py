@@ -1,0 +1,297 @@
+"""Run GGUF files in llama.cpp itself: its library, called through ctypes.
+
+One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt (llama.cpp's #27174).
+The library is the extension module of the package `xllamacpp`, which exports the C API, or any other `libllama.so`.
+Structures of parameters grow with every build, so they are opaque here: the library fills in its defaults, and only the
+first three fields of a context's parameters are set, which have had their places since 2024.
+
+An assertion in the library ends the process: `isolation.py` calls it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from qpruner.errors import StageError, UserError
+
+BATCH = 512
+"""Most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt."""
+ERROR_LEVEL = 4
+INSTALL = 'run `pip install "qpruner[gguf]"`'
+
+
+class _Parameters(ctypes.Structure):
+    """Parameters of a model or context, larger than those of any build (200 bytes in October 2026)."""
+
+    _fields_ = [("fields", ctypes.c_uint32 * 256)]
+
+
+class _Batch(ctypes.Structure):
+    """A `llama_batch`; absent positions and sequences mean: the next positions of sequence 0."""
+
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.c_void_p),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    ]
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_P, _I, _U, _S, _B, _F = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_uint32,
+    ctypes.c_char_p,
+    ctypes.c_bool,
+    ctypes.POINTER(ctypes.c_float),
+)
+# Name: result, arguments.
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "llama_backend_init": (None,),
+    "llama_log_set": (None, _LOG, _P),
+    "llama_model_default_params": (_Parameters,),
+    "llama_context_default_params": (_Parameters,),
+    "llama_model_load_from_file": (_P, _S, _Parameters),
+    "llama_model_get_vocab": (_P, _P),
+    "llama_model_free": (None, _P),
+    "llama_init_from_model": (_P, _P, _Parameters),
+    "llama_free": (None, _P),
+    "llama_set_n_threads": (None, _P, _I, _I),
+    "llama_adapter_lora_init": (_P, _P, _S),
+    "llama_get_memory": (_P, _P),
+    "llama_memory_clear": (None, _P, _B),
+    "llama_vocab_n_tokens": (_I, _P),
+    "llama_tokenize": (_I, _P, _S, _I, _P, _I, _B, _B),
+    "llama_token_to_piece": (_I, _P, _I, _S, _I, _I, _B),
+    "llama_decode": (_I, _P, _Batch),
+    "llama_get_logits": (_F, _P),
+}
+_OPTIONAL: dict[str, tuple[Any, ...]] = {
+    # Absent where the processor's kernels are built in.
+    "ggml_backend_load_all_from_path": (None, _S),
+    "llama_set_adapters_lora": (_I, _P, _P, ctypes.c_size_t, _P),
+    # Its name until the end of 2025.
+    "llama_set_adapter_lora": (_I, _P, _P, ctypes.c_float),
+    "llama_version": (_S,),
+    "ggml_version": (_S,),
+}
+
+
+class _Library:
+    """A loaded libllama: its functions, and the last errors in its log."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+            self.functions = {name: getattr(library, name) for name in _FUNCTIONS}
+        except (OSError, AttributeError) as error:
+            raise UserError(f"{path} is not a library of llama.cpp that can be used: {error}; {INSTALL}") from error
+        self.functions |= {name: getattr(library, name) for name in _OPTIONAL if hasattr(library, name)}
+        for name, function in self.functions.items():
+            function.restype, *function.argtypes = (_FUNCTIONS | _OPTIONAL)[name]
+        self.errors = deque[str](maxlen=3)
+        self._log = _LOG(self._keep)  # must live as long as the library may call it
+        self.call("llama_log_set", self._log, None)
+        if "ggml_backend_load_all_from_path" in self.functions:
+            self.call("ggml_backend_load_all_from_path", str(path.parent).encode())
+        self.call("llama_backend_init")
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        return self.functions[name](*arguments)
+
+    def _keep(self, level: int, text: bytes, _: Any) -> None:
+        if level == ERROR_LEVEL and text.strip():
+            self.errors.append(text.decode(errors="replace").strip())
+
+
+_library = cache(_Library)
+
+
+def library_path() -> Path:
+    """Return the library in the package `xllamacpp`; raise `UserError` if it is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    folders = (spec and spec.submodule_search_locations) or []
+    found = [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]
+    if not found:
+        raise UserError(f"llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: {INSTALL}")
+    return found[0]
+
+
+def build(library: Path | None = None) -> str:
+    """Name the build of llama.cpp: the package or file, and the versions that the library tells."""
+    loaded = _library(library or library_path())
+    parts = [library.name if library else f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
+    for name in ("llama", "ggml"):
+        if f"{name}_version" in loaded.functions:
+            parts.append(f"{name} {loaded.call(f'{name}_version').decode()}")
+    return ", ".join(parts)
+
+
+class Llama:
+    """A model in llama.cpp, with a context for one sequence of tokens.
+
+    Args:
+        model: The GGUF file.
+        adapter: The GGUF file of a LoRA adapter; None for none.
+        threads: Threads of prefill and decode.
+        context_length: Most tokens of a sequence.
+        library: A libllama; None for that of `xllamacpp`.
+
+    Raises:
+        UserError: If the package is missing, or a file is.
+        StageError: If llama.cpp refuses a file; the message has its own last errors.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None = None,
+        threads: int = 1,
+        context_length: int = BATCH,
+        library: Path | None = None,
+    ) -> None:
+        self._library = _library(library or library_path())
+        self._call, self._model, self._context = self._library.call, None, None
+        self._length, self._most, self._next = 0, context_length, 0
+        for file in (model, adapter):
+            if file and not file.is_file():
+                raise UserError(f"{file} is not a file: name a GGUF file")
+        try:
+            self._open(model, adapter, threads)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, model: Path, adapter: Path | None, threads: int) -> None:
+        self._library.errors.clear()
+        self._model = self._call("llama_model_load_from_file", bytes(model), self._call("llama_model_default_params"))
+        if not self._model:
+            raise self._error(f"cannot load {model}")
+        parameters = self._call("llama_context_default_params")
+        parameters.fields[0], parameters.fields[1], parameters.fields[2] = self._most, BATCH, BATCH
+        self._context = self._call("llama_init_from_model", self._model, parameters)
+        if not self._context:
+            raise self._error(f"cannot run {model}")
+        self._call("llama_set_n_threads", self._context, threads, threads)
+        self._vocab: int = self._call("llama_model_get_vocab", self._model)
+        self.vocab_size: int = self._call("llama_vocab_n_tokens", self._vocab)
+        if adapter:
+            self._attach(adapter)
+
+    def _attach(self, adapter: Path) -> None:
+        loaded = self._call("llama_adapter_lora_init", self._model, bytes(adapter))
+        if not loaded:
+            raise self._error(f"cannot load the adapter {adapter}")
+        if "llama_set_adapters_lora" in self._library.functions:
+            one, scale = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
+            status = self._call("llama_set_adapters_lora", self._context, one, 1, scale)
+        else:
+            status = self._call("llama_set_adapter_lora", self._context, loaded, 1.0)
+        if status:
+            raise self._error(f"cannot use the adapter {adapter}")
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory; the adapter goes with its model."""
+        if self._context:
+            self._call("llama_free", self._context)
+        if self._model:
+            self._call("llama_model_free", self._model)
+        self._model = self._context = None
+
+    def _error(self, what: str) -> StageError:
+        told = "; ".join(self._library.errors) or "it gives no reason"
+        return StageError("export", f"llama.cpp {what}: {told}", "write the file again: repeat the command")
+
+    def tokens(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Tokenize a text; add the tokens of begin and end, and read those that are written in the text, if asked."""
+        encoded = text.encode()
+        room = len(encoded) + 8
+        ids = numpy.empty(room, numpy.int32)
+        size = (encoded, len(encoded), ids.ctypes.data, room)
+        count = self._call("llama_tokenize", self._vocab, *size, add_special, parse_special)
+        if count < 0:
+            raise self._error(f"cannot tokenize {text[:40]!r}")
+        return [int(each) for each in ids[:count]]
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for, those of special tokens included."""
+        buffer = ctypes.create_string_buffer(1024)
+        count = self._call("llama_token_to_piece", self._vocab, token, buffer, len(buffer), 0, True)
+        if count < 0:
+            raise self._error(f"cannot spell token {token}")
+        return buffer.raw[:count]
+
+    def logits(self, ids: Sequence[int], wanted: Sequence[bool] | None = None) -> numpy.ndarray:
+        """Return the logits float32 ``(positions, vocabulary)`` of a new sequence at all (or the wanted) positions."""
+        self._restart()
+        flags = numpy.ones(len(ids), numpy.int8) if wanted is None else numpy.asarray(wanted, numpy.int8)
+        return numpy.concatenate(list(self._passes(ids, flags)))
+
+    def generate(self, ids: Sequence[int], num_tokens: int) -> list[int]:
+        """Continue a new sequence by the most likely tokens."""
+        self.prefill(ids)
+        return self._continue(num_tokens)
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Read a new sequence; return the seconds."""
+        self._restart()
+        flags = numpy.zeros(len(ids), numpy.int8)
+        flags[-1] = 1
+        start = time.perf_counter()
+        *_, last = self._passes(ids, flags)
+        seconds = time.perf_counter() - start
+        self._next = int(last[-1].argmax())
+        return seconds
+
+    def decode(self, num_tokens: int) -> float:
+        """Continue what `prefill` read by the most likely tokens, one at a time; return the seconds."""
+        start = time.perf_counter()
+        self._continue(num_tokens)
+        return time.perf_counter() - start
+
+    def _continue(self, num_tokens: int) -> list[int]:
+        found = list[int]()
+        for _ in range(num_tokens):
+            found.append(self._next)
+            (logits,) = self._passes(found[-1:], numpy.ones(1, numpy.int8))
+            self._next = int(logits[0].argmax())
+        return found
+
+    def _restart(self) -> None:
+        self._call("llama_memory_clear", self._call("llama_get_memory", self._context), True)
+        self._length = 0
+
+    def _passes(self, ids: Sequence[int], flags: numpy.ndarray) -> Iterator[numpy.ndarray]:
+        """Append tokens to the sequence, and yield the logits at the flagged positions of each batch."""
+        if self._length + len(ids) > self._most:
+            raise ValueError(f"{self._length + len(ids)} tokens do not fit into a context of {self._most}")
+        tokens = numpy.asarray(ids, numpy.int32)
+        for start in range(0, len(ids), BATCH):
+            part, asked = tokens[start : start + BATCH], numpy.ascontiguousarray(flags[start : start + BATCH])
+            batch = _Batch(len(part), token=part.ctypes.data, logits=asked.ctypes.data)
+            if status := self._call("llama_decode", self._context, batch):
+                raise self._error(f"cannot read {len(part)} tokens (status {status})")
+            self._length += len(part)
+            if count := int(asked.sum()):
+                found = self._call("llama_get_logits", self._context)
+                yield numpy.ctypeslib.as_array(found, (count, self.vocab_size)).copy()

@@ -1,0 +1,58 @@
+"""The record of stage serve: the files for other servers, their size, loss and speed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from qpruner.runs.records.base import Record, Recorded
+
+ServedForm = Literal["gguf", "gguf_merged", "vllm", "vllm_merged"]
+"""Files for llama.cpp or vLLM, with the adapter in a file of its own or merged into the weights."""
+
+
+class ServedRow(Recorded):
+    """One model as it is served: the final model in one form, or the base model to compare it with."""
+
+    name: str
+    """`base` or `searched`, as in the final table."""
+    form: ServedForm | Literal["transformers"]
+    format: str
+    """The format of the base model's blocks, such as q4_0; `plan` if each group has its own."""
+    files: tuple[str, ...] = ()
+    """Paths in the run folder; none for the base model, whose files are removed once they are measured."""
+    file_bytes: int
+    """Bytes of all files of the model and its adapter, with tokenizer and metadata."""
+    tensor_bytes: int
+    """Bytes of the tensors in these files."""
+    mean_bits: float
+    """Mean bits of the blocks' weights, without scales."""
+    loss: float | None = None
+    """Nats per token on the confirmation rows that judge the winner, as this server computes it; base models have no
+    fine-tune."""
+    prefill_tokens_per_second: tuple[float, ...] = ()
+    """One value per turn; in every turn each row is measured once."""
+    decode_tokens_per_second: tuple[float, ...] = ()
+    check: str = ""
+    """What the files were compared with before they were called done, and how alike they were."""
+    recoded: dict[str, str] = {}
+    """Layer -> its format in these files, for layers that the server cannot take as the plan has them."""
+
+
+class ServeSetting(Recorded):
+    """How the rows of a `ServeRecord` were measured."""
+
+    threads: int
+    build: str
+    """Version of llama.cpp; empty if no row runs in it."""
+    prompt_tokens: int
+    new_tokens: int
+    num_rows: int
+    """Confirmation rows behind each loss."""
+
+
+class ServeRecord(Record):
+    """The final model as files for other servers, and the base model beside it, measured in turns in one process."""
+
+    listed: ClassVar[str] = "rows"
+    rows: tuple[ServedRow, ...]
+    setting: ServeSetting

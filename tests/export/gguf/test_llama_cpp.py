@@ -1,0 +1,109 @@
+"""llama.cpp, called through its library: tokens, logits, adapters, and what a user reads if it cannot be used."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+from small_gguf import write_small, write_small_adapter
+
+from qpruner.errors import StageError, UserError
+from qpruner.export.gguf.llama_cpp import Llama, build, library_path
+
+IDS = [0, 40, 50, 60, 70, 80]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(tmp_path_factory.mktemp("gguf") / "small.gguf")
+
+
+def test_a_text_becomes_tokens_and_bytes_again(model: Path) -> None:
+    with Llama(model) as llama:
+        ids = llama.tokens("né</s>", add_special=True)
+        assert (ids[0], ids[-1], len(ids)) == (0, 1, 5)
+        assert b"".join(map(llama.piece, ids)) == "<s>né</s>".encode()
+        assert len(llama.tokens("</s>", parse_special=False)) == 4
+
+
+def test_one_pass_gives_the_logits_of_all_positions(model: Path) -> None:
+    with Llama(model) as llama:
+        logits = llama.logits(IDS)
+        assert logits.shape == (6, llama.vocab_size) == (6, 258)
+        # Each position sees those before it only, and no earlier row.
+        assert numpy.abs(llama.logits(IDS[:3]) - logits[:3]).max() < 1e-3
+        wanted = llama.logits(IDS, [False, True, False, False, True, False])
+        assert numpy.array_equal(wanted, logits[[1, 4]])
+
+
+def test_a_row_longer_than_a_batch_is_read_whole(model: Path) -> None:
+    row = [2 + position % 250 for position in range(600)]
+    with Llama(model, context_length=600) as llama:
+        logits = llama.logits(row)
+        assert logits.shape == (600, 258)
+        wanted = llama.logits(row, [position > 590 for position in range(600)])
+        assert numpy.allclose(wanted, logits[591:])
+        with pytest.raises(ValueError, match="601 tokens do not fit into a context of 600"):
+            llama.prefill([*row, 2])
+
+
+def test_generation_takes_the_most_likely_tokens(model: Path) -> None:
+    with Llama(model, threads=2) as llama:
+        first = llama.generate(IDS, 8)
+        assert first == llama.generate(IDS, 8)
+        assert [*IDS, *first][6] == int(llama.logits(IDS)[-1].argmax())
+        assert llama.prefill(IDS) > 0
+        assert llama.decode(4) > 0
+
+
+def test_an_adapter_changes_the_predictions(model: Path, tmp_path: Path) -> None:
+    adapter = write_small_adapter(tmp_path / "adapter.gguf")
+    with Llama(model) as plain, Llama(model, adapter) as adapted:
+        assert numpy.abs(plain.logits(IDS) - adapted.logits(IDS)).max() > 0.1
+
+
+def test_the_build_is_named(model: Path) -> None:
+    assert build().startswith("xllamacpp 20")
+    assert "ggml" in build()
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [path for path in sys.path if not (Path(path) / "xllamacpp").is_dir()]
+    monkeypatch.setattr(sys, "path", found)
+    monkeypatch.delitem(sys.modules, "xllamacpp", raising=False)
+    with pytest.raises(UserError, match=r"`xllamacpp` is missing: run `pip install \"qpruner\[gguf\]\"`"):
+        library_path()
+
+
+def test_what_is_no_library_is_refused(tmp_path: Path, model: Path) -> None:
+    other = next(library_path().parent.glob("__init__.py"))
+    with pytest.raises(UserError, match=r"__init__\.py is not a library of llama\.cpp"):
+        Llama(model, library=other)
+    with pytest.raises(UserError, match=r"none\.gguf is not a file"):
+        Llama(tmp_path / "none.gguf")
+
+
+DAMAGES = {"cut": "not within the file bounds", "text": "invalid magic", "adapter": "key not found in model"}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES.items())
+def test_a_damaged_or_wrong_file_is_refused(damage: str, told: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "damaged.gguf"
+    if damage == "cut":
+        file.write_bytes(model.read_bytes()[:-5000])
+    elif damage == "text":
+        file.write_text("no model")
+    else:
+        write_small_adapter(file)
+    with pytest.raises(StageError, match=told) as raised:
+        Llama(file)
+    assert "remedy" in str(raised.value)
+
+
+def test_a_model_is_no_adapter(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model, tmp_path / "again.gguf")
+    with pytest.raises(StageError, match=r"cannot load the adapter .*again\.gguf"):
+        Llama(model, tmp_path / "again.gguf")
