@@ -57,22 +57,23 @@ def compare(
             (adapter,) = layer.active_adapters
             adapter_outputs[path] = _probes(layer) @ layer.get_delta_weight(adapter).detach().float().cpu().T
             outputs[path] = _outputs(layer.base_layer, dtype) + adapter_outputs[path]
-    expected = _log_probabilities(model, samples, on_progress)
+    expected = log_probabilities(model, samples, on_progress)
     del model, layer
     model = load(exported, on_progress).eval()
     layers = _layers(model)
     for path, output in outputs.items():
         if damage := _damage(output, adapter_outputs[path], _outputs(layers[path], dtype)):
-            raise _export_error(f"layer `{path}` {damage}")
-    found = _log_probabilities(model, samples, on_progress)
+            raise export_error(f"layer `{path}` {damage}")
+    found = log_probabilities(model, samples, on_progress)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
     if not divergence <= MOST_DIVERGENCE:
-        raise _export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
+        raise export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
     agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
     return Likeness(divergence, float(agreement), len(expected))
 
 
-def _export_error(difference: str) -> StageError:
+def export_error(difference: str) -> StageError:
+    """Build the error for an export that differs."""
     remedy = "use the final folder instead, and report this error with the run's results.json"
     return StageError("export", f"the exported model differs from the final model: {difference}", remedy)
 
@@ -111,7 +112,7 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork) -> torch.Tensor:
+def log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:

@@ -45,8 +45,9 @@ def recode(
 ) -> dict[str, str]:
     """Write the model of a final folder with every packed layer in `new_format(its format, its columns)`.
 
-    `fixed` names the formats of single layers instead. Layers that keep their format and are not merged keep their bytes. With `merge`, ``alpha / rank * B A`` is added to
-    each weight in float32, which is then rounded once, to its format or to the model's type; no adapter is written.
+    `fixed` names the formats of single layers instead. Layers that keep their format and are not merged keep their
+    bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in float32, which is then rounded once, to its
+    format or to the model's type; no adapter is written.
 
     Returns:
         The layers whose format changed, each with its new format.

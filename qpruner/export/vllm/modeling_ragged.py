@@ -1,7 +1,7 @@
 """A model of transformers whose blocks have widths of their own, which its config lists in `per_layer_config`.
 
 qpruner copies this file beside the weights, and transformers and vLLM import it with `trust_remote_code=True`. It needs
-nothing but torch and transformers, reads and writes no files, and only replaces the blocks of transformers' own classes:
+only torch and transformers, reads and writes no files, and only replaces the blocks of transformers' own classes:
 `RaggedLlamaForCausalLM` is `LlamaForCausalLM` with each block built from its own config.
 """
 
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 class _Ragged:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        decoder = getattr(self, self.base_model_prefix, self)  # type: ignore[attr-defined]
+        decoder: Any = getattr(self, self.base_model_prefix, self)  # type: ignore[attr-defined]
         for index, alike in enumerate(decoder.layers):
             block = type(alike)(config.per_layer_config[index], index)
             block.self_attn.config = config  # not the layer's copy, as the attention's kind may be chosen later
