@@ -35,9 +35,19 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a file of one of llama.cpp's architectures has that differs from our checkpoints."""
+    """One of llama.cpp's architectures, and what its files have that differs from our checkpoints."""
 
     name: str
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether every block has its own widths."""
+        return self.name in ("deci", "openelm")
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether norms, windows and caps are Gemma's."""
+        return self.name.startswith("gemma")
 
     @property
     def interleaves(self) -> bool:
@@ -52,7 +62,7 @@ class Architecture:
     @property
     def adds_to_norms(self) -> float:
         """What is added to the weights of norms: Gemma computes ``1 + weight``, llama.cpp ``weight``."""
-        return 1.0 if self.name.startswith("gemma") else 0.0
+        return 1.0 if self.is_gemma else 0.0
 
 
 def block_widths(config: Any) -> list[Widths]:
@@ -91,7 +101,7 @@ def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | No
     architecture = architecture_of(config, ragged, biases).name
     if not architecture:
         return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
-    return _width_refusal(config, architecture, biases or _has_output_biases(config)) or _refusal(config, architecture)
+    return _width_refusal(config, architecture, biases) or _refusal(config, architecture)
 
 
 def context_length(config: Any) -> int:
@@ -125,15 +135,15 @@ def _window(config: Any) -> int | None:
 
 
 def _has_output_biases(config: Any) -> bool:
-    return bool(getattr(config, OUTPUT_BIASES, ()) or getattr(config, "mlp_bias", False)) or (
-        bool(getattr(config, "attention_bias", False))
-    )
+    keys = (OUTPUT_BIASES, "attention_bias", "mlp_bias")
+    return any(bool(getattr(config, key, None)) for key in keys)
 
 
 def _width_refusal(config: Any, architecture: str, biases: bool) -> str | None:
     """Refuse what an architecture cannot have: biases of outputs, an untied head, heads of several sizes."""
-    if biases and architecture not in ALL_BIASES:
-        return f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {NO_BIASES}"
+    if (biases or _has_output_biases(config)) and architecture not in ALL_BIASES:
+        remedy = NO_BIASES if biases or getattr(config, OUTPUT_BIASES, None) else ELSEWHERE
+        return f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {remedy}"
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
         remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
         return f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from qpruner.quantization.formats import DENSE, format_of, formats
 
-ERRORS = {"q2_k": 0.30, "q3_k": 0.14, "q4_0": 0.09, "q4_k": 0.07, "q5_0": 0.045, "q6_k": 0.018, "q8_0": 0.006}
-ROWS = 4096  # enough that what NF4 stores once for a weight does not count
-
-
-def is_llama_cpp(name: str) -> bool:
-    """Return True if llama.cpp has this format; unpacked weights are written in their own type."""
-    return not format_of(name).is_packed or bool(format_of(name).ggml_type)
+ROWS = 4096  # enough that what a format stores once for a weight does not count
 
 
 def llama_cpp_format(name: str, columns: int) -> str:
-    """Return the format itself if llama.cpp has it, else the one of llama.cpp's whose bytes are nearest.
+    """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes are nearest.
 
-    Of two with equal bytes it is the one with the smaller error; unpacked weights if none takes this many columns.
+    Of two with the same bytes it is the k-quant, whose error is smaller: relative errors on the pruned SmolLM2 (down
+    projections, 2026-11-29) are 0.094 for nf4, 0.083 for w4_g32, 0.089 for q4_0 and 0.061 for q4_k; 0.0092 for int8 and
+    0.0056 for q8_0; 0.20 for w3 and 0.16 for q3_k; 0.41 for w2_g32 and 0.30 for q2_k. Weights stay unpacked if no
+    packed format takes this many columns.
     """
-    if is_llama_cpp(name):
+    wanted = format_of(name)
+    if wanted.ggml_type or not wanted.is_packed:
         return name
-    size = format_of(name).packed_bytes(ROWS, columns, 2)
-    found = [each for each in formats().values() if each.ggml_type and not each.refusal(columns, None)]
-
-    def distance(other: str) -> tuple[int, float]:
-        return abs(format_of(other).packed_bytes(ROWS, columns, 2) - size), ERRORS[other]
-
-    return min((each.name for each in found), key=distance, default=DENSE)
+    size = wanted.packed_bytes(ROWS, columns, 2)
+    offered = [each for each in formats().values() if each.ggml_type and not each.refusal(columns, None)]
+    # Formats come in order of bytes and names, so that q4_k is the last of its size.
+    nearest = min(reversed(offered), key=lambda each: abs(each.packed_bytes(ROWS, columns, 2) - size), default=None)
+    return nearest.name if nearest else DENSE

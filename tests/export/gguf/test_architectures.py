@@ -1,0 +1,78 @@
+"""What cannot be written as a GGUF file is refused with the reason and what would work."""
+
+from __future__ import annotations
+
+import pytest
+from served_models import built
+from tiny_families import WINDOW, family_model
+
+from qpruner.export.gguf.architectures import context_length, refusal, remark
+
+ELSEWHERE = "--to merged"
+UNIFORM = "`prune.uniform: true`"
+
+
+@pytest.mark.parametrize("name", ["granite", "phi3", "opt", "gpt_neox", "olmo2"])
+def test_a_family_without_a_writer_is_refused(name: str) -> None:
+    reason = refusal(family_model(name).config)
+    assert reason is not None
+    assert f"`{name}` models" in reason
+    assert ELSEWHERE in reason
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused(name: str) -> None:
+    assert str(refusal(family_model(name).config)).startswith("models with experts")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tied", "why"),
+    [
+        ("ragged", "gemma2", True, UNIFORM),
+        ("ragged", "gemma3_text", True, UNIFORM),
+        ("ragged", "qwen3", False, UNIFORM),
+        ("ragged, biases", "qwen3", True, "`prune.compensation: least_squares`"),
+        ("biases", "qwen3", True, "`prune.compensation: least_squares`"),
+        ("alike", "gemma2", False, ELSEWHERE),
+    ],
+)
+def test_what_no_architecture_takes_is_refused(kind: str, name: str, tied: bool, why: str) -> None:
+    assert why in str(refusal(built(kind, name, tie_word_embeddings=tied).config))
+
+
+def test_a_cut_is_refused_before_it_is_made() -> None:
+    config = built("alike", "gemma2").config
+    assert refusal(config) is None
+    assert UNIFORM in str(refusal(config, ragged=True))
+    assert "biases" in str(refusal(config, biases=True))
+    assert refusal(built("alike", "llama").config, ragged=True, biases=True) is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "why"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "RoPE scaling `dynamic`"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}, "YaRN has other parameters"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "no RoPE scaling"),
+    ],
+)
+def test_other_rope_scaling_is_refused(rope: dict[str, object], why: str) -> None:
+    scaled = {"rope_theta": 1e4, "original_max_position_embeddings": 32} | rope
+    assert why in str(refusal(built("alike", "qwen2", rope_parameters=scaled).config))
+
+
+def test_another_activation_is_refused() -> None:
+    assert "`gelu`" in str(refusal(built("alike", "llama", hidden_act="gelu").config))
+
+
+def test_attention_that_is_scaled_otherwise_is_refused() -> None:
+    config = built("alike", "gemma2", query_pre_attn_scalar=20).config
+    assert "`query_pre_attn_scalar: 20`" in str(refusal(config))
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_sliding_window_limits_the_context(name: str) -> None:
+    config = family_model(name).config
+    assert context_length(config) == WINDOW
+    assert f"a context of {WINDOW} tokens, not 128" in str(remark(config))
+    assert remark(built("alike", name).config) is None

@@ -1,0 +1,158 @@
+"""Models of all families in llama.cpp: the logits and tokens of transformers, the bytes of the checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import torch
+from conftest import disk_of
+from mixed_models import fill_bank, mixed_plan
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from served_models import MOST_ERROR, built, error_of, saved, written
+
+from qpruner.errors import StorageError
+from qpruner.export.gguf.architectures import refusal
+from qpruner.export.gguf.writing import write_adapter, write_gguf
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.layout import table_paths
+from qpruner.models.loading import load_tokenizer
+from qpruner.pruning.surgery import cut
+from qpruner.quantization.assembly import assemble
+
+CASES = [
+    *(("alike", name, name) for name in ("llama", "qwen2", "qwen3", "gemma2")),
+    ("alike", "mistral", "llama"),
+    ("alike", "gemma3_text", "gemma3"),
+    ("alike", "llama, biases", "llama"),
+    ("uniform", "qwen2", "deci"),
+    ("uniform", "qwen3", "qwen3"),
+    ("uniform", "gemma2", "gemma2"),
+    *(("ragged, dropped", name, "deci") for name in ("llama", "mistral", "qwen2")),
+    ("ragged, dropped", "qwen3", "openelm"),
+    ("dropped", "gemma3_text", "gemma3"),
+    ("biases", "llama", "llama"),
+    ("biases", "qwen2", "deci"),
+    ("ragged, biases", "llama", "deci"),
+    ("ragged, biases", "qwen2", "deci"),
+]
+
+
+@pytest.fixture(params=[None, pytest.param("QPRUNER_LIBLLAMA", marks=pytest.mark.serve)], ids=["xllamacpp", "other"])
+def library(request: pytest.FixtureRequest) -> Path | None:
+    """The library of xllamacpp, and another build's libllama.so."""
+    return Path(os.environ[request.param]) if request.param else None
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+@pytest.mark.parametrize(("kind", "name", "architecture"), CASES)
+def test_llama_cpp_computes_what_transformers_does(
+    kind: str, name: str, architecture: str, tiny_model: Path, tmp_path: Path, library: Path | None
+) -> None:
+    model = built(kind, name, tie_word_embeddings=True)
+    assert refusal(model.config) is None
+    file = written(model, tiny_model, tmp_path)
+    assert fields(file)["general.architecture"] == architecture
+    assert error_of(file, model, library=library, num_tokens=8) < MOST_ERROR
+
+
+@pytest.mark.parametrize(("kind", "name"), [("alike", "gemma3_text"), ("alike", "mistral"), ("ragged", "qwen2")])
+def test_an_untied_head_is_written(
+    kind: str, name: str, tiny_model: Path, tmp_path: Path, library: Path | None
+) -> None:
+    model = built(kind, name, tie_word_embeddings=False)
+    assert error_of(written(model, tiny_model, tmp_path), model, library=library) < MOST_ERROR
+
+
+def test_float16_weights_are_written_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    model = built("ragged", "llama").half()
+    file = written(model, tiny_model, tmp_path)
+    assert fields(file)["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+    assert error_of(file, model.float(), num_tokens=8) < MOST_ERROR
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "name"), [("linear", "qwen3"), ("llama3", "llama"), ("yarn", "qwen2"), ("yarn", "llama")]
+)
+def test_longer_contexts_are_rotated_alike(
+    scaling: str, name: str, tiny_model: Path, tmp_path: Path, library: Path | None
+) -> None:
+    rope = {"rope_type": scaling, "rope_theta": 1e4} | SCALINGS[scaling]
+    model = built("ragged", name, tie_word_embeddings=True, rope_parameters=rope)
+    assert error_of(written(model, tiny_model, tmp_path), model, library=library) < MOST_ERROR
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ragged", "llama"), ("alike", "qwen2"), ("ragged", "qwen3")])
+def test_an_adapter_does_what_it_does_in_transformers(
+    kind: str, name: str, tiny_model: Path, tmp_path: Path, library: Path | None
+) -> None:
+    model = built(kind, name, tie_word_embeddings=True)
+    file = written(model, tiny_model, tmp_path)
+    linears = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, linears).eval()
+    assert error_of(file, adapted) > 10 * MOST_ERROR
+    adapted.save_pretrained(str(tmp_path))
+    write_adapter(tmp_path, tmp_path / "adapter.gguf")
+    assert error_of(file, adapted, tmp_path / "adapter.gguf", library, num_tokens=8) < MOST_ERROR
+
+
+# ---- packed weights
+
+
+def packed_model(model: Any, tokenizer: Path, root: Path) -> Path:
+    """Write a model with layers in llama.cpp's formats; return its folder."""
+    checkpoint = saved(model.bfloat16(), tokenizer, root / "pruned")
+    names = fill_bank(checkpoint, root / "bank", levels=("q4_0", "q8_0"), tables=("q8_0",))
+    plan = mixed_plan(names, ("q4_0", "q8_0", "bf16")) | dict.fromkeys(table_paths(model.config), "q8_0")
+    packed, _ = assemble(checkpoint, root / "bank", "projection", plan, "bfloat16")
+    save_checkpoint(packed, load_tokenizer(str(tokenizer)), root / "packed")
+    return root / "packed"
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def packed(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with packed layers and blocks of different widths; the Llama has an untied head."""
+    sizes = {"hidden_size": 192, "intermediate_size": 64, "head_dim": 32}
+    model = built("alike", request.param, **sizes, tie_word_embeddings=request.param != "llama")
+    kept = {0: {"attention": (0, 2), "mlp": tuple(range(32))}}
+    return packed_model(cut(model, kept), tiny_model, tmp_path_factory.mktemp(request.param))
+
+
+def test_packed_bytes_are_those_of_the_checkpoint(packed: Path, tmp_path: Path) -> None:
+    write_gguf(packed, tmp_path / "model.gguf", "tiny")
+    found = {tensor.name: tensor.data.view("uint8") for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    stored = {name: each.view(torch.uint8).numpy() for name, each in load_file(packed / "model.safetensors").items()}
+    q, k, v = (stored[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
+    if "blk.0.attn_qkv.weight" in found:
+        assert numpy.array_equal(found["blk.0.attn_qkv.weight"], numpy.concatenate([q, k, v]))
+    else:
+        assert numpy.array_equal(found["blk.0.attn_v.weight"], v)
+        for name, rows in (("q", q), ("k", k)):  # rows i and i + 16 of a head become neighbours
+            neighbours = rows.reshape(-1, 2, 16, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+            assert numpy.array_equal(found[f"blk.0.attn_{name}.weight"], neighbours)
+    others = {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down"}
+    for old, new in others.items():
+        assert numpy.array_equal(found[f"blk.0.{new}.weight"], stored[f"model.layers.0.{old}.weight"])
+    assert numpy.array_equal(found["token_embd.weight"], stored["model.embed_tokens.weight"])
+    assert ("output.weight" in found) == ("lm_head.weight" in stored)
+
+
+def test_a_full_disk_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    room = disk_of("200k", tmp_path / "disk")
+    with room as disk, pytest.raises(StorageError, match=r"no space left for .*model\.gguf"):
+        write_gguf(tiny_model, disk / "model.gguf", "tiny")
