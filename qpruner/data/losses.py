@@ -47,13 +47,18 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
         sums.extend(token_losses(model, batch).sum(dim=1).tolist())
         counts.extend(predicting(batch["labels"]).sum(dim=1).tolist())
     model.train(was_training)
+    ordered = sorted(zip(order, sums, counts, strict=True))
+    return loss_result([each for _, each, _ in ordered], [each for _, _, each in ordered])
+
+
+def loss_result(sums: Sequence[float], counts: Sequence[int]) -> LossResult:
+    """Average over rows, given by their sums of losses and their numbers of labelled tokens."""
     total, tokens = sum(sums), sum(counts)
     mean = total / tokens
     if not math.isfinite(mean):
         raise TrainingDiverged(f"the mean loss of the scored rows is {mean}")
-    deviations = [row - mean * count for row, count in zip(sums, counts, strict=True)]
-    by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in deviations), strict=True))
-    return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))
+    deviations = (row - mean * count for row, count in zip(sums, counts, strict=True))
+    return LossResult(mean, tuple(mean + each * len(sums) / tokens for each in deviations))
 
 
 def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
