@@ -43,9 +43,17 @@ class Likeness:
     num_positions: int
 
 
+@dataclass(frozen=True)
+class Compared(Likeness):
+    """Also the losses of both, in nats per token."""
+
+    loss_before: float
+    loss: float
+
+
 def compare(
     final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
-) -> Likeness:
+) -> Compared:
     """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
     from peft.tuners.lora import LoraLayer
 
@@ -69,7 +77,15 @@ def compare(
     if not divergence <= MOST_DIVERGENCE:
         raise export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
     agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
-    return Likeness(divergence, float(agreement), len(expected))
+    losses = loss_of(expected, samples), loss_of(found, samples)
+    return Compared(divergence, float(agreement), len(expected), *losses)
+
+
+def loss_of(log_probabilities: torch.Tensor, samples: Sequence[Sequence[int]]) -> float:
+    """Compute the mean loss of the tokens that follow others, from ``(tokens, vocabulary)`` of all rows."""
+    rows = zip(torch.split_with_sizes(log_probabilities, list(map(len, samples))), samples, strict=True)
+    losses = [-row[:-1].gather(1, torch.tensor(list(sample[1:]))[:, None]) for row, sample in rows]
+    return float(torch.cat(losses).mean())
 
 
 def export_error(difference: str) -> StageError:
@@ -112,7 +128,9 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork) -> torch.Tensor:
+def log_probabilities(
+    model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
+) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:

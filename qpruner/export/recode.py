@@ -52,12 +52,9 @@ def recode(
     Returns:
         The layers whose format changed, each with its new format.
     """
-    from qpruner.models.layout import skeleton
-
-    config = checkpoint_config(final)
-    formats: dict[str, str] = (getattr(config, "quantization_config", None) or {"formats": {}})["formats"]
-    widths = {name: parameter.shape[-1] for name, parameter in skeleton(config).named_parameters()}
-    wanted = {path: new_format(name, widths[f"{path}.weight"]) for path, name in formats.items()} | dict(fixed or {})
+    config, widths = checkpoint_config(final), _widths(final)
+    formats = formats_of(config)
+    wanted = formats | changes(final, new_format, fixed)
     added = _Adapter(final) if merge else None
     retry_storage(lambda: _copy_other_files(final, folder, {**formats, **wanted}, merge), folder)
     writer, is_neox = Shards(folder), config.model_type == "gpt_neox"
@@ -70,6 +67,25 @@ def recode(
         on_progress("merging the adapter" if merge else "writing layers", done, len(layers))
     writer.close()
     return {path: name for path, name in wanted.items() if name != formats[path]}
+
+
+def changes(final: Path, new_format: NewFormat, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
+    """List the layers to which `recode` would give another format, each with its new format."""
+    formats, widths = formats_of(checkpoint_config(final)), _widths(final)
+    wanted = {path: new_format(name, widths[f"{path}.weight"]) for path, name in formats.items()} | dict(fixed or {})
+    return {path: name for path, name in wanted.items() if name != formats[path]}
+
+
+def formats_of(config: Any) -> dict[str, str]:
+    """Map the paths of packed layers to their formats, from the config of a checkpoint."""
+    return dict((getattr(config, "quantization_config", None) or {"formats": {}})["formats"])
+
+
+def _widths(final: Path) -> dict[str, int]:
+    """Map the names of weights to their columns."""
+    from qpruner.models.layout import skeleton
+
+    return {name: parameter.shape[-1] for name, parameter in skeleton(checkpoint_config(final)).named_parameters()}
 
 
 def _recoded(

@@ -13,14 +13,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from qpruner.errors import UserError
-from qpruner.export.compare import MOST_DIVERGENCE, Likeness, export_error
+from qpruner.export.compare import MOST_DIVERGENCE, Compared, export_error, log_probabilities, loss_of
+from qpruner.export.recode import ADAPTER_FILES
 from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
+from qpruner.hf import load
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 
 PYTHON = "QPRUNER_VLLM_PYTHON"
@@ -29,16 +31,20 @@ NAMES = {"vllm": "vLLM", "transformers": "transformers", "compressed_tensors": "
 INSTALL = 'run `pip install "qpruner[vllm]"`'
 MOST_LOSS = math.log(1.01)
 """Largest allowed difference of the loss: 1 % of the perplexity."""
+LEAST_EFFECT = 0.25
+"""Smallest effect of an adapter that is checked, as a share of the error of the log-probabilities."""
 CPU_BITS = 4
 """The only width that vLLM's CPU kernel takes (0.32)."""
 
 
+Server = Literal["vllm", "transformers"]
+
+
 @dataclass(frozen=True)
-class Checked(Likeness):
-    """How like the export is in the program `by`, and its loss there in nats a token."""
+class Checked(Compared):
+    """How like the export is in the programs `by`, without the last token of each row."""
 
     by: str
-    loss: float
 
 
 def missing() -> str | None:
@@ -49,21 +55,22 @@ def missing() -> str | None:
 
 
 def check(
-    exported: Path, expected: torch.Tensor, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
+    checkpoint: Path,
+    exported: Path,
+    samples: Sequence[Sequence[int]],
+    on_progress: OnWork = ignore_progress,
+    server: Server | None = None,
 ) -> Checked:
-    """Compare an export's predictions with the log-probabilities of the checkpoint it was made from.
+    """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
 
-    Args:
-        exported: The folder, which is loaded in a process of its own, without qpruner.
-        expected: ``(tokens, vocabulary)``, for all rows behind one another, as `compare.log_probabilities` gives them.
-        samples: Token ids of each row.
-        on_progress: Called after each row.
+    The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server` chooses instead.
 
     Raises:
         StageError: If they differ by more than rounding does, or the export cannot be loaded.
+        UserError: If a package is missing.
     """
     config = checkpoint_config(exported)
-    server = "vllm" if _vllm_takes(config) else "transformers"
+    server = server or ("vllm" if _vllm_takes(config) else "transformers")
     if server == "transformers" and getattr(config, "quantization_config", None) and (reason := missing()):
         raise UserError(reason)
     on_progress(f"checking in {server}", 0, 1)
@@ -76,7 +83,7 @@ def check(
     asked |= {"samples": [list(map(int, sample)) for sample in samples], "trust_remote_code": needs_modeling(config)}
     found, by = _predictions(asked)
     on_progress(f"checking in {server}", 1, 1)
-    return _likeness(expected, found, samples, by)
+    return _likeness(*_expected(checkpoint, samples, on_progress), found, samples, by)
 
 
 def _predictions(asked: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
@@ -102,30 +109,53 @@ def _predictions(asked: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
     return found, ", ".join(f"{NAMES[package]} {version}" for package, version in versions.items())
 
 
+def _expected(
+    checkpoint: Path, samples: Sequence[Sequence[int]], on_progress: OnWork
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute the checkpoint's log-probabilities ``(tokens, vocabulary)``; and without its adapter if it has one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = load(checkpoint, on_progress).eval()
+    expected = log_probabilities(model, samples, on_progress)
+    if not (checkpoint / ADAPTER_FILES[0]).is_file():
+        return expected, None
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(False)
+    return expected, log_probabilities(model, samples, on_progress)
+
+
 def _likeness(
-    expected: torch.Tensor, found: dict[str, torch.Tensor], samples: Sequence[Sequence[int]], by: str
+    expected: torch.Tensor,
+    without: torch.Tensor | None,
+    found: dict[str, torch.Tensor],
+    samples: Sequence[Sequence[int]],
+    by: str,
 ) -> Checked:
     """Compute the divergence over the likeliest tokens and the rest in sum, which is at most that over all tokens."""
-    before = torch.cat([each[:-1] for each in torch.split_with_sizes(expected, list(map(len, samples)))])
+
+    def inner(log_probabilities: torch.Tensor) -> torch.Tensor:
+        rows = torch.split_with_sizes(log_probabilities, list(map(len, samples)))
+        return torch.cat([row[:-1] for row in rows])
+
     ids, after = found["ids"], found["likeliest"].float()
-    known = before.gather(1, ids)
-    rest_before, rest_after = ((1 - each.exp().sum(-1)).clamp(min=1e-9) for each in (known, after))
-    divergences = (known.exp() * (known - after)).sum(-1) + rest_before * (rest_before / rest_after).log()
+    all_before = inner(expected)
+    before = all_before.gather(1, ids)
+    rest_before, rest_after = ((1 - each.exp().sum(-1)).clamp(min=1e-9) for each in (before, after))
+    divergences = (before.exp() * (before - after)).sum(-1) + rest_before * (rest_before / rest_after).log()
     divergence, loss = float(divergences.mean()), -float(found["actual"].mean())
     if not divergence <= MOST_DIVERGENCE:
         raise export_error(f"predictions in {by} diverge by {divergence:.2g} nats per token")
-    expected_loss = loss_of(expected, samples)
-    if not abs(loss - expected_loss) <= MOST_LOSS:
-        raise export_error(f"the loss in {by} is {loss:.4f} nats per token, not {expected_loss:.4f}")
-    agreement = (before.argmax(-1) == ids[:, 0]).float().mean()
-    return Checked(divergence, float(agreement), len(before), by, loss)
-
-
-def loss_of(log_probabilities: torch.Tensor, samples: Sequence[Sequence[int]]) -> float:
-    """Compute the mean loss of the tokens that follow, from ``(tokens, vocabulary)`` of all rows."""
-    parts = zip(torch.split_with_sizes(log_probabilities, list(map(len, samples))), samples, strict=True)
-    losses = [-part[:-1].gather(1, torch.tensor(sample[1:])[:, None]) for part, sample in parts]
-    return float(torch.cat(losses).mean())
+    if without is not None:
+        effect, error = before - inner(without).gather(1, ids), after - before
+        share = 1 + float((error * effect).sum() / effect.square().sum())
+        if effect.norm() > LEAST_EFFECT * error.norm() and not abs(share - 1) <= 0.25:
+            raise export_error(f"{by} shows {share:.0%} of its adapter's effect")
+    loss_before = loss_of(expected, samples)
+    if not abs(loss - loss_before) <= MOST_LOSS:
+        raise export_error(f"the loss in {by} is {loss:.4f} nats per token, not {loss_before:.4f}")
+    agreement = (before[:, 0] == all_before.max(-1).values).float().mean()  # of two equal logits either may come first
+    return Checked(divergence, float(agreement), len(before), loss_before, loss, by)
 
 
 def _python_of_vllm() -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.export.recode import ADAPTER_FILES, INDEX, Shards, layers_of
+from qpruner.export.recode import ADAPTER_FILES, INDEX, Shards, formats_of, layers_of
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton, table_paths
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MODELING = "modeling_ragged.py"
 ADAPTER_FOLDER = "adapter"
-SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite")
+SERVED: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite")
 """Families whose packed layers vLLM loads one by one, and whose blocks `modeling_ragged.py` can build."""
 WORD_BITS = 32  # zeros of so many bits are packed along the rows
 
@@ -55,23 +55,20 @@ def vllm_format(name: str, columns: int) -> str:
     return nearest.name if nearest else DENSE
 
 
-def dense_paths(config: Any, formats_of_layers: Mapping[str, str]) -> dict[str, str]:
+def dense_paths(config: Any) -> dict[str, str]:
     """List the packed layers that must be dense in vLLM, each with the format `bf16`.
 
     They are embeddings and head, and layers that vLLM loads into one (q, k, v; gate, up) if the zeros of one of them do
     not fill whole words.
     """
-    found = dict.fromkeys(table_paths(config).values(), DENSE)
+    old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):
-        packed = {
-            path: vllm_format(formats_of_layers[path], shapes[f"{path}.weight"][1])
-            for path in paths
-            if path in formats_of_layers
-        }
-        if any(shapes[f"{path}.weight"][0] * int(format_of(name).bits) % WORD_BITS for path, name in packed.items()):
-            found |= dict.fromkeys(packed, DENSE)
-    return {path: name for path, name in found.items() if path in formats_of_layers}
+        sizes = {path: shapes[f"{path}.weight"] for path in paths if path in old}
+        widths = {path: int(format_of(vllm_format(old[path], size[1])).bits) for path, size in sizes.items()}
+        if len(widths) > 1 and any(sizes[path][0] * width % WORD_BITS for path, width in widths.items()):
+            found |= dict.fromkeys(widths, DENSE)
+    return {path: name for path, name in found.items() if path in old}
 
 
 def _fused(config: Any) -> Iterator[tuple[str, ...]]:
@@ -88,7 +85,7 @@ def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork
     The adapter names its base by its later path in `target`.
     """
     config = checkpoint_config(checkpoint)
-    named: dict[str, str] = (getattr(config, "quantization_config", None) or {"formats": {}})["formats"]
+    named = formats_of(config)
     for paths in _fused(config):
         assert len({named.get(path) for path in paths}) == 1, f"vLLM loads {', '.join(paths)} into one layer"
     retry_storage(lambda: _copy_other_files(checkpoint, folder, target), folder)
@@ -161,8 +158,11 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
 
 
 def needs_modeling(config: Any) -> bool:
-    """Return True if blocks differ or have biases that transformers' own class does not build."""
-    return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ()))
+    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own.
+
+    Without it, models of these families need `import qpruner.hf`; those of other families always do.
+    """
+    return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED
 
 
 def _copy_other_files(checkpoint: Path, folder: Path, target: Path) -> None:
