@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from small_gguf import write_small
 
 from qpruner.errors import StageError, UserError
+from qpruner.export.gguf import running
 from qpruner.export.gguf.isolation import isolated
 
 
@@ -56,6 +59,15 @@ def test_a_crash_is_an_error_with_a_remedy() -> None:
         next(answers)
     with pytest.raises(StageError, match="ended with exit code 3"):
         list(isolated(leave))
+
+
+def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(tmp_path: Path) -> None:
+    model = write_small(tmp_path / "small.gguf")
+    answers = isolated(running.row_logits, model, None, [range(2, 202)] * 50, None)
+    next(answers)
+    os.truncate(model, 100)
+    with pytest.raises(StageError, match=r"was ended by SIGBUS[\s\S]*remedy"):
+        list(answers)
 
 
 def test_another_error_tells_where_it_happened() -> None:

@@ -1,0 +1,155 @@
+"""Files that differ from their checkpoint are refused: other bytes, tokens or predictions; sound files pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+from mixed_models import final_model
+from safetensors.torch import load_file, save_file
+
+from qpruner.errors import StageError
+from qpruner.export.gguf.checking import check, check_bytes, check_predictions, check_tokens
+from qpruner.export.gguf.types import llama_cpp_format
+from qpruner.export.gguf.writing import write_adapter, write_gguf
+from qpruner.export.recode import dense, recode
+
+ROWS = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(1)).tolist()
+ADAPTER = "adapter_model.safetensors"
+Tensors = dict[str, numpy.ndarray]
+
+
+@pytest.fixture(scope="module")
+def final(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A final model whose attention and predictions are sharp, unlike those of a random model."""
+    folder = tmp_path_factory.mktemp("checked")
+    sharp = shutil.copytree(tiny_model, folder / "sharp")
+    weights = load_file(sharp / "model.safetensors")
+    scales = {name: 8 if "proj" in name else 20 if name == "model.norm.weight" else 1 for name in weights}
+    save_file(
+        {name: each * scales[name] for name, each in weights.items()}, sharp / "model.safetensors", {"format": "pt"}
+    )
+    return final_model(sharp, folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(final: Path) -> Path:
+    """The model in formats of llama.cpp, with its files."""
+    folder = final.parent / "checkpoint"
+    recode(final, folder, llama_cpp_format, merge=False)
+    write_gguf(folder, folder / "model.gguf", "tiny")
+    write_adapter(folder, folder / "adapter.gguf")
+    return folder
+
+
+def damaged(file: Path, target: Path, damage: Callable[[Tensors], None]) -> Path:
+    """Copy a GGUF file, and change tensors in the copy."""
+    shutil.copy(file, target)
+    reader = gguf.GGUFReader(target, "r+")
+    damage({each.name: each.data for each in reader.tensors})
+    reader.data.flush()
+    return target
+
+
+def flip(tensors: Tensors) -> None:
+    tensors[max(tensors)].reshape(-1).view(numpy.uint8)[-1] ^= 1
+
+
+def shift_the_head(tensors: Tensors) -> None:
+    table = tensors["token_embd.weight"]
+    table[:] = numpy.roll(table, 1, axis=0)
+
+
+def restore_the_order_of_q(tensors: Tensors) -> None:
+    """As transformers has it, in one block only."""
+    q = tensors["blk.1.attn_q.weight"]
+    q[:] = q.reshape(4, 32, 2, -1).transpose(0, 2, 1, 3).reshape(q.shape).copy()
+
+
+def remove_the_adapter(tensors: Tensors) -> None:
+    for name, each in tensors.items():
+        if name.endswith("lora_b"):
+            each[:] = 0
+
+
+def test_sound_files_pass(checkpoint: Path) -> None:
+    told: list[str] = []
+    served = check(
+        checkpoint, checkpoint / "model.gguf", checkpoint / "adapter.gguf", ROWS, lambda what, *_: told.append(what)
+    )
+    assert served.num_positions == 256 and served.agreement > 0.9
+    assert served.adapter_share == pytest.approx(1, abs=0.05)
+    assert abs(served.loss - served.expected_loss) < 3 * served.stderr
+    assert served.build.startswith("xllamacpp")
+    assert {"reading the file again", "comparing with llama.cpp"} <= set(told)
+
+
+def test_unpacked_weights_are_compared_closely(final: Path, tmp_path: Path) -> None:
+    recode(final, tmp_path, dense, merge=True)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
+    served = check_predictions(tmp_path, tmp_path / "model.gguf", None, ROWS)
+    assert served.divergence < 1e-3 and served.agreement > 0.96
+    assert served.adapter_share is None
+
+
+@pytest.mark.parametrize("name", ["model", "adapter"])
+def test_a_flipped_bit_on_disk_is_found(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    files = {each: checkpoint / f"{each}.gguf" for each in ("model", "adapter")}
+    files[name] = damaged(files[name], tmp_path / "damaged.gguf", flip)
+    with pytest.raises(StageError, match=r"damaged\.gguf differs .* has other bytes in `"):
+        check_bytes(checkpoint, files["model"], files["adapter"])
+
+
+def test_a_lost_adapter_of_one_layer_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    adapter = load_file(other / ADAPTER)
+    save_file({name: each for name, each in adapter.items() if "layers.1.mlp.up_proj" not in name}, other / ADAPTER)
+    write_adapter(other, other / "adapter.gguf")
+    with pytest.raises(StageError, match=r"it has no tensor `blk\.1\.ffn_up\.weight\.lora_a`"):
+        check(checkpoint, checkpoint / "model.gguf", other / "adapter.gguf", ROWS)
+    with pytest.raises(StageError, match="has a tensor that the checkpoint lacks"):
+        check(other, checkpoint / "model.gguf", checkpoint / "adapter.gguf", ROWS)
+
+
+@pytest.mark.parametrize("damage", [shift_the_head, restore_the_order_of_q])
+def test_rows_in_another_order_are_found(damage: Callable[[Tensors], None], checkpoint: Path, tmp_path: Path) -> None:
+    """Even if the writer had meant this order, so that no byte differs."""
+    file = damaged(checkpoint / "model.gguf", tmp_path / "damaged.gguf", damage)
+    with pytest.raises(StageError, match="predictions that diverge by"):
+        check_predictions(checkpoint, file, checkpoint / "adapter.gguf", ROWS)
+
+
+def test_a_missing_adapter_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    empty = damaged(checkpoint / "adapter.gguf", tmp_path / "empty.gguf", remove_the_adapter)
+    for adapter in (None, empty):
+        with pytest.raises(StageError, match="predictions that diverge by"):
+            check_predictions(checkpoint, checkpoint / "model.gguf", adapter, ROWS)
+
+
+def test_a_missing_weak_adapter_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    """Its effect is smaller than the rounding of inputs in llama.cpp."""
+    weak = shutil.copytree(checkpoint, tmp_path / "weak")
+    adapter = load_file(weak / ADAPTER)
+    save_file({name: each * (0.002 if "lora_B" in name else 1) for name, each in adapter.items()}, weak / ADAPTER)
+    write_adapter(weak, weak / "adapter.gguf")
+    served = check_predictions(weak, weak / "model.gguf", weak / "adapter.gguf", ROWS)
+    assert served.adapter_share == pytest.approx(1, abs=0.2)
+    empty = damaged(weak / "adapter.gguf", tmp_path / "empty.gguf", remove_the_adapter)
+    with pytest.raises(StageError, match="% of its adapter's effect"):
+        check_predictions(weak, weak / "model.gguf", empty, ROWS)
+
+
+def test_other_tokens_are_found(checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(StageError, match="makes other tokens of"):
+        check_tokens(other, checkpoint / "model.gguf")
