@@ -12,8 +12,9 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +110,8 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"this model cannot be exported as {form}: {reason}")
     scratch = target.with_name(f".{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
-    rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
-    work = _Work(final, scratch, target, run.root.name, [list(row["input_ids"][:LONGEST]) for row in rows], on_progress)
+    rows = run.stage("prepare") / "data" / "confirmation"
+    work = _Work(final, scratch, target, run.root.name, rows, on_progress)
     try:
         write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
         exported: Exported = write(work, form)
@@ -130,8 +131,13 @@ class _Work:
     """The hidden folder, which is renamed to `target` at the end."""
     target: Path
     name: str
-    samples: Sequence[Sequence[int]]
+    rows: Path
     on_progress: OnWork
+
+    @cached_property
+    def samples(self) -> list[list[int]]:
+        """Token ids of the rows on which predictions are compared."""
+        return [list(row["input_ids"][:LONGEST]) for row in load_encoded(self.rows)[:NUM_ROWS]]
 
     def recoded(self, new_format: NewFormat, fixed: Mapping[str, str], form: Form) -> tuple[Path, dict[str, str]]:
         """Return a checkpoint in other formats, merged if the form wants it, and the layers that changed."""
