@@ -14,6 +14,8 @@ from qpruner.pipeline.report import Report
 from qpruner.report.claim import claim, how_to_compare
 from qpruner.report.instead import instead
 from qpruner.report.results import rows
+from qpruner.report.served import commands as served_commands
+from qpruner.report.served import served, served_text
 from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary, what_instead
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
@@ -32,16 +34,23 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             _print_layers(results.prune, terminal)
         if until == Report.name:
             assert results.search
-            for table in filter(None, [what_instead(results.search), *final_tables(results)]):
+            shown = [what_instead(results.search), *final_tables(results), served(results)]
+            for table in (each for each in shown if each and not each.summary):
                 terminal.say(f"{table.caption}:")
                 terminal.table(table.headings, table.rows)
+            for text in served_text(results):
+                terminal.say(text, is_prose=True)
             terminal.say(claim(results), is_prose=True)
             if results.comparison is None:
                 terminal.say(how_to_compare(as_called()))
             terminal.say(where_next(root))
+            for command in served_commands(results.serve, storage_at(root).name):
+                terminal.say(f"Talk to it: `{command}`")
     figures: dict[str, Any] = {"status": "ok", "run": storage_at(root).address, "seconds": results.seconds}
     if results.search:
         figures |= {"best_plan": results.search.best_plan, "best_cut": results.search.best_cut}
+    if results.serve:
+        figures["serve"] = results.serve.model_dump(mode="json", include={"rows", "setting"})
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]

@@ -231,15 +231,17 @@ def schema(results: bool) -> None:
     click.option(
         "--to",
         "form",
-        type=click.Choice(("merged", "peft")),
+        type=click.Choice(("gguf", "vllm", "merged", "peft")),
         required=True,
-        help="merged: a dense model that includes the adapter. peft: the adapter, and the quantized model in `base`.",
+        help="gguf: files for llama.cpp, Ollama and LM Studio. vllm: a folder for vLLM. merged: a dense model that "
+        "includes the adapter. peft: the adapter, and the quantized model in `base`.",
     ),
+    click.option("--merge", is_flag=True, help="With gguf and vllm: merge the adapter into the packed weights."),
     click.option("--out", type=click.Path(path_type=Path), help="Folder to write; by default RUN/export/FORM."),
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Export the final model merged or for peft; keep only an export that predicts the same."""
+    """Export the final model for llama.cpp, vLLM, transformers or peft; keep only files that predict the same."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

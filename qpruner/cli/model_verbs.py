@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -23,6 +23,7 @@ from qpruner.report.snapshot import warning_of_driver
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.wording import nearest
 
+MERGEABLE = ("gguf", "vllm")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -94,17 +95,34 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def export(run: str, form: forms.Form, out: Path | None, as_json: bool) -> dict[str, Any]:
-    """Write the final model in the form `merged` (dense, adapter included) or `peft`, and print where it is."""
-    folder = RunDir(run, create=False)
-    out = out or folder.require_folder("name a folder on this machine with `--out`") / "export" / form
+def export(run: str, form: str, merge: bool, out: Path | None, as_json: bool) -> dict[str, Any]:
+    """Write the final model for another program, and print where it is and what differs."""
+    if merge and form not in MERGEABLE:
+        how = "this form is merged already" if form == "merged" else "for a merged model use `--to merged`"
+        raise UserError(f"`--merge` goes with `--to gguf` and `--to vllm`, not with `--to {form}`: {how}")
+    folder, wanted = RunDir(run, create=False), cast(forms.Form, f"{form}_merged" if merge else form)
+    out = out or folder.require_folder("name a folder on this machine with `--out`") / "export" / wanted
     if warning := warning_of_driver(folder):
         click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
-        done = forms.export(folder, form, out.resolve(), loading_progress(terminal.emit, "export"))
-    click.echo(
-        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
-        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
-        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
-    )
+        done = forms.export(folder, wanted, out.resolve(), loading_progress(terminal.emit, "export"))
+    for line in _described(done):
+        click.echo(line)
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
+
+
+def _described(done: forms.Exported) -> Iterator[str]:
+    """Say what an export is, how it was checked and what it lost."""
+    yield (
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the model in these formats, same "
+        f"prediction at {done.agreement:.1%} of {done.num_positions} positions, as {done.by} computes it; loads "
+        + ("without qpruner" if done.is_plain else "after `import qpruner.hf`")
+    )
+    for each in done.told:
+        yield f"  {each}"
+    more = done.file_bytes - done.tensor_bytes
+    yield (
+        f"  {done.file_bytes / 1e6:.1f} MB, of which {more / 1e6:.2f} MB are tokenizer and metadata; "
+        f"the plan's tensors have {done.plan_bytes / 1e6:.1f} MB"
+    )
+    yield f"  loss {done.loss_before:.4f} before, {done.loss:.4f} as served"

@@ -319,7 +319,7 @@ class ServeConfig(Section):
     vllm for vLLM, with the adapter in a file of its own or merged into the weights, as `qpruner export` writes them.
     `--set serve.to=[gguf]` adds this to a finished run."""
     threads: Positive | None = None
-    """CPU threads of every measured row; null takes all cores of a machine."""
+    """CPU threads of every measured row; null takes the cores of a trial (`search.resources_per_trial`)."""
 
     @property
     def uses_llama_cpp(self) -> bool:

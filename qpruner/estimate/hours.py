@@ -24,6 +24,7 @@ from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, 
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
+from qpruner.pipeline.serve import Serve
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.pruning.grams import gram_bytes
 from qpruner.quantization.formats import format_of
@@ -90,6 +91,8 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
         Finetune: finetune,
         Evaluate: (1 + UNTUNED) * evaluation,
         Comparison: num_compared(config) * (finetune + evaluation),
+        # The base model in transformers and in three files, and every form; speeds take as long as losses.
+        Serve: 2 * (4 + len(config.serve.to)) * count.split("confirmation") / 2 / rates.scoring,
     }
     return {name: each / 3600 for name, each in _of_wanted(config, seconds).items()}
 
@@ -106,6 +109,7 @@ def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpu
         Finetune: workers,
         Evaluate: min(slots, 1 + UNTUNED),
         Comparison: max(1, min(slots // workers, num_compared(config))) * workers,
+        Serve: 1,
     }
     return _of_wanted(config, sharing)
 

@@ -11,8 +11,9 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from qpruner.hf import PEFT_BASE
 
-Form = Literal["packed", "peft", "merged", "merged and plain"]
-"""The final folder, a peft export, a merged model with blocks of different widths, a merged model of equal blocks."""
+Form = Literal["packed", "peft", "merged", "merged and plain", "merged with code"]
+"""The final folder, a peft export, a merged model that needs qpruner, one that needs nothing, and one whose blocks have
+different widths, which the file `modeling_ragged.py` beside the weights builds."""
 
 STATED = {"base_model": "base model", "license": "licence", "datasets": "datasets"}
 """Keys of a card's metadata, which are also keys of the configuration section `card`, and their names in messages."""
@@ -23,10 +24,14 @@ _NEEDS_US = (
     "the maker of this model.\n"
 )
 _MERGED = "The weights here are dense, with the adapter merged in; the sizes stated are those of the packed model."
+_CODE_BESIDE = (
+    "Plain transformers loads them. Blocks have different widths: `modeling_ragged.py` beside the weights builds them, "
+    "about thirty lines to read before you let transformers run them by `trust_remote_code=True`.\n"
+)
 _IMPORT = "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths\n"
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{place}")  # with a GPU: add .to("cuda")
+model = AutoModelForCausalLM.from_pretrained("{place}"{options})  # with a GPU: add .to("cuda")
 """
 # Base and adapter are loaded from a local folder: from a repository transformers 5.24 would attach the adapter by
 # itself and look for its weights in the folder of the base model.
@@ -67,11 +72,14 @@ def missing_remark(keys: Sequence[str]) -> str | None:
 def loading_section(form: Form, place: str = "this folder") -> str:
     """Return the section of a card with the code that loads the model from a folder or repository."""
     merged = _MERGED if form.startswith("merged") else ""
+    options = ""
     if form == "merged and plain":
         lead, imports = f"{merged} Plain transformers loads them.\n", ""
+    elif form == "merged with code":
+        lead, imports, options = f"{merged} {_CODE_BESIDE}", "", ", trust_remote_code=True"
     else:
         lead, imports = f"{merged} {_NEEDS_US}".lstrip(), _IMPORT
-    code = (_PEFT_CODE if form == "peft" else _CODE).format(place=place)
+    code = (_PEFT_CODE if form == "peft" else _CODE).format(place=place, options=options)
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
     return f"{TITLE}\n\n{lead}\n```python\n{imports}{code}{tokenizer}```\n"
 

@@ -43,9 +43,17 @@ class Likeness:
     num_positions: int
 
 
+@dataclass(frozen=True)
+class Compared(Likeness):
+    """Also the losses of both, in nats per token."""
+
+    loss_before: float
+    loss: float
+
+
 def compare(
     final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
-) -> Likeness:
+) -> Compared:
     """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
     from peft.tuners.lora import LoraLayer
 
@@ -57,22 +65,31 @@ def compare(
             (adapter,) = layer.active_adapters
             adapter_outputs[path] = _probes(layer) @ layer.get_delta_weight(adapter).detach().float().cpu().T
             outputs[path] = _outputs(layer.base_layer, dtype) + adapter_outputs[path]
-    expected = _log_probabilities(model, samples, on_progress)
+    expected = log_probabilities(model, samples, on_progress)
     del model, layer
     model = load(exported, on_progress).eval()
     layers = _layers(model)
     for path, output in outputs.items():
         if damage := _damage(output, adapter_outputs[path], _outputs(layers[path], dtype)):
-            raise _export_error(f"layer `{path}` {damage}")
-    found = _log_probabilities(model, samples, on_progress)
+            raise export_error(f"layer `{path}` {damage}")
+    found = log_probabilities(model, samples, on_progress)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
     if not divergence <= MOST_DIVERGENCE:
-        raise _export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
+        raise export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
     agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
-    return Likeness(divergence, float(agreement), len(expected))
+    losses = loss_of(expected, samples), loss_of(found, samples)
+    return Compared(divergence, float(agreement), len(expected), *losses)
 
 
-def _export_error(difference: str) -> StageError:
+def loss_of(log_probabilities: torch.Tensor, samples: Sequence[Sequence[int]]) -> float:
+    """Compute the mean loss of the tokens that follow others, from ``(tokens, vocabulary)`` of all rows."""
+    rows = zip(torch.split_with_sizes(log_probabilities, list(map(len, samples))), samples, strict=True)
+    losses = [-row[:-1].gather(1, torch.tensor(list(sample[1:]))[:, None]) for row, sample in rows]
+    return float(torch.cat(losses).mean())
+
+
+def export_error(difference: str) -> StageError:
+    """Build the error for an export that differs."""
     remedy = "use the final folder instead, and report this error with the run's results.json"
     return StageError("export", f"the exported model differs from the final model: {difference}", remedy)
 
@@ -111,7 +128,9 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork) -> torch.Tensor:
+def log_probabilities(
+    model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
+) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:

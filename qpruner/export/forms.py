@@ -1,42 +1,90 @@
-"""Export the final model in forms that other tools can load.
+"""Export the final model in forms that other tools load, as files that were loaded again before they count as done.
 
-An export is written to a hidden folder, loaded again and compared with the final model; only then is it renamed.
+An export is written to a hidden folder, loaded by the program that will serve it and compared with the model; only then
+is it renamed. Layers that a server cannot take in the plan's format get the nearest one (`recode`), which is told.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import shutil
+import struct
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
-from qpruner.export.compare import Likeness, compare
-from qpruner.export.recode import ADAPTER_FILES, dense, recode
-from qpruner.hf import PEFT_BASE
+from qpruner.export.compare import Compared, compare, log_probabilities, loss_of
+from qpruner.export.recode import ADAPTER_FILES, NewFormat, changes, dense, formats_of, recode
+from qpruner.hf import PEFT_BASE, load
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import exists, fetch, retry_storage, storage_at, write_json
+from qpruner.wording import counted
 
-Form = Literal["merged", "peft"]
+Form = Literal["merged", "peft", "gguf", "gguf_merged", "vllm", "vllm_merged"]
 AGAINST_SHORTAGE = (
     "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 NUM_ROWS = 8
 """Number of rows of `data.confirmation` on which predictions are compared."""
+LONGEST = 256
+"""Tokens of a row that are compared."""
+RECODED = "recoded"
 
 
 @dataclass(frozen=True)
-class Exported(Likeness):
-    """A finished export: `is_plain` is True if transformers can load it without `import qpruner.hf`."""
+class Exported(Compared):
+    """A finished export.
 
+    `divergence` and `agreement` compare it with the checkpoint in the same formats, as the programs `by` compute them.
+    `loss_before` is that of the final model in transformers, `loss` that of the export in these programs.
+    """
+
+    form: Form
     folder: Path
+    by: str
     is_plain: bool
+    """Whether it loads without qpruner."""
+    recoded: Mapping[str, str]
+    """Layers that the server cannot take in the plan's format, each with its format here."""
+    told: tuple[str, ...]
+    """What differs from the final model, for people."""
+    file_bytes: int
+    """Bytes of all files that a server reads."""
+    tensor_bytes: int
+    """Bytes of the weights and the adapter in these formats; the rest is tokenizer and metadata."""
+    plan_bytes: int
+    """Bytes of the weights and the adapter of the final model."""
+
+
+def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
+    """Say why a model with this config cannot be exported in a form, and what would work; None if it can.
+
+    `ragged`: blocks will have different widths; `biases`: output projections will have biases.
+    """
+    if form.startswith("gguf"):
+        from qpruner.export.gguf import architectures
+        from qpruner.export.gguf.llama_cpp import library_path
+
+        if importlib.util.find_spec("gguf") is None:
+            return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'
+        library_path()
+        return architectures.refusal(config, ragged, biases)
+    if form.startswith("vllm"):
+        from qpruner.export.vllm import checking, writing
+
+        return checking.missing() or writing.refusal(config)
+    return None
 
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
@@ -44,7 +92,12 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
     """Export the final model of a run to a new folder.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
-    subfolder. Raise `StageError` if the export and the final model differ.
+    subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM with the adapter in files of its own;
+    `gguf_merged` and `vllm_merged` have it merged into the packed weights.
+
+    Raises:
+        UserError: If there is no final model, the folder exists, or this model cannot be written in this form.
+        StageError: If the export and the model differ.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -53,28 +106,120 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"{target} exists: delete this folder or name another with `--out`")
     record = ExportRecord(final=run.final_digests())
     final = fetch(final)
+    if reason := refusal(form, checkpoint_config(final)):
+        raise UserError(f"this model cannot be exported as {form}: {reason}")
     scratch = target.with_name(f".{target.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
+    rows = run.stage("prepare") / "data" / "confirmation"
+    work = _Work(final, scratch, target, run.root.name, rows, on_progress)
     try:
-        if form == "merged":
-            recode(final, scratch, dense, True, on_progress)
-        else:
-            _write_peft(final, scratch, target)
-        rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
-        likeness = compare(final, scratch, [row["input_ids"] for row in rows], on_progress)
+        write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
+        exported: Exported = write(work, form)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    is_plain = form == "merged" and not checkpoint_config(target).is_heterogeneous
-    return Exported(**vars(likeness), folder=target, is_plain=is_plain)
+    return exported
 
 
-def _write_peft(final: Path, folder: Path, target: Path) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """What every form is made from."""
+
+    final: Path
+    folder: Path
+    """The hidden folder, which is renamed to `target` at the end."""
+    target: Path
+    name: str
+    rows: Path
+    on_progress: OnWork
+
+    @cached_property
+    def samples(self) -> list[list[int]]:
+        """Token ids of the rows on which predictions are compared."""
+        return [list(row["input_ids"][:LONGEST]) for row in load_encoded(self.rows)[:NUM_ROWS]]
+
+    def recoded(self, new_format: NewFormat, fixed: Mapping[str, str], form: Form) -> tuple[Path, dict[str, str]]:
+        """Return a checkpoint in other formats, merged if the form wants it, and the layers that changed."""
+        merge = form.endswith("merged")
+        if not merge and not changes(self.final, new_format, fixed):
+            return self.final, {}
+        folder = self.folder / RECODED
+        return folder, recode(self.final, folder, new_format, merge, self.on_progress, fixed)
+
+    def exported(
+        self,
+        form: Form,
+        found: Compared,
+        by: str,
+        checkpoint: Path | None = None,
+        recoded: Mapping[str, str] | None = None,
+        remark: str | None = None,
+    ) -> Exported:
+        """Describe the finished folder; the recoded checkpoint that it was made from goes."""
+        checkpoint, recoded = checkpoint or self.final, recoded or {}
+        loss_before = found.loss_before
+        if checkpoint != self.final:
+            loss_before = loss_of(log_probabilities(load(self.final).eval(), self.samples), self.samples)
+        tensor_bytes = _tensor_bytes(checkpoint)
+        told = [*_told(formats_of(checkpoint_config(self.final)), recoded), *([remark] if remark else [])]
+        shutil.rmtree(self.folder / RECODED, ignore_errors=True)
+        tensor_bytes = _tensor_bytes(self.folder) or tensor_bytes  # GGUF files have the checkpoint's
+        config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
+        return Exported(
+            divergence=found.divergence,
+            agreement=found.agreement,
+            num_positions=found.num_positions,
+            loss_before=loss_before,
+            loss=found.loss,
+            form=form,
+            folder=self.target,
+            by=by,
+            is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
+            recoded=recoded,
+            told=tuple(told),
+            file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
+            tensor_bytes=tensor_bytes,
+            plan_bytes=_tensor_bytes(self.final),
+        )
+
+
+def _told(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Tell how many layers changed from which format to which."""
+    counts = Counter((old[path], name) for path, name in new.items())
+    return [f"{counted(count, 'layer')} from {before} to {after}" for (before, after), count in counts.items()]
+
+
+def _tensor_bytes(folder: Path) -> int:
+    """Count the bytes of all tensors in a folder's safetensors files, from their headers."""
+    num_bytes = 0
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+        num_bytes += file.stat().st_size - 8 - length
+    return num_bytes
+
+
+def _merged(work: _Work, form: Form) -> Exported:
+    """Write a dense model; if its blocks differ, with the file that builds them in plain transformers."""
+    from qpruner.export.vllm import checking, writing
+
+    recode(work.final, work.folder, dense, True, work.on_progress)
+    config = checkpoint_config(work.folder)
+    found: Compared = compare(work.final, work.folder, work.samples, work.on_progress)
+    if writing.needs_modeling(config):
+        described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
+        retry_storage(lambda: writing.write_config(described, config, work.folder), work.folder)
+        checking.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
+    return work.exported(form, found, _transformers())
+
+
+def _peft(work: _Work, form: Form) -> Exported:
     """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
+    final, folder = work.final, work.folder
     left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())
+    settings["base_model_name_or_path"] = str((work.target / PEFT_BASE).resolve())
     tokenizer = load_tokenizer(str(final))
 
     def write() -> None:
@@ -83,4 +228,47 @@ def _write_peft(final: Path, folder: Path, target: Path) -> None:
         shutil.copy2(final / ADAPTER_FILES[1], folder)
         tokenizer.save_pretrained(folder)
 
-    retry_storage(write, target)
+    retry_storage(write, work.target)
+    return work.exported(form, compare(final, folder, work.samples, work.on_progress), _transformers())
+
+
+def _transformers() -> str:
+    import transformers
+
+    return f"transformers {transformers.__version__}"
+
+
+def _gguf(work: _Work, form: Form) -> Exported:
+    """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
+    from qpruner.export.gguf import architectures, checking, writing
+    from qpruner.export.gguf.types import llama_cpp_format
+    from qpruner.export.gguf.vocabulary import stop_ids
+
+    checkpoint, recoded = work.recoded(llama_cpp_format, {}, form)
+    work.folder.mkdir(exist_ok=True)
+    model = work.folder / f"{work.name}.gguf"
+    adapter = None if form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
+    retry_storage(lambda: writing.write_gguf(checkpoint, model, work.name, work.on_progress), model)
+    if adapter:
+        retry_storage(lambda: writing.write_adapter(checkpoint, adapter, work.on_progress), adapter)
+    if importlib.util.find_spec("qpruner.export.gguf.modelfile"):
+        config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
+        names = model.name, adapter.name if adapter else None
+        module: Any = importlib.import_module("qpruner.export.gguf.modelfile")
+        text = module.modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
+        retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
+    served = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
+    found = Compared(served.divergence, served.agreement, served.num_positions, served.expected_loss, served.loss)
+    remark = architectures.remark(checkpoint_config(checkpoint))
+    return work.exported(form, found, served.build, checkpoint, recoded, remark)
+
+
+def _vllm(work: _Work, form: Form) -> Exported:
+    """Write a checkpoint of compressed-tensors."""
+    from qpruner.export.vllm import checking, writing
+
+    fixed = writing.dense_paths(checkpoint_config(work.final))
+    checkpoint, recoded = work.recoded(writing.vllm_format, fixed, form)
+    writing.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
+    found = checking.check(checkpoint, work.folder, work.samples, work.on_progress)
+    return work.exported(form, found, found.by, checkpoint, recoded)

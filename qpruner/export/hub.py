@@ -113,4 +113,6 @@ def _card(run: RunDir) -> str:
 def _form(folder: Path, what: What) -> Form:
     if what != "merged":
         return "packed" if what == "final" else "peft"
+    if "auto_map" in vars(checkpoint_config(folder)):
+        return "merged with code"
     return "merged" if checkpoint_config(folder).is_heterogeneous else "merged and plain"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,26 +36,29 @@ def dense(name: str, columns: int) -> str:
 
 
 def recode(
-    final: Path, folder: Path, new_format: NewFormat, merge: bool, on_progress: OnWork = ignore_progress
+    final: Path,
+    folder: Path,
+    new_format: NewFormat,
+    merge: bool,
+    on_progress: OnWork = ignore_progress,
+    fixed: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write the model of a final folder with every packed layer in `new_format(its format, its columns)`.
 
-    Layers that keep their format and are not merged keep their bytes. With `merge`, ``alpha / rank * B A`` is added to
-    each weight in float32, which is then rounded once, to its format or to the model's type; no adapter is written.
+    `fixed` names the formats of single layers instead. Layers that keep their format and are not merged keep their
+    bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in float32, which is then rounded once, to its
+    format or to the model's type; no adapter is written.
 
     Returns:
         The layers whose format changed, each with its new format.
     """
-    from qpruner.models.layout import skeleton
-
-    config = checkpoint_config(final)
-    formats: dict[str, str] = (getattr(config, "quantization_config", None) or {"formats": {}})["formats"]
-    widths = {name: parameter.shape[-1] for name, parameter in skeleton(config).named_parameters()}
-    wanted = {path: new_format(name, widths[f"{path}.weight"]) for path, name in formats.items()}
+    config, widths = checkpoint_config(final), _widths(final)
+    formats = formats_of(config)
+    wanted = formats | changes(final, new_format, fixed)
     added = _Adapter(final) if merge else None
     retry_storage(lambda: _copy_other_files(final, folder, {**formats, **wanted}, merge), folder)
-    writer, is_neox = _Shards(folder), config.model_type == "gpt_neox"
-    layers = list(_layers(final, formats))
+    writer, is_neox = Shards(folder), config.model_type == "gpt_neox"
+    layers = list(layers_of(final, formats))
     for done, (path, read) in enumerate(layers, 1):
         tensors = read()
         if path in formats or (added and path in added):
@@ -64,6 +67,25 @@ def recode(
         on_progress("merging the adapter" if merge else "writing layers", done, len(layers))
     writer.close()
     return {path: name for path, name in wanted.items() if name != formats[path]}
+
+
+def changes(final: Path, new_format: NewFormat, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
+    """List the layers to which `recode` would give another format, each with its new format."""
+    formats, widths = formats_of(checkpoint_config(final)), _widths(final)
+    wanted = {path: new_format(name, widths[f"{path}.weight"]) for path, name in formats.items()} | dict(fixed or {})
+    return {path: name for path, name in wanted.items() if name != formats[path]}
+
+
+def formats_of(config: Any) -> dict[str, str]:
+    """Map the paths of packed layers to their formats, from the config of a checkpoint."""
+    return dict((getattr(config, "quantization_config", None) or {"formats": {}})["formats"])
+
+
+def _widths(final: Path) -> dict[str, int]:
+    """Map the names of weights to their columns."""
+    from qpruner.models.layout import skeleton
+
+    return {name: parameter.shape[-1] for name, parameter in skeleton(checkpoint_config(final)).named_parameters()}
 
 
 def _recoded(
@@ -113,7 +135,7 @@ class _Adapter:
         return added
 
 
-def _layers(final: Path, formats: dict[str, str]) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
+def layers_of(final: Path, formats: dict[str, str]) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
     """Yield the path of each layer, with a function that reads its tensors; names are those in the model."""
     from safetensors import safe_open
 
@@ -156,7 +178,7 @@ def _copy_other_files(final: Path, folder: Path, formats: dict[str, str], merge:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-class _Shards:
+class Shards:
     """Writes tensors to files of at most `SHARD_BYTES`, named as transformers does, with an index if there are two."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,14 +1,29 @@
-"""The serve stage: write the final model for other servers, and measure size, loss and speed as served."""
+"""The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
+from qpruner.models.loading import check_source, load_tokenizer
+from qpruner.pipeline.report import report_unfinished
+from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServeRecord
+from qpruner.plans.plan import UNPRUNED
+from qpruner.report.results import SEARCHED
+from qpruner.report.served import commands, form_text
+from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
+from qpruner.runs.storage import display_name
+
+COLUMNS = 4096
+"""Columns that every format takes."""
+BASE_BYTES = 6
+"""Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
 
 
 class Serve(Stage[ServeRecord]):
@@ -16,24 +31,105 @@ class Serve(Stage[ServeRecord]):
 
     name = "serve"
     record = ServeRecord
+    starts_ray = False
+    memory_keys = "`evaluate.batch_size`, or use a machine with more memory"
 
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:
         return bool(config.serve.to)
 
+    def warnings(self) -> Iterator[str]:
+        if not self.config.serve.uses_llama_cpp:
+            return
+        from qpruner.export.gguf.architectures import remark
+        from qpruner.export.gguf.types import llama_cpp_format
+
+        quantize = self.config.quantize
+        for name in dict.fromkeys((*quantize.levels, *quantize.embedding_levels)):
+            if (nearest := llama_cpp_format(name, COLUMNS)) != name:
+                yield f"`serve.to`: llama.cpp has no format {name}: its layers get {nearest}, and are scored anew"
+        if said := remark(self.context.inspection.model_config):
+            yield f"`serve.to`: {said}"
+
     def check(self) -> None:
-        if self.is_wanted(self.config):
-            raise UserError("`serve.to`: no form can be written yet: take it out")
+        for form in self.config.serve.to:
+            if reason := self._refusal(form):
+                remedy = "name other forms, or none (on the command line `--set serve.to=[]`)"
+                raise UserError(f"`serve.to`: {form} cannot be written: {reason}; or {remedy}")
+        if self.config.serve.uses_llama_cpp:
+            self._check_tokenizer()
+
+    def _refusal(self, form: ServedForm) -> str | None:
+        """Say why the base or the pruned model cannot have this form, and what would work; None if both can."""
+        from qpruner.export import forms
+
+        refusal: Any = getattr(forms, "refusal", None)
+        if refusal is None:
+            return "no form can be written yet"
+        inspection = self.context.inspection
+        cut = inspection.cuts[0]
+        is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
+        is_ragged = is_cut and is_free and bool(cut.settings.width_units)
+        has_biases = is_cut and cut.settings.compensates_by == "bias"
+        reason: str | None = refusal(form, inspection.model_config)
+        return reason or refusal(form, cut.expected, is_ragged, has_biases)
+
+    def _check_tokenizer(self) -> None:
+        from qpruner.export.gguf.vocabulary import vocabulary
+
+        source = check_source(self.config.model)
+        if source.endswith(".gguf"):  # takes 15 s to convert, and comes from llama.cpp
+            return
+        tokenizer = load_tokenizer(source, self.config.model)
+        try:
+            vocabulary(tokenizer, self.context.inspection.model_config.vocab_size)
+        except UserError as error:
+            raise UserError(f"`serve.to`: {error}; or set `serve.to: []`") from error
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        return (prepared.digest, tuned.digest, [each.adapter_sha256 for each in tuned.candidates], self.config.serve)
+        adapters = [each.adapter_sha256 for each in tuned.candidates]
+        return (prepared.digest, tuned.digest, adapters, self.config.serve, _versions())
 
     def detail(self) -> str:
-        return ", ".join(self.config.serve.to)
+        return f"{', '.join(self.config.serve.to)}, measured beside the base model on the CPU"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        raise NotImplementedError
+        context, executor = self.context, self.context.executor
+        self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
+        [winner] = context.record(FinetuneRecord).candidates
+        job = ServeJob(
+            config=context.worker_config,
+            root=context.run_dir.root,
+            base=context.model_folder(UNPRUNED),
+            data=context.data,
+            scratch=scratch,
+            threads=self.config.serve.threads or max(1, int(context.trial_resources["cpu"])),
+            layout=context.layout_of(winner.cut),
+            winner=winner,
+        )
+        executor.close()  # frees the memory of a model that an earlier stage has kept
+        measured = executor.run(partial(serve, job), context.emit)
+        executor.close()
+        return vars(measured)
 
     def summary(self, record: ServeRecord) -> str:
-        return ", ".join(row.form for row in record.rows)
+        found = [row for row in record.rows if row.name == SEARCHED]
+        sizes = [f"{form_text(row)} {row.file_bytes / 1e6:.1f} MB" for row in found]
+        return "; ".join([*sizes, *commands(record, display_name(self.context.run_dir.root))[:1]])
+
+    def disk_bytes(self) -> int:
+        inspection = self.context.inspection
+        forms = 2 * len(self.config.serve.to) * inspection.budget_bytes
+        return forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that write and run the files; those that are missing are left out."""
+    found = {}
+    for name in ("gguf", "xllamacpp", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -14,6 +14,7 @@ from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.plots.model import importance, plan_map
 from qpruner.report.plots.search import Shown, best_so_far, front
 from qpruner.report.search_progress import score, score_title, shown_together
+from qpruner.report.served import served, served_text
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
@@ -61,7 +62,12 @@ def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
         yield Paragraph(remark)
     if results.search and (controls := tables.what_instead(results.search)):
         yield controls
-    yield from tables.final_tables(results)
+    first, *others = tables.final_tables(results)
+    yield first
+    if table := served(results):
+        yield table
+        yield Items(tuple(served_text(results)))
+    yield from others
     yield tables.legend(results)
 
 
@@ -158,6 +164,8 @@ def _repeat(run: Snapshot) -> Iterator[Part]:
     facts = [("seed", f"{run.state.config['seed']}"), *run.state.environment.items()]
     if run.results.inference:  # the device of a worker, maybe on another machine
         facts.append(("rows measured on", run.results.inference.device))
+    if run.results.serve and run.results.serve.setting.build:
+        facts.append(("llama.cpp", run.results.serve.setting.build))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
     yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
     if search and is_given:  # the plan's file may have been deleted or changed

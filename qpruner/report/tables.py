@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED
@@ -24,6 +25,7 @@ from qpruner.report.results import (
     under_first_seed,
 )
 from qpruner.report.search_progress import plan_text, score, score_name, score_title
+from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.statistics import paired_losses
 from qpruner.runs.records import (
@@ -48,7 +50,7 @@ FINAL = (
     ),
     ("The fine-tune of each row", ("row", "from", "seeds", "validation loss", "confirmation loss")),
     (
-        "Size, memory and speed of each row",
+        "Size of each row, and its memory and speed in transformers",
         ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
     ),
 )
@@ -110,6 +112,8 @@ def winner(run: Snapshot) -> Table:
             f"{len(search.best_plan)} groups: {formats_text(search.best_plan)}; from {row.origin}",
         ),
     ]
+    if as_served := tile(run.results):
+        body.insert(0, as_served)
     return Table(f"The {run.best_title}", ("what", "figure", "about it"), body)
 
 
@@ -152,6 +156,8 @@ def final_tables(results: Results) -> list[Table]:
     """
     every, first_seed = rows(results), under_first_seed(results)
     first, *others = (_final(results, caption, headings, every) for caption, headings in FINAL)
+    if results.serve:  # then the speed that counts is that as served
+        others[-1] = replace(others[-1], summary="Memory and speed in transformers")
     if len({len(row.seeds) for row in every}) == 1:
         return [first, *others]
     caption = f"Like with like: every row under training seed {first_seed[0].seeds[0]} alone"

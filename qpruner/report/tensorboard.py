@@ -31,7 +31,7 @@ from qpruner.report import sections
 from qpruner.report.content import markdown
 from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_text, score, score_name, shown_together
 from qpruner.runs import events
-from qpruner.runs.records import Results, SearchState, TrialRecord
+from qpruner.runs.records import EXTRAS, Results, SearchState, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Board:
                 for trial in trials:
                     write_trial(self._folder, search, trial)
                 self._write_curves(search)
-            case events.StageStarted(stage) if stage not in ("comparison", "report"):
+            case events.StageStarted(stage) if stage not in (*EXTRAS, "report"):
                 # The result of an earlier command; the new one is written once the winner is evaluated.
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
             case events.TrialChanged(trial) if self._search:

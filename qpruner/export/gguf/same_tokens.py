@@ -7,13 +7,14 @@ Where llama.cpp is known to treat texts otherwise (`deviations`), it gets the te
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qpruner.export.gguf.vocabulary import backend, space_prefix
+from qpruner.export.gguf.vocabulary import pre_tokenizer, space_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,62 +78,91 @@ class Tokens(Protocol):
 
 
 def different_tokens(llama: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int], list[int]]]:
-    """Return the texts whose ids differ, with the ids of llama.cpp and those of the tokenizer."""
-    as_served = served(tokenizer)
+    """Compare 1,000 texts; return those whose ids differ, with the ids of llama.cpp and those of the tokenizer."""
+    as_served, encode = _treatment(tokenizer)[0], tokenizer.backend_tokenizer.encode
+    comparable = (
+        (text, asked, is_chat) for text, is_chat in texts(tokenizer) if (asked := as_served(text)) is not None
+    )
     found = []
-    for text, is_chat in texts(tokenizer):
-        asked = as_served(text)
-        if asked is None:
-            continue
+    for text, asked, is_chat in itertools.islice(comparable, NUM_TEXTS):
         theirs = llama.tokens(asked, add_special=not is_chat, parse_special=True)
-        ours = tokenizer.backend_tokenizer.encode(text, add_special_tokens=not is_chat).ids
+        ours = encode(text, add_special_tokens=not is_chat).ids
         if ours != theirs:
             found.append((text, theirs, ours))
     return found
 
 
 def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """Yield 1,000 texts, the same each time, and whether each is a rendered chat (which has its own first token)."""
+    """Yield texts without end, the same each time, and whether each is a chat (which has its own first token)."""
     randomly = random.Random(0)
-    chats = list(_chats(tokenizer, randomly)) if tokenizer.chat_template else []
-    yield from ((text, True) for text in chats)
+    if tokenizer.chat_template:
+        yield from ((text, True) for text in _chats(tokenizer, randomly))
     plain = itertools.chain(("", *PIECES, *CODE, *SENTENCES), _with_special(tokenizer, randomly), _mixed(randomly))
-    yield from ((text, False) for text in itertools.islice(plain, NUM_TEXTS - len(chats)))
+    yield from ((text, False) for text in plain)
 
 
-def served(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None]:
-    """Return a function that gives the text from which llama.cpp must make the tokenizer's ids; None: there is none."""
-    definition = backend(tokenizer)
+def deviations(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say which texts get other ids in llama.cpp than from the tokenizer, whatever a GGUF file says; empty: none."""
+    return _treatment(tokenizer)[1]
+
+
+def _treatment(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str | None], str]:
+    """Return what is told, and a function: the text from which llama.cpp makes the tokenizer's ids (None: no text)."""
+    definition = _without_vocabulary(tokenizer)
     if not definition["model"]["byte_fallback"]:
-        is_nfc = "NFC" in str(definition["normalizer"])
-        return lambda text: unicodedata.normalize("NFC", text) if is_nfc else text
-    where, is_chatty = space_prefix(definition), bool(tokenizer.chat_template)
+        if "NFC" in str(definition["normalizer"]):
+            told = (
+                "llama.cpp does not compose characters (Unicode NFC): text with a letter and its accent apart differs"
+            )
+            return lambda text: unicodedata.normalize("NFC", text), told
+        if pre_tokenizer(definition) in ("tekken", "gpt-4o"):
+            told = "llama.cpp splits words at combining marks: text in Hindi or Bengali and some emoji differ"
+            return lambda text: None if any(map(_is_mark, text)) else text, told
+        return lambda text: text, ""
+    where = space_prefix(definition)
     if where == "never" or definition["normalizer"]:
-        return lambda text: text
-    added = "|".join(re.escape(token["content"]) for token in definition["added_tokens"])
-    starts, has_prefix_inside = re.compile(f"(^|{added})[ ▁]"), re.compile(f"({added})(?!$|{added})")
-    one_space = re.compile(f"(^|{added})[ ▁]($|{added})")
-    if where == "always":
-        return lambda text: None if one_space.search(text) else starts.sub(r"\1", text)
-    if is_chatty:
-        return lambda text: text if re.match(f"$|[ ▁]|{added}", text) else f" {text}"
-    return lambda text: None if has_prefix_inside.search(text) else re.sub("^[ ▁]", "", text)
+        has_sign = any(set(token) == {"▁"} for token in definition["added"])
+        told = "text with the sign ▁ differs, which llama.cpp takes for a space" if has_sign else ""
+        return lambda text: None if has_sign and "▁" in text else text, told
+    return _metaspace(definition["added"], where == "first", bool(tokenizer.chat_template))
 
 
-def deviations(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Say which texts get other ids in llama.cpp than from the tokenizer, whatever a GGUF file says."""
-    definition = backend(tokenizer)
-    if "NFC" in str(definition["normalizer"]):
-        return ["llama.cpp does not normalize text: characters that are not composed (Unicode NFC) get other ids"]
-    if not definition["model"]["byte_fallback"] or definition["normalizer"]:
-        return []
-    if space_prefix(definition) == "always":
-        return ["llama.cpp adds a space before text at the start and after special tokens even where it has one"]
-    if space_prefix(definition) == "first":
-        if tokenizer.chat_template:
-            return ["llama.cpp adds no space before text that does not begin with a special token"]
-        return ["llama.cpp adds a space before text also after special tokens"]
-    return []
+def _without_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what `backend` does but the vocabulary, which takes seconds."""
+    used = tokenizer.backend_tokenizer
+    model = {"byte_fallback": used.model.byte_fallback, "ignore_merges": used.model.ignore_merges}
+    parts = {"normalizer": used.normalizer, "pre_tokenizer": used.pre_tokenizer}
+    found = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+    return {**found, "model": model, "added": [token.content for token in tokenizer.added_tokens_decoder.values()]}
+
+
+def _metaspace(tokens: Sequence[str], only_first: bool, is_chatty: bool) -> tuple[Callable[[str], str | None], str]:
+    """Treat text for which the tokenizer adds a space before each part, or before the first, that has none."""
+    added = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    spaces = (" ", "▁")
+    if only_first and is_chatty:
+
+        def with_space(text: str) -> str:
+            bare = text and not text.startswith(spaces) and not added.match(text)
+            return f" {text}" if bare else text
+
+        return with_space, "llama.cpp adds no space before text that does not begin with a special token, as chats do"
+
+    def without_space(text: str) -> str | None:
+        tokens, parts = added.findall(text), added.split(text)
+        if any(part in spaces for part in parts) or (only_first and any(parts[1:])):
+            return None
+        bare = [part[1:] if part.startswith(spaces) else part for part in parts]
+        return "".join(part + token for part, token in zip(bare, [*tokens, ""], strict=True))
+
+    return (
+        without_space,
+        "llama.cpp adds a space before text at the start and after special tokens, even where there is one",
+    )
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M"
 
 
 def _mixed(randomly: random.Random) -> Iterator[str]:

@@ -53,6 +53,18 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 """Name of a pre-tokenizer in llama.cpp, by its regular expressions and by whether whole words go before merges."""
 
+_SPECIAL = """
+    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> <fim-prefix>
+    <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix> <fim_suffix> <reponame> <turn|> <|calls|> <|call|>
+    <|channel|> <|code_middle|> <|code_prefix|> <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|>
+    <|eom_id|> <|eot_id|> <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> <|flush|>
+    <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|start|> <|suffix|> <|tool_response>
+    <\uff5cend▁of▁sentence\uff5c> <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c> <\uff5cfim▁hole\uff5c>
+    [EOS] [EOT] [PAD] [e~[ _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
+"""
+TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
+"""What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
+
 
 class TokenType(IntEnum):
     """The kinds of tokens in a GGUF file."""
@@ -114,9 +126,12 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Itera
     definition = backend(tokenizer)
     is_spm = definition["model"]["type"] == "BPE" and definition["model"]["byte_fallback"]
     check_added(definition)
-    tokens, types = _tokens(definition, vocab_size, is_spm)
     _check_bytes(definition, is_spm)
     special, adds_bos, adds_eos = _special(tokenizer, stops)
+    tokens, types = _tokens(definition, vocab_size, is_spm)
+    for text in _only_looking_special(tokenizer, definition, set(special.values())):
+        index = definition["model"]["vocab"][text]
+        tokens[index], types[index] = _unused(index), TokenType.UNUSED
     shared: dict[str, Any] = {
         "tokens": tokens,
         "types": types,
@@ -232,7 +247,7 @@ def _expressions(step: Mapping[str, Any]) -> list[str]:
 
 
 def _tokens(definition: Mapping[str, Any], vocab_size: int, is_spm: bool) -> tuple[list[str], list[int]]:
-    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    tokens = [_unused(index) for index in range(vocab_size)]
     types = [int(TokenType.UNUSED)] * vocab_size
     model = definition["model"]
     for text, index in model["vocab"].items():
@@ -256,6 +271,24 @@ def _tokens(definition: Mapping[str, Any], vocab_size: int, is_spm: bool) -> tup
     return tokens, types
 
 
+def _unused(index: int) -> str:
+    return f"[PAD{index}]"
+
+
+def _only_looking_special(
+    tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], special: set[int]
+) -> list[str]:
+    """Return plain tokens that no text becomes, but that llama.cpp would find: `</s>` of Qwen and Gemma."""
+    plain = set(definition["model"]["vocab"]) - {token["content"] for token in definition["added_tokens"]}
+    looking = {text: definition["model"]["vocab"][text] for text in TAKEN_FOR_SPECIAL & plain}
+    encode = tokenizer.backend_tokenizer.encode
+    return [
+        text
+        for text, index in looking.items()
+        if index not in special and index not in encode(text, add_special_tokens=False).ids
+    ]
+
+
 def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
     """Without an unknown token, both leave a byte out that has no token: the tokenizer of SmolLM2 lacks 12."""
     known, missing = definition["model"]["vocab"], []
@@ -276,8 +309,15 @@ def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
     """Rank tokens by the first merge that makes them: llama.cpp joins the pair whose token has the highest score."""
     rank: dict[str, int] = {}
-    for left, right in _merges(definition):
+    merges, known = _merges(definition), definition["model"]["vocab"]
+    for left, right in merges:
         rank.setdefault(left + right, len(rank))
+    merged = set(merges)
+    for text in known:
+        halves = ((text[:at], text[at:]) for at in range(1, len(text)))
+        missing = next((pair for pair in halves if pair not in merged and pair[0] in known and pair[1] in known), None)
+        if missing:
+            raise _unknown("model.merges", {"lacks": missing}, "those with every pair of tokens that make a token")
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 

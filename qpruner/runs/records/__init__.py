@@ -314,6 +314,10 @@ class SearchState(Recorded):
     """Trials that can run at once; None if no trial had to run."""
 
 
+EXTRAS = ("comparison", "serve")
+"""Stages after the evaluation, which not every run has."""
+
+
 class RunState(Recorded):
     """`run.json`: the state of the latest command on a run folder, for other processes to read."""
 
@@ -346,8 +350,10 @@ class RunState(Recorded):
     @property
     def extras(self) -> dict[str, bool]:
         """Stage that not every run has -> whether the configuration asks for it."""
-        sections = {name: self.config.get(name) or {} for name in ("finetune", "serve")}
-        return {"comparison": bool(sections["finetune"].get("compare")), "serve": bool(sections["serve"].get("to"))}
+        asked = [
+            (self.config.get(section) or {}).get(key) for section, key in (("finetune", "compare"), ("serve", "to"))
+        ]
+        return {name: bool(each) for name, each in zip(EXTRAS, asked, strict=True)}
 
     @property
     def compares(self) -> bool:

@@ -24,6 +24,8 @@ class ServedRow(Recorded):
     """Bytes of all files of the model and its adapter, with tokenizer and metadata."""
     tensor_bytes: int
     """Bytes of the tensors in these files."""
+    plan_bytes: int | None = None
+    """Bytes of the tensors of the final model as the plan has them; None for the base model."""
     mean_bits: float
     """Mean bits of the blocks' weights, without scales."""
     loss: float | None = None

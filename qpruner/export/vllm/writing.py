@@ -1,0 +1,177 @@
+"""Write a checkpoint in the layout of compressed-tensors, which vLLM and transformers read.
+
+Formats of `quantization/formats/compressed_tensors.py` are sliced into its tensors; each is one of its config groups.
+Embeddings and head are unpacked, which changes no weight: vLLM before 0.32 reads no packed embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.export.recode import ADAPTER_FILES, INDEX, Shards, formats_of, layers_of
+from qpruner.models.families import family_of
+from qpruner.models.layout import skeleton, table_paths
+from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
+from qpruner.models.ragged import OUTPUT_BIASES
+from qpruner.quantization.formats import DENSE, format_of, formats
+from qpruner.quantization.formats.compressed_tensors import Packed
+from qpruner.quantization.mixed import layer_tensors
+from qpruner.runs.storage import retry_storage
+
+if TYPE_CHECKING:
+    import torch
+
+MODELING = "modeling_ragged.py"
+ADAPTER_FOLDER = "adapter"
+SERVED: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite")
+"""Families whose packed layers vLLM loads one by one, and whose blocks `modeling_ragged.py` can build."""
+WORD_BITS = 32  # zeros of so many bits are packed along the rows
+
+
+def refusal(config: Any) -> str | None:
+    """Say why a model cannot be written for vLLM, and what would work; None if it can."""
+    if config.model_type in SERVED:
+        return None
+    return (
+        f"vLLM: packed layers of the family {config.model_type} are not written yet, those of {', '.join(SERVED)} are; "
+        "use `--to merged`"
+    )
+
+
+def vllm_format(name: str, columns: int) -> str:
+    """Return a format that vLLM reads: the same, or the nearest in bytes that these columns allow, or dense."""
+    old = format_of(name)
+    if not old.is_packed or (isinstance(old, Packed) and not old.refusal(columns, None)):
+        return name
+    others = [each for each in formats().values() if isinstance(each, Packed) and not each.refusal(columns, None)]
+    size = old.packed_bytes(64, columns, 2)
+    # HQQ has the smaller error where codes are few.
+    others = [each for each in others if each.half_quadratic == (each.bits <= 4)]
+    nearest = min(others, key=lambda each: abs(each.packed_bytes(64, columns, 2) - size), default=None)
+    return nearest.name if nearest else DENSE
+
+
+def dense_paths(config: Any) -> dict[str, str]:
+    """List the packed layers that must be dense in vLLM, each with the format `bf16`.
+
+    They are embeddings and head, and layers that vLLM loads into one (q, k, v; gate, up) if the zeros of one of them do
+    not fill whole words.
+    """
+    old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
+    shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
+    for paths in _fused(config):
+        sizes = {path: shapes[f"{path}.weight"] for path in paths if path in old}
+        widths = {path: int(format_of(vllm_format(old[path], size[1])).bits) for path, size in sizes.items()}
+        if len(widths) > 1 and any(sizes[path][0] * width % WORD_BITS for path, width in widths.items()):
+            found |= dict.fromkeys(widths, DENSE)
+    return {path: name for path, name in found.items() if path in old}
+
+
+def _fused(config: Any) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of layers that vLLM loads into one."""
+    family = family_of(config)
+    for index in range(config.num_hidden_layers):
+        for paths in family.projections().values():
+            yield tuple(f"{family.block_path(index)}.{path}" for path in paths)
+
+
+def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress) -> None:
+    """Write a checkpoint of qpruner, all of whose packed layers have formats of vLLM, and its adapter in `adapter`.
+
+    The adapter names its base by its later path in `target`.
+    """
+    config = checkpoint_config(checkpoint)
+    named = formats_of(config)
+    for paths in _fused(config):
+        assert len({named.get(path) for path in paths}) == 1, f"vLLM loads {', '.join(paths)} into one layer"
+    retry_storage(lambda: _copy_other_files(checkpoint, folder, target), folder)
+    widths = {name: parameter.shape[-1] for name, parameter in skeleton(config).named_parameters()}
+    shards, layers = Shards(folder), list(layers_of(checkpoint, named))
+    for done, (path, read) in enumerate(layers, 1):
+        tensors = read()
+        if path in named:
+            tensors = _sliced(path, tensors, named[path], widths[f"{path}.weight"])
+        shards.add(tensors)
+        on_progress("writing for vLLM", done, len(layers))
+    shards.close()
+    dense = [path for path in _linears(config) if path not in named]
+    described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    described.pop("quantization_config", None)
+    if named:
+        described["quantization_config"] = _quantization_config(named, dense)
+    write_config(described, config, folder)
+
+
+def _sliced(path: str, tensors: dict[str, torch.Tensor], name: str, columns: int) -> dict[str, torch.Tensor]:
+    found, stored = format_of(name), layer_tensors(tensors, path)
+    assert isinstance(found, Packed), f"{path} has the format {name}"
+    parts = found.parts({"weight": stored.pop("weight")}, columns)
+    return {f"{path}.{part}": tensor for part, tensor in (stored | parts).items()}
+
+
+def _linears(config: Any) -> list[str]:
+    """List all linear layers and the embeddings; vLLM and transformers leave out those that no group names."""
+    paths = [path for paths in _fused(config) for path in paths]
+    return [*paths, family_of(config).head, family_of(config).embeddings]
+
+
+def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str, Any]:
+    """Describe the layers of each format as a group of compressed-tensors."""
+    groups = {}
+    for name in dict.fromkeys(named.values()):
+        found = format_of(name)
+        assert isinstance(found, Packed)
+        weights = {"num_bits": found.width, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
+        groups[name] = {
+            "targets": [path for path, each in named.items() if each == name],
+            "weights": weights | {"group_size": found.columns_of_group},
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": dense,
+    }
+
+
+def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
+    """Write config.json, and `modeling_ragged.py` with its entry there if blocks differ or have biases of their own."""
+    if needs_modeling(config):
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+        names = {
+            auto: f"Ragged{mapping[type(config)].__name__}"
+            for auto, mapping in (("AutoModel", MODEL_MAPPING), ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING))
+        }
+        module = MODELING.removesuffix(".py")
+        described["auto_map"] = {auto: f"{module}.{name}" for auto, name in names.items()}
+        # vLLM takes its own class by this name, which would build blocks alike.
+        described["architectures"] = [names["AutoModelForCausalLM"]]
+        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def needs_modeling(config: Any) -> bool:
+    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own.
+
+    Without it, models of these families need `import qpruner.hf`; those of other families always do.
+    """
+    return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED
+
+
+def _copy_other_files(checkpoint: Path, folder: Path, target: Path) -> None:
+    left_out = [*ADAPTER_FILES, "model*.safetensors", INDEX, "README.md", "config.json"]
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
+    if (checkpoint / ADAPTER_FILES[0]).is_file():
+        (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+        settings = json.loads((checkpoint / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = str(target.resolve())
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / ADAPTER_FOLDER / ADAPTER_FILES[0]).write_text(text, encoding="utf-8")
+        shutil.copy2(checkpoint / ADAPTER_FILES[1], folder / ADAPTER_FOLDER)

@@ -1,0 +1,264 @@
+"""Write the base model for llama.cpp, and measure rows of stage serve in turns in one process.
+
+The process is a new one, so that a crash of llama.cpp is an error of the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner.cluster.executor import ModelCache
+from qpruner.config.schema import RunConfig
+from qpruner.models.loading import OnWork, load_dense, load_tokenizer
+from qpruner.pipeline.prepare import loading_progress
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
+from qpruner.quantization.formats import format_of
+from qpruner.report.results import BASE, SEARCHED
+from qpruner.runs.events import Emit, Message, Progress
+from qpruner.runs.records import CandidateRecord, ServedForm, ServedRow, ServeSetting
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import empty_folder, fetch, storage_at, writing_folder
+from qpruner.wording import counted
+
+EMBEDDING_FORMAT = "q8_0"
+"""Format of embeddings and head in the packed files of the base model: llama.cpp's own quantizer takes Q6_K or this."""
+UNPACKED = "f16"
+BASE_FORMATS = (UNPACKED, "q8_0", "q4_0")
+"""Formats of the blocks in the files of the base model."""
+PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 32, 16
+NUM_TURNS = 3
+PLAN = "plan"
+"""`ServedRow.format` of the final model."""
+Turn = tuple[float, float, float | None]
+"""Tokens per second of prefill and of decode, and the loss in the first turn."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A row to measure: its record so far, and the files that llama.cpp loads; without any, transformers runs it."""
+
+    row: ServedRow
+    model: Path | None = None
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rows with their figures, and how these were measured."""
+
+    rows: list[ServedRow]
+    setting: ServeSetting
+
+
+@dataclass(frozen=True)
+class ServeJob:
+    """The work of the stage: the run folder `root`, folders of the base model and of the rows, and the winner."""
+
+    config: RunConfig
+    root: Path
+    base: Path
+    data: Path
+    scratch: Path
+    threads: int
+    layout: Layout
+    winner: CandidateRecord
+
+
+def serve(job: ServeJob, cache: ModelCache, emit: Emit) -> Measured:
+    """Write every form and the base model, then measure them."""
+    from qpruner.export.gguf.isolation import isolated
+
+    on_progress, settings = loading_progress(emit, "serve"), job.config.serve
+    forms = [_export(job, form, emit, on_progress) for form in settings.to]
+    if not settings.uses_llama_cpp:
+        setting = ServeSetting(threads=job.threads, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
+        return Measured([each.row for each in forms], setting)
+    work = storage_at(job.scratch / "base").staging
+    try:
+        rows = (*write_base(job.config, fetch(job.base), empty_folder(work), on_progress), *forms)
+        for each in isolated(measure_in_turns, job, rows):
+            if isinstance(each, Measured):
+                return each
+            emit(Progress("serve", *each, "turns of loss and speed"))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    raise AssertionError("the last step has the results")
+
+
+def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) -> Served:
+    """Write the final model in one form, and check it; return its row."""
+    from qpruner.export.forms import export
+
+    place = job.scratch / form
+    with writing_folder(place) as folder:
+        done: Any = export(RunDir(job.root, create=False), form, folder, on_progress)  # type: ignore[arg-type]
+    names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
+    alike = f"{done.agreement:.1%} of {counted(done.num_positions, 'prediction')} are the same as in transformers"
+    row = ServedRow(
+        name=SEARCHED,
+        form=form,
+        format=PLAN,
+        files=tuple(f"serve/{form}/{name}" for name in names),
+        file_bytes=done.file_bytes,
+        tensor_bytes=done.tensor_bytes,
+        plan_bytes=done.plan_bytes,
+        mean_bits=_mean_bits(job, done.recoded),
+        check=f"loaded again by {done.by}: {alike}, KL divergence {done.divergence:.2g} nats",
+        recoded=dict(done.recoded),
+    )
+    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {row.check}"))
+    return Served(row, *(place / name for name in sorted(names, key=len) if name.endswith(".gguf")))
+
+
+def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
+    """Return the mean bits of the blocks' weights in files in which some layers have another format."""
+    bits, total = 0.0, 0
+    for group in job.layout.groups:
+        for linear in group.linears if group.name not in (EMBEDDINGS, HEAD) else ():
+            bits += linear.num_weights * format_of(recoded.get(linear.name, job.winner.plan[group.name])).bits
+            total += linear.num_weights
+    return bits / total
+
+
+# ---- files of the base model
+
+
+def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork) -> list[Served]:
+    """Write the base model as GGUF files in `BASE_FORMATS`; return a row for each, and one for transformers."""
+    from qpruner.export.gguf.writing import write_gguf
+
+    model, tokenizer = load_dense(str(base), config.model.dtype, config.model, on_progress), load_tokenizer(str(base))
+    stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    sizes = {"file_bytes": stored, "tensor_bytes": sum(each.nbytes for each in model.parameters())}
+    bits = 8.0 * next(model.parameters()).element_size()
+    found = [Served(ServedRow(name=BASE, form="transformers", format=config.model.dtype, mean_bits=bits, **sizes))]
+    for name in BASE_FORMATS:
+        checkpoint, file = folder / "checkpoint", folder / f"base-{name}.gguf"
+        num_bytes = _save_in(model, tokenizer, name, checkpoint)
+        write_gguf(checkpoint, file, file.stem, on_progress)
+        shutil.rmtree(checkpoint)
+        bits = 16.0 if name == UNPACKED else float(format_of(name).bits)
+        sizes = {"file_bytes": file.stat().st_size, "tensor_bytes": num_bytes}
+        found.append(Served(ServedRow(name=BASE, form="gguf", format=name, mean_bits=bits, **sizes), file))
+    return found
+
+
+def _save_in(model: Any, tokenizer: Any, name: str, folder: Path) -> int:
+    """Save an unpacked model with its blocks in one format, and return the bytes of its tensors.
+
+    A layer whose width the format does not take stays in float16.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from qpruner.models.layout import group_linears, table_paths
+
+    config, state, formats = model.config, model.state_dict(), dict[str, str]()
+    wanted = {path: name for paths in group_linears(config, "block").values() for path in paths}
+    wanted |= dict.fromkeys(table_paths(config).values(), EMBEDDING_FORMAT)
+    tensors: dict[str, torch.Tensor] = {}
+    for stored, tensor in state.items():
+        path = stored.removesuffix(".weight")
+        target = format_of(wanted.get(path, name)) if name != UNPACKED and path in wanted else None
+        if stored == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if target and not target.refusal(tensor.shape[-1], None):
+            formats[path] = target.name
+            tensors |= {f"{path}.{part}": each for part, each in target.pack(tensor.float()).items()}
+        else:
+            tensors[stored] = tensor.half().contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": "float16"}
+    settings |= {"quantization_config": {"quant_method": "qpruner", "formats": formats}} if formats else {}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return sum(each.nbytes for each in tensors.values())
+
+
+# ---- measurement
+
+
+def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | Measured]:
+    """Measure speed and loss of rows; yield done and total turns, at the end the setting and all rows.
+
+    The loss is measured in the first turn. Rows without a file that is run here keep what is known of them.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers too runs on the CPU
+    import torch
+
+    from qpruner.data.encoding import load_confirmation, load_encoded
+    from qpruner.export.gguf.llama_cpp import build
+
+    torch.set_num_threads(job.threads)
+    ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
+    prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
+    judging = load_confirmation(job.data, "judge")
+    measured = [each for each in served if each.model or each.row.form == "transformers"]
+    turns: list[list[Turn]] = [[] for _ in measured]
+    total = NUM_TURNS * len(measured)
+    yield 0, total
+    for turn in range(total):
+        position = turn % len(measured)
+        rows = judging if turn < len(measured) else []
+        turns[position].append(_take_turn(job, measured[position], prompt, rows))
+        yield turn + 1, total
+    found = {id(each): _with_figures(each.row, of_row) for each, of_row in zip(measured, turns, strict=True)}
+    setting = ServeSetting(
+        threads=job.threads,
+        build=build(),
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        num_rows=len(judging),
+    )
+    yield Measured([found.get(id(each), each.row) for each in served], setting)
+
+
+def _with_figures(row: ServedRow, turns: Sequence[Turn]) -> ServedRow:
+    prefill, decode, losses = zip(*turns, strict=True)
+    speeds = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+    return row.model_copy(update={"loss": losses[0], **speeds})
+
+
+def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[Any]) -> Turn:
+    if served.model is None:
+        return _take_turn_in_transformers(job, prompt, rows)
+    from qpruner.export.gguf.llama_cpp import Llama
+
+    loss = _loss(job, served, rows) if rows else None
+    with Llama(served.model, served.adapter, job.threads, PROMPT_TOKENS + NEW_TOKENS) as llama:
+        llama.prefill(prompt[:WARM_UP_TOKENS])
+        llama.decode(1)
+        read = llama.prefill(prompt)
+        return PROMPT_TOKENS / read, NEW_TOKENS / llama.decode(NEW_TOKENS), loss
+
+
+def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float:
+    from qpruner.data.encoding import IGNORED_LABEL
+    from qpruner.data.losses import loss_result
+    from qpruner.export.gguf.running import row_losses
+
+    assert served.model
+    pairs = [(row["input_ids"], row["labels"]) for row in rows]
+    found = row_losses(served.model, served.adapter, pairs, job.threads, IGNORED_LABEL, None)
+    return loss_result(*zip(*found, strict=True)).mean
+
+
+def _take_turn_in_transformers(job: ServeJob, prompt: list[int], rows: Sequence[Any]) -> Turn:
+    from qpruner.data.losses import mean_loss
+    from qpruner.training.inference import take_turn
+
+    base = str(fetch(job.base))
+    model = load_dense(base, job.config.model.dtype, job.config.model)
+    prefill, decode, _ = take_turn(model, prompt, NEW_TOKENS)
+    if not rows:
+        return prefill, decode, None
+    pad_id = int(load_tokenizer(base).pad_token_id)
+    return prefill, decode, mean_loss(model, rows, pad_id, job.config.evaluate.batch_size).mean

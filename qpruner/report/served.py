@@ -1,0 +1,153 @@
+"""Tells of a run's files for other servers: their size, loss and speed as served, and the commands that use them."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Iterator
+from pathlib import PurePath
+
+import numpy as np
+
+from qpruner.report.content import Table
+from qpruner.report.results import BASE, SEARCHED, title_of
+from qpruner.runs.records import Results, ServedRow, ServeRecord
+from qpruner.wording import counted
+
+FORMS = {
+    "gguf": "GGUF, adapter beside it",
+    "gguf_merged": "GGUF, adapter merged",
+    "vllm": "vLLM, adapter beside it",
+    "vllm_merged": "vLLM, adapter merged",
+}
+HEADINGS = (
+    *("row", "served as", "files", "mean bits", "confirmation loss", "prefill tokens/s", "decode tokens/s"),
+    "decode, times the base in transformers",
+)
+
+
+def served(results: Results) -> Table | None:
+    """Build the table of the final model and the base model as they are served; None without stage serve."""
+    record = results.serve
+    if record is None:
+        return None
+    body = [
+        (
+            "base" if row.name == BASE else title_of(SEARCHED, results.search),
+            form_text(row),
+            f"{row.file_bytes / 1e6:.1f} MB",
+            f"{row.mean_bits:.2f}",
+            "-" if row.loss is None else f"{row.loss:.4f}",
+            _speed(row.prefill_tokens_per_second),
+            _speed(row.decode_tokens_per_second),
+            _times(_over_transformers(record, row)),
+        )
+        for row in record.rows
+    ]
+    setting = record.setting
+    caption = (
+        f"As served, on {counted(setting.threads, 'CPU thread')} each and measured in turns in one process: "
+        f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), median, minimum and "
+        f"maximum; the loss is that of the server, on {counted(setting.num_rows, 'confirmation row')}. The base has no "
+        f"fine-tune"
+    )
+    return Table(caption, HEADINGS, body).without_empty_columns()
+
+
+def form_text(row: ServedRow) -> str:
+    """Name server and files of a row, such as `GGUF Q4_0`."""
+    if row.form == "transformers":
+        return f"transformers, {row.format}"
+    return f"GGUF {row.format.upper()}" if row.name == BASE else FORMS[row.form]
+
+
+def _speed(turns: tuple[float, ...]) -> str:
+    if not turns:
+        return "-"
+    median, least, most = (
+        f"{value:.1f}" if value < 100 else f"{value:.0f}"
+        for value in (statistics.median(turns), min(turns), max(turns))
+    )
+    return f"{median} ({least}-{most})"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _decode(row: ServedRow) -> float | None:
+    return statistics.median(row.decode_tokens_per_second) if row.decode_tokens_per_second else None
+
+
+def _over_transformers(record: ServeRecord, row: ServedRow) -> float | None:
+    """Divide a row's decode speed by that of the base model in transformers."""
+    ours, base = _decode(row), next((_decode(each) for each in record.rows if each.form == "transformers"), None)
+    return ours / base if ours and base else None
+
+
+def over_equal_bits(record: ServeRecord, row: ServedRow) -> float | None:
+    """Divide a row's decode speed by that of the base model in llama.cpp at the row's mean bits.
+
+    Seconds a token are interpolated between the base model's files, since a token's time grows with the bytes read.
+    """
+    ours = _decode(row)
+    known = sorted((each.mean_bits, _decode(each)) for each in record.rows if each.name == BASE and each.form == "gguf")
+    if not ours or not known or not all(speed for _, speed in known):
+        return None
+    bits, speeds = zip(*known, strict=True)
+    return ours * float(np.interp(row.mean_bits, bits, [1 / speed for speed in speeds]))
+
+
+def served_text(results: Results) -> list[str]:
+    """State how fast and how large the final model is as served, and what its files lack; one sentence for each."""
+    record = results.serve
+    return [] if record is None else [text for row in record.rows for text in _row_text(record, row)]
+
+
+def _row_text(record: ServeRecord, row: ServedRow) -> Iterator[str]:
+    if row.name == BASE:
+        return
+    ratio, equal = _over_transformers(record, row), over_equal_bits(record, row)
+    if ratio and equal:
+        yield (
+            f"{FORMS[row.form]}: decodes {ratio:.1f} times as fast as the unpruned base in transformers, and "
+            f"{equal:.2f} times as fast as the unpruned base in llama.cpp at equal mean bits ({row.mean_bits:.2f}, "
+            "between its files)."
+        )
+    if row.recoded:
+        formats = ", ".join(sorted(set(row.recoded.values())))
+        yield (
+            f"{FORMS[row.form]}: {counted(len(row.recoded), 'layer')} had to take another format than the plan's "
+            f"({formats}); bytes, loss and speed are those of these files."
+        )
+    if row.check:
+        yield f"{FORMS[row.form]}: {row.check}."
+
+
+def tile(results: Results) -> tuple[str, str, str] | None:
+    """Return the row on the fastest file that is served, for the table of the winner; None without one."""
+    record = results.serve
+    rows = [row for row in record.rows if row.name == SEARCHED and row.decode_tokens_per_second] if record else []
+    if record is None or not rows:
+        return None
+    best = max(rows, key=lambda row: _decode(row) or 0.0)
+    ratio = _over_transformers(record, best)
+    faster = f"; {ratio:.1f} times the unpruned base in transformers" if ratio else ""
+    about = f"{FORMS[best.form]}, {best.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
+    return "speed as served", f"{_decode(best):.1f} tokens/s", f"{about}{faster}"
+
+
+def commands(record: ServeRecord | None, run: str) -> list[str]:
+    """Return the commands that talk to the files in the run folder `run`; empty without files for llama.cpp."""
+    found = []
+    for row in record.rows if record else ():
+        models = [file for file in row.files if file.endswith(".gguf")]
+        if not models:
+            continue
+        model, *adapter = (shlex.quote(f"{run}/{file}") for file in sorted(models, key=len))
+        lora = f" --lora {adapter[0]}" if adapter else ""
+        modelfile = PurePath(models[0]).with_name("Modelfile")
+        name = PurePath(run).name + ("-merged" if row.form == "gguf_merged" else "")
+        found.append(f"llama-cli -m {model}{lora}")
+        found.append(f"ollama create {shlex.quote(name)} -f {shlex.quote(f'{run}/{modelfile}')}")
+    return found

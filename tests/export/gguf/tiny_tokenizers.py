@@ -1,0 +1,115 @@
+"""Train small tokenizers of the kinds that llama.cpp knows, and write them as GGUF files with a minimal model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+from conftest import demo_rows
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from qpruner.export.gguf.same_tokens import PIECES
+from qpruner.export.gguf.vocabulary import PRE_TOKENIZERS, add_vocabulary
+
+SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+EXPRESSIONS = {name: key for key, name in PRE_TOKENIZERS.items()}
+SPACES = {
+    "always, normalizer": ([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")], None),
+    "always": ([], pre_tokenizers.Metaspace(prepend_scheme="always", split=False)),
+    "first": ([], pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "never": ([normalizers.Replace(" ", "▁")], pre_tokenizers.Split(" ", "merged_with_previous")),
+}
+
+
+def corpus() -> list[str]:
+    questions = [f"{row['question']} {' '.join(row['choices']['text'])}" for row in demo_rows("questions_train.jsonl")]
+    return [*questions, *(f"{first} {second}" for first, second in zip(PIECES, reversed(PIECES), strict=True))] * 2
+
+
+def byte_level(name: str) -> Tokenizer:
+    """Train a byte-level BPE with the pre-tokenizer that llama.cpp calls so."""
+    expressions, ignores_merges = EXPRESSIONS[name]
+    trained = Tokenizer(models.BPE(ignore_merges=ignores_merges))
+    trained.normalizer = normalizers.NFC() if name == "qwen2" else None
+    # As the tokenizers in use say it: the expression of GPT-2 and the digits have steps of their own.
+    steps: list[Any] = [pre_tokenizers.Split(Regex(each), "isolated") for each in expressions]
+    if name in ("gpt-2", "smollm"):
+        steps = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
+    is_gpt_2 = name in ("gpt-2", "smollm")
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt_2)]
+    )
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(vocab_size=900, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    return trained
+
+
+def sentencepiece(spaces: str) -> Tokenizer:
+    """Train a BPE with byte fallback, and give it all pairs that make a token, as those of SentencePiece have them."""
+    steps, splitter = SPACES[spaces]
+    first = Tokenizer(models.BPE())
+    first.normalizer = normalizers.Replace(" ", "▁")
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    first.train_from_iterator(
+        [line[:60] for line in corpus()],
+        trainers.BpeTrainer(
+            vocab_size=1100, special_tokens=[*SPECIAL, *bytes_], limit_alphabet=120, show_progress=False
+        ),
+    )
+    vocabulary = first.get_vocab()
+    pairs = [
+        (token[:at], token[at:])
+        for token in sorted(set(vocabulary) - set(SPECIAL) - set(bytes_), key=vocabulary.__getitem__)
+        for at in range(1, len(token))
+        if token[:at] in vocabulary and token[at:] in vocabulary
+    ]
+    model = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    trained = Tokenizer(model)
+    trained.normalizer = normalizers.Sequence(steps) if steps else None
+    trained.pre_tokenizer = splitter
+    trained.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
+    return trained
+
+
+def saved(trained: Tokenizer, folder: Path, chat_template: Any = None, **others: Any) -> Path:
+    """Save as transformers does."""
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | others
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, **names)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def vocabulary_file(folder: Path, vocab_size: int) -> Path:
+    """Write the tokenizer of a folder, with a Llama of one block and 32 channels of zeros."""
+    file = folder / "vocabulary.gguf"
+    writer: Any = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(vocab_size)
+    add_vocabulary(writer, folder, vocab_size)
+    block = {f"blk.0.{name}": (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    block |= {f"blk.0.{name}": (32, 32) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+    norms = dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (32,))
+    for name, shape in {"token_embd": (vocab_size, 32), **block, **norms}.items():
+        writer.add_tensor(f"{name}.weight", numpy.zeros(shape, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

@@ -1,0 +1,80 @@
+"""Tells of files as they are served: the table, the ratios, the first tile and the commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from made_run import results_of, searched_row, snapshot
+
+from qpruner.report import tables
+from qpruner.report.content import report_md
+from qpruner.report.results import BASE, SEARCHED
+from qpruner.report.sections import sections
+from qpruner.report.served import commands, over_equal_bits, served, served_text
+from qpruner.runs.records import Results, ServedRow, ServeRecord, ServeSetting
+
+
+def row(name: str, form: Any, format: str, bits: float, decode: float, **changes: Any) -> ServedRow:
+    speeds = {"prefill_tokens_per_second": (decode * 8,) * 3, "decode_tokens_per_second": (decode - 1, decode, decode)}
+    given = {"file_bytes": 100_000_000, "tensor_bytes": 97_000_000, "loss": 2.5, "mean_bits": bits}
+    return ServedRow(name=name, form=form, format=format, **given | speeds | changes)
+
+
+ROWS = (
+    row(BASE, "transformers", "bfloat16", 16.0, 10.0),
+    row(BASE, "gguf", "f16", 16.0, 20.0),
+    row(BASE, "gguf", "q8_0", 8.0, 40.0),
+    row(BASE, "gguf", "q4_0", 4.0, 80.0),
+    row(SEARCHED, "gguf", "plan", 6.0, 50.0, files=("serve/gguf/my run-adapter.gguf", "serve/gguf/my run.gguf")),
+    row(SEARCHED, "gguf_merged", "plan", 6.0, 64.0, files=("serve/gguf_merged/a.gguf", "serve/gguf_merged/Modelfile")),
+    row(SEARCHED, "vllm", "plan", 6.0, 2.0, prefill_tokens_per_second=(), decode_tokens_per_second=(), loss=None,
+        recoded={"model.embed_tokens": "bf16"}, check="loaded by transformers"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def results() -> Results:
+    setting = ServeSetting(threads=2, build="xllamacpp 1.0", prompt_tokens=128, new_tokens=32, num_rows=24)
+    record = ServeRecord(digest="0", seconds=1.0, rows=ROWS, setting=setting)
+    return results_of(searched_row([1.0])).model_copy(update={"serve": record})
+
+
+def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> None:
+    table = served(results)
+    assert table and "2 CPU threads" in table.caption
+    by_form = {line[1]: line[2:] for line in table.rows}
+    assert by_form["GGUF Q8_0"] == ("100.0 MB", "8.00", "2.5000", "320 (320-320)", "40.0 (39.0-40.0)", "4.00")
+    assert by_form["vLLM, adapter beside it"] == ("100.0 MB", "6.00", "-", "-", "-", "-"), "not measured here"
+    assert served(results_of(searched_row([1.0]))) is None
+
+
+def test_speed_is_compared_at_equal_bits(results: Results) -> None:
+    # A token takes 1/40 s at 8 bits and 1/80 s at 4, so 3/160 s at 6.
+    assert results.serve and over_equal_bits(results.serve, ROWS[5]) == pytest.approx(64 * 3 / 160)
+    assert over_equal_bits(results.serve, ROWS[6]) is None
+    beside, merged, recoded, check = served_text(results)
+    assert "5.0 times as fast as the unpruned base in transformers" in beside and "0.94 times" in beside
+    assert "6.4 times" in merged and "1.20 times as fast as the unpruned base in llama.cpp" in merged
+    assert "1 layer had to take another format than the plan's (bf16)" in recoded and "by transformers" in check
+
+
+def test_speed_as_served_comes_first_and_transformers_own_among_the_details(results: Results) -> None:
+    run = snapshot(results)
+    first = tables.winner(run).rows[0]
+    assert first[:2] == ("speed as served", "64.0 tokens/s") and "6.4 times the unpruned base" in first[2]
+    captions = {table.caption.split(",")[0]: table.summary for table in tables.final_tables(results)}
+    assert captions["Size of each row"] and not captions["The fine-tune of each row"]
+    assert not any(table.summary for table in tables.final_tables(results.model_copy(update={"serve": None})))
+    page = report_md(run, sections(run), "pictures")
+    assert page.index("Test results") < page.index("As served") < page.index("The fine-tune of each row")
+
+
+def test_commands_name_the_files_of_the_run(results: Results) -> None:
+    assert commands(results.serve, "runs/my run") == [
+        "llama-cli -m 'runs/my run/serve/gguf/my run.gguf' --lora 'runs/my run/serve/gguf/my run-adapter.gguf'",
+        "ollama create 'my run' -f 'runs/my run/serve/gguf/Modelfile'",
+        "llama-cli -m 'runs/my run/serve/gguf_merged/a.gguf'",
+        "ollama create 'my run-merged' -f 'runs/my run/serve/gguf_merged/Modelfile'",
+    ]
+    assert commands(None, "runs/mine") == []
