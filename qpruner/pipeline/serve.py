@@ -61,18 +61,14 @@ class Serve(Stage[ServeRecord]):
 
     def _refusal(self, form: ServedForm) -> str | None:
         """Say why the base or the pruned model cannot have this form, and what would work; None if both can."""
-        from qpruner.export import forms
+        from qpruner.export.forms import refusal
 
-        refusal: Any = getattr(forms, "refusal", None)
-        if refusal is None:
-            return "no form can be written yet"
         inspection = self.context.inspection
         cut = inspection.cuts[0]
         is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
         is_ragged = is_cut and is_free and bool(cut.settings.width_units)
         has_biases = is_cut and cut.settings.compensates_by == "bias"
-        reason: str | None = refusal(form, inspection.model_config)
-        return reason or refusal(form, cut.expected, is_ragged, has_biases)
+        return refusal(form, inspection.model_config) or refusal(form, cut.expected, is_ragged, has_biases)
 
     def _check_tokenizer(self) -> None:
         from qpruner.export.gguf.vocabulary import vocabulary

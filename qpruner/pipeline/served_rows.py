@@ -97,7 +97,7 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
 
     place = job.scratch / form
     with writing_folder(place) as folder:
-        done: Any = export(RunDir(job.root, create=False), form, folder, on_progress)  # type: ignore[arg-type]
+        done = export(RunDir(job.root, create=False), form, folder, on_progress)
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
     alike = f"{done.agreement:.1%} of {counted(done.num_positions, 'prediction')} are the same as in transformers"
     row = ServedRow(

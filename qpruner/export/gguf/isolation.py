@@ -8,9 +8,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from qpruner.errors import QprunerError, StageError
 
@@ -26,11 +27,14 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
         StageError: If the process was ended by a signal, or failed in another way.
     """
     # Not multiprocessing: its children import the user's script again.
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
     reading, writing = os.pipe()
     command = [sys.executable, "-m", __name__, str(writing)]
-    with open(reading, "rb") as answers:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[writing], env=paths)  # noqa: S603
+    with open(reading, "rb") as answers, tempfile.TemporaryFile() as told:
+        child = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=told, stderr=told, pass_fds=[writing], env=environment
+        )
         os.close(writing)
         try:
             assert child.stdin
@@ -44,19 +48,23 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
                     raise value
                 yield value
         except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
-            raise _died(child.wait()) from error
+            raise _died(child.wait(), told) from error
         finally:
             child.kill()
             child.wait()
 
 
-def _died(status: int) -> StageError:
+def _died(status: int, told: IO[bytes]) -> StageError:
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    return StageError("export", f"the process that runs llama.cpp {how}", REMEDY)
+    told.seek(0)
+    lines = told.read().decode(errors="replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return StageError("export", f"the process that runs llama.cpp {how}{last and f': {last.strip()}'}", REMEDY)
 
 
 def _serve(descriptor: int) -> None:
     """Call the function that the parent names, and send what it yields."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     with open(descriptor, "wb") as answers:
 
         def send(kind: str, value: Any = None) -> None:

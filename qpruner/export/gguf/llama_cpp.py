@@ -3,7 +3,8 @@
 One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt (llama.cpp's #27174).
 The library is the extension module of the package `xllamacpp`, which exports the C API, or any other `libllama.so`.
 Structures of parameters grow with every build, so they are opaque here: the library fills in its defaults, and only the
-first three fields of a context's parameters are set, which have had their places since 2024.
+first three fields of a context's parameters are set, which have had their places since 2024. Tried with the libraries
+of xllamacpp 0.2.14, 2026.4 and 2026.10 and of node-llama-cpp (llama.cpp 0.5.0), 2026-11-29.
 
 An assertion in the library ends the process: `isolation.py` calls it in a process of its own.
 """
@@ -72,6 +73,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_free": (None, _P),
     "llama_set_n_threads": (None, _P, _I, _I),
     "llama_adapter_lora_init": (_P, _P, _S),
+    "llama_set_adapters_lora": (_I, _P, _P, ctypes.c_size_t, _P),
     "llama_get_memory": (_P, _P),
     "llama_memory_clear": (None, _P, _B),
     "llama_vocab_n_tokens": (_I, _P),
@@ -83,9 +85,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 _OPTIONAL: dict[str, tuple[Any, ...]] = {
     # Absent where the processor's kernels are built in.
     "ggml_backend_load_all_from_path": (None, _S),
-    "llama_set_adapters_lora": (_I, _P, _P, ctypes.c_size_t, _P),
-    # Its name until the end of 2025.
-    "llama_set_adapter_lora": (_I, _P, _P, ctypes.c_float),
     "llama_version": (_S,),
     "ggml_version": (_S,),
 }
@@ -196,12 +195,8 @@ class Llama:
         loaded = self._call("llama_adapter_lora_init", self._model, bytes(adapter))
         if not loaded:
             raise self._error(f"cannot load the adapter {adapter}")
-        if "llama_set_adapters_lora" in self._library.functions:
-            one, scale = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
-            status = self._call("llama_set_adapters_lora", self._context, one, 1, scale)
-        else:
-            status = self._call("llama_set_adapter_lora", self._context, loaded, 1.0)
-        if status:
+        one, scale = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
+        if self._call("llama_set_adapters_lora", self._context, one, 1, scale):
             raise self._error(f"cannot use the adapter {adapter}")
 
     def __enter__(self) -> Llama:

