@@ -23,12 +23,15 @@ KEPT = {0: {"attention": (1,), "mlp": range(64)}, 2: {"mlp": range(32, 160)}}
 """Units that blocks of different widths keep."""
 
 
-def pruned_model(family: str, tokenizer: Path, folder: Path, is_ragged: bool, **others: Any) -> Path:
-    """Write a tiny model as pruning leaves it; ragged blocks have biases on o and down."""
+def pruned_model(
+    family: str, tokenizer: Path, folder: Path, is_ragged: bool, has_biases: bool = True, **others: Any
+) -> Path:
+    """Write a tiny model as pruning leaves it; ragged blocks may have biases on o and down."""
     layers = {"layer_types": ["full_attention"] * 3} if family.startswith("gemma") else {}
     model = family_model(family, **SIZES | layers | others)
     if is_ragged:
         cut(model, {index: {kind: tuple(units) for kind, units in each.items()} for index, each in KEPT.items()})
+    if is_ragged and has_biases:
         outputs = ("self_attn.o_proj", "mlp.down_proj")
         for block in model.model.layers:
             ragged.add_output_biases(block, outputs)
