@@ -41,7 +41,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gran
 TRIED: dict[Form, str] = {"gguf": "q4_0", "vllm": "w4_g32"}
 """The format in which every family is tried."""
 ALIKE, RAGGED, BIASED = "alike", "of different widths", "of different widths, with biases (`compensation: bias`)"
-WIDE = {"hidden_size": 256, "intermediate_size": 512}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 """Sizes that every format takes."""
 
 
@@ -67,7 +67,7 @@ def page(tokenizer: Path) -> str:
 
 def tried(family: str, blocks: str, name: str, form: Form, tokenizer: Path) -> str:
     """Export a model of a family in one format, and say what came of it."""
-    sizes = (WIDE if blocks == ALIKE else {}) | ({"sliding_window": 64} if family.startswith("gemma") else {})
+    sizes = WIDE if blocks == ALIKE else {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
         try:
@@ -76,7 +76,7 @@ def tried(family: str, blocks: str, name: str, form: Form, tokenizer: Path) -> s
         except (AttributeError, KeyError):  # a family whose blocks are built of other layers
             return "-"
         final_model(pruned, root, (name,))
-        ids = torch.randint(3, 400, (8, 64), generator=torch.Generator().manual_seed(1)).tolist()
+        ids = torch.randint(3, 400, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
         save_encoded([{"input_ids": row, "labels": row} for row in ids], root / "prepare" / "data" / "confirmation")
         try:
             done = export(RunDir(root), form, root / "out")

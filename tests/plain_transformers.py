@@ -34,7 +34,8 @@ ids = torch.tensor(prompt)
 
 def answer(folder):
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        options = {"dtype": torch.float32, "trust_remote_code": True, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -80,5 +81,7 @@ def plain_transformers_answers(
     Folders in `ragged` come last and are loaded after `import qpruner.hf`.
     """
     arguments = json.dumps([prompt, *(list(map(str, each)) for each in (folders, ragged))])
-    written = run_python(PROGRAM, arguments, folder=working_folder, HF_HUB_OFFLINE="1")
+    written = run_python(
+        PROGRAM, arguments, folder=working_folder, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(working_folder)
+    )
     return [json.loads(line) for line in written.splitlines()]

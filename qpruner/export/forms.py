@@ -6,7 +6,6 @@ is it renamed. Layers that a server cannot take in the plan's format get the nea
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import shutil
@@ -76,14 +75,15 @@ def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False)
         from qpruner.export.gguf import architectures
         from qpruner.export.gguf.llama_cpp import library_path
 
+        if reason := architectures.refusal(config, ragged, biases):
+            return reason
         if importlib.util.find_spec("gguf") is None:
             return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'
         library_path()
-        return architectures.refusal(config, ragged, biases)
     if form.startswith("vllm"):
         from qpruner.export.vllm import checking, writing
 
-        return checking.missing() or writing.refusal(config)
+        return writing.refusal(config) or checking.missing()
     return None
 
 
@@ -241,6 +241,7 @@ def _transformers() -> str:
 def _gguf(work: _Work, form: Form) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
     from qpruner.export.gguf import architectures, checking, writing
+    from qpruner.export.gguf.modelfile import modelfile
     from qpruner.export.gguf.types import llama_cpp_format
     from qpruner.export.gguf.vocabulary import stop_ids
 
@@ -251,16 +252,13 @@ def _gguf(work: _Work, form: Form) -> Exported:
     retry_storage(lambda: writing.write_gguf(checkpoint, model, work.name, work.on_progress), model)
     if adapter:
         retry_storage(lambda: writing.write_adapter(checkpoint, adapter, work.on_progress), adapter)
-    if importlib.util.find_spec("qpruner.export.gguf.modelfile"):
-        config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
-        names = model.name, adapter.name if adapter else None
-        module: Any = importlib.import_module("qpruner.export.gguf.modelfile")
-        text = module.modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
-        retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
+    config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
+    names = model.name, adapter.name if adapter else None
+    text = modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
+    retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
     served = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
     found = Compared(served.divergence, served.agreement, served.num_positions, served.expected_loss, served.loss)
-    remark = architectures.remark(checkpoint_config(checkpoint))
-    return work.exported(form, found, served.build, checkpoint, recoded, remark)
+    return work.exported(form, found, served.build, checkpoint, recoded, architectures.remark(config))
 
 
 def _vllm(work: _Work, form: Form) -> Exported:

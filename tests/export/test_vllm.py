@@ -1,0 +1,125 @@
+"""Exports for vLLM predict the same in compressed-tensors, and models of different widths load without qpruner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import command
+from final_models import pruned_model, run_of
+from mixed_models import token_ids
+from plain_transformers import plain_transformers_answers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qpruner.errors import StageError
+from qpruner.export.forms import export
+from qpruner.export.recode import recode
+from qpruner.export.vllm import checking
+from qpruner.export.vllm.writing import MODELING, SERVED, dense_paths, vllm_format, write_config
+from qpruner.quantization.formats import DENSE, format_of, formats
+from qpruner.runs.run_dir import RunDir
+
+ROWS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: Path, tmp_path: Path) -> None:
+    """Blocks of different widths, with biases on their outputs."""
+    folders = []
+    for family in SERVED:
+        folder = pruned_model(family, tiny_model, tmp_path / family, True)
+        described = json.loads((folder / "config.json").read_text())
+        write_config(described, AutoConfig.from_pretrained(folder), folder)
+        folders.append(folder)
+    answers = plain_transformers_answers(token_ids().tolist(), folders, tmp_path)
+    for folder, answer in zip(folders, answers, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            expected = model(token_ids(), use_cache=False).logits
+        found = torch.tensor(answer["logits"])
+        assert float((found - expected).norm() / expected.norm()) < 1e-5, folder.name
+        assert answer["made"] == answer["made without cache"]
+
+
+def test_formats_of_vllm_stay_and_others_become_the_nearest() -> None:
+    for name in formats():
+        found = format_of(vllm_format(name, 256))
+        assert found.name == name or (name[0] != "w" and found.name.startswith(("w", DENSE)))
+        size, old = (each.packed_bytes(4096, 256, 2) for each in (found, format_of(name)))
+        assert 0.8 < size / old < 1.3, name
+    assert vllm_format("w4", 96) == "w4_g32" or vllm_format("w4", 96) == "w4_g32_hqq"
+    assert vllm_format("q4_0", 80) == DENSE, "no group divides 80 columns"
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of different widths, searched in formats of vLLM."""
+    pytest.importorskip("compressed_tensors")
+    root = tmp_path_factory.mktemp("searched")
+    pruned = pruned_model("llama", tiny_model, root / "pruned", True)
+    return run_of(pruned, root / "run", ("w4", "w3_g32", "w8", "bf16"), "w8")
+
+
+def test_a_plan_of_vllm_keeps_its_formats(searched: Path) -> None:
+    done = command("export", searched, "--to", "vllm", "--json")
+    assert done.exit_code == 0, done.output
+    outcome = json.loads(done.output.splitlines()[-1])
+    assert outcome["told"] == ["1 layer from w8 to bf16"], "vLLM before 0.32 reads no packed embeddings"
+    assert outcome["by"].startswith("compressed-tensors") and outcome["is_plain"]
+    folder = searched / "export" / "vllm"
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"]
+    assert {name: group["weights"]["num_bits"] for name, group in groups.items()} == {"w4": 4, "w3_g32": 3, "w8": 8}
+    assert "model.embed_tokens" in config["ignore"] and (folder / MODELING).is_file()
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(folder)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_is_merged_into_formats_of_vllm(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    run = run_of(pruned_model("qwen3", tiny_model, tmp_path / "pruned", False), tmp_path / "run", ("nf4", "bf16"))
+    done = export(RunDir(run), "vllm_merged", tmp_path / "out")
+    assert done.told[0].endswith("from nf4 to w4_g32_hqq") and abs(done.loss - done.loss_before) < 0.1
+    assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / MODELING).exists()
+
+
+def without_adapter(folder: Path) -> None:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: each.zero_() if "lora_B" in name else each for name, each in load_file(file).items()}, file)
+
+
+def with_swapped_head(folder: Path) -> None:
+    changed(folder, "model.embed_tokens.weight", lambda each: each.roll(1, 0))
+
+
+def with_unpermuted_q(folder: Path) -> None:
+    changed(folder, "model.layers.0.self_attn.q_proj.weight_packed", lambda each: each.roll(len(each) // 4, 0))
+
+
+def changed(folder: Path, name: str, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = change(weights[name]).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_adapter, "-?[0-9]% of its adapter's effect|diverge by"),
+        (with_swapped_head, "diverge by"),
+        (with_unpermuted_q, "diverge by|of its adapter's effect"),
+    ],
+)
+def test_a_broken_export_is_noticed(searched: Path, damage: Any, message: str, tmp_path: Path) -> None:
+    export(RunDir(searched), "vllm", tmp_path / "out")
+    damage(tmp_path / "out")
+    recoded = tmp_path / "recoded"
+    fixed = dense_paths(AutoConfig.from_pretrained(searched / "final"))
+    recode(searched / "final", recoded, vllm_format, False, fixed=fixed)
+    with pytest.raises(StageError, match=message):
+        checking.check(recoded, tmp_path / "out", ROWS)
