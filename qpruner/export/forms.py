@@ -241,8 +241,8 @@ def _transformers() -> str:
 def _gguf(work: _Work, form: Form) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
     from qpruner.export.gguf import architectures, checking, writing
+    from qpruner.export.gguf.architectures import llama_cpp_format
     from qpruner.export.gguf.modelfile import modelfile
-    from qpruner.export.gguf.types import llama_cpp_format
     from qpruner.export.gguf.vocabulary import stop_ids
 
     checkpoint, recoded = work.recoded(llama_cpp_format, {}, form)

@@ -17,9 +17,8 @@ from qpruner.data.losses import hooked
 from qpruner.errors import StageError
 from qpruner.export.compare import Likeness
 from qpruner.export.gguf import running
-from qpruner.export.gguf.architectures import architecture_of
 from qpruner.export.gguf.isolation import isolated
-from qpruner.export.gguf.tensors import adapter_tensors, base_tensors
+from qpruner.export.gguf.writing import adapter_tensors, base_tensors
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 
 if TYPE_CHECKING:
@@ -89,19 +88,18 @@ def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress
     import numpy
 
     config = checkpoint_config(checkpoint)
-    architecture = architecture_of(config)
     for file, tensors in ((model, base_tensors), (adapter, adapter_tensors)):
         if file is None:
             continue
         found = {each.name: each for each in gguf.GGUFReader(file).tensors}
-        expected = list(tensors(checkpoint, config, architecture))
-        for done, tensor in enumerate(expected, 1):
-            stored = found.pop(tensor.name, None)
+        expected = list(tensors(checkpoint, config))
+        for done, (name, type_name, data) in enumerate(expected, 1):
+            stored = found.pop(name, None)
             if stored is None:
-                raise _differs(file, f"has no tensor `{tensor.name}`")
-            same_type = stored.tensor_type.name == tensor.type_name
-            if not same_type or not numpy.array_equal(stored.data.view(numpy.uint8).ravel(), tensor.read().ravel()):
-                raise _differs(file, f"has other bytes in `{tensor.name}`")
+                raise _differs(file, f"has no tensor `{name}`")
+            same_type = stored.tensor_type.name == type_name
+            if not same_type or not numpy.array_equal(stored.data.view(numpy.uint8).ravel(), data.ravel()):
+                raise _differs(file, f"has other bytes in `{name}`")
             on_progress("reading the file again", done, len(expected))
         if found:
             raise _differs(file, f"has a tensor that the checkpoint lacks: `{min(found)}`")

@@ -15,8 +15,8 @@ from mixed_models import final_model
 from safetensors.torch import load_file, save_file
 
 from qpruner.errors import StageError
+from qpruner.export.gguf.architectures import llama_cpp_format
 from qpruner.export.gguf.checking import check, check_bytes, check_predictions, check_tokens
-from qpruner.export.gguf.types import llama_cpp_format
 from qpruner.export.gguf.writing import write_adapter, write_gguf
 from qpruner.export.recode import dense, recode
 
