@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,13 +39,6 @@ CPU_BITS = 4
 Server = Literal["vllm", "transformers"]
 
 
-@dataclass(frozen=True)
-class Checked(Compared):
-    """How like the export is in the programs `by`, without the last token of each row."""
-
-    by: str
-
-
 def missing() -> str | None:
     """Say which package to install before an export for vLLM can be checked; None if there is one."""
     if _python_of_vllm() or importlib.util.find_spec("compressed_tensors"):
@@ -60,7 +52,7 @@ def check(
     samples: Sequence[Sequence[int]],
     on_progress: OnWork = ignore_progress,
     server: Server | None = None,
-) -> Checked:
+) -> Compared:
     """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
 
     The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server` chooses instead.
@@ -131,7 +123,7 @@ def _likeness(
     found: dict[str, torch.Tensor],
     samples: Sequence[Sequence[int]],
     by: str,
-) -> Checked:
+) -> Compared:
     """Compute the divergence over the likeliest tokens and the rest in sum, which is at most that over all tokens."""
 
     def inner(log_probabilities: torch.Tensor) -> torch.Tensor:
@@ -155,7 +147,7 @@ def _likeness(
     if not abs(loss - loss_before) <= MOST_LOSS:
         raise export_error(f"the loss in {by} is {loss:.4f} nats per token, not {loss_before:.4f}")
     agreement = (before[:, 0] == all_before.max(-1).values).float().mean()  # of two equal logits either may come first
-    return Checked(divergence, float(agreement), len(before), loss_before, loss, by)
+    return Compared(divergence, float(agreement), len(before), loss_before, loss, by)
 
 
 def _python_of_vllm() -> str | None:
