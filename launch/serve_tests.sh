@@ -25,6 +25,8 @@ if [ ! -f "$installed" ] || [ "$(cat "$installed")" != "$wanted" ]; then
   echo "== installing into $folder: ${PYTHON_PACKAGES[*]} (with torch and transformers; about 3 GB)"
   "$folder/bin/python" -m pip --disable-pip-version-check --quiet install "${PYTHON_PACKAGES[@]}" ||
     fail "the installation failed; pip's own message is above"
+  # They are builds for CUDA, which do not load here, and transformers imports them wherever they are.
+  "$folder/bin/python" -m pip --quiet uninstall --yes torchaudio torchcodec
   echo "== installing into $folder/npm: ${NPM_PACKAGES[*]}"
   npm install --silent --no-audit --no-fund --prefix "$folder/npm" "${NPM_PACKAGES[@]}" ||
     fail "the installation failed; npm's own message is above"

@@ -65,3 +65,12 @@ def test_demo(tmp_path: Path) -> None:
     assert expected / 1.5 < table["searched"]["peak_memory_bytes"] < expected * 1.5, "the estimate of `qpruner check`"
     assert all(row["perplexity"] > 1 and row["decode_tokens_per_second"] for row in outcome["table"])
     assert peak < MEMORY_LIMIT_BYTES
+    rows = outcome["serve"]["rows"]
+    served = {row["form"]: row for row in rows if row["name"] == "searched"}
+    assert list(served) == ["gguf", "gguf_merged"]
+    assert all((run / file).is_file() for row in served.values() for file in row["files"])
+    tuned = table["searched"]["confirmation_loss"]
+    assert abs(served["gguf"]["loss"] - tuned) < 0.05 * tuned, "llama.cpp computes what was fine-tuned"
+    in_transformers = min(rows[0]["decode_tokens_per_second"])
+    assert max(served["gguf"]["decode_tokens_per_second"]) > 3 * in_transformers
+    assert f"llama-cli -m {run}/serve/gguf/run.gguf --lora" in text

@@ -25,12 +25,15 @@ OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 SEED = torch.Generator().manual_seed(1)
 
 
-def pruned_model(family: str, tokenizer: Path, folder: Path, is_ragged: bool, **others: Any) -> Path:
-    """Write a tiny model as pruning leaves it; blocks of different widths have biases on o and down."""
+def pruned_model(
+    family: str, tokenizer: Path, folder: Path, is_ragged: bool, has_biases: bool = True, **others: Any
+) -> Path:
+    """Write a tiny model as pruning leaves it; blocks of different widths may have biases on o and down."""
     layers = {"layer_types": ["full_attention"] * 3, "sliding_window": 512} if family.startswith("gemma") else {}
     model = family_model(family, **SIZES | layers | others)
     if is_ragged:
         cut(model, KEPT)
+    if is_ragged and has_biases:
         for block in model.model.layers:
             ragged.add_output_biases(block, OUTPUTS)
             for path in OUTPUTS:

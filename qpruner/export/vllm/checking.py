@@ -22,7 +22,7 @@ from qpruner.export.recode import ADAPTER_FILES
 from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.hf import load
-from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
+from qpruner.models.loading import OnWork, checkpoint_config, device, ignore_progress
 
 PYTHON = "QPRUNER_VLLM_PYTHON"
 """Environment variable with the Python of an environment that has vLLM."""
@@ -30,7 +30,7 @@ NAMES = {"vllm": "vLLM", "transformers": "transformers", "compressed_tensors": "
 INSTALL = 'run `pip install "qpruner[vllm]"`'
 MOST_LOSS = math.log(1.01)
 """Largest allowed difference of the loss: 1 % of the perplexity."""
-LEAST_EFFECT = 0.25
+LEAST_EFFECT = 1
 """Smallest effect of an adapter that is checked, as a share of the error of the log-probabilities."""
 CPU_BITS = 4
 """The only width that vLLM's CPU kernel takes (0.32)."""
@@ -108,6 +108,8 @@ def _expected(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model = load(checkpoint, on_progress).eval()
+    if device() == "cpu":
+        model = torch.nn.Module.float(model)  # as `outside.py`; transformers forbids it for packed layers, ours take it
     expected = log_probabilities(model, samples, on_progress)
     if not (checkpoint / ADAPTER_FILES[0]).is_file():
         return expected, None
