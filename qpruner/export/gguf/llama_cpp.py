@@ -238,7 +238,7 @@ class Llama:
         return buffer.raw[:count]
 
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
-        """Return the logits float32 ``(positions, vocabulary)`` of a new sequence at all positions or those `wanted`."""
+        """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or those `wanted`."""
         self._restart()
         flags = numpy.ones(len(ids), numpy.int8) if wanted is None else numpy.asarray(wanted, numpy.int8)
         return numpy.concatenate(list(self._passes(ids, flags)))
