@@ -36,7 +36,7 @@ def main():
     folder, ids, into = json.loads(sys.argv[1])
     model = LLM(folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=128)
     sampling = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
-    (answer,) = model.generate([{"prompt_token_ids": ids}], sampling)
+    (answer,) = model.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
     with open(into, "w") as file:
         json.dump(list(answer.outputs[0].token_ids), file)
 

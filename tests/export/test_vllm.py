@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpruner.errors import StageError
+from qpruner.export.card import loading_section
 from qpruner.export.forms import export
+from qpruner.export.hub import _form
 from qpruner.export.recode import recode
 from qpruner.export.vllm import checking
 from qpruner.export.vllm.writing import MODELING, SERVED, dense_paths, vllm_format, write_config
@@ -42,6 +44,8 @@ def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: P
         found = torch.tensor(answer["logits"])
         assert float((found - expected).norm() / expected.norm()) < 1e-5, folder.name
         assert answer["made"] == answer["made without cache"]
+        assert _form(folder, "merged") == "merged with code"
+    assert 'from_pretrained("you/it", trust_remote_code=True)' in loading_section("merged with code", "you/it")
 
 
 def test_formats_of_vllm_stay_and_others_become_the_nearest() -> None:

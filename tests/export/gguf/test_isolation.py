@@ -11,8 +11,8 @@ import pytest
 from small_gguf import write_small
 
 from qpruner.errors import StageError, UserError
-from qpruner.export.gguf import running
 from qpruner.export.gguf.isolation import isolated
+from qpruner.export.gguf.llama_cpp import predictions
 
 
 def count(end: int) -> Iterator[int]:
@@ -64,8 +64,8 @@ def test_a_crash_is_an_error_with_a_remedy() -> None:
 
 def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(tmp_path: Path) -> None:
     model = write_small(tmp_path / "small.gguf")
-    answers = isolated(running.row_logits, model, None, [range(2, 202)] * 50, None)
-    next(answers)
+    answers = isolated(predictions, model, None, [range(2, 202)] * 50, 64)
+    assert next(answers).startswith("xllamacpp") and next(answers)
     os.truncate(model, 100)
     with pytest.raises(StageError, match=r"was ended by SIGBUS[\s\S]*remedy"):
         list(answers)

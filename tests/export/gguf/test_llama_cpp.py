@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 from small_gguf import write_small, write_small_adapter
 
+from qpruner.data.losses import loss_result, mean_loss
 from qpruner.errors import StageError, UserError
 from qpruner.export.gguf.llama_cpp import Llama, build, library_path
+from qpruner.export.gguf.writing import write_gguf
+from qpruner.hf import load
 
 IDS = [0, 40, 50, 60, 70, 80]
 
@@ -57,6 +61,15 @@ def test_generation_takes_the_most_likely_tokens(model: Path) -> None:
         assert [*IDS, *first][6] == int(llama.logits(IDS)[-1].argmax())
         assert llama.prefill(IDS) > 0
         assert llama.decode(4) > 0
+
+
+def test_the_loss_is_that_of_transformers(tiny_model: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    write_gguf(tiny_model, tmp_path / "tiny.gguf", "tiny")
+    with Llama(tmp_path / "tiny.gguf") as llama:
+        found = loss_result(*zip(*(llama.loss(row["input_ids"], row["labels"]) for row in rows), strict=True))
+    expected = mean_loss(load(tiny_model).float(), rows, pad_id=1, batch_size=4)
+    assert found.mean == pytest.approx(expected.mean, abs=1e-3)
+    assert found.by_row == pytest.approx(expected.by_row, abs=1e-2)
 
 
 def test_an_adapter_changes_the_predictions(model: Path, tmp_path: Path) -> None:
