@@ -238,7 +238,7 @@ def _gguf(work: _Work, form: Form) -> Exported:
     from qpruner.export.gguf.vocabulary import stop_ids
 
     checkpoint, recoded = work.recoded(llama_cpp_format, {}, form)
-    work.folder.mkdir(exist_ok=True)
+    work.folder.mkdir(parents=True, exist_ok=True)
     model = work.folder / f"{work.name}.gguf"
     adapter = None if form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
     retry_storage(lambda: writing.write_gguf(checkpoint, model, work.name, work.on_progress), model)

@@ -26,25 +26,9 @@ SCRIPTS = """中文字符 日本語です 한국어 ｱｲｳ שלום مرحب�
 SIGNS = """== != => :: /* */ // ## \"\"\" ''' `x` {} [] () <p> </p> <s> </s> [PAD] <0x0A> $x @y #z %d ... …… !? —–
     \\n \\t && | ~ ^ _ foo_bar camelCase HTMLParser SELECT /usr/bin/env C:\\dir http://a.b/c?d=e&f=1
     me@example.org 192.168.0.1"""
-WHITE = (
-    " ",
-    "  ",
-    "   ",
-    "\t",
-    "\t\t",
-    "\n",
-    "\n\n",
-    "\r\n",
-    " \n",
-    "\n  ",
-    "\u00a0",
-    "\u3000",
-    "\u2009",
-    "\u0085",
-    "\v",
-)
-ODD = ("▁", "▁▁", "Ġ", "\u0301", "\u200b", "\u200d", "\u2028", "\u202e", "\ufeff", "\ufffd", "\f", "\x7f", "\U000f1234")
-PIECES = (*f"{LATIN} {SCRIPTS} {SIGNS}".split(), *WHITE, *ODD)
+SPACES = " |  |   |\t|\t\t|\n|\n\n|\r\n| \n|\n  |\u00a0|\u3000|\u2009|\u0085|\v|\f|\u2028|\u200b|\u200d|\ufeff"
+ODD = "▁ ▁▁ Ġ \u0301 \u202e \ufffd \x7f \U000f1234"
+PIECES = (*f"{LATIN} {SCRIPTS} {SIGNS} {ODD}".split(), *SPACES.split("|"))
 CODE = (
     "def f(x: int) -> str:\n    return f'{x:>10}'  # note\n\n\nclass A(B):\n\tpass\n",
     "for (int i = 0; i < n; ++i) {\r\n\ta[i] *= 2;\r\n}\r\n",
