@@ -32,12 +32,9 @@ MOST_DIVERGENCE = 0.05
 """Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
 and a quarter of the divergence without all adapters (0.20). A single lost adapter does not exceed the limit:
 five that were removed in the demo, one at a time, gave 0.016 to 0.027."""
-MOST_PERPLEXITY = 0.01
-"""Largest allowed change of the perplexity, beyond three standard errors."""
-MOST_LOST = 0.25
-"""Largest allowed change of the adapter's effect, as a share of it (0.01 in the demo in llama.cpp, 2026-11-29)."""
-LEAST_EFFECT = 0.25
-"""Smallest effect of an adapter that is checked, as a share of the error of the log-probabilities."""
+MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
+"""Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
+llama.cpp, 2026-11-29); both beyond three standard errors."""
 TOP = 64
 """Number of the likeliest tokens whose probabilities a server gives."""
 LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0
@@ -144,11 +141,11 @@ def compare_served(
     limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(before, rounded)) if rounding else MOST_DIVERGENCE
     if not (divergence := _divergence(before, after)) <= limit:
         raise export_error(f"predictions in {by} diverge by {divergence:.2g} nats per token, more than {limit:.2g}")
-    error, effect = after - before, before - without
     # Errors of rounding do not point along the effect.
-    share = 1 + float((error * effect).sum() / effect.square().sum())
-    if effect.norm() > LEAST_EFFECT * error.norm() and not abs(share - 1) <= MOST_LOST:
-        raise export_error(f"{by} shows {share:.0%} of its adapter's effect")
+    effect = before - without
+    lost, size = ((before - after) * effect).sum(-1), effect.square().sum()
+    if abs(lost.sum()) > MOST_LOST * size + 3 * lost.square().sum().sqrt():
+        raise export_error(f"{by} shows {float(1 - lost.sum() / size):.0%} of its adapter's effect")
     loss_before, loss = losses.mean(0).tolist()
     stderr = float((losses[:, 0] - losses[:, 1]).std()) / len(losses) ** 0.5
     if not abs(loss - loss_before) <= math.log1p(MOST_PERPLEXITY) + 3 * stderr:
