@@ -1,4 +1,4 @@
-"""Compare an export with the final model.
+"""Compare an export with the final model, as transformers loads both, or as the program that serves it computes it.
 
 The outputs of each layer with an adapter are compared, because they change by more than the rounding error if the
 adapter is lost. Predictions are compared to check all other weights.
@@ -6,13 +6,16 @@ adapter is lost. Predictions are compared to check all other weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 
+from qpruner.data.losses import hooked
 from qpruner.errors import StageError
 from qpruner.hf import load
 from qpruner.models.loading import OnWork, device, ignore_progress
@@ -29,26 +32,41 @@ MOST_DIVERGENCE = 0.05
 """Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
 and a quarter of the divergence without all adapters (0.20). A single lost adapter does not exceed the limit:
 five that were removed in the demo, one at a time, gave 0.016 to 0.027."""
+MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
+"""Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
+llama.cpp, 2026-11-29); both beyond three standard errors."""
+TOP = 64
+"""Number of the likeliest tokens whose probabilities a server gives."""
+LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0
+"""Largest allowed divergence where that of rounding is measured: in nats per token, and in units of it."""
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """KL divergence in nats per token between predictions of an export and of the final model.
+class Compared:
+    """How like the predictions of an export are to those of the model that it was made from, on `num_positions`.
 
-    `agreement` is the share of positions at which both predict the same token.
+    `divergence` is the KL divergence in nats per token, `agreement` the share of positions at which both predict the
+    same token; losses are in nats per token. `by` names the program that computed the export's predictions.
     """
 
     divergence: float
     agreement: float
     num_positions: int
-
-
-@dataclass(frozen=True)
-class Compared(Likeness):
-    """Also the losses of both, in nats per token."""
-
     loss_before: float
     loss: float
+    by: str
+
+
+class Predictions(NamedTuple):
+    """Log-probabilities after each token of a row but the last, as numpy arrays.
+
+    `ids` and `likeliest` ``(tokens - 1, TOP)`` are of the likeliest tokens in order, `actual` ``(tokens - 1,)`` of the
+    next one.
+    """
+
+    ids: Any
+    likeliest: Any
+    actual: Any
 
 
 def compare(
@@ -73,12 +91,82 @@ def compare(
         if damage := _damage(output, adapter_outputs[path], _outputs(layers[path], dtype)):
             raise export_error(f"layer `{path}` {damage}")
     found = log_probabilities(model, samples, on_progress)
-    divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+    divergence = _divergence(expected, found)
     if not divergence <= MOST_DIVERGENCE:
         raise export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
     agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
     losses = loss_of(expected, samples), loss_of(found, samples)
-    return Compared(divergence, float(agreement), len(expected), *losses)
+    by = f"transformers {transformers.__version__}"
+    return Compared(divergence, float(agreement), len(expected), *losses, by)
+
+
+def compare_served(
+    checkpoint: Path,
+    samples: Sequence[Sequence[int]],
+    served: Iterable[Predictions],
+    by: str,
+    on_progress: OnWork = ignore_progress,
+    rounding: Callable[[torch.nn.Module], list[Any]] | None = None,
+) -> Compared:
+    """Compare what the program `by` predicts with the checkpoint in transformers, computed in float32.
+
+    Tokens other than the likeliest are compared in sum. `rounding` adds hooks that make the model round as the program
+    does; without it, the divergence may be `MOST_DIVERGENCE`.
+
+    Raises:
+        StageError: If predictions differ by more than rounding explains, or the adapter's effect is another.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # transformers forbids `model.float()` for packed layers; ours compute in the type of their inputs.
+    model = torch.nn.Module.float(load(checkpoint, on_progress).eval())
+    adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    rows = []
+    for done, (sample, found) in enumerate(zip(samples, served, strict=True), 1):
+        ids, likeliest, actual = map(torch.from_numpy, found)
+        all_before = log_probabilities(model, [sample])[:-1]
+        before = rounded = without = _with_rest(all_before.gather(1, ids))
+        if rounding:
+            with hooked(rounding(model)):
+                rounded = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
+        if adapters:
+            _enable(adapters, False)
+            without = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
+            _enable(adapters, True)
+        losses = -torch.stack([all_before.gather(1, torch.tensor(sample[1:])[:, None])[:, 0], actual.float()], 1)
+        is_same = before[:, 0] == all_before.amax(1)  # of two equal logits either may come first
+        rows.append((before, _with_rest(likeliest.float()), rounded, without, losses, is_same.float()))
+        on_progress("comparing predictions", done, len(samples))
+    before, after, rounded, without, losses, is_same = (torch.cat(each) for each in zip(*rows, strict=True))
+    limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(before, rounded)) if rounding else MOST_DIVERGENCE
+    if not (divergence := _divergence(before, after)) <= limit:
+        raise export_error(f"predictions in {by} diverge by {divergence:.2g} nats per token, more than {limit:.2g}")
+    # Errors of rounding do not point along the effect.
+    effect = before - without
+    lost, size = ((before - after) * effect).sum(-1), effect.square().sum()
+    if abs(lost.sum()) > MOST_LOST * size + 3 * lost.square().sum().sqrt():
+        raise export_error(f"{by} shows {float(1 - lost.sum() / size):.0%} of its adapter's effect")
+    loss_before, loss = losses.mean(0).tolist()
+    stderr = float((losses[:, 0] - losses[:, 1]).std()) / len(losses) ** 0.5
+    if not abs(loss - loss_before) <= math.log1p(MOST_PERPLEXITY) + 3 * stderr:
+        change = math.expm1(loss - loss_before)
+        raise export_error(f"the perplexity in {by} differs by {change:+.1%}, more than {MOST_PERPLEXITY:.0%}")
+    return Compared(divergence, float(is_same.mean()), len(before), loss_before, loss, by)
+
+
+def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Append the log-probability of all other tokens in sum."""
+    rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-9)
+    return torch.cat([log_probabilities, rest.log()], -1)
+
+
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def _enable(adapters: Sequence[Any], is_enabled: bool) -> None:
+    for layer in adapters:
+        layer.enable_adapters(is_enabled)
 
 
 def loss_of(log_probabilities: torch.Tensor, samples: Sequence[Sequence[int]]) -> float:

@@ -51,7 +51,6 @@ class Exported(Compared):
 
     form: Form
     folder: Path
-    by: str
     is_plain: bool
     """Whether it loads without qpruner."""
     recoded: Mapping[str, str]
@@ -151,7 +150,6 @@ class _Work:
         self,
         form: Form,
         found: Compared,
-        by: str,
         checkpoint: Path | None = None,
         recoded: Mapping[str, str] | None = None,
         remark: str | None = None,
@@ -174,7 +172,7 @@ class _Work:
             loss=found.loss,
             form=form,
             folder=self.target,
-            by=by,
+            by=found.by,
             is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
             recoded=recoded,
             told=tuple(told),
@@ -211,7 +209,7 @@ def _merged(work: _Work, form: Form) -> Exported:
         described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
         retry_storage(lambda: writing.write_config(described, config, work.folder), work.folder)
         checking.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
-    return work.exported(form, found, _transformers())
+    return work.exported(form, found)
 
 
 def _peft(work: _Work, form: Form) -> Exported:
@@ -229,24 +227,18 @@ def _peft(work: _Work, form: Form) -> Exported:
         tokenizer.save_pretrained(folder)
 
     retry_storage(write, work.target)
-    return work.exported(form, compare(final, folder, work.samples, work.on_progress), _transformers())
-
-
-def _transformers() -> str:
-    import transformers
-
-    return f"transformers {transformers.__version__}"
+    return work.exported(form, compare(final, folder, work.samples, work.on_progress))
 
 
 def _gguf(work: _Work, form: Form) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
     from qpruner.export.gguf import architectures, checking, writing
+    from qpruner.export.gguf.architectures import llama_cpp_format
     from qpruner.export.gguf.modelfile import modelfile
-    from qpruner.export.gguf.types import llama_cpp_format
     from qpruner.export.gguf.vocabulary import stop_ids
 
     checkpoint, recoded = work.recoded(llama_cpp_format, {}, form)
-    work.folder.mkdir(exist_ok=True)
+    work.folder.mkdir(parents=True, exist_ok=True)
     model = work.folder / f"{work.name}.gguf"
     adapter = None if form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
     retry_storage(lambda: writing.write_gguf(checkpoint, model, work.name, work.on_progress), model)
@@ -256,9 +248,8 @@ def _gguf(work: _Work, form: Form) -> Exported:
     names = model.name, adapter.name if adapter else None
     text = modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
     retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
-    served = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
-    found = Compared(served.divergence, served.agreement, served.num_positions, served.expected_loss, served.loss)
-    return work.exported(form, found, served.build, checkpoint, recoded, architectures.remark(config))
+    found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
+    return work.exported(form, found, checkpoint, recoded, architectures.remark(config))
 
 
 def _vllm(work: _Work, form: Form) -> Exported:
@@ -269,4 +260,4 @@ def _vllm(work: _Work, form: Form) -> Exported:
     checkpoint, recoded = work.recoded(writing.vllm_format, fixed, form)
     writing.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
     found = checking.check(checkpoint, work.folder, work.samples, work.on_progress)
-    return work.exported(form, found, found.by, checkpoint, recoded)
+    return work.exported(form, found, checkpoint, recoded)

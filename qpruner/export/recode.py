@@ -1,20 +1,19 @@
 """Write a final model again with other formats, or with its adapter merged into the weights.
 
-Every export starts from such a checkpoint. Layers are read, changed and written one after another, so that memory holds
-one file of at most `SHARD_BYTES`, the adapter and one layer.
+Every export starts from such a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.export.compare import PEFT_PREFIX
-from qpruner.models.checkpoint import RENAMED
+from qpruner.models.checkpoint import RENAMED, read_tensors
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.runs.storage import retry_storage
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 10**9
 
 NewFormat = Callable[[str, int], str]
@@ -52,28 +50,42 @@ def recode(
     Returns:
         The layers whose format changed, each with its new format.
     """
-    config, widths = checkpoint_config(final), _widths(final)
-    formats = formats_of(config)
-    wanted = formats | changes(final, new_format, fixed)
-    added = _Adapter(final) if merge else None
-    retry_storage(lambda: _copy_other_files(final, folder, {**formats, **wanted}, merge), folder)
-    writer, is_neox = Shards(folder), config.model_type == "gpt_neox"
-    layers = list(layers_of(final, formats))
-    for done, (path, read) in enumerate(layers, 1):
-        tensors = read()
-        if path in formats or (added and path in added):
-            tensors = _recoded(path, tensors, (formats.get(path), wanted.get(path)), widths, config.dtype, added)
-        writer.add({_renamed(name, *reversed(RENAMED)): each for name, each in tensors.items()} if is_neox else tensors)
-        on_progress("merging the adapter" if merge else "writing layers", done, len(layers))
-    writer.close()
-    return {path: name for path, name in wanted.items() if name != formats[path]}
+    import torch
+
+    config, changed = checkpoint_config(final), changes(final, new_format, fixed)
+    old, widths = formats_of(config), columns_of(config)
+    new, adapter = old | changed, _adapter(final) if merge else {}
+    copy_other_files(final, folder, () if merge else ADAPTER_FILES)
+    described = json.loads((final / "config.json").read_text(encoding="utf-8"))
+    described.pop("quantization_config", None)
+    if packed := {path: name for path, name in new.items() if format_of(name).is_packed}:
+        described["quantization_config"] = config.quantization_config | {"formats": packed}
+    text = json.dumps(described, indent=2) + "\n"
+    retry_storage(lambda: (folder / "config.json").write_text(text, encoding="utf-8"), folder)
+    state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))
+    todo = [path for path in widths if path in changed or path in adapter]
+    for done, path in enumerate(todo, 1):
+        stored = take_weight(state, path)
+        weight = format_of(old.get(path, DENSE)).unpack(stored, widths[path], torch.float32)
+        if path in adapter:
+            weight = weight + adapter[path]()
+        found = format_of(new.get(path, DENSE))
+        packed_weight = found.pack(weight) if found.is_packed else {"weight": weight.to(config.dtype)}
+        state |= {f"{path}.{name}": tensor for name, tensor in packed_weight.items()}
+        on_progress("merging the adapter" if merge else "packing layers", done, len(todo))
+    if config.model_type == "gpt_neox":
+        in_files, in_model = RENAMED
+        state = {name.replace(in_model, in_files): tensor for name, tensor in state.items()}
+    write_tensors(state, folder)
+    return changed
 
 
 def changes(final: Path, new_format: NewFormat, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
     """List the layers to which `recode` would give another format, each with its new format."""
-    formats, widths = formats_of(checkpoint_config(final)), _widths(final)
-    wanted = {path: new_format(name, widths[f"{path}.weight"]) for path, name in formats.items()} | dict(fixed or {})
-    return {path: name for path, name in wanted.items() if name != formats[path]}
+    config = checkpoint_config(final)
+    old, widths = formats_of(config), columns_of(config)
+    wanted = {path: new_format(name, widths[path]) for path, name in old.items()} | dict(fixed or {})
+    return {path: name for path, name in wanted.items() if name != old[path]}
 
 
 def formats_of(config: Any) -> dict[str, str]:
@@ -81,137 +93,45 @@ def formats_of(config: Any) -> dict[str, str]:
     return dict((getattr(config, "quantization_config", None) or {"formats": {}})["formats"])
 
 
-def _widths(final: Path) -> dict[str, int]:
-    """Map the names of weights to their columns."""
+def columns_of(config: Any) -> dict[str, int]:
+    """Map the paths of all layers to the columns of their weights."""
     from qpruner.models.layout import skeleton
 
-    return {name: parameter.shape[-1] for name, parameter in skeleton(checkpoint_config(final)).named_parameters()}
+    parameters = skeleton(config).named_parameters()
+    suffix = ".weight"
+    return {name.removesuffix(suffix): each.shape[-1] for name, each in parameters if name.endswith(suffix)}
 
 
-def _recoded(
-    path: str,
-    tensors: dict[str, torch.Tensor],
-    names: tuple[str | None, str | None],
-    widths: dict[str, int],
-    dtype: torch.dtype,
-    adapter: _Adapter | None,
-) -> dict[str, torch.Tensor]:
-    """Give the tensors of a layer another format, with its adapter added; its bias stays."""
-    import torch
-
-    stored, (old, new) = {name.removeprefix(f"{path}."): each for name, each in tensors.items()}, names
-    added = adapter.of(path) if adapter else None
-    if old == new and added is None:
-        return tensors
-    others = {f"{path}.{name}": stored.pop(name) for name in list(stored) if not name.startswith("weight")}
-    weight = format_of(old or DENSE).unpack(stored, widths[f"{path}.weight"], torch.float32)
-    weight = weight if added is None else weight + added
-    found = format_of(new or DENSE)
-    packed = found.pack(weight) if found.is_packed else {"weight": weight.to(dtype)}
-    return others | {f"{path}.{name}": tensor for name, tensor in packed.items()}
+def take_weight(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Remove the tensors of a layer's weight from the state, and return them by their names in the layer."""
+    names = [name for name in state if name.startswith(f"{path}.weight")]
+    return {name.removeprefix(f"{path}."): state.pop(name) for name in names}
 
 
-class _Adapter:
-    """The adapter of a final model, as what it adds to each weight."""
+def _adapter(final: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """Map the paths of layers to functions that compute what the adapter adds to their weights."""
+    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    tensors = read_tensors(final, lambda name: name.startswith(PEFT_PREFIX))
+    scale, side_a = settings["lora_alpha"] / settings["r"], ".lora_A.weight"
 
-    def __init__(self, final: Path) -> None:
-        from safetensors.torch import load_file
+    def added(path: str) -> torch.Tensor:
+        lora_a, lora_b = (tensors[f"{PEFT_PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
+        product: torch.Tensor = scale * (lora_b @ lora_a)
+        return product
 
-        settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-        self._scale = settings["lora_alpha"] / settings["r"]
-        self._tensors = {
-            name.removeprefix(PEFT_PREFIX): each for name, each in load_file(final / ADAPTER_FILES[1]).items()
-        }
-
-    def __contains__(self, path: str) -> bool:
-        return f"{path}.lora_A.weight" in self._tensors
-
-    def of(self, path: str) -> torch.Tensor | None:
-        """Compute ``alpha / rank * B A`` in float32; None for a layer without an adapter."""
-        if path not in self:
-            return None
-        lora_a, lora_b = (self._tensors[f"{path}.lora_{side}.weight"].float() for side in "AB")
-        added: torch.Tensor = self._scale * (lora_b @ lora_a)
-        return added
+    paths = [name.removeprefix(PEFT_PREFIX).removesuffix(side_a) for name in tensors if name.endswith(side_a)]
+    return {path: partial(added, path) for path in paths}
 
 
-def layers_of(final: Path, formats: dict[str, str]) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
-    """Yield the path of each layer, with a function that reads its tensors; names are those in the model."""
-    from safetensors import safe_open
-
-    places: dict[str, dict[str, tuple[Path, str]]] = {}
-    for shard in sorted(final.glob("model*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118
-                name = _renamed(stored, *RENAMED)
-                parents = [name[:end] for end in range(len(name)) if name[end] == "."]  # of `path.weight.absmax`
-                path = next((parent for parent in parents if parent in formats), parents[-1])
-                places.setdefault(path, {})[name] = shard, stored
-
-    def reader(path: str) -> Callable[[], dict[str, torch.Tensor]]:
-        def read() -> dict[str, torch.Tensor]:
-            with ExitStack() as stack:
-                shards = {shard for shard, _ in places[path].values()}
-                files: dict[Path, Any] = {each: stack.enter_context(safe_open(each, "pt")) for each in shards}
-                return {name: files[shard].get_tensor(stored) for name, (shard, stored) in places[path].items()}
-
-        return read
-
-    for path in places:
-        yield path, reader(path)
+def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> None:
+    """Copy all but weights, card and config; of the adapter those named in `also`."""
+    left_out = {*ADAPTER_FILES, "README.md", "config.json"} - {*also}
+    ignored = shutil.ignore_patterns("model*.safetensors*", *left_out)
+    retry_storage(lambda: shutil.copytree(final, folder, ignore=ignored, dirs_exist_ok=True), folder)
 
 
-def _renamed(name: str, old: str, new: str) -> str:
-    return f"{new}{name.removeprefix(old)}" if name.startswith(old) else name
+def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write tensors as transformers names their files, with an index if there are several."""
+    from huggingface_hub import save_torch_state_dict
 
-
-def _copy_other_files(final: Path, folder: Path, formats: dict[str, str], merge: bool) -> None:
-    """Copy all but weights and card; the config gets the new formats."""
-    left_out = [*(ADAPTER_FILES if merge else ()), "model*.safetensors", INDEX, "README.md", "config.json"]
-    shutil.copytree(final, folder, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
-    config = json.loads((final / "config.json").read_text(encoding="utf-8"))
-    packed = {path: name for path, name in formats.items() if format_of(name).is_packed}
-    if packed:
-        config["quantization_config"]["formats"] = packed
-    else:
-        config.pop("quantization_config", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-class Shards:
-    """Writes tensors to files of at most `SHARD_BYTES`, named as transformers does, with an index if there are two."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._names: list[list[str]] = []
-        self._num_bytes = self._total_bytes = 0
-
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take tensors, and write those taken before if there is no room for more."""
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if self._tensors and self._num_bytes + num_bytes > SHARD_BYTES:
-            self._write()
-        self._tensors |= {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self._num_bytes += num_bytes
-        self._total_bytes += num_bytes
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        place = self._folder / f"part-{len(self._names)}"
-        retry_storage(lambda: save_file(self._tensors, place, {"format": "pt"}), place)
-        self._names.append(list(self._tensors))
-        self._tensors, self._num_bytes = {}, 0
-
-    def close(self) -> None:
-        """Write the rest, and give the files their names."""
-        self._write()
-        count, weight_map = len(self._names), dict[str, str]()
-        for index, names in enumerate(self._names):
-            file = f"model-{index + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-            (self._folder / f"part-{index}").rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        if count > 1:
-            index_text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}, indent=2)
-            retry_storage(lambda: (self._folder / INDEX).write_text(index_text + "\n", encoding="utf-8"), self._folder)
+    retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)

@@ -41,8 +41,7 @@ class Serve(Stage[ServeRecord]):
     def warnings(self) -> Iterator[str]:
         if not self.config.serve.uses_llama_cpp:
             return
-        from qpruner.export.gguf.architectures import remark
-        from qpruner.export.gguf.types import llama_cpp_format
+        from qpruner.export.gguf.architectures import llama_cpp_format, remark
 
         quantize = self.config.quantize
         for name in dict.fromkeys((*quantize.levels, *quantize.embedding_levels)):

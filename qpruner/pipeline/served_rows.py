@@ -241,13 +241,12 @@ def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[
 
 
 def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float:
-    from qpruner.data.encoding import IGNORED_LABEL
     from qpruner.data.losses import loss_result
-    from qpruner.export.gguf.running import row_losses
+    from qpruner.export.gguf.llama_cpp import Llama
 
     assert served.model
-    pairs = [(row["input_ids"], row["labels"]) for row in rows]
-    found = row_losses(served.model, served.adapter, pairs, job.threads, IGNORED_LABEL, None)
+    with Llama(served.model, served.adapter, job.threads, max(len(row["input_ids"]) for row in rows)) as llama:
+        found = [llama.loss(row["input_ids"], row["labels"]) for row in rows]
     return loss_result(*zip(*found, strict=True)).mean
 
 

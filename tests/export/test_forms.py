@@ -45,18 +45,19 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): file_digest(path) for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path, tmp_path: Path) -> None:
-    before = digests(searched)
-    done = command("export", searched, "--to", "gguf", "--out", tmp_path / "out", "--json")
+def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path) -> None:
+    before, folder = digests(searched), searched / "export" / "gguf"
+    done = command("export", searched, "--to", "gguf", "--json")
     assert done.exit_code == 0, done.output
     outcome = json.loads(done.output.splitlines()[-1])
     names = {"demo.gguf", "demo-adapter.gguf", "Modelfile", "qpruner_export.json"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == names
     assert not outcome["recoded"] and not outcome["told"] and outcome["by"].startswith("xllamacpp")
     assert outcome["tensor_bytes"] == outcome["plan_bytes"]
     assert abs(outcome["loss"] - outcome["loss_before"]) < 0.05
     assert "of which 0.02 MB are tokenizer and metadata" in done.output
-    assert "FROM ./demo.gguf\nADAPTER ./demo-adapter.gguf\n" in (tmp_path / "out" / "Modelfile").read_text()
+    assert "FROM ./demo.gguf\nADAPTER ./demo-adapter.gguf\n" in (folder / "Modelfile").read_text()
+    shutil.rmtree(folder.parent)
     assert digests(searched) == before
 
 

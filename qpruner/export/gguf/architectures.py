@@ -6,23 +6,26 @@ their own numbers of heads and channels, or `openelm`, which has norms of querie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from qpruner.export.gguf import rope
 from qpruner.models.families import families
 from qpruner.models.ragged import OUTPUT_BIASES
+from qpruner.quantization.formats import nearest_format
 
-WRITTEN = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
+RAGGED = ("deci", "openelm")
+"""Architectures whose blocks have widths of their own."""
+LLAMAS = ("llama", "deci")
+"""Architectures that rotate neighbouring rows of a head as pairs, and not rows half a head apart. These alone have
+optional biases on every linear layer, and read a factor for each frequency of RoPE."""
 ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 """Activation that llama.cpp computes in the MLP; SiLU where it is not listed."""
-ALL_BIASES = ("llama", "deci")
-"""Architectures with optional biases on every linear layer."""
-UNIFORM = "set `prune.uniform: true`, so that all blocks have the same widths"
-NO_BIASES = "set `prune.compensation: least_squares`"
-ELSEWHERE = "use another form: `qpruner export RUN --to merged`"
+BETAS = {"beta_fast": 32, "beta_slow": 1}
+"""Bounds of YaRN's ramp. llama.cpp reads other values for few architectures, none of them ours."""
 # llama.cpp knows 27B models of Gemma by their number of blocks, and scales their attention by another rule.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+UNIFORM = "set `prune.uniform: true`, so that all blocks have the same widths"
+ELSEWHERE = "use another form: `qpruner export RUN --to merged`"
 
 
 class Widths(NamedTuple):
@@ -33,38 +36,6 @@ class Widths(NamedTuple):
     channels: int
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One of llama.cpp's architectures, and what its files have that differs from our checkpoints."""
-
-    name: str
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether every block has its own widths."""
-        return self.name in ("deci", "openelm")
-
-    @property
-    def is_gemma(self) -> bool:
-        """Whether norms, windows and caps are Gemma's."""
-        return self.name.startswith("gemma")
-
-    @property
-    def interleaves(self) -> bool:
-        """Whether RoPE turns neighbouring rows of a head as pairs, and not rows half a head apart."""
-        return self.name in ("llama", "deci")
-
-    @property
-    def fuses_qkv(self) -> bool:
-        """Whether q, k and v are one weight."""
-        return self.name == "openelm"
-
-    @property
-    def adds_to_norms(self) -> float:
-        """What is added to the weights of norms: Gemma computes ``1 + weight``, llama.cpp ``weight``."""
-        return 1.0 if self.is_gemma else 0.0
-
-
 def block_widths(config: Any) -> list[Widths]:
     """List the widths of all blocks."""
     key = families()[config.model_type].channels_key
@@ -72,36 +43,22 @@ def block_widths(config: Any) -> list[Widths]:
     return [Widths(one.num_attention_heads, one.num_key_value_heads, getattr(one, key)) for one in each]
 
 
-def head_size(config: Any) -> int:
+def head_size(config: Any, block: int = 0) -> int:
     """Return the size of a head."""
-    return families()[config.model_type].head_dim(config.per_layer_config[0])
+    return families()[config.model_type].head_dim(config.per_layer_config[block])
 
 
-def architecture_of(config: Any, ragged: bool = False, biases: bool = False) -> Architecture:
-    """Return llama.cpp's architecture for a config that `refusal` does not refuse.
-
-    `ragged`: blocks will have different widths; `biases`: output projections will have biases.
-    """
-    family, widths = families()[config.model_type], block_widths(config)
-    alike = not ragged and len(set(widths)) == 1
-    if alike and family.gguf == "qwen2":  # llama.cpp wants square q and o, and no biases but those of q, k and v
-        alike = widths[0].heads * head_size(config) == config.hidden_size and not (biases or _has_output_biases(config))
-    return Architecture(family.gguf if alike else family.gguf_ragged)
+def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
+    """Return the RoPE parameters of a config, of one type of layer if types differ."""
+    found: dict[str, Any] = config.rope_parameters.get(layer_type, config.rope_parameters)
+    return found
 
 
-def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can.
-
-    `ragged` and `biases` are as in `architecture_of`, for a model that is not cut yet.
-    """
-    family = families().get(config.model_type)
-    if family is None or not family.gguf:
-        kind = "models with experts" if family and family.unquantizable else f"`{config.model_type}` models"
-        return f"{kind} are not written as GGUF files, only {WRITTEN} are; {ELSEWHERE}"
-    architecture = architecture_of(config, ragged, biases).name
-    if not architecture:
-        return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
-    return _width_refusal(config, architecture, biases) or _refusal(config, architecture)
+def query_scale(config: Any, architecture: str) -> float:
+    """Return by how much the attention logits of a Gemma are larger in transformers than in llama.cpp."""
+    is_27b = config.num_hidden_layers == GEMMA_27B[architecture]
+    divisor = config.hidden_size // block_widths(config)[0].heads if is_27b else head_size(config)
+    return float((divisor / config.query_pre_attn_scalar) ** 0.5)
 
 
 def context_length(config: Any) -> int:
@@ -109,8 +66,9 @@ def context_length(config: Any) -> int:
 
     llama.cpp has sliding windows for Gemma only; up to the window's length all attend to the same tokens without it.
     """
-    length = int(config.max_position_embeddings)
-    return length if _has_windows_in_llama_cpp(config) else min(length, _window(config) or length)
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    is_limited = window and (types is None or "sliding_attention" in types) and not _is_gemma(config)
+    return min(config.max_position_embeddings, window) if is_limited else int(config.max_position_embeddings)
 
 
 def remark(config: Any) -> str | None:
@@ -123,62 +81,95 @@ def remark(config: Any) -> str | None:
     return None
 
 
-def _has_windows_in_llama_cpp(config: Any) -> bool:
-    return families()[config.model_type].gguf.startswith("gemma")
+def architecture_of(config: Any, ragged: bool = False, biases: bool = False) -> str:
+    """Return llama.cpp's architecture for a config that `refusal` does not refuse.
+
+    `ragged`: blocks will have different widths; `biases`: output projections will have biases.
+    """
+    family, widths = families()[config.model_type], block_widths(config)
+    alike = not ragged and len(set(widths)) == 1
+    if alike and family.gguf == "qwen2":  # llama.cpp wants square q and o, and no biases but those of q, k and v
+        alike = widths[0].heads * head_size(config) == config.hidden_size and not (biases or _has_output_biases(config))
+    return family.gguf if alike else family.gguf_ragged
 
 
-def _window(config: Any) -> int | None:
-    """Return the length of the sliding window; None if no block has one."""
-    types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    return window if types is None or "sliding_attention" in types else None
+def llama_cpp_format(name: str, columns: int) -> str:
+    """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes are nearest.
+
+    Of two with the same bytes it is the k-quant, the last in order of names, whose error is smaller: relative errors on
+    the pruned SmolLM2 (down projections, 2026-11-29) are 0.094 for nf4, 0.089 for q4_0 and 0.061 for q4_k; 0.0092 for
+    int8 and 0.0056 for q8_0; 0.20 for w3 and 0.16 for q3_k; 0.41 for w2_g32 and 0.30 for q2_k.
+    """
+    return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
-def _has_output_biases(config: Any) -> bool:
-    keys = (OUTPUT_BIASES, "attention_bias", "mlp_bias")
-    return any(bool(getattr(config, key, None)) for key in keys)
+def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | None:
+    """Say why a model cannot be written as a GGUF file, and what would work; None if it can.
 
-
-def _width_refusal(config: Any, architecture: str, biases: bool) -> str | None:
-    """Refuse what an architecture cannot have: biases of outputs, an untied head, heads of several sizes."""
-    if (biases or _has_output_biases(config)) and architecture not in ALL_BIASES:
-        remedy = NO_BIASES if biases or getattr(config, OUTPUT_BIASES, None) else ELSEWHERE
-        return f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {remedy}"
-    if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
-        remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
-        return f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
-    family = families()[config.model_type]
-    sizes = {family.head_dim(config.per_layer_config[index]) for index in range(config.num_hidden_layers)}
-    if len(sizes) > 1:
-        return f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; {UNIFORM}"
-    return None
-
-
-def _refusal(config: Any, architecture: str) -> str | None:
-    """Refuse what llama.cpp would compute differently, whatever the widths."""
-    wanted = ACTIVATIONS.get(architecture, "silu")
-    found = getattr(config, "hidden_activation", None) or config.hidden_act
-    if found != wanted:
-        return f"llama.cpp computes `{wanted}` in its MLP, the model `{found}`; {ELSEWHERE}"
-    reason = rope.refusal(config, architecture) or _gemma_refusal(config, architecture)
+    `ragged` and `biases` are as in `architecture_of`, for a model that is not cut yet.
+    """
+    family = families().get(config.model_type)
+    if family is None or not family.gguf:
+        kind = "models with experts" if family and family.unquantizable else f"`{config.model_type}` models"
+        written = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
+        return f"{kind} are not written as GGUF files, only {written} are; {ELSEWHERE}"
+    architecture = architecture_of(config, ragged, biases)
+    if not architecture:
+        return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
+    if reason := next(_width_reasons(config, architecture, biases), None):
+        return reason
+    reason = next(_reasons(config, architecture), None)
     return f"{reason}; {ELSEWHERE}" if reason else None
 
 
-def _gemma_refusal(config: Any, architecture: str) -> str | None:
+def _is_gemma(config: Any) -> bool:
+    return families()[config.model_type].gguf.startswith("gemma")
+
+
+def _has_output_biases(config: Any) -> bool:
+    return any(getattr(config, key, None) for key in (OUTPUT_BIASES, "attention_bias", "mlp_bias"))
+
+
+def _width_reasons(config: Any, architecture: str, biases: bool) -> Iterator[str]:
+    """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head, heads of many sizes."""
+    if (biases or _has_output_biases(config)) and architecture not in LLAMAS:
+        by_us = biases or getattr(config, OUTPUT_BIASES, None)
+        remedy = "set `prune.compensation: least_squares`" if by_us else ELSEWHERE
+        yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {remedy}"
+    if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
+        remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
+        yield f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
+    sizes = {head_size(config, block) for block in range(config.num_hidden_layers)}
+    if len(sizes) > 1:
+        yield f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; {UNIFORM}"
+
+
+def _reasons(config: Any, architecture: str) -> Iterator[str]:
+    """Yield what llama.cpp would compute differently, whatever the widths."""
+    wanted = ACTIVATIONS.get(architecture, "silu")
+    if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
+        yield f"llama.cpp computes `{wanted}` in its MLP, the model `{found}`"
+    yield from _rope_reasons(architecture, rope_parameters(config), rope_parameters(config, "sliding_attention"))
     if getattr(config, "use_bidirectional_attention", None):
-        return "its attention looks ahead"
+        yield "its attention looks ahead"
     if architecture == "gemma2":
         if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
-            return "llama.cpp caps the logits of every Gemma 2, this model does not"
+            yield "llama.cpp caps the logits of every Gemma 2, this model does not"
         if abs(query_scale(config, architecture) - 1) > 1e-6:
-            return f"llama.cpp scales attention otherwise than `query_pre_attn_scalar: {config.query_pre_attn_scalar}`"
-    return None
+            yield f"llama.cpp scales attention otherwise than `query_pre_attn_scalar: {config.query_pre_attn_scalar}`"
 
 
-def query_scale(config: Any, architecture: str) -> float:
-    """Return by how much the attention logits of a Gemma are larger in transformers than in llama.cpp."""
-    if config.num_hidden_layers == GEMMA_27B[architecture]:
-        divisor = config.hidden_size // block_widths(config)[0].heads
-    else:
-        divisor = head_size(config)
-    return float((divisor / config.query_pre_attn_scalar) ** 0.5)
+def _rope_reasons(architecture: str, rope: dict[str, Any], local: dict[str, Any]) -> Iterator[str]:
+    kind = rope["rope_type"]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield "only a part of each head is rotated by position"
+    if local is not rope and local["rope_type"] != "default":
+        yield f"layers with a sliding window have RoPE scaling `{local['rope_type']}`"
+    if kind == "llama3" and architecture not in LLAMAS:
+        yield f"llama.cpp's architecture `{architecture}` has no RoPE scaling `llama3`"
+    if kind == "yarn":
+        has_others = any((rope.get(key) or value) != value for key, value in BETAS.items())
+        if has_others or rope.get("truncate") is False or rope["factor"] is None:
+            yield "its YaRN has other parameters than llama.cpp's (beta_fast 32, beta_slow 1, truncated)"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        yield f"RoPE scaling `{kind}` is not written (default, linear, llama3 and yarn are)"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,33 +21,19 @@ if TYPE_CHECKING:
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 """The regular expression of the pre-tokenizer `ByteLevel`."""
+TAKING_SPACES = ("lstrip", "rstrip", "single_word")
+"""Keys of added tokens that take the spaces around them, which a GGUF file cannot say."""
 DIGITS = "\\p{N}"
-_TAIL = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 _WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-
-
-def _by_case(suffix: str, digits: str) -> str:
-    lead = "[^\\r\\n\\p{L}\\p{N}]?"
-    words = f"{lead}{_UPPER}*{_LOWER}+{suffix}|{lead}{_UPPER}+{_LOWER}*{suffix}"
-    return f"{words}|{digits}{_TAIL}".replace("[\\r\\n]*", "[\\r\\n/]*")
-
-
-_DEEPSEEK = (
-    "\\p{N}{1,3}",
-    "[一-龥\u3040-ゟ\u30a0-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-)
+_BY_CASE = "|".join(f"[^\\r\\n\\p{{L}}\\p{{N}}]?{each}" for each in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*"))
+_SPACES = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT_2,), False): "gpt-2",
     ((DIGITS, GPT_2), False): "smollm",
-    ((f"{_WORDS}\\p{{N}}{{1,3}}{_TAIL}",), True): "llama-bpe",
-    ((f"{_WORDS}\\p{{N}}{{1,3}}{_TAIL}",), False): "dbrx",
-    ((f"{_WORDS}\\p{{N}}{_TAIL}",), False): "qwen2",
-    ((_by_case("", "\\p{N}"),), True): "tekken",
-    ((_by_case("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "\\p{N}{1,3}"),), False): "gpt-4o",
-    (_DEEPSEEK, False): "deepseek-v3",
+    ((f"{_WORDS}\\p{{N}}{{1,3}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*{_SPACES}",), True): "llama-bpe",
+    ((f"{_WORDS}\\p{{N}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*{_SPACES}",), False): "qwen2",
+    ((f"{_BY_CASE}|\\p{{N}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n/]*{_SPACES}",), True): "tekken",
 }
 """Name of a pre-tokenizer in llama.cpp, by its regular expressions and by whether whole words go before merges."""
 
@@ -66,87 +50,43 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
 
 
-class TokenType(IntEnum):
-    """The kinds of tokens in a GGUF file."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF file says about a tokenizer; `merges` is for `gpt2`, `scores` and `space_prefix` are for `llama`."""
-
-    model: str
-    pre: str
-    tokens: Sequence[str]
-    types: Sequence[int]
-    special_ids: Mapping[str, int]
-    adds_bos: bool
-    adds_eos: bool
-    chat_template: str | Mapping[str, str] | None
-    merges: Sequence[str] = ()
-    scores: Sequence[float] = ()
-    space_prefix: bool = False
-
-
 def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding.
 
     Raises:
         UserError: llama.cpp has no such tokenizer.
     """
-    found = vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder))
-    writer.add_tokenizer_model(found.model)
-    writer.add_tokenizer_pre(found.pre)
-    writer.add_token_list(found.tokens)
-    writer.add_token_types(found.types)
-    if found.model == "llama":
-        writer.add_token_scores(found.scores)
-        writer.add_add_space_prefix(found.space_prefix)
-    else:
-        writer.add_token_merges(found.merges)
-    for name, token in found.special_ids.items():
-        getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(found.adds_bos)
-    writer.add_add_eos_token(found.adds_eos)
-    template = found.chat_template
-    if isinstance(template, str):
-        writer.add_chat_template(template)
-    elif template:
-        writer.add_chat_template([{"name": name, "template": each} for name, each in template.items()])
+    for name, value in vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder)).items():
+        getattr(writer, f"add_{name}")(value)
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> Vocabulary:
-    """Translate a tokenizer for llama.cpp; raise `UserError` if llama.cpp has none like it."""
+def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:
+    """Translate a tokenizer for llama.cpp, as values for the writer's methods of these names.
+
+    Raises:
+        UserError: llama.cpp has no such tokenizer.
+    """
     definition = backend(tokenizer)
-    is_spm = definition["model"]["type"] == "BPE" and definition["model"]["byte_fallback"]
-    check_added(definition)
+    is_spm = definition["model"]["byte_fallback"]
+    odd = [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]
+    if odd:
+        raise _unknown("added_tokens", odd, f"those without {', '.join(TAKING_SPACES)}")
     _check_bytes(definition, is_spm)
-    special, adds_bos, adds_eos = _special(tokenizer, stops)
-    tokens, types = _tokens(definition, vocab_size, is_spm)
-    for text in _only_looking_special(tokenizer, definition, set(special.values())):
-        index = definition["model"]["vocab"][text]
-        tokens[index], types[index] = _unused(index), TokenType.UNUSED
-    shared: dict[str, Any] = {
-        "tokens": tokens,
-        "types": types,
-        "special_ids": {name: each for name, each in special.items() if each < vocab_size},
-        "adds_bos": adds_bos,
-        "adds_eos": adds_eos,
-        "chat_template": tokenizer.chat_template,
-    }
-    if not is_spm:
+    special, adds = _special(tokenizer, stops)
+    tokens, types = _tokens(tokenizer, definition, vocab_size, set(special.values()))
+    found: dict[str, Any] = {name: value for name, value in special.items() if value < vocab_size}
+    found |= adds | {"token_list": tokens, "token_types": types}
+    if is_spm:
+        where = space_prefix(definition)
+        adds_space = where == "always" or (where == "first" and not tokenizer.chat_template)
+        found |= {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": adds_space}
+        found["token_scores"] = _scores(definition, tokens)
+    else:
         merges = [" ".join(pair) for pair in _merges(definition)]
-        return Vocabulary("gpt2", pre_tokenizer(definition), merges=merges, **shared)
-    prefix = space_prefix(definition) == "always" or (
-        space_prefix(definition) == "first" and not tokenizer.chat_template
-    )
-    return Vocabulary("llama", "default", scores=_scores(definition, tokens), space_prefix=prefix, **shared)
+        found |= {"tokenizer_model": "gpt2", "tokenizer_pre": pre_tokenizer(definition), "token_merges": merges}
+    if isinstance(template := tokenizer.chat_template, Mapping):
+        template = [{"name": name, "template": each} for name, each in template.items()]
+    return found | ({"chat_template": template} if template else {})
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -158,15 +98,9 @@ def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         )
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
-    problems = {
-        "model.type": model["type"] if model["type"] != "BPE" else None,
-        "model.dropout": model.get("dropout"),
-        "model.continuing_subword_prefix": model.get("continuing_subword_prefix"),
-        "model.end_of_word_suffix": model.get("end_of_word_suffix"),
-    }
-    for key, value in problems.items():
-        if value:
-            raise _unknown(key, value, "byte-level BPE, and BPE with byte fallback (Llama 2, Mistral, Gemma)")
+    for key in ("type", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if (model.get(key) or None) not in (None, "BPE"):
+            raise _unknown(f"model.{key}", model[key], "byte-level BPE, and BPE with byte fallback (Llama 2, Gemma)")
     model["byte_fallback"] = model.get("byte_fallback", False)
     return definition
 
@@ -178,8 +112,8 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     steps = _flat(definition["pre_tokenizer"], "pretokenizers")
     expressions = tuple(expression for step in steps for expression in _expressions(step))
     key = (expressions, bool(definition["model"].get("ignore_merges")))
-    is_byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
-    if key not in PRE_TOKENIZERS or not is_byte_level or any(step["type"] == "ByteLevel" for step in steps[:-1]):
+    places = [place for place, step in enumerate(steps) if step["type"] == "ByteLevel"]
+    if key not in PRE_TOKENIZERS or places != [len(steps) - 1]:
         raise _unknown("pre_tokenizer", [*steps, {"ignore_merges": key[1]}], ", ".join(PRE_TOKENIZERS.values()))
     return PRE_TOKENIZERS[key]
 
@@ -210,17 +144,6 @@ def stop_ids(folder: Path) -> list[int]:
     return []
 
 
-def check_added(definition: Mapping[str, Any]) -> None:
-    """Refuse added tokens that take the spaces around them, which a GGUF file cannot say."""
-    odd = [
-        token["content"]
-        for token in definition["added_tokens"]
-        if token["single_word"] or token["lstrip"] or token["rstrip"]
-    ]
-    if odd:
-        raise _unknown("added_tokens", odd, "those without `lstrip`, `rstrip` and `single_word`")
-
-
 def _unknown(key: str, value: Any, known: str) -> UserError:
     found = json.dumps(value, ensure_ascii=False)
     return UserError(f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; {INSTEAD}")
@@ -246,47 +169,37 @@ def _expressions(step: Mapping[str, Any]) -> list[str]:
     return [json.dumps(step)]
 
 
-def _tokens(definition: Mapping[str, Any], vocab_size: int, is_spm: bool) -> tuple[list[str], list[int]]:
-    tokens = [_unused(index) for index in range(vocab_size)]
-    types = [int(TokenType.UNUSED)] * vocab_size
-    model = definition["model"]
-    for text, index in model["vocab"].items():
-        if index < vocab_size:
-            tokens[index], types[index] = text, TokenType.NORMAL
-            if is_spm and len(text) == 6 and text.startswith("<0x"):
-                types[index] = TokenType.BYTE
-    for added in definition["added_tokens"]:
-        index, text = added["id"], added["content"]
-        # A row that the embedding lacks cannot be a token: Gemma 3 has one such, for pictures.
-        if index >= vocab_size:
-            continue
-        # llama.cpp prints other kinds of tokens with this sign in place of the space.
-        if is_spm and not added["special"] and "▁" in text:
-            continue
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[index], types[index] = text, TokenType.UNKNOWN if is_spm and text == "<unk>" else kind
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], vocab_size: int, special: set[int]
+) -> tuple[list[str], list[int]]:
+    """List the text and the type of each row; `special` are ids that llama.cpp is told."""
+    from gguf import TokenType
+
+    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
+    known, is_spm = definition["model"]["vocab"], definition["model"]["byte_fallback"]
+    added = {token["content"] for token in definition["added_tokens"]}
+
+    def is_lost(text: str) -> bool:
+        """Return True for a plain token that no text becomes, but that llama.cpp would find: `</s>` of Qwen."""
+        if text not in TAKEN_FOR_SPECIAL or text in added or known[text] in special:
+            return False
+        return known[text] not in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    for text, index in known.items():
+        if index < vocab_size and not is_lost(text):
+            is_byte = is_spm and len(text) == 6 and text.startswith("<0x")
+            tokens[index], types[index] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
+    for token in definition["added_tokens"]:
+        index, text = token["id"], token["content"]
+        # Gemma 3 has a token for pictures that its embedding lacks. With the sign of a space only plain tokens are
+        # printed as a space.
+        if index < vocab_size and (token["special"] or not is_spm or "▁" not in text):
+            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+            tokens[index], types[index] = text, TokenType.UNKNOWN if is_spm and text == "<unk>" else kind
     if len(set(tokens)) != len(tokens):
         twice = sorted({token for token in tokens if tokens.count(token) > 1})[:5]
         raise _unknown("tokens", twice, "those that occur once")
     return tokens, types
-
-
-def _unused(index: int) -> str:
-    return f"[PAD{index}]"
-
-
-def _only_looking_special(
-    tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], special: set[int]
-) -> list[str]:
-    """Return plain tokens that no text becomes, but that llama.cpp would find: `</s>` of Qwen and Gemma."""
-    plain = set(definition["model"]["vocab"]) - {token["content"] for token in definition["added_tokens"]}
-    looking = {text: definition["model"]["vocab"][text] for text in TAKEN_FOR_SPECIAL & plain}
-    encode = tokenizer.backend_tokenizer.encode
-    return [
-        text
-        for text, index in looking.items()
-        if index not in special and index not in encode(text, add_special_tokens=False).ids
-    ]
 
 
 def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
@@ -321,24 +234,20 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> tuple[dict[str, int], bool, bool]:
-    """Return special ids, and whether texts get a first and a last token: by what the tokenizer does with no text."""
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> tuple[dict[str, int], dict[str, bool]]:
+    """Return special ids, and whether texts get a first and a last token: by what the tokenizer does with a text."""
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
     at = next(index for index in range(len(around)) if around[index : index + len(text)] == text)
     before, after = around[:at], around[at + len(text) :]
     if len(before) > 1 or len(after) > 1:
         raise _unknown("post_processor", around, "one token before a text and one after it")
-    ends = [*after, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *stops]
+    ends = list(dict.fromkeys(each for each in (*after, tokenizer.eos_token_id, *stops) if each is not None))
     if not ends:
         raise UserError(f"the tokenizer has no `eos_token`, so llama.cpp would never stop: set one; {INSTEAD}")
-    ends = list(dict.fromkeys(ends))
-    found = dict(zip(("eos", "eot", "eom"), ends, strict=False))
+    found = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
     # Without one, llama.cpp takes token 11; this one is not put before texts.
-    begins = [*before, *([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), ends[0]]
-    found["bos"] = begins[0]
-    for name in ("unk", "pad"):
-        token = getattr(tokenizer, f"{name}_token_id")
-        if token is not None:
-            found[name] = token
-    return found, bool(before), bool(after)
+    found["bos_token_id"] = next(each for each in (*before, tokenizer.bos_token_id, ends[0]) if each is not None)
+    found |= {"unk_token_id": tokenizer.unk_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {name: value for name, value in found.items() if value is not None}
+    return special, {"add_bos_token": bool(before), "add_eos_token": bool(after)}

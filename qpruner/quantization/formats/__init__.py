@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 from qpruner.errors import UserError
 from qpruner.quantization.formats.format import Capability, Format, GridFormat
@@ -23,6 +24,7 @@ __all__ = [
     "double_quantized",
     "format_of",
     "formats",
+    "nearest_format",
 ]
 
 DENSE = "bf16"
@@ -52,6 +54,20 @@ def format_of(name: str) -> Format:
     if found is None:
         raise UserError(f"`quantize.formats`: there is no format `{name}`; the formats are {', '.join(formats())}")
     return found
+
+
+def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) -> str:
+    """Return the format itself if it is taken, else the one of those taken whose bytes are nearest.
+
+    Weights stay unpacked if none is taken at this many columns. Of equally near ones the last is returned.
+    """
+    wanted, rows = format_of(name), 4096  # what a format stores once for a weight hardly counts
+    taken = [each for each in formats().values() if is_taken(each) and not each.refusal(columns, None)]
+    if not wanted.is_packed or wanted in taken:
+        return name
+    size = wanted.packed_bytes(rows, columns, 2)
+    found = min(reversed(taken), key=lambda each: abs(each.packed_bytes(rows, columns, 2) - size), default=None)
+    return found.name if found else DENSE
 
 
 def double_quantized(name: str) -> str:

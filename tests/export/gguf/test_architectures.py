@@ -6,7 +6,8 @@ import pytest
 from served_models import built
 from tiny_families import WINDOW, family_model
 
-from qpruner.export.gguf.architectures import context_length, refusal, remark
+from qpruner.export.gguf.architectures import context_length, llama_cpp_format, refusal, remark
+from qpruner.quantization.formats import format_of, formats
 
 ELSEWHERE = "--to merged"
 UNIFORM = "`prune.uniform: true`"
@@ -76,3 +77,28 @@ def test_a_sliding_window_limits_the_context(name: str) -> None:
     assert context_length(config) == WINDOW
     assert f"a context of {WINDOW} tokens, not 128" in str(remark(config))
     assert remark(built("alike", name).config) is None
+
+
+@pytest.mark.parametrize("columns", [576, 1536])
+def test_formats_of_llama_cpp_stay(columns: int) -> None:
+    for name, found in formats().items():
+        nearest = format_of(llama_cpp_format(name, columns))
+        assert nearest.ggml_type or not found.is_packed
+        assert nearest.refusal(columns, None) is None
+        if (found.ggml_type and not found.refusal(columns, None)) or not found.is_packed:
+            assert nearest is found
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "nearest"),
+    [
+        ("nf4", 1536, "q4_k"),
+        ("nf4_double", 576, "q4_0"),
+        ("w8_g32_hqq", 1536, "q8_0"),
+        ("w3", 1536, "q3_k"),
+        ("w2", 576, "q4_0"),
+        ("w4", 72, "bf16"),
+    ],
+)
+def test_the_nearest_has_about_as_many_bytes(name: str, columns: int, nearest: str) -> None:
+    assert llama_cpp_format(name, columns) == nearest

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_gguf import write_small
 
 from qpruner.errors import StageError, UserError
-from qpruner.export.gguf import running
 from qpruner.export.gguf.isolation import isolated
-
-
-def count(end: int) -> Iterator[int]:
-    yield from range(end)
+from qpruner.export.gguf.llama_cpp import predictions
+from qpruner.export.gguf.writing import write_gguf
 
 
 def refuse() -> Iterator[int]:
@@ -36,7 +32,8 @@ def leave() -> Iterator[int]:
 
 
 def fail() -> Iterator[int]:
-    yield 1 // 0
+    yield 1
+    raise ValueError("odd")
 
 
 def process() -> Iterator[int]:
@@ -44,36 +41,33 @@ def process() -> Iterator[int]:
         yield os.getpid()
 
 
-def test_results_come_one_by_one() -> None:
-    assert list(isolated(count, 3)) == [0, 1, 2]
-
-
-def test_an_error_of_ours_keeps_its_type() -> None:
-    with pytest.raises(UserError, match="no such file: name another"):
-        list(isolated(refuse))
-
-
-def test_a_crash_is_an_error_with_a_remedy() -> None:
-    answers = isolated(crash)
+@pytest.mark.parametrize(
+    ("function", "kind", "told"),
+    [
+        (refuse, UserError, "^no such file: name another$"),
+        (crash, StageError, r"was ended by SIGABRT: ggml\.c:9: GGML_ASSERT\(rows > 0\) failed\n  remedy"),
+        (leave, StageError, "ended with exit code 3"),
+        (fail, RuntimeError, "in fail"),
+    ],
+)
+def test_an_error_comes_after_what_was_found(
+    function: Callable[[], Iterator[int]], kind: type[Exception], told: str
+) -> None:
+    """An error of ours keeps its type, a crash has a remedy, another error tells where it happened."""
+    answers = isolated(function)
     assert next(answers) == 1
-    with pytest.raises(StageError, match=r"was ended by SIGABRT: ggml\.c:9: GGML_ASSERT\(rows > 0\) failed\n  remedy"):
+    with pytest.raises(kind, match=told):
         next(answers)
-    with pytest.raises(StageError, match="ended with exit code 3"):
-        list(isolated(leave))
 
 
-def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(tmp_path: Path) -> None:
-    model = write_small(tmp_path / "small.gguf")
-    answers = isolated(running.row_logits, model, None, [range(2, 202)] * 50, None)
-    next(answers)
+def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model, model, "tiny")
+    answers = isolated(predictions, model, None, [range(2, 202)] * 50, 64)
+    assert next(answers).startswith("xllamacpp") and next(answers)
     os.truncate(model, 100)
     with pytest.raises(StageError, match=r"was ended by SIGBUS[\s\S]*remedy"):
         list(answers)
-
-
-def test_another_error_tells_where_it_happened() -> None:
-    with pytest.raises(RuntimeError, match="in fail"):
-        list(isolated(fail))
 
 
 def test_a_process_that_is_not_needed_ends() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy
 from conftest import demo_rows
+from safetensors.torch import save_file
+from tiny_families import family_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qpruner.export.gguf.same_tokens import PIECES
-from qpruner.export.gguf.vocabulary import PRE_TOKENIZERS, add_vocabulary
+from qpruner.export.gguf.vocabulary import PRE_TOKENIZERS
+from qpruner.export.gguf.writing import write_gguf
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -92,24 +93,11 @@ def saved(trained: Tokenizer, folder: Path, chat_template: Any = None, **others:
 
 
 def vocabulary_file(folder: Path, vocab_size: int) -> Path:
-    """Write the tokenizer of a folder, with a Llama of one block and 32 channels of zeros."""
-    file = folder / "vocabulary.gguf"
-    writer: Any = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(vocab_size)
-    add_vocabulary(writer, folder, vocab_size)
-    block = {f"blk.0.{name}": (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
-    block |= {f"blk.0.{name}": (32, 32) for name in ("ffn_gate", "ffn_up", "ffn_down")}
-    norms = dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (32,))
-    for name, shape in {"token_embd": (vocab_size, 32), **block, **norms}.items():
-        writer.add_tensor(f"{name}.weight", numpy.zeros(shape, numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    """Write the tokenizer of a folder, with a Llama of one small block."""
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = family_model("llama", vocab_size=vocab_size, num_hidden_layers=1, **ends)
+    model.config.save_pretrained(folder)
+    tensors = {name: each for name, each in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors")
+    write_gguf(folder, folder / "vocabulary.gguf", "tiny")
+    return folder / "vocabulary.gguf"
