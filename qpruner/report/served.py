@@ -125,29 +125,29 @@ def _row_text(record: ServeRecord, row: ServedRow) -> Iterator[str]:
 
 
 def tile(results: Results) -> tuple[str, str, str] | None:
-    """Return the row on the fastest file that is served, for the table of the winner; None without one."""
-    record = results.serve
-    rows = [row for row in record.rows if row.name == SEARCHED and row.decode_tokens_per_second] if record else []
-    if record is None or not rows:
+    """Return the row on the files with the least loss, for the table of the winner; None without any."""
+    record, row = results.serve, _best(results.serve)
+    if record is None or row is None:
         return None
-    best = max(rows, key=lambda row: _decode(row) or 0.0)
-    ratio = _over_transformers(record, best)
+    ratio = _over_transformers(record, row)
     faster = f"; {ratio:.1f} times the unpruned base in transformers" if ratio else ""
-    about = f"{FORMS[best.form]}, {best.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
-    return "speed as served", f"{_decode(best):.1f} tokens/s", f"{about}{faster}"
+    about = f"{FORMS[row.form]}, {row.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
+    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}"
+
+
+def _best(record: ServeRecord | None) -> ServedRow | None:
+    """Return the final model's row with the least loss of those that llama.cpp has measured."""
+    rows = [row for row in record.rows if row.name == SEARCHED and row.loss is not None] if record else []
+    return min(rows, key=lambda row: row.loss or 0.0, default=None)
 
 
 def commands(record: ServeRecord | None, run: str) -> list[str]:
-    """Return the commands that talk to the files in the run folder `run`; empty without files for llama.cpp."""
-    found = []
-    for row in record.rows if record else ():
-        models = [file for file in row.files if file.endswith(".gguf")]
-        if not models:
-            continue
-        model, *adapter = (shlex.quote(f"{run}/{file}") for file in sorted(models, key=len))
-        lora = f" --lora {adapter[0]}" if adapter else ""
-        modelfile = PurePath(models[0]).with_name("Modelfile")
-        name = PurePath(run).name + ("-merged" if row.form == "gguf_merged" else "")
-        found.append(f"llama-cli -m {model}{lora}")
-        found.append(f"ollama create {shlex.quote(name)} -f {shlex.quote(f'{run}/{modelfile}')}")
-    return found
+    """Return the commands that talk to the files with the least loss in the run folder `run`; empty without any."""
+    row = _best(record)
+    if row is None:
+        return []
+    model, *adapter = (shlex.quote(f"{run}/{file}") for file in sorted(row.files, key=len) if file.endswith(".gguf"))
+    lora = f" --lora {adapter[0]}" if adapter else ""
+    modelfile = PurePath(row.files[0]).with_name("Modelfile")
+    create = f"ollama create {shlex.quote(PurePath(run).name)} -f {shlex.quote(f'{run}/{modelfile}')}"
+    return [f"llama-cli -m {model}{lora}", create]
