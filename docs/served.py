@@ -20,7 +20,7 @@ sys.path[:0] = [str(FOLDER.parent / "tests" / each) for each in ("", "export", "
 
 from final_models import pruned_model, run_of  # noqa: E402
 
-from qpruner.errors import QprunerError  # noqa: E402
+from qpruner.errors import StageError, UserError  # noqa: E402
 from qpruner.export.forms import Form, export  # noqa: E402
 from qpruner.quantization.formats import DENSE, formats  # noqa: E402
 from qpruner.runs.run_dir import RunDir  # noqa: E402
@@ -32,13 +32,16 @@ HEAD = """# Formats, families and servers
 
 Every cell was tried: a tiny random model with an adapter was exported, loaded again by the programs that are named, and
 compared with the model in transformers. `yes`: with the packed weights as they are. A format: the server has no such
-format, and the layers get this one. `no`: refused, before anything is written.
+format, and the layers get this one. `no`: refused, before anything is written. `not alike enough`: written, and refused
+when it was compared.
 """
 FORMS: dict[Form, str] = {"gguf": "`--to gguf`", "vllm": "`--to vllm`"}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "phi3")
 TRIED: dict[Form, str] = {"gguf": "q4_0", "vllm": "w4_g32"}
 """The format in which every family is tried."""
 ALIKE, RAGGED, BIASED = "alike", "of different widths", "of different widths, with biases (`compensation: bias`)"
+GEMMA_2 = {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+"""As in real ones: llama.cpp loads no Gemma 2 without a sliding window."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 """Sizes that the k-quants take."""
 
@@ -65,7 +68,7 @@ def page(tokenizer: Path) -> str:
 
 def tried(family: str, blocks: str, name: str, form: Form, tokenizer: Path) -> str:
     """Export a model of a family in one format, and say what came of it."""
-    sizes = WIDE if name.endswith("_k") else {}
+    sizes = (WIDE if name.endswith("_k") else {}) | (GEMMA_2 if family == "gemma2" else {})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
         try:
@@ -76,8 +79,10 @@ def tried(family: str, blocks: str, name: str, form: Form, tokenizer: Path) -> s
         run_of(pruned, root, (name,))
         try:
             done = export(RunDir(root), form, root / "out")
-        except QprunerError as error:
+        except UserError as error:
             return f"no: {_reason(str(error))}"
+        except StageError as error:
+            return f"not alike enough: {error.cause}"
     became = ", ".join(f"`{each}`" for each in sorted(set(done.recoded.values())))
     return f"{became or 'yes'} ({_programs(done.by)})"
 
