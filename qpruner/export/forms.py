@@ -20,7 +20,7 @@ from typing import Any, Literal
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
 from qpruner.export.compare import Compared, compare, log_probabilities, loss_of
-from qpruner.export.recode import ADAPTER_FILES, NewFormat, changes, dense, formats_of, recode
+from qpruner.export.recode import ADAPTER_FILES, NewFormat, changes, copy_adapter, dense, formats_of, recode
 from qpruner.hf import PEFT_BASE, load
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
@@ -155,29 +155,22 @@ class _Work:
         remark: str | None = None,
     ) -> Exported:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
-        checkpoint, recoded = checkpoint or self.final, recoded or {}
-        loss_before = found.loss_before
+        checkpoint, recoded, about = checkpoint or self.final, recoded or {}, vars(found)
         if checkpoint != self.final:
             loss_before = loss_of(log_probabilities(load(self.final).eval(), self.samples), self.samples)
+            about = about | {"loss_before": loss_before}
         tensor_bytes = _tensor_bytes(checkpoint)
-        told = [*_told(formats_of(checkpoint_config(self.final)), recoded), *([remark] if remark else [])]
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
-        tensor_bytes = _tensor_bytes(self.folder) or tensor_bytes  # GGUF files have the checkpoint's
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
         return Exported(
-            divergence=found.divergence,
-            agreement=found.agreement,
-            num_positions=found.num_positions,
-            loss_before=loss_before,
-            loss=found.loss,
+            **about,
             form=form,
             folder=self.target,
-            by=found.by,
             is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
             recoded=recoded,
-            told=tuple(told),
+            told=(*_told(formats_of(checkpoint_config(self.final)), recoded), *([remark] if remark else [])),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
-            tensor_bytes=tensor_bytes,
+            tensor_bytes=_tensor_bytes(self.folder) or tensor_bytes,  # GGUF files have the checkpoint's
             plan_bytes=_tensor_bytes(self.final),
         )
 
@@ -214,36 +207,26 @@ def _merged(work: _Work, form: Form) -> Exported:
 
 def _peft(work: _Work, form: Form) -> Exported:
     """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
-    final, folder = work.final, work.folder
-    left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
-    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = str((work.target / PEFT_BASE).resolve())
-    tokenizer = load_tokenizer(str(final))
-
-    def write() -> None:
-        shutil.copytree(final, folder / PEFT_BASE, ignore=left_out, dirs_exist_ok=True)
-        (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        shutil.copy2(final / ADAPTER_FILES[1], folder)
-        tokenizer.save_pretrained(folder)
-
-    retry_storage(write, work.target)
-    return work.exported(form, compare(final, folder, work.samples, work.on_progress))
+    base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
+    retry_storage(lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target)
+    copy_adapter(work.final, work.folder, work.target / PEFT_BASE)
+    retry_storage(lambda: load_tokenizer(str(work.final)).save_pretrained(work.folder), work.target)
+    return work.exported(form, compare(work.final, work.folder, work.samples, work.on_progress))
 
 
 def _gguf(work: _Work, form: Form) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
     from qpruner.export.gguf import architectures, checking, writing
-    from qpruner.export.gguf.architectures import llama_cpp_format
     from qpruner.export.gguf.modelfile import modelfile
     from qpruner.export.gguf.vocabulary import stop_ids
 
-    checkpoint, recoded = work.recoded(llama_cpp_format, {}, form)
+    checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {}, form)
     work.folder.mkdir(parents=True, exist_ok=True)
     model = work.folder / f"{work.name}.gguf"
     adapter = None if form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
-    retry_storage(lambda: writing.write_gguf(checkpoint, model, work.name, work.on_progress), model)
+    writing.write_gguf(checkpoint, model, work.name, work.on_progress)
     if adapter:
-        retry_storage(lambda: writing.write_adapter(checkpoint, adapter, work.on_progress), adapter)
+        writing.write_adapter(checkpoint, adapter, work.on_progress)
     config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
     names = model.name, adapter.name if adapter else None
     text = modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))

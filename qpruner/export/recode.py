@@ -130,6 +130,19 @@ def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> Non
     retry_storage(lambda: shutil.copytree(final, folder, ignore=ignored, dirs_exist_ok=True), folder)
 
 
+def copy_adapter(final: Path, folder: Path, base: Path) -> None:
+    """Copy the adapter as peft loads it, with the path of its base model."""
+    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    text = json.dumps(settings | {"base_model_name_or_path": str(base.resolve())}, indent=2) + "\n"
+
+    def copy() -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / ADAPTER_FILES[0]).write_text(text, encoding="utf-8")
+        shutil.copy2(final / ADAPTER_FILES[1], folder)
+
+    retry_storage(copy, folder)
+
+
 def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write tensors as transformers names their files, with an index if there are several."""
     from huggingface_hub import save_torch_state_dict

@@ -16,6 +16,7 @@ from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.recode import (
     ADAPTER_FILES,
     columns_of,
+    copy_adapter,
     copy_other_files,
     formats_of,
     take_weight,
@@ -28,7 +29,6 @@ from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import DENSE, format_of, nearest_format
 from qpruner.quantization.formats.compressed_tensors import Packed
-from qpruner.runs.storage import retry_storage
 
 if TYPE_CHECKING:
     pass
@@ -95,7 +95,8 @@ def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork
     for paths in _fused(config):
         assert len({named.get(path) for path in paths}) == 1, f"vLLM loads {', '.join(paths)} into one layer"
     copy_other_files(checkpoint, folder)
-    retry_storage(lambda: _copy_adapter(checkpoint, folder, target), folder)
+    if (checkpoint / ADAPTER_FILES[0]).is_file():
+        copy_adapter(checkpoint, folder / ADAPTER_FOLDER, target)
     state, widths = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)), columns_of(config)
     for done, (path, name) in enumerate(named.items(), 1):
         found = format_of(name)
@@ -162,13 +163,3 @@ def needs_modeling(config: Any) -> bool:
     Without it, models of these families need `import qpruner.hf`; those of other families always do.
     """
     return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED
-
-
-def _copy_adapter(checkpoint: Path, folder: Path, target: Path) -> None:
-    if (checkpoint / ADAPTER_FILES[0]).is_file():
-        (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
-        settings = json.loads((checkpoint / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-        settings["base_model_name_or_path"] = str(target.resolve())
-        text = json.dumps(settings, indent=2) + "\n"
-        (folder / ADAPTER_FOLDER / ADAPTER_FILES[0]).write_text(text, encoding="utf-8")
-        shutil.copy2(checkpoint / ADAPTER_FILES[1], folder / ADAPTER_FOLDER)
