@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,16 @@ from typing import Any, Literal
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
 from qpruner.export.compare import Compared, compare, log_probabilities, loss_of
-from qpruner.export.recode import ADAPTER_FILES, NewFormat, changes, copy_adapter, dense, formats_of, recode
+from qpruner.export.recode import (
+    ADAPTER_FILES,
+    NewFormat,
+    changes,
+    copy_adapter,
+    dense,
+    formats_of,
+    recode,
+    tensor_bytes,
+)
 from qpruner.hf import PEFT_BASE, load
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
@@ -159,7 +167,7 @@ class _Work:
         if checkpoint != self.final:
             loss_before = loss_of(log_probabilities(load(self.final).eval(), self.samples), self.samples)
             about = about | {"loss_before": loss_before}
-        tensor_bytes = _tensor_bytes(checkpoint)
+        num_bytes = tensor_bytes(checkpoint)
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
         return Exported(
@@ -170,8 +178,8 @@ class _Work:
             recoded=recoded,
             told=(*_told(formats_of(checkpoint_config(self.final)), recoded), *([remark] if remark else [])),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
-            tensor_bytes=_tensor_bytes(self.folder) or tensor_bytes,  # GGUF files have the checkpoint's
-            plan_bytes=_tensor_bytes(self.final),
+            tensor_bytes=tensor_bytes(self.folder) or num_bytes,  # GGUF files have the checkpoint's
+            plan_bytes=tensor_bytes(self.final),
         )
 
 
@@ -179,16 +187,6 @@ def _told(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """Tell how many layers changed from which format to which."""
     counts = Counter((old[path], name) for path, name in new.items())
     return [f"{counted(count, 'layer')} from {before} to {after}" for (before, after), count in counts.items()]
-
-
-def _tensor_bytes(folder: Path) -> int:
-    """Count the bytes of all tensors in a folder's safetensors files, from their headers."""
-    num_bytes = 0
-    for file in folder.rglob("*.safetensors"):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-        num_bytes += file.stat().st_size - 8 - length
-    return num_bytes
 
 
 def _merged(work: _Work, form: Form) -> Exported:

@@ -59,7 +59,8 @@ def recode(
     described = json.loads((final / "config.json").read_text(encoding="utf-8"))
     described.pop("quantization_config", None)
     if packed := {path: name for path, name in new.items() if format_of(name).is_packed}:
-        described["quantization_config"] = config.quantization_config | {"formats": packed}
+        settings = getattr(config, "quantization_config", None) or {"quant_method": "qpruner"}
+        described["quantization_config"] = settings | {"formats": packed}
     text = json.dumps(described, indent=2) + "\n"
     retry_storage(lambda: (folder / "config.json").write_text(text, encoding="utf-8"), folder)
     state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))
@@ -85,7 +86,7 @@ def changes(final: Path, new_format: NewFormat, fixed: Mapping[str, str] | None 
     config = checkpoint_config(final)
     old, widths = formats_of(config), columns_of(config)
     wanted = {path: new_format(name, widths[path]) for path, name in old.items()} | dict(fixed or {})
-    return {path: name for path, name in wanted.items() if name != old[path]}
+    return {path: name for path, name in wanted.items() if name != old.get(path, DENSE)}
 
 
 def formats_of(config: Any) -> dict[str, str]:
@@ -148,3 +149,12 @@ def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Count the bytes of all tensors in a folder's safetensors files, from their headers."""
+    num_bytes = 0
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            num_bytes += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    return num_bytes

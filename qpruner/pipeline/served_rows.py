@@ -5,7 +5,6 @@ The process is a new one, so that a crash of llama.cpp is an error of the stage.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 
 from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
-from qpruner.models.loading import OnWork, load_dense, load_tokenizer
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.loading import OnWork, checkpoint_config, load_dense, load_tokenizer
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.quantization.formats import format_of
@@ -132,55 +132,37 @@ def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
 def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork) -> list[Served]:
     """Write the base model as GGUF files in `BASE_FORMATS`; return a row for each, and one for transformers."""
     from qpruner.export.gguf.writing import write_gguf
+    from qpruner.export.recode import dense, recode, tensor_bytes
 
     model, tokenizer = load_dense(str(base), config.model.dtype, config.model, on_progress), load_tokenizer(str(base))
     stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     sizes = {"file_bytes": stored, "tensor_bytes": sum(each.nbytes for each in model.parameters())}
     bits = 8.0 * next(model.parameters()).element_size()
     found = [Served(ServedRow(name=BASE, form="transformers", format=config.model.dtype, mean_bits=bits, **sizes))]
+    unpacked, packed = folder / UNPACKED, folder / "packed"
+    save_checkpoint(model.half(), tokenizer, unpacked)
+    del model
     for name in BASE_FORMATS:
-        checkpoint, file = folder / "checkpoint", folder / f"base-{name}.gguf"
-        num_bytes = _save_in(model, tokenizer, name, checkpoint)
+        checkpoint, file = unpacked, folder / f"base-{name}.gguf"
+        if name != UNPACKED:
+            checkpoint = packed
+            recode(unpacked, packed, dense, False, on_progress, _packed_formats(checkpoint_config(unpacked), name))
         write_gguf(checkpoint, file, file.stem, on_progress)
-        shutil.rmtree(checkpoint)
         bits = 16.0 if name == UNPACKED else float(format_of(name).bits)
-        sizes = {"file_bytes": file.stat().st_size, "tensor_bytes": num_bytes}
+        sizes = {"file_bytes": file.stat().st_size, "tensor_bytes": tensor_bytes(checkpoint)}
         found.append(Served(ServedRow(name=BASE, form="gguf", format=name, mean_bits=bits, **sizes), file))
+        shutil.rmtree(packed, ignore_errors=True)
     return found
 
 
-def _save_in(model: Any, tokenizer: Any, name: str, folder: Path) -> int:
-    """Save an unpacked model with its blocks in one format, and return the bytes of its tensors.
-
-    A layer whose width the format does not take stays in float16.
-    """
-    import torch
-    from safetensors.torch import save_file
-
+def _packed_formats(config: Any, name: str) -> dict[str, str]:
+    """Give blocks one format; a layer whose width the format does not take stays in float16."""
+    from qpruner.export.recode import columns_of
     from qpruner.models.layout import group_linears, table_paths
 
-    config, state, formats = model.config, model.state_dict(), dict[str, str]()
-    wanted = {path: name for paths in group_linears(config, "block").values() for path in paths}
-    wanted |= dict.fromkeys(table_paths(config).values(), EMBEDDING_FORMAT)
-    tensors: dict[str, torch.Tensor] = {}
-    for stored, tensor in state.items():
-        path = stored.removesuffix(".weight")
-        target = format_of(wanted.get(path, name)) if name != UNPACKED and path in wanted else None
-        if stored == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if target and not target.refusal(tensor.shape[-1], None):
-            formats[path] = target.name
-            tensors |= {f"{path}.{part}": each for part, each in target.pack(tensor.float()).items()}
-        else:
-            tensors[stored] = tensor.half().contiguous()
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(folder)
-    config.save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": "float16"}
-    settings |= {"quantization_config": {"quant_method": "qpruner", "formats": formats}} if formats else {}
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return sum(each.nbytes for each in tensors.values())
+    wanted, columns = dict.fromkeys(table_paths(config).values(), EMBEDDING_FORMAT), columns_of(config)
+    wanted |= {path: name for paths in group_linears(config, "block").values() for path in paths}
+    return {path: each for path, each in wanted.items() if not format_of(each).refusal(columns[path], None)}
 
 
 # ---- measurement
