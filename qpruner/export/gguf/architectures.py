@@ -153,6 +153,8 @@ def _reasons(config: Any, architecture: str) -> Iterator[str]:
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention looks ahead"
     if architecture == "gemma2":
+        if "sliding_attention" not in config.layer_types:  # llama.cpp aborts (2026-11-29)
+            yield "llama.cpp loads no Gemma 2 in which no block has a sliding window"
         if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
             yield "llama.cpp caps the logits of every Gemma 2, this model does not"
         if abs(query_scale(config, architecture) - 1) > 1e-6:

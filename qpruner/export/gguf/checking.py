@@ -87,7 +87,7 @@ def check_predictions(
 ) -> Compared:
     """Compare log-probabilities at all positions of rows."""
     answers = isolated(predictions, model, adapter, rows, TOP)
-    return compare_served(checkpoint, rows, answers, next(answers), on_progress, rounding_inputs)
+    return compare_served(checkpoint, rows, answers, next(answers), rounding_inputs, on_progress)
 
 
 def rounding_inputs(model: Any) -> list[Any]:

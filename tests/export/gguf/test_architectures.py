@@ -71,6 +71,13 @@ def test_attention_that_is_scaled_otherwise_is_refused() -> None:
     assert "`query_pre_attn_scalar: 20`" in str(refusal(config))
 
 
+def test_gemma_2_without_a_sliding_window_is_refused() -> None:
+    reason = str(refusal(built("alike", "gemma2", layer_types=["full_attention"] * 3).config))
+    assert "sliding window" in reason
+    assert ELSEWHERE in reason
+    assert refusal(built("alike", "gemma3_text", layer_types=["full_attention"] * 3).config) is None
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_a_sliding_window_limits_the_context(name: str) -> None:
     config = family_model(name).config
