@@ -6,7 +6,6 @@ if another environment has it (`QPRUNER_VLLM_PYTHON`, see `launch/serve_tests.sh
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -30,16 +29,14 @@ HEAD = """# Formats, families and servers
 
 <!-- Made by `python docs/served.py`: each cell is an export of a tiny model that the server has loaded again. -->
 
-Every cell was tried: a tiny random model with an adapter was exported, loaded again by the programs that are named, and
-compared with the model in transformers. `yes`: with the packed weights as they are. A format: the server has no such
-format, and the layers get this one. `no`: refused, before anything is written. `not alike enough`: written, and refused
-when it was compared.
+Every cell was tried: a tiny random model with an adapter was exported, loaded again by the program that is named, and
+compared with the model in transformers. `yes`: with the packed weights as they are. A format: the server lacks this
+one, and the layers get that. `no`: refused before anything is written ([why](serve.md#what-cannot-be-written)).
 """
 FORMS: dict[Form, str] = {"gguf": "`--to gguf`", "vllm": "`--to vllm`"}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "phi3")
 TRIED: dict[Form, str] = {"gguf": "q4_0", "vllm": "w4_g32"}
 """The format in which every family is tried."""
-ALIKE, RAGGED, BIASED = "alike", "of different widths", "of different widths, with biases (`compensation: bias`)"
 GEMMA_2 = {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 """As in real ones: llama.cpp loads no Gemma 2 without a sliding window."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -50,54 +47,56 @@ def page(tokenizer: Path) -> str:
     """Try everything, and return the page."""
     # Formats that differ in their codes, not in their layout, are one row.
     names = [name for name, each in formats().items() if name != DENSE and not name.endswith(("_hqq", "_double"))]
-    of_formats = [(name, *(tried("llama", ALIKE, name, form, tokenizer) for form in FORMS)) for name in names]
-    of_families = [
-        (name, blocks, *(tried(name, blocks, TRIED[form], form, tokenizer) for form in FORMS))
-        for name in FAMILIES
-        for blocks in (ALIKE, RAGGED, BIASED)
-    ]
+    of_formats: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        of_formats.setdefault(tuple(tried("llama", False, name, form, tokenizer) for form in FORMS), []).append(name)
+    of_families: dict[tuple[str, ...], list[str]] = {}
+    for name in FAMILIES:
+        cells = (tried(name, ragged, TRIED[form], form, tokenizer) for form in FORMS for ragged in (False, True))
+        of_families.setdefault(tuple(cells), []).append(name)
+    headings = (f"{title}, blocks {blocks}" for title in FORMS.values() for blocks in ("alike", "of other widths"))
     return "\n".join(
         [
             HEAD,
-            f"## Formats, in a Llama\n\n{_table(('format', *FORMS.values()), of_formats)}\n",
+            f"## Formats, in a Llama\n\n{_table(('formats', *FORMS.values()), _rows(of_formats))}\n",
             f"## Families, in {' and '.join(TRIED.values())}\n\n"
-            f"{_table(('family', 'blocks', *FORMS.values()), of_families)}\n",
+            "Blocks of other widths have biases on their outputs (`compensation: bias`), if the server takes them.\n\n"
+            f"{_table(('families', *headings), _rows(of_families))}\n",
         ]
     )
 
 
-def tried(family: str, blocks: str, name: str, form: Form, tokenizer: Path) -> str:
+def tried(family: str, is_ragged: bool, name: str, form: Form, tokenizer: Path) -> str:
     """Export a model of a family in one format, and say what came of it."""
+    with_biases = _tried(family, is_ragged, is_ragged, name, form, tokenizer)
+    if is_ragged and with_biases == "no":
+        without = _tried(family, True, False, name, form, tokenizer)
+        return without if without == "no" else f"{without}, without biases"
+    return with_biases
+
+
+def _tried(family: str, is_ragged: bool, has_biases: bool, name: str, form: Form, tokenizer: Path) -> str:
     sizes = (WIDE if name.endswith("_k") else {}) | (GEMMA_2 if family == "gemma2" else {})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
-        try:
-            place, is_ragged = Path(folder) / "pruned", blocks != ALIKE
-            pruned = pruned_model(family, tokenizer, place, is_ragged, blocks == BIASED, **sizes)
-        except (AttributeError, KeyError):  # a family whose blocks are built of other layers
-            return "-"
-        run_of(pruned, root, (name,))
+        run_of(pruned_model(family, tokenizer, Path(folder) / "pruned", is_ragged, has_biases, **sizes), root, (name,))
         try:
             done = export(RunDir(root), form, root / "out")
-        except UserError as error:
-            return f"no: {_reason(str(error))}"
+        except UserError:
+            return "no"
         except StageError as error:
-            return f"not alike enough: {error.cause}"
+            return f"fails: {error.cause}"
     became = ", ".join(f"`{each}`" for each in sorted(set(done.recoded.values())))
-    return f"{became or 'yes'} ({_programs(done.by)})"
+    return f"{became or 'yes'} ({_program(done.by)})"
 
 
-def _reason(text: str) -> str:
-    """Shorten an error to its cause."""
-    return text.splitlines()[0].rpartition("exported as ")[2].partition(": ")[2].partition(";")[0] or text
+def _program(text: str) -> str:
+    """Return the first program without its version."""
+    return text.split(" ")[0].replace("xllamacpp", "llama.cpp")
 
 
-def _programs(text: str) -> str:
-    """Drop the versions of programs, and the libraries of llama.cpp."""
-    names = [re.sub(r" [\d.]\S*", "", each) for each in text.split(", ")]
-    return ", ".join(
-        each.replace("xllamacpp", "llama.cpp") for each in names if each.split()[0] not in ("llama", "ggml")
-    )
+def _rows(found: dict[tuple[str, ...], list[str]]) -> Iterable[tuple[str, ...]]:
+    return ((", ".join(names), *cells) for cells, names in found.items())
 
 
 def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
