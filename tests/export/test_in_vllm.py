@@ -8,16 +8,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken_exports import DAMAGES, ROWS, damaged
 from final_models import pruned_model, run_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qpruner.errors import StageError
 from qpruner.export.forms import export
+from qpruner.export.vllm import checking
 from qpruner.export.vllm.writing import write_config
 from qpruner.models import ragged
 from qpruner.models.checkpoint import save_checkpoint
@@ -76,6 +80,23 @@ def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tin
     run = run_of(pruned, tmp_path / "run", ("w4", "bf16"))
     done = export(RunDir(run), "vllm", tmp_path / "out")
     assert done.by.startswith("vLLM") and done.divergence < 0.01 and not done.recoded
+
+
+@pytest.fixture(scope="module")
+def in_four_bits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of different widths, exported."""
+    root = tmp_path_factory.mktemp("four-bits")
+    run = run_of(pruned_model("llama", tiny_model, root / "pruned", True), root / "run", ("w4", "bf16"))
+    export(RunDir(run), "vllm", run / "exported")
+    return run
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_vllm_shows_that_an_export_is_broken(in_four_bits: Path, damage: str, tmp_path: Path) -> None:
+    shutil.copytree(in_four_bits / "exported", tmp_path / "out")
+    recoded = damaged(in_four_bits, tmp_path / "out", damage)
+    with pytest.raises(StageError, match=DAMAGES[damage]):
+        checking.check(recoded, tmp_path / "out", ROWS, server="vllm")
 
 
 def test_other_widths_are_checked_in_transformers_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:

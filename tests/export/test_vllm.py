@@ -9,24 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from broken_exports import DAMAGES, ROWS, damaged
 from conftest import command
 from final_models import pruned_model, run_of
 from mixed_models import token_ids
 from plain_transformers import plain_transformers_answers
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpruner.errors import StageError
 from qpruner.export.card import loading_section
 from qpruner.export.forms import export
 from qpruner.export.hub import _form
-from qpruner.export.recode import recode
 from qpruner.export.vllm import checking
-from qpruner.export.vllm.writing import MODELING, SERVED, dense_paths, vllm_format, write_config
+from qpruner.export.vllm.writing import MODELING, SERVED, vllm_format, write_config
 from qpruner.quantization.formats import DENSE, format_of, formats
 from qpruner.runs.run_dir import RunDir
-
-ROWS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: Path, tmp_path: Path) -> None:
@@ -97,41 +94,10 @@ def test_an_adapter_is_merged_into_formats_of_vllm(tiny_model: Path, tmp_path: P
     assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / MODELING).exists()
 
 
-def without_adapter(folder: Path) -> None:
-    file = folder / "adapter" / "adapter_model.safetensors"
-    save_file({name: each.zero_() if "lora_B" in name else each for name, each in load_file(file).items()}, file)
-
-
-def with_swapped_head(folder: Path) -> None:
-    changed(folder, "model.embed_tokens.weight", lambda each: each.roll(1, 0))
-
-
-def with_unpermuted_q(folder: Path) -> None:
-    changed(folder, "model.layers.0.self_attn.q_proj.weight_packed", lambda each: each.roll(len(each) // 4, 0))
-
-
-def changed(folder: Path, name: str, change: Any) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights[name] = change(weights[name]).contiguous()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without_adapter, "-?[0-9]% of its adapter's effect|diverge by"),
-        (with_swapped_head, "diverge by"),
-        (with_unpermuted_q, "diverge by|of its adapter's effect"),
-    ],
-)
-def test_a_broken_export_is_noticed(
-    searched: Path, exported: dict[str, Any], damage: Any, message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_export_is_noticed(searched: Path, exported: dict[str, Any], damage: str, tmp_path: Path) -> None:
     shutil.copytree(exported["folder"], tmp_path / "out")
-    damage(tmp_path / "out")
-    recoded = tmp_path / "recoded"
-    fixed = dense_paths(AutoConfig.from_pretrained(searched / "final"))
-    recode(searched / "final", recoded, vllm_format, False, fixed=fixed)
-    with pytest.raises(StageError, match=message):
+    recoded = damaged(searched, tmp_path / "out", damage)
+    with pytest.raises(StageError, match=DAMAGES[damage]):
         checking.check(recoded, tmp_path / "out", ROWS)

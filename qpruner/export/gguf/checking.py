@@ -17,9 +17,11 @@ of 30 blocks 2.3, in the last 0.03; rows of the embeddings shifted by one 7.3; n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpruner.data.losses import hooked
 from qpruner.export.compare import TOP, Compared, compare_served, export_error
 from qpruner.export.gguf.isolation import isolated
 from qpruner.export.gguf.llama_cpp import predictions
@@ -90,8 +92,8 @@ def check_predictions(
     return compare_served(checkpoint, rows, answers, next(answers), rounding_inputs, on_progress)
 
 
-def rounding_inputs(model: Any) -> list[Any]:
-    """Make linear layers round their inputs as llama.cpp does: to 8 bits if packed, else to 16; return the hooks."""
+def rounding_inputs(model: Any) -> AbstractContextManager[None]:
+    """Make linear layers round their inputs as llama.cpp does: to 8 bits if packed, else to 16."""
     import torch
 
     from qpruner.quantization.formats.layers import PackedLinear
@@ -109,6 +111,6 @@ def rounding_inputs(model: Any) -> list[Any]:
         return (((blocks / steps).round() * steps).flatten(-2),)
 
     linears = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    return [
+    return hooked(
         each.register_forward_pre_hook(to_8_bits if isinstance(each, PackedLinear) else to_16_bits) for each in linears
-    ]
+    )

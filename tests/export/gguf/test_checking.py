@@ -160,6 +160,6 @@ def test_another_perplexity_is_found(final: Path) -> None:
     likeliest, ids = log_probabilities(model, [row])[:-1].topk(TOP)
     actual = log_probabilities(model, [row])[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     same = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
-    assert compare_served(final, [row], [same], "a server").divergence < 1e-3
+    assert compare_served(final, [row], [same], "a server", rounding_inputs).divergence < 1e-3
     with pytest.raises(StageError, match=r"perplexity in a server differs by \+2\.\d%, more than 1%"):
-        compare_served(final, [row], [same._replace(actual=same.actual - 0.02)], "a server")
+        compare_served(final, [row], [same._replace(actual=same.actual - 0.02)], "a server", rounding_inputs)
