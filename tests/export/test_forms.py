@@ -105,11 +105,11 @@ def test_a_full_disk_leaves_nothing(searched: Path, form: str, tmp_path: Path) -
 def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(searched, tmp_path / "run"))
     before = digests(run)
-    killed = subprocess.run([sys.executable, "-c", KILLED, run, "merging the adapter"], env=os.environ)
+    killed = subprocess.run([sys.executable, "-c", KILLED, run, "writing GGUF"], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
-    assert not (run / "out").exists() and any((run / HIDDEN).rglob("*.json")), "it was killed too early"
-    export(RunDir(run), "gguf_merged", run / "out")
-    assert not (run / HIDDEN).exists()
+    assert not (run / "out").exists() and (run / HIDDEN / "out" / "run.gguf").exists(), "it was killed too early"
+    export(RunDir(run), "merged", run / "out")
+    assert not (run / HIDDEN).exists() and not list((run / "out").rglob("*.gguf"))
     shutil.rmtree(run / "out")
     assert digests(run) == before
 

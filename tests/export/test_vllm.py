@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,17 @@ def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return run_of(pruned, root / "run", ("w4", "w3_g32", "w8", "bf16"), "w8")
 
 
-def test_a_plan_of_vllm_keeps_its_formats(searched: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(searched: Path) -> dict[str, Any]:
     done = command("export", searched, "--to", "vllm", "--json")
     assert done.exit_code == 0, done.output
-    outcome = json.loads(done.output.splitlines()[-1])
-    assert outcome["told"] == ["1 layer from w8 to bf16"], "vLLM before 0.32 reads no packed embeddings"
-    assert outcome["by"].startswith("compressed-tensors") and outcome["is_plain"]
+    outcome: dict[str, Any] = json.loads(done.output.splitlines()[-1])
+    return outcome
+
+
+def test_a_plan_of_vllm_keeps_its_formats(searched: Path, exported: dict[str, Any]) -> None:
+    assert exported["told"] == ["1 layer from w8 to bf16"], "vLLM before 0.32 reads no packed embeddings"
+    assert exported["by"].startswith("compressed-tensors") and exported["is_plain"]
     folder = searched / "export" / "vllm"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     groups = config["config_groups"]
@@ -119,8 +125,10 @@ def changed(folder: Path, name: str, change: Any) -> None:
         (with_unpermuted_q, "diverge by|of its adapter's effect"),
     ],
 )
-def test_a_broken_export_is_noticed(searched: Path, damage: Any, message: str, tmp_path: Path) -> None:
-    export(RunDir(searched), "vllm", tmp_path / "out")
+def test_a_broken_export_is_noticed(
+    searched: Path, exported: dict[str, Any], damage: Any, message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(exported["folder"], tmp_path / "out")
     damage(tmp_path / "out")
     recoded = tmp_path / "recoded"
     fixed = dense_paths(AutoConfig.from_pretrained(searched / "final"))

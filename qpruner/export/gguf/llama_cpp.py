@@ -44,24 +44,12 @@ class _Batch(ctypes.Structure):
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.c_void_p),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.c_void_p),
-        ("n_seq_id", ctypes.c_void_p),
-        ("seq_id", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
     ]
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_P, _I, _U, _S, _B, _F = (
-    ctypes.c_void_p,
-    ctypes.c_int32,
-    ctypes.c_uint32,
-    ctypes.c_char_p,
-    ctypes.c_bool,
-    ctypes.POINTER(ctypes.c_float),
-)
+_P, _I, _S, _B, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_bool, ctypes.POINTER(ctypes.c_float)
 # Name: result, arguments.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_backend_init": (None,),

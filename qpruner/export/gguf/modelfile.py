@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,52 +44,49 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
+class _Shape(NamedTuple):
+    """The texts around what each role says, at the start without a system message, and before an answer."""
+
+    start: str
+    around: dict[str, tuple[str, str]]
+    ask: str
+
+    def chat(self, turns: Sequence[Turn]) -> str:
+        """Write a chat as Ollama does with the template."""
+        start = "" if turns[0]["role"] == "system" else self.start
+        return start + "".join(turn["content"].join(self.around[turn["role"]]) for turn in turns) + self.ask
+
+    def template(self) -> str:
+        user, assistant = ("{{ .Content }}".join(self.around[role]) for role in ("user", "assistant"))
+        start = self.start
+        if "system" in self.around:
+            otherwise = f"{{{{ else }}}}{start}" if start else ""
+            start = f"{{{{ if .System }}}}{'{{ .System }}'.join(self.around['system'])}{otherwise}{{{{ end }}}}"
+        turns = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{assistant}{{{{ end }}}}'
+        return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{self.ask}{{{{ .Response }}}}"
+
+
 def ollama_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a template in Ollama's language that writes the same chats as the tokenizer's; None: there is none."""
     # A date is that of the day of the chat.
     if not tokenizer.chat_template or "strftime_now" in str(tokenizer.chat_template):
         return None
-    parts = _parts(tokenizer)
-    if parts is None or any("{{" in text or '"""' in text for text in parts.texts()):
+    shape = _shape(tokenizer)
+    if shape is None:
         return None
-    chats = [_chat(count, has_system) for count in (1, 2, 3) for has_system in (False, parts.system is not None)]
-    return parts.template() if all(_rendered(tokenizer, chat) == parts.render(chat) for chat in chats) else None
+    systems = [[], [_turn("system", "Use few words.")]] if "system" in shape.around else [[]]
+    answered = [_turn("user", "Is it 1 or 2?"), _turn("assistant", "It is 2.")]
+    chats = [[*system, *answered * count, _turn("user", "Why?")] for count in (1, 2, 3) for system in systems]
+    for chat in chats:
+        text = _rendered(tokenizer, chat)
+        if text != shape.chat(chat) or "{{" in text or '"""' in text:
+            return None
+    return shape.template()
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The texts around what is said, by role; `start` is there without a system message; `ask` precedes an answer."""
-
-    start: str
-    system: tuple[str, str] | None
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    ask: str
-
-    def texts(self) -> Sequence[str]:
-        return (self.start, *(self.system or ()), *self.user, *self.assistant, self.ask)
-
-    def template(self) -> str:
-        start = self.start
-        if self.system:
-            otherwise = f"{{{{ else }}}}{self.start}" if self.start else ""
-            start = f"{{{{ if .System }}}}{'{{ .System }}'.join(self.system)}{otherwise}{{{{ end }}}}"
-        user, assistant = ("{{ .Content }}".join(each) for each in (self.user, self.assistant))
-        turns = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{assistant}{{{{ end }}}}'
-        return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{self.ask}{{{{ .Response }}}}"
-
-    def render(self, chat: Sequence[Turn]) -> str:
-        """Do what Ollama does with the template."""
-        system = [turn["content"] for turn in chat if turn["role"] == "system"]
-        around = {"user": self.user, "assistant": self.assistant}
-        turns = "".join(turn["content"].join(around[turn["role"]]) for turn in chat if turn["role"] in around)
-        return (system[0].join(self.system) if system and self.system else self.start) + turns + self.ask
-
-
-def _parts(tokenizer: PreTrainedTokenizerBase) -> _Parts | None:
+def _shape(tokenizer: PreTrainedTokenizerBase) -> _Shape | None:
     """Take a rendered chat apart at what is said in it; None: that is not all there, once, in its order."""
-    user = [{"role": "user", "content": USER}]
-    longer = [*user, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": AGAIN}]
+    longer = [_turn("user", USER), _turn("assistant", ANSWER), _turn("user", AGAIN)]
     several, plain = _rendered(tokenizer, longer), _rendered(tokenizer, longer, asks=False)
     cut = _cut(several, USER, ANSWER, AGAIN)
     if several is None or plain is None or cut is None or not several.startswith(plain):
@@ -104,22 +100,21 @@ def _parts(tokenizer: PreTrainedTokenizerBase) -> _Parts | None:
     opening = between[found.end() if found else 0 :]
     if not (before.endswith(opening) and to_answer.startswith(closing)):
         return None
-    assistant = (to_answer.removeprefix(closing), between.removesuffix(opening))
-    system = _cut(_rendered(tokenizer, [{"role": "system", "content": SYSTEM}, *user]), SYSTEM, USER)
-    # Gemma's and Mistral's templates put it into a user's turn.
-    around = (system[0], system[1].removesuffix(opening)) if system and system[1].endswith(opening) else None
-    return _Parts(before.removesuffix(opening), around, (opening, closing), assistant, ask)
+    around = {"user": (opening, closing)}
+    around["assistant"] = to_answer.removeprefix(closing), between.removesuffix(opening)
+    system = _cut(_rendered(tokenizer, [_turn("system", SYSTEM), _turn("user", USER)]), SYSTEM, USER)
+    if system and system[1].endswith(opening):  # Gemma's and Mistral's templates put it into a user's turn
+        around["system"] = system[0], system[1].removesuffix(opening)
+    return _Shape(before.removesuffix(opening), around, ask)
+
+
+def _turn(role: str, content: str) -> Turn:
+    return {"role": role, "content": content}
 
 
 def _cut(text: str | None, *said: str) -> list[str] | None:
     match = re.fullmatch("(.*?)".join(["", *map(re.escape, said), ""]), text, re.DOTALL) if text is not None else None
     return list(match.groups()) if match else None
-
-
-def _chat(num_answers: int, has_system: bool) -> list[Turn]:
-    system = [{"role": "system", "content": "Use few words."}] if has_system else []
-    said = [("user", "Is it 1 or 2?"), ("assistant", "It is 2.")] * num_answers
-    return [*system, *({"role": role, "content": text} for role, text in said), {"role": "user", "content": "Why?"}]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], asks: bool = True) -> str | None:

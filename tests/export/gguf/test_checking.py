@@ -15,10 +15,12 @@ from mixed_models import final_model
 from safetensors.torch import load_file, save_file
 
 from qpruner.errors import StageError
+from qpruner.export.compare import TOP, Predictions, compare_served, log_probabilities
 from qpruner.export.gguf.architectures import llama_cpp_format
-from qpruner.export.gguf.checking import check, check_bytes, check_predictions, check_tokens
+from qpruner.export.gguf.checking import check, check_bytes, check_predictions
 from qpruner.export.gguf.writing import write_adapter, write_gguf
 from qpruner.export.recode import dense, recode
+from qpruner.hf import load
 
 ROWS = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(1)).tolist()
 ADAPTER = "adapter_model.safetensors"
@@ -125,9 +127,9 @@ def test_rows_in_another_order_are_found(damage: Callable[[Tensors], None], chec
 
 def test_a_missing_adapter_is_found(checkpoint: Path, tmp_path: Path) -> None:
     empty = damaged(checkpoint / "adapter.gguf", tmp_path / "empty.gguf", remove_the_adapter)
-    for adapter in (None, empty):
+    for function, adapter in ((check, None), (check_predictions, empty)):
         with pytest.raises(StageError, match=r"predictions in xllamacpp .* diverge by"):
-            check_predictions(checkpoint, checkpoint / "model.gguf", adapter, ROWS)
+            function(checkpoint, checkpoint / "model.gguf", adapter, ROWS)
 
 
 def test_a_missing_weak_adapter_is_found(checkpoint: Path, tmp_path: Path) -> None:
@@ -149,4 +151,15 @@ def test_other_tokens_are_found(checkpoint: Path, tmp_path: Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(StageError, match="makes other tokens of"):
-        check_tokens(other, checkpoint / "model.gguf")
+        check(other, checkpoint / "model.gguf", checkpoint / "adapter.gguf", ROWS)
+
+
+def test_another_perplexity_is_found(final: Path) -> None:
+    """Of the next tokens alone, which hardly changes the divergence."""
+    row, model = ROWS[0], torch.nn.Module.float(load(final).eval())
+    likeliest, ids = log_probabilities(model, [row])[:-1].topk(TOP)
+    actual = log_probabilities(model, [row])[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+    same = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
+    assert compare_served(final, [row], [same], "a server").divergence < 1e-3
+    with pytest.raises(StageError, match=r"perplexity in a server differs by \+2\.\d%, more than 1%"):
+        compare_served(final, [row], [same._replace(actual=same.actual - 0.02)], "a server")
