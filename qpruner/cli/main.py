@@ -237,7 +237,7 @@ def schema(results: bool) -> None:
         "includes the adapter. peft: the adapter, and the quantized model in `base`.",
     ),
     click.option("--merge", is_flag=True, help="With gguf and vllm: merge the adapter into the packed weights."),
-    click.option("--out", type=click.Path(path_type=Path), help="Folder to write; by default RUN/export/FORM."),
+    click.option("--out", type=click.Path(), help="Folder to write; by default RUN/export/FORM."),
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:

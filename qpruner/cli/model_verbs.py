@@ -95,17 +95,19 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def export(run: str, form: str, merge: bool, out: Path | None, as_json: bool) -> dict[str, Any]:
+def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> dict[str, Any]:
     """Write the final model for another program, and print where it is and what differs."""
     if merge and form not in MERGEABLE:
         how = "this form is merged already" if form == "merged" else "for a merged model use `--to merged`"
         raise UserError(f"`--merge` goes with `--to gguf` and `--to vllm`, not with `--to {form}`: {how}")
+    if out and "://" in out:
+        raise UserError(f"`--out` must be a folder on this machine, got {out}: write there, and copy it afterwards")
     folder, wanted = RunDir(run, create=False), cast(forms.Form, f"{form}_merged" if merge else form)
-    out = out or folder.require_folder("name a folder on this machine with `--out`") / "export" / wanted
+    place = Path(out).expanduser() if out else folder.require_folder("name a folder with `--out`") / "export" / wanted
     if warning := warning_of_driver(folder):
         click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
-        done = forms.export(folder, wanted, out.resolve(), loading_progress(terminal.emit, "export"))
+        done = forms.export(folder, wanted, place.resolve(), loading_progress(terminal.emit, "export"))
     for line in _described(done):
         click.echo(line)
     return {"status": "ok", **vars(done), "folder": str(done.folder)}

@@ -10,11 +10,14 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
@@ -115,18 +118,35 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
     final = fetch(final)
     if reason := refusal(form, checkpoint_config(final)):
         raise UserError(f"this model cannot be exported as {form}: {reason}")
-    scratch = target.with_name(f".{target.name}")
-    shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
     rows = run.stage("prepare") / "data" / "confirmation"
-    work = _Work(final, scratch, target, run.root.name, rows, on_progress)
-    try:
+    with _hidden_folder(target) as scratch:
+        work = _Work(final, scratch, target, run.root.name, rows, on_progress)
         write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
         exported: Exported = write(work, form)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return exported
+
+
+@contextmanager
+def _hidden_folder(target: Path) -> Iterator[Path]:
+    """Yield the path of a new folder beside `target`, for this process alone; what is left there is deleted."""
+    # A name of ours: beside `config` there may be a `.config` that is not.
+    place = target.with_name(f".{target.name}.qpruner-export")
+    lock, folder = FileLock(place / "lock"), place / target.name
+    try:
+        retry_storage(lambda: place.mkdir(parents=True, exist_ok=True), place)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{target} is being written by another command: name another folder with `--out`") from error
+    except OSError as error:
+        raise UserError(f"{target} cannot be made ({error.strerror}): name another folder with `--out`") from error
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+        yield folder
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        lock.release()
 
 
 @dataclass(frozen=True)

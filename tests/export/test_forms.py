@@ -20,6 +20,7 @@ from qpruner.export.forms import export
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest
 
+HIDDEN = ".out.qpruner-export"
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -106,8 +107,32 @@ def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     before = digests(run)
     killed = subprocess.run([sys.executable, "-c", KILLED, run, "writing GGUF"], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
-    assert not (run / "out").exists() and (run / ".out" / "run.gguf").exists(), "it was killed too early"
+    assert not (run / "out").exists() and (run / HIDDEN / "out" / "run.gguf").exists(), "it was killed too early"
     export(RunDir(run), "merged", run / "out")
-    assert not (run / ".out").exists() and not list((run / "out").rglob("*.gguf"))
+    assert not (run / HIDDEN).exists() and not list((run / "out").rglob("*.gguf"))
     shutil.rmtree(run / "out")
     assert digests(run) == before
+
+
+def test_a_folder_of_two_exports_is_refused_and_neighbours_stay(searched: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out").mkdir()
+    (tmp_path / ".out" / "precious").touch()
+    refused: list[str] = []
+
+    def again(*_: object) -> None:
+        if not refused:
+            with pytest.raises(UserError, match=r"out is being written by another command: .*`--out`") as error:
+                export(RunDir(searched), "peft", tmp_path / "out")
+            refused.append(str(error.value))
+
+    export(RunDir(searched), "peft", tmp_path / "out", again)
+    assert refused and {path.name for path in tmp_path.iterdir()} == {".out", "out"}
+    assert (tmp_path / ".out" / "precious").exists()
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(searched: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command("export", searched, "--to", "peft", "--out", tmp_path / "file" / "out")
+    assert done.exit_code == 2 and "out cannot be made (Not a directory): name another folder" in done.output
+    done = command("export", searched, "--to", "peft", "--out", "s3://bucket/out")
+    assert done.exit_code == 2 and "`--out` must be a folder on this machine, got s3://bucket/out" in done.output

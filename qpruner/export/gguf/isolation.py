@@ -27,10 +27,10 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
         StageError: If the process was ended by a signal, or failed in another way.
     """
     # Not multiprocessing: its children import the user's script again.
-    paths = os.pathsep.join(path for path in sys.path if path)
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", __name__, str(writing)]
+    command = [sys.executable, "-P", "-m", __name__, str(writing)]  # -P: no `random.py` of the current folder
     with open(reading, "rb") as answers, tempfile.TemporaryFile() as told:
         child = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=told, stderr=told, pass_fds=[writing], env=environment

@@ -12,7 +12,6 @@ import pytest
 from qpruner.errors import StageError, UserError
 from qpruner.export.gguf.isolation import isolated
 from qpruner.export.gguf.llama_cpp import predictions
-from qpruner.export.gguf.writing import write_gguf
 
 
 def refuse() -> Iterator[int]:
@@ -61,6 +60,8 @@ def test_an_error_comes_after_what_was_found(
 
 
 def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(tiny_model: Path, tmp_path: Path) -> None:
+    from qpruner.export.gguf.writing import write_gguf  # the child imports this file too, and torch takes seconds
+
     model = tmp_path / "tiny.gguf"
     write_gguf(tiny_model, model, "tiny")
     answers = isolated(predictions, model, None, [range(2, 202)] * 50, 64)
@@ -76,3 +77,10 @@ def test_a_process_that_is_not_needed_ends() -> None:
     answers.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        list(isolated(refuse))
