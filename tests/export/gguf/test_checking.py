@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qpruner.errors import StageError
 from qpruner.export.compare import TOP, Predictions, compare_served, log_probabilities
 from qpruner.export.gguf.architectures import llama_cpp_format
-from qpruner.export.gguf.checking import check, check_bytes, check_predictions
+from qpruner.export.gguf.checking import check, check_bytes, check_predictions, rounding_inputs
 from qpruner.export.gguf.writing import write_adapter, write_gguf
 from qpruner.export.recode import dense, recode
 from qpruner.hf import load
