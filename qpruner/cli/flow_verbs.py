@@ -44,7 +44,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             if results.comparison is None:
                 terminal.say(how_to_compare(as_called()))
             terminal.say(where_next(root))
-            for command in served_commands(results.serve, storage_at(root).name):
+            for command in served_commands(results.serve, storage_at(root).address):
                 terminal.say(f"Talk to it: `{command}`")
     figures: dict[str, Any] = {"status": "ok", "run": storage_at(root).address, "seconds": results.seconds}
     if results.search:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -120,7 +120,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"this model cannot be exported as {form}: {reason}")
     rows = run.stage("prepare") / "data" / "confirmation"
     with _hidden_folder(target) as scratch:
-        work = _Work(final, scratch, target, run.root.name, rows, on_progress)
+        work = _Work(final, scratch, target, PurePath(run.place).name, rows, on_progress)
         write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
         exported: Exported = write(work, form)
         write_json(scratch / MARK, record)

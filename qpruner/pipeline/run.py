@@ -29,6 +29,7 @@ from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
+from qpruner.pipeline.serve import Serve
 from qpruner.pipeline.stage import Stage
 from qpruner.report.search_progress import event_line
 from qpruner.runs import events
@@ -71,6 +72,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
+        inspection = replace(inspection, warnings=(*inspection.warnings, *Serve(context).warnings()))
         if address:
             look_at_nodes(context)
         done = recorded(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Iterator
@@ -109,16 +110,18 @@ def _row_text(record: ServeRecord, row: ServedRow) -> Iterator[str]:
         return
     ratio, equal = _over_transformers(record, row), over_equal_bits(record, row)
     if ratio and equal:
+        bits = [each.mean_bits for each in record.rows if each.name == BASE and each.form == "gguf"]
+        nearest = min(max(row.mean_bits, min(bits)), max(bits))
+        at = "equal mean bits (" if nearest == row.mean_bits else f"{nearest:.2f} mean bits (its own are "
         yield (
             f"{FORMS[row.form]}: decodes {ratio:.1f} times as fast as the unpruned base in transformers, and "
-            f"{equal:.2f} times as fast as the unpruned base in llama.cpp at equal mean bits ({row.mean_bits:.2f}, "
-            "between its files)."
+            f"{equal:.2f} times as fast as the unpruned base in llama.cpp at {at}{row.mean_bits:.2f})."
         )
     if row.recoded:
         formats = ", ".join(sorted(set(row.recoded.values())))
         yield (
             f"{FORMS[row.form]}: {counted(len(row.recoded), 'layer')} had to take another format than the plan's "
-            f"({formats}); bytes, loss and speed are those of these files."
+            f"({formats}); {'bytes' if row.loss is None else 'bytes, loss and speed'} are those of these files."
         )
     if row.check:
         yield f"{FORMS[row.form]}: {row.check}."
@@ -146,8 +149,13 @@ def commands(record: ServeRecord | None, run: str) -> list[str]:
     row = _best(record)
     if row is None:
         return []
-    model, *adapter = (shlex.quote(f"{run}/{file}") for file in sorted(row.files, key=len) if file.endswith(".gguf"))
+    folder, first = f"{run}/{PurePath(row.files[0]).parent}", []
+    if "://" in run:  # servers read files of this machine alone
+        merge = " --merge" if row.form.endswith("merged") else ""
+        folder, first = "FOLDER", [f"qpruner export {shlex.quote(run)} --to gguf{merge} --out FOLDER"]
+    names = [PurePath(file).name for file in sorted(row.files, key=len) if file.endswith(".gguf")]
+    model, *adapter = (shlex.quote(f"{folder}/{name}") for name in names)
     lora = f" --lora {adapter[0]}" if adapter else ""
-    modelfile = PurePath(row.files[0]).with_name("Modelfile")
-    create = f"ollama create {shlex.quote(PurePath(run).name)} -f {shlex.quote(f'{run}/{modelfile}')}"
-    return [f"llama-cli -m {model}{lora}", create]
+    called = re.sub(r"\W+", "-", PurePath(names[0]).stem, flags=re.ASCII).strip("-") or "model"
+    create = f"ollama create {called} -f {shlex.quote(f'{folder}/Modelfile')}"
+    return [*first, f"llama-cli -m {model}{lora}", create]

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import command, disk_of, fill
 from final_models import pruned_model, run_of
+from object_store import Machine
 from tiny_families import family_model
 
 from qpruner.errors import StorageError, UserError
 from qpruner.export.forms import export
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import file_digest
+from qpruner.runs.storage import file_digest, storage_at
 
 HIDDEN = ".out.qpruner-export"
 KILLED = """
@@ -136,3 +137,12 @@ def test_a_place_that_cannot_be_a_folder_is_refused(searched: Path, tmp_path: Pa
     assert done.exit_code == 2 and "out cannot be made (Not a directory): name another folder" in done.output
     done = command("export", searched, "--to", "peft", "--out", "s3://bucket/out")
     assert done.exit_code == 2 and "`--out` must be a folder on this machine, got s3://bucket/out" in done.output
+
+
+def test_files_of_a_run_at_a_uri_have_its_last_name(searched: Path, machine: Machine, tmp_path: Path) -> None:
+    run = machine("first")
+    for name in ("final", "prepare/data"):
+        storage_at(run.root / name).put_folder(searched / name)
+    done = command("export", run.place, "--to", "gguf", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "out").glob("*.gguf")} == {"run.gguf", "run-adapter.gguf"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import flip_a_byte, with_keys
+from conftest import command, flip_a_byte, with_keys
 from made_run import candidate
 from mixed_models import final_model
 from searched_runs import a_winner, with_records
@@ -79,3 +79,8 @@ def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[
     said = list(Serve(changed("serve.to", ["gguf"])).warnings())
     assert any(re.search(r"llama.cpp has no format nf4: its layers get q4_", line) for line in said)
     assert not list(Serve(changed("serve.to", [])).warnings())
+
+
+def test_check_tells_them_too(sensed_raw: dict[str, Any], write_yaml: Callable[..., Path]) -> None:
+    done = command("check", write_yaml(with_keys(sensed_raw, **{"serve.to": ["gguf"]})))
+    assert done.exit_code == 0 and "llama.cpp has no format nf4: its layers get q4_" in done.output

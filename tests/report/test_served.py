@@ -56,7 +56,11 @@ def test_speed_is_compared_at_equal_bits(results: Results) -> None:
     beside, merged, recoded, check = served_text(results)
     assert "5.0 times as fast as the unpruned base in transformers" in beside and "0.94 times" in beside
     assert "6.4 times" in merged and "1.20 times as fast as the unpruned base in llama.cpp" in merged
-    assert "1 layer had to take another format than the plan's (bf16)" in recoded and "by transformers" in check
+    assert "1 layer had to take another format than the plan's (bf16); bytes are those" in recoded
+    assert "by transformers" in check and "at equal mean bits (6.00)" in beside
+    smaller = [row.model_copy(update={"mean_bits": 2.5}) if row is ROWS[5] else row for row in ROWS]
+    few = results.model_copy(update={"serve": results.serve.model_copy(update={"rows": tuple(smaller)})})
+    assert "in llama.cpp at 4.00 mean bits (its own are 2.50)" in " ".join(served_text(few))
 
 
 def test_speed_as_served_comes_first_and_transformers_own_among_the_details(results: Results) -> None:
@@ -74,6 +78,10 @@ def test_speed_as_served_comes_first_and_transformers_own_among_the_details(resu
 def test_commands_name_the_best_files_of_the_run(results: Results) -> None:
     assert commands(results.serve, "runs/my run") == [
         "llama-cli -m 'runs/my run/serve/gguf/my run.gguf' --lora 'runs/my run/serve/gguf/my run-adapter.gguf'",
-        "ollama create 'my run' -f 'runs/my run/serve/gguf/Modelfile'",
+        "ollama create my-run -f 'runs/my run/serve/gguf/Modelfile'",
     ]
     assert commands(None, "runs/mine") == []
+    assert commands(results.serve, "s3://runs/mine?region=x")[:2] == [
+        "qpruner export 's3://runs/mine?region=x' --to gguf --out FOLDER",
+        "llama-cli -m 'FOLDER/my run.gguf' --lora 'FOLDER/my run-adapter.gguf'",
+    ], "servers read no object store"
