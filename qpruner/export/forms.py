@@ -187,7 +187,6 @@ class _Work:
         if checkpoint != self.final:
             loss_before = loss_of(log_probabilities(load(self.final).eval(), self.samples), self.samples)
             about = about | {"loss_before": loss_before}
-        num_bytes = tensor_bytes(checkpoint)
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
         return Exported(
@@ -198,7 +197,7 @@ class _Work:
             recoded=recoded,
             told=(*_told(formats_of(checkpoint_config(self.final)), recoded), *([remark] if remark else [])),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
-            tensor_bytes=tensor_bytes(self.folder) or num_bytes,  # GGUF files have the checkpoint's
+            tensor_bytes=tensor_bytes(self.folder),
             plan_bytes=tensor_bytes(self.final),
         )
 

@@ -151,10 +151,15 @@ def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 
 
-def tensor_bytes(folder: Path) -> int:
-    """Count the bytes of all tensors in a folder's safetensors files, from their headers."""
+def tensor_bytes(place: Path) -> int:
+    """Count the bytes of all tensors in a folder's safetensors and GGUF files, or in one such file."""
     num_bytes = 0
-    for file in folder.rglob("*.safetensors"):
-        with file.open("rb") as stream:
-            num_bytes += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    for file in [place] if place.is_file() else place.rglob("*"):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                num_bytes += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+        elif file.suffix == ".gguf":
+            import gguf
+
+            num_bytes += sum(int(each.n_bytes) for each in gguf.GGUFReader(file).tensors)
     return num_bytes

@@ -149,7 +149,7 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
             recode(unpacked, packed, dense, False, on_progress, _packed_formats(checkpoint_config(unpacked), name))
         write_gguf(checkpoint, file, file.stem, on_progress)
         bits = 16.0 if name == UNPACKED else float(format_of(name).bits)
-        sizes = {"file_bytes": file.stat().st_size, "tensor_bytes": tensor_bytes(checkpoint)}
+        sizes = {"file_bytes": file.stat().st_size, "tensor_bytes": tensor_bytes(file)}
         found.append(Served(ServedRow(name=BASE, form="gguf", format=name, mean_bits=bits, **sizes), file))
         shutil.rmtree(packed, ignore_errors=True)
     return found

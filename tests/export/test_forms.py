@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import command, disk_of, fill
 from final_models import pruned_model, run_of
+from gguf import GGUFReader
 from object_store import Machine
 from tiny_families import family_model
 
 from qpruner.errors import StorageError, UserError
 from qpruner.export.forms import export
+from qpruner.models.checkpoint import read_tensors
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest, storage_at
 
@@ -55,7 +57,10 @@ def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path) -> None:
     names = {"demo.gguf", "demo-adapter.gguf", "Modelfile", "qpruner_export.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert not outcome["recoded"] and not outcome["told"] and outcome["by"].startswith("xllamacpp")
-    assert outcome["tensor_bytes"] == outcome["plan_bytes"]
+    files, stored = list(folder.glob("*.gguf")), read_tensors(searched / "final", lambda name: True)
+    assert outcome["tensor_bytes"] == sum(each.n_bytes for file in files for each in GGUFReader(file).tensors)
+    more = sum(2 * each.numel() for each in stored.values() if each.dim() == 1)
+    assert outcome["tensor_bytes"] == outcome["plan_bytes"] + more, "norms and biases are in float32"
     assert abs(outcome["loss"] - outcome["loss_before"]) < 0.05
     assert "of which 0.02 MB are tokenizer and metadata" in done.output
     assert "FROM ./demo.gguf\nADAPTER ./demo-adapter.gguf\n" in (folder / "Modelfile").read_text()

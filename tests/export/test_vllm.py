@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mixed_models import token_ids
 from plain_transformers import plain_transformers_answers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qpruner.errors import StageError
+from qpruner.errors import StageError, UserError
 from qpruner.export.card import loading_section
 from qpruner.export.forms import export
 from qpruner.export.hub import _form
@@ -44,6 +45,13 @@ def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: P
         assert answer["made"] == answer["made without cache"]
         assert _form(folder, "merged") == "merged with code"
     assert 'from_pretrained("you/it", trust_remote_code=True)' in loading_section("merged with code", "you/it")
+
+
+@pytest.mark.parametrize("python", ["/no/python", sys.executable])
+def test_a_python_without_vllm_is_refused_before_the_work(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(checking.PYTHON, python)
+    with pytest.raises(UserError, match=rf"must be a Python that has vLLM, got {python}: name another, or unset it"):
+        checking.missing()
 
 
 def test_formats_of_vllm_stay_and_others_become_the_nearest() -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,10 +118,26 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
 
 
 def _python_of_vllm() -> str | None:
-    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none."""
+    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none.
+
+    Raises:
+        UserError: If the one in `QPRUNER_VLLM_PYTHON` has none.
+    """
+    if named := os.environ.get(PYTHON):
+        _check_python(named)
+        return named
     found = importlib.util.find_spec("vllm")
     is_installed = found is not None and found.origin is not None  # not just a folder of this name
-    return os.environ.get(PYTHON) or (sys.executable if is_installed else None)
+    return sys.executable if is_installed else None
+
+
+@cache
+def _check_python(named: str) -> None:
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        subprocess.run([named, "-P", "-c", look], check=True, capture_output=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"`{PYTHON}` must be a Python that has vLLM, got {named}: name another, or unset it") from error
 
 
 def _vllm_takes(config: Any) -> bool:
