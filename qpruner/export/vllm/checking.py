@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,7 +110,9 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
         )
         if done.returncode:
             how = signal.Signals(-done.returncode).name if done.returncode < 0 else (done.stderr.strip() or "?")
-            raise export_error(f"{asked['server']} cannot load it: {how.splitlines()[-1]}")
+            lines = how.splitlines()  # warnings may follow the error
+            cause = [line for line in lines if re.match(r"[\w.]+(Error|Exception):", line)] or lines
+            raise export_error(f"{asked['server']} cannot load it: {cause[-1]}")
         with np.load(into) as arrays:
             versions = json.loads(str(arrays["versions"]))
             names = range(len(asked["samples"]))

@@ -153,6 +153,8 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
         described["auto_map"] = {auto: f"{module}.{name}" for auto, name in names.items()}
         # vLLM takes its own class by this name, which would build blocks alike.
         described["architectures"] = [names["AutoModelForCausalLM"]]
+        if scaling := getattr(config, "logits_scaling", None):  # of Granite, which vLLM's class for all models reads so
+            described["logit_scale"] = 1 / scaling
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
