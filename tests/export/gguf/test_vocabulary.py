@@ -95,6 +95,14 @@ def test_tokens_around_texts_follow_the_post_processor(tmp_path: Path) -> None:
         assert llama.tokens("", add_special=True) == [0, 1]
 
 
+def test_an_added_token_without_a_row_is_no_difference(tmp_path: Path) -> None:
+    """A token for padding, added by a fine-tune that padded with it and never resized the embedding."""
+    tokenizer = load_tokenizer(str(saved(byte_level("llama-bpe"), tmp_path)))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    assert not compared(tmp_path, -1)[1]
+
+
 def test_rows_without_tokens_and_tokens_without_rows(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(saved(byte_level("gpt-2"), tmp_path)))
     types = vocabulary(tokenizer, len(tokenizer) + 2)["token_types"]
