@@ -85,8 +85,9 @@ def in_vllm(
     """Yield the predictions of a model for each row, as vLLM computes them."""
     import numpy as np
 
-    # On a CPU vLLM would take half of the memory.
-    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+    # On a CPU vLLM would take half of the memory; an engine in a process of its own imports everything again.
+    quick = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    for name, value in quick.items():
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
