@@ -14,7 +14,7 @@ from qpruner.models.loading import check_source, load_tokenizer
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
 from qpruner.report.results import SEARCHED
 from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
@@ -116,6 +116,10 @@ class Serve(Stage[ServeRecord]):
     def disk_bytes(self) -> int:
         inspection = self.context.inspection
         forms = 2 * len(self.config.serve.to) * inspection.budget_bytes
+        # For vLLM embeddings and head are unpacked, in the recoded checkpoint too.
+        tables = [each for each in inspection.base.groups if each.name in (EMBEDDINGS, HEAD)]
+        unpacked = 2 * sum(linear.num_weights for group in tables for linear in group.linears)
+        forms += 2 * unpacked * sum(form.startswith("vllm") for form in self.config.serve.to)
         return forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
 
 

@@ -135,7 +135,8 @@ def tile(results: Results) -> tuple[str, str, str] | None:
     ratio = _over_transformers(record, row)
     faster = f"; {ratio:.1f} times the unpruned base in transformers" if ratio else ""
     about = f"{FORMS[row.form]}, {row.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
-    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}"
+    read = statistics.median(row.prefill_tokens_per_second)
+    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}; reads {read:.0f} (prefill)"
 
 
 def _best(record: ServeRecord | None) -> ServedRow | None:

@@ -67,7 +67,7 @@ def test_speed_as_served_comes_first_and_transformers_own_among_the_details(resu
     run = snapshot(results)
     first = tables.winner(run).rows[0]
     assert first[:2] == ("speed as served", "50.0 tokens/s"), "the merged file is faster, and worse"
-    assert "5.0 times the unpruned base" in first[2]
+    assert "5.0 times the unpruned base" in first[2] and first[2].endswith("reads 400 (prefill)")
     captions = {table.caption.split(",")[0]: table.summary for table in tables.final_tables(results)}
     assert captions["Size of each row"] and not captions["The fine-tune of each row"]
     assert not any(table.summary for table in tables.final_tables(results.model_copy(update={"serve": None})))
