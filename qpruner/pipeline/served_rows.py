@@ -23,7 +23,7 @@ from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Emit, Message, Progress
 from qpruner.runs.records import CandidateRecord, ServedForm, ServedRow, ServeSetting
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import empty_folder, fetch, storage_at, writing_folder
+from qpruner.runs.storage import empty_folder, fetch, remove, storage_at, writing_folder
 from qpruner.wording import counted
 
 EMBEDDING_FORMAT = "q8_0"
@@ -96,6 +96,7 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
     from qpruner.export.forms import export
 
     place = job.scratch / form
+    remove(place)  # of a worker that died
     with writing_folder(place) as folder:
         done = export(RunDir(job.root, create=False), form, folder, on_progress)
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]

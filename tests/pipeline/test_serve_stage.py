@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from searched_runs import a_winner, with_records
 
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
+from qpruner.export import forms
+from qpruner.pipeline import served_rows
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.serve import Serve
@@ -84,3 +87,17 @@ def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[
 def test_check_tells_them_too(sensed_raw: dict[str, Any], write_yaml: Callable[..., Path]) -> None:
     done = command("check", write_yaml(with_keys(sensed_raw, **{"serve.to": ["gguf"]})))
     assert done.exit_code == 0 and "llama.cpp has no format nf4: its layers get q4_" in done.output
+
+
+def test_work_that_starts_again_replaces_what_a_dead_worker_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gguf").mkdir()
+
+    def exported(run: RunDir, form: str, folder: Path, on_progress: Any) -> None:
+        raise UserError("exists" if folder.exists() else "begun")
+
+    monkeypatch.setattr(forms, "export", exported)
+    job: Any = SimpleNamespace(scratch=tmp_path, root=tmp_path)
+    with pytest.raises(UserError, match="begun"):
+        served_rows._export(job, "gguf", print, print)
