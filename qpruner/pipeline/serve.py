@@ -75,9 +75,10 @@ class Serve(Stage[ServeRecord]):
         source = check_source(self.config.model)
         if source.endswith(".gguf"):  # takes 15 s to convert, and comes from llama.cpp
             return
-        tokenizer = load_tokenizer(source, self.config.model)
+        tokenizer, config = load_tokenizer(source, self.config.model), self.context.inspection.model_config
+        ends = config.eos_token_id
         try:
-            vocabulary(tokenizer, self.context.inspection.model_config.vocab_size)
+            vocabulary(tokenizer, config.vocab_size, [ends] if isinstance(ends, int) else ends or ())
         except UserError as error:
             raise UserError(f"`serve.to`: {error}; or set `serve.to: []`") from error
 

@@ -19,7 +19,8 @@ from searched_runs import a_winner, with_records
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.export import forms
-from qpruner.pipeline import served_rows
+from qpruner.models.loading import load_tokenizer
+from qpruner.pipeline import serve, served_rows
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.serve import Serve
@@ -76,6 +77,15 @@ def test_what_cannot_be_written_is_refused_before_the_run(changed: Callable[[str
     with pytest.raises(UserError, match=r"`serve.to`: gguf cannot be written: `phi3` models .* `--set serve.to=\[\]`"):
         Serve(replace(context, inspection=other)).check()
     Serve(replace(changed("serve.to", []), inspection=other)).check()
+
+
+def test_the_end_in_the_config_of_the_model_counts(
+    changed: Callable[[str, Any], Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.eos_token = None
+    monkeypatch.setattr(serve, "load_tokenizer", lambda *_: tokenizer)
+    Serve(changed("serve.to", ["gguf"])).check()
 
 
 def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[[str, Any], Context]) -> None:
