@@ -88,7 +88,7 @@ class Serve(Stage[ServeRecord]):
         return (prepared.digest, tuned.digest, adapters, self.config.serve, _versions())
 
     def detail(self) -> str:
-        return f"{', '.join(self.config.serve.to)}, measured beside the base model on the CPU"
+        return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, executor = self.context, self.context.executor

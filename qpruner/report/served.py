@@ -46,6 +46,9 @@ def served(results: Results) -> Table | None:
         for row in record.rows
     ]
     setting = record.setting
+    if not setting.build:
+        caption = "As served: sizes alone, as loss and speed in vLLM are not measured"
+        return Table(caption, HEADINGS, body).without_empty_columns()
     caption = (
         f"As served, on {counted(setting.threads, 'CPU thread')} each and measured in turns in one process: "
         f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), median, minimum and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> Non
     assert by_form["GGUF Q8_0"] == ("100.0 MB", "8.00", "2.5000", "320 (320-320)", "40.0 (39.0-40.0)", "4.00")
     assert by_form["vLLM, adapter beside it"] == ("100.0 MB", "6.00", "-", "-", "-", "-"), "not measured here"
     assert served(results_of(searched_row([1.0]))) is None
+    setting = ServeSetting(threads=2, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
+    unmeasured = ServeRecord(digest="0", seconds=1.0, rows=ROWS[-1:], setting=setting)
+    table = served(results.model_copy(update={"serve": unmeasured}))
+    assert table and "not measured" in table.caption and not re.search("[0-9]", table.caption)
+    assert table.headings == ("row", "served as", "files", "mean bits")
 
 
 def test_speed_is_compared_at_equal_bits(results: Results) -> None:
