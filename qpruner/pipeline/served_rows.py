@@ -5,6 +5,7 @@ The process is a new one, so that a crash of llama.cpp is an error of the stage.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,13 +224,15 @@ def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[
         return PROMPT_TOKENS / read, NEW_TOKENS / llama.decode(NEW_TOKENS), loss
 
 
-def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float:
+def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:
     from qpruner.data.losses import loss_result
     from qpruner.export.gguf.llama_cpp import Llama
 
     assert served.model
     with Llama(served.model, served.adapter, job.threads, max(len(row["input_ids"]) for row in rows)) as llama:
         found = [llama.loss(row["input_ids"], row["labels"]) for row in rows]
+    if not all(math.isfinite(total) for total, _ in found):
+        return None  # llama.cpp rounds the inputs of F16 weights to F16, where those of some models are infinite
     return loss_result(*zip(*found, strict=True)).mean
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from searched_runs import a_winner, with_records
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.export import forms
+from qpruner.export.gguf import llama_cpp
 from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline import serve, served_rows
 from qpruner.pipeline.context import Context
@@ -111,3 +113,17 @@ def test_work_that_starts_again_replaces_what_a_dead_worker_left(
     job: Any = SimpleNamespace(scratch=tmp_path, root=tmp_path)
     with pytest.raises(UserError, match="begun"):
         served_rows._export(job, "gguf", print, print)
+
+
+def test_a_base_model_too_large_for_float16_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overflowing(nullcontext[Any]):
+        def __init__(self, *_: Any) -> None:
+            super().__init__(self)
+
+        def loss(self, ids: list[int], labels: list[int]) -> tuple[float, int]:
+            return float("nan"), len(labels)
+
+    monkeypatch.setattr(llama_cpp, "Llama", Overflowing)
+    job: Any = SimpleNamespace(threads=1)
+    served: Any = SimpleNamespace(model=Path("base-f16.gguf"), adapter=None)
+    assert served_rows._loss(job, served, [{"input_ids": [1, 2], "labels": [1, 2]}]) is None
