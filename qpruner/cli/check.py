@@ -196,5 +196,5 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
         *estimate.time_text(facts, has_gpu),
         f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
         *_given_plan(config, facts),
-        *([f"serve:       {', '.join(config.serve.to)}, measured beside the base model"] if config.serve.to else []),
+        *([f"serve:       {', '.join(config.serve.to)}{config.serve.how}"] if config.serve.to else []),
     ]

@@ -6,8 +6,10 @@ Control characters in answers are replaced, so that a model cannot control the t
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,11 +108,21 @@ def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> 
     place = Path(out).expanduser() if out else folder.require_folder("name a folder with `--out`") / "export" / wanted
     if warning := warning_of_driver(folder):
         click.echo(warning, err=True)
-    with Terminal(quiet=False) as terminal:
+    with _interrupted_by_sigterm(), Terminal(quiet=False) as terminal:
         done = forms.export(folder, wanted, place.resolve(), loading_progress(terminal.emit, "export"))
     for line in _described(done):
         click.echo(line)
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, which deletes what is half written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _described(done: forms.Exported) -> Iterator[str]:

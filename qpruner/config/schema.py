@@ -326,6 +326,11 @@ class ServeConfig(Section):
         """Whether a form is for llama.cpp."""
         return any(form.startswith("gguf") for form in self.to)
 
+    @property
+    def how(self) -> str:
+        """What is measured of the forms, as a continuation of their list."""
+        return "; those for llama.cpp are measured beside the base model, on the CPU" if self.uses_llama_cpp else ""
+
 
 class CardConfig(Section):
     """Facts for the card of the final model, `final/README.md`; nothing is computed from them."""

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +180,7 @@ class _Work:
         found: Compared,
         checkpoint: Path | None = None,
         recoded: Mapping[str, str] | None = None,
-        remark: str | None = None,
+        remarks: Iterable[str | None] = (),
     ) -> Exported:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
         checkpoint, recoded, about = checkpoint or self.final, recoded or {}, vars(found)
@@ -195,7 +195,7 @@ class _Work:
             folder=self.target,
             is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
             recoded=recoded,
-            told=(*_told(formats_of(checkpoint_config(self.final)), recoded), *([remark] if remark else [])),
+            told=(*_told(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
             tensor_bytes=tensor_bytes(self.folder),
             plan_bytes=tensor_bytes(self.final),
@@ -233,7 +233,7 @@ def _peft(work: _Work, form: Form) -> Exported:
 
 def _gguf(work: _Work, form: Form) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
-    from qpruner.export.gguf import architectures, checking, writing
+    from qpruner.export.gguf import architectures, checking, same_tokens, writing
     from qpruner.export.gguf.modelfile import modelfile
     from qpruner.export.gguf.vocabulary import stop_ids
 
@@ -249,7 +249,8 @@ def _gguf(work: _Work, form: Form) -> Exported:
     text = modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
     retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
     found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
-    return work.exported(form, found, checkpoint, recoded, architectures.remark(config))
+    remarks = architectures.remark(config), same_tokens.remark(tokenizer)
+    return work.exported(form, found, checkpoint, recoded, remarks)
 
 
 def _vllm(work: _Work, form: Form) -> Exported:

@@ -14,7 +14,7 @@ from qpruner.models.loading import check_source, load_tokenizer
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
 from qpruner.report.results import SEARCHED
 from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
@@ -75,9 +75,10 @@ class Serve(Stage[ServeRecord]):
         source = check_source(self.config.model)
         if source.endswith(".gguf"):  # takes 15 s to convert, and comes from llama.cpp
             return
-        tokenizer = load_tokenizer(source, self.config.model)
+        tokenizer, config = load_tokenizer(source, self.config.model), self.context.inspection.model_config
+        ends = config.eos_token_id
         try:
-            vocabulary(tokenizer, self.context.inspection.model_config.vocab_size)
+            vocabulary(tokenizer, config.vocab_size, [ends] if isinstance(ends, int) else ends or ())
         except UserError as error:
             raise UserError(f"`serve.to`: {error}; or set `serve.to: []`") from error
 
@@ -87,7 +88,7 @@ class Serve(Stage[ServeRecord]):
         return (prepared.digest, tuned.digest, adapters, self.config.serve, _versions())
 
     def detail(self) -> str:
-        return f"{', '.join(self.config.serve.to)}, measured beside the base model on the CPU"
+        return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, executor = self.context, self.context.executor
@@ -116,6 +117,10 @@ class Serve(Stage[ServeRecord]):
     def disk_bytes(self) -> int:
         inspection = self.context.inspection
         forms = 2 * len(self.config.serve.to) * inspection.budget_bytes
+        # For vLLM embeddings and head are unpacked, in the recoded checkpoint too.
+        tables = [each for each in inspection.base.groups if each.name in (EMBEDDINGS, HEAD)]
+        unpacked = 2 * sum(linear.num_weights for group in tables for linear in group.linears)
+        forms += 2 * unpacked * sum(form.startswith("vllm") for form in self.config.serve.to)
         return forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
 
 

@@ -5,6 +5,7 @@ The process is a new one, so that a crash of llama.cpp is an error of the stage.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Emit, Message, Progress
 from qpruner.runs.records import CandidateRecord, ServedForm, ServedRow, ServeSetting
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import empty_folder, fetch, storage_at, writing_folder
+from qpruner.runs.storage import empty_folder, fetch, remove, storage_at, writing_folder
 from qpruner.wording import counted
 
 EMBEDDING_FORMAT = "q8_0"
@@ -96,6 +97,7 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
     from qpruner.export.forms import export
 
     place = job.scratch / form
+    remove(place)  # of a worker that died
     with writing_folder(place) as folder:
         done = export(RunDir(job.root, create=False), form, folder, on_progress)
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
@@ -112,7 +114,7 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
         check=f"loaded again by {done.by}: {alike}, KL divergence {done.divergence:.2g} nats",
         recoded=dict(done.recoded),
     )
-    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {row.check}"))
+    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {'; '.join((row.check, *done.told))}"))
     return Served(row, *(place / name for name in sorted(names, key=len) if name.endswith(".gguf")))
 
 
@@ -222,13 +224,15 @@ def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[
         return PROMPT_TOKENS / read, NEW_TOKENS / llama.decode(NEW_TOKENS), loss
 
 
-def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float:
+def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:
     from qpruner.data.losses import loss_result
     from qpruner.export.gguf.llama_cpp import Llama
 
     assert served.model
     with Llama(served.model, served.adapter, job.threads, max(len(row["input_ids"]) for row in rows)) as llama:
         found = [llama.loss(row["input_ids"], row["labels"]) for row in rows]
+    if not all(math.isfinite(total) for total, _ in found):
+        return None  # llama.cpp rounds the inputs of F16 weights to F16, where those of some models are infinite
     return loss_result(*zip(*found, strict=True)).mean
 
 

@@ -46,6 +46,9 @@ def served(results: Results) -> Table | None:
         for row in record.rows
     ]
     setting = record.setting
+    if not setting.build:
+        caption = "As served: sizes alone, as loss and speed in vLLM are not measured"
+        return Table(caption, HEADINGS, body).without_empty_columns()
     caption = (
         f"As served, on {counted(setting.threads, 'CPU thread')} each and measured in turns in one process: "
         f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), median, minimum and "
@@ -135,7 +138,8 @@ def tile(results: Results) -> tuple[str, str, str] | None:
     ratio = _over_transformers(record, row)
     faster = f"; {ratio:.1f} times the unpruned base in transformers" if ratio else ""
     about = f"{FORMS[row.form]}, {row.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
-    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}"
+    read = statistics.median(row.prefill_tokens_per_second)
+    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}; reads {read:.0f} (prefill)"
 
 
 def _best(record: ServeRecord | None) -> ServedRow | None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,17 @@ def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     assert not (run / HIDDEN).exists() and not list((run / "out").rglob("*.gguf"))
     shutil.rmtree(run / "out")
     assert digests(run) == before
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(searched: Path, tmp_path: Path) -> None:
+    asked = [sys.executable, "-m", "qpruner", "export", str(searched), "--to", "gguf", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.rglob("*.gguf")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert "interrupted" in process.communicate(timeout=60)[1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_two_exports_is_refused_and_neighbours_stay(searched: Path, tmp_path: Path) -> None:

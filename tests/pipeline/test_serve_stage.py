@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,10 @@ from searched_runs import a_winner, with_records
 
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
+from qpruner.export import forms
+from qpruner.export.gguf import llama_cpp
+from qpruner.models.loading import load_tokenizer
+from qpruner.pipeline import serve, served_rows
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.serve import Serve
@@ -75,6 +81,15 @@ def test_what_cannot_be_written_is_refused_before_the_run(changed: Callable[[str
     Serve(replace(changed("serve.to", []), inspection=other)).check()
 
 
+def test_the_end_in_the_config_of_the_model_counts(
+    changed: Callable[[str, Any], Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.eos_token = None
+    monkeypatch.setattr(serve, "load_tokenizer", lambda *_: tokenizer)
+    Serve(changed("serve.to", ["gguf"])).check()
+
+
 def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[[str, Any], Context]) -> None:
     said = list(Serve(changed("serve.to", ["gguf"])).warnings())
     assert any(re.search(r"llama.cpp has no format nf4: its layers get q4_", line) for line in said)
@@ -84,3 +99,31 @@ def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[
 def test_check_tells_them_too(sensed_raw: dict[str, Any], write_yaml: Callable[..., Path]) -> None:
     done = command("check", write_yaml(with_keys(sensed_raw, **{"serve.to": ["gguf"]})))
     assert done.exit_code == 0 and "llama.cpp has no format nf4: its layers get q4_" in done.output
+
+
+def test_work_that_starts_again_replaces_what_a_dead_worker_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gguf").mkdir()
+
+    def exported(run: RunDir, form: str, folder: Path, on_progress: Any) -> None:
+        raise UserError("exists" if folder.exists() else "begun")
+
+    monkeypatch.setattr(forms, "export", exported)
+    job: Any = SimpleNamespace(scratch=tmp_path, root=tmp_path)
+    with pytest.raises(UserError, match="begun"):
+        served_rows._export(job, "gguf", print, print)
+
+
+def test_a_base_model_too_large_for_float16_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overflowing(nullcontext[Any]):
+        def __init__(self, *_: Any) -> None:
+            super().__init__(self)
+
+        def loss(self, ids: list[int], labels: list[int]) -> tuple[float, int]:
+            return float("nan"), len(labels)
+
+    monkeypatch.setattr(llama_cpp, "Llama", Overflowing)
+    job: Any = SimpleNamespace(threads=1)
+    served: Any = SimpleNamespace(model=Path("base-f16.gguf"), adapter=None)
+    assert served_rows._loss(job, served, [{"input_ids": [1, 2], "labels": [1, 2]}]) is None

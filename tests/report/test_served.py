@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> Non
     assert by_form["GGUF Q8_0"] == ("100.0 MB", "8.00", "2.5000", "320 (320-320)", "40.0 (39.0-40.0)", "4.00")
     assert by_form["vLLM, adapter beside it"] == ("100.0 MB", "6.00", "-", "-", "-", "-"), "not measured here"
     assert served(results_of(searched_row([1.0]))) is None
+    setting = ServeSetting(threads=2, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
+    unmeasured = ServeRecord(digest="0", seconds=1.0, rows=ROWS[-1:], setting=setting)
+    table = served(results.model_copy(update={"serve": unmeasured}))
+    assert table and "not measured" in table.caption and not re.search("[0-9]", table.caption)
+    assert table.headings == ("row", "served as", "files", "mean bits")
 
 
 def test_speed_is_compared_at_equal_bits(results: Results) -> None:
@@ -67,7 +73,7 @@ def test_speed_as_served_comes_first_and_transformers_own_among_the_details(resu
     run = snapshot(results)
     first = tables.winner(run).rows[0]
     assert first[:2] == ("speed as served", "50.0 tokens/s"), "the merged file is faster, and worse"
-    assert "5.0 times the unpruned base" in first[2]
+    assert "5.0 times the unpruned base" in first[2] and first[2].endswith("reads 400 (prefill)")
     captions = {table.caption.split(",")[0]: table.summary for table in tables.final_tables(results)}
     assert captions["Size of each row"] and not captions["The fine-tune of each row"]
     assert not any(table.summary for table in tables.final_tables(results.model_copy(update={"serve": None})))

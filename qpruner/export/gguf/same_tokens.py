@@ -8,6 +8,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,13 +54,13 @@ def token_differences(
 ) -> Iterator[tuple[str, list[int], list[int]]]:
     """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a folder."""
     tokenizer = load_tokenizer(str(folder))
-    as_served, encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
+    (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
     comparable = ((each, asked) for each in texts(tokenizer) if (asked := as_served(each[0])) is not None)
     with Llama(model, library=library) as llama:
         for (text, is_chat), asked in itertools.islice(comparable, NUM_TEXTS):
             theirs = llama.tokens(asked, add_special=not is_chat)
             ours = encode(text, add_special_tokens=not is_chat).ids
-            if ours != theirs:
+            if ours != theirs and max(ours, default=0) < llama.vocab_size:  # the model has no row for others either
                 yield text, theirs, ours
 
 
@@ -93,23 +94,32 @@ def _chat(tokenizer: PreTrainedTokenizerBase, said: list[str], has_system: bool)
         return str(tokenizer.apply_chat_template(turns, **options))
 
 
-def _as_served(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None]:
+def remark(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Say of which texts llama.cpp makes other tokens; None if of none."""
+    _, differing = _as_served(tokenizer)
+    return f"llama.cpp makes other tokens of {differing}" if differing else None
+
+
+def _as_served(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str | None], str | None]:
     """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the ids differ.
 
-    This is all in which llama.cpp differs, whatever a GGUF file says.
+    The second value names the texts that change or differ. This is all in which llama.cpp differs, whatever a GGUF file
+    says.
     """
     definition = backend(tokenizer)
     added = [token["content"] for token in definition["added_tokens"]]
     if not definition["model"]["byte_fallback"]:
-        if definition["normalizer"]:  # a letter and its accent apart are not composed
-            return lambda text: unicodedata.normalize("NFC", text)
-        if pre_tokenizer(definition) == "tekken":  # words are split at combining marks: Hindi, Bengali, some emoji
-            return lambda text: None if any(unicodedata.category(each)[0] == "M" for each in text) else text
-        return lambda text: text
+        if definition["normalizer"]:
+            return partial(unicodedata.normalize, "NFC"), "letters whose accents are characters of their own (not NFC)"
+        if pre_tokenizer(definition) == "tekken":
+            has_mark = "words with combining marks (Hindi, Bengali, some emoji)"
+            return lambda text: None if any(unicodedata.category(each)[0] == "M" for each in text) else text, has_mark
+        return lambda text: text, None
     where = space_prefix(definition)
     if where == "never" or definition["normalizer"]:  # Gemma has runs of the sign, which is taken for a space
-        has_sign = any(set(token) == {"▁"} for token in added)
-        return lambda text: None if has_sign and "▁" in text else text
+        if not any(set(token) == {"▁"} for token in added):
+            return lambda text: text, None
+        return lambda text: None if "▁" in text else text, "texts with the sign ▁"
     split = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)").split
     only_first, spaces = where == "first", (" ", "▁")
 
@@ -124,4 +134,8 @@ def _as_served(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None
         differs = any(each.startswith(spaces) for each in (begin, *others)) or (only_first and any(others))
         return None if differs else text
 
-    return with_space if only_first and tokenizer.chat_template else alike
+    if only_first and tokenizer.chat_template:
+        return with_space, "texts that are no chat: begin them with a space"
+    return alike, "texts that begin with a space, or have special tokens and then text" if only_first else (
+        "texts with a space at the begin or after a special token"
+    )

@@ -7,6 +7,7 @@ chosen by the definition in the tokenizer, never by the name of the model, and a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +198,7 @@ def _tokens(
             kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
             tokens[index], types[index] = text, TokenType.UNKNOWN if is_spm and text == "<unk>" else kind
     if len(set(tokens)) != len(tokens):
-        twice = sorted({token for token in tokens if tokens.count(token) > 1})[:5]
+        twice = sorted(token for token, count in Counter(tokens).items() if count > 1)[:5]
         raise _unknown("tokens", twice, "those that occur once")
     return tokens, types
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from qpruner.errors import UserError
 from qpruner.export.gguf.llama_cpp import Llama
-from qpruner.export.gguf.same_tokens import texts, token_differences
+from qpruner.export.gguf.same_tokens import remark, texts, token_differences
 from qpruner.export.gguf.vocabulary import vocabulary
 from qpruner.models.loading import load_tokenizer
 
@@ -93,6 +93,23 @@ def test_tokens_around_texts_follow_the_post_processor(tmp_path: Path) -> None:
     assert compared(tmp_path)[1] == []
     with Llama(tmp_path / "vocabulary.gguf") as llama:
         assert llama.tokens("", add_special=True) == [0, 1]
+
+
+def test_texts_of_which_llama_cpp_makes_other_tokens_are_told(tmp_path: Path) -> None:
+    folders = (saved(byte_level(name), tmp_path / name) for name in ("gpt-2", "qwen2", "tekken"))
+    nothing, accents, marks = (remark(load_tokenizer(str(folder))) for folder in folders)
+    assert nothing is None and accents and "not NFC" in accents and marks and "Hindi" in marks
+    for template, expected in ((None, "begin with a space"), (CHATML, "are no chat: begin them with a space")):
+        folder = saved(sentencepiece("first"), tmp_path / f"{template}"[:4], template)
+        assert expected in str(remark(load_tokenizer(str(folder))))
+
+
+def test_an_added_token_without_a_row_is_no_difference(tmp_path: Path) -> None:
+    """A token for padding, added by a fine-tune that padded with it and never resized the embedding."""
+    tokenizer = load_tokenizer(str(saved(byte_level("llama-bpe"), tmp_path)))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    assert not compared(tmp_path, -1)[1]
 
 
 def test_rows_without_tokens_and_tokens_without_rows(tmp_path: Path) -> None:
