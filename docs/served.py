@@ -31,11 +31,12 @@ HEAD = """# Formats, families and servers
 
 <!-- Made by `python docs/served.py`: each cell is an export of a tiny model that the server has loaded again. -->
 
-Every cell was tried: a tiny random model with an adapter was exported, loaded again by the program that is named, and
-compared with the model in transformers. `yes`: with the packed weights as they are. A format: the server lacks this
-one, and the layers get that. `no`: refused before anything is written ([why](serve.md#what-cannot-be-written)).
+Each cell was tried: a tiny random model with an adapter was exported, loaded by llama.cpp or vLLM and compared with
+transformers. `yes`: packed weights stay as they are. A format: layers become that. `no`: refused
+([why](serve.md#what-cannot-be-written)). (compressed-tensors): in transformers, as vLLM on a CPU takes 4 bits only.
 """
 FORMS: dict[Form, str] = {"gguf": "`--to gguf`", "vllm": "`--to vllm`"}
+SERVERS = ("xllamacpp", "vLLM")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "phi3")
 TRIED: dict[Form, str] = {"gguf": "q4_0", "vllm": "w4_g32"}
 """The format in which every family is tried."""
@@ -57,13 +58,14 @@ def page(tokenizer: Path) -> str:
         }
         running = {name: [pool.submit(tried, *each) for each in cells] for name, cells in asked.items()}
         cells = {name: tuple(each.result() for each in row) for name, row in running.items()}
-    headings = (f"{title}, blocks {blocks}" for title in FORMS.values() for blocks in ("alike", "of other widths"))
+    headings = (f"{title}{blocks}" for title in FORMS.values() for blocks in (", alike", ", ragged"))
     return "\n".join(
         [
             HEAD,
             f"## Formats, in a Llama\n\n{_table(('formats', *FORMS.values()), _rows(cells, names))}\n",
             f"## Families, in {' and '.join(TRIED.values())}\n\n"
-            "Blocks of other widths have biases on their outputs (`compensation: bias`), if the server takes them.\n\n"
+            "Blocks are alike, or ragged: of different widths, with biases (`compensation: bias`) if the server takes "
+            "them.\n\n"
             f"{_table(('families', *headings), _rows(cells, FAMILIES))}\n",
         ]
     )
@@ -90,12 +92,8 @@ def _tried(family: str, is_ragged: bool, has_biases: bool, name: str, form: Form
         except StageError as error:
             return f"fails: {error.cause}"
     became = ", ".join(f"`{each}`" for each in sorted(set(done.recoded.values())))
-    return f"{became or 'yes'} ({_program(done.by)})"
-
-
-def _program(text: str) -> str:
-    """Return the first program without its version."""
-    return text.split(" ")[0].replace("xllamacpp", "llama.cpp")
+    program = done.by.split(" ")[0]
+    return (became or "yes") + ("" if program in SERVERS else f" ({program})")
 
 
 def _rows(cells: dict[str, tuple[str, ...]], names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -72,7 +72,10 @@ def continued(model: Any, ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("family", "is_ragged"),
-    [("llama", False), *((family, True) for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text"))],
+    [
+        *((family, False) for family in ("llama", "qwen2")),
+        *((family, True) for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite")),
+    ],
 )
 def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tiny_model: Path, tmp_path: Path) -> None:
     """The adapter is a LoRA module of vLLM; ragged blocks have biases too."""

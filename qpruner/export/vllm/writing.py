@@ -156,6 +156,12 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
         if scaling := getattr(config, "logits_scaling", None):  # of Granite, which vLLM's class for all models reads so
             described["logit_scale"] = 1 / scaling
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
+    elif (
+        config.model_type == "qwen2"
+        and config.num_attention_heads * family_of(config).head_dim(config) != config.hidden_size
+    ):
+        # vLLM 0.32's own class for Qwen2 reads no `head_dim`; this one builds transformers' classes.
+        described["architectures"] = ["TransformersForCausalLM"]
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
