@@ -82,7 +82,7 @@ def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tin
     pruned = pruned_model(family, tiny_model, tmp_path / "pruned", is_ragged)
     run = run_of(pruned, tmp_path / "run", ("w4", "bf16"))
     done = export(RunDir(run), "vllm", tmp_path / "out")
-    # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32, 32 of 32 tokens are the same);
+    # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32 32 tokens are the same);
     # without its scale of logits it is 0.46.
     most = 0.05 if family == "granite" else 0.01
     assert done.by.startswith("vLLM") and done.divergence < most and not done.recoded
