@@ -128,7 +128,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _described(done: forms.Exported) -> Iterator[str]:
     """Say what an export is, how it was checked and what it lost."""
     yield (
-        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the model in these formats, same "
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from these weights in transformers, same "
         f"prediction at {done.agreement:.1%} of {done.num_positions} positions, as {done.by} computes it; loads "
         + ("without qpruner" if done.is_plain else "after `import qpruner.hf`")
     )
@@ -139,4 +139,4 @@ def _described(done: forms.Exported) -> Iterator[str]:
         f"  {done.file_bytes / 1e6:.1f} MB, of which {more / 1e6:.2f} MB are tokenizer and metadata; "
         f"the plan's tensors have {done.plan_bytes / 1e6:.1f} MB"
     )
-    yield f"  loss {done.loss_before:.4f} before, {done.loss:.4f} as served"
+    yield f"  loss on those positions: {done.loss_before:.4f} before the export, {done.loss:.4f} as served"

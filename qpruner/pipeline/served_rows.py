@@ -101,7 +101,8 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
     with writing_folder(place) as folder:
         done = export(RunDir(job.root, create=False), form, folder, on_progress)
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
-    alike = f"{done.agreement:.1%} of {counted(done.num_positions, 'prediction')} are the same as in transformers"
+    same = f"{done.agreement:.1%} of {counted(done.num_positions, 'prediction')}"
+    alike = f"{same} are those of the same weights in transformers"
     row = ServedRow(
         name=SEARCHED,
         form=form,
