@@ -132,7 +132,7 @@ def _described(done: forms.Exported) -> Iterator[str]:
         f"prediction at {done.agreement:.1%} of {done.num_positions} positions, as {done.by} computes it; loads "
         + ("without qpruner" if done.is_plain else "after `import qpruner.hf`")
     )
-    for each in done.told:
+    for each in done.remarks:
         yield f"  {each}"
     more = done.file_bytes - done.tensor_bytes
     yield (

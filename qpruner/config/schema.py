@@ -323,12 +323,12 @@ class ServeConfig(Section):
 
     @property
     def uses_llama_cpp(self) -> bool:
-        """Whether a form is for llama.cpp."""
+        """Return True if a form is for llama.cpp."""
         return any(form.startswith("gguf") for form in self.to)
 
     @property
     def how(self) -> str:
-        """What is measured of the forms, as a continuation of their list."""
+        """Say what is measured of the forms, to follow their list."""
         return "; those for llama.cpp are measured beside the base model, on the CPU" if self.uses_llama_cpp else ""
 
 

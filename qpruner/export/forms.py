@@ -1,7 +1,8 @@
 """Export the final model in forms that other tools load, as files that were loaded again before they count as done.
 
 An export is written to a hidden folder, loaded by the program that will serve it and compared with the model; only then
-is it renamed. Layers that a server cannot take in the plan's format get the nearest one (`recode`), which is told.
+is it renamed. Layers that a server cannot take in the plan's format get the nearest one (`recode`);
+`Exported.remarks` says so.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Exported(Compared):
     """Whether it loads without qpruner."""
     recoded: Mapping[str, str]
     """Layers that the server cannot take in the plan's format, each with its format here."""
-    told: tuple[str, ...]
+    remarks: tuple[str, ...]
     """What differs from the final model, for people."""
     file_bytes: int
     """Bytes of all files that a server reads."""
@@ -195,14 +196,14 @@ class _Work:
             folder=self.target,
             is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
             recoded=recoded,
-            told=(*_told(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
+            remarks=(*_format_changes(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
             tensor_bytes=tensor_bytes(self.folder),
             plan_bytes=tensor_bytes(self.final),
         )
 
 
-def _told(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """Tell how many layers changed from which format to which."""
     counts = Counter((old[path], name) for path, name in new.items())
     return [f"{counted(count, 'layer')} from {before} to {after}" for (before, after), count in counts.items()]

@@ -115,7 +115,7 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
         check=f"loaded again by {done.by}: {alike}, KL divergence {done.divergence:.2g} nats",
         recoded=dict(done.recoded),
     )
-    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {'; '.join((row.check, *done.told))}"))
+    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {'; '.join((row.check, *done.remarks))}"))
     return Served(row, *(place / name for name in sorted(names, key=len) if name.endswith(".gguf")))
 
 

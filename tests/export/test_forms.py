@@ -57,7 +57,7 @@ def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path) -> None:
     outcome = json.loads(done.output.splitlines()[-1])
     names = {"demo.gguf", "demo-adapter.gguf", "Modelfile", "qpruner_export.json"}
     assert {path.name for path in folder.iterdir()} == names
-    assert not outcome["recoded"] and not outcome["told"] and outcome["by"].startswith("xllamacpp")
+    assert not outcome["recoded"] and not outcome["remarks"] and outcome["by"].startswith("xllamacpp")
     files, stored = list(folder.glob("*.gguf")), read_tensors(searched / "final", lambda name: True)
     assert outcome["tensor_bytes"] == sum(each.n_bytes for file in files for each in GGUFReader(file).tensors)
     more = sum(2 * each.numel() for each in stored.values() if each.dim() == 1)
@@ -78,7 +78,7 @@ def test_layers_that_llama_cpp_lacks_are_told(tiny_model: Path, tmp_path: Path) 
     folder = run / "export" / "gguf_merged"
     assert outcome["folder"] == str(folder)
     assert {path.name for path in folder.iterdir()} == {"run.gguf", "Modelfile", "qpruner_export.json"}
-    assert outcome["told"] == ["15 layers from nf4 to q4_0"] and set(outcome["recoded"].values()) == {"q4_0"}
+    assert outcome["remarks"] == ["15 layers from nf4 to q4_0"] and set(outcome["recoded"].values()) == {"q4_0"}
     assert "15 layers from nf4 to q4_0" in done.output and "as served" in done.output
 
 

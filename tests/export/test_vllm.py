@@ -82,7 +82,7 @@ def exported(searched: Path) -> dict[str, Any]:
 
 
 def test_a_plan_of_vllm_keeps_its_formats(searched: Path, exported: dict[str, Any]) -> None:
-    assert exported["told"] == ["1 layer from w8 to bf16"], "vLLM before 0.32 reads no packed embeddings"
+    assert exported["remarks"] == ["1 layer from w8 to bf16"], "vLLM before 0.32 reads no packed embeddings"
     assert exported["by"].startswith("compressed-tensors") and exported["is_plain"]
     folder = searched / "export" / "vllm"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -98,7 +98,7 @@ def test_an_adapter_is_merged_into_formats_of_vllm(tiny_model: Path, tmp_path: P
     pytest.importorskip("compressed_tensors")
     run = run_of(pruned_model("qwen3", tiny_model, tmp_path / "pruned", False), tmp_path / "run", ("nf4", "bf16"))
     done = export(RunDir(run), "vllm_merged", tmp_path / "out")
-    assert done.told[0].endswith("from nf4 to w4_g32_hqq") and abs(done.loss - done.loss_before) < 0.1
+    assert done.remarks[0].endswith("from nf4 to w4_g32_hqq") and abs(done.loss - done.loss_before) < 0.1
     assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / MODELING).exists()
 
 

@@ -31,9 +31,9 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
     reading, writing = os.pipe()
     command = [sys.executable, "-P", "-m", __name__, str(writing)]  # -P: no `random.py` of the current folder
-    with open(reading, "rb") as answers, tempfile.TemporaryFile() as told:
+    with open(reading, "rb") as answers, tempfile.TemporaryFile() as output:
         child = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=told, stderr=told, pass_fds=[writing], env=environment
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[writing], env=environment
         )
         os.close(writing)
         try:
@@ -48,16 +48,16 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
                     raise value
                 yield value
         except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
-            raise _died(child.wait(), told) from error
+            raise _died(child.wait(), output) from error
         finally:
             child.kill()
             child.wait()
 
 
-def _died(status: int, told: IO[bytes]) -> StageError:
+def _died(status: int, output: IO[bytes]) -> StageError:
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    told.seek(0)
-    lines = told.read().decode(errors="replace").split("\n")
+    output.seek(0)
+    lines = output.read().decode(errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "")
     return StageError("export", f"the process that runs llama.cpp {how}{last and f': {last.strip()}'}", REMEDY)
 

@@ -197,8 +197,8 @@ class Llama:
             raise self._error(f"{what} (status {status})")
 
     def _error(self, what: str) -> StageError:
-        told = "; ".join(self._library.errors) or "it gives no reason"
-        return StageError("export", f"llama.cpp cannot {what}: {told}", "write the file again: repeat the command")
+        reason = "; ".join(self._library.errors) or "it gives no reason"
+        return StageError("export", f"llama.cpp cannot {what}: {reason}", "write the file again: repeat the command")
 
     def tokens(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Tokenize a text; add the tokens of begin and end, and read those that are written in the text, if asked."""

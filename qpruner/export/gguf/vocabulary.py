@@ -173,7 +173,7 @@ def _expressions(step: Mapping[str, Any]) -> list[str]:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], vocab_size: int, special: set[int]
 ) -> tuple[list[str], list[int]]:
-    """List the text and the type of each row; `special` are ids that llama.cpp is told."""
+    """List the text and the type of each row; `special` are ids that the file names."""
     from gguf import TokenType
 
     tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
