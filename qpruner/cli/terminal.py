@@ -6,7 +6,6 @@ The live view shows the stages, the progress within a stage, and the search. The
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import threading
 import time
@@ -163,7 +162,7 @@ class Terminal:
                         if not isinstance(began, str):
                             self.say(f"[{stage}] {count}" + (f", {duration(now - began)}" if began else ""))
                 except SystemExit:  # rich raises it when the pipe is closed
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome

@@ -208,6 +208,7 @@ def _beat(lock: Storage, me: Holder, notify: Callable[[str], None], done: thread
         with contextlib.suppress(OSError, StorageError):  # the next heartbeat may reach the storage
             if why := _why_lost(lock, me):
                 notify(why)
-                os.kill(os.getpid(), signal.SIGTERM)
+                # To the main thread: a signal to the process may be delivered to this one, and wakes nobody.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return  # the process ends a little later, in Ray's handler; this thread must not renew the lock
             lock.renew(me.model_dump_json().encode())
