@@ -71,8 +71,10 @@ class TrialRecord(Recorded):
     peak_memory_bytes: int | None = None
     """Peak memory of the worker process, less its memory at the start."""
     memory_counter: str | None = None
+    saved_between: int = 0
+    """Step of the last checkpoint between rungs; they are made by time."""
     checkpoint: dict[str, str] = {}
-    """Checkpoint of the last rung: file name -> sha256."""
+    """The last checkpoint: file name -> sha256."""
     worker: str | None = None
     """The latest worker process of the trial; earlier workers may no longer write."""
     node: str | None = None
@@ -80,9 +82,9 @@ class TrialRecord(Recorded):
     micro_batch_size: int | None = None
     """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
-    """Worker deaths since the last rung, except by loss of the machine and for lack of memory."""
+    """Worker deaths since the last checkpoint, except by loss of the machine and for lack of memory."""
     memory_kills: int = 0
-    """Worker deaths since the last rung for lack of memory, except those answered by a smaller micro-batch."""
+    """Worker deaths since the last checkpoint for lack of memory, except those answered by a smaller micro-batch."""
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
@@ -91,7 +93,7 @@ class TrialRecord(Recorded):
         """Return one row, with `loss at STEP` and perhaps `accuracy at STEP` for each rung."""
         shown = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
         [row] = super(TrialRecord, shown).table_rows()
-        for name in ("digest", "rungs", "times", "begun"):
+        for name in ("digest", "rungs", "saved_between", "times", "begun"):
             del row[name]
         for rung in self.rungs:
             row[f"loss at {rung.step}"] = rung.loss
@@ -103,6 +105,11 @@ class TrialRecord(Recorded):
         """Return the GPU seconds that one search used for this trial."""
         own = self.gpu_seconds - sum(self.earlier_gpu_seconds.values()) if self.search == search else 0.0
         return self.earlier_gpu_seconds.get(search, 0.0) + own
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint, from which the trial resumes; 0 before the first."""
+        return max(self.saved_between, self.rungs[-1].step if self.rungs else 0)
 
     @property
     def is_over(self) -> bool:
