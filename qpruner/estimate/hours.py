@@ -87,7 +87,8 @@ def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[
         Prune: count.prune() / rates.training,
         Bank: count.bank() / rates.packing + count.rounding() / rates.training,
         Sensitivity: count.sensitivity() / rates.training,
-        Search: count.training(steps) / rates.training + count.search_scores() / rates.scoring,
+        Search: count.training(steps + num_confirmed_again(config) * config.search.steps) / rates.training
+        + count.search_scores() / rates.scoring,
         Finetune: finetune,
         Evaluate: (1 + UNTUNED) * evaluation,
         Comparison: num_compared(config) * (finetune + evaluation),
@@ -132,6 +133,13 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
     others = config.num_trials - controls
     steps = sum(share * length for share, length in zip(shares, lengths, strict=True))
     return controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares)
+
+
+def num_confirmed_again(config: RunConfig) -> int:
+    """Count the trainings of finalists under further seeds, if none of them can be told apart from the best."""
+    search = config.search
+    finalists = min(search.max_trials, search.confirm + 1) if config.is_searched and not search.pareto else 0
+    return finalists * search.confirm_seeds
 
 
 def num_compared(config: RunConfig) -> int:
@@ -200,7 +208,7 @@ class _Count:
         rung = self.split("validation") + self._questions("search")
         # A given plan is the only finalist to score: an earlier search has already scored the controls.
         best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
-        finalists = best if self._config.is_searched else 1
+        finalists = (best if self._config.is_searched else 1) + num_confirmed_again(self._config)
         return rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:

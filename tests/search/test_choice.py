@@ -14,6 +14,7 @@ from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.search.choice import (
     best_uniform,
+    contenders,
     controls_of,
     finalist_positions,
     non_dominated,
@@ -229,6 +230,52 @@ def test_a_trial_that_may_not_win_is_shown_all_the_same() -> None:
     """A control over budget: the best score of all, scored again, never the winner, and in no finalist's place."""
     scores, controls, fits = [1.0, 3.0, 2.0, 4.0], [True, False, False, False], [False, True, True, True]
     assert finalist_positions(scores, controls, 1, fits) == [0, 2]
-    assert winner_position(scores, controls, fits) == 2
-    assert winner_position(scores, controls) == 0
-    assert winner_position(scores, controls, [False] * 4) is None
+
+
+# ---- finalists that cannot be told apart
+
+
+def test_contenders_are_those_a_paired_interval_cannot_exclude() -> None:
+    """Rows differ far more than finalists do, and alike for all of them."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(3, 1, 100)
+    levels = (0.0, 0.005, 0.5, 0.01, 0.011, 0.02)
+    losses = [(rows + level + generator.normal(0, 0.005, 100)).tolist() for level in levels]
+    scores, controls = [sum(each) / 100 for each in losses], [False, False, False, False, True, True]
+    assert contenders(scores, controls, 3, losses) == [0]
+    wide = [(rows + level + generator.normal(0, 0.2, 100)).tolist() for level in levels]
+    scores = [3.0, 3.005, 3.5, 3.01, 3.011, 3.02]
+    assert contenders(scores, controls, 3, wide) == [0, 1, 3, 4], "the three lowest and the best control"
+    assert contenders(scores, controls, 4) == [0, 1, 3, 4], "without losses by row"
+    assert contenders([], [], 3) == []
+
+
+def test_the_lowest_mean_over_seeds_wins_of_those_that_have_them() -> None:
+    assert winner_position([[1.0, 1.4], [1.1, 1.2], [1.05]], [False] * 3) == 1
+    assert winner_position([[1.0, 1.2], [1.1, 1.1]], [False, True]) == 1, "a control wins ties"
+    assert winner_position([[1.0], [0.9]], [True, False]) == 1
+    assert winner_position([], []) is None
+
+
+def regret(seed: int, num_seeds: int) -> float:
+    """Search plans of a range of 0.13 nats, with the noise of trials (LOG, 53d67bd): 0.013 nats, and more by rows."""
+    generator = np.random.default_rng(seed)
+    true, controls = generator.uniform(0, 0.13, 24), [at < 2 for at in range(24)]
+    trained = true[:, None] + generator.normal(0, 0.012, (24, 3))  # under three training seeds
+    scores = trained[:, 0] + generator.normal(0, 0.005, 24)
+    fresh = trained[:, :, None] + generator.normal(0, 0.06, (24, 3, 100))
+    chosen = finalist_positions(scores, controls, 3)
+    again = contenders(
+        [float(fresh[at, 0].mean()) for at in chosen], [controls[at] for at in chosen], 3, fresh[chosen, 0].tolist()
+    )
+    seeds = [num_seeds if position in again and len(again) > 1 else 1 for position in range(len(chosen))]
+    by_seed = [fresh[at, :count].mean(axis=1).tolist() for at, count in zip(chosen, seeds, strict=True)]
+    best = winner_position(by_seed, [controls[at] for at in chosen])
+    assert best is not None
+    return float(true[chosen[best]] - true.min())
+
+
+def test_further_seeds_return_a_better_plan_for_the_same_scores() -> None:
+    """In 400 searches 3.9 % of the range is lost by one seed, 2.4 % with one further seed, 2.1 % with two."""
+    one, two, three = (np.mean([regret(seed, count) for seed in range(200)]) for count in (1, 2, 3))
+    assert two < 0.75 * one and three < two

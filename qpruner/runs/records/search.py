@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import Record, Recorded, StandardError
@@ -209,6 +210,19 @@ class Confirmation(FinalistScore):
     plan_bytes: int
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
+    seed_losses: tuple[float, ...] = ()
+    """Losses on the fresh rows after training again under further seeds (`search.confirm_seeds`).
+
+    Only finalists that could not be told apart from the best have them, and the winner is one of these."""
+    seed_accuracies: tuple[float, ...] = ()
+    """Accuracies on the fresh questions, likewise."""
+
+    @property
+    def by_seed(self) -> tuple[FreshScore, ...]:
+        """The scores under all training seeds, the trial's own first."""
+        accuracies = self.seed_accuracies or (None,) * len(self.seed_losses)
+        more = zip(self.seed_losses, accuracies, strict=True)
+        return (self, *(FreshScore(loss=loss, stderr=math.nan, accuracy=accuracy) for loss, accuracy in more))
 
 
 class FrontPoint(FreshScore):
@@ -219,6 +233,17 @@ class FrontPoint(FreshScore):
     cut: str = "pruned"
     plan: dict[str, str]
     plan_bytes: int
+
+
+class RungAgreement(Recorded):
+    """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs, from -1 to 1."""
+
+    step: int
+    num_trials: int
+    within: float | None
+    """Over pairs of trials of one cut; null without such a pair."""
+    across: float | None
+    """Over pairs of trials of unlike cuts; null without such a pair."""
 
 
 class SearchRecord(Record):
@@ -248,7 +273,9 @@ class SearchRecord(Record):
     gpu_seconds: float
     """GPU seconds of the trials."""
     confirmation_gpu_seconds: float = 0.0
-    """GPU seconds spent on scoring the finalists on fresh rows."""
+    """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
+    rungs: tuple[RungAgreement, ...] = ()
+    """What each rung before the last says of the last one, over the finished trials of this and reused searches."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
