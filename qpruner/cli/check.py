@@ -49,7 +49,7 @@ def check(
     if free is not None and estimated["memory_at_once"] > free:
         warnings.append(
             f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
-            "free here: lower the batch sizes or `search.max_concurrent`"
+            "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
         )
     if remark:
         warnings.append(remark)

@@ -44,7 +44,7 @@ def run_groups(
 
     If a process dies, its group ends and the job runs again in another group. Rank 0 returns the result.
     `resources` are for one process; `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder
-    that all nodes share, until all jobs are over. `more` are further arguments of `run_tasks`.
+    that all nodes share.
     """
     run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:

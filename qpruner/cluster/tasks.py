@@ -66,15 +66,10 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process`
-    every job runs in its own new process, so that its memory can be measured. `check_node` (see
-    `node_check.packed_check`) raises on an unusable node. `on_tick` is called about once a second, `on_held` with the
-    GPU seconds of each finished job, without its waiting time. `progress` returns what the job at a position has saved;
-    after a change its workers' deaths count from 0 again.
-
-    Raises:
-        NodeDiffers: If a job was sent to an unusable node.
-        WorkerDied: If `MAX_DEATHS` workers of one job died, on machines that stay and without progress.
+    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process` every job
+    has a new process, so that its memory can be measured. `check_node` (see `packed_check`) raises on an unusable
+    node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job. `progress`
+    returns what the job at a position has saved: after a change the deaths of its workers count from 0 again.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 
@@ -146,16 +141,13 @@ class DeathCounter:
         if self._in_a_row[position] == MAX_DEATHS:
             raise WorkerDied(
                 f"{MAX_DEATHS} workers died in a row in the same task, the last one: {first_line(death)}\n  remedy: "
-                "free memory on the node, as its lack is the usual cause (see Ray's log there), then repeat the command"
+                "free memory on the node, the usual cause (see Ray's log there), then repeat the command"
             ) from error
         return first_line(death)
 
 
 def is_staying(node_id: str) -> bool:
-    """Return True if a node is alive and not about to leave (a spot notice, `ray drain-node`).
-
-    The node must also accept a connection: Ray lists a killed node as alive for up to 15 s (measured, Ray 2.60).
-    """
+    """Return True if a node accepts connections (Ray 2.60 lists a killed node for up to 15 s) and is not to leave."""
     node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
     if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
         return False
