@@ -1,7 +1,6 @@
-"""The command line: verbs and their options.
+"""The command line: verbs and their options; exit code 2 for a mistake in the input, 1 for any other failure.
 
-Exit codes: 0 for success, 2 for a mistake in the input, 1 for any other failure. With `--json` the last line of stdout
-is one JSON object. Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
+With `--json` the last line of stdout is one JSON object. Heavy imports stay inside the verbs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checks that the nodes of a cluster can work on a run: all nodes before the run, and each node before its work.
+"""Checks that nodes can work on a run: all of them before the run, and each one before its work.
 
-The code of the checks is sent to the node, because another qpruner, or none, may be installed there. So these functions
-import nothing of qpruner, except to reach the storage, and return plain data.
+The code of the checks is sent to the node, where another qpruner or none may be installed: it imports nothing of
+qpruner, except to reach the storage, and returns plain data.
 """
 
 from __future__ import annotations
@@ -83,10 +83,7 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
 
 
 def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node` with its arguments; a worker calls it before it imports qpruner.
-
-    `driver_versions` is empty for a run on this machine alone. `run` is None for work without a run's storage.
-    """
+    """Pickle `check_node` for a worker, without versions on this machine alone, without a run for other work."""
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections import Counter, deque
@@ -24,6 +25,7 @@ from ray.exceptions import (
 from qpruner.cluster import ray_private
 from qpruner.cluster.node_check import REFUSAL
 from qpruner.errors import NodeDiffers, WorkerDied, first_line
+from qpruner.runs.events import Emit, Event, Message
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, 
 """Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
 MAX_DEATHS = 3
 """Deaths of workers in a row, on machines that stay and without progress, that fail a job."""
+QUIET_SECONDS = 20.0
+"""Time for a worker process to start; after it the user is told that the work waits for a machine."""
 ANSWER_SECONDS = 2.0
 """A machine that accepts no connection within this time counts as gone."""
 
@@ -63,6 +67,7 @@ def run_tasks(
     on_tick: Callable[[], None] = lambda: None,
     on_held: Callable[[float], None] = lambda seconds: None,
     progress: Callable[[int], object] = lambda position: None,
+    on_event: Emit | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
@@ -70,21 +75,29 @@ def run_tasks(
     has a new process, so that its memory can be measured. `check_node` (see `packed_check`) raises on an unusable
     node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job. `progress`
     returns what the job at a position has saved: after a change the deaths of its workers count from 0 again.
+    With `on_event` the function is a generator, which yields events for it and returns the result.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 
-    def timed(job: Any) -> tuple[Any, float]:
-        started = time.monotonic()
-        return function(job), time.monotonic() - started
+    is_generator, emit = on_event is not None, on_event or (lambda event: None)
+
+    def timed(job: Any) -> Iterator[Any]:
+        started, found = time.monotonic(), function(job)
+        result = (yield from found) if is_generator else found  # type: ignore[misc]
+        yield result, time.monotonic() - started
 
     task, deaths = _located_task(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
+    quiet_until = time.monotonic() + QUIET_SECONDS
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
             running[task.remote(cloudpickle.dumps(checked(check_node, partial(timed, jobs[position]))))] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
+        if not done and not nodes and time.monotonic() > quiet_until:
+            emit(Message("cluster", f"waiting for a machine with room for {dict(resources)}"))
+            quiet_until = math.inf
         for answers in done:
             position = running[answers]
             try:
@@ -92,27 +105,30 @@ def run_tasks(
             except DEATHS as error:
                 line = deaths.count(position, nodes.pop(position, None), error)
                 logger.warning("a worker died, its job is run again: %s", line)
+                emit(Message("cluster", f"a worker died, its work starts again: {line}"))
                 waiting.append(running.pop(answers))
             except RayTaskError as error:
                 raise original_error(error) from error
             else:
                 if isinstance(answer, str):
                     nodes[position] = answer
-                    continue
-                del running[answers]
-                result, seconds = answer
-                on_held(resources.get("gpu", 0.0) * seconds)
-                yield position, result
+                elif isinstance(answer, Event):
+                    emit(answer)
+                else:
+                    del running[answers]
+                    result, seconds = answer
+                    on_held(resources.get("gpu", 0.0) * seconds)
+                    yield position, result
 
 
 def _located_task(name: str, resources: Mapping[str, float], own_process: bool) -> Any:
-    """Make the Ray task that yields the id of its node, then the result of the pickled work that it gets."""
+    """Make the Ray task that yields the id of its node, then what the pickled work yields."""
 
     def located(work: bytes) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
         from ray import cloudpickle
 
         yield ray.get_runtime_context().get_node_id()
-        yield cloudpickle.loads(work)()
+        yield from cloudpickle.loads(work)()
 
     options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
     return ray.remote(max_calls=1 if own_process else 0, max_retries=0, **options)(located).options(name=name)
@@ -127,11 +143,7 @@ class DeathCounter:
         self._saved: dict[int, object] = {}
 
     def count(self, position: int, node: str | None, error: Exception) -> str:
-        """Count the death of a job's worker on a node (None if it never started); return the error in one line.
-
-        Raises:
-            WorkerDied: If this is the death number `MAX_DEATHS` in a row.
-        """
+        """Count the death of a worker (node None: it never began); return its error in one line or raise WorkerDied."""
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._saved.get(position):

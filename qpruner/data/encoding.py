@@ -1,7 +1,6 @@
 """Turn rows into prompts and responses, and these into tokens and labels.
 
-A multiple-choice row has the same text as an ARC question in lm-eval, so that training, validation loss and lm-eval
-accuracy measure the same task.
+A multiple-choice row has the text of an ARC question in lm-eval: training, loss and accuracy measure the same task.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ def encode(
     template: str = "alpaca",
     response_only: bool = True,
 ) -> list[Row]:
-    """Tokenize rows, cut each at `max_length` tokens, and drop rows without a labelled token.
-
-    With `response_only` the tokens of prompts get the label -100, so that only responses are learned.
-    """
+    """Tokenize rows, cut at `max_length`, label the response or all tokens, and drop rows without a labelled token."""
     rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
     encoded = list(_cut(rows, max_length))
     if not encoded:
@@ -230,10 +226,7 @@ def load_encoded(folder: Path) -> EncodedRows:
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load one half of the confirmation rows, on which no trial is scored: `choose` picks the winner, `judge` tests it.
-
-    The halves are separate because the winner would look too good on the rows by which it was chosen.
-    """
+    """Load the half of the confirmation rows that picks the winner (`choose`) or tests it (`judge`), never a trial."""
     half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
     return half
 

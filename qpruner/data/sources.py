@@ -1,8 +1,4 @@
-"""Read rows from data files and from the hub, and map their columns to those of a row format.
-
-The row formats are `instruction` (instruction, input, output), `multiple_choice` (question, choices, answer; also in
-ARC's layout) and `text`.
-"""
+"""Read rows from data files and from the hub, and map their columns to those of a row format (`COLUMNS`)."""
 
 from __future__ import annotations
 

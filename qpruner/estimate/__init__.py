@@ -21,10 +21,7 @@ def facts(
     done: Mapping[str, float],
     gpus: float | None,
 ) -> dict[str, Any]:
-    """Return all estimates as plain data; hours only with `rates`, as GPU hours or, without GPUs, as slot hours.
-
-    `slots` is how many trials run at once, `done` the recorded share of each stage, `gpus` the GPUs of one trial.
-    """
+    """Return all estimates; hours only with `rates`, for `slots` trials at once. `done`: recorded share by stage."""
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")

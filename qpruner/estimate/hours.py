@@ -84,10 +84,7 @@ class StageTime(NamedTuple):
 def stage_times(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, has_gpus: bool = False
 ) -> dict[str, StageTime]:
-    """Estimate the time of each stage that runs, in the order of the flow, when `slots` trials run at once.
-
-    Starting processes, loading and saving are not included.
-    """
+    """Estimate the time of each stage that runs, in order of the flow; starts, loading and saving are not included."""
     count, workers, compared = _Count(config, inspection), config.finetune.num_workers, num_compared(config)
     judged = count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) / rates.training
@@ -115,8 +112,7 @@ def stage_times(
 def expected_steps(config: RunConfig) -> tuple[float, float]:
     """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat (`preflight.most_controls`). The
-    first trial at a rung always continues, so a small search takes more steps than this.
+    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat (`preflight.most_controls`).
     """
     search = config.search
     controls = min(config.num_trials, most_controls(config))
@@ -128,11 +124,7 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 
 
 def num_compared(config: RunConfig) -> int:
-    """Count the fine-tunes that `finetune.compare` adds to the first fine-tune of the winner.
-
-    They are for the other rows of the final table, and for the winner under further training seeds. Rows with the same
-    plan share a fine-tune. Without a search there is no row `best seed`, for which the search chooses the sensitivity.
-    """
+    """Count the fine-tunes that `finetune.compare` adds to the first one of the winner; equal plans share one."""
     methods, settings, levels = config.measured_methods, config.finetune, config.quantize.levels
     has_best = bool(methods) and config.is_searched
     shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)

@@ -198,10 +198,7 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count mutual information, by part: the outputs of all groups at all drawn positions, of one batch in float32.
-
-    The logits of a batch are gone when the principal components of a group are computed.
-    """
+    """Count mutual information, by part: the outputs of all groups at all drawn positions, in a batch in float32."""
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
@@ -218,8 +215,7 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> d
 def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
     """Count the memory of measuring KL and loss by part; `quantized group` includes its largest layer unpacked.
 
-    `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
-    log-probabilities. Later: the same log-probabilities, logits with the quantized group, 4 x `POSITIONS` float32 rows.
+    `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or compared.
     """
     dense, config = inspection.pruned, inspection.model_config
     quantized = [dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each]) for each in groups]

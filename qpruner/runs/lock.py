@@ -1,9 +1,8 @@
 """A lock file names the driver, the one process that works on a run; the file's time of change is the last heartbeat.
 
-A lock is stale if its driver is dead. A new command sees from the process id whether a driver on the same machine is
-dead. For a driver on another machine it waits until the next heartbeat is overdue, since clocks may differ. `filelock`
-lets one process at a time judge a lock; for a run at a URI, one on each machine (pyarrow 26 has no conditional put). If
-drivers on two machines then take one lock in the same instant, the first heartbeat ends one of them.
+A lock is stale if its driver is dead: on this machine the process id tells, on another one a minute without heartbeat,
+measured here, since clocks may differ. `filelock` lets one process at a time judge a lock; at a URI, one on each
+machine (pyarrow 26 has no conditional put): of two that take it at once, the first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -71,10 +70,9 @@ def driver_of(root: Path) -> Driver | None:
 def hold_run(
     root: Path, notify: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
 ) -> Iterator[Callable[[], bool]]:
-    """Hold the lock of a run for this process, or raise `UserError` if another driver works on the run.
+    """Hold the lock of a run, or raise `UserError` if another driver works on it; yield whether the lock is still held.
 
-    Yields a function that returns False once this process has lost the lock. The next heartbeat then also ends this
-    process (SIGTERM). `notify` gets a line when this process waits for the lock, takes a stale lock or loses its lock.
+    If the lock is lost, the next heartbeat ends this process (SIGTERM).
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
     watched, deadline = None, time.monotonic() + limit

@@ -44,11 +44,10 @@ def score_tasks(
     metric: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
-    """Run lm-eval on a model in memory, with or without adapters.
+    """Run lm-eval on a model in memory; return one score per task, of a group of tasks one per subtask.
 
-    The first `skip` questions of a task are left out; the next `limit` (None: all) are scored. If `metric` is None, a
-    task is scored by the first of `METRICS` that it reports. `on_progress` gets the numbers of answered and of all
-    requests (one per choice or generation). Returns one score per task; a group of tasks has one per subtask.
+    The first `skip` questions are left out; the next `limit` (None: all) are scored, by `metric` or else the first of
+    `METRICS` that a task reports. `on_progress` counts requests (one per choice or generation).
     """
     from lm_eval import simple_evaluate
 
@@ -75,10 +74,7 @@ def score_tasks(
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
-    """Derive a class from lm-eval's model that reports progress and computes only the logits of answers.
-
-    lm-eval passes each answer to a cache hook, which counts it. Answers' logits are the last ones of a sequence.
-    """
+    """Derive a class from lm-eval's model that counts answers (by its cache hook) and computes only their logits."""
     import torch
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
@@ -120,10 +116,7 @@ def _counting_model(on_progress: OnProgress) -> Any:
 def task_questions(
     tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
 ) -> dict[str, TaskQuestions]:
-    """Load the first `limit` questions of each task; errors name `key`, the configuration key that lists the tasks.
-
-    Raise `UserError` if a task is unknown, its rows cannot be loaded, or it does not report the metric.
-    """
+    """Load the first `limit` questions of each task, and check tasks and metric; errors name the key `key`."""
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in (task for task in tasks if task not in known):
         folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""

@@ -1,8 +1,6 @@
 """Settings and checks of the trackers that the key `trackers` names: Weights & Biases and MLflow.
 
-Ray Tune's callbacks log trials (`cluster/tune/trackers.py`), transformers' callbacks log fine-tunes
-(`tracked_finetune.py`). A tracker's address and key come from its own environment variables, which the driver passes to
-the workers. These variables are never recorded or logged.
+A tracker's address and key come from environment variables, which workers get, and which are never recorded.
 """
 
 from __future__ import annotations

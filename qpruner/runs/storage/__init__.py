@@ -1,7 +1,6 @@
-"""Read and write the files of a run, in a folder or in an object store.
+"""Read and write the files of a run, in a folder or in an object store; wait while the storage is full or away.
 
-Every file of a run has a path on this machine. For a run in an object store, that path holds a local copy of the
-object. These functions wait while the storage is full or away (not reachable), unless they say otherwise.
+Every file has a path on this machine; for a run in an object store it holds a local copy of the object.
 """
 
 from __future__ import annotations
@@ -237,10 +236,9 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
-    """Make a folder of a run available on this machine, and return its path.
+    """Make a folder of a run available on this machine, compare it once with its file list, and return its path.
 
-    Each process compares the files with the file list once. A damaged local copy is downloaded again; damage in the
-    storage itself raises `CorruptFile`.
+    A damaged local copy is downloaded again; damage in the storage itself raises `CorruptFile`.
     """
     storage_at(folder).fetch(on_piece)
     return folder

@@ -1,10 +1,7 @@
 """The storage of a run in an object store (`s3://`, `gs://`), through pyarrow.
 
-Each machine has a mirror of the run: a folder for local copies. The path of the mirror contains the URI, so that any
-process can find the object for a path in the mirror.
-
-An object store cannot rename. The files of a folder are uploaded before its file list, and a folder without a list does
-not exist. Downloaded files are compared with the list.
+Each machine has a mirror of the run, a folder for local copies whose path contains the URI. The files of a folder are
+uploaded before its file list: a folder without a list does not exist.
 """
 
 from __future__ import annotations
