@@ -114,10 +114,7 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
     cores = max(1, int(found.resources.get("cpu", 1)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if found.resources.get("gpu") and not gpu:
-        raise UserError(
-            "`--measure` times this machine, which has no GPU, but each trial would use one: run it on a machine with "
-            "the cluster's GPU"
-        )
+        raise UserError("`--measure` times this machine, which has no GPU, but trials would use one: run it on theirs")
     return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
 
 

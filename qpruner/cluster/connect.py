@@ -59,9 +59,9 @@ def connect(address: str | None) -> Cluster:
     if was_joined:
         present = ray.get_runtime_context().gcs_address
         if address not in ("auto", present):
+            remedy = f"call `ray.shutdown()` first, or pass address={present!r}"
             raise UserError(
-                f"this process has joined the Ray cluster at {present} already, but `address` is {address!r}; call "
-                f"`ray.shutdown()` first, or pass address={present!r}"
+                f"`address` is {address!r}, but this process has joined the Ray cluster at {present}; {remedy}"
             )
     elif address:
         _join(address, options)
@@ -123,20 +123,17 @@ def _join(address: str, options: dict[str, Any]) -> None:
     import ray
 
     if address.startswith("ray://"):
-        raise UserError(
-            f"--address {address}: qpruner must run inside the cluster, not through a Ray client; use `--address auto` "
-            "on the head node, or `ray job submit`"
-        )
+        remedy = "repeat the command on the head node with `--address auto`, or submit it with `ray job submit`"
+        raise UserError(f"--address {address}: qpruner does not work through a Ray client; {remedy}")
     try:
         # Connect first: this fails at once where nothing listens, while Ray would log many attempts.
         host, _, port = ray_private.canonicalize_address_or_die(address).rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--address {address}: this process cannot join a Ray cluster there ({' '.join(str(error).split())}); "
-            "start one there with `ray start --head` or `ray up`, with the same Ray and Python, or leave --address out"
-        ) from error
+        why = f"this process cannot join a Ray cluster there ({' '.join(str(error).split())})"
+        remedy = "start one with the same Ray and Python (`ray start --head`, `ray up`), or leave --address out"
+        raise UserError(f"--address {address}: {why}; {remedy}") from error
 
 
 def _growth() -> Slots:
@@ -162,10 +159,8 @@ def read_growth(file: Path, head: Node) -> Slots:
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): run qpruner as the user who "
-            "started Ray"
-        ) from error
+        why = f"the cluster file of Ray's autoscaler, cannot be read ({error})"
+        raise UserError(f"{file}, {why}: run qpruner as the user who started Ray") from error
     max_workers = int(config.get("max_workers", 0))
     workers: list[Node] = []
     for name, kind in (config.get("available_node_types") or {}).items():

@@ -87,10 +87,8 @@ class Slots:
         if most < 1:
             number = counted(len(self.nodes), "machine")
             number += " and of those that the autoscaler may start" if self.workers else ""
-            raise UserError(
-                f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the largest of {number} "
-                f"has {self.largest}: ask for less, or add a larger machine"
-            )
+            has = f"the largest of {number} has {self.largest}: ask for less, or add a larger machine"
+            raise UserError(f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but {has}")
         return min(most, limit or most)
 
 

@@ -82,13 +82,10 @@ def _calibration_samples(
     rows = (_labelled(example, tokenizer, config.data.template, response_only) for example in shuffled)
     samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
     if len(samples) < count:
-        shape, remedy = "at most", "longer"
-        if packing:
-            shape, remedy = "exactly", "shorter, or set `calibration.packing: false` to use each row as a sample"
+        remedy = "shorter, or set `calibration.packing: false`" if packing else "longer"
         raise UserError(
-            f"`{count_key}` asks for {counted(count, 'sample')} of {shape} {length} tokens (`{length_key}`), but the "
-            f"calibration rows give only {len(samples)} with a labelled token: ask for fewer, add rows, or make "
-            f"`{length_key}` {remedy}"
+            f"`{count_key}` asks for {counted(count, 'sample')} of {length} tokens, but the calibration rows give only "
+            f"{len(samples)} with a labelled token: ask for fewer, add rows, or make `{length_key}` {remedy}"
         )
     return samples
 
@@ -176,11 +173,9 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
     except ValidationError as error:
         problem = error.errors()[0]
         place = "".join(f"[{index}]" for index in problem["loc"])
-        raise UserError(
-            f"`calibration.token_ids`: {path}{place} is {problem['input']!r:.60}: {problem['msg']}; "
-            "it must hold lists of at least two token ids, such as [[1, 306, 4658], [1, 910]], each a whole number "
-            f"from 0 to {vocabulary_size - 1} for this model"
-        ) from error
+        rule = f"it must hold lists of at least two token ids, from 0 to {vocabulary_size - 1} for this model"
+        why = f"{path}{place} is {problem['input']!r:.60}: {problem['msg']}"
+        raise UserError(f"`calibration.token_ids`: {why}; {rule}, such as [[1, 306, 4658], [1, 910]]") from error
     return [{"input_ids": each, "labels": each} for each in samples]
 
 

@@ -83,17 +83,15 @@ def hold_run(
         except OSError as error:
             if error.errno != errno.ENOLCK:
                 raise
-            raise UserError(
-                f"`output`: file locks do not work on the file system of {root} ({error.strerror}); mount it with lock "
-                "support, or name another `output`"
-            ) from error
+            why = f"file locks do not work on the file system of {root} ({error.strerror})"
+            raise UserError(f"`output`: {why}; mount it with lock support, or name another `output`") from error
 
     while other := retry_storage(take, root / NAME, seconds=0.0):  # tried once: a repetition would meet our own lock
         holder, _ = other
         if holder.machine == me.machine or (watched and other != watched):
+            who = f"process {holder.pid} on {holder.host} since {holder.since}"
             raise UserError(
-                f"`output`: {display_name(root)} is being worked on by process {holder.pid} on {holder.host} since "
-                f"{holder.since}; wait until that process ends, stop it, or name another `output`"
+                f"`output`: {display_name(root)} is being worked on by {who}; wait until it ends, or stop it"
             )
         if not watched:
             text = f"waiting up to {limit:.0f} s for a sign of life of process {holder.pid} on {holder.host}"
@@ -121,12 +119,8 @@ def hold_run(
 
 def lock_lost(stage: str, evidence: str) -> StageError:
     """Return the error for a stage during which another driver took the run over, while this process was suspended."""
-    return StageError(
-        stage,
-        f"another driver took this run over while this one gave no sign of life: {evidence}",
-        "wait until the other driver ends (`qpruner status` shows its progress), then repeat the command: it resumes "
-        "from the records",
-    )
+    cause = f"another driver took this run over while this one gave no sign of life: {evidence}"
+    return StageError(stage, cause, "wait until the other driver ends (see `qpruner status`), then repeat the command")
 
 
 def this_process() -> Holder:
@@ -141,19 +135,17 @@ def this_process() -> Holder:
 
 def _read_holder(lock: Storage) -> Holder | None:
     """Read the holder from a lock file; return None if the file is damaged."""
-    try:
+    with contextlib.suppress(ValidationError):  # empty, or cut short by a power failure
         return Holder.model_validate_json(lock.read())
-    except ValidationError:  # empty, or cut short by a power failure
-        return None
+    return None
 
 
 def _read_lock(lock: Storage) -> tuple[Holder, float] | None:
     """Read the holder of a lock and its last heartbeat; return None if nobody holds the lock."""
-    try:
-        holder, stat = _read_holder(lock), lock.stat()
-    except FileNotFoundError:
-        return None
-    return (holder, stat.modified) if holder and stat else None
+    with contextlib.suppress(FileNotFoundError):
+        if (holder := _read_holder(lock)) and (stat := lock.stat()):
+            return holder, stat.modified
+    return None
 
 
 def _take(

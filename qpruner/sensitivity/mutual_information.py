@@ -68,10 +68,8 @@ def measure(
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     num_classes = len(np.unique(labels))
     if num_classes < 2:
-        raise UserError(
-            f"`calibration.num_sensitivity_samples`: the model predicts the same token at all {len(labels)} positions, "
-            "so mutual information is zero for every group; give more or longer samples"
-        )
+        why = f"the model predicts the same token at all {len(labels)} positions, so mutual information is zero"
+        raise UserError(f"`calibration.num_sensitivity_samples`: {why}; give more or longer samples")
     shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
     raw, baseline = [], []
     for name in modules:

@@ -126,10 +126,8 @@ def task_questions(
     try:
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
-        raise UserError(
-            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}; "
-            "fix the task's file or data, check the network if the data is on the hub, or name another task"
-        ) from error
+        why = f"the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}"
+        raise UserError(f"`{key}`: {why}; fix the task's file or data, or name another task") from error
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
     questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
     for name, task in loaded.items():
@@ -143,15 +141,11 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
     """Choose the metric that scores a task: `wanted`, or else the first of `METRICS` that the task reports."""
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
-        raise UserError(
-            f"`{key}`: task `{task}` must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}: name "
-            "a task that reports an accuracy"
-        )
+        rule = f"must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}"
+        raise UserError(f"`{key}`: task `{task}` {rule}: name a task that reports an accuracy")
     if wanted and wanted not in accuracies:
-        raise UserError(
-            f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
-            f"{', '.join(accuracies)}: set one that all report or `accuracy` (chosen per task), or name other tasks"
-        )
+        rule = f"must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports"
+        raise UserError(f"`search.metric` {rule} {', '.join(accuracies)}: set one that all report, or `accuracy`")
     return wanted or accuracies[0]
 
 
@@ -166,10 +160,8 @@ def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
         count, right = len(choices), task.doc_to_target(doc)
     for answer in right if isinstance(right, list) else [right]:
         if not (0 <= answer < count if isinstance(answer, int) else answer in choices):
-            raise UserError(
-                f"{place} has the answer {answer!r}, which is not among its {count} choices: give a choice, or its "
-                f"position from 0 to {count - 1}, in the rows or in the task file's `doc_to_target`"
-            )
+            remedy = f"give a choice, or its position from 0 to {count - 1}, in the rows or in `doc_to_target`"
+            raise UserError(f"{place} has the answer {answer!r}, which is not among its {count} choices: {remedy}")
 
 
 @functools.lru_cache(maxsize=4)

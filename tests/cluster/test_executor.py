@@ -138,14 +138,12 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
     def work(seconds: float, cache: ModelCache, emit: Emit) -> None:
         time.sleep(seconds)
 
-    for gpus, held in ((2.0, GpuTime()), (1.0, GpuTime())):
-        place = LocalExecutor(2.0, held) if gpus == 2 else ClusterExecutor(GPU, held, CHECK)
-        place.run(partial(work, 0.0), ignore)  # a worker that starts imports torch
-        before = held.seconds
+    held = GpuTime()
+    place = LocalExecutor(2.0, held)
+    for _ in range(2):
         place.run(partial(work, 0.5), ignore)
         time.sleep(0.5)
-        place.close()
-        assert gpus / 2 <= held.seconds - before < gpus / 2 + 0.4
+    assert 2 <= held.seconds < 2.8
     tasks: list[float] = []
     list(run_tasks(lambda seconds: time.sleep(seconds), [0.5, 0.5], GPU, 2, False, CHECK, on_held=tasks.append))
     assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
