@@ -112,7 +112,11 @@ def test_limit_and_split_select_rows(tmp_path: Path) -> None:
         ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but the header has 3"),
         ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "the file is not UTF-8: save it as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
-        ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "double quotes inside a quoted cell must be doubled"),
+        (
+            "merged.tsv",
+            'instruction\toutput\na\t"b\nc\td\ne\tf" g\n',
+            "double quotes inside a quoted cell must be doubled",
+        ),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two columns are called 'output'"),
         ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file cells are separated by commas"),
         ("empty.csv", "\n\n", "no row under its header"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -178,24 +177,6 @@ def test_the_cut_counts_gradients_and_samples(inspection: Inspection, cut: Calla
         group.num_weights for group in inspection.base.groups if group.name != EMBEDDINGS
     )
     assert "mean squares" not in cut(**mixed, prune__aggregation="vector").parts
-
-
-def test_each_sensitivity_method_counts_its_passes(inspection: Inspection, changed: Changed) -> None:
-    """Their real memory is measured in tests/sensitivity/test_memory.py."""
-
-    def of(*methods: str, rows: int = 4, vocabulary: int = 512) -> memory.Memory:
-        config = changed(sensitivity__methods=methods, sensitivity__batch_size=rows)
-        own = copy.deepcopy(inspection.model_config)
-        own.vocab_size = vocabulary
-        return memory.sensitivity_memory(config, replace(inspection, model_config=own))
-
-    assert of("kl").about == "passes of 4 rows x 64 tokens (`sensitivity.batch_size`)"
-    assert of("kl", rows=8).parts["block outputs"] == 2 * of("kl").parts["block outputs"] == 2 * 2 * 4 * 64 * 64 * 2
-    assert of("fisher").parts["logits or gradients"] == 12 * 4 * 64 * 512
-    words = 152_000
-    assert of("kl", vocabulary=words).parts["log-probabilities"] == (4 + 2 + 16) * 4 * 64 * words
-    methods = ("mutual_information", "fisher", "kl")
-    assert of(*methods).total == max(of(method).total for method in methods) and set(of().parts) == {"weights"}
 
 
 # ---- hours
