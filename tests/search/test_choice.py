@@ -12,7 +12,8 @@ from botorch.utils.multi_objective.hypervolume import Hypervolume
 from made_searches import BITS, masked_space, plans_in
 from scipy import stats
 
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.search.choice import (
     best_uniform,
