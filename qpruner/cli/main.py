@@ -39,7 +39,6 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
-ABOUT_WHERE = "Only trials with status=finished, loss<3.2, 'bytes<=126 MB', ...; repeat it to combine conditions."
 ABOUT_TEMPLATE = (
     "Around each prompt: the tokenizer's chat template (or none if it lacks one), the Alpaca prompt, or none."
 )
@@ -191,7 +190,6 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 _verb(_run_folder, _json)(run_verbs.status)
 _verb(
     _run_folder,
-    click.option("--where", "conditions", multiple=True, metavar="KEY=VALUE", help=ABOUT_WHERE),
     click.option("--sort", default="trial", metavar="KEY", help="Column to sort by, or `score`."),
     click.option("--descending", is_flag=True, help="Largest first."),
     click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, also the format of each group."),
