@@ -13,7 +13,8 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from qpruner.cluster.ray_private import AshaBracket
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.rungs import Rungs
 from qpruner.search.trial_records import objective
@@ -31,7 +32,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     def __init__(
         self,
         config: RunConfig,
-        space: PlanSpace,
+        space: SearchSpace,
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
         is_cancelled: Callable[[str], bool],
@@ -50,7 +51,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._is_cancelled, self._on_error = is_cancelled, on_error
         bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
-        self._rungs = Rungs(getattr(space, "cuts", ()), settings.steps)
+        self._rungs = Rungs(space.cuts, settings.steps)
         for record in recorded:
             if not space.is_feasible(PrecisionPlan.from_dict(record.plan, record.cut)):
                 continue
