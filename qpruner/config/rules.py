@@ -219,7 +219,8 @@ def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, .
 def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
     return (
         (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
-        (search.pareto, "`search.pareto` is true", ("patience", "confirm_seeds")),
+        (search.pareto, "`search.pareto` is true", ("patience",)),
+        (search.pareto and search.confirm_seeds > 0, "`search.pareto` is true", ("confirm_seeds",)),
         (not search.tasks, "`search.tasks` is empty", ("limit",)),
     )
 
