@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
-from qpruner.estimate.step_times import measure, packing_operations
-from qpruner.pipeline.bank import Bank
+from qpruner.estimate.step_times import measure
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
@@ -23,8 +22,7 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.pipeline.serve import Serve
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Group, Layout
-from qpruner.pruning.grams import gram_bytes
+from qpruner.plans.plan import Layout
 from qpruner.quantization.formats import format_of
 
 CHOICES = 4
@@ -41,7 +39,6 @@ class Rates:
 
     training: float
     scoring: float
-    packing: float
     origin: str
 
     def on(self, gpus: float) -> Rates:
@@ -49,23 +46,23 @@ class Rates:
         if gpus >= 1:
             return self
         origin = f"{self.origin}, a slot has {gpus:g} of a GPU"
-        return Rates(self.training * gpus, self.scoring * gpus, self.packing * gpus, origin)
+        return Rates(self.training * gpus, self.scoring * gpus, origin)
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
-    """Time a micro-batch and the packing of a layer on this machine, in formats that fill the configured budget."""
+    """Time a micro-batch on this machine, in formats that fill the configured budget."""
     count, layout = _Count(config, inspection), inspection.pruned
     low, high = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
     model_config, labelled = inspection.cuts[0].expected, count.share_labelled("train")
-    training, scoring, packing = measure(config, model_config, layout, share_high, labelled, threads)
+    training, scoring = measure(config, model_config, share_high, labelled, threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     operations = rows * length * count.weights_a_token("train")
     origin = (
         f"measured on {machine}: {rows} rows x {length} tokens take {training:.3g} s forward and backward, "
         f"{scoring:.3g} s forward"
     )
-    return Rates(count.step_operations * operations / training, 2 * operations / scoring, packing, origin)
+    return Rates(count.step_operations * operations / training, 2 * operations / scoring, origin)
 
 
 def multiply_adds(layout: Layout, model_config: Any) -> int:
@@ -84,20 +81,18 @@ class StageTime(NamedTuple):
 def stage_times(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, has_gpus: bool = False
 ) -> dict[str, StageTime]:
-    """Estimate the time of each stage that runs, in order of the flow; starts, loading and saving are not included."""
+    """Estimate the time of each stage that runs, in order of the flow, without starts, loading, packing and saving."""
     count, workers, compared = _Count(config, inspection), config.finetune.num_workers, num_compared(config)
     judged = count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) / rates.training
     finetune += (count.split("validation") + judged) / rates.scoring
     evaluation = count.evaluation() / rates.scoring
-    packing = count.bank() / rates.packing + count.rounding() / rates.training
     search = count.training(expected_steps(config)[0]) / rates.training + count.search_scores() / rates.scoring
     # The base model in transformers and in three files, and every form; speeds take as long as losses.
     served = 2 * (4 + len(config.serve.to)) * judged / rates.scoring
     is_shared = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
     times: dict[Any, tuple[float, int]] = {
         Prune: (count.prune() / rates.training, 1),
-        Bank: (packing, min(slots, len(inspection.pruned.groups))),
         Sensitivity: (count.sensitivity() / rates.training, slots if is_shared else 1),
         Search: (search, min(slots, config.num_trials)),
         Finetune: (finetune, workers),
@@ -210,28 +205,6 @@ class _Count:
             packed = [name for group in self._inspection.pruned.groups for name in group.formats]
             passes += measured * sum(format_of(name).is_packed for name in packed)
         return passes * sum(rows) * self._pruned
-
-    def bank(self) -> float:
-        """Count the operations of packing every group of blocks in every format; embeddings and head need no SVD."""
-        layers = [
-            (each, sum(format_of(name).is_packed for name in group.formats))
-            for group in self._blocks
-            for each in group.linears
-        ]
-        return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each, levels in layers)
-
-    def rounding(self) -> float:
-        """Count the operations of GPTQ: two passes over the samples, Gram matrices of inputs, and the rounding."""
-        if self._config.quantize.rounding != "gptq":
-            return 0.0
-        squares = sum(gram_bytes(self._inspection.pruned, self._inspection.cuts[0].expected)) / 4
-        layers = [(each, len(group.formats)) for group in self._blocks for each in group.linears]
-        rounded = sum(levels * each.rows * each.columns**2 for each, levels in layers)
-        return 2 * self._calibration_tokens * (2 * self._pruned + squares) + rounded
-
-    @property
-    def _blocks(self) -> list[Group]:
-        return [group for group in self._inspection.pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
 
     def _questions(self, section: str) -> float:
         """Count the operations of scoring questions; every answer is a separate row."""
