@@ -125,10 +125,10 @@ def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str
     for name in dict.fromkeys(named.values()):
         found = format_of(name)
         assert isinstance(found, Packed)
-        weights = {"num_bits": found.width, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
+        weights = {"num_bits": found.bits, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
         groups[name] = {
             "targets": [path for path, each in named.items() if each == name],
-            "weights": weights | {"group_size": found.columns_of_group},
+            "weights": weights | {"group_size": found.group_size},
             "format": "pack-quantized",
         }
     return {

@@ -34,7 +34,7 @@ ALIASES = {4: "nf4", 8: "int8", 16: DENSE}
 PAPER = (ALIASES[4], ALIASES[8])
 """The formats of the QPruner paper."""
 
-NO_FORMATS = {"format", "layers", "rows"}
+NO_FORMATS = {"format", "layers"}
 """Files of this folder that make no format; `layers` imports torch."""
 
 

@@ -16,8 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Capability, GridFormat
-from qpruner.quantization.formats.rows import read_as, row_parts
+from qpruner.quantization.formats.format import Capability, GridFormat, read_as, row_parts
 
 if TYPE_CHECKING:
     import torch
@@ -34,45 +33,34 @@ NORM = 0.7  # p of HQQ
 class Packed(GridFormat):
     """Integer codes of 2, 3, 4 or 8 bits with a scale and an integer zero for each group of columns."""
 
+    bits: int
+    group_size: int
     half_quadratic: bool = False
     """Whether scales and zeros are fitted by HQQ; otherwise they span from the smallest to the largest weight."""
 
-    @property
-    def width(self) -> int:
-        """Bits of a code."""
-        return int(self.bits)
-
-    @property
-    def columns_of_group(self) -> int:
-        """Columns that share a scale."""
-        assert self.group_size is not None, "these formats have groups"
-        return self.group_size
-
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of words, scales and zeros."""
         return rows * sum(self._row_bytes(columns))
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse widths that vLLM does not read: it has as many scales as whole groups."""
-        if columns % self.columns_of_group:
-            return f"vLLM reads groups of {self.columns_of_group} columns only if they divide the width, here {columns}"
+        # vLLM has as many scales as whole groups.
+        if columns % self.group_size:
+            return f"vLLM reads groups of {self.group_size} columns only if they divide the width, here {columns}"
         return None
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as they are stored."""
         low, high = weight.amin(dim=-1, keepdim=True).clamp_(max=0), weight.amax(dim=-1, keepdim=True).clamp_(min=0)
-        scale = _rounded((high - low) / (self.num_codes - 1))
+        scale = ((high - low) / (self.num_codes - 1)).bfloat16().float()
         zero = self.codes(-low, scale, scale.new_zeros(()))
         return self._fitted(weight, scale, zero, (low + high) / 2) if self.half_quadratic else (scale, zero)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Put words, scales and zeros of each row behind one another."""
         import torch
 
         words, _, zero_bytes = self._row_bytes(codes.shape[1])
         halves = scales.to(torch.bfloat16).contiguous().view(torch.uint8)
-        zeros = _to_bits(zeros.to(torch.uint8), self.width, zero_bytes)
-        return {"weight": torch.cat([_to_bits(codes, self.width, words), halves, zeros], dim=1)}
+        zeros = _to_bits(zeros.to(torch.uint8), self.bits, zero_bytes)
+        return {"weight": torch.cat([_to_bits(codes, self.bits, words), halves, zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Compute ``scale * (code - zero)``.
@@ -85,15 +73,15 @@ class Packed(GridFormat):
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
         scale = read_as(scales, torch.bfloat16).to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(2)
-        zero = _from_bits(zeros, self.width, scale.shape[1]).unsqueeze(2)
+        zero = _from_bits(zeros, self.bits, scale.shape[1]).unsqueeze(2)
         weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
         grouped = weight.view(len(codes), scale.shape[1], columns // scale.shape[1])
         for rows in row_parts(weight):
-            code = _from_bits(codes[rows], self.width, columns).view_as(grouped[rows])
-            if self.width == 8:
+            code = _from_bits(codes[rows], self.bits, columns).view_as(grouped[rows])
+            if self.bits == 8:
                 code = code.to(torch.int16)
             difference = code - zero[rows]  # below 0 it wraps around in uint8
-            difference = difference.view(torch.int8) if self.width < 8 else difference
+            difference = difference.view(torch.int8) if self.bits < 8 else difference
             grouped[rows].copy_(difference).mul_(scale[rows])
         return weight
 
@@ -103,8 +91,8 @@ class Packed(GridFormat):
 
         packed = tensors["weight"]
         codes, scales, zeros = torch.split(packed, self._row_bytes(columns), dim=1)
-        zero = _from_bits(zeros, self.width, scales.shape[1] // 2).T.contiguous()
-        zero_words = _to_bits(zero, self.width, 4 * math.ceil(len(packed) * self.width / 32))
+        zero = _from_bits(zeros, self.bits, scales.shape[1] // 2).T.contiguous()
+        zero_words = _to_bits(zero, self.bits, 4 * math.ceil(len(packed) * self.bits / 32))
         return {
             "weight_packed": read_as(codes, torch.int32),
             "weight_scale": read_as(scales, torch.bfloat16),
@@ -114,8 +102,8 @@ class Packed(GridFormat):
 
     def _row_bytes(self, columns: int) -> list[int]:
         """Count the bytes that a row's words, scales and zeros take."""
-        groups = math.ceil(columns / self.columns_of_group)
-        return [4 * math.ceil(columns * self.width / 32), 2 * groups, math.ceil(groups * self.width / 8)]
+        groups = math.ceil(columns / self.group_size)
+        return [4 * math.ceil(columns * self.bits / 32), 2 * groups, math.ceil(groups * self.bits / 8)]
 
     def _fitted(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor
@@ -136,18 +124,14 @@ class Packed(GridFormat):
             least = torch.minimum(error, least)
 
         for shrink in SHRINKS:
-            smaller = _rounded(scale * shrink)
-            offer(smaller, self.codes(-centre, smaller, torch.full_like(smaller, (self.num_codes - 1) / 2)))
+            smaller = (scale * shrink).bfloat16().float()
+            offer(smaller, self.codes(-centre, smaller, smaller.new_full(smaller.shape, (self.num_codes - 1) / 2)))
         for _ in range(STEPS):
             offer(*self._step(weight, *best))
         return best
 
     def _step(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a half-quadratic step: shrink errors (HQQ, equation 3), then fit scale and zero to what is left of them.
-
-        Errors are in units of the scale, and beta is 1, so that only errors of more than a scale, of clipped outliers,
-        are forgiven in part.
-        """
+        """Shrink errors, in units of the scale and with beta = 1 (HQQ, equation 3), then fit scale and zero to them."""
         import torch
 
         codes = self.codes(weight, scale, zero)
@@ -158,21 +142,13 @@ class Packed(GridFormat):
         target, levels = weight - forgiven * unit, codes - zero
         square = levels.square().sum(dim=-1, keepdim=True)
         product = (levels * target).sum(dim=-1, keepdim=True)
-        scale = _rounded(torch.where(square > 0, product / square, scale).clamp_(min=0))
+        scale = torch.where(square > 0, product / square, scale).clamp_(min=0).bfloat16().float()
         zero = self.codes(-target.mean(dim=-1, keepdim=True), scale, codes.mean(dim=-1, keepdim=True))
         return scale, zero
 
     def _error(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Compute the squared error of each group on a grid."""
         error = self.codes(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
         return error.square_().sum(dim=-1, keepdim=True)
-
-
-def _rounded(scale: torch.Tensor) -> torch.Tensor:
-    """Round float32 scales to the bfloat16 that is stored."""
-    import torch
-
-    return scale.to(torch.bfloat16).float()
 
 
 def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
