@@ -55,26 +55,16 @@ RECODED = "recoded"
 
 @dataclass(frozen=True)
 class Exported(Compared):
-    """A finished export.
-
-    `divergence` and `agreement` compare it with the checkpoint in the same formats, as the programs `by` compute them.
-    `loss_before` is that of the final model in transformers, `loss` that of the export in these programs.
-    """
+    """A finished export, compared with the checkpoint in its formats; `loss_before` is that of the final model."""
 
     form: Form
     folder: Path
-    is_plain: bool
-    """Whether it loads without qpruner."""
-    recoded: Mapping[str, str]
-    """Layers that the server cannot take in the plan's format, each with its format here."""
-    remarks: tuple[str, ...]
-    """What differs from the final model, for people."""
-    file_bytes: int
-    """Bytes of all files that a server reads."""
-    tensor_bytes: int
-    """Bytes of the weights and the adapter in these formats; the rest is tokenizer and metadata."""
-    plan_bytes: int
-    """Bytes of the weights and the adapter of the final model."""
+    is_plain: bool  # whether it loads without qpruner
+    recoded: Mapping[str, str]  # layers that the server cannot take in the plan's format, each with its format here
+    remarks: tuple[str, ...]  # what differs from the final model, for people
+    file_bytes: int  # of all files that a server reads
+    tensor_bytes: int  # of weights and adapter in these formats; the rest is tokenizer and metadata
+    plan_bytes: int  # of weights and adapter of the final model
 
 
 def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
@@ -100,15 +90,11 @@ def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False)
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
 def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress) -> Exported:
-    """Export the final model of a run to a new folder.
+    """Export the final model of a run to a new folder; raise `StageError` if the export and the model differ.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
     subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM with the adapter in files of its own;
     `gguf_merged` and `vllm_merged` have it merged into the packed weights.
-
-    Raises:
-        UserError: If there is no final model, the folder exists, or this model cannot be written in this form.
-        StageError: If the export and the model differ.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -155,8 +141,7 @@ class _Work:
     """What every form is made from."""
 
     final: Path
-    folder: Path
-    """The hidden folder, which is renamed to `target` at the end."""
+    folder: Path  # hidden, and renamed to `target` at the end
     target: Path
     name: str
     rows: Path

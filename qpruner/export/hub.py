@@ -88,9 +88,7 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     record = None if what == "final" else read_json(folder / MARK, ExportRecord)
     if what != "final" and (not record or record.final != run.final_digests()):
         remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
-        raise UserError(
-            f"{folder} was exported from an earlier final model, but the card describes the current one: {remedy}"
-        )
+        raise UserError(f"{folder} was exported from an earlier final model than the card describes: {remedy}")
     yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

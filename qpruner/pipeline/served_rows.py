@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ Turn = tuple[float, float, float | None]
 
 @dataclass(frozen=True)
 class Served:
-    """A row to measure: its record so far, and the files that llama.cpp loads; without any, transformers runs it."""
+    """A row to measure, and the files that llama.cpp loads; without any, transformers runs it."""
 
     row: ServedRow
     model: Path | None = None
@@ -221,8 +222,11 @@ def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[
     with Llama(served.model, served.adapter, job.threads, PROMPT_TOKENS + NEW_TOKENS) as llama:
         llama.prefill(prompt[:WARM_UP_TOKENS])
         llama.decode(1)
-        read = llama.prefill(prompt)
-        return PROMPT_TOKENS / read, NEW_TOKENS / llama.decode(NEW_TOKENS), loss
+        start = time.perf_counter()
+        llama.prefill(prompt)
+        read = time.perf_counter()
+        llama.decode(NEW_TOKENS)
+        return PROMPT_TOKENS / (read - start), NEW_TOKENS / (time.perf_counter() - read), loss
 
 
 def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:

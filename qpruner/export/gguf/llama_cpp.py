@@ -1,10 +1,10 @@
 """Run GGUF files in llama.cpp itself: its library, called through ctypes.
 
 One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt (llama.cpp's #27174).
-The library is the extension module of the package `xllamacpp`, which exports the C API, or any other `libllama.so`.
-Structures of parameters grow with every build, so they are opaque here: the library fills in its defaults, and only the
-first three fields of a context's parameters are set, which have had their places since 2024. Tried with the libraries
-of xllamacpp 0.2.14, 2026.4 and 2026.10 and of node-llama-cpp (llama.cpp 0.5.0), 2026-11-29.
+The library is the extension module of the package `xllamacpp`, which exports the C API. Structures of parameters grow
+with every build, so they are opaque here: the library fills in its defaults, and only the first three fields of a
+context's parameters are set, which have had their places since 2024. Tried with the libraries of xllamacpp 0.2.14,
+2026.4 and 2026.10 and of node-llama-cpp (llama.cpp 0.5.0), 2026-11-29.
 
 An assertion in the library ends the process: `isolation.py` calls it in a process of its own. This module imports no
 torch, so that such a process starts at once.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -68,7 +67,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_memory_clear": (None, _P, _B),
     "llama_vocab_n_tokens": (_I, _P),
     "llama_tokenize": (_I, _P, _S, _I, _P, _I, _B, _B),
-    "llama_token_to_piece": (_I, _P, _I, _S, _I, _I, _B),
     "llama_decode": (_I, _P, _Batch),
     "llama_get_logits": (_F, _P),
 }
@@ -120,40 +118,23 @@ def library_path() -> Path:
     return found[0]
 
 
-def build(library: Path | None = None) -> str:
-    """Name the build of llama.cpp: the package or file, and the versions that the library tells."""
-    loaded = _library(library or library_path())
-    parts = [library.name if library else f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
+def build() -> str:
+    """Name the build of llama.cpp: the package, and the versions that the library tells."""
+    library, parts = _library(library_path()), [f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
     for name in ("llama", "ggml"):
-        if f"{name}_version" in loaded.functions:
-            parts.append(f"{name} {loaded.call(f'{name}_version').decode()}")
+        if f"{name}_version" in library.functions:
+            parts.append(f"{name} {library.call(f'{name}_version').decode()}")
     return ", ".join(parts)
 
 
 class Llama:
-    """A model in llama.cpp, with a context for one sequence of tokens.
+    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence of at most `context_length`.
 
-    Args:
-        model: The GGUF file.
-        adapter: The GGUF file of a LoRA adapter; None for none.
-        threads: Threads of prefill and decode.
-        context_length: Most tokens of a sequence.
-        library: A libllama; None for that of `xllamacpp`.
-
-    Raises:
-        UserError: If the package is missing, or a file is.
-        StageError: If llama.cpp refuses a file; the message has its own last errors.
+    Raise `StageError` if llama.cpp refuses a file; the message has its own last errors.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        adapter: Path | None = None,
-        threads: int = 1,
-        context_length: int = BATCH,
-        library: Path | None = None,
-    ) -> None:
-        self._library = _library(library or library_path())
+    def __init__(self, model: Path, adapter: Path | None = None, threads: int = 1, context_length: int = BATCH) -> None:
+        self._library = _library(library_path())
         self._call, self._length, self._most, self._next = self._library.call, 0, context_length, 0
         for file in (model, adapter):
             if file and not file.is_file():
@@ -211,12 +192,6 @@ class Llama:
         found: list[int] = ids[:count].tolist()
         return found
 
-    def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for, those of special tokens included."""
-        buffer = ctypes.create_string_buffer(1024)
-        count = self._call("llama_token_to_piece", self._vocab, token, buffer, len(buffer), 0, True)
-        return buffer.raw[:count]
-
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
         """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or those `wanted`."""
         self._restart()
@@ -235,29 +210,16 @@ class Llama:
         losses = -numpy.take_along_axis(found, next_labels[wanted][:, None], 1)
         return float(losses.sum(dtype=numpy.float64)), int(wanted.sum())
 
-    def generate(self, ids: Sequence[int], num_tokens: int) -> list[int]:
-        """Continue a new sequence by the most likely tokens."""
-        self.prefill(ids)
-        return self._continue(num_tokens)
-
-    def prefill(self, ids: Sequence[int]) -> float:
-        """Read a new sequence; return the seconds."""
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Read a new sequence."""
         self._restart()
         flags = numpy.zeros(len(ids), numpy.int8)
         flags[-1] = 1
-        start = time.perf_counter()
         *_, last = self._passes(ids, flags)
-        seconds = time.perf_counter() - start
         self._next = int(last[-1].argmax())
-        return seconds
 
-    def decode(self, num_tokens: int) -> float:
-        """Continue what `prefill` read by the most likely tokens, one at a time; return the seconds."""
-        start = time.perf_counter()
-        self._continue(num_tokens)
-        return time.perf_counter() - start
-
-    def _continue(self, num_tokens: int) -> list[int]:
+    def decode(self, num_tokens: int) -> list[int]:
+        """Continue what `prefill` read by the most likely tokens, one at a time."""
         found = list[int]()
         for _ in range(num_tokens):
             found.append(self._next)

@@ -38,9 +38,7 @@ def modelfile(
             lines.append("# A system message is left out: the model's chat template has no place of its own for it.")
         lines.append(f'TEMPLATE """{template}"""')
     elif tokenizer.chat_template:
-        lines.append(
-            "# Ollama's templates cannot say what this model's chat template does; it takes the nearest it has."
-        )
+        lines.append("# Ollama's templates cannot say what this model's chat template does: it takes the nearest.")
     return "\n".join(lines) + "\n"
 
 
@@ -68,10 +66,8 @@ class _Shape(NamedTuple):
 
 def ollama_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a template in Ollama's language that writes the same chats as the tokenizer's; None: there is none."""
-    # A date is that of the day of the chat.
-    if not tokenizer.chat_template or "strftime_now" in str(tokenizer.chat_template):
-        return None
-    shape = _shape(tokenizer)
+    is_dated = "strftime_now" in str(tokenizer.chat_template)
+    shape = _shape(tokenizer) if tokenizer.chat_template and not is_dated else None
     if shape is None:
         return None
     systems = [[], [_turn("system", "Use few words.")]] if "system" in shape.around else [[]]

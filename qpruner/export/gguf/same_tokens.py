@@ -49,14 +49,12 @@ SENTENCES = (
 )
 
 
-def token_differences(
-    model: Path, folder: Path, library: Path | None = None
-) -> Iterator[tuple[str, list[int], list[int]]]:
+def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int], list[int]]]:
     """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a folder."""
     tokenizer = load_tokenizer(str(folder))
     (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
     comparable = ((each, asked) for each in texts(tokenizer) if (asked := as_served(each[0])) is not None)
-    with Llama(model, library=library) as llama:
+    with Llama(model) as llama:
         for (text, is_chat), asked in itertools.islice(comparable, NUM_TEXTS):
             theirs = llama.tokens(asked, add_special=not is_chat)
             ours = encode(text, add_special_tokens=not is_chat).ids

@@ -52,21 +52,13 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding.
-
-    Raises:
-        UserError: llama.cpp has no such tokenizer.
-    """
+    """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding."""
     for name, value in vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder)).items():
         getattr(writer, f"add_{name}")(value)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods of these names.
-
-    Raises:
-        UserError: llama.cpp has no such tokenizer.
-    """
+    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none such."""
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
     odd = [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]

@@ -57,10 +57,6 @@ def check(
     """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
 
     The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server` chooses instead.
-
-    Raises:
-        StageError: If they differ by more than rounding does, or the export cannot be loaded.
-        UserError: If a package is missing.
     """
     config = checkpoint_config(exported)
     server = server or ("vllm" if _vllm_takes(config) else "transformers")
@@ -78,11 +74,11 @@ def check(
     on_progress(f"checking in {server}", 0, 1)
     found, by = _predictions(asked)
     on_progress(f"checking in {server}", 1, 1)
-    return compare_served(checkpoint, samples, found, by, in_its_type, on_progress)
+    return compare_served(checkpoint, samples, found, by, _in_its_type, on_progress)
 
 
 @contextmanager
-def in_its_type(model: Any) -> Iterator[None]:
+def _in_its_type(model: Any) -> Iterator[None]:
     """Let a model compute in its own type, and not in float32."""
     exact = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
     for parameter, data in exact.items():
@@ -121,11 +117,7 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
 
 
 def _python_of_vllm() -> str | None:
-    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none.
-
-    Raises:
-        UserError: If the one in `QPRUNER_VLLM_PYTHON` has none.
-    """
+    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none."""
     if named := os.environ.get(PYTHON):
         _check_python(named)
         return named

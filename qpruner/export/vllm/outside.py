@@ -21,10 +21,7 @@ Row = tuple[Any, Any, Any]
 def in_transformers(
     folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool, num_likeliest: int
 ) -> Iterator[Row]:
-    """Yield the predictions of a model for each row, as transformers computes them, with peft if it has an adapter.
-
-    A CPU computes in float32, so that a fault stands out from rounding.
-    """
+    """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults stand out."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,7 +89,11 @@ def in_vllm(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": _rank(adapter)} if adapter else {}
+    options: dict[str, Any] = {}
+    if adapter:  # in the smallest rank that vLLM takes
+        rank = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        ranks = (8, 16, 32, 64, 128, 256, 320, 512)
+        options = {"enable_lora": True, "max_lora_rank": next(each for each in ranks if each >= rank)}
     length = max(map(len, samples)) + 1
     model = LLM(
         folder,
@@ -117,13 +118,6 @@ def in_vllm(
         likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:num_likeliest] for row in rows])
         actual = [found[token].logprob for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)]
         yield likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual)
-
-
-def _rank(adapter: str) -> int:
-    """Return the smallest rank that vLLM takes and the adapter fits in."""
-    with open(os.path.join(adapter, "adapter_config.json"), encoding="utf-8") as file:
-        rank = json.load(file)["r"]
-    return next(each for each in (8, 16, 32, 64, 128, 256, 320, 512) if each >= rank)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.recode import (
@@ -19,6 +19,7 @@ from qpruner.export.recode import (
     copy_adapter,
     copy_other_files,
     formats_of,
+    plain_description,
     take_weight,
     write_tensors,
 )
@@ -29,9 +30,6 @@ from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import DENSE, format_of, nearest_format
 from qpruner.quantization.formats.compressed_tensors import Packed
-
-if TYPE_CHECKING:
-    pass
 
 MODELING = "modeling_ragged.py"
 ADAPTER_FOLDER = "adapter"
@@ -86,10 +84,7 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
 
 
 def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress) -> None:
-    """Write a checkpoint of qpruner, all of whose packed layers have formats of vLLM, and its adapter in `adapter`.
-
-    The adapter names its base by its later path in `target`.
-    """
+    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will be `target`."""
     config = checkpoint_config(checkpoint)
     named = formats_of(config)
     for paths in _fused(config):
@@ -105,18 +100,13 @@ def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork
         state |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
         on_progress("writing for vLLM", done, len(named))
     write_tensors(state, folder)
-    dense = [path for path in _linears(config) if path not in named]
-    described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    described.pop("quantization_config", None)
+    # vLLM and transformers leave out the layers that no group names.
+    linears = [path for paths in _fused(config) for path in paths]
+    dense = [path for path in (*linears, family_of(config).head, family_of(config).embeddings) if path not in named]
+    described = plain_description(checkpoint)
     if named:
         described["quantization_config"] = _quantization_config(named, dense)
     write_config(described, config, folder)
-
-
-def _linears(config: Any) -> list[str]:
-    """List all linear layers and the embeddings; vLLM and transformers leave out those that no group names."""
-    paths = [path for paths in _fused(config) for path in paths]
-    return [*paths, family_of(config).head, family_of(config).embeddings]
 
 
 def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str, Any]:
@@ -126,18 +116,11 @@ def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str
         found = format_of(name)
         assert isinstance(found, Packed)
         weights = {"num_bits": found.bits, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
-        groups[name] = {
-            "targets": [path for path, each in named.items() if each == name],
-            "weights": weights | {"group_size": found.group_size},
-            "format": "pack-quantized",
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": dense,
-    }
+        targets = [path for path, each in named.items() if each == name]
+        weights |= {"group_size": found.group_size}
+        groups[name] = {"targets": targets, "weights": weights, "format": "pack-quantized"}
+    about = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    return about | {"config_groups": groups, "ignore": dense}
 
 
 def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
@@ -166,8 +149,5 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
 
 
 def needs_modeling(config: Any) -> bool:
-    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own.
-
-    Without it, models of these families need `import qpruner.hf`; those of other families always do.
-    """
+    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own."""
     return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED

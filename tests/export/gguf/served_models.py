@@ -56,13 +56,12 @@ def written(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
     return folder / "model.gguf"
 
 
-def error_of(
-    file: Path, model: Any, adapter: Path | None = None, library: Path | None = None, num_tokens: int = 0
-) -> float:
+def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: int = 0) -> float:
     """Return the relative error of llama.cpp's logits; check that both continue by the same `num_tokens` tokens."""
-    with Llama(file, adapter, library=library) as llama:
-        found, tokens = torch.from_numpy(llama.logits(IDS)), llama.generate(IDS, num_tokens)
-    assert tokens == continued(model, num_tokens)
+    with Llama(file, adapter) as llama:
+        found = torch.from_numpy(llama.logits(IDS))
+        llama.prefill(IDS)
+        assert llama.decode(num_tokens) == continued(model, num_tokens)
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0].float()
     return float((found - expected).norm() / expected.norm())
