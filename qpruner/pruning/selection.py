@@ -1,7 +1,7 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-The share is met to within one MLP channel, or `round_to` channels. Without channels it is missed by at most half a
-key/value group or expert (coarse unit), or by a whole one if `global` selection takes several steps.
+The share is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group or
+expert (coarse unit).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from qpruner.errors import UserError
 from qpruner.models.families import MLP
-from qpruner.pruning.allocation import COARSE, counts_per_layer, nearest_totals
+from qpruner.pruning.allocation import COARSE, counts_per_layer
 from qpruner.pruning.units import Kept, KindSize, RateTooHigh, Sizes, Values, most_removable, smallest_step
 
 Place = tuple[int, str]
@@ -39,7 +39,7 @@ def select(
     if target > most + smallest_step(sizes, round_to) // 2:
         raise RateTooHigh(target, most)
     if selection == "global":
-        return _select_global(values, sizes, round(target * progress), round_to, is_last=progress == 1.0)
+        return _select_global(values, sizes, round(target * progress), round_to)
     return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
 
 
@@ -138,8 +138,7 @@ class _Ranking:
     """Rank the bundles of all blocks, least important per parameter first.
 
     A bundle is a key/value group, an expert, or `round_to` channels of adjacent scores in one block. `num_cut` counts
-    the bundles that earlier steps removed from each block and kind (`Place`). `order` lists the removable bundles: each
-    one's place and its position in `bundles[place]`.
+    those that earlier steps removed from a place; `order` lists the others by place and position in `bundles[place]`.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
@@ -161,10 +160,9 @@ class _Ranking:
         self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
 
 
-def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_last: bool) -> Kept:
+def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> Kept:
     """Remove the bundles of least importance per parameter, from any block."""
     ranking = _Ranking(values, sizes, round_to)
-    has_channels = any(name == MLP for _, name in ranking.bundles)
     finest, num_cut = smallest_step(sizes, round_to), dict(ranking.num_cut)
     removed = sum(ranking.parameters[place, position] for place, count in num_cut.items() for position in range(count))
     for place, position in ranking.order:
@@ -173,51 +171,24 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
         if removed + parameters <= target + finest // 2 and num_cut[place] == position:
             num_cut[place] += 1
             removed += parameters
-        elif not (has_channels or is_last):
-            break  # smaller units must not fill a gap that an expert fills in the last step
-    if has_channels:
-        _correct_with_coarse_units(ranking, num_cut, removed, target, finest)
-    elif is_last:
-        num_cut = _nearest_without_channels(ranking, sizes, target, num_cut)
+    _correct_with_coarse_units(ranking, num_cut, removed, target, finest)
     return _kept_units(ranking.bundles, num_cut)
 
 
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
-    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus channels."""
+    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus fine units."""
+    finest = max((name for _, name in num_cut), key=(*COARSE, MLP).index)
     for place, position in ranking.order:
         if target - removed <= tolerance:
             break
-        if place[1] != MLP and num_cut[place] == position:
+        if place[1] != finest and num_cut[place] == position:
             num_cut[place] += 1
             removed += ranking.parameters[place, position]
     for place, position in reversed(ranking.order):
         parameters = ranking.parameters[place, position]
-        went_last = place[1] == MLP and num_cut[place] == position + 1
+        went_last = place[1] == finest and num_cut[place] == position + 1
         if went_last and removed - target > parameters // 2:
             num_cut[place] -= 1
             removed -= parameters
-
-
-def _nearest_without_channels(
-    ranking: _Ranking, sizes: Sizes, target: int, num_cut: Mapping[Place, int]
-) -> dict[Place, int]:
-    """Correct `num_cut`, the units to remove by importance alone, so that the target is met most closely.
-
-    The number of units of the coarsest kind is changed as little as possible; the finer kind makes up the rest.
-    """
-
-    def totals_of(counts: Mapping[Place, int]) -> dict[str, int]:
-        return {name: sum(count for (_, kind), count in counts.items() if kind == name) for _, name in counts}
-
-    before, wanted = totals_of(ranking.num_cut), totals_of(num_cut)
-    coarsest = next(name for name in COARSE if name in wanted)
-    totals = nearest_totals(sizes, target, lambda totals: abs(totals[coarsest] - wanted[coarsest]), before)
-    left = {name: count - before[name] for name, count in totals.items()}
-    counts = dict(ranking.num_cut)
-    for place, position in ranking.order:
-        if left[place[1]] > 0 and counts[place] == position:
-            counts[place] += 1
-            left[place[1]] -= 1
-    return counts

@@ -20,7 +20,7 @@ REMEDY = "repeat the command; if it happens again, report it with the file and t
 
 
 def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-    """Yield what a generator function of a module yields in a new interpreter; raise what it raises, or `StageError`."""
+    """Yield what a generator function of a module yields in a new interpreter, and raise what it raises."""
     # Not multiprocessing: its children import the user's script again.
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}

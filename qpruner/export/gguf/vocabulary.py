@@ -58,7 +58,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none such."""
+    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none."""
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
     odd = [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]
