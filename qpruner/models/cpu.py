@@ -1,10 +1,9 @@
 """Run bfloat16 at the speed of float32 on CPUs without bfloat16 instructions.
 
-On such a CPU torch is slow. A layer of 1024 x 576 x 1536 took 206 ms on an AVX2 core (21 ms in float32), and 1.7 s with
-its backward pass (0.05 s; torch 2.13, 2026-11-26). On a core with AVX-512 but without AVX-512 BF16, oneDNN emulates the
-instructions: the layer took 67 ms (14 ms in float32), and 195 ms with its backward pass (46 ms; 2026-11-27). On such
-CPUs this module computes matrix products and attention in float32 and rounds the results to bfloat16, as the
-instructions do. Weights, activations and checkpoints stay bfloat16.
+On such a CPU torch is slow: a layer of 1024 x 576 x 1536 with its backward pass took 1.7 s on an AVX2 core (0.05 s in
+float32; torch 2.13, 2026-11-26). With AVX-512 but without AVX-512 BF16, oneDNN emulates the instructions: 195 ms (46 ms
+in float32; 2026-11-27). This module computes matrix products and attention in float32 and rounds the results to
+bfloat16, as the instructions do. Weights, activations and checkpoints stay bfloat16.
 """
 
 from __future__ import annotations

@@ -65,9 +65,11 @@ def layout_of(
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    blocks, tables = group_linears(config, quantize.group), table_paths(config)
-    ordered = {name: (path,) for name, path in tables.items() if name != HEAD} | blocks
-    ordered |= {name: (path,) for name, path in tables.items() if name == HEAD}
+    blocks, tables = (
+        group_linears(config, quantize.group),
+        {name: (path,) for name, path in table_paths(config).items()},
+    )
+    ordered = {EMBEDDINGS: tables[EMBEDDINGS], **blocks, **tables}  # the head comes last
     groups = []
     for name, paths in ordered.items():
         linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)

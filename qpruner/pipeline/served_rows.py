@@ -196,21 +196,14 @@ def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[
         rows = judging if turn < len(measured) else []
         turns[position].append(_take_turn(job, measured[position], prompt, rows))
         yield turn + 1, total
-    found = {id(each): _with_figures(each.row, of_row) for each, of_row in zip(measured, turns, strict=True)}
-    setting = ServeSetting(
-        threads=job.threads,
-        build=build(),
-        prompt_tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-        num_rows=len(judging),
-    )
+    found = {}
+    for each, of_row in zip(measured, turns, strict=True):
+        prefill, decode, losses = zip(*of_row, strict=True)
+        speeds = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+        found[id(each)] = each.row.model_copy(update={"loss": losses[0], **speeds})
+    about = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "num_rows": len(judging)}
+    setting = ServeSetting(threads=job.threads, build=build(), **about)
     yield Measured([found.get(id(each), each.row) for each in served], setting)
-
-
-def _with_figures(row: ServedRow, turns: Sequence[Turn]) -> ServedRow:
-    prefill, decode, losses = zip(*turns, strict=True)
-    speeds = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
-    return row.model_copy(update={"loss": losses[0], **speeds})
 
 
 def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[Any]) -> Turn:

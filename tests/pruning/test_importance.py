@@ -14,7 +14,7 @@ from qpruner.data.calibration import Samples, visit_gradients, visit_mask_gradie
 from qpruner.data.encoding import collate
 from qpruner.errors import TrainingDiverged
 from qpruner.models.memory import PeakMemory
-from qpruner.pruning.importance import Scores, block_importance, score
+from qpruner.pruning.importance import Scores, score
 from qpruner.pruning.prune import prune
 
 if TYPE_CHECKING:
@@ -253,10 +253,3 @@ def test_what_is_broken_is_named(
     with pytest.raises(TrainingDiverged, match=said):
         prune(model, settings_of(rate=0.2, **options), samples)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_an_unknown_importance_is_no_other_one(model: PreTrainedModel, samples: Samples) -> None:
-    with pytest.raises(ValueError, match=r"must be one of fisher, taylor, .*, got 'tailor'"):
-        score(model, LAYERS, settings_of().model_copy(update={"importance": "tailor"}), samples)
-    with pytest.raises(ValueError, match="must be block_influence or taylor, got 'tailor'"):
-        block_importance(model, LAYERS, "tailor", samples)

@@ -48,5 +48,4 @@ def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, sta
     return normed.to(output.dtype)
 
 
-BLOCK = ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer")
-OLMO2 = Olmo2("olmo2", BLOCK, down_adds_to_residual=False)
+OLMO2 = Olmo2("olmo2", "Olmo2DecoderLayer", down_adds_to_residual=False)
