@@ -68,10 +68,7 @@ class Exported(Compared):
 
 
 def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
-    """Say why a model with this config cannot be exported in a form, and what would work; None if it can.
-
-    `ragged`: blocks will have different widths; `biases`: output projections will have biases.
-    """
+    """Say why a model cannot be exported in a form, and what would work; None if it can (see `architecture_of`)."""
     if form.startswith("gguf"):
         from qpruner.export.gguf import architectures
         from qpruner.export.gguf.llama_cpp import library_path

@@ -1,7 +1,4 @@
-"""Push a final model and its model card to a model hub; a new repository is private unless `--public` is given.
-
-The token comes from `HF_TOKEN` or `hf auth login`. It is sent to the hub only, and never written to a file.
-"""
+"""Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth login`."""
 
 from __future__ import annotations
 
@@ -43,7 +40,6 @@ def push(
     """Upload the final model, or an export of it, to the repository OWNER/NAME as one commit.
 
     All other files of the repository are deleted, because transformers would attach an old adapter to a merged model.
-    `notify` gets a message before the upload, which may take hours.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 

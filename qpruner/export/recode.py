@@ -1,7 +1,4 @@
-"""Write a final model again with other formats, or with its adapter merged into the weights.
-
-Every export starts from such a checkpoint.
-"""
+"""Write a final model with other formats, or with its adapter merged: every export starts from such a checkpoint."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def layout_of(
     """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
 
     A group is offered the formats that all its layers take; all formats if there is none, as in a model that is only
-    pruned. Unpacked weights have `element_bytes` each, adapters too.
+    pruned.
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

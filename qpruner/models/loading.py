@@ -1,7 +1,6 @@
-"""Load config, tokenizer and unquantized weights from a model source.
+"""Load config, tokenizer and unquantized weights from a hub id, a local folder, a `.gguf` file or `package:NAME/FILE`.
 
-Sources: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file inside an installed package (found
-without importing it). Weights are read from safetensors or GGUF only, never from a pickle.
+Weights are read from safetensors or GGUF only, never from a pickle; packages are found without importing them.
 """
 
 from __future__ import annotations
@@ -253,10 +252,7 @@ def check_folder(path: Path, named: str) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Return True if a safetensors file is as long as its header says.
-
-    `safe_open` would map the whole file, which fails where address space is limited.
-    """
+    """Return True if a file is as long as its header says; `safe_open` would map all of it, which may not fit."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

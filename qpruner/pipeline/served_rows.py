@@ -1,7 +1,4 @@
-"""Write the base model for llama.cpp, and measure rows of stage serve in turns in one process.
-
-The process is a new one, so that a crash of llama.cpp is an error of the stage.
-"""
+"""Write the base model for llama.cpp, and measure rows of stage serve in turns in one new process."""
 
 from __future__ import annotations
 
@@ -173,10 +170,7 @@ def _packed_formats(config: Any, name: str) -> dict[str, str]:
 
 
 def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | Measured]:
-    """Measure speed and loss of rows; yield done and total turns, at the end the setting and all rows.
-
-    The loss is measured in the first turn. Rows without a file that is run here keep what is known of them.
-    """
+    """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers too runs on the CPU
     import torch
 

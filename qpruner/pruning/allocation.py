@@ -19,10 +19,7 @@ COARSE = (EXPERT, ATTENTION)
 
 
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
-    """Count the units to remove: `target` parameters in all, about the same share of each kind in each block.
-
-    Raise `UserError` if `uniform` blocks cannot lose that many parameters.
-    """
+    """Count the units to remove: `target` parameters in all, about the same share of each kind in each block."""
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
     if any(MLP in kinds for kinds in sizes.values()):

@@ -1,9 +1,8 @@
 """Compensate for removed units by a bias or by new weights in the output projections.
 
-Every removed unit ends in columns of an output projection (o, down). Before the cut these columns are set to zero, and
-their contribution moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in
-SliceGPT, ZipLM and SoBP). The cut itself then changes no output. The contribution of dropped blocks moves to the
-output projection before these blocks.
+Before the cut the columns of removed units in an output projection (o, down) are set to zero, and their contribution
+moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in SliceGPT, ZipLM and
+SoBP); that of dropped blocks moves to the output projection before them. The cut itself then changes no output.
 """
 
 from __future__ import annotations

@@ -195,10 +195,7 @@ class UnitScores:
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce the scores of all matrices to one score per unit.
-
-        With `modulo`, query head h counts for unit ``h % number of units``, as in LLM-Pruner, not for its own unit.
-        """
+        """Reduce to one score per unit; with `modulo` query head h counts for unit ``h % units``, as in LLM-Pruner."""
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [

@@ -1,7 +1,6 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-The share is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group or
-expert (coarse unit).
+It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group or expert.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def select(
 
     `values` are importances, -inf for units that an earlier step removed. `per_layer` removes the same share from every
     block, `global` the units of least importance per parameter from any block. The number of kept channels is a
-    multiple of `round_to`, and with `uniform` the same in every block. Raise `UserError` if blocks cannot lose as much.
+    multiple of `round_to`, and with `uniform` the same in every block.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
@@ -49,8 +48,7 @@ def select_rate(
     """Select the units to keep when every block loses the share `layer_rate` of its units, rounded as in LLM-Pruner.
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded
-    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner). Raise `UserError` if a block would keep
-    too few units, or if no block would lose any.
+    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
@@ -58,10 +56,8 @@ def select_rate(
         for name, size in kinds.items():
             removed[index][name] = count = units_at_rate(size, layer_rate, round_to if name == MLP else 1)
             if count > size.most:
-                raise UserError(
-                    f"`prune.layer_rate` {layer_rate:g} would leave {size.count - count} of the {size.count} {name} "
-                    f"units of block {index}, but at least {size.least} must stay: lower the rate"
-                )
+                left = f"{size.count - count} of the {size.count} {name} units of block {index}"
+                raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves {left}, at least {size.least} must stay")
             if uniform and size.plain and size.count - count not in size.plain:
                 raise UserError(
                     f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
@@ -79,10 +75,7 @@ def select_rate(
 def _check_round_to(sizes: Sizes, round_to: int) -> None:
     narrowest = min((kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to)
     if round_to > narrowest:
-        raise UserError(
-            f"`prune.round_to` must be at most {narrowest}, the number of MLP channels of the narrowest block, got "
-            f"{round_to}: lower it"
-        )
+        raise UserError(f"`prune.round_to` must be at most {narrowest}, the narrowest block's channels, got {round_to}")
 
 
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
@@ -119,10 +112,7 @@ def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mappi
 
 
 def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
-    """Group units into bundles of `width`, least important first; with stacked experts, of `width` from each expert.
-
-    The first bundle takes the remainder, so that the number of kept units is always a multiple of `width`.
-    """
+    """Group units into bundles of `width` (from each expert), least important first; the first takes the remainder."""
     orders = [
         sorted(range(part * size.count, (part + 1) * size.count), key=lambda unit: (scores[unit], unit))
         for part in range(size.partitions)

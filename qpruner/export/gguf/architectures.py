@@ -1,7 +1,6 @@
 """Choose llama.cpp's architecture for a model, or say why there is none.
 
-Blocks alike take the architecture of their family. Blocks of different widths take `deci`, whose blocks each have
-their own numbers of heads and channels, or `openelm`, which has norms of queries and keys too.
+Blocks of different widths take `deci`, or `openelm`, which has norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -98,10 +97,7 @@ def llama_cpp_format(name: str, columns: int) -> str:
 
 
 def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can.
-
-    `ragged` and `biases` are as in `architecture_of`, for a model that is not cut yet.
-    """
+    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`)."""
     family = families().get(config.model_type)
     if family is None or not family.gguf:
         kind = "models with experts" if family and family.unquantizable else f"`{config.model_type}` models"

@@ -1,8 +1,7 @@
 """Write the Modelfile with which Ollama takes a GGUF file.
 
-Ollama does not run the chat template in a GGUF file: it takes the template of its own that is fewer than 100 edits away
-(`template/template.go`), or else sends the bare prompt. So the Modelfile has a template in Ollama's language wherever
-one exists that writes the same chats.
+Ollama does not run the chat template in the file, but takes one of its own that is fewer than 100 edits away. So the
+Modelfile has a template in Ollama's language wherever one exists that writes the same chats.
 """
 
 from __future__ import annotations

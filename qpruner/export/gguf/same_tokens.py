@@ -101,8 +101,7 @@ def remark(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _as_served(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str | None], str | None]:
     """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the ids differ.
 
-    The second value names the texts that change or differ. This is all in which llama.cpp differs, whatever a GGUF file
-    says.
+    The second value names the texts that change or differ; llama.cpp differs in nothing else.
     """
     definition = backend(tokenizer)
     added = [token["content"] for token in definition["added_tokens"]]

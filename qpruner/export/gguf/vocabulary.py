@@ -85,10 +85,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Itera
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the definition that is really used: transformers builds some tokenizers anew when it loads them."""
     if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer is a {type(tokenizer).__name__} without `tokenizer.json`, and only fast tokenizers can be "
-            f"written to GGUF; {INSTEAD}"
-        )
+        kind = type(tokenizer).__name__
+        raise UserError(f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; {INSTEAD}")
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
     for key in ("type", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):

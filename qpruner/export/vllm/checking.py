@@ -1,8 +1,7 @@
 """Load an export for vLLM with vLLM, or with transformers where vLLM cannot, and compare it with the checkpoint.
 
-vLLM computes in the type of the model, which changes predictions by about as much as that type changes transformers'
-own: 0.7 to 1.3 times in tiny random models of three families (vLLM 0.32 on a CPU, 2026-11-30). Roundings of the parts
-alone, in float32, made half as much.
+vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 times of what that type changes in
+transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
 """
 
 from __future__ import annotations

@@ -60,11 +60,7 @@ def vllm_format(name: str, columns: int) -> str:
 
 
 def dense_paths(config: Any) -> dict[str, str]:
-    """List the packed layers that must be dense in vLLM, each with the format `bf16`.
-
-    They are embeddings and head, and layers that vLLM loads into one (q, k, v; gate, up) if the zeros of one of them do
-    not fill whole words.
-    """
+    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros fill no whole words."""
     old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):

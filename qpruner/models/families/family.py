@@ -196,10 +196,7 @@ class Family:
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
-    """A family without grouped heads, whose blocks compute the head size as hidden size / heads.
-
-    transformers builds such blocks with all heads only, so no plain checkpoint (`Family.is_plain`) has fewer heads.
-    """
+    """A family without grouped heads, whose plain checkpoints have a head size of hidden size / heads."""
 
     def key_value_heads(self, config: Any) -> int:
         return int(config.num_attention_heads)

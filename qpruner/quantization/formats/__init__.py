@@ -1,7 +1,4 @@
-"""The registry of number formats. A format is one file in this folder that creates `Format` instances.
-
-Nothing outside this folder knows how a format stores its weights. `format_of` finds a format by its name.
-"""
+"""The registry of number formats: nothing outside this folder knows how a format stores its weights."""
 
 from __future__ import annotations
 
@@ -57,10 +54,7 @@ def format_of(name: str) -> Format:
 
 
 def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) -> str:
-    """Return the format itself if it is taken, else the one of those taken whose bytes are nearest.
-
-    Weights stay unpacked if none is taken at this many columns. Of equally near ones the last is returned.
-    """
+    """Return the format itself if it is taken, else the last of those nearest in bytes; dense if none is taken."""
     wanted, rows = format_of(name), 4096  # what a format stores once for a weight hardly counts
     taken = [each for each in formats().values() if is_taken(each) and not each.refusal(columns, None)]
     if not wanted.is_packed or wanted in taken:

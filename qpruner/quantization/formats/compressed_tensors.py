@@ -1,10 +1,8 @@
 """Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them and vLLM reads them.
 
-A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, 32 codes in as many words as
-a code has bits (compressed-tensors 0.20; vLLM asks for ``ceil(columns * bits / 32)`` words a row). Zeros are integers
-and are packed alike. Scales are bfloat16: vLLM stores scales in the type of the model, which is bfloat16 in nearly all
-checkpoints, so it computes with the very scales that were trained with; float16 scales would be rounded when loaded.
-vLLM serves asymmetric 4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming.
+A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, zeros alike
+(compressed-tensors 0.20). Scales are bfloat16, as vLLM stores them in the type of the model. vLLM serves asymmetric
+4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming.
 
 In our one tensor a row has its words, then its scales, then its zeros, packed into bytes; `parts` is the layout of the
 checkpoint, where zeros are packed along rows instead.
@@ -63,12 +61,7 @@ class Packed(GridFormat):
         return {"weight": torch.cat([_to_bits(codes, self.bits, words), halves, zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute ``scale * (code - zero)``.
-
-        In bfloat16 the difference is exact, so that the product is rounded once, as in vLLM.
-        4096 x 4096 weights took 21 ms (w8) to 29 (w3_g32) on one core, bitsandbytes' NF4 14, of which
-        fresh pages of memory took 12 each (2026-11-29).
-        """
+        """Compute ``scale * (code - zero)``; the difference is exact in bfloat16, so that only the product rounds."""
         import torch
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
@@ -165,10 +158,7 @@ def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
 
 
 def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    """Unpack bytes ``(rows, bytes)`` into uint8 codes ``(rows, columns)``.
-
-    Eight codes are spread over eight bytes at once: halves of their bits move apart, then quarters, then single codes.
-    """
+    """Unpack bytes ``(rows, bytes)`` into uint8 codes: eight at once, whose bits move apart by halves of them."""
     import torch
 
     if width == 8:

@@ -1,7 +1,4 @@
-"""The simple formats of llama.cpp (ggml-quants.c): blocks of 32 weights with one scale in float16.
-
-Rows have the bytes of a GGUF file. They are those that llama.cpp's reference and the `gguf` package write.
-"""
+"""The simple formats of llama.cpp (ggml-quants.c), bytes of GGUF files: 32 weights with one scale in float16."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class Int8(GridFormat):
     """Rows of int8 codes, each followed by its scale in float32.
 
-    A grid is the row's largest weight, 127 times its scale: LLM.int8() multiplies by ``127 / largest``, which a rounded
-    scale does not give back.
+    A grid is the row's largest weight: LLM.int8() multiplies by ``127 / largest``, which a rounded scale loses.
     """
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:

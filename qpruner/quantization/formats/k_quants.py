@@ -1,7 +1,6 @@
 """The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have quantized scales.
 
-Rows have the bytes of a GGUF file. `libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the
-`gguf` package, step by step in float32, so the weights are the same.
+`libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the `gguf` package, step by step.
 """
 
 from __future__ import annotations
