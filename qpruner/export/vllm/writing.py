@@ -60,7 +60,7 @@ def vllm_format(name: str, columns: int) -> str:
 
 
 def dense_paths(config: Any) -> dict[str, str]:
-    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros fill no whole words."""
+    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros fill no word."""
     old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):
