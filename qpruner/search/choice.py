@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
@@ -139,21 +140,6 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
             front.append(position)
             lowest = points[position][1]
     return front
-
-
-def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
-    """Compute the hypervolume of a front of bytes and scores (Zitzler and Thiele, 1998), in the unit of the score.
-
-    For a budget, take the score of the smallest plan minus that of the best plan inside the budget. The result is the
-    mean over all budgets from the smallest plan's bytes to `budget_bytes`. A plan of `budget_bytes` adds nothing.
-    """
-    area, lowest = 0.0, smallest[1]
-    for position in non_dominated(points):
-        size, score = points[position]
-        if size < budget_bytes and score < lowest:
-            area += (budget_bytes - size) * (lowest - score)
-            lowest = score
-    return area / (budget_bytes - smallest[0]) if area else 0.0
 
 
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
