@@ -4,8 +4,6 @@ The outputs of each layer with an adapter are compared, because they change by m
 adapter is lost. Predictions are compared to check all other weights.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager

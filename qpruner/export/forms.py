@@ -5,8 +5,6 @@ is it renamed. Layers that a server cannot take in the plan's format get the nea
 `Exported.remarks` says so.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

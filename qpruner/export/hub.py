@@ -1,7 +1,5 @@
 """Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth login`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

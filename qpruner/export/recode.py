@@ -1,7 +1,5 @@
 """Write a final model with other formats, or with its adapter merged: every export starts from such a checkpoint."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence

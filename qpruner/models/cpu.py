@@ -6,8 +6,6 @@ in float32; 2026-11-27). This module computes matrix products and attention in f
 bfloat16, as the instructions do. Weights, activations and checkpoints stay bfloat16.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable

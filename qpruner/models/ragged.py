@@ -4,8 +4,6 @@ transformers 5.24 reads and writes `per_layer_config`, but its blocks ignore it 
 this module builds each block from its own layer config.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version

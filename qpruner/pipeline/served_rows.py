@@ -1,7 +1,5 @@
 """Write the base model for llama.cpp, and measure rows of stage serve in turns in one new process."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -4,8 +4,6 @@ Attention units and experts are coarse (a key/value head of Llama-2-7B with its 
 they are allocated first, and channels fill the rest.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group or expert.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

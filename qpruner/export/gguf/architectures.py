@@ -3,8 +3,6 @@
 Blocks of different widths take `deci`, or `openelm`, which has norms of queries and keys.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -14,8 +14,6 @@ order in the first of 30 blocks 2.3, in the last 0.026; rows of the embeddings s
 in the first block 0.010, none in block 15 0.005. The last two may pass, which is why bytes are compared too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run a generator function in a process of its own, so that a crash of llama.cpp is an error like others."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle

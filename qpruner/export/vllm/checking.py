@@ -4,8 +4,6 @@ vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 
 transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

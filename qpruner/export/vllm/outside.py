@@ -4,8 +4,6 @@
 transformers of its own. Here transformers' own classes and `modeling_ragged.py` build the model.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

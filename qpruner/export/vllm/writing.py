@@ -4,8 +4,6 @@ Formats of `quantization/formats/compressed_tensors.py` are sliced into its tens
 Embeddings and head are unpacked, which changes no weight: vLLM before 0.32 reads no packed embeddings.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Describe the supported model families, one file each: where projections are, which weights a pruning unit owns."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import pkgutil

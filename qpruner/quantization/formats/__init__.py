@@ -1,7 +1,5 @@
 """The registry of number formats: nothing outside this folder knows how a format stores its weights."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import pkgutil

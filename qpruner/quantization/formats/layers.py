@@ -1,7 +1,5 @@
 """Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
