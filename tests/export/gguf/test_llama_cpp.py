@@ -1,7 +1,5 @@
 """llama.cpp, called through its library: tokens, logits, adapters, and what a user reads if it cannot be used."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

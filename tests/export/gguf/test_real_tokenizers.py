@@ -1,7 +1,5 @@
 """Tokenizers of published models give the same ids in two builds of llama.cpp."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """llama.cpp's token ids equal the tokenizer's own, and a tokenizer that it lacks is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import islice

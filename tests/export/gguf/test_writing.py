@@ -1,7 +1,5 @@
 """Models of all families in llama.cpp: the logits and tokens of transformers, the bytes of the checkpoint."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Train small tokenizers of the kinds that llama.cpp knows, and write them as GGUF files with a minimal model."""
 
-from __future__ import annotations
-
 import ctypes
 from pathlib import Path
 from typing import Any

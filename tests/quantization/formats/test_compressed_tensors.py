@@ -1,7 +1,5 @@
 """Formats for vLLM have the codes, words and zeros of compressed-tensors, and HQQ fits its grids better."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What every format must do; a new one is tested here without a change."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
