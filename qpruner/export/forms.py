@@ -102,9 +102,9 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"this model cannot be exported as {form}: {reason}")
     rows = run.stage("prepare") / "data" / "confirmation"
     with _hidden_folder(target) as scratch:
-        work = _Work(final, scratch, target, PurePath(run.place).name, rows, on_progress)
+        work = _Work(form, final, scratch, target, PurePath(run.place).name, rows, on_progress)
         write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
-        exported: Exported = write(work, form)
+        exported: Exported = write(work)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
     return exported
@@ -135,6 +135,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 class _Work:
     """What every form is made from."""
 
+    form: Form
     final: Path
     folder: Path  # hidden, and renamed to `target` at the end
     target: Path
@@ -147,9 +148,9 @@ class _Work:
         """Token ids of the rows on which predictions are compared."""
         return [list(row["input_ids"][:LONGEST]) for row in load_encoded(self.rows)[:NUM_ROWS]]
 
-    def recoded(self, new_format: NewFormat, fixed: Mapping[str, str], form: Form) -> tuple[Path, dict[str, str]]:
+    def recoded(self, new_format: NewFormat, fixed: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
         """Return a checkpoint in other formats, merged if the form wants it, and the layers that changed."""
-        merge = form.endswith("merged")
+        merge = self.form.endswith("merged")
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
         folder = self.folder / RECODED
@@ -157,7 +158,6 @@ class _Work:
 
     def exported(
         self,
-        form: Form,
         found: Compared,
         checkpoint: Path | None = None,
         recoded: Mapping[str, str] | None = None,
@@ -170,11 +170,13 @@ class _Work:
             about = about | {"loss_before": loss_before}
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
+        needs_us = config is not None and config.is_heterogeneous and "auto_map" not in vars(config)
         return Exported(
             **about,
-            form=form,
+            form=self.form,
             folder=self.target,
-            is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
+            is_plain=self.form != "peft"
+            and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
             recoded=recoded,
             remarks=(*_format_changes(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
@@ -189,7 +191,7 @@ def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
     return [f"{counted(count, 'layer')} from {before} to {after}" for (before, after), count in counts.items()]
 
 
-def _merged(work: _Work, form: Form) -> Exported:
+def _merged(work: _Work) -> Exported:
     """Write a dense model; if its blocks differ, with the file that builds them in plain transformers."""
     from qpruner.export.vllm import checking, writing
 
@@ -200,28 +202,28 @@ def _merged(work: _Work, form: Form) -> Exported:
         described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
         retry_storage(lambda: writing.write_config(described, config, work.folder), work.folder)
         checking.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
-    return work.exported(form, found)
+    return work.exported(found)
 
 
-def _peft(work: _Work, form: Form) -> Exported:
+def _peft(work: _Work) -> Exported:
     """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
     base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     retry_storage(lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target)
     copy_adapter(work.final, work.folder, work.target / PEFT_BASE)
     retry_storage(lambda: load_tokenizer(str(work.final)).save_pretrained(work.folder), work.target)
-    return work.exported(form, compare(work.final, work.folder, work.samples, work.on_progress))
+    return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
 
 
-def _gguf(work: _Work, form: Form) -> Exported:
+def _gguf(work: _Work) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
     from qpruner.export.gguf import architectures, checking, same_tokens, writing
     from qpruner.export.gguf.modelfile import modelfile
     from qpruner.export.gguf.vocabulary import stop_ids
 
-    checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {}, form)
+    checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {})
     work.folder.mkdir(parents=True, exist_ok=True)
     model = work.folder / f"{work.name}.gguf"
-    adapter = None if form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
+    adapter = None if work.form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
     writing.write_gguf(checkpoint, model, work.name, work.on_progress)
     if adapter:
         writing.write_adapter(checkpoint, adapter, work.on_progress)
@@ -231,15 +233,15 @@ def _gguf(work: _Work, form: Form) -> Exported:
     retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
     found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
     remarks = architectures.remark(config), same_tokens.remark(tokenizer)
-    return work.exported(form, found, checkpoint, recoded, remarks)
+    return work.exported(found, checkpoint, recoded, remarks)
 
 
-def _vllm(work: _Work, form: Form) -> Exported:
+def _vllm(work: _Work) -> Exported:
     """Write a checkpoint of compressed-tensors."""
     from qpruner.export.vllm import checking, writing
 
     fixed = writing.dense_paths(checkpoint_config(work.final))
-    checkpoint, recoded = work.recoded(writing.vllm_format, fixed, form)
+    checkpoint, recoded = work.recoded(writing.vllm_format, fixed)
     writing.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
     found = checking.check(checkpoint, work.folder, work.samples, work.on_progress)
-    return work.exported(form, found, checkpoint, recoded)
+    return work.exported(found, checkpoint, recoded)

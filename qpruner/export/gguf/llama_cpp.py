@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from scipy.special import log_softmax
 
 from qpruner.errors import StageError, UserError
 
@@ -134,18 +135,17 @@ class Llama:
 
     def __init__(self, model: Path, adapter: Path | None = None, threads: int = 1, context_length: int = BATCH) -> None:
         self._library = _library(library_path())
-        self._call, self._length, self._most, self._next = self._library.call, 0, context_length, 0
+        self._call, self._next = self._library.call, 0
         for file in (model, adapter):
             if file and not file.is_file():
                 raise UserError(f"{file} is not a file: name a GGUF file")
         self._library.errors.clear()
         with ExitStack() as stack:
-            loaded = self._made(
-                f"load {model}", "llama_model_load_from_file", bytes(model), self._call("llama_model_default_params")
-            )
+            parameters = self._call("llama_model_default_params")
+            loaded = self._made(f"load {model}", "llama_model_load_from_file", bytes(model), parameters)
             stack.callback(self._call, "llama_model_free", loaded)  # the adapter goes with its model
             parameters = self._call("llama_context_default_params")
-            parameters.fields[0], parameters.fields[1], parameters.fields[2] = context_length, BATCH, BATCH
+            parameters.fields[:3] = context_length, BATCH, BATCH
             self._context = self._made(f"run {model}", "llama_init_from_model", loaded, parameters)
             stack.callback(self._call, "llama_free", self._context)
             self._call("llama_set_n_threads", self._context, threads, threads)
@@ -180,12 +180,12 @@ class Llama:
         reason = "; ".join(self._library.errors) or "it gives no reason"
         return StageError("export", f"llama.cpp cannot {what}: {reason}", "write the file again: repeat the command")
 
-    def tokens(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Tokenize a text; add the tokens of begin and end, and read those that are written in the text, if asked."""
+    def tokens(self, text: str, add_special: bool = False) -> list[int]:
+        """Tokenize a text with the special tokens that are written in it; add those of begin and end if asked."""
         encoded = text.encode()
         ids = numpy.empty(len(encoded) + 8, numpy.int32)
         places = (encoded, len(encoded), ids.ctypes.data, len(ids))
-        count = self._call("llama_tokenize", self._vocab, *places, add_special, parse_special)
+        count = self._call("llama_tokenize", self._vocab, *places, add_special, True)
         if count < 0:
             raise self._error(f"tokenize {text[:40]!r}")
         found: list[int] = ids[:count].tolist()
@@ -201,7 +201,7 @@ class Llama:
         """Return the sum of losses of a new sequence in nats, and the number of its tokens with a label (0 or more)."""
         next_labels = numpy.append(numpy.asarray(labels)[1:], -1)
         wanted = next_labels >= 0
-        found = _log_softmax(self.logits(ids, wanted))
+        found = log_softmax(self.logits(ids, wanted), axis=1)
         losses = -numpy.take_along_axis(found, next_labels[wanted][:, None], 1)
         return float(losses.sum(dtype=numpy.float64)), int(wanted.sum())
 
@@ -224,18 +224,14 @@ class Llama:
 
     def _restart(self) -> None:
         self._call("llama_memory_clear", self._call("llama_get_memory", self._context), True)
-        self._length = 0
 
     def _passes(self, ids: Sequence[int], flags: numpy.ndarray) -> Iterator[numpy.ndarray]:
         """Append tokens to the sequence, and yield the logits at the flagged positions of each batch."""
-        if self._length + len(ids) > self._most:
-            raise ValueError(f"{self._length + len(ids)} tokens do not fit into a context of {self._most}")
         tokens = numpy.asarray(ids, numpy.int32)
         for start in range(0, len(ids), BATCH):
             part, asked = tokens[start : start + BATCH], numpy.ascontiguousarray(flags[start : start + BATCH])
             batch = _Batch(len(part), token=part.ctypes.data, logits=asked.ctypes.data)
             self._done(f"read {len(part)} tokens", "llama_decode", self._context, batch)
-            self._length += len(part)
             if count := int(asked.sum()):
                 found = self._call("llama_get_logits", self._context)
                 yield numpy.ctypeslib.as_array(found, (count, self.vocab_size)).copy()
@@ -246,14 +242,8 @@ def predictions(model: Path, adapter: Path | None, rows: Sequence[Sequence[int]]
     yield build()
     with Llama(model, adapter, context_length=max(map(len, rows))) as llama:
         for row in rows:
-            found = _log_softmax(llama.logits(row)[:-1])
+            found = log_softmax(llama.logits(row)[:-1], axis=1)
             ids = numpy.argpartition(-found, num_likeliest, axis=1)[:, :num_likeliest]
             ids = numpy.take_along_axis(ids, numpy.take_along_axis(-found, ids, 1).argsort(axis=1), 1)
             actual = numpy.take_along_axis(found, numpy.asarray(row[1:])[:, None], 1)[:, 0]
             yield ids, numpy.take_along_axis(found, ids, 1), actual
-
-
-def _log_softmax(logits: numpy.ndarray) -> numpy.ndarray:
-    shifted: numpy.ndarray = logits - logits.max(axis=1, keepdims=True)
-    shifted -= numpy.log(numpy.exp(shifted).sum(axis=1, keepdims=True))  # numpy sums pairwise
-    return shifted
