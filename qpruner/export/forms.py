@@ -175,8 +175,7 @@ class _Work:
             **about,
             form=self.form,
             folder=self.target,
-            is_plain=self.form != "peft"
-            and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
+            is_plain=self.form != "peft" and not needs_us,
             recoded=recoded,
             remarks=(*_format_changes(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
