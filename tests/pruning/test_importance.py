@@ -1,14 +1,13 @@
 """Importance scores compared with reference computations. With wrong scores, wrong units would be removed."""
 
-from __future__ import annotations
-
 import gc
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import PAD, MemoryWitness, rows_of, samples_of, settings_of, stacked_inputs, tiny
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, visit_gradients, visit_mask_gradients
 from qpruner.data.encoding import collate
@@ -16,9 +15,6 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models.memory import PeakMemory
 from qpruner.pruning.importance import Scores, score
 from qpruner.pruning.prune import prune
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LAYERS = range(3)
 COLUMNS_OF_UNIT = ("self_attn.o_proj", "mlp.down_proj")

@@ -1,20 +1,16 @@
 """Write tiny models of all families as GGUF files, and compare llama.cpp's logits with those of transformers."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tiny_families import family_model, kept_of, with_output_biases
+from transformers import PreTrainedModel
 
 from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.writing import write_gguf
 from qpruner.pruning.surgery import cut, keep_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attn_implementation": "eager", "tie_word_embeddings": True}
 OPTIONS: dict[str, dict[str, Any]] = {
