@@ -1,6 +1,7 @@
 """The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,8 +127,6 @@ def _versions() -> dict[str, str]:
     """Return the versions of the packages that write and run the files; those that are missing are left out."""
     found = {}
     for name in ("gguf", "xllamacpp", "vllm"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
