@@ -18,24 +18,20 @@ from qpruner.errors import StageError
 from qpruner.hf import load
 from qpruner.models.loading import OnWork, device, ignore_progress
 
-PEFT_PREFIX = "base_model.model."
-"""Prefix that peft adds to the names of layers."""
+PEFT_PREFIX = "base_model.model."  # prefix that peft adds to the names of layers
 NUM_PROBES = 64
 MOST_ERROR = 0.05
 """Largest allowed relative error of a layer's outputs. Rounding causes 0.003 (the demo's 210 layers in nf4,
 2026-11). Wrongly decoded weights cause 0.09 or more."""
-LEAST_ADAPTER = 2.0**-9
-"""Smallest effect of an adapter that is checked, as a share of the layer's outputs. bfloat16 rounds by as much."""
+LEAST_ADAPTER = 2.0**-9  # smallest effect of an adapter that is checked, as a share of the outputs; bfloat16's rounding
 MOST_DIVERGENCE = 0.05
 """Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
 and a quarter of the divergence without all adapters (0.20). One lost adapter of the demo gave 0.016 to 0.027."""
 MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
 """Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
 llama.cpp, 2026-11-29); both beyond three standard errors."""
-TOP = 64
-"""Number of the likeliest tokens whose probabilities a server gives."""
-LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0
-"""Largest allowed divergence of a server: in nats per token, and in units of what rounding makes."""
+TOP = 64  # number of the likeliest tokens whose probabilities a server gives
+LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0  # largest divergence of a server in nats per token, and in units of rounding
 
 
 @dataclass(frozen=True)

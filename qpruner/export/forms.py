@@ -44,10 +44,8 @@ AGAINST_SHORTAGE = (
     "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
-NUM_ROWS = 8
-"""Number of rows of `data.confirmation` on which predictions are compared."""
-LONGEST = 256
-"""Tokens of a row that are compared."""
+NUM_ROWS = 8  # number of rows of `data.confirmation` on which predictions are compared
+LONGEST = 256  # tokens of a row that are compared
 RECODED = "recoded"
 
 

@@ -18,8 +18,7 @@ from qpruner.runs.storage import retry_storage
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 10**9
 
-NewFormat = Callable[[str, int], str]
-"""Maps a packed layer's format and its columns to the format that it shall get."""
+NewFormat = Callable[[str, int], str]  # maps a packed layer's format and its columns to the format that it shall get
 
 
 def dense(name: str, columns: int) -> str:

@@ -15,8 +15,7 @@ import torch
 
 from qpruner.quantization.formats import layers
 
-WORTH_WIDENING = 16
-"""Matrix products with a dimension below this are faster without conversion to float32."""
+WORTH_WIDENING = 16  # matrix products with a dimension below this are faster without conversion to float32
 
 
 @functools.cache
@@ -52,8 +51,7 @@ def widen() -> None:
     AttentionInterface.register("sdpa", functools.partial(_widened_attention, sdpa_attention_forward))
 
 
-_KEPT: list[torch.library.Library] = []
-"""Keeps libraries alive, because torch removes the kernels of a deleted library."""
+_KEPT: list[torch.library.Library] = []  # keeps libraries alive, because torch removes the kernels of a deleted library
 
 
 def _widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -14,8 +14,7 @@ from qpruner.quantization.formats import format_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEW_GPU = (99, 0)
-"""A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
+NEW_GPU = (99, 0)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
 
 
 def skeleton(config: Any) -> PreTrainedModel:

@@ -19,8 +19,7 @@ from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
 
-COLUMNS = 4096
-"""Columns that every format takes."""
+COLUMNS = 4096  # columns that every format takes
 BASE_BYTES = 6
 """Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
 

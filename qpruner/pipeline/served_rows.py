@@ -26,14 +26,11 @@ from qpruner.wording import counted
 EMBEDDING_FORMAT = "q8_0"
 """Format of embeddings and head in the packed files of the base model: llama.cpp's own quantizer takes Q6_K or this."""
 UNPACKED = "f16"
-BASE_FORMATS = (UNPACKED, "q8_0", "q4_0")
-"""Formats of the blocks in the files of the base model."""
+BASE_FORMATS = (UNPACKED, "q8_0", "q4_0")  # formats of the blocks in the files of the base model
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 32, 16
 NUM_TURNS = 3
-PLAN = "plan"
-"""`ServedRow.format` of the final model."""
-Turn = tuple[float, float, float | None]
-"""Tokens per second of prefill and of decode, and the loss in the first turn."""
+PLAN = "plan"  # `ServedRow.format` of the final model
+Turn = tuple[float, float, float | None]  # tokens per second of prefill and of decode, and the loss in the first turn
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP
 from qpruner.pruning.units import KindSize, Sizes, available, smallest_step
 
-COARSE = (EXPERT, ATTENTION)
-"""Unit kinds other than channels, coarsest first."""
+COARSE = (EXPERT, ATTENTION)  # unit kinds other than channels, coarsest first
 
 
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:

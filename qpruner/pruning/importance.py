@@ -32,10 +32,8 @@ from qpruner.pruning.units import unit_kinds_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Scores = dict[int, dict[str, torch.Tensor]]
-"""Block index -> kind of unit -> scores ``(units,)``, float64 on the CPU."""
-Kinds = Mapping[int, Sequence[UnitKind]]
-"""Block index -> kinds of unit to score."""
+Scores = dict[int, dict[str, torch.Tensor]]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
+Kinds = Mapping[int, Sequence[UnitKind]]  # block index -> kinds of unit to score
 
 
 def score(
@@ -206,8 +204,7 @@ class UnitScores:
         return scores
 
 
-ENTRIES_AT_ONCE = 2**22
-"""Entries of a matrix that are converted to float32 at once: 16 MiB."""
+ENTRIES_AT_ONCE = 2**22  # entries of a matrix that are converted to float32 at once: 16 MiB
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda scores: scores.sum(dim=0),
     "mean": lambda scores: scores.mean(dim=0),

@@ -12,8 +12,7 @@ from qpruner.models.families import MLP
 from qpruner.pruning.allocation import COARSE, counts_per_layer
 from qpruner.pruning.units import Kept, KindSize, RateTooHigh, Sizes, Values, most_removable, smallest_step
 
-Place = tuple[int, str]
-"""Block index and kind of unit."""
+Place = tuple[int, str]  # block index and kind of unit
 
 
 def select(

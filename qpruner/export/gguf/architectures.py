@@ -11,8 +11,7 @@ from qpruner.models.families import families
 from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import nearest_format
 
-RAGGED = ("deci", "openelm")
-"""Architectures whose blocks have widths of their own."""
+RAGGED = ("deci", "openelm")  # architectures whose blocks have widths of their own
 LLAMAS = ("llama", "deci")
 """Architectures that rotate neighbouring rows of a head as pairs, not rows half a head apart. Only these have optional
 biases on every linear layer, and a factor for each frequency of RoPE."""

@@ -26,8 +26,7 @@ from scipy.special import log_softmax
 
 from qpruner.errors import StageError, UserError
 
-BATCH = 512
-"""Most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt."""
+BATCH = 512  # most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt
 ERROR_LEVEL = 4
 INSTALL = 'run `pip install "qpruner[gguf]"`'
 

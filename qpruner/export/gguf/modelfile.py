@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 Turn = Mapping[str, str]
 SYSTEM, USER, ANSWER, AGAIN = "Be\x01brief", "Who\x02is it", "Only\x03me", "What\x04now"
-CONTEXT = 4096
-"""Most tokens of context asked for: the memory for more is the user's decision."""
+CONTEXT = 4096  # most tokens of context asked for: the memory for more is the user's decision
 
 
 def modelfile(

@@ -26,12 +26,10 @@ from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 
-PYTHON = "QPRUNER_VLLM_PYTHON"
-"""Environment variable with the Python of an environment that has vLLM."""
+PYTHON = "QPRUNER_VLLM_PYTHON"  # environment variable with the Python of an environment that has vLLM
 NAMES = {"vllm": "vLLM", "transformers": "transformers", "compressed_tensors": "compressed-tensors"}
 INSTALL = 'run `pip install "qpruner[vllm]"`'
-CPU_BITS = 4
-"""The only width that vLLM's CPU kernel takes (0.32)."""
+CPU_BITS = 4  # the only width that vLLM's CPU kernel takes (0.32)
 
 
 Server = Literal["vllm", "transformers"]

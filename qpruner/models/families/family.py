@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
 """Kinds of unit: a key/value head with its query heads, an MLP channel, an expert with its router row."""
-
-
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 """Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at its end."""
 

@@ -22,15 +22,11 @@ __all__ = [
     "nearest_format",
 ]
 
-DENSE = "bf16"
-"""The format of unpacked weights, which have the type `model.dtype`."""
-ALIASES = {4: "nf4", 8: "int8", 16: DENSE}
-"""Format for each bit-width of `quantize.bits`."""
-PAPER = (ALIASES[4], ALIASES[8])
-"""The formats of the QPruner paper."""
+DENSE = "bf16"  # the format of unpacked weights, which have the type `model.dtype`
+ALIASES = {4: "nf4", 8: "int8", 16: DENSE}  # format for each bit-width of `quantize.bits`
+PAPER = (ALIASES[4], ALIASES[8])  # the formats of the QPruner paper
 
-NO_FORMATS = {"format", "layers"}
-"""Files of this folder that make no format; `layers` imports torch."""
+NO_FORMATS = {"format", "layers"}  # files of this folder that make no format; `layers` imports torch
 
 
 @functools.cache

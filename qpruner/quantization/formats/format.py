@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
-Capability = tuple[int, int]
-"""CUDA compute capability of a GPU."""
+Capability = tuple[int, int]  # CUDA compute capability of a GPU
 # Unpacking 4096 x 4096 weights of q3_k on one core took 42 ms at 2**17, 28 at 2**19, 34 at 2**22 (2026-11-29).
 WEIGHTS_PER_THREAD = 2**19
 WEIGHTS_PER_GPU = 2**24
@@ -33,32 +32,19 @@ class Format(ABC):
     """
 
     name: str
-    bits: float
-    """Bits of one weight, without scales."""
-    letter: str
-    """The one character that stands for the format in a printed plan."""
-    colour: str
-    """The colour of the format in plots, as `#rrggbb`."""
-    version: int = 1
-    """To be raised when the same weight gives other tensors."""
-    package: str = ""
-    """Python package that packs the weights, besides torch; empty if none is needed."""
-    extra: str = ""
-    """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
-    doubled: str = ""
-    """Name of the format with quantized scales that `quantize.double_quant` takes in place of this one, if any."""
-    is_packed: bool = True
-    """Whether weights are stored in other tensors than in the checkpoint."""
-    holds_embeddings: bool = True
-    """Whether single rows of an embedding can be unpacked."""
-    more_tensors: tuple[str, ...] = ()
-    """Names of the tensors that `pack` returns besides `weight`; they are saved, and `fill` takes them."""
-    uncounted: tuple[str, ...] = ()
-    """Those of `more_tensors` that hold no weights and are not counted as bytes."""
-    ggml_type: str = ""
-    """Name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none."""
-    peft_flag: str = ""
-    """Attribute that must be true on a model, so that peft puts its own LoRA layer on layers of this format."""
+    bits: float  # bits of one weight, without scales
+    letter: str  # the one character that stands for the format in a printed plan
+    colour: str  # the colour of the format in plots, as `#rrggbb`
+    version: int = 1  # to be raised when the same weight gives other tensors
+    package: str = ""  # Python package that packs the weights, besides torch; empty if none is needed
+    extra: str = ""  # extra of qpruner that installs `package`; empty if qpruner requires the package
+    doubled: str = ""  # the format with quantized scales that `quantize.double_quant` takes in its place, if any
+    is_packed: bool = True  # whether weights are stored in other tensors than in the checkpoint
+    holds_embeddings: bool = True  # whether single rows of an embedding can be unpacked
+    more_tensors: tuple[str, ...] = ()  # that `pack` returns besides `weight`; they are saved, and `fill` takes them
+    uncounted: tuple[str, ...] = ()  # those of `more_tensors` that hold no weights and are not counted as bytes
+    ggml_type: str = ""  # name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none
+    peft_flag: str = ""  # attribute that must be true on a model, so that peft puts its LoRA layer on such layers
 
     @property
     def ink(self) -> str:
@@ -111,10 +97,8 @@ class GridFormat(Format):
     round to nearest.
     """
 
-    group_size: int | None
-    """Columns that share one grid; None if it is a whole row."""
-    num_codes: int
-    """Codes are integers from 0 to `num_codes` - 1."""
+    group_size: int | None  # columns that share one grid; None if it is a whole row
+    num_codes: int  # codes are integers from 0 to `num_codes` - 1
 
     @abstractmethod
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

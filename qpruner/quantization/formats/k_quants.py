@@ -24,8 +24,7 @@ class KQuant(Blocks):
     package: str = "libgguf"
     extra: str = "gguf"
     block_size: int = 256
-    type_number: int
-    """Number of `ggml_type` in GGUF files."""
+    type_number: int  # number of `ggml_type` in GGUF files
 
     def pack(self, weight: torch.Tensor) -> Tensors:
         """Pack on the CPU, with llama.cpp's search for scales."""

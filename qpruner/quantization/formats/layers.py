@@ -11,8 +11,7 @@ PIECE = {"cpu": 1 << 21, "other": 1 << 24}
 """Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache: training steps of
 4096 x 4096 take 1.6 times as long with the whole weight as with 2^21 weights, 1.3 times with 2^18 (2026-11).
 """
-widens_bfloat16 = False
-"""Whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it."""
+widens_bfloat16 = False  # whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
 
 
 class _Packed(torch.nn.Module):

@@ -32,8 +32,7 @@ class Nf4(Format):
     )
     uncounted: tuple[str, ...] = (STATE,)
     peft_flag: str = "is_loaded_in_4bit"
-    double_quant: bool
-    """Whether the scales are quantized too, to 8 bits."""
+    double_quant: bool  # whether the scales are quantized too, to 8 bits
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         num_scales = math.ceil(rows * columns / BLOCK_SIZE)
