@@ -18,6 +18,7 @@ from qpruner.errors import StageError
 from qpruner.hf import load
 from qpruner.models.loading import OnWork, device, ignore_progress
 
+Rows = Sequence[Sequence[int]]  # token ids
 PEFT_PREFIX = "base_model.model."  # prefix that peft adds to the names of layers
 NUM_PROBES = 64
 MOST_ERROR = 0.05
@@ -54,9 +55,7 @@ class Predictions(NamedTuple):
     actual: Any  # (tokens - 1,): of the next token
 
 
-def compare(
-    final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
-) -> Compared:
+def compare(final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress) -> Compared:
     """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
     from peft.tuners.lora import LoraLayer
 
@@ -87,7 +86,7 @@ def compare(
 
 def compare_served(
     checkpoint: Path,
-    samples: Sequence[Sequence[int]],
+    samples: Rows,
     served: Iterable[Predictions],
     by: str,
     rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
@@ -151,7 +150,7 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-def loss_of(log_probabilities: torch.Tensor, samples: Sequence[Sequence[int]]) -> float:
+def loss_of(log_probabilities: torch.Tensor, samples: Rows) -> float:
     """Compute the mean loss of the tokens that follow others, from ``(tokens, vocabulary)`` of all rows."""
     rows = zip(torch.split_with_sizes(log_probabilities, list(map(len, samples))), samples, strict=True)
     losses = [-row[:-1].gather(1, torch.tensor(list(sample[1:]))[:, None]) for row, sample in rows]
@@ -196,9 +195,7 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 
 @torch.no_grad()
-def log_probabilities(
-    model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
-) -> torch.Tensor:
+def log_probabilities(model: Any, samples: Rows, on_progress: OnWork = ignore_progress) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:

@@ -14,7 +14,6 @@ order in the first of 30 blocks 2.3, in the last 0.026; rows of the embeddings s
 in the first block 0.010, none in block 15 0.005. The last two may pass, which is why bytes are compared too.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from qpruner.data.losses import hooked
-from qpruner.export.compare import TOP, Compared, compare_served, export_error
+from qpruner.export.compare import TOP, Compared, Rows, compare_served, export_error
 from qpruner.export.gguf.isolation import isolated
 from qpruner.export.gguf.llama_cpp import predictions
 from qpruner.export.gguf.same_tokens import token_differences
@@ -32,11 +31,7 @@ from qpruner.quantization.formats.layers import PackedLinear
 
 
 def check(
-    checkpoint: Path,
-    model: Path,
-    adapter: Path | None,
-    rows: Sequence[Sequence[int]],
-    on_progress: OnWork = ignore_progress,
+    checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
     """Compare the files of a model and its adapter with their checkpoint, predictions on rows of token ids."""
     check_bytes(checkpoint, model, adapter, on_progress)
@@ -67,11 +62,7 @@ def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress
 
 
 def check_predictions(
-    checkpoint: Path,
-    model: Path,
-    adapter: Path | None,
-    rows: Sequence[Sequence[int]],
-    on_progress: OnWork = ignore_progress,
+    checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
     """Compare log-probabilities at all positions of rows."""
     answers = isolated(predictions, model, adapter, rows, TOP)

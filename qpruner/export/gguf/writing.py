@@ -91,11 +91,7 @@ def write_adapter(checkpoint: Path, file: Path, on_progress: OnWork = ignore_pro
 
 
 def _write(
-    file: Path,
-    config: Any,
-    describe: Callable[[gguf.GGUFWriter], None],
-    tensors: Sequence[Tensor],
-    on_progress: OnWork,
+    file: Path, config: Any, describe: Callable[[Any], None], tensors: Sequence[Tensor], on_progress: OnWork
 ) -> None:
     """Write metadata, then the tensors one by one; begin again while the storage is full or away."""
     import gguf

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from qpruner.errors import UserError
-from qpruner.export.compare import TOP, Compared, Predictions, compare_served, export_error
+from qpruner.export.compare import TOP, Compared, Predictions, Rows, compare_served, export_error
 from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
@@ -43,11 +43,7 @@ def missing() -> str | None:
 
 
 def check(
-    checkpoint: Path,
-    exported: Path,
-    samples: Sequence[Sequence[int]],
-    on_progress: OnWork = ignore_progress,
-    server: Server | None = None,
+    checkpoint: Path, exported: Path, rows: Rows, on_progress: OnWork = ignore_progress, server: Server | None = None
 ) -> Compared:
     """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
 
@@ -62,14 +58,14 @@ def check(
         "server": server,
         "folder": str(exported),
         "adapter": str(adapter) if adapter.is_dir() else None,
-        "samples": [list(map(int, sample)) for sample in samples],
-        "trust_remote_code": needs_modeling(config),
-        "num_likeliest": TOP,
+        "rows": [list(map(int, row)) for row in rows],
+        "trust": needs_modeling(config),
+        "count": TOP,
     }
     on_progress(f"checking in {server}", 0, 1)
     found, by = _predictions(asked)
     on_progress(f"checking in {server}", 1, 1)
-    return compare_served(checkpoint, samples, found, by, _in_its_type, on_progress)
+    return compare_served(checkpoint, rows, found, by, _in_its_type, on_progress)
 
 
 @contextmanager
@@ -106,7 +102,7 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
             raise export_error(f"{asked['server']} cannot load it: {cause[-1]}")
         with np.load(into) as arrays:
             versions = json.loads(str(arrays["versions"]))
-            names = range(len(asked["samples"]))
+            names = range(len(asked["rows"]))
             found = [Predictions(*(arrays[f"{field} {row}"] for field in Predictions._fields)) for row in names]
     return found, ", ".join(f"{NAMES[package]} {version}" for package, version in versions.items())
 
