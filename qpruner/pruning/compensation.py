@@ -5,14 +5,13 @@ moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (
 SoBP); that of dropped blocks moves to the output projection before them. The cut itself then changes no output.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs
 from qpruner.data.losses import batches, hooked
@@ -21,9 +20,6 @@ from qpruner.models import ragged
 from qpruner.models.families import family_of
 from qpruner.pruning.surgery import unit_indices
 from qpruner.pruning.units import Kept, unit_kinds_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class _InputsCaptured(Exception):

@@ -1,11 +1,10 @@
 """Gather the Gram matrices of layers' inputs, by which GPTQ rounds weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, at_tokens
 from qpruner.data.losses import hooked
@@ -13,9 +12,6 @@ from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import Layout
 from qpruner.pruning.compensation import BlockStream
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Grams = dict[tuple[str, ...], torch.Tensor]
 """Paths of the layers that read an input -> float32 ``inputs^T inputs / tokens`` ``(columns, columns)``."""

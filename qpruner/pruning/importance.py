@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import (
@@ -28,9 +29,6 @@ from qpruner.data.losses import hooked, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.units import unit_kinds_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Scores = dict[int, dict[str, torch.Tensor]]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
 Kinds = Mapping[int, Sequence[UnitKind]]  # block index -> kinds of unit to score

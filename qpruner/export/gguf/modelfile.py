@@ -4,15 +4,12 @@ Ollama does not run the chat template in the file, but takes one of its own that
 Modelfile has a template in Ollama's language wherever one exists that writes the same chats.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 Turn = Mapping[str, str]
 SYSTEM, USER, ANSWER, AGAIN = "Be\x01brief", "Who\x02is it", "Only\x03me", "What\x04now"

@@ -1,8 +1,6 @@
 # ruff: noqa: RUF001
 """Compare the token ids of llama.cpp with the tokenizer's own, on 1,000 texts made here."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -10,14 +8,12 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.vocabulary import backend, pre_tokenizer, space_prefix
 from qpruner.models.loading import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_TEXTS = 1000
 NUM_CHATS = 40

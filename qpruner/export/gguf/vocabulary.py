@@ -4,20 +4,16 @@ llama.cpp knows pre-tokenizers by name and has their regular expressions compile
 chosen by the definition in the tokenizer, never by the name of the model, and a definition it lacks is refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import UserError
 from qpruner.models.loading import load_tokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from transformers import PreTrainedTokenizerBase
 
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
@@ -51,7 +47,7 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
 
 
-def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
+def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
     """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding."""
     for name, value in vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder)).items():
         getattr(writer, f"add_{name}")(value)
