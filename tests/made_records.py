@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpruner.runs.records import PAPER, Confirmation, LayerWidths, PruneRecord, SearchRecord
+from qpruner.runs.records import PAPER, Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord
 from qpruner.runs.records.search import CONTROLS
 
 
@@ -36,12 +36,22 @@ def made_layer(index: int, groups: int, channels: int, experts: int | None = Non
     return LayerWidths(layer=index, kept_parameters=5 * channels, **base, **kept)
 
 
-def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
-    """Make a record of pruning from 150 to 120.24 million parameters."""
+def made_cut(*layers: LayerWidths, **changes: Any) -> CutRecord:
+    """Make a record of a cut from 150 to 120.24 million parameters."""
     fields: dict[str, Any] = {"digest": "0" * 16, "seconds": 1.5, "dropped_blocks": (), "layers": layers}
     fields |= {"importance": "taylor", "selection": "global", "compensation": "none"}
     fields |= {"target": "target 20.00% of all parameters", "target_rate": 0.2, "achieved_rate": 0.1984}
     fields |= {"parameters_before": 150_000_000, "parameters_after": 120_240_000}
     fields |= {"bytes_before": 300_000_000, "bytes_after": 240_480_000}
     memory = {"peak_memory_bytes": 0, "memory_counter": "rise of resident memory"}
-    return PruneRecord(**fields | memory | changes)
+    effect = {"multiply_adds": 120_000_000, "loss": 2.5}
+    return CutRecord(**fields | memory | effect | changes)
+
+
+def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
+    """Make a record of the base model and one cut of it."""
+    cut = made_cut(*layers, **changes)
+    kept = {name: getattr(cut, name) for name in ("parameters_before", "bytes_before")}
+    whole = {name.replace("before", "after"): size for name, size in kept.items()}
+    base = cut.model_copy(update={**whole, "target": "no cut", "target_rate": 0.0, "achieved_rate": 0.0, "dropped_blocks": ()})
+    return PruneRecord(digest=cut.digest, seconds=cut.seconds, gpu_seconds=cut.gpu_seconds, cuts={"base": base, "cut-20": cut})

@@ -269,7 +269,7 @@ _verb(
     ),
     click.option("--file", type=click.Path(path_type=Path), help="Text file with more prompts, one per line."),
     click.option(
-        "--which", metavar="NAMES", help="Models of a run to ask, from base,pruned,final; by default all that exist."
+        "--which", metavar="NAMES", help="Models of a run to ask, such as base,cut-20,final; by default all that exist."
     ),
     click.option("--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."),
     click.option(

@@ -57,10 +57,10 @@ class Rates:
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
     """Time a micro-batch and the packing of a layer on this machine, in formats that fill the configured budget."""
-    count, layout = _Count(config, inspection), inspection.pruned
+    count, layout = _Count(config, inspection), inspection.reference
     low, high = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
-    model_config, labelled = inspection.cuts[0].expected, count.share_labelled("train")
+    model_config, labelled = next(iter(inspection.cuts.values())).expected, count.share_labelled("train")
     training, scoring, packing = measure(config, model_config, layout, share_high, labelled, threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     operations = rows * length * count.weights_a_token("train")
@@ -103,7 +103,7 @@ def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpu
     measures = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
     sharing = {
         Prune: 1,
-        Bank: min(slots, len(inspection.pruned.groups)),
+        Bank: min(slots, len(inspection.reference.groups)),
         Sensitivity: slots if measures else 1,
         Search: min(slots, config.num_trials),
         Finetune: workers,
@@ -160,7 +160,7 @@ class _Count:
     def __init__(self, config: RunConfig, inspection: Inspection) -> None:
         self._config, self._inspection = config, inspection
         self.step_operations = 6 if config.training.gradient_checkpointing else 4
-        self._pruned = multiply_adds(inspection.pruned, inspection.model_config)
+        self._pruned = multiply_adds(inspection.reference, inspection.model_config)
         self._base = multiply_adds(inspection.base, inspection.model_config)
         self._head = int(inspection.model_config.vocab_size) * int(inspection.model_config.hidden_size)
         examples, most = inspection.examples, config.data.max_length
@@ -207,7 +207,7 @@ class _Count:
         return self._questions("evaluate") + sum(self._lengths.get("text", ())) * 2 * self._pruned
 
     def prune(self) -> float:
-        return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
+        return sum(self._cut(cut.settings) for cut in self._inspection.cuts.values())
 
     def _cut(self, settings: PruneConfig) -> float:
         """Count the operations of a cut: dropping whole blocks once, then importance and compensation in every step."""
@@ -239,7 +239,9 @@ class _Count:
 
     def _packed_entries(self, in_blocks: bool) -> int:
         """Count the pairs of a group and a packed format, of groups in blocks, or of embeddings and head."""
-        groups = [group for group in self._inspection.pruned.groups if (group.name in (EMBEDDINGS, HEAD)) != in_blocks]
+        groups = [
+            group for group in self._inspection.reference.groups if (group.name in (EMBEDDINGS, HEAD)) != in_blocks
+        ]
         return sum(format_of(name).is_packed for group in groups for name in group.formats)
 
     def bank(self) -> float:
@@ -247,7 +249,7 @@ class _Count:
         lora, operations = self._config.lora, 0.0
         has_base = not self._config.prune.is_off and (self._config.is_searched or self._config.finetune.compare)
         of_base = self._inspection.base.groups if has_base else ()
-        for most, groups in ((math.inf, self._inspection.pruned.groups), (UNPRUNED_PLANS, of_base)):
+        for most, groups in ((math.inf, self._inspection.reference.groups), (UNPRUNED_PLANS, of_base)):
             for group in groups:
                 levels = min(most, sum(format_of(name).is_packed for name in group.formats))
                 own = LoraConfig(init="plain") if group.name in (EMBEDDINGS, HEAD) else lora
@@ -260,10 +262,10 @@ class _Count:
         if self._config.quantize.rounding != "gptq":
             return 0.0
         tokens = inspection.samples["importance"] * inspection.sample_length
-        squares = sum(gram_bytes(inspection.pruned, inspection.cuts[0].expected)) / 4
+        squares = sum(gram_bytes(inspection.reference, next(iter(inspection.cuts.values())).expected)) / 4
         rounded = sum(
             len(group.formats) * each.rows * each.columns**2
-            for group in inspection.pruned.groups
+            for group in inspection.reference.groups
             for each in group.linears
             if group.name not in (EMBEDDINGS, HEAD)
         )

@@ -102,7 +102,7 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _largest_trial(config: RunConfig, inspection: Inspection) -> Layout:
-    return inspection.base if config.is_searched else inspection.pruned
+    return inspection.base if config.is_searched else inspection.reference
 
 
 def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
@@ -127,8 +127,8 @@ def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: the dense model, and the larger of importance and compensation."""
-    settings = [cut.settings for cut in inspection.cuts]
-    if settings[0].is_off:
+    settings = [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]
+    if not settings:
         return Memory("the base model", _weights(inspection.base))
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
@@ -193,7 +193,7 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
     The gradients of the logits are freed before those of the layers are needed, so only the larger of the two counts.
     """
-    dense, settings = inspection.pruned, config.sensitivity
+    dense, settings = inspection.reference, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
     weights = _weights(dense)
     works = [weights]
@@ -217,7 +217,7 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
 
     The outputs of all groups at all drawn positions count in both, those of one batch in float32 in the pass alone.
     """
-    dense, positions = inspection.pruned, config.sensitivity.max_positions
+    dense, positions = inspection.reference, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
         features = [sum(linear.rows for linear in group.linears) for group in _blocks(dense)]
@@ -234,7 +234,7 @@ def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int
     `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
     log-probabilities. Later: the same log-probabilities, logits with the quantized group, 4 x `POSITIONS` float32 rows.
     """
-    dense, config = inspection.pruned, inspection.model_config
+    dense, config = inspection.reference, inspection.model_config
     quantized = [dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each]) for each in groups]
     making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
     comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(tokens, POSITIONS)

@@ -22,7 +22,7 @@ from qpruner.models.families import family_of
 from qpruner.models.loading import device
 from qpruner.models.memory import release
 from qpruner.pipeline.preflight import layout_for
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.quantization.bank import build_entry
 from qpruner.quantization.formats import Format, format_of
@@ -141,7 +141,7 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_larges
     dtype = getattr(torch, config.model.dtype)
     with torch.device(device()):
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    layout = layout_for(config, small, on_gpu=torch.cuda.is_available())
+    layout = layout_for(config, small, torch.cuda.is_available(), UNPRUNED)
     plan = layout.largest() if is_largest else layout.smallest()
     for group, name in zip(layout.groups, plan.formats, strict=True):
         if format_of(name).is_packed:

@@ -15,7 +15,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.bank import bank_bytes
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import Inspection, amount, check_device, check_gpu
+from qpruner.pipeline.preflight import Inspection, amount, check_cut, check_device, check_gpu
 from qpruner.runs.events import TableMade
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import BANK_CACHE, RunDir
@@ -40,7 +40,9 @@ def look_at_nodes(context: Context) -> None:
     # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
-        check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
+        check_device(None, config, inspection.packs)
+        for cut in inspection.cuts.values() if inspection.packs else ():
+            check_cut(None, config, inspection.model_config, cut)
 
 
 def _node_copies(config: RunConfig, inspection: Inspection, run: RunDir) -> Copies:
@@ -51,7 +53,7 @@ def _node_copies(config: RunConfig, inspection: Inspection, run: RunDir) -> Copi
         banked = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
     copies = {BANK_CACHE: ("the bank", bank_bytes(config, inspection), banked)}
     if not run.storage.fills_this_disk:
-        pruned = inspection.pruned.num_parameters * inspection.pruned.element_bytes
+        pruned = inspection.reference.num_parameters * inspection.reference.element_bytes
         copies[CACHE] = ("the pruned model", pruned, [f"{run.root.relative_to(cache_root())}/**/*"])
     return copies
 

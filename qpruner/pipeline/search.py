@@ -22,7 +22,7 @@ from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import CUTS, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
@@ -110,7 +110,7 @@ class Search(Stage[SearchRecord]):
         return digest_of(
             "trials",
             context.record(BankRecord).digest,
-            context.layout.offered,
+            context.layout_of(context.reference).offered,
             config.training,
             config.lora,
             config.seed,
@@ -236,17 +236,20 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        space = PlanSpace.of(context.layout, context.space.budget_bytes, context.record(BankRecord).error)
+        cuts = dict.fromkeys((*context.cuts, UNPRUNED))
+        space = PlanSpace.of(
+            context.layout_of(context.reference), context.space.budget_bytes, context.record(BankRecord).error
+        )
         priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(
-                {cut: context.checkpoint_of(cut) for cut in CUTS},
-                {cut: context.bank_of(cut) for cut in CUTS},
+                {cut: context.checkpoint_of(cut) for cut in cuts},
+                {cut: context.bank_of(cut) for cut in cuts},
                 context.data,
             ),
-            layouts={cut: context.layout_of(cut) for cut in CUTS},
+            layouts={cut: context.layout_of(cut) for cut in cuts},
             space=space,
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,

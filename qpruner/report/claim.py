@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import Z_95, accuracy_in_full, over_tasks
+from qpruner.plans.plan import UNPRUNED
 from qpruner.report.instead import best_control_text
 from qpruner.report.results import (
     BASE,
@@ -127,14 +128,14 @@ def _winner(results: Results, search: SearchRecord) -> str:
 def _alone(results: Results) -> str:
     """Describe the winner of a run that fine-tuned no other plan."""
     assert results.prune and results.evaluate
-    [row] = rows(results)
+    [row], base_bytes = rows(results), results.prune.cuts[UNPRUNED].bytes_before
     untuned = "".join(
         f", {each.name} {over_tasks([score.correct for score in each.scores]).mean:.3f}"
         for each in results.scores
         if each.seed is None and each.name != SEARCHED
     )
     return (
-        f" It is {results.prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model. "
+        f" It is {base_bytes / row.measured_bytes:.1f} times smaller than the base model. "
         f"After its fine-tune its validation loss is {row.validation_loss:.4f} and its confirmation loss "
         f"{row.confirmation_loss:.4f} nats per token, and its test {accuracy_in_full(results.evaluate.metrics)} "
         f"{row.accuracy:.3f} (without a fine-tune{untuned})."

@@ -97,16 +97,18 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
 
 def test_the_cache_keeps_the_model_for_the_next_work(executor: ModelExecutor) -> None:
     def leave(job: Any, cache: ModelCache, emit: Emit) -> None:
-        cache.keep(job)
+        cache.keep(Path("here"), job)
 
     def look(cache: ModelCache, emit: Emit) -> Any:
-        return cache.pruned_model(Path("nothing is loaded from here"), "bfloat16")
+        return cache.model(Path("here"), "bfloat16")
+
+    def look_elsewhere(cache: ModelCache, emit: Emit) -> Any:
+        return cache.model(Path("nothing is loaded from here"), "bfloat16")
 
     executor.run(partial(leave, "a model"), ignore)
     assert executor.run(look, ignore) == "a model"
-    executor.close()
     with pytest.raises(Exception, match="nothing is loaded from here"):
-        executor.run(look, ignore)
+        executor.run(look_elsewhere, ignore)
     executor.close()  # gives the one GPU back
 
 

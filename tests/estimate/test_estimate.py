@@ -150,7 +150,7 @@ def test_the_comparison_trains_the_base_model_unpacked(inspection: Inspection, c
     found = estimate.facts(config, inspection, RATES, 2, {}, 0.5)
     parts = found["memory"]["comparison"]["parts"]
     assert parts["weights"] == inspection.base.num_parameters * 2
-    assert parts["adapters"] == 2 * inspection.base.adapter_bytes > 2 * inspection.pruned.adapter_bytes, "in float32"
+    assert parts["adapters"] == 2 * inspection.base.adapter_bytes > 2 * inspection.reference.adapter_bytes, "in float32"
     trial = memory.training_memory(config, inspection).parts
     assert parts["activations"] == trial["activations"], "the search tries the base model too"
     assert "unpacked weights" in trial and "unpacked weights" not in parts
@@ -272,7 +272,7 @@ def test_the_head_is_counted_at_labelled_tokens(inspection: Inspection, changed:
     configs = changed(), changed(data__response_only=False)
     some, every = (hours.slot_hours(config, inspection, RATES)["finetune"] for config in configs)
     head = inspection.model_config.vocab_size * inspection.model_config.hidden_size
-    whole = hours.multiply_adds(inspection.pruned, inspection.model_config)
+    whole = hours.multiply_adds(inspection.reference, inspection.model_config)
     assert (whole - head) / whole < some / every < 1 - head / whole / 2
 
 
@@ -299,7 +299,7 @@ config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))
 names = sorted(path.stem for path in (run.stage("bank") / "nf4").iterdir())
 plan = {"embeddings": "bf16"} | {name: ("nf4", "int8")[position % 2] for position, name in enumerate(names)}
-row = Candidate("searched", "searched", run.stage("prune"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
+row = Candidate("searched", "searched", run.cut("cut-20"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
 done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
 print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}))
 """

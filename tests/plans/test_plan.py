@@ -18,7 +18,7 @@ LEVELS = ("nf4", "int8")
 
 
 def layout_of(
-    shapes: list[tuple[int, int]], rest: int = 1000, levels: tuple[str, ...] = LEVELS, cut: str = "pruned"
+    shapes: list[tuple[int, int]], rest: int = 1000, levels: tuple[str, ...] = LEVELS, cut: str = "cut-20"
 ) -> Layout:
     groups = tuple(
         Group(f"layers.{index}", (LinearShape(f"model.layers.{index}", *shape),), levels)
@@ -212,7 +212,7 @@ def test_a_plan_of_another_cut_is_outside_the_space() -> None:
     space, plan = space_of(pruned, 1.0), base.uniform("nf4")
     assert plan.cut == UNPRUNED and space_of(base, 1.0).is_feasible(plan)
     assert plan not in space and not space.is_feasible(plan) and space.uniform("nf4") in space
-    with pytest.raises(ValueError, match="of the cut base is not in the space of the cut pruned"):
+    with pytest.raises(ValueError, match="of the cut base is not in the space of the cut cut-20"):
         space.plan_bytes(plan)
 
 
@@ -237,7 +237,7 @@ def test_measured_errors_become_the_damage_of_a_space() -> None:
         ("{embeddings: 8, layers.0: '4'}", "got '4'"),
         ("{embeddings: 8, layers.0: [nf4]}", r"got \['nf4'\]"),
         ("{embeddings: 8, layers.1: 4}", "did you mean `layers.0`"),
-        ("{cut: base, plan: {embeddings: 8, layers.0: 4}}", "plan of the model before pruning .* `--set prune.rate=0`"),
+        ("{cut: base, plan: {embeddings: 8, layers.0: 4}}", "must name one of the cuts of this run, got base: `cut: NAME`, of cut-20"),
         ("[4, 8]", "must map every group to its format, got list"),
     ],
 )
@@ -246,11 +246,11 @@ def test_a_plan_file_that_does_not_fit_is_refused(text: str, said: str, tmp_path
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(PlanRefused, match=said):
-        read_plan(file, offered)
+        read_plan(file, {"cut-20": offered})
     file.write_text('{"plan": {"layers.0": 4, "embeddings": "int8"}}')
-    assert read_plan(file, offered) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"))
+    assert read_plan(file, {"cut-20": offered}) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"), "cut-20")
     file.write_text("layers.0: nf4")
-    assert str(read_plan(file, offered)) == "84", "a group without a choice need not be named"
+    assert str(read_plan(file, {"cut-20": offered})) == "84", "a group without a choice need not be named"
 
 
 def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:

@@ -325,7 +325,7 @@ class MadeRun:
         return {
             "prepare": PrepareRecord(**self._stage, **prepared),
             "prune": made_prune(*layers, **self._stage, **sizes),
-            "bank": BankRecord(**self._stage, files={}, bytes=1, residual_ratio={}),
+            "bank": BankRecord(**self._stage, cut="cut-20", files={}, bytes=1, residual_ratio={}),
             "sensitivity": SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods),
         }
 

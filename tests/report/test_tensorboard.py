@@ -85,7 +85,7 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
     named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001", "search": "this"}
-    named |= {"cut": "pruned"}
+    named |= {"cut": "base"}
     formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
     assert rows[1] == {**named, **formats, "Mean bits": pytest.approx(32 / 6)}
     ends = {}
