@@ -13,8 +13,15 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields: dict[str, Any] = {"digest": "c" * 16, "trials_digest": "1" * 16, "searcher": "gp", "metric": "loss"}
     fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
     fields |= {"num_trials": 9, "num_finished": 6, "num_stopped": 2, "num_failed": 1, "num_reused": 0, "resumed": 0}
-    fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_control": 2, "control_won": False}
-    finalists = (made_confirmation(2, "seed-kl", 2.125), made_confirmation(7, "gp", 2.0625))
+    fields |= {
+        "best_index": 7,
+        "best_origin": "gp",
+        "best_plan": plan,
+        "best_cut": "cut-20",
+        "best_control": 2,
+        "control_won": False,
+    }
+    finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625))
     ended = "all 9 trials were spent (`search.max_trials`)"
     return SearchRecord(**fields | {"ended": ended, "confirmations": finalists, "front": ()} | changes)
 
@@ -22,7 +29,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """Make a finalist, which is a control if its origin is the name of one."""
     is_control = origin == PAPER or origin.startswith(CONTROLS)
-    fields: dict[str, Any] = {"control": is_control, "reused": False, "stderr": 0.0625}
+    fields: dict[str, Any] = {"control": is_control, "cut": "cut-20", "reused": False, "stderr": 0.0625}
     fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 
@@ -53,5 +60,9 @@ def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
     cut = made_cut(*layers, **changes)
     kept = {name: getattr(cut, name) for name in ("parameters_before", "bytes_before")}
     whole = {name.replace("before", "after"): size for name, size in kept.items()}
-    base = cut.model_copy(update={**whole, "target": "no cut", "target_rate": 0.0, "achieved_rate": 0.0, "dropped_blocks": ()})
-    return PruneRecord(digest=cut.digest, seconds=cut.seconds, gpu_seconds=cut.gpu_seconds, cuts={"base": base, "cut-20": cut})
+    base = cut.model_copy(
+        update={**whole, "target": "no cut", "target_rate": 0.0, "achieved_rate": 0.0, "dropped_blocks": ()}
+    )
+    return PruneRecord(
+        digest=cut.digest, seconds=cut.seconds, gpu_seconds=cut.gpu_seconds, cuts={"base": base, "cut-20": cut}
+    )

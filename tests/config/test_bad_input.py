@@ -61,7 +61,10 @@ RULES = [
     ("search.reduction_factor=1", "`search.reduction_factor` ... greater than or equal to 2, got 1"),
     ("finetune.num_workers=0", "`finetune.num_workers` ... greater than or equal to 1, got 0"),
     # within a section
-    ("prune.layer_rate=0.25", "`prune`: give one of `rates`, `rate` and `layer_rate`, got several: take one out (on the command line"),
+    (
+        "prune.layer_rate=0.25",
+        "`prune`: give one of `rates`, ... and `layer_rate`, got several: take one out",
+    ),
     ("prune={rates: [0, 0.2], rate: 0.1}", "give one of `rates`, `rate` and `layer_rate`, got several: take one out"),
     ("prune={rates: [0.2, 0.1]}", "`rates` must be different shares in ascending order, got [0.2, 0.1]"),
     ("prune={rates: [0, 0.95]}", "`prune.rates.1` ... less than or equal to 0.9, got 0.95"),

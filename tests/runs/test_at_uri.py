@@ -172,7 +172,10 @@ def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_pa
     job = machine("fifth")
     candidate = job.candidate
     trial = TrialJob(
-        job.config, Materials({candidate.cut: candidate.checkpoint}, {candidate.cut: candidate.bank}, job.data), candidate.plan, candidate.cut
+        job.config,
+        Materials({candidate.cut: candidate.checkpoint}, {candidate.cut: candidate.bank}, job.data),
+        candidate.plan,
+        candidate.cut,
     )
     told: list[RungResult] = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))
