@@ -26,7 +26,6 @@ def estimates(setup: Setup) -> Figures:
     expected = {name: 3600 * each.hours for name, each in times.items()}
     lasted = {
         "prune": found("prune", "cut"),
-        "bank": found("bank", "pack"),
         "search": found("trial", "training_and_scoring"),
     }
     training, scoring = memory.training_memory(config, inspection), memory.scoring_memory(config, inspection)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,15 +35,6 @@ class GpuTime:
     def add(self, seconds: float) -> None:
         """Add GPU seconds."""
         self.seconds += seconds
-
-    @contextmanager
-    def held(self, gpus: float) -> Iterator[None]:
-        """Add the seconds of the `with` block times the number of GPUs, also if the block raises an error."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(gpus * (time.monotonic() - started))
 
 
 class ModelCache:
@@ -82,8 +72,11 @@ class LocalExecutor:
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work in this process and return its result."""
-        with self._gpu_time.held(self._gpus):
+        started = time.monotonic()
+        try:
             return work(self._cache, emit)
+        finally:
+            self._gpu_time.add(self._gpus * (time.monotonic() - started))
 
     def close(self) -> None:
         """Free the memory of the model."""

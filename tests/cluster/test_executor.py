@@ -150,7 +150,7 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["task", "executor", "group"])
+@pytest.mark.parametrize("place", ["task", "group"])
 def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> None:
     """The work starts again on another machine, more than `MAX_DEATHS` times."""
 
@@ -162,12 +162,7 @@ def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> 
             time.sleep(0.05)
         return 3
 
-    def work(cache: ModelCache, emit: Emit) -> int:
-        return task(None)
-
     def done() -> int:
-        if place == "executor":
-            return ClusterExecutor(GPU, GpuTime(), CHECK).run(work, ignore)
         if place == "task":
             ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:
