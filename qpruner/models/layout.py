@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
 from qpruner.models.families import family_of
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, Group, Layout, LinearShape
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Group, Layout, LinearShape
 from qpruner.quantization.formats import format_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
 
 
 def layout_of(
-    config: Any, quantize: QuantizeConfig, element_bytes: int, lora_rank: int, on_gpu: bool, cut: str = PRUNED
+    config: Any, quantize: QuantizeConfig, element_bytes: int, lora_rank: int, on_gpu: bool, cut: str = UNPRUNED
 ) -> Layout:
     """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
 
@@ -86,6 +86,21 @@ def layout_of(
         num_parameters=num_parameters,
         cut=cut,
     )
+
+
+def multiply_adds(model: PreTrainedModel) -> int:
+    """Count the multiply-adds per token: one for each weight of the blocks' matrices and of the head.
+
+    Of experts stacked ``(experts, rows, columns)`` those count that a token visits.
+    """
+    config, family = model.config, family_of(model.config)
+    head: Any = model.get_output_embeddings()
+    total = int(head.weight.numel())
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{family.blocks}.") and parameter.ndim > 1:
+            share = min(1.0, config.num_experts_per_tok / parameter.shape[0]) if parameter.ndim == 3 else 1.0
+            total += round(share * parameter.numel())
+    return total
 
 
 def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:

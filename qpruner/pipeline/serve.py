@@ -61,7 +61,7 @@ class Serve(Stage[ServeRecord]):
         from qpruner.export.forms import refusal
 
         inspection = self.context.inspection
-        cut = inspection.cuts[0]
+        cut = list(inspection.cuts.values())[-1]
         is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
         is_ragged = is_cut and is_free and bool(cut.settings.width_units)
         has_biases = is_cut and cut.settings.compensates_by == "bias"
