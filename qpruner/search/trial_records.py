@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.plans.plan import PRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 from qpruner.training import checkpoints
@@ -60,8 +60,12 @@ class TrialJob:
     config: RunConfig
     materials: Materials
     plan: Mapping[str, str]
+<<<<<<< HEAD
     cut: str = PRUNED
     save_seconds: float = checkpoints.SECONDS
+=======
+    cut: str = UNPRUNED
+>>>>>>> main
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]

@@ -20,7 +20,7 @@ from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
-from qpruner.plans.plan import PRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import (
@@ -55,8 +55,12 @@ class Candidate:
     folder: Path
     seed: int | None
     origin: str = ""
+<<<<<<< HEAD
     cut: str = PRUNED
     micro_batch_size: int | None = None  # if memory was too small for `training.micro_batch_size`
+=======
+    cut: str = UNPRUNED
+>>>>>>> main
 
     @property
     def label(self) -> str:
