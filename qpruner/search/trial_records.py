@@ -60,12 +60,8 @@ class TrialJob:
     config: RunConfig
     materials: Materials
     plan: Mapping[str, str]
-<<<<<<< HEAD
-    cut: str = PRUNED
-    save_seconds: float = checkpoints.SECONDS
-=======
     cut: str = UNPRUNED
->>>>>>> main
+    save_seconds: float = checkpoints.SECONDS
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]

@@ -55,12 +55,8 @@ class Candidate:
     folder: Path
     seed: int | None
     origin: str = ""
-<<<<<<< HEAD
-    cut: str = PRUNED
-    micro_batch_size: int | None = None  # if memory was too small for `training.micro_batch_size`
-=======
     cut: str = UNPRUNED
->>>>>>> main
+    micro_batch_size: int | None = None  # if memory was too small for `training.micro_batch_size`
 
     @property
     def label(self) -> str:
