@@ -1,7 +1,4 @@
-"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model.
-
-Methods that share passes over the samples name each other in their records.
-"""
+"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model."""
 
 from __future__ import annotations
 
@@ -29,18 +26,6 @@ Rises = Mapping[Pair, float]
 """Predicted rise for each pair of a group and a packed format."""
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
 """Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear layers is blind."""
-SOURCES = {
-    "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
-    "NAACL 2025), scaled linearly in bytes from 0 in the largest format to 1 in the smallest; embeddings and head have "
-    "the largest value of any other group, so that they are kept as long as anything is",
-    "first_order": "gradient times quantization error, summed over the weights; embeddings and head: as by `loss`",
-    "fisher": "half the mean squared gradient times squared quantization error, summed over the weights; embeddings "
-    "and head: as by `kl`",
-    "second_order": "first order plus Fisher: second-order expansion of the loss, with squared gradients as curvature; "
-    "embeddings and head: as by `kl`",
-    "kl": "KL divergence between the predictions of the model with one group quantized and of the unquantized model",
-    "loss": "measured change of the loss when one group is quantized",
-}
 
 
 @dataclass(frozen=True)
@@ -89,9 +74,8 @@ def by_information(
     least, most = min(sizes.values()), max(sizes.values())
     share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
     rises = {(group.name, name): nats[group.name] * share[name] for group in subject.groups for name in _packed(group)}
-    details = {"estimator": mutual_information.ESTIMATOR, "bias": mutual_information.BIAS, **vars(found)}
     seconds = time.monotonic() - started
-    return _scores({"mutual_information": (rises, details)}, subject.groups, seconds, "nats of information")
+    return _scores({"mutual_information": (rises, vars(found))}, subject.groups, seconds, "nats of information")
 
 
 def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]) -> dict[str, MethodScores]:
@@ -158,13 +142,10 @@ def _scores(
     unit: str = "nats per predicted token",
 ) -> dict[str, MethodScores]:
     """Make one record per method from rises and details; the methods share the time `seconds`."""
-    found = {}
-    for name, (rises, details) in by_method.items():
-        if others := [other for other in by_method if other != name]:
-            details = details | {"shared_with": others}
-        values = _by_format(rises, groups)
-        found[name] = MethodScores(unit=unit, source=SOURCES[name], values=values, seconds=seconds, details=details)
-    return found
+    return {
+        name: MethodScores(unit=unit, values=_by_format(rises, groups), seconds=seconds, details=details)
+        for name, (rises, details) in by_method.items()
+    }
 
 
 def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float | None, ...]]:

@@ -25,9 +25,6 @@ from qpruner.models.layout import output_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ESTIMATOR = "k-nearest neighbours, continuous-discrete (Ross 2014), joint over whitened principal components"
-BIAS = "the mean of the shuffled-label estimates is subtracted; what remains can be slightly negative"
-
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 

@@ -92,7 +92,6 @@ class MethodScores(Recorded):
     """The sensitivities of all groups, as found by one method (see `SensitivityRecord`)."""
 
     unit: str
-    source: str
     values: dict[str, tuple[float | None, ...]]
     """Format -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 in bf16.
 
