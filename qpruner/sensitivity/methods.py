@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
@@ -68,41 +68,31 @@ def by_information(
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
     found = mutual_information.measure(model, subject.samples, subject.grouping, settings, seed, subject.on_group)
-    nats = dict.fromkeys((group.name for group in subject.groups), max(found.values))
-    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found.values, strict=True)}
+    nats = dict.fromkeys((group.name for group in subject.groups), max(found))
+    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
     sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}
     least, most = min(sizes.values()), max(sizes.values())
     share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
     rises = {(group.name, name): nats[group.name] * share[name] for group in subject.groups for name in _packed(group)}
     seconds = time.monotonic() - started
-    return _scores({"mutual_information": (rises, vars(found))}, subject.groups, seconds, "nats of information")
+    return _scores({"mutual_information": rises}, subject.groups, seconds, "nats of information")
 
 
 def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]) -> dict[str, MethodScores]:
     """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and head."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
-    details = {"num_samples": len(subject.samples.rows), "num_positions": found.num_tokens}
     by_method = {}
     for name in EXPANSION:
         rises = dict(zip(found.pairs, getattr(found, name).tolist(), strict=True))
-        by_method[name] = (rises | dict(tables[MEASURED_INSTEAD[name]]), details)
+        by_method[name] = rises | dict(tables[MEASURED_INSTEAD[name]])
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
 def by_measurement(found: Measurement, groups: Sequence[Group], seconds: float) -> dict[str, MethodScores]:
-    """Turn a measurement into scores by KL divergence and by change of the loss, with standard errors over samples."""
-    by_method = {}
-    for name in MEASUREMENT:
-        sums = getattr(found, name)
-        stderr = dict(zip(found.pairs, found.stderr(sums).tolist(), strict=True))
-        details = {
-            "num_samples": len(found.counts),
-            "num_positions": int(found.counts.sum()),
-            "base_loss": float(found.mean(found.base_loss)),
-            "stderr": _by_format(stderr, groups),
-        }
-        by_method[name] = (dict(zip(found.pairs, found.mean(sums).tolist(), strict=True)), details)
+    """Turn a measurement into scores by KL divergence and by change of the loss."""
+    means = {name: found.mean(getattr(found, name)).tolist() for name in MEASUREMENT}
+    by_method = {name: dict(zip(found.pairs, mean, strict=True)) for name, mean in means.items()}
     return _scores(by_method, groups, seconds)
 
 
@@ -136,15 +126,12 @@ def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) 
 
 
 def _scores(
-    by_method: Mapping[str, tuple[Rises, dict[str, Any]]],
-    groups: Sequence[Group],
-    seconds: float,
-    unit: str = "nats per predicted token",
+    by_method: Mapping[str, Rises], groups: Sequence[Group], seconds: float, unit: str = "nats per predicted token"
 ) -> dict[str, MethodScores]:
-    """Make one record per method from rises and details; the methods share the time `seconds`."""
+    """Make one record per method; the methods share the time `seconds`."""
     return {
-        name: MethodScores(unit=unit, values=_by_format(rises, groups), seconds=seconds, details=details)
-        for name, (rises, details) in by_method.items()
+        name: MethodScores(unit=unit, values=_by_format(rises, groups), seconds=seconds)
+        for name, rises in by_method.items()
     }
 
 

@@ -98,7 +98,6 @@ class MethodScores(Recorded):
     None if the group does not take the format.
     """
     seconds: float
-    details: dict[str, Any]
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row per group, in the order of `SensitivityRecord.groups`."""
