@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
+from qpruner.config.schema import MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
 from qpruner.quantization.bank import Starts
@@ -82,10 +82,7 @@ def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, 
     """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and head."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
-    by_method = {}
-    for name in EXPANSION:
-        rises = dict(zip(found.pairs, getattr(found, name).tolist(), strict=True))
-        by_method[name] = rises | dict(tables[MEASURED_INSTEAD[name]])
+    by_method = {name: rises | dict(tables[MEASURED_INSTEAD[name]]) for name, rises in found.items()}
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
