@@ -22,6 +22,7 @@ from qpruner.runs.records.search import FinalistScore as FinalistScore
 from qpruner.runs.records.search import FreshScore as FreshScore
 from qpruner.runs.records.search import FrontPoint as FrontPoint
 from qpruner.runs.records.search import KeptScore as KeptScore
+from qpruner.runs.records.search import RungAgreement as RungAgreement
 from qpruner.runs.records.search import RungResult as RungResult
 from qpruner.runs.records.search import SearchClock as SearchClock
 from qpruner.runs.records.search import SearchRecord as SearchRecord
