@@ -110,14 +110,12 @@ class MethodScores(Recorded):
     """The sensitivities of all groups, as found by one method (see `SensitivityRecord`)."""
 
     unit: str
-    source: str
     values: dict[str, tuple[float | None, ...]]
     """Format -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 in bf16.
 
     None if the group does not take the format.
     """
     seconds: float
-    details: dict[str, Any]
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row per group, in the order of `SensitivityRecord.groups`."""
