@@ -29,7 +29,8 @@ from qpruner.data.losses import mean_loss
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.pruning.grams import gather
 from qpruner.quantization.assembly import PlanAssembler, cast_adapters
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, build_group, entry_file, read_index, write_grams
@@ -109,7 +110,7 @@ class Rows:
         model = load_dense(str(self.model), self.config.model.dtype)
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         samples = Samples(list(load_encoded(self.data / "importance")), pad_id, self.config.calibration.batch_size)
-        for grams in gather(model, self.config.quantize.group, samples):
+        for grams in gather(model, samples):
             write_grams(folder / f"{_block(next(iter(grams))[0])}.safetensors", grams)
 
     def measure(self, row: str, steps: int, seed: int) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""Load the models of a run or of a folder, and generate answers to prompts.
-
-Before every answer the seed is set, so that an answer depends on model, prompt and sampling only.
-"""
-
-from __future__ import annotations
+"""Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,10 +127,7 @@ class Source:
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     """Find the models of a run that `which` names (all if `which` is empty), or the single model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
-        raise UserError(
-            f"models are loaded from a folder, not from a URI: download the final model with `{command}`, "
-            "then name this FOLDER"
-        )
+        raise UserError(f"models are loaded from a folder, not from a URI: name the folder that `{command}` downloads")
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)
@@ -150,10 +142,8 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
         check_folder(weights_folder(source.folder), f"the {source.name} model")
         has_adapter = (source.folder / "adapter_config.json").is_file()
         if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
-            raise UserError(
-                f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside its "
-                "adapter_config.json (pickled adapters are not read: save the adapter with peft's save_pretrained)"
-            )
+            remedy = "pickled adapters are not read: save the adapter with peft's save_pretrained"
+            raise UserError(f"the {source.name} model: {source.folder} has no adapter_model.safetensors ({remedy})")
     return found
 
 

@@ -14,8 +14,7 @@ from qpruner.quantization.formats import format_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEW_GPU = (99, 0)
-"""A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
+NEW_GPU = (99, 0)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -61,13 +60,15 @@ def layout_of(
     """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
 
     A group is offered the formats that all its layers take; all formats if there is none, as in a model that is only
-    pruned. Unpacked weights have `element_bytes` each, adapters too.
+    pruned.
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    blocks, tables = group_linears(config, quantize.group), table_paths(config)
-    ordered = {name: (path,) for name, path in tables.items() if name != HEAD} | blocks
-    ordered |= {name: (path,) for name, path in tables.items() if name == HEAD}
+    blocks, tables = (
+        group_linears(config, quantize.group),
+        {name: (path,) for name, path in table_paths(config).items()},
+    )
+    ordered = {EMBEDDINGS: tables[EMBEDDINGS], **blocks, **tables}  # the head comes last
     groups = []
     for name, paths in ordered.items():
         linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)

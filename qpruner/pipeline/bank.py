@@ -254,7 +254,7 @@ def _gather_grams(checkpoint: Path, config: RunConfig, data: Path, folder: Path,
     samples = replace(samples, on_progress=partial(on_progress, "inputs of the layers"))
     with writing_folder(folder) as scratch:
         scratch.mkdir(parents=True, exist_ok=True)
-        for grams in gather(model, config.quantize.group, samples):
+        for grams in gather(model, samples):
             write_grams(scratch / _gram_file(next(iter(grams))[0]), grams)
 
 

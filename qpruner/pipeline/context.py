@@ -17,7 +17,8 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import UNPRUNED, Layout, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
 from qpruner.runs.lock import lock_lost
@@ -136,11 +137,11 @@ class Context:
         return 3 * self.inspection.base.trained_bytes
 
     @cached_property
-    def space(self) -> PlanSpace:
-        """All plans of the reference cut within the budget."""
+    def space(self) -> SearchSpace:
+        """All plans of the cuts that are searched, within the budget."""
         layout = self.layout_of(self.reference)
         budget = preflight.budget_bytes(self.config.quantize, layout, self.config.search.pareto)
-        return PlanSpace.of(layout, budget)
+        return SearchSpace((PlanSpace.of(layout, budget),))
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:

@@ -55,6 +55,11 @@ class Shapes:
         """The groups of the cut that removes least, whose sensitivities are measured."""
         return next(iter(self.layouts.values()))
 
+    @property
+    def expected(self) -> Any:
+        """The model config expected after that cut."""
+        return self.cuts[self.reference.cut].expected
+
 
 @dataclass(frozen=True)
 class Inspection(Shapes, Rows):

@@ -1,7 +1,5 @@
 """An export predicts the same as the final model; otherwise no folder is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

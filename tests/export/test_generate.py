@@ -1,7 +1,5 @@
 """`qpruner generate` gives the same answers as transformers, for the models of a run and of a folder."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def gather_of(banked: Banked, batch_size: int) -> Iterator[Grams]:
     """Gather the Gram matrices of the layers' inputs."""
-    return gather(banked.model, "block", replace(banked.subject.samples, batch_size=batch_size))
+    return gather(banked.model, replace(banked.subject.samples, batch_size=batch_size))
 
 
 METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
