@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
@@ -118,14 +118,12 @@ def search_lines(search: SearchState, now: SearchProgress, is_running: bool = Tr
         yield f"{name:<12}  {reached} ({best.origin}), {best.plan_bytes / 1e6:.1f} MB", best
 
 
-def best_so_far(
-    over: Iterable[TrialRecord], metric: str, counts: Callable[[TrialRecord], bool] = lambda trial: not trial.is_control
-) -> list[float | None]:
-    """Return the best score after each trial, None before the first score; `counts` selects the trials that compete."""
+def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:
+    """Return the best score of a searched plan after each trial, None before the first score."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:
-        if trial.status == "finished" and counts(trial):
+        if trial.status == "finished" and not trial.is_control:
             best = best_of([trial] if best is None else [best, trial], metric)
         curve.append(score(best.rungs[-1], metric) if best else None)
     return curve

@@ -13,10 +13,10 @@ from qpruner.report.claim import claim
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.finalists import best_control_text
 from qpruner.report.plots.model import importance, plan_map
-from qpruner.report.plots.search import Shown, best_so_far, front
-from qpruner.report.search_progress import score, score_title, shown_together
+from qpruner.report.plots.search import Shown, front
+from qpruner.report.search_progress import search_lines, search_progress
 from qpruner.report.served import served, served_text
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
@@ -88,10 +88,8 @@ def _search(run: Snapshot) -> Iterator[Part]:
     if search is None and state is None:
         return
     yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
-    if state:
-        for draw, trials in ((front, run.trials), (best_so_far, shown_together(state, run.trials))):
-            if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
-                yield chart
+    if state and (chart := front(Shown(state, run.trials, run.best_trial, run.best_title))):
+        yield chart
     if search and not run.is_complete:  # else the answer has it
         yield tables.fresh_scores(search)
     yield tables.trials(run)
@@ -127,16 +125,14 @@ def search_text(search: SearchRecord) -> list[str]:
 
 def _unfinished_search(run: Snapshot) -> list[str]:
     assert run.state.search
-    counts = {word: sum(trial.status == name for trial in run.own_trials) for name, word in run.statuses.items()}
-    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    of_all = f"{len(run.own_trials)} of {counted(run.state.search.max_trials, 'trial')}"
-    lines = [f"{of_all} so far, budget {run.state.search.budget_bytes / 1e6:.1f} MB: {text or 'none yet'}."]
-    if best := run.best_trial:
-        lines.append(
-            f"Best so far is trial {best.index} ({best.origin}), {score_title(run.state.search)} "
-            f"{score(best.rungs[-1], run.metric):.4f}. It was chosen by the rows that score it, so this is optimistic."
-        )
-    return lines
+    is_running = run.liveness.outcome == RUNNING
+    now = search_progress(run.state.search, run.trials)
+    lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
+    return (
+        [*lines, "The best so far were chosen by the rows that score them, so this is optimistic."]
+        if now.best
+        else lines
+    )
 
 
 def _pruning(run: Snapshot, importances: Mapping[str, Any] | None) -> Iterator[Part]:

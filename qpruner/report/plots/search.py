@@ -1,4 +1,4 @@
-"""Plots of the search: score against bytes with the Pareto front, and the best score so far."""
+"""Plots the search: score against bytes, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.report import search_progress
 from qpruner.report.finalists import formats_text
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.search_progress import cost, plan_text, score, score_title
@@ -108,35 +107,6 @@ def front(shown: Shown) -> Chart | None:
         {"height": 340, "data": {"values": points}, "layer": layers},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
-
-
-def best_so_far(shown: Shown) -> Chart | None:
-    """Draw the best score so far, trial by trial; None without finished trials."""
-    points = [shown.point(trial) for trial in shown.scored if trial.status == "finished"]
-    if not points:
-        return None
-    lines = [*_best_line(shown, SEARCHED), *_best_line(shown, CONTROL)]
-    x = quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1)
-    place = {"x": x, "y": _score_axis(shown, points)}
-    marks = _points(shown, points, place)
-    color = {"color": marks[0]["encoding"]["color"]}
-    layers = [{"data": {"values": lines}, "mark": LINE | {"strokeWidth": 2.5}, "encoding": place | color}, *marks]
-    return Chart(
-        "progress",
-        "Best so far",
-        "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials."
-        f"{shown.remarks}",
-        {"height": 260, "data": {"values": points}, "layer": layers},
-    )
-
-
-def _best_line(shown: Shown, kind: str) -> Values:
-    over = [trial for trial in shown.trials if trial.is_over]  # a stopped trial leaves the best score as it is
-    curve = search_progress.best_so_far(
-        over, shown.search.metric, lambda trial: kind_of(trial) == kind and search_progress.fits(trial, shown.search)
-    )
-    found = zip(over, curve, strict=True)
-    return [{"trial": trial.index, "kind": kind, "score": value} for trial, value in found if value is not None]
 
 
 def _score_axis(shown: Shown, points: Values) -> Spec:
