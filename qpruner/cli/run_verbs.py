@@ -20,7 +20,7 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import PRUNED, UNPRUNED, budget_text
 from qpruner.report import run_views
-from qpruner.report.search_progress import plan_text, score_title, score_with_step, search_lines, search_progress
+from qpruner.report.search_progress import plan_of, score_title, score_with_step, search_lines, search_progress
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.records import BankRecord
@@ -75,7 +75,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
         return []
     is_running = facts["outcome"] == RUNNING and facts["has_begun"]
     lines = [
-        f"{line} [{plan_text(best)}]" if best else line
+        f"{line} [{plan_of(best)}]" if best else line
         for line, best in search_lines(state, search_progress(state, run.trials), is_running)
     ]
     for each in search["under_way"][:MOST_LINES]:

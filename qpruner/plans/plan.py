@@ -84,13 +84,18 @@ class PrecisionPlan:
         """Return the plan as a mapping of groups to formats."""
         return dict(zip(self.groups, self.formats, strict=True))
 
-    def _repr_html_(self) -> str:
-        style = "display:inline-block;width:1.6em;text-align:center;margin:1px;"
+    @property
+    def bars(self) -> str:
+        """Return the plan as HTML, a bar per group in the colour of its format."""
+        style = "display:inline-block;width:.9em;text-align:center;margin:0 1px 0 0;"
         return "".join(
             f'<span title="{html.escape(f"{group}: {name}")}" style="{style}background:{format_of(name).colour};'
             f'color:{format_of(name).ink}">{html.escape(format_of(name).letter)}</span>'
             for group, name in zip(self.groups, self.formats, strict=True)
         )
+
+    def _repr_html_(self) -> str:
+        return f"{self.bars} {html.escape(cut_title(self.cut))}"
 
     def __str__(self) -> str:
         """Return the plan as one character per group: the letter of its format."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import yaml
 
 from qpruner.data.measures import accuracy_in_full
+from qpruner.plans.plan import cut_title
 from qpruner.report import tables
 from qpruner.report.claim import claim
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
-from qpruner.report.finalists import best_control_text
-from qpruner.report.plots.model import importance, plan_map
-from qpruner.report.plots.search import Shown, front
-from qpruner.report.search_progress import search_lines, search_progress
+from qpruner.report.finalists import best_control_text, finalists
+from qpruner.report.plots.plans import kept_by_block, plan_bars
+from qpruner.report.plots.search import score_by_bytes
+from qpruner.report.search_progress import plan_of, search_lines, search_progress
 from qpruner.report.served import served, served_text
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
@@ -32,14 +32,14 @@ STAGES_NOTE = (
 )
 
 
-def sections(run: Snapshot, importances: Mapping[str, Any] | None = None) -> list[Section]:
-    """Return the sections that are not empty for this run; `importances` comes from `load_importance`."""
+def sections(run: Snapshot) -> list[Section]:
+    """Return the sections that are not empty for this run."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", "The answer", answer(run)),
         ("quality", "Quality by task", _quality(run)),
-        ("plan", f"The plan: {run.best_title}", _plan(run)),
+        ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
-        ("pruning", "Pruning", _pruning(run, importances)),
+        ("pruning", "Pruning", _pruning(run)),
         ("cost", "Cost", iter((tables.stages(run), Paragraph(STAGES_NOTE, is_note=True)))),
         ("repeat", "To repeat it", _repeat(run)),
     ]
@@ -78,9 +78,17 @@ def _quality(run: Snapshot) -> Iterator[Part]:
         yield Paragraph(QUALITY_NOTE, is_note=True)
 
 
-def _plan(run: Snapshot) -> Iterator[Part]:
-    if run.best_plan:
-        yield plan_map(run, run.best_plan)
+def _plans(run: Snapshot) -> Iterator[Part]:
+    search, shown = run.results.search, {}
+    if search:
+        confirmed = {each.index: each for each in search.confirmations}
+        shown = {f"{each.trial}: {each.title}": plan_of(confirmed[each.trial]) for each in finalists(search)}
+    elif run.state.search:
+        now = search_progress(run.state.search, run.trials)
+        found = (("best so far", now.best), ("best control", now.best_control))
+        shown = {f"{trial.index}: {title}": plan_of(trial) for title, trial in found if trial}
+    if shown:
+        yield plan_bars(shown, run.sensitivity)
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
@@ -88,7 +96,7 @@ def _search(run: Snapshot) -> Iterator[Part]:
     if search is None and state is None:
         return
     yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
-    if state and (chart := front(Shown(state, run.trials, run.best_trial, run.best_title))):
+    if chart := score_by_bytes(run):
         yield chart
     if search and not run.is_complete:  # else the answer has it
         yield tables.fresh_scores(search)
@@ -135,12 +143,12 @@ def _unfinished_search(run: Snapshot) -> list[str]:
     )
 
 
-def _pruning(run: Snapshot, importances: Mapping[str, Any] | None) -> Iterator[Part]:
+def _pruning(run: Snapshot) -> Iterator[Part]:
     if record := run.results.prune:
-        yield Paragraph(tables.prune_summary(record))
-        if importances:
-            yield importance(record, importances)
-        yield tables.kept_of_blocks(record)
+        yield tables.cuts(record)
+        yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in record.left_out.items()))
+        if len(record.cuts) > 1:
+            yield kept_by_block(record.cuts)
 
 
 def _repeat(run: Snapshot) -> Iterator[Part]:

@@ -14,7 +14,7 @@ from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
 from qpruner.report.finalists import finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, Speed, rows, title_of
-from qpruner.report.search_progress import plan_text, score, score_title
+from qpruner.report.search_progress import plan_of, score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import FreshScore, LayerWidths, PruneRecord, Results, RowScores, SearchRecord, TaskScore
@@ -27,7 +27,7 @@ FINAL = (
         "Test results after the fine-tune, which is the same for every row; no plan was chosen by these results",
         ("row", "seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
-    ("The fine-tune of each row", ("row", "from", "seeds", "validation loss", "confirmation loss")),
+    ("The fine-tune of each row", ("row", "cut", "from", "seeds", "validation loss", "confirmation loss")),
     (
         "Size of each row, and its memory and speed in transformers",
         ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
@@ -107,6 +107,7 @@ def cells(row: Row) -> dict[str, str]:
         TEST_ACCURACY: f"{_figure(row.accuracy, row.accuracy_spread, 3)}{error_text(row.accuracy_stderr, 3)}",
         "test answer loss": _figure(row.answer_loss, row.answer_loss_spread),
         "perplexity": _figure(row.perplexity, row.perplexity_spread, 2),
+        "cut": cut_title(row.cut),
         "from": row.origin,
         "validation loss": _figure(row.validation_loss, row.validation_loss_spread),
         "confirmation loss": _figure(row.confirmation_loss, row.confirmation_loss_spread),
@@ -248,12 +249,12 @@ def trials(run: Snapshot) -> Table:
                 trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
                 run.statuses[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
-                "not pruned" if trial.cut == UNPRUNED else "-",
+                cut_title(trial.cut),
                 f"{trial.mean_bits:.2f}",
                 f"{score(last, run.metric):.4f}" if last else "-",
                 f"{last.step}" if last else "-",
                 f"{trial.seconds:.0f}",
-                plan_text(trial),
+                plan_of(trial),
                 trial.reason or "-",
             )
         )
@@ -275,7 +276,8 @@ def fresh_scores(search: SearchRecord) -> Table:
         (
             f"{each.title}{', reused' if scores[each.trial].reused else ''}",
             f"{each.trial}",
-            f"{'not pruned, ' if each.cut == UNPRUNED else ''}{each.formats}",
+            cut_title(each.cut),
+            each.formats,
             f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
             f"{each.loss:.4f}",
             _fresh_accuracy(scores[each.trial]),
@@ -291,7 +293,7 @@ def fresh_scores(search: SearchRecord) -> Table:
         "fresh rows that chose the winner, before any other fine-tune"
     )
     headings = (
-        *("row", "trial", "formats", "bytes", "selection loss", f"selection {measures.accuracy_name(search.metrics)}"),
+        *("row", "trial", "cut", "formats", "bytes", "selection loss", f"selection {measures.accuracy_name(search.metrics)}"),
         *("loss minus the winner's", "verdict", "on the front"),
     )
     return Table(caption, headings, body).without_empty_columns()
