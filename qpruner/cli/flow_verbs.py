@@ -16,7 +16,7 @@ from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
 from qpruner.report.served import commands as served_commands
 from qpruner.report.served import served, served_text
-from qpruner.report.tables import final_tables, fresh_scores, kept_of_blocks, prune_summary
+from qpruner.report.tables import cuts, final_tables, fresh_scores, kept_of_blocks
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
 from qpruner.runs.storage import export_command, run_root, storage_at

@@ -120,7 +120,9 @@ def trials(run: str, sort: str, descending: bool, as_csv: bool, as_json: bool) -
     else:
         shown = [name for name in SHOWN if any(row[name] not in (None, PRUNED) for row in rows)]
         terminal = Terminal(quiet=False)
-        terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
+        plans = {trial.index: plan_of(trial) for trial in snapshot.trials}
+        body = [[plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown] for row in rows]
+        terminal.table(shown, body)
         for row in rows:
             if row["failure"]:
                 terminal.say(_failed(row))
@@ -202,6 +204,8 @@ def _figure(name: str, value: Any) -> str:
         return "-"
     if name.endswith("bytes"):
         return f"{value / 1e6:.2f} MB"
+    if name == "cut":
+        return cut_title(value)
     if name.endswith("seconds"):
         return duration(value)
     if name == "mean_bits" or name.endswith("hours"):

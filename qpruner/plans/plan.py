@@ -37,6 +37,14 @@ class LinearShape:
         return self.rows * self.columns
 
 
+def cut_title(cut: str) -> str:
+    """Name a cut for people, such as `10 % pruned`."""
+    if cut == UNPRUNED:
+        return "not pruned"
+    kind, _, percent = cut.partition("-")
+    return f"{percent} % {'of each block ' if kind == 'layers' else ''}pruned"
+
+
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
     """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75 MB above ...`."""
     left = (budget_bytes - plan_bytes) / 1e6

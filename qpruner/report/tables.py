@@ -226,16 +226,28 @@ def block_cells(layer: LayerWidths) -> tuple[str, ...]:
     )
 
 
-def prune_summary(record: PruneRecord) -> str:
-    """Describe the pruning in two lines: first settings, target and effect, then size and cost."""
-    dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
-    return (
-        f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, "
-        f"{record.achieved}{dropped}.\n"
-        f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
-        f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
-        f"above the loaded model ({record.memory_counter})."
+def cuts(record: PruneRecord) -> Table:
+    """Build the table of the cuts: what each removed, what it computes, and its loss before any fine-tune."""
+    base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
+    body = [
+        (
+            cut_title(name),
+            f"{cut.achieved_rate:.2%}",
+            f"{cut.parameters_after / 1e6:.1f} M",
+            _megabytes(cut.bytes_after),
+            f"{cut.multiply_adds / base.multiply_adds:.1%}",
+            ", ".join(map(str, cut.dropped_blocks)) or "-",
+            f"{cut.loss:.4f}",
+            f"{cut.seconds:.1f}" if cut.seconds else "-",
+        )
+        for name, cut in record.cuts.items()
+    ]
+    headings = ("cut", "removed", "parameters", "bytes", "multiply-adds", "blocks removed", "loss", "seconds")
+    caption = (
+        f"Cuts (importance {last.importance}, selection {last.selection}, compensation {last.compensation}); multiply-"
+        "adds are per token, against the base model's; the loss is right after the cut, on the rows for sensitivities"
     )
+    return Table(caption, headings, body).without_empty_columns()
 
 
 def trials(run: Snapshot) -> Table:

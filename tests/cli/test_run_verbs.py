@@ -63,7 +63,7 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
     assert "running on" in text and "last sign of life" in text
     assert "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left\n" in text
-    assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
+    assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB [848444]" in text
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
