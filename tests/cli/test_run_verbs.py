@@ -168,7 +168,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
         ("status RUN/run.json", "RUN/run.json is a file, but a run is a folder; name the folder"),
-        ("compare RUN RUN/run.json", "(`output` in its configuration)"),
+        ("compare RUN RUN/run.json", "name the folder of the run"),
     ],
 )
 def test_a_mistake_gets_a_hint(run: Path, words: str, hint: str) -> None:
@@ -182,7 +182,7 @@ def test_a_damaged_record_has_a_remedy(run: Path) -> None:
     done = command("status", run)
     assert done.exit_code == 1
     assert f"{run / 'run.json'} is not a RunState" in done.stderr
-    assert "if a run wrote it, repeat `qpruner run` to write it again" in done.stderr
+    assert "remedy: repeat `qpruner run` to write it again" in done.stderr
 
 
 # ---- plan
