@@ -323,9 +323,8 @@ class Cutter:
         pruned = prune(model, settings, self._samples, config.seed, self._on_work, self._first)
         peak_bytes = memory.bytes()
         if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-            self._emit(
-                Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it")
-            )
+            why = f"{target_text(settings)} is under half of the smallest cut; raise it"
+            self._emit(Message("prune", f"warning: nothing was cut: {why}"))
         loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
         return pruned, {

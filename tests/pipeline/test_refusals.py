@@ -76,7 +76,7 @@ def test_the_configuration_that_the_rows_spoil_is_accepted(inspected: Any, tmp_p
 MODEL = [
     ("prune.rate=0.6; prune.first_layer=1", "`prune.rate` ... 0.6 ... at least one unit ... lower the rate, allow"),
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
-    ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
+    ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate`: 0.2"),
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
     ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
@@ -354,7 +354,7 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
         return int(found[1]), found[2]
 
     smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest budget that works is")
-    layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
+    layout = inspected(f"quantize.budget={{bytes: {smallest}}}").reference
     names = layout.smallest().groups
     every = itertools.product(*(group.formats for group in layout.groups))
     weights = sorted(layout.plan_bytes(PrecisionPlan(names, each)) for each in every)
@@ -372,7 +372,7 @@ def test_formats_of_equal_bytes_leave_a_choice_at_any_size(levels: str, inspecte
     keys = f"quantize.bits=; quantize.formats=[{levels}]; "
     for budget in ("{fraction: 1.0}", "{gib: 1}", "{fraction: 0.5}"):
         found = inspected(f"{keys}quantize.budget={budget}")
-        assert found.budget_bytes >= found.pruned.plan_bytes(found.pruned.smallest())
+        assert found.budget_bytes >= found.reference.plan_bytes(found.reference.smallest())
 
 
 # ---- warnings
