@@ -137,14 +137,14 @@ class Prune(Stage[PruneRecord]):
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
-        found, earlier = dict[str, CutRecord](), None
+        run, found, earlier = self.context.run_dir, dict[str, CutRecord](), None
         with suppress(CorruptFile):
-            earlier = self.context.run_dir.read_record(self.name, PruneRecord)
+            earlier = run.read_record(self.name, PruneRecord)
         for name, each in wanted.items():
-            record = earlier.cuts.get(name) if earlier else None
-            if each.folder:
-                record = read_cut(each.folder)
-            if record and record.digest == each.digest and (not each.folder or super().is_complete(each.folder)):
+            record = None if each.folder or not earlier else earlier.cuts.get(name)
+            if each.folder and super().is_complete(each.folder) and storage_at(each.folder).read_list():
+                record = self.read_intact(each.folder / CUT_FILE, CutRecord, run.root, "the cut is made again")
+            if record and record.digest == each.digest:
                 found[name] = record
         return found
 

@@ -58,8 +58,8 @@ def changed(raw: dict[str, Any]) -> Changed:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """Return a configuration and the inspection changed to its settings of the cut."""
-    cuts, length = (Cut(config.prune, inspection.expected),), config.calibration.max_length
-    return config, replace(inspection, cuts=cuts, sample_length=length)
+    cuts = {inspection.reference.cut: Cut(config.prune, inspection.expected)}
+    return config, replace(inspection, cuts=cuts, sample_length=config.calibration.max_length)
 
 
 @pytest.fixture
