@@ -166,12 +166,13 @@ class _Tokens:
         return self._questions("evaluate") + sum(self._lengths.get("text", ()))
 
     def prune(self) -> float:
-        """Count importance and compensation in every step; blocks are dropped in one."""
+        """Count importance and compensation in every step; all cuts share the importance of the first."""
         passes = 0
-        for settings in (cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off):
-            each = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(settings.importance, 0)
-            each += 0 if settings.compensates_by == "none" else 2
-            passes += each * settings.num_steps if settings.width_units else 0
+        asked = [cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off]
+        for number, settings in enumerate(asked):
+            importance = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(settings.importance, 0)
+            each = importance + (0 if settings.compensates_by == "none" else 2)
+            passes += each * settings.num_steps - bool(number) * importance if settings.width_units else 0
             passes += 5 if settings.drops_blocks else 0
         return passes * self._config.calibration.num_samples * self._config.calibration.max_length
 

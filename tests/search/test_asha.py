@@ -28,7 +28,7 @@ STOP, CONTINUE = "STOP", "CONTINUE"
 CONTROLS = range(3)
 """The numbers of the trials whose plans are controls."""
 GROUPS = tuple(f"layers.{index}" for index in range(8))
-SPACE = PlanSpace(GROUPS, ("nf4", "int8"), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6)
+SPACE = PlanSpace(GROUPS, ("nf4", "int8"), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6, cut="cut-20")
 ONE_CUT = SearchSpace((SPACE,))
 TWO_CUTS = SearchSpace((replace(SPACE, cut="base"), SPACE))
 OF_BASE = 256

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import PRUNED
 from qpruner.runs.records import RungResult
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
@@ -20,9 +19,10 @@ def job(context: Context) -> TrialJob:
     """A trial of two rungs, saved as often as it can be."""
     search = context.config.search.model_copy(update={"steps": 6, "first_rung": 3})
     config = context.config.model_copy(update={"search": search})
-    materials = Materials({PRUNED: context.checkpoint_of(PRUNED)}, {PRUNED: context.bank_of(PRUNED)}, context.data)
-    plan = context.space.of_cut(PRUNED).smallest()
-    return TrialJob(config, materials, plan.as_dict(), save_seconds=0.0)
+    plan = context.space.spaces[0].smallest()
+    cut = plan.cut
+    materials = Materials({cut: context.checkpoint_of(cut)}, {cut: context.bank_of(cut)}, context.data)
+    return TrialJob(config, materials, plan.as_dict(), cut, save_seconds=0.0)
 
 
 def rungs_from(start: Path | None, job: TrialJob, kept: Path) -> list[RungResult]:
@@ -52,7 +52,7 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
     config, materials = job.config, job.materials
 
     def candidate(folder: Path, seed: int, size: int | None = None) -> CandidateJob:
-        places = materials.checkpoints[PRUNED], materials.banks[PRUNED]
+        places = materials.checkpoints[job.cut], materials.banks[job.cut]
         each = Candidate("gp", "trial 0", *places, job.plan, folder, seed, micro_batch_size=size)
         longer = config.model_copy(update={"finetune": config.finetune.model_copy(update={"steps": 50})})
         return CandidateJob(longer, each, materials.data, threads=1)
