@@ -139,7 +139,7 @@ def all_in(name: str, groups: list[str]) -> dict[str, str]:
 
 def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, Any]) -> None:
     """With global selection the widths are known only after the cut."""
-    groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).pruned.groups]
+    groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).reference.groups]
     for name, size in (("nf4", "4"), ("int8", "8")):
         Path(f"{size}.yaml").write_text(yaml.safe_dump(all_in(name, groups)))
     said = check(tiny_raw, "--plan", "8.yaml")

@@ -339,7 +339,7 @@ def test_the_budgets_that_the_errors_name_work(inspected: Any) -> None:
         return int(found[1]), found[2]
 
     smallest, in_gib = named("quantize.budget={bytes: 1}", "smallest budget that works is")
-    layout = inspected(f"quantize.budget={{bytes: {smallest}}}").pruned
+    layout = inspected(f"quantize.budget={{bytes: {smallest}}}").reference
     names = layout.smallest().groups
     every = itertools.product(*(group.formats for group in layout.groups))
     weights = sorted(layout.plan_bytes(PrecisionPlan(names, each)) for each in every)
@@ -357,7 +357,7 @@ def test_formats_of_equal_bytes_leave_a_choice_at_any_size(levels: str, inspecte
     keys = f"quantize.bits=; quantize.formats=[{levels}]; "
     for budget in ("{fraction: 1.0}", "{gib: 1}", "{fraction: 0.5}"):
         found = inspected(f"{keys}quantize.budget={budget}")
-        assert found.budget_bytes >= found.pruned.plan_bytes(found.pruned.smallest())
+        assert found.budget_bytes >= found.reference.plan_bytes(found.reference.smallest())
 
 
 # ---- warnings
