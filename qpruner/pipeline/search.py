@@ -22,7 +22,7 @@ from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import base_names, controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import CUTS, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
@@ -111,7 +111,7 @@ class Search(Stage[SearchRecord]):
         return digest_of(
             "trials",
             context.record(BankRecord).digest,
-            context.layout.offered,
+            context.layout_of(context.reference).offered,
             config.training,
             config.lora,
             config.seed,
@@ -237,17 +237,18 @@ class Search(Stage[SearchRecord]):
 
         context = self.context
         error, groups = context.record(BankRecord).error, tuple(base_names(context).values())
-        space = PlanSpace.of(context.layout, context.space.budget_bytes, error, groups)
+        space = PlanSpace.of(context.layout_of(context.reference), context.space.budget_bytes, error, groups)
+        cuts = dict.fromkeys((*context.cuts, UNPRUNED))
         priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(
-                {cut: context.checkpoint_of(cut) for cut in CUTS},
-                {cut: context.bank_of(cut) for cut in CUTS},
+                {cut: context.checkpoint_of(cut) for cut in cuts},
+                {cut: context.bank_of(cut) for cut in cuts},
                 context.data,
             ),
-            layouts={cut: context.layout_of(cut) for cut in CUTS},
+            layouts={cut: context.layout_of(cut) for cut in cuts},
             space=SearchSpace((space,)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,
