@@ -47,7 +47,7 @@ class Context:
     assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
     records: Results = field(default_factory=Results)
-    _layouts: dict[str, Layout] = field(default_factory=dict)
+    _layouts: dict[str, Layout] = field(default_factory=dict, init=False)
 
     def record(self, kind: type[RecordType]) -> RecordType:
         """Return the record of this class, which an earlier stage has made."""
