@@ -138,7 +138,7 @@ def run_search(
     job = SearchJob(
         config=_config(folder, searcher, num_trials),
         trial=Sleeper(mean_seconds, diary),
-        materials=Materials({PRUNED: folder}, {PRUNED: folder}, folder),
+        materials=Materials({}, folder),
         layouts={PRUNED: LAYOUT},
         space=PlanSpace.of(LAYOUT, budget),
         controls=[("uniform-nf4", LAYOUT.uniform("nf4"))],

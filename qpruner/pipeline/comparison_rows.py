@@ -123,7 +123,6 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, 
         Candidate(
             name=name,
             title=title_of(name, searched),
-            checkpoint=context.model_folder(plan.cut),
             bank=context.bank_of(plan.cut),
             plan=plan.as_dict(),
             folder=run.candidates / digest_of(*inputs, plan.cut, plan.as_dict(), seed),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
@@ -21,10 +21,13 @@ from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, PlanSpace, PrecisionPla
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
 from qpruner.runs.lock import lock_lost
-from qpruner.runs.records import PrepareRecord, Record, Results, digest_of
+from qpruner.runs.records import PrepareRecord, PruneRecord, Record, Results, digest_of
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
+
+if TYPE_CHECKING:
+    from qpruner.quantization.bank import BankSource
 
 Job = TypeVar("Job")
 RecordType = TypeVar("RecordType", bound=Record)
@@ -74,14 +77,19 @@ class Context:
             return self.run_dir.base_model(self.record(PrepareRecord))
         return self.run_dir.stage("prune")
 
-    @property
-    def bank(self) -> Path:
-        """Folder of the bank; read by `quantization.bank.read_plan`."""
-        return self.bank_of(PRUNED)
+    def bank_of(self, cut: str) -> BankSource:
+        """Describe the bank of a cut; its entries depend on all that `inputs` is a digest of, and on their formats."""
+        from qpruner.quantization.bank import VERSION, BankSource
 
-    def bank_of(self, cut: str) -> Path:
-        """Return the folder of a cut's bank; the entries of the unpruned model are made on first use."""
-        return self.run_dir.stage("bank" if cut == PRUNED else f"bank-{cut}")
+        config, quantize, prepared = self.config, self.config.quantize, self.record(PrepareRecord).digest
+        pruned = self.record(PruneRecord)
+        model = (prepared,) if cut == UNPRUNED else (pruned.digest, pruned.weights)
+        starts = config.lora.model_copy(update={"dropout": 0.0})
+        uses_grams = quantize.rounding == "gptq"
+        calibration = (config.calibration, prepared) if uses_grams else ()
+        inputs = digest_of(cut, *model, quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
+        places = (self.run_dir.bank(cut), self.model_folder(cut))
+        return BankSource(*places, quantize.group, config.model.dtype, config.lora, config.seed, inputs, uses_grams)
 
     @cached_property
     def worker_config(self) -> RunConfig:

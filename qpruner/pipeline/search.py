@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
@@ -180,7 +179,6 @@ class Search(Stage[SearchRecord]):
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
         job_with_controls = replace(job, controls=[*self.controls, *job.controls]) if self.given else job
-        add_entries(self, [plan for _, plan in job.controls])
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
@@ -241,11 +239,7 @@ class Search(Stage[SearchRecord]):
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials(
-                {cut: context.checkpoint_of(cut) for cut in CUTS},
-                {cut: context.bank_of(cut) for cut in CUTS},
-                context.data,
-            ),
+            materials=Materials({cut: context.bank_of(cut) for cut in CUTS}, context.data),
             layouts={cut: context.layout_of(cut) for cut in CUTS},
             space=space,
             controls=[(GIVEN, self.given)] if self.given else self.controls,
@@ -369,7 +363,6 @@ def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: Sear
     found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
     context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
-    add_entries(stage, [plan_of(finalists[position]) for position in left])
     candidates, held = [_candidate(context, finalists[position], job) for position in left], list[float]()
     for number, score in run_jobs(context, confirm_trial, candidates, on_held=held.append):
         position = left[number]
@@ -383,8 +376,8 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
     """Describe the last checkpoint of a finished trial as a job for `run_jobs`."""
     checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
     assert checkpoint is not None, "a finished trial has a checkpoint"
-    model, bank = context.checkpoint_of(trial.cut), context.bank_of(trial.cut)
-    return Candidate(trial.origin, title, model, bank, trial.plan, checkpoint, context.config.seed, cut=trial.cut)
+    bank = context.bank_of(trial.cut)
+    return Candidate(trial.origin, title, bank, trial.plan, checkpoint, context.config.seed, cut=trial.cut)
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:

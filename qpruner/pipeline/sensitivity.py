@@ -16,6 +16,7 @@ from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
+from qpruner.plans.plan import PRUNED
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import children, read_json, remove, write_json
@@ -115,9 +116,7 @@ def _scored(
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
         groups=context.layout.groups,
-        grouping=config.quantize.group,
-        bank=context.bank,
-        scaling=config.lora.alpha / config.lora.rank,
+        bank=context.bank_of(PRUNED),
     )
     few_rows = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples])
     measured = replace(subject, samples=few_rows.by_length)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
-from qpruner.quantization.bank import Starts
+from qpruner.quantization.bank import BankSource, Starts
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.runs.records import MethodScores
 from qpruner.runs.storage import fetch
@@ -46,13 +46,11 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups with the formats that each may have, `quantize.group`, bank, and LoRA's alpha / rank."""
+    """Samples, groups with the formats that each may have, and the bank of the model."""
 
     samples: Samples
     groups: tuple[Group, ...]
-    grouping: str
-    bank: Path
-    scaling: float
+    bank: BankSource
     on_group: OnProgress = lambda done, total: None
     """Counts the groups that `by_information` has scored after its pass over the samples."""
 
@@ -71,7 +69,7 @@ class Subject:
     def starts(self) -> Starts:
         """Open the bank to read the initial weights of the groups."""
         groups = {group.name: tuple(linear.name for linear in group.linears) for group in self.groups}
-        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups}, self.scaling)
+        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups})
 
 
 def _packed(group: Group) -> tuple[str, ...]:
@@ -83,7 +81,7 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(model, subject.samples, subject.grouping, settings, seed, subject.on_group)
+    found = mutual_information.measure(model, subject.samples, subject.bank.grouping, settings, seed, subject.on_group)
     nats = dict.fromkeys((group.name for group in subject.groups), max(found.values))
     nats |= {group.name: value for group, value in zip(subject.blocks.groups, found.values, strict=True)}
     sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}
