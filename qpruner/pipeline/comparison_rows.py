@@ -55,7 +55,7 @@ def table_rows(context: Context) -> list[Row]:
     plan of the pruned model. The winner, the best other control, the best seed plan and the random plans get
     `finetune.seeds` different training seeds each, the other rows get one.
     """
-    config, space, winner = context.config, context.space, winner_row(context)
+    config, space, winner = context.config, context.space.spaces[0], winner_row(context)
     measured, searched = context.record(SensitivityRecord), context.record(SearchRecord)
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)

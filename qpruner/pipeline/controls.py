@@ -17,7 +17,8 @@ from dataclasses import replace
 
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import BankRecord, PruneRecord, SensitivityRecord
@@ -34,7 +35,7 @@ def controls(context: Context) -> list[Control]:
     priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
     paper = paper_plan(context)
     found = [("paper", paper)] if paper else []
-    return [*unpruned_controls(context), *found, *controls_of(context.space, priors)]
+    return [*unpruned_controls(context), *found, *controls_of(context.space.spaces[0], priors)]
 
 
 def unpruned_controls(context: Context) -> list[Control]:
@@ -83,12 +84,12 @@ def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:
             known[level] = {name: each for name, each in zip(measured.groups, values, strict=True) if each is not None}
     else:
         known = context.record(BankRecord).error
-    name_of = _unpruned_names(context)
+    name_of = base_names(context)
     known = {level: {name_of[name]: value for name, value in of.items()} for level, of in known.items()}
     return {level: [_rise(known, name, level) for name in space.groups] for level in space.levels}
 
 
-def _unpruned_names(context: Context) -> dict[str, str]:
+def base_names(context: Context) -> dict[str, str]:
     """Map each group of the pruned model to the group of the base model that it was: dropped blocks shift numbers."""
     dropped, count = context.record(PruneRecord).dropped_blocks, int(context.inspection.model_config.num_hidden_layers)
     kept = sorted(set(range(count)) - set(dropped))

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes

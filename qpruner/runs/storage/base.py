@@ -1,7 +1,4 @@
-"""The storage of a run in a folder, and the lists of digests that show whether a folder is complete.
-
-`objects.py` has the same interface for an object store.
-"""
+"""The storage of a run in a folder, and the lists of digests that show whether a folder is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -135,10 +132,7 @@ def _release(lock: FileLock) -> None:
 
 @contextmanager
 def working_folder(prefix: str) -> Iterator[Path]:
-    """Yield a temporary folder; also delete folders with the same prefix that killed processes left.
-
-    A lock shows that a folder is in use, also to containers that share `/tmp`; the kernel frees it as its process ends.
-    """
+    """Yield a temporary folder; also delete folders with this prefix that killed processes left."""
     temporary = Path(tempfile.gettempdir())
     for file in temporary.glob(f".{prefix}*.lock"):
         with contextlib.suppress(OSError):  # in use, or deleted meanwhile
@@ -176,8 +170,8 @@ class Storage:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __truediv__(self, name: str) -> Storage:
-        return Storage(self.path / name)
+    def __truediv__(self, name: str) -> Self:
+        return type(self)(self.path / name)
 
     @property
     def name(self) -> str:
@@ -322,9 +316,9 @@ class Storage:
         retry_storage(move, target)
 
     @property
-    def file_list(self) -> Storage:
+    def file_list(self) -> Self:
         """The storage of the folder's file list, which `read_list` reads."""
-        return Storage(list_path(self.path))
+        return type(self)(list_path(self.path))
 
     def read_list(self) -> FileList | None:
         """Read the file list of the folder; return None if there is none, and raise `CorruptFile` if it is damaged."""

@@ -1,10 +1,7 @@
 """The storage of a run in an object store (`s3://`, `gs://`), through pyarrow.
 
-Each machine has a mirror of the run: a folder for local copies. The path of the mirror contains the URI, so that any
-process can find the object for a path in the mirror.
-
-An object store cannot rename. The files of a folder are uploaded before its file list, and a folder without a list does
-not exist. Downloaded files are compared with the list.
+Each machine has a mirror of the run, a folder for local copies whose path contains the URI. The files of a folder are
+uploaded before its file list: a folder without a list does not exist.
 """
 
 from __future__ import annotations
@@ -67,20 +64,13 @@ def mirror_of(uri: str) -> Path:
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
-        raise UserError(
-            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255 are possible"
-        )
+        raise UserError(f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255")
     return cache_root() / "runs" / name
 
 
 def objects_at(path: Path) -> ObjectStorage | None:
     """Return the objects that a path in a mirror (local copy of a run in an object store) stands for; else None."""
-    runs = cache_root() / "runs"
-    if not path.is_relative_to(runs) or path == runs:
-        return None
-    name, *rest = path.relative_to(runs).parts
-    parts = urlsplit(unquote(name))
-    return ObjectStorage(path, parts.scheme, parts.netloc, parts.query, "/".join([parts.path.strip("/"), *rest]))
+    return ObjectStorage(path) if cache_root() / "runs" in path.parents else None
 
 
 @functools.cache
@@ -114,20 +104,12 @@ class ObjectStorage(Storage):
     fills_this_disk = False
     access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
 
-    def __init__(self, path: Path, scheme: str, bucket: str, query: str, key: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.scheme, self.bucket, self.query, self.key = scheme, bucket, query, key
-        self._path = f"{bucket}/{key}"
-
-    def __truediv__(self, name: str) -> ObjectStorage:
-        return self._at(self.path / name, f"/{name}")
-
-    def _at(self, path: Path, ending: str) -> ObjectStorage:
-        return ObjectStorage(path, self.scheme, self.bucket, self.query, self.key + ending)
-
-    @property
-    def file_list(self) -> ObjectStorage:
-        return self._at(list_path(self.path), FILES)
+        uri, *rest = path.relative_to(cache_root() / "runs").parts
+        self.scheme, self.bucket, prefix, self.query, _ = urlsplit(unquote(uri))
+        self.key = "/".join([prefix.strip("/"), *rest])
+        self._path = f"{self.bucket}/{self.key}"
 
     @property
     def name(self) -> str:
@@ -252,18 +234,15 @@ class ObjectStorage(Storage):
         self.compare(doubtful, lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
-        """Raise `UserError` if the store does not answer or refuses access."""
-        # Lists objects, because a user may have access to the objects but not to the bucket itself.
+        """Raise `UserError` if the store does not answer or refuses access to the objects (not the bucket itself)."""
         try:
             with contextlib.suppress(FileNotFoundError):
                 self._infos(recursive=False, must_exist=True)
         except StorageError as error:
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
-            raise UserError(
-                f"`output`: {self.name} cannot be reached ({error.strerror}); check the network and the endpoint "
-                "(AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
-            ) from error
+            remedy = "check the network and the endpoint (AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
+            raise UserError(f"`output`: {self.name} cannot be reached ({error.strerror}); {remedy}") from error
 
     @property
     def _system(self) -> Any:
