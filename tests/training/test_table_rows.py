@@ -119,7 +119,7 @@ def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     job, outcome = tuned
     other = changed(job, folder=tmp_path / "other", seed=1)
     assert finetune_candidate(other)[0]["validation_loss"] != outcome.validation_loss
-    starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
+    starts = [build(each.candidate).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
