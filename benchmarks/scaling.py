@@ -78,7 +78,6 @@ import torch
 torch.set_num_threads(1)
 from qpruner.config.load import validate_config
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import CUTS
 from qpruner.runs.records import PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial import run_trial
@@ -87,7 +86,7 @@ run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2]))
 folder = RunDir(str(run))
 prepared, pruned = folder.read_record("prepare", PrepareRecord), folder.read_record("prune", PruneRecord)
 context = Context(config, folder, print, None, None, records=Results(prepare=prepared, prune=pruned))
-banks = {cut: context.bank_of(cut) for cut in CUTS}
+banks = {cut: context.bank_of(cut) for cut in pruned.cuts}
 for plan, cut in plans:
     job = TrialJob(config, Materials(banks, run / "prepare" / "data"), plan, cut)
     run_trial(job, None, lambda result, checkpoint: None)

@@ -23,7 +23,7 @@ from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape
+from qpruner.plans.plan import UNPRUNED, Group, Layout, LinearShape
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Event
@@ -140,7 +140,7 @@ def run_search(
         config=_config(folder, searcher, num_trials),
         trial=Sleeper(mean_seconds, diary),
         materials=Materials({}, folder),
-        layouts={PRUNED: LAYOUT},
+        layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, budget),)),
         controls=[("uniform-nf4", LAYOUT.uniform("nf4"))],
         priors={},

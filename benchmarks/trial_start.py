@@ -70,7 +70,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
     """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
-    checkpoint, offered = run / "prune", banked_formats(run)
+    checkpoint, offered = run / "cuts" / next(iter(config.prune.cuts)), banked_formats(config, run)
     bank = BankSource(run / "starts", checkpoint, config.quantize.group, config.model.dtype, config.lora, config.seed)
     freeze_libraries()
     generator = random.Random(turn)
@@ -128,10 +128,10 @@ def measure_rows(count: int, repeats: int) -> None:
     print(json.dumps({"rows": count, "repeats": repeats, **columns}))
 
 
-def banked_formats(run: Path) -> dict[str, list[str]]:
+def banked_formats(config: RunConfig, run: Path) -> dict[str, list[str]]:
     """The packed formats of each group in a block."""
     found: dict[str, list[str]] = {}
-    for path in sorted((run / "banks" / "pruned").glob("*/layers.*.safetensors")):
+    for path in sorted((run / "banks" / next(iter(config.prune.cuts))).glob("*/layers.*.safetensors")):
         found.setdefault(path.stem, []).append(path.parent.name)
     return found
 

@@ -16,7 +16,7 @@ from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import EMBEDDINGS, PRUNED
+from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import BankSource
 from qpruner.quantization.formats import DENSE
@@ -31,6 +31,8 @@ LORA = LoraConfig(rank=4, alpha=8)
 GROUP = "projection"
 DTYPE = "bfloat16"
 LEVELS = ("nf4", "int8")
+CUT = "cut-20"
+"""The cut of runs in tests."""
 PATTERN = (*LEVELS, DENSE)
 """Formats of successive groups."""
 
@@ -52,7 +54,7 @@ def bank_of_run(config: RunConfig) -> BankSource:
     run_dir = RunDir(config.output)
     prepared, pruned = run_dir.read_record("prepare", PrepareRecord), run_dir.read_record("prune", PruneRecord)
     records, unknown = Results(prepare=prepared, prune=pruned), cast(Any, None)
-    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(PRUNED)
+    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(CUT)
 
 
 def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
@@ -63,7 +65,7 @@ def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
 def row_job(config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0) -> CandidateJob:
     """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
     bank = bank_of_run(config)
-    row = Candidate("searched", "searched", bank, mixed_plan(groups_of(bank), pattern), folder, seed)
+    row = Candidate("searched", "searched", bank, mixed_plan(groups_of(bank), pattern), folder, seed, cut=CUT)
     return CandidateJob(config, row, RunDir(config.output).stage("prepare") / "data", threads=1)
 
 

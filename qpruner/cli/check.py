@@ -65,7 +65,7 @@ def check(
 
 
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    layout, asked = inspection.pruned, {*config.quantize.levels, *config.quantize.embedding_levels}
+    layout, asked = inspection.reference, {*config.quantize.levels, *config.quantize.embedding_levels}
     levels = by_size(tuple(asked))
     return {
         "num_groups": len(layout.groups),
@@ -73,7 +73,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
         "blocks_base": inspection.model_config.num_hidden_layers,
-        "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts],
+        "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts.values()],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         "formats": {name: _offered(config, layout, name) for name in levels},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qpruner.config import schema
-from qpruner.config.pruning import REDUCING
+from qpruner.config.pruning import RATES, REDUCING
 from qpruner.config.section import Idle
 from qpruner.quantization.formats import DENSE, GridFormat, formats
 
@@ -30,10 +30,12 @@ def take_out(*keys: str) -> str:
 
 def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     by_rate, units = prune.layer_rate is not None, prune.units
-    if not by_rate and prune.rate is None:
-        yield "give `rate` or `layer_rate`, got neither"
-    if by_rate and prune.rate is not None:
-        yield f"give `rate` or `layer_rate`, not both: {take_out('prune.rate', 'prune.layer_rate')}"
+    given = [key for key in RATES if getattr(prune, key) is not None]
+    if len(given) != 1:
+        got = f"several: {take_out(*(f'prune.{key}' for key in given))}" if given else "none"
+        yield f"give one of `rates`, `rate` and `layer_rate`, got {got}"
+    if prune.rates and list(prune.rates) != sorted(set(prune.rates)):
+        yield f"`rates` must be different shares in ascending order, got {list(prune.rates)}"
     if len(set(units)) < len(units):
         yield f"`units` names a kind twice: {list(units)}; name each once"
     if {"expert", "mlp"} <= set(units):
@@ -179,10 +181,12 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     only = "`prune.units` names whole blocks only"
     # `uniform` implies `selection`.
     others = [
-        key for key in schema.PruneConfig.model_fields if key != "rate" and not (key == "selection" and prune.uniform)
+        key
+        for key in schema.PruneConfig.model_fields
+        if key not in RATES and not (key == "selection" and prune.uniform)
     ]
     return (
-        (prune.is_off, "`prune.rate` is 0", tuple(others)),
+        (prune.is_off, f"`prune.{'rates' if prune.rates else 'rate'}` is 0", tuple(others)),
         (blocks_only, only, OF_UNITS),
         (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),

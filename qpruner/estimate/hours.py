@@ -47,11 +47,11 @@ class Rates:
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
     """Time a micro-batch on this machine, in formats that fill the configured budget."""
-    layout, examples = inspection.pruned, inspection.examples["train"]
+    layout, examples = inspection.reference, inspection.examples["train"]
     low, high = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
     share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
     labelled = sum(about_labelled(row, config.data) for row in examples) / sum(_lengths(config, examples))
-    training, scoring = measure(config, inspection.cuts[0].expected, share_high, min(1.0, labelled), threads)
+    training, scoring = measure(config, inspection.expected, share_high, min(1.0, labelled), threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     took = f"{training:.3g} s forward and backward, {scoring:.3g} s forward"
     origin = f"measured on {machine}: {rows} rows x {length} tokens take {took}"
@@ -160,7 +160,7 @@ class _Tokens:
     def prune(self) -> float:
         """Count importance and compensation in every step; blocks are dropped in one."""
         passes = 0
-        for settings in (cut.settings for cut in self._inspection.cuts if not cut.settings.is_off):
+        for settings in (cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off):
             each = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(settings.importance, 0)
             each += 0 if settings.compensates_by == "none" else 2
             passes += each * settings.num_steps if settings.width_units else 0
@@ -174,7 +174,7 @@ class _Tokens:
         if methods & set(MEASUREMENT):
             # Half a forward pass for each group and format: outputs of the blocks before the group are kept.
             measured = min(1.0, settings.num_measured_samples / max(1, len(rows)))
-            packed = [name for group in self._inspection.pruned.groups for name in group.formats]
+            packed = [name for group in self._inspection.reference.groups for name in group.formats]
             passes += measured * sum(format_of(name).is_packed for name in packed) / 2
         return passes * sum(rows)
 

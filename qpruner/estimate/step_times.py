@@ -21,6 +21,7 @@ from qpruner.models.families import family_of
 from qpruner.models.loading import device
 from qpruner.models.memory import release
 from qpruner.pipeline.preflight import layout_for
+from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.quantization.formats import Format, format_of
 from qpruner.quantization.mixed import packed_layer
@@ -107,7 +108,7 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_larges
     dtype = getattr(torch, config.model.dtype)
     with torch.device(device()):
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    layout = layout_for(config, small, on_gpu=torch.cuda.is_available())
+    layout = layout_for(config, small, torch.cuda.is_available(), UNPRUNED)
     plan = layout.largest() if is_largest else layout.smallest()
     for group, name in zip(layout.groups, plan.formats, strict=True):
         if format_of(name).is_packed:

@@ -1,4 +1,4 @@
-"""The bank stage: pack every group (layers that share a format) of the pruned model once for all trials.
+"""The bank stage: pack every group (layers that share a format) of the reference cut once for all trials.
 
 It also gathers the Gram matrices by which GPTQ rounds. All other entries are made by whoever reads them first, see
 `quantization.bank.read_plan`.
@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
-from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline.context import Context
+from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.preflight import Inspection, check_offers, check_quantizable
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
 from qpruner.quantization.formats import PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord
-from qpruner.runs.storage import fetch, files_in, for_each, remove
+from qpruner.runs.storage import files_in, for_each, remove
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankSource, EntryRecord
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 Wanted = Mapping[str, tuple[str, ...]]
 """Group -> formats to pack it in."""
 Made = dict[tuple[str, str], "EntryRecord"]
-"""(format, group) -> its entry."""
+"""(group, format) -> its entry."""
 
 
 class Bank(Stage[BankRecord]):
@@ -44,29 +43,35 @@ class Bank(Stage[BankRecord]):
     record = BankRecord
 
     @property
+    def _layout(self) -> Layout:
+        return self.context.layout_of(self.context.reference)
+
+    @property
+    def _bank(self) -> BankSource:
+        return self.context.bank_of(self.context.reference)
+
+    @property
     def _wanted(self) -> Wanted:
         """Every group in every packed format that it takes."""
         return {
             group.name: tuple(level for level in group.formats if format_of(level).is_packed)
-            for group in self.context.layout.groups
+            for group in self._layout.groups
         }
 
     @property
     def _banks(self) -> list[BankSource]:
         """The banks of all cuts that the search or its controls use."""
-        return [self.context.bank_of(cut) for cut in (PRUNED, UNPRUNED)]
+        return [self.context.bank_of(cut) for cut in dict.fromkeys((*self.context.cuts, UNPRUNED))]
 
     def inputs(self) -> tuple[Any, ...]:
         context = self.context
         # The trials of controls depend on this digest too, and need entries of other formats.
-        levels = {*context.layout.levels, *context.unpruned_layout.levels, *PAPER}
-        packed = sorted(level for level in levels if format_of(level).is_packed)
-        plain = replace(context.bank_of(PRUNED), inputs="")
-        return (context.bank_of(PRUNED).inputs, self._wanted, [plain.digest(level) for level in packed])
+        levels = {*self._layout.levels, *context.layout_of(UNPRUNED).levels, *PAPER}
+        return (self._bank.inputs, self._wanted, self._bank.digests(levels))
 
     @property
     def _levels(self) -> tuple[str, ...]:
-        return tuple(level for level in self.context.layout.levels if format_of(level).is_packed)
+        return tuple(level for level in self._layout.levels if format_of(level).is_packed)
 
     def check(self) -> None:
         check_quantizable(self.context.inspection.model_config)
@@ -80,23 +85,24 @@ class Bank(Stage[BankRecord]):
         return f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, {self.config.lora.init} start"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, layout = self.context, self.context.layout
+        context, layout = self.context, self._layout
         check_offers(self.config, layout, context.on_gpu)
         for bank in self._banks:
             _remove_stale(bank)
             if not bank.has_grams():
                 context.executor.run(partial(_gather_grams, bank, self.config, context.data), context.emit)
-        bank, entries = context.bank_of(PRUNED), self._fill()
+        bank, entries = self._bank, self._fill()
+        files = {str(bank.file(*key).relative_to(bank.folder)): entry.sha256 for key, entry in entries.items()}
         sizes = files_in(bank.folder)
-        names = {key: str(bank.file(key[1], key[0]).relative_to(bank.folder)) for key in entries}
         by_level: dict[str, dict[str, EntryRecord]] = {level: {} for level in self._levels}
-        for (level, group), entry in entries.items():
+        for (group, level), entry in entries.items():
             by_level[level][group] = entry
         packed = {level: layout.group_bytes(level) for level in layout.levels}
         groups = [group.name for group in layout.groups]
         return {
-            "files": {names[key]: entry.sha256 for key, entry in entries.items()},
-            "bytes": sum(sizes[name] for name in names.values()),
+            "cut": context.reference,
+            "files": files,
+            "bytes": sum(sizes[name] for name in files),
             "residual_ratio": {
                 level: {name: each.residual_ratio for name, each in of.items()} for level, of in by_level.items()
             },
@@ -109,21 +115,41 @@ class Bank(Stage[BankRecord]):
 
     def _fill(self) -> Made:
         """Make the wanted entries that the bank lacks, on several workers if that saves time; return all wanted."""
-        context, bank = self.context, self.context.bank_of(PRUNED)
-        wanted = [(level, group) for group, levels in self._wanted.items() for level in levels]
-        known = dict(zip(wanted, for_each(lambda key: bank.entry(key[1], key[0]), wanted), strict=True))
-        entries: Made = {key: entry for key, entry in known.items() if entry}
-        missing = {
-            group: tuple(level for level in levels if (level, group) not in entries)
-            for group, levels in self._wanted.items()
-        }
-        jobs = [FillJob(bank, group, levels) for group, levels in missing.items() if levels]
+        bank, wanted = self._bank, [(group, level) for group, levels in self._wanted.items() for level in levels]
+        found = for_each(lambda key: bank.entry(*key), wanted)
+        entries: Made = {key: entry for key, entry in zip(wanted, found, strict=True) if entry}
+        jobs = []
+        for group, levels in self._wanted.items():
+            if missing := tuple(level for level in levels if (group, level) not in entries):
+                jobs.append(FillJob(bank, group, missing))
         if jobs:
-            self.notify(f"{sum(len(job.levels) for job in jobs)} entries to make")
-        for done, (job, made) in enumerate(_filled(context, jobs), 1):
-            entries |= {(level, job.group): entry for level, entry in zip(job.levels, made, strict=True)}
-            context.emit(Progress(self.name, done, len(jobs), job.group))
-        return {key: entries[key] for key in sorted(wanted)}
+            self.notify(f"{len(wanted) - len(entries)} entries to make")
+        for done, (job, made) in enumerate(self._filled(jobs), 1):
+            entries |= {(job.group, level): entry for level, entry in zip(job.levels, made, strict=True)}
+            self.context.emit(Progress(self.name, done, len(jobs), job.group))
+        return {key: entries[key] for key in wanted}
+
+    def _filled(self, jobs: list[FillJob]) -> Iterator[tuple[FillJob, list[EntryRecord]]]:
+        """Run the jobs, on several workers if that saves time; yield each finished job with its entries' records."""
+        from qpruner.quantization.bank import FEW_WEIGHTS
+
+        context = self.context
+
+        def fill_here(job: FillJob) -> list[EntryRecord]:
+            return context.executor.run(lambda cache, emit: fill(job), context.emit)
+
+        is_small = sum(group.num_weights for group in self._layout.groups) < FEW_WEIGHTS and not context.address
+        resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
+        if concurrent <= 1:
+            for job in jobs:
+                yield job, fill_here(job)
+            return
+        if context.address:
+            # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
+            context.executor.close()
+        jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
+        for position, made in context.run_tasks(fill, jobs, resources, concurrent, on_held=context.gpu_time.add):
+            yield jobs[position], made
 
     def summary(self, record: BankRecord) -> str:
         means = {level: sum(of.values()) / len(of) for level, of in record.error.items() if of}
@@ -137,22 +163,26 @@ class Bank(Stage[BankRecord]):
     def disk_bytes(self) -> int:
         from qpruner.pruning.grams import gram_bytes
 
-        inspection, gptq = self.context.inspection, self.config.quantize.rounding == "gptq"
-        grams = sum(gram_bytes(inspection.base, inspection.model_config)) if gptq else 0
-        return bank_bytes(self.config, inspection) + grams
+        inspection, size = self.context.inspection, bank_bytes(self.config, self.context.inspection)
+        if self.config.quantize.rounding == "gptq":
+            size += sum(gram_bytes(inspection.base, inspection.model_config))
+            for name in inspection.cuts.keys() - {UNPRUNED}:
+                size += sum(gram_bytes(inspection.layouts[name], inspection.cuts[name].expected))
+        return size
 
 
 def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
-    """Estimate the bytes of the entries of a run, those of its controls included; adapters are in float32."""
-    base, pruned, size = inspection.base, inspection.pruned, 0
-    for level in pruned.levels:
-        if format_of(level).is_packed:
-            size += sum(each or 0 for each in pruned.group_bytes(level)) + pruned.trained_bytes
+    """Estimate the bytes of all entries that a run may make: of each cut in every format; adapters are in float32."""
+    base, pruned, size = inspection.base, inspection.reference, 0
+    for layout in inspection.layouts.values():
+        for level in layout.levels:
+            if format_of(level).is_packed:
+                size += sum(each or 0 for each in layout.group_bytes(level)) + layout.trained_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
     if extra and MUTUAL_INFORMATION in config.measured_methods:  # one plan of formats that are not the run's
         blocks = [group for group in pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
         size += sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks) + pruned.trained_bytes
-    if not config.prune.is_off:  # two plans, each in the budget or the smallest
+    if UNPRUNED not in inspection.layouts:  # two plans, each in the budget or the smallest
         smallest, largest = base.plan_bytes(base.smallest()), base.plan_bytes(base.largest())
         plan_bytes = max(smallest, min(inspection.budget_bytes, largest))
         size += 2 * (plan_bytes - base.adapter_bytes + base.trained_bytes)
@@ -180,40 +210,18 @@ def fill(job: FillJob) -> list[EntryRecord]:
     return [entry for entry, _ in make_entries(job.bank, job.group, job.levels)]
 
 
-def _filled(context: Context, jobs: list[FillJob]) -> Iterator[tuple[FillJob, list[EntryRecord]]]:
-    """Run the jobs, on several workers if that saves time; yield each finished job with the records of its entries."""
-    from qpruner.quantization.bank import FEW_WEIGHTS
-
-    def fill_here(job: FillJob) -> list[EntryRecord]:
-        return context.executor.run(lambda cache, emit: fill(job), context.emit)
-
-    is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
-    resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
-    if concurrent <= 1:
-        for job in jobs:
-            yield job, fill_here(job)
-        return
-    if context.address:
-        # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
-        context.executor.close()
-    jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
-    for position, made in context.run_tasks(fill, jobs, resources, concurrent, on_held=context.gpu_time.add):
-        yield jobs[position], made
-
-
 def _gather_grams(bank: BankSource, config: RunConfig, data: Path, cache: ModelCache, emit: Emit) -> None:
     """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
     from qpruner.quantization.bank import write_grams
 
-    on_progress, checkpoint = loading_progress(emit, "bank"), fetch(bank.checkpoint)
-    cache.clear()
-    model = load_dense(str(checkpoint), bank.dtype, on_progress=on_progress)
-    pad_id = int(load_tokenizer(str(checkpoint)).pad_token_id)
+    on_progress = loading_progress(emit, "bank")
+    model = cache.model(bank.checkpoint, bank.dtype, on_progress)
+    pad_id = int(load_tokenizer(str(bank.checkpoint)).pad_token_id)
     samples = Samples(list(load_encoded(data / "importance")), pad_id, config.calibration.batch_size)
     samples = replace(samples, on_progress=partial(on_progress, "inputs of the layers"))
-    for grams in gather(model, bank.grouping, samples):
+    for grams in gather(model, samples):
         write_grams(bank, grams)
 
 

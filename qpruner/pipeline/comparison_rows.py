@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import BankRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.runs.records import SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
 from qpruner.search.choice import random_plans, seed_origin, seed_plan, uniform_plans
 from qpruner.search.trial_records import objective
@@ -76,11 +76,12 @@ def table_rows(context: Context) -> list[Row]:
         is_best = rival is not None and (rival.cut, rival.plan) == (plan.cut, plan.as_dict())
         return same(origin, UNIFORM if origin.startswith("uniform-") else origin, plan, seeds if is_best else seeds[:1])
 
-    rows = [same(BASE, "unquantized", context.unpruned_layout.dense())]
-    rows.append(same(PRUNED, "unquantized", context.layout.dense()))
+    pruned = context.layout_of(context.reference).dense()
+    rows = [same(BASE, "unquantized", context.layout_of(UNPRUNED).dense())]
+    rows.append(same(PRUNED, "unquantized", pruned))
     own = [(f"uniform-{level}", plan) for level, plan in uniform_plans(space).items()]
     others = [each for each in controls(context) if not each[0].startswith(("seed-", "uniform-"))]
-    rows += [control_row(*each) for each in [*own, *others] if each[1] != context.layout.dense()]
+    rows += [control_row(*each) for each in [*own, *others] if each[1] != pruned]
     best = _method_of_best_seed_plan(context)
     for method in measured.methods:
         if config.finetune.seed_rows == "all" and method != best:
@@ -108,29 +109,24 @@ def _method_of_best_seed_plan(context: Context) -> str | None:
 
 def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
-    dense = [(BASE, context.unpruned_layout.dense(), None), (PRUNED, context.layout.dense(), None)]
+    base, pruned = context.layout_of(UNPRUNED), context.layout_of(context.reference)
+    dense = [(BASE, base.dense(), None), (PRUNED, pruned.dense(), None)]
     return candidates_for(context, [*dense, (SEARCHED, winner, None)])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]) -> list[Candidate]:
     """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed (None: untuned)."""
     config, run = context.config, context.run_dir
-    banked, searched = context.record(BankRecord), context.record(SearchRecord)
-    # Everything that a fine-tune depends on.
-    length = (config.finetune.steps, config.finetune.epochs)
-    inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
-    return [
-        Candidate(
-            name=name,
-            title=title_of(name, searched),
-            bank=context.bank_of(plan.cut),
-            plan=plan.as_dict(),
-            folder=run.candidates / digest_of(*inputs, plan.cut, plan.as_dict(), seed),
-            seed=seed,
-            cut=plan.cut,
-        )
-        for name, plan, seed in wanted
-    ]
+    searched, length = context.record(SearchRecord), (config.finetune.steps, config.finetune.epochs)
+    settings = (config.lora, config.training, length, config.seed, config.evaluate.batch_size)
+    found = []
+    for name, plan, seed in wanted:
+        bank, formats = context.bank_of(plan.cut), plan.as_dict()
+        # Everything that a fine-tune depends on.
+        digest = digest_of(bank.inputs, bank.digests(formats.values()), *settings, plan.cut, formats, seed)
+        folder, title = run.candidates / digest, title_of(name, searched)
+        found.append(Candidate(name, title, bank, formats, folder, seed, cut=plan.cut))
+    return found
 
 
 def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:

@@ -17,7 +17,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
@@ -49,6 +49,7 @@ class Context:
     assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
     records: Results = field(default_factory=Results)
+    _layouts: dict[str, Layout] = field(default_factory=dict)
 
     def record(self, kind: type[RecordType]) -> RecordType:
         """Return the record of this class, which an earlier stage has made."""
@@ -64,31 +65,36 @@ class Context:
         return self.run_dir.stage("prepare") / "data"
 
     @property
-    def checkpoint(self) -> Path:
-        """Folder of the pruned model and its tokenizer, fetched to this machine."""
-        return self.checkpoint_of(PRUNED)
+    def cuts(self) -> tuple[str, ...]:
+        """Names of the cuts that the search may choose, the one that removes least first."""
+        made = self.record(PruneRecord).cuts
+        return tuple(name for name in self.inspection.cuts if name in made)
+
+    @property
+    def reference(self) -> str:
+        """The cut that removes least, whose sensitivities are measured and used for all cuts."""
+        return self.cuts[0]
 
     def checkpoint_of(self, cut: str) -> Path:
-        """Return the folder of the pruned or of the base model and its tokenizer, fetched to this machine."""
+        """Return the folder of a cut's model and tokenizer, fetched to this machine."""
         return fetch(self.model_folder(cut))
 
     def model_folder(self, cut: str) -> Path:
-        """Return the folder of the pruned or of the base model, where the run keeps it."""
+        """Return the folder of a cut's model and tokenizer, where the run keeps it."""
         if cut == UNPRUNED:
             return self.run_dir.base_model(self.record(PrepareRecord))
-        return self.run_dir.stage("prune")
+        return self.run_dir.cut(cut)
 
     def bank_of(self, cut: str) -> BankSource:
         """Describe the bank of a cut; its entries depend on all that `inputs` is a digest of, and on their formats."""
         from qpruner.quantization.bank import VERSION, BankSource
 
-        config, quantize, prepared = self.config, self.config.quantize, self.record(PrepareRecord).digest
-        pruned = self.record(PruneRecord)
-        model = (prepared,) if cut == UNPRUNED else (pruned.digest, pruned.weights)
+        config, quantize, made = self.config, self.config.quantize, self.record(PruneRecord).cuts[cut]
         starts = config.lora.model_copy(update={"dropout": 0.0})
         uses_grams = quantize.rounding == "gptq"
-        calibration = (config.calibration, prepared) if uses_grams else ()
-        inputs = digest_of(cut, *model, quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
+        calibration = (config.calibration, self.record(PrepareRecord).digest) if uses_grams else ()
+        settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
+        inputs = digest_of(cut, made.digest, made.weights, *settings)
         places = (self.run_dir.bank(cut), self.model_folder(cut))
         return BankSource(*places, quantize.group, config.model.dtype, config.lora, config.seed, inputs, uses_grams)
 
@@ -118,11 +124,12 @@ class Context:
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
         return [file_digest(path) for path in files if path.suffix != ".pyc"]
 
-    @cached_property
-    def pruned_config(self) -> Any:
-        """The transformers config of the pruned model."""
+    def config_of(self, cut: str) -> Any:
+        """Return the transformers config of a cut's model."""
+        if cut == UNPRUNED:
+            return self.inspection.model_config
         with tempfile.TemporaryDirectory() as here:
-            fetch_file(self.run_dir.stage("prune") / "config.json", Path(here) / "config.json")
+            fetch_file(self.run_dir.cut(cut) / "config.json", Path(here) / "config.json")
             return checkpoint_config(Path(here))
 
     @property
@@ -130,19 +137,11 @@ class Context:
         """Whether trials run on GPUs."""
         return bool(self.trial_resources.get("gpu"))
 
-    @cached_property
-    def layout(self) -> Layout:
-        """The groups of the pruned model (layers that share a format), to compute the bytes of any plan."""
-        return preflight.layout_for(self.config, self.pruned_config, self.on_gpu)
-
-    @cached_property
-    def unpruned_layout(self) -> Layout:
-        """The groups of the base model."""
-        return preflight.layout_for(self.config, self.inspection.model_config, self.on_gpu, UNPRUNED)
-
     def layout_of(self, cut: str) -> Layout:
-        """Return the groups of the pruned or of the base model."""
-        return self.layout if cut == PRUNED else self.unpruned_layout
+        """Return the groups of a cut (layers that share a format), to compute the bytes of any plan."""
+        if cut not in self._layouts:
+            self._layouts[cut] = preflight.layout_for(self.config, self.config_of(cut), self.on_gpu, cut)
+        return self._layouts[cut]
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -152,14 +151,15 @@ class Context:
     @cached_property
     def space(self) -> SearchSpace:
         """All plans of the cuts that are searched, within the budget."""
-        quantize = self.config.quantize
-        budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
-        return SearchSpace((PlanSpace.of(self.layout, budget),))
+        layout = self.layout_of(self.reference)
+        budget = preflight.budget_bytes(self.config.quantize, layout, self.config.search.pareto)
+        return SearchSpace((PlanSpace.of(layout, budget),))
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        return preflight.plan_in_file(self.config, self.layout, self.space.budget_bytes)
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
+        return preflight.plan_in_file(self.config, layouts, self.space.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:

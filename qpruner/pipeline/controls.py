@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
@@ -40,11 +40,11 @@ def controls(context: Context) -> list[Control]:
 
 def unpruned_controls(context: Context) -> list[Control]:
     """List the controls on the base model; none if the run prunes nothing, or if the base takes none of the formats."""
-    pruned, layout = context.record(PruneRecord), context.unpruned_layout
+    layout = context.layout_of(UNPRUNED)
     refused = [refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats]
-    if pruned.parameters_after == pruned.parameters_before or any(refused):
+    if context.reference == UNPRUNED or any(refused):
         return []
-    space = PlanSpace.of(context.unpruned_layout, context.space.budget_bytes)
+    space = PlanSpace.of(layout, context.space.budget_bytes)
     rises = _unpruned_rises(context, space)
     found = [("unpruned-uniform", best_uniform(space, rises))]
     if space.is_feasible(space.smallest()):
@@ -57,7 +57,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
 
     It needs the mutual information, and widths that nf4 and int8 take. Embeddings stay unpacked.
     """
-    methods, layout = context.record(SensitivityRecord).methods, context.layout
+    methods, layout = context.record(SensitivityRecord).methods, context.layout_of(context.reference)
     if MUTUAL_INFORMATION not in methods:
         return None
     groups = []
@@ -91,13 +91,17 @@ def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:
 
 def base_names(context: Context) -> dict[str, str]:
     """Map each group of the pruned model to the group of the base model that it was: dropped blocks shift numbers."""
-    dropped, count = context.record(PruneRecord).dropped_blocks, int(context.inspection.model_config.num_hidden_layers)
+    dropped = context.record(PruneRecord).cuts[context.reference].dropped_blocks
+    count = int(context.inspection.model_config.num_hidden_layers)
     kept = sorted(set(range(count)) - set(dropped))
 
     def in_base(found: re.Match[str]) -> str:
         return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
 
-    return {group.name: re.sub(r"\d+", in_base, group.name, count=1) for group in context.layout.groups}
+    return {
+        group.name: re.sub(r"\d+", in_base, group.name, count=1)
+        for group in context.layout_of(context.reference).groups
+    }
 
 
 def _rise(known: Mapping[str, Mapping[str, float]], group: str, level: str) -> float:

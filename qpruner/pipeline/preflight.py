@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.quantization.formats import Capability, format_of, formats
 from qpruner.runs.storage import run_root
@@ -32,12 +32,16 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes and sizes of the base and the pruned model, with cuts and budget, computed without weights."""
+    """Shapes and sizes of the base model and of all cuts, with the budget, computed without weights."""
 
     model_config: Any
     base: Layout
-    cuts: tuple[Cut, ...]
-    pruned: Layout
+    cuts: Mapping[str, Cut]
+    """The cuts that the search may choose, by name, the one that removes least first."""
+    layouts: Mapping[str, Layout]
+    """The groups of each of these cuts."""
+    left_out: Mapping[str, str]
+    """Name of a cut that cannot be made -> the reason."""
     is_estimate: bool
     """Whether the pruned shapes depend on scores, as with global selection or dropped blocks."""
     budget_bytes: int
@@ -45,6 +49,16 @@ class Shapes:
     """The plan of the file in `search.plan`; None without a file or if the names of the groups depend on scores."""
     packs: bool
     """Whether later stages quantize the pruned model. Otherwise its widths need not suit the device."""
+
+    @property
+    def reference(self) -> Layout:
+        """The groups of the cut that removes least, whose sensitivities are measured."""
+        return next(iter(self.layouts.values()))
+
+    @property
+    def expected(self) -> Any:
+        """The model config expected after that cut."""
+        return self.cuts[self.reference.cut].expected
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
     if not family_of(model_config).has_learned_positions:
         return
     lengths = {"data.max_length": config.data.max_length}
-    if not all(cut.settings.is_off for cut in shapes.cuts):
+    if not all(cut.settings.is_off for cut in shapes.cuts.values()):
         key = "calibration.token_ids" if config.calibration.token_ids else "calibration.max_length"
         lengths[key] = sample_length
     for name, length in lengths.items():
@@ -104,28 +118,50 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     family_of(model_config)  # raises an error if the family is not supported
     on_gpu = torch.cuda.is_available() or not works_here
     base = layout_for(config, model_config, on_gpu, UNPRUNED)
-    cuts = cuts_in_effect(config.prune, model_config)
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if works_here:
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        check_device(capability, config, model_config, cuts, packs)
-    pruned = layout_for(config, cuts[0].expected, on_gpu)
-    budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    uncertain = [cut for cut in cuts if cut.settings.selection == "global" or cut.settings.drops_blocks]
-    is_estimate = not all(cut.settings.is_off for cut in uncertain)
+        check_device(capability, config, packs)
+
+    def checked(settings: PruneConfig) -> Cut:
+        cut = _planned(settings, model_config)
+        if works_here and packs:
+            check_cut(capability, config, model_config, cut)
+        return cut
+
+    cuts, left_out = _made(cuts_in_effect(config.prune, model_config), checked)
+    layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
+    reference = next(iter(layouts.values()))
+    budget = budget_bytes(config.quantize, reference, config.search.pareto)
+    settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
+    is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
-    settings = cuts[0].settings
-    are_groups_known = settings.is_off or not settings.drops_blocks or are_alike(model_config)
-    plan = plan_in_file(config, pruned, None if is_estimate else budget) if are_groups_known else None
-    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan, packs)
+    are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
+    plan = plan_in_file(config, layouts, None if is_estimate else budget) if are_groups_known else None
+    return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
-def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) -> PrecisionPlan | None:
+def _made(
+    wanted: Mapping[str, PruneConfig], make: Callable[[PruneConfig], Cut]
+) -> tuple[dict[str, Cut], dict[str, str]]:
+    """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
+    cuts, errors = dict[str, Cut](), dict[str, UserError]()
+    for name, settings in wanted.items():
+        try:
+            cuts[name] = make(settings)
+        except UserError as error:
+            errors[name] = error
+    if not cuts:
+        raise next(iter(errors.values()))
+    return cuts, {name: str(error) for name, error in errors.items()}
+
+
+def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
     """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget."""
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, layout.offered, (PRUNED, UNPRUNED) if config.prune.is_off else (PRUNED,))
-    if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
+    plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()})
+    if budget_bytes is not None and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
             f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the budget of "
@@ -151,7 +187,7 @@ def most_controls(config: RunConfig) -> int:
     return uniform + len(config.measured_methods) + (0 if config.prune.is_off else 2) + 1
 
 
-def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str = PRUNED) -> Layout:
+def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
     """List the groups of a model (layers that share a format), to compute the bytes of plans, adapters included."""
     return layout_of(model_config, config.quantize, DTYPE_BYTES[config.model.dtype], config.lora.rank, on_gpu, cut)
 
@@ -161,14 +197,24 @@ def is_pruned(model_config: Any) -> bool:
     return bool(model_config.is_heterogeneous)
 
 
-def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """Plan the cut of a model; for a model that was pruned earlier, return a cut of rate 0, which changes nothing."""
+def cuts_in_effect(settings: PruneConfig, model_config: Any) -> dict[str, PruneConfig]:
+    """Return the cuts of the configuration; for a model that was pruned earlier the one that removes nothing."""
+    return {UNPRUNED: uncut(settings)} if is_pruned(model_config) else settings.cuts
+
+
+def uncut(settings: PruneConfig) -> PruneConfig:
+    """Return the settings with a rate of 0."""
+    return settings.model_copy(update={"rates": None, "rate": 0.0, "layer_rate": None})
+
+
+def _planned(settings: PruneConfig, model_config: Any) -> Cut:
+    """Plan a cut; the errors name its rate."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
-        return (Cut(settings.model_copy(update={"rate": 0.0, "layer_rate": None}), model_config),)
+        return Cut(settings, model_config)
     try:
-        return (planned_cut(model_config, settings),)
+        return planned_cut(model_config, settings)
     except UserError as error:
         key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
         raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
@@ -250,27 +296,26 @@ def check_gpu(config: RunConfig, capability: Capability) -> None:
             )
 
 
-def check_device(
-    capability: Capability | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
-) -> None:
-    """Raise an error if the pruned model cannot run on a GPU of this compute capability, or on a CPU (None)."""
+def check_device(capability: Capability | None, config: RunConfig, packs: bool) -> None:
+    """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and formats of a model."""
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-    if not packs:
-        return
-    on_gpu = capability is not None
-    if capability is not None:
+    if packs and capability is not None:
         check_gpu(config, capability)
-    for cut in cuts:
-        try:
-            check_offers(config, layout_for(config, cut.expected, on_gpu), on_gpu)
-            if cut.settings.selection == "global" and not cut.settings.is_off:
-                for index in cuttable_layers(model_config, cut.settings):
-                    _check_any_width(config, model_config, index, on_gpu)
-        except UserError as error:
-            if cut.settings.is_off:
-                raise
-            raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
+
+
+def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> None:
+    """Raise an error if a cut leaves widths that the formats cannot hold on this device."""
+    on_gpu = capability is not None
+    try:
+        check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
+        if cut.settings.selection == "global" and not cut.settings.is_off:
+            for index in cuttable_layers(model_config, cut.settings):
+                _check_any_width(config, model_config, index, on_gpu)
+    except UserError as error:
+        if cut.settings.is_off:
+            raise
+        raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
 
 
 def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:

@@ -79,8 +79,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         if context.records.prune:
             inspection = replace(
                 inspection,
-                cuts=(replace(inspection.cuts[0], expected=context.pruned_config),),
-                pruned=context.layout,
+                cuts={cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts},
+                layouts={cut: context.layout_of(cut) for cut in context.cuts},
+                left_out=context.records.prune.left_out,
                 is_estimate=False,
                 budget_bytes=context.space.budget_bytes,
                 plan=context.plan_in_file,

@@ -21,7 +21,7 @@ from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import base_names, controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import CUTS, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
@@ -110,7 +110,8 @@ class Search(Stage[SearchRecord]):
         return digest_of(
             "trials",
             context.record(BankRecord).digest,
-            context.layout.offered,
+            {cut: context.bank_of(cut).inputs for cut in self._cuts},
+            context.layout_of(context.reference).offered,
             config.training,
             config.lora,
             config.seed,
@@ -118,6 +119,11 @@ class Search(Stage[SearchRecord]):
             (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
             "" if settings.reuse_trials else self.search_digest,
         )
+
+    @property
+    def _cuts(self) -> tuple[str, ...]:
+        """The cuts of all trials: the candidates, and the base model, which controls use."""
+        return tuple(dict.fromkeys((*self.context.cuts, UNPRUNED)))
 
     @property
     def folder(self) -> Path:
@@ -235,13 +241,13 @@ class Search(Stage[SearchRecord]):
 
         context = self.context
         error, groups = context.record(BankRecord).error, tuple(base_names(context).values())
-        space = PlanSpace.of(context.layout, context.space.budget_bytes, error, groups)
+        space = PlanSpace.of(context.layout_of(context.reference), context.space.budget_bytes, error, groups)
         priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials({cut: context.bank_of(cut) for cut in CUTS}, context.data),
-            layouts={cut: context.layout_of(cut) for cut in CUTS},
+            materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
+            layouts={cut: context.layout_of(cut) for cut in self._cuts},
             space=SearchSpace((space,)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,

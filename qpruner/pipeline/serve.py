@@ -1,8 +1,7 @@
 """The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +19,7 @@ from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
 
-COLUMNS = 4096
-"""Columns that every format takes."""
+COLUMNS = 4096  # columns that every format takes
 BASE_BYTES = 6
 """Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
 
@@ -63,7 +61,7 @@ class Serve(Stage[ServeRecord]):
         from qpruner.export.forms import refusal
 
         inspection = self.context.inspection
-        cut = inspection.cuts[0]
+        cut = list(inspection.cuts.values())[-1]
         is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
         is_ragged = is_cut and is_free and bool(cut.settings.width_units)
         has_biases = is_cut and cut.settings.compensates_by == "bias"
@@ -128,8 +126,6 @@ def _versions() -> dict[str, str]:
     """Return the versions of the packages that write and run the files; those that are missing are left out."""
     found = {}
     for name in ("gguf", "xllamacpp", "vllm"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

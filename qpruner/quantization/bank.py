@@ -12,7 +12,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -91,6 +91,10 @@ class BankSource:
         """Compute the digest of all that an entry depends on: of the inputs, and of what packs its format."""
         packing = format_of(level)
         return digest_of(self.inputs, level, packing.version, version(packing.package) if packing.package else "")
+
+    def digests(self, levels: Iterable[str]) -> list[str]:
+        """List the `digest` of each packed format among `levels`."""
+        return [self.digest(level) for level in sorted(set(levels)) if format_of(level).is_packed]
 
     def entry(self, group: str, level: str) -> EntryRecord | None:
         """Read the record of an entry; None if it is missing, damaged or of other inputs."""

@@ -60,6 +60,10 @@ class RunDir:
         """Return the folder of a finished stage."""
         return self.root / name
 
+    def cut(self, name: str) -> Path:
+        """Return the folder of a cut: the pruned model, its tokenizer and its record; `base` has none."""
+        return self.root / "cuts" / name
+
     def bank(self, cut: str) -> Path:
         """Return the folder of a cut's bank."""
         return self.root / "banks" / cut

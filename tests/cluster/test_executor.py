@@ -96,9 +96,9 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
 
 
 def test_the_cache_keeps_the_model_for_the_next_work() -> None:
-    place = LocalExecutor(0.0, GpuTime())
-    place.run(lambda cache, emit: cache.keep("a model"), ignore)  # type: ignore[arg-type]
-    look: Any = lambda cache, emit: cache.pruned_model(Path("nothing is loaded from here"), "bfloat16")  # noqa: E731
+    place, here = LocalExecutor(0.0, GpuTime()), Path("nothing is loaded from here")
+    place.run(lambda cache, emit: cache.keep(here, "a model"), ignore)  # type: ignore[arg-type]
+    look: Any = lambda cache, emit: cache.model(here, "bfloat16")  # noqa: E731
     assert place.run(look, ignore) == "a model"
     place.close()
     with pytest.raises(Exception, match="nothing is loaded from here"):

@@ -58,7 +58,7 @@ def changed(raw: dict[str, Any]) -> Changed:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """Return a configuration and the inspection changed to its settings of the cut."""
-    cuts, length = (Cut(config.prune, inspection.cuts[0].expected),), config.calibration.max_length
+    cuts, length = (Cut(config.prune, inspection.expected),), config.calibration.max_length
     return config, replace(inspection, cuts=cuts, sample_length=length)
 
 
@@ -148,7 +148,7 @@ def test_the_comparison_trains_the_base_model_unpacked(inspection: Inspection, c
     found = estimate.facts(config, inspection, RATES, 2, {}, 0.5)
     parts = found["memory"]["comparison"]["parts"]
     assert parts["weights"] == inspection.base.num_parameters * 2
-    assert parts["adapters"] == 2 * inspection.base.adapter_bytes > 2 * inspection.pruned.adapter_bytes, "in float32"
+    assert parts["adapters"] == 2 * inspection.base.adapter_bytes > 2 * inspection.reference.adapter_bytes, "in float32"
     trial = memory.training_memory(config, inspection).parts
     assert parts["activations"] == trial["activations"], "the search tries the base model too"
     assert "unpacked weights" in trial and "unpacked weights" not in parts

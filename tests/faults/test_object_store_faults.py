@@ -120,8 +120,8 @@ def test_verbs_for_finished_runs_accept_a_uri(store: Store, taken_up: TakenUp, t
 def test_only_damaged_objects_are_set_aside_and_made_again(
     store: Store, taken_up: TakenUp, tiny_model: Path, tmp_path: Path
 ) -> None:
-    run, entry = "damaged/run", "banks/pruned/nf4/layers.0.o.safetensors"
-    store.copy(KILLED, run, ("prepare", "prune", "bank", "banks", "records", "run.json"))
+    run, entry = "damaged/run", "banks/cut-20/nf4/layers.0.o.safetensors"
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "records", "run.json"))
     for name in ("prune/model.safetensors", entry):
         store.damage(f"{run}/{name}")
     store.delete(f"{run}/records/sensitivity.json")
@@ -141,7 +141,7 @@ def test_a_server_away_is_waited_for_then_reported(
     comes_back: bool, store: Store, taken_up: TakenUp, undisturbed: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = f"away-{comes_back}/run"
-    store.copy(KILLED, run, ("prepare", "prune", "bank", "banks", "sensitivity", "records", "run.json"))
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "sensitivity", "records", "run.json"))
     for name in ("search", "finetune", "evaluate"):
         store.delete(f"{run}/records/{name}.json")
     config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)

@@ -141,7 +141,7 @@ def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
 
 def test_the_bank_takes_at_most_the_estimated_room(with_controls: Context) -> None:
     context = with_controls
-    assert {"nf4", "q4_0"} <= {path.name for path in context.bank_of("pruned").folder.iterdir()}
+    assert {"nf4", "q4_0"} <= {path.name for path in context.bank_of("cut-20").folder.iterdir()}
     size = sum(path.stat().st_size for path in (context.run_dir.root / "banks").rglob("*.safetensors"))
     assert size <= Bank(context).disk_bytes() < 1.5 * size
 
@@ -164,7 +164,7 @@ def test_groups_of_an_interrupted_command_are_reused(finished: Path, tiny_raw: R
     first = interrupt(tiny_raw, 3)
     _, events = filled(tiny_raw)
     assert not set(built(first)) & set(built(events)) and len({*built(first), *built(events)}) == 8
-    assert folder_digests(bank_in(tiny_raw).folder) == folder_digests(finished / "banks" / "pruned")
+    assert folder_digests(bank_in(tiny_raw).folder) == folder_digests(finished / "banks" / "cut-20")
 
 
 def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
     _, events = filled(raw)
     root = Path(raw["output"]) / "banks"
     before = folder_digests(root)
-    assert {f"{cut}/grams/model.layers.{index}.json" for cut in ("base", "pruned") for index in range(2)} <= set(before)
+    assert {f"{cut}/grams/model.layers.{index}.json" for cut in ("base", "cut-20") for index in range(2)} <= set(before)
     bank = bank_in(raw)
     bank.file(DOWN, "q4_0").unlink()
     read_plan(bank, {DOWN: "q4_0"})

@@ -136,14 +136,14 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:
     """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
-    *_, trial = (trial for trial in trials_of(undisturbed).values() if trial["cut"] == "pruned")
+    *_, trial = (trial for trial in trials_of(undisturbed).values() if trial["cut"] == "cut-20")
     threads = torch.get_num_threads()
     rungs: list[RungResult] = []
     torch.set_num_threads(1)
     try:
         config = load_config(undisturbed.parent / "config.yaml")
-        materials = Materials({"pruned": bank_of_run(config)}, undisturbed / "prepare" / "data")
-        job = TrialJob(config, materials, trial["plan"])
+        materials = Materials({"cut-20": bank_of_run(config)}, undisturbed / "prepare" / "data")
+        job = TrialJob(config, materials, trial["plan"], "cut-20")
         run_trial(job, None, lambda rung, _: rungs.append(rung))
     finally:
         torch.set_num_threads(threads)

@@ -1,7 +1,5 @@
 """The bank: every trial reads exactly the tensors that were packed; what is missing or damaged is made on first use."""
 
-from __future__ import annotations
-
 import fcntl
 import multiprocessing
 import os

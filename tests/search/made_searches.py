@@ -13,7 +13,7 @@ from conftest import raw_config, with_keys
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.config.load import validate_config
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Group, Layout, LinearShape, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial import run_trial
@@ -77,7 +77,7 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
         config=validate_config(with_keys(raw_config(Path("model"), folder / "run"), **keys)),
         trial=run_trial,
         materials=Materials({}, folder),
-        layouts={PRUNED: LAYOUT},
+        layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),)),
         controls=CONTROLS,
         priors={},
