@@ -31,8 +31,6 @@ LORA = LoraConfig(rank=4, alpha=8)
 GROUP = "projection"
 DTYPE = "bfloat16"
 LEVELS = ("nf4", "int8")
-CUT = "cut-20"
-"""The cut of runs in tests."""
 PATTERN = (*LEVELS, DENSE)
 """Formats of successive groups."""
 
@@ -50,11 +48,12 @@ def groups_of(bank: BankSource) -> list[str]:
 
 
 def bank_of_run(config: RunConfig) -> BankSource:
-    """Return the bank of a run that has one."""
+    """Return the bank of a run's last cut."""
     run_dir = RunDir(config.output)
     prepared, pruned = run_dir.read_record("prepare", PrepareRecord), run_dir.read_record("prune", PruneRecord)
+    assert pruned
     records, unknown = Results(prepare=prepared, prune=pruned), cast(Any, None)
-    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(CUT)
+    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(list(pruned.cuts)[-1])
 
 
 def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
@@ -65,7 +64,8 @@ def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
 def row_job(config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0) -> CandidateJob:
     """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
     bank = bank_of_run(config)
-    row = Candidate("searched", "searched", bank, mixed_plan(groups_of(bank), pattern), folder, seed, cut=CUT)
+    plan = mixed_plan(groups_of(bank), pattern)
+    row = Candidate("searched", "searched", bank, plan, folder, seed, cut=bank.folder.name)
     return CandidateJob(config, row, RunDir(config.output).stage("prepare") / "data", threads=1)
 
 

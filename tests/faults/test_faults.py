@@ -131,7 +131,7 @@ SET_ASIDE = "repeat the command: the damaged file is set aside, and "
         ("search/best.json", "delete {run}/records/search.json, then repeat the command"),
         ("final/config.json", "delete {run}/final, then repeat the command"),
         # Deleting these would lose a plan, the intact entries of a bank, or a model that was only unreachable.
-        ("banks/pruned/grams/model.layers.0.safetensors", SET_ASIDE),
+        ("banks/cut-20/grams/model.layers.0.safetensors", SET_ASIDE),
         ("prune/model.safetensors", SET_ASIDE),
         ("trials/0123abcd/0003/trial.json", SET_ASIDE),
         ("trials/0123abcd/search-0123abcd.json", SET_ASIDE),

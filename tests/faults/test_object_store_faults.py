@@ -90,7 +90,7 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     keys = store.keys(KILLED)
     for part in (
         "prune/model.safetensors",
-        "banks/pruned/nf4/layers.0.o.json",
+        "banks/cut-20/nf4/layers.0.o.json",
         "final/adapter_model.safetensors",
         "report.html",
     ):

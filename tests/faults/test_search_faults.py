@@ -216,7 +216,7 @@ def spoil(path: Path) -> None:
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
     keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
     config = search_config(tiny_model, config.parent, **keys)
-    path = next((ended(config, "bank").run / "banks" / "pruned" / "nf4").glob("*.safetensors"))
+    path = next((ended(config, "bank").run / "banks" / "cut-20" / "nf4").glob("*.safetensors"))
     spoil(path)
     group = path.stem
     with driver(config) as process:

@@ -172,7 +172,7 @@ def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
     folder = bank_in(raw).folder
     before, _ = filled(raw)
     shutil.copytree(folder, tmp_path / "copy")
-    other = with_key(raw, "prune.rate", 0.3)
+    other = with_key(raw, "prune.importance", "random")
     after, events = filled(other)
     assert before.files["nf4/layers.0.down.safetensors"] != after.files["nf4/layers.0.down.safetensors"]
     assert len(built(events)) == 8
