@@ -89,7 +89,7 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     assert report["standing"] == "Finished; resumed 1 time after a command that did not finish."
     keys = store.keys(KILLED)
     for part in (
-        "prune/model.safetensors",
+        "cuts/cut-20/model.safetensors",
         "banks/cut-20/nf4/layers.0.o.json",
         "final/adapter_model.safetensors",
         "report.html",
@@ -122,17 +122,17 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
 ) -> None:
     run, entry = "damaged/run", "banks/cut-20/nf4/layers.0.o.safetensors"
     store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "records", "run.json"))
-    for name in ("prune/model.safetensors", entry):
+    for name in ("cuts/cut-20/model.safetensors", entry):
         store.damage(f"{run}/{name}")
     store.delete(f"{run}/records/sensitivity.json")
     said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), "sensitivity").said()
     (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
     assert "[prepare] already recorded" in said and "[prune] done" in said
-    assert f"s3://runs/{run}/prune/model.safetensors is damaged" in said
+    assert f"s3://runs/{run}/cuts/cut-20/model.safetensors is damaged" in said
     assert f"set aside in s3://runs/{run}/damaged/{aside.partition('/')[0]}" in said
     assert "[bank] already recorded" in said
     assert f"s3://runs/{run}/{entry} is damaged and made again" in said
-    for name in ("prune/model.safetensors", entry):
+    for name in ("cuts/cut-20/model.safetensors", entry):
         assert store.read(f"{run}/{name}") == store.read(f"{KILLED}/{name}")
 
 
