@@ -101,12 +101,10 @@ class Context:
     @cached_property
     def worker_config(self) -> RunConfig:
         """The configuration with absolute paths, because workers run in another current folder."""
-        model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
-        ids = calibration.token_ids
+        model, evaluate = self.config.model, self.config.evaluate
         return self.config.model_copy(
             update={
                 "model": model.model_copy(update={"source": absolute_source(model.source)}),
-                "calibration": calibration.model_copy(update={"token_ids": ids and absolute_source(ids)}),
                 "evaluate": evaluate.model_copy(update={"include_path": include_path(self.config)}),
             }
         )

@@ -20,7 +20,7 @@ from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import multiply_adds
-from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
+from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights
 from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, uncut
 from qpruner.pipeline.prepare import loading_progress
@@ -235,8 +235,8 @@ def make_in_memory(
     """Make the cuts of the base model without saving them."""
     with tempfile.TemporaryDirectory() as scratch:
         source = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune")).path
-        tokenizer, vocabulary = load_tokenizer(source), load_model_config(config.model).vocab_size
-        samples = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+        tokenizer = load_tokenizer(source)
+        samples = importance_samples(config, examples["calibration"], tokenizer)
         rows = sensitivity_samples(config, examples["train"], tokenizer)
         wanted = {name: Wanted(settings, "", None) for name, settings in asked.items()}
         return Cutter(config, source, samples, rows, cache, emit).make(wanted)

@@ -101,11 +101,9 @@ def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str
     assert "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)" in said
     assert "8 samples of 128 tokens packed from 48 rows of `data.train` for importance; 32 rows of" in said
     assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
-    Path("ids.json").write_text("[[1, 2, 3], [4, 5]]")
     tasks = {"search__tasks": ["qpruner_everyday_validation"], "search__limit": 6, "search__metric": "accuracy"}
-    raw = changed(tiny_raw, calibration__token_ids="ids.json", **tasks)
+    raw = changed(tiny_raw, **tasks)
     said, six = check(raw), "6 questions (qpruner_everyday_validation 6)"
-    assert "2 samples of token ids for importance" in said
     assert f"search:      {six} score the trials; {six}, fresh, choose the winner\n" in said
     assert facts(raw)["questions"]["fresh"] == {"qpruner_everyday_validation": 6}
 
@@ -141,7 +139,7 @@ def all_in(name: str, groups: list[str]) -> dict[str, str]:
 
 def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, Any]) -> None:
     """With global selection the widths are known only after the cut."""
-    groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).pruned.groups]
+    groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).reference.groups]
     for name, size in (("nf4", "4"), ("int8", "8")):
         Path(f"{size}.yaml").write_text(yaml.safe_dump(all_in(name, groups)))
     said = check(tiny_raw, "--plan", "8.yaml")
