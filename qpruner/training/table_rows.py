@@ -216,7 +216,7 @@ def confirm_seed(job: CandidateJob) -> FinalistScore:
     job = replace(job, config=config.model_copy(update={"finetune": length, "training": training}))
     ownership = Ownership(candidate.folder / "owner.json")
     ownership.take()
-    model, tokenizer = build(config, candidate), _tokenizer(candidate)
+    model, tokenizer = build(candidate), _tokenizer(candidate)
     try:
         _train(job, model, load_encoded(job.data / "train"), int(tokenizer.pad_token_id), ownership)
     except TrainingDiverged:
