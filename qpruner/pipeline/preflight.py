@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qpruner.config.pruning import RATES
 from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
@@ -108,8 +109,10 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     if works_here:
         check_device(capability, config, packs)
 
+    key = next(key for key in RATES if getattr(config.prune, key) is not None)
+
     def checked(settings: PruneConfig) -> Cut:
-        cut = _planned(settings, model_config)
+        cut = _planned(settings, model_config, key)
         if works_here and packs:
             check_cut(capability, config, model_config, cut)
         return cut
@@ -193,8 +196,8 @@ def uncut(settings: PruneConfig) -> PruneConfig:
     return settings.model_copy(update={"rates": None, "rate": 0.0, "layer_rate": None})
 
 
-def _planned(settings: PruneConfig, model_config: Any) -> Cut:
-    """Plan a cut; the errors name its rate."""
+def _planned(settings: PruneConfig, model_config: Any, key: str) -> Cut:
+    """Plan a cut; the errors name its rate, which stands under this key of `prune`."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
@@ -202,8 +205,8 @@ def _planned(settings: PruneConfig, model_config: Any) -> Cut:
     try:
         return planned_cut(model_config, settings)
     except UserError as error:
-        key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
-        raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
+        rate = settings.rate if settings.layer_rate is None else settings.layer_rate
+        raise UserError(f"{error} (`prune.{key}`: {rate:g})") from error
 
 
 def check_quantizable(model_config: Any) -> None:

@@ -137,14 +137,14 @@ class Prune(Stage[PruneRecord]):
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
-        found, earlier = dict[str, CutRecord](), None
+        run, found, earlier = self.context.run_dir, dict[str, CutRecord](), None
         with suppress(CorruptFile):
-            earlier = self.context.run_dir.read_record(self.name, PruneRecord)
+            earlier = run.read_record(self.name, PruneRecord)
         for name, each in wanted.items():
-            record = earlier.cuts.get(name) if earlier else None
-            if each.folder:
-                record = read_cut(each.folder)
-            if record and record.digest == each.digest and (not each.folder or super().is_complete(each.folder)):
+            record = None if each.folder or not earlier else earlier.cuts.get(name)
+            if each.folder and super().is_complete(each.folder) and storage_at(each.folder).read_list():
+                record = self.read_intact(each.folder / CUT_FILE, CutRecord, run.root, "the cut is made again")
+            if record and record.digest == each.digest:
                 found[name] = record
         return found
 
@@ -323,9 +323,8 @@ class Cutter:
         pruned = prune(model, settings, self._samples, config.seed, self._on_work, self._first)
         peak_bytes = memory.bytes()
         if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-            self._emit(
-                Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it")
-            )
+            why = f"{target_text(settings)} is under half of the smallest cut; raise it"
+            self._emit(Message("prune", f"warning: nothing was cut: {why}"))
         loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
         return pruned, {

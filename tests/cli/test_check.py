@@ -125,7 +125,7 @@ def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any]
         said = check(raw)
     assert f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner" in said
     assert "works on" not in check(raw)
-    again = changed(raw, output="again", model__source="run/prune")
+    again = changed(raw, output="again", model__source="run/cuts/cut-20")
     said = check(again)
     assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
     said = check(again, "--dry-run", verb="prune")
@@ -156,7 +156,7 @@ def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, An
 def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -> None:
     """nf4 on a CPU needs a multiple of 64 channels: where it is not offered, `check` says why."""
     raw = changed(tiny_raw, prune__units=["block"], prune__rate=0.5)
-    assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks$", check(raw), re.MULTILINE)
+    assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks \(50 % pruned\)$", check(raw), re.MULTILINE)
     cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2", "--set", "prune.round_to=32")
     said = check(raw, *cut)
     which = r"nf4 for 7 groups, not for 1 group \(layers.0.down: \S+: on a CPU bitsandbytes decodes \d+ columns wrongly"

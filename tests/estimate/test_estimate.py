@@ -58,7 +58,8 @@ def changed(raw: dict[str, Any]) -> Changed:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """Return a configuration and the inspection changed to its settings of the cut."""
-    return config, replace(inspection, cuts=(Cut(config.prune, inspection.expected),))
+    cuts = {inspection.reference.cut: Cut(config.prune, inspection.expected)}
+    return config, replace(inspection, cuts=cuts)
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
 def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
     """Only block 1 may be cut, which has fewer parameters than the second rate asks for."""
     raw = changed(raw, rate=None, rates=[0.1, 0.6], first_layer=1)
-    told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rate` is 0.6\)"
+    told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rates`: 0.6\)"
     assert re.search(told, command("check", write_yaml(raw)).output.replace("\n", " "))
     record, folder, events = pruned(raw)
     assert folder.name == "cut-10" and record.target_rate == 0.1

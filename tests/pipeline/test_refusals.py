@@ -76,7 +76,7 @@ def test_the_configuration_that_the_rows_spoil_is_accepted(inspected: Any, tmp_p
 MODEL = [
     ("prune.rate=0.6; prune.first_layer=1", "`prune.rate` ... 0.6 ... at least one unit ... lower the rate, allow"),
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
-    ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate` is 0.2"),
+    ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate`: 0.2"),
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
     ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
     ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
