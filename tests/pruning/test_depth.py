@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_decoders
 import torch
+from qpruner.report.plots.model import load_importance, save_importance
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, stacked_inputs, tiny
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, blocks_of, skip_blocks
 from transformers import PreTrainedModel
@@ -18,7 +19,6 @@ from qpruner.pruning.compensation import compensate_blocks
 from qpruner.pruning.importance import block_importance
 from qpruner.pruning.prune import FirstScores, Pruned, num_parameters, planned_cut, prune
 from qpruner.pruning.settings import settled
-from qpruner.report.plots.model import load_importance, save_importance
 
 NUM_BLOCKS = 6
 
