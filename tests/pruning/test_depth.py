@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import tiny_decoders
 import torch
-from qpruner.report.plots.model import load_importance, save_importance
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, stacked_inputs, tiny
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, blocks_of, skip_blocks
 from transformers import PreTrainedModel
