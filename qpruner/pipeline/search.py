@@ -411,8 +411,9 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
-    by_seed = [[objective(score, job.config) for score in each.by_seed] for each in confirmations]
-    position = choice.winner_position(by_seed, [each.control for each in confirmations])
+    scores = [objective(each, job.config) for each in confirmations]
+    num_seeds = [len(each.seed_losses) for each in confirmations]
+    position = choice.winner_position(scores, [each.control for each in confirmations], num_seeds)
     return None if position is None else confirmations[position]
 
 
