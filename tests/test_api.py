@@ -75,5 +75,5 @@ def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.Monk
 
 def test_an_output_without_write_access_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
     """In /proc not even root can create folders."""
-    with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name a folder"):
+    with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name another folder"):
         qpruner.api.prepare(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")))
