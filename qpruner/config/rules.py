@@ -246,7 +246,7 @@ schema.ResourcesConfig.rules = _resources_rules
 schema.SearchConfig.rules, schema.SearchConfig.idle_keys = _search_rules, _idle_in_search
 schema.FinetuneConfig.rules = _finetune_rules
 schema.FinetuneConfig.idle_keys = lambda own: (
-    (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),
+    (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans")),
 )
 schema.EvaluateConfig.rules = _evaluate_rules
 schema.ServeConfig.rules = _serve_rules

@@ -195,7 +195,7 @@ class SearchConfig(Section):
     """gp is a Gaussian process over plans (BoTorch). hyperopt (TPE) and bayesopt (bayesian-optimization) run through
     Ray's searchers. random is the control."""
     max_trials: Positive = 16
-    """The search ends after this many trials, uniform and seed plans included."""
+    """The search ends after this many trials, controls included."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """The search ends after this many hours, interrupted sessions included; running trials finish."""
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
@@ -226,7 +226,7 @@ class SearchConfig(Section):
     limit: Positive | None = None
     """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose the winner."""
     confirm: Positive = 3
-    """Number of best trials to score on fresh rows, beside uniform and seed plans; with `pareto` the front too."""
+    """Number of best trials to score on fresh rows, beside the controls; with `pareto` the front too."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU if there are GPUs, else one CPU core."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
@@ -279,18 +279,15 @@ class FinetuneConfig(Section):
     save_steps: Positive = 50
     """Steps between checkpoints."""
     compare: bool = False
-    """After the report on the winner, give the base and pruned models, and uniform, seed and random plans, the same
+    """After the report on the winner, give the base and pruned models, the controls and random plans the same
     fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) for the searched plan, the best seed plan and the random
+    """With `compare`: training seeds (data order and dropout) for the searched plan, the best control and the random
     plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
-    seed_rows: Literal["best", "all"] = "best"
-    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`. `all`: also
-    the others, under the first seed only."""
 
 
 class EvaluateConfig(Section):

@@ -1,102 +1,97 @@
 """The plans that a search has to beat: what a user would do without a search, within the same bytes.
 
 - `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by a sensitivity;
-- `paper`: the flow of the QPruner paper: the pruned model in nf4 and int8, chosen by mutual information;
-- `seed-METHOD`: the best plan of the pruned model by a sensitivity;
-- `uniform-FORMAT`: every block of the pruned model in one format.
+- `CUT-uniform`, `CUT-knapsack`: the same of every cut;
+- `paper`: the flow of the QPruner paper: a pruned model in nf4 and int8, chosen by mutual information.
 
-A control that no budget can hold is tried with its fewest bytes; it cannot win.
+The base and the paper's flow are tried with their fewest bytes if the budget cannot hold them; they cannot win.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
-from qpruner.runs.records import BankRecord, PruneRecord, SensitivityRecord
-from qpruner.search.choice import best_uniform, controls_of, seed_plan
+from qpruner.runs.records import BankRecord, SensitivityRecord
+from qpruner.search.choice import controls_of, seed_plan
 from qpruner.search.searchers import Prior
 
 Control = tuple[str, PrecisionPlan]
-SHARED = ("kl", "fisher", "second_order", "loss", "first_order", MUTUAL_INFORMATION)
-"""Sensitivities of the pruned model that may choose a plan of the base model; the first that is measured does."""
+BEST_FIRST = ("kl", "fisher", "second_order", "loss", "first_order", MUTUAL_INFORMATION)
+"""Sensitivities that may choose the plans of controls; the first that is measured does."""
 
 
 def controls(context: Context) -> list[Control]:
     """List the controls of a run in the order in which they are tried."""
-    priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
+    found = []
+    for cut in dict.fromkeys((UNPRUNED, *context.cuts)):
+        layout = context.layout_of(cut)
+        if any(refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats):
+            continue  # the base of a model whose cut takes other formats
+        space = context.space_of(cut)
+        if cut == UNPRUNED or space.is_feasible(space.smallest()):
+            found += controls_of(space, _rises(context, space))
     paper = paper_plan(context)
-    found = [("paper", paper)] if paper else []
-    return [*unpruned_controls(context), *found, *controls_of(context.space, priors)]
-
-
-def unpruned_controls(context: Context) -> list[Control]:
-    """List the controls on the base model; none if the run prunes nothing, or if the base takes none of the formats."""
-    pruned, layout = context.record(PruneRecord), context.unpruned_layout
-    refused = [refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats]
-    if pruned.parameters_after == pruned.parameters_before or any(refused):
-        return []
-    space = PlanSpace.of(context.unpruned_layout, context.space.budget_bytes)
-    rises = _unpruned_rises(context, space)
-    found = [("unpruned-uniform", best_uniform(space, rises))]
-    if space.is_feasible(space.smallest()):
-        found.append(("unpruned-knapsack", seed_plan(rises, space)))
-    return found
+    return [*found, *([("paper", paper)] if paper else [])]
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's flow in the budget, else with the fewest bytes; None if it cannot be made.
+    """Return the plan of the paper's flow on the least cut on which it fits; None if it cannot be made.
 
-    It needs the mutual information, and widths that nf4 and int8 take. Embeddings stay unpacked.
+    It needs the mutual information, a cut, and widths that nf4 and int8 take. Embeddings stay unpacked. If it fits on
+    no cut, it is the smallest plan of the most pruned one.
     """
-    methods, layout = context.record(SensitivityRecord).methods, context.layout
-    if MUTUAL_INFORMATION not in methods:
+    if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None
+    spaces = [space for cut in context.cuts if cut != UNPRUNED and (space := _paper_space(context, cut))]
+    for space in spaces:
+        if space.is_feasible(space.smallest()):
+            shares: dict[str, float] = {}
+            for of in _by_base_name(context, MUTUAL_INFORMATION).values():  # equal in all formats that a group takes
+                shares |= of
+            rises = [shares.get(name, 0.0) for name in space.base_groups]
+            return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(rises)), PAPER[0]: rises}, space)
+    return spaces[-1].smallest() if spaces else None
+
+
+def _paper_space(context: Context, cut: str) -> PlanSpace | None:
+    """Return the plans of a cut in the paper's formats; None if a layer takes none of them."""
+    layout = context.layout_of(cut)
     groups = []
     for group in layout.groups:
         levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else PAPER
         if any(refusals(level, group.linears, context.on_gpu) for level in levels):
             return None
         groups.append(replace(group, formats=levels))
-    space = PlanSpace.of(replace(layout, groups=tuple(groups)), context.space.budget_bytes)
-    if not space.is_feasible(space.smallest()):
-        return space.smallest()
-    values = methods[MUTUAL_INFORMATION].values.values()
-    shares = [next(of[at] for of in values if of[at] is not None) for at in range(len(groups))]
-    return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space)
+    return PlanSpace.of(replace(layout, groups=tuple(groups)), context.budget_bytes)
 
 
-def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:
-    """Predict the rise of the loss by every (group, format) of the base model from those of the pruned model."""
-    measured = context.record(SensitivityRecord)
-    method = next((name for name in SHARED if name in measured.methods), None)
-    known: dict[str, dict[str, float]] = {}
-    if method:
-        for level, values in measured.methods[method].values.items():
-            known[level] = {name: each for name, each in zip(measured.groups, values, strict=True) if each is not None}
-    else:
-        known = context.record(BankRecord).error
-    name_of = _unpruned_names(context)
-    known = {level: {name_of[name]: value for name, value in of.items()} for level, of in known.items()}
-    return {level: [_rise(known, name, level) for name in space.groups] for level in space.levels}
+def _rises(context: Context, space: PlanSpace) -> Prior:
+    """Predict the rise of the loss by every (group, format) of a cut from those of the reference cut."""
+    measured = context.record(SensitivityRecord).methods
+    known = _by_base_name(context, next((name for name in BEST_FIRST if name in measured), None))
+    return {level: [_rise(known, name, level) for name in space.base_groups] for level in space.levels}
 
 
-def _unpruned_names(context: Context) -> dict[str, str]:
-    """Map each group of the pruned model to the group of the base model that it was: dropped blocks shift numbers."""
-    dropped, count = context.record(PruneRecord).dropped_blocks, int(context.inspection.model_config.num_hidden_layers)
-    kept = sorted(set(range(count)) - set(dropped))
-
-    def in_base(found: re.Match[str]) -> str:
-        return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
-
-    return {group.name: re.sub(r"\d+", in_base, group.name, count=1) for group in context.layout.groups}
+def _by_base_name(context: Context, method: str | None) -> dict[str, dict[str, float]]:
+    """Map format and group, as the base model numbers blocks, to a sensitivity; without one to the weights' error."""
+    names = context.space_of(context.reference).base_groups
+    groups = [group.name for group in context.layout_of(context.reference).groups]
+    if method is None:
+        of_base = dict(zip(groups, names, strict=True))
+        error = context.record(BankRecord).error
+        return {level: {of_base[name]: value for name, value in of.items()} for level, of in error.items()}
+    values = context.record(SensitivityRecord).methods[method].values.items()
+    return {
+        level: {name: each for name, each in zip(names, of, strict=True) if each is not None} for level, of in values
+    }
 
 
 def _rise(known: Mapping[str, Mapping[str, float]], group: str, level: str) -> float:

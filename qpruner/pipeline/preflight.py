@@ -139,16 +139,14 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
     trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} plans to beat (uniform, unpruned, by sensitivity) run first and may leave none of "
-            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer "
-            "`sensitivity.methods`"
+            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of {trials} trials "
+            "(`search.max_trials`) to the searcher: allow more trials, or name fewer `prune.rates`"
         )
 
 
 def most_controls(config: RunConfig) -> int:
-    """Count the plans to beat: uniform ones that may fit, a seed plan per method, two unpruned ones, the paper's."""
-    uniform = max(1, len(config.quantize.levels) - 1)
-    return uniform + len(config.measured_methods) + (0 if config.prune.is_off else 2) + 1
+    """Count the plans to beat: two of the base model and of each cut, and the paper's."""
+    return 2 * len({UNPRUNED, *config.prune.cuts}) + 1
 
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str = PRUNED) -> Layout:
