@@ -12,11 +12,11 @@ from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.report.claim import claim, how_to_compare
-from qpruner.report.instead import instead
+from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
 from qpruner.report.served import commands as served_commands
 from qpruner.report.served import served, served_text
-from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary, what_instead
+from qpruner.report.tables import final_tables, fresh_scores, kept_of_blocks, prune_summary
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
 from qpruner.runs.storage import export_command, run_root, storage_at
@@ -34,7 +34,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             _print_layers(results.prune, terminal)
         if until == Report.name:
             assert results.search
-            shown = [what_instead(results.search), *final_tables(results), served(results)]
+            shown = [fresh_scores(results.search), *final_tables(results), served(results)]
             for table in (each for each in shown if each and not each.summary):
                 terminal.say(f"{table.caption}:")
                 terminal.table(table.headings, table.rows)
@@ -54,7 +54,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]
-        figures["instead"] = [vars(row) for row in instead(results.search)] if results.search else []
+        figures["finalists"] = [vars(row) for row in finalists(results.search)] if results.search else []
     return figures
 
 

@@ -226,7 +226,6 @@ class Search(Stage[SearchRecord]):
             "best_control": best_control.index if best_control else None,
             "control_won": best.control and not self.given,
             "front": front,
-            "hypervolume": hypervolume_of(front, job) if front else None,
             "resumed": resumed,
         }
 
@@ -410,9 +409,3 @@ def front_of(
         )
         for each in (confirmations[position] for position in choice.non_dominated(points))
     )
-
-
-def hypervolume_of(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    """Compute the lead in score of the best plan within a budget over the smallest plan, averaged over all budgets."""
-    points = [(point.plan_bytes, objective(point, job.config)) for point in front]
-    return choice.hypervolume(points, points[0], job.space.budget_bytes)

@@ -1,4 +1,4 @@
-"""Writes all files of a run's report: `report.html`, `report.md`, `results.json`, plots, card, TensorBoard text."""
+"""Writes all files of a run's report: `report.html`, `report.md`, `results.json`, plots, card."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qpruner.report import html, tensorboard
+from qpruner.report import html
 from qpruner.report.card import model_card
 from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.content import report_md
-from qpruner.report.instead import Instead, instead
+from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.model import IMPORTANCE_FILE, load_importance
-from qpruner.report.results import Row, rows, under_first_seed
+from qpruner.report.results import Row, rows
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import Snapshot, read_snapshot
 from qpruner.runs.records import Results, RunState, TrialRecord
@@ -42,10 +42,8 @@ def write_report(run_dir: RunDir) -> Path:
     storage_at(run_dir.root / PICTURES).publish(scratch)
     write_text(run_dir.root / "results.json", summary_text(run))
     write_text(run_dir.root / "report.md", report_md(run, listed, PICTURES))
-    if run.is_complete:
-        if run_dir.root / "final" in published_folders(run_dir.root):
-            write_text(run_dir.root / CARD, model_card(run))
-        tensorboard.write_result(run_dir.root, run.results)
+    if run.is_complete and run_dir.root / "final" in published_folders(run_dir.root):
+        write_text(run_dir.root / CARD, model_card(run))
     target = run_dir.root / "report.html"
     write_text(target, html.render(run, listed))
     return target
@@ -61,15 +59,13 @@ class Summary(BaseModel):
     standing: str
     """How far the run has come, in one or two sentences."""
     claim: str | None
-    """How the searched plan compares with what users would do instead, and with other plans of equal bytes."""
+    """How the winner compares with what users would do instead, and with random plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
-    """The comparisons behind the claim: of the searched plan with the best control, seed plan and random plans."""
-    first_seed_table: tuple[Row, ...]
-    """The rows of `table`, computed from the first training seed alone, which every row has."""
+    """The comparisons behind the claim: of the winner with the best control and with random plans."""
     table: tuple[Row, ...]
     """The final table: means over training seeds, with losses in nats per token."""
-    instead: tuple[Instead, ...]
-    """The winner of the search and the controls, which users would try instead, as trials scored on fresh rows."""
+    finalists: tuple[Finalist, ...]
+    """The winner of the search, the best trials and the controls, as trials scored on fresh rows."""
     records: Results
     """The records of all stages."""
     trials: tuple[TrialRecord, ...]
@@ -89,9 +85,8 @@ def summary_text(run: Snapshot) -> str:
         standing=run.standing,
         claim=claim(results) if is_complete else None,
         comparisons=tuple(comparisons(results)) if is_complete else (),
-        first_seed_table=tuple(under_first_seed(results)) if is_complete else (),
         table=tuple(rows(results)) if is_complete else (),
-        instead=tuple(instead(results.search)) if results.search else (),
+        finalists=tuple(finalists(results.search)) if results.search else (),
         records=results,
         trials=run.trials,
         state=run.state,

@@ -70,13 +70,6 @@ def rows(results: Results) -> list[Row]:
     return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
 
 
-def under_first_seed(results: Results) -> list[Row]:
-    """Compute the rows of the final table from the first training seed alone, which every row has."""
-    first = min(record.seed for record in results.candidates)
-    alone = {name: [each for each in tuned if each[0].seed == first] for name, tuned in fine_tunes(results).items()}
-    return [_row(title_of(name, results.search), tuned) for name, tuned in alone.items()]
-
-
 def title_of(name: str, search: SearchRecord | None) -> str:
     """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan or a control."""
     if name != SEARCHED or search is None:

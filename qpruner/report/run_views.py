@@ -185,7 +185,6 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "validation_loss": chosen.rungs[-1].loss,
         "selection_loss": fresh.loss,
         "selection_stderr": fresh.stderr,
-        **({} if record.hypervolume is None else {"hypervolume": record.hypervolume}),
         "search_hours": record.total_seconds / 3600,
         "search_gpu_hours": record.total_gpu_seconds / 3600,
         "run_hours": sum(run.results.seconds.values()) / 3600,

@@ -9,8 +9,9 @@ import yaml
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.report import tables
-from qpruner.report.claim import claim, margin_text
+from qpruner.report.claim import claim
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
+from qpruner.report.finalists import best_control_text
 from qpruner.report.plots.model import importance, plan_map
 from qpruner.report.plots.search import Shown, best_so_far, front
 from qpruner.report.search_progress import score, score_title, shown_together
@@ -60,8 +61,8 @@ def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
     yield Items(tuple(item.removeprefix("- ") for item in items))
     if remark:
         yield Paragraph(remark)
-    if results.search and (controls := tables.what_instead(results.search)):
-        yield controls
+    if results.search and len(results.search.confirmations) > 1:
+        yield tables.fresh_scores(results.search)
     first, *others = tables.final_tables(results)
     yield first
     if table := served(results):
@@ -80,9 +81,6 @@ def _quality(run: Snapshot) -> Iterator[Part]:
 def _plan(run: Snapshot) -> Iterator[Part]:
     if run.best_plan:
         yield plan_map(run, run.best_plan)
-        if run.sensitivity:
-            yield tables.methods(run.sensitivity)
-            yield tables.groups(run.sensitivity, run.best_plan)
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
@@ -94,12 +92,8 @@ def _search(run: Snapshot) -> Iterator[Part]:
         for draw, trials in ((front, run.trials), (best_so_far, shown_together(state, run.trials))):
             if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
                 yield chart
-    if search:
-        if not run.is_complete and (controls := tables.what_instead(search)):
-            yield controls
-        yield tables.finalists(search)
-        if search.front:
-            yield tables.front(search)
+    if search and not run.is_complete:  # else the answer has it
+        yield tables.fresh_scores(search)
     yield tables.trials(run)
 
 
@@ -128,7 +122,7 @@ def search_text(search: SearchRecord) -> list[str]:
         return [text, f"{given}{beside if controls else 'the only one scored on fresh rows'}."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    return [text, f"{best} {margin_text(search)}".strip()]
+    return [text, f"{best} {best_control_text(search)}".strip()]
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:

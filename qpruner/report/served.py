@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Iterator
 from pathlib import PurePath
 
-import numpy as np
-
 from qpruner.report.content import Table
 from qpruner.report.results import BASE, SEARCHED, title_of
 from qpruner.runs.records import Results, ServedRow, ServeRecord
@@ -89,37 +87,13 @@ def _over_transformers(record: ServeRecord, row: ServedRow) -> float | None:
     return ours / base if ours and base else None
 
 
-def over_equal_bits(record: ServeRecord, row: ServedRow) -> float | None:
-    """Divide a row's decode speed by that of the base model in llama.cpp at the row's mean bits.
-
-    Seconds a token are interpolated between the base model's files, since a token's time grows with the bytes read.
-    """
-    ours = _decode(row)
-    known = sorted((each.mean_bits, _decode(each)) for each in record.rows if each.name == BASE and each.form == "gguf")
-    if not ours or not known or not all(speed for _, speed in known):
-        return None
-    bits, speeds = zip(*known, strict=True)
-    return ours * float(np.interp(row.mean_bits, bits, [1 / speed for speed in speeds]))
-
-
 def served_text(results: Results) -> list[str]:
-    """State how fast and how large the final model is as served, and what its files lack; one sentence for each."""
-    record = results.serve
-    return [] if record is None else [text for row in record.rows for text in _row_text(record, row)]
+    """State how the final model's files were checked, and what they lack; one sentence for each."""
+    rows = results.serve.rows if results.serve else ()
+    return [text for row in rows if row.name != BASE for text in _row_text(row)]
 
 
-def _row_text(record: ServeRecord, row: ServedRow) -> Iterator[str]:
-    if row.name == BASE:
-        return
-    ratio, equal = _over_transformers(record, row), over_equal_bits(record, row)
-    if ratio and equal:
-        bits = [each.mean_bits for each in record.rows if each.name == BASE and each.form == "gguf"]
-        nearest = min(max(row.mean_bits, min(bits)), max(bits))
-        at = "equal mean bits (" if nearest == row.mean_bits else f"{nearest:.2f} mean bits (its own are "
-        yield (
-            f"{FORMS[row.form]}: decodes {ratio:.1f} times as fast as the unpruned base in transformers, and "
-            f"{equal:.2f} times as fast as the unpruned base in llama.cpp at {at}{row.mean_bits:.2f})."
-        )
+def _row_text(row: ServedRow) -> Iterator[str]:
     if row.recoded:
         formats = ", ".join(sorted(set(row.recoded.values())))
         yield (

@@ -12,33 +12,12 @@ from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
-from qpruner.report.instead import formats_text, instead, more_loss_text
-from qpruner.report.results import (
-    BEST_SEED,
-    RANDOM,
-    SEARCHED,
-    Row,
-    Speed,
-    control_title,
-    rows,
-    title_of,
-    under_first_seed,
-)
-from qpruner.report.search_progress import plan_text, score, score_name, score_title
+from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.results import RANDOM, SEARCHED, Row, Speed, rows, title_of
+from qpruner.report.search_progress import plan_text, score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.statistics import paired_losses
-from qpruner.runs.records import (
-    FinalistScore,
-    FreshScore,
-    LayerWidths,
-    PruneRecord,
-    Results,
-    RowScores,
-    SearchRecord,
-    SensitivityRecord,
-    TaskScore,
-)
+from qpruner.runs.records import FreshScore, LayerWidths, PruneRecord, Results, RowScores, SearchRecord, TaskScore
 from qpruner.search.choice import SAME_BYTES
 from qpruner.wording import counted, error_text
 
@@ -55,38 +34,28 @@ FINAL = (
     ),
 )
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
-FIRST_SEED = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
-ROWS = {
-    "not pruned": "the base model, not pruned: every group in the format that fits best, or the best plan by a "
+TERMS = {
+    "not pruned, ...": "the base model: every group in the format that fits best (uniform), or the best plan by a "
     "sensitivity (knapsack).",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
-    "uniform": "the pruned model, every group in the same format, or in the next larger one that it takes.",
-    "seed": "the plan that a sensitivity chooses without a search, at the winner's bytes.",
-    BEST_SEED: "the seed plan that was best on fresh rows.",
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
     SEARCHED: "the plan that was best on fresh rows. It is called `winner (...)` if it is a control, and `given plan` "
     "if you gave it.",
-}
-"""Word in the names of rows -> what these rows are."""
-FIGURES = {
     "seeds": "the number of training seeds and, in brackets, which. Trials use another seed, so the loss of a trial "
     "cannot be compared with a loss here. With several seeds, figures are means ± standard deviation.",
     "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are of the blocks' weights.",
-    "test accuracy": "the share of right answers on the held-out tasks, by which nothing was chosen: the mean over a "
-    "task's questions, then over tasks. se is its standard error over questions. The model's answer is the choice with "
-    "the highest log-likelihood (acc) or the highest per character (acc_norm), or the text it writes (exact_match).",
+    TEST_ACCURACY: "the share of right answers on the held-out tasks, by which nothing was chosen: the mean over a "
+    "task's questions, then over tasks. se is its standard error over questions.",
     "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
     "token), a mean over tasks. Lower is better; it shows smaller differences than the accuracy.",
     "validation loss": "in nats per token, on the rows that score trials.",
-    "selection loss": "in nats per token, on the half of the confirmation rows that chose best seed and winner.",
+    "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows.",
     "confirmation loss": "in nats per token, on the other half of the confirmation rows, by which nothing was chosen.",
+    "perplexity": "the exponential of the mean loss per token on `evaluate.text`.",
+    "interval": "against the best control, the wider of Student's interval over seeds and the paired interval over "
+    "questions or rows; against random plans, the interval in which one more random plan would lie. With one training "
+    "seed it lacks the spread over seeds. Each is at 95 % by itself: one of several may exclude zero by chance.",
 }
-INTERVAL = (
-    "in the claim. Against the best seed, the wider of Student's interval over seeds and the paired interval over "
-    "questions or confirmation rows; against random plans, the interval in which one more random plan would lie. With "
-    "one training seed it lacks the spread over seeds. Each is at 95 % by itself: one of several may exclude zero by "
-    "chance."
-)
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
 
@@ -150,28 +119,21 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def final_tables(results: Results) -> list[Table]:
-    """Split the final table into parts that fit a terminal and paper.
-
-    If rows differ in their number of training seeds, an added part shows every row under the first seed alone.
-    """
-    every, first_seed = rows(results), under_first_seed(results)
-    first, *others = (_final(results, caption, headings, every) for caption, headings in FINAL)
+    """Split the final table into parts that fit a terminal and paper."""
+    first, *others = (_final(results, caption, headings) for caption, headings in FINAL)
     if results.serve:  # then the speed that counts is that as served
         others[-1] = replace(others[-1], summary="Memory and speed in transformers")
-    if len({len(row.seeds) for row in every}) == 1:
-        return [first, *others]
-    caption = f"Like with like: every row under training seed {first_seed[0].seeds[0]} alone"
-    return [first, _final(results, caption, FIRST_SEED, first_seed), *others]
+    return [first, *others]
 
 
-def _final(results: Results, caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
+def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
     """Build one part of the final table; the caption names the metrics of the accuracy if tasks differ in them."""
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
         caption += f"; {measures.accuracy_in_full(results.evaluate.metrics)}"
     shown = tuple(f"test {name}" if heading == TEST_ACCURACY else heading for heading in headings)
-    body = [cells(row) for row in of_rows]
+    body = [cells(row) for row in rows(results)]
     return Table(caption, shown, [tuple(line[heading] for heading in headings) for line in body])
 
 
@@ -191,29 +153,15 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
 
 def legend(results: Results) -> Table:
     """Build the legend of the final table: its rows, its figures, and what they were measured on."""
-    assert results.evaluate
-    text, setting = results.evaluate.text, results.inference
-    names = [name for row in rows(results) for name in (row.name, row.title)]
-    names += [control_title(each.name) for each in instead(results.search)] if results.search else []
-    terms = {term: meaning for term, meaning in ROWS.items() if any(_is_of(term, name) for name in names)} | FIGURES
-    terms["perplexity"] = (
-        f"the exponential of the mean loss per token on {text}."
-        if text
-        else "not measured, because the confirmation rows are multiple-choice; set `evaluate.text` to a text for it."
-    )
-    if len(rows(results)) > 1:
-        terms["interval"] = INTERVAL
+    terms, setting = list(TERMS.items()), results.inference
     if setting:
-        terms["inference memory and tokens/s"] = (
+        about = (
             f"measured while generating one sequence on {setting.device} with the adapter: {setting.prompt_tokens} "
             f"tokens read (prefill), {setting.new_tokens} written (decode). The rows were measured in turns: tokens/s "
             f"are the median, in brackets minimum and maximum. The memory is the {setting.memory_counter}."
         )
-    return Table("How to read the table", ("term", "meaning"), list(terms.items()), "How to read the table")
-
-
-def _is_of(term: str, name: str) -> bool:
-    return name.startswith(term) or name.endswith(f" {term}")
+        terms.append(("inference memory and tokens/s", about))
+    return Table("How to read the table", ("term", "meaning"), terms, "How to read the table")
 
 
 def by_task(results: Results) -> Table:
@@ -317,101 +265,40 @@ def trials(run: Snapshot) -> Table:
     return Table(caption, headings, body, "Every trial", is_on_page_only=True).without_empty_columns()
 
 
-def what_instead(search: SearchRecord) -> Table | None:
-    """Build the table of the winner and of all controls, which users would try instead; None without controls."""
-    found = instead(search)
+def fresh_scores(search: SearchRecord) -> Table:
+    """Build the table of the finalists: the winner, the controls and the best trials, as trials on fresh rows.
+
+    Most of a loss's own standard error comes from the choice of rows; pairing the losses by row removes this part.
+    """
+    scores, front = {each.index: each for each in search.confirmations}, {each.index for each in search.front}
     body = [
         (
-            each.title,
+            f"{each.title}{', reused' if scores[each.trial].reused else ''}",
+            f"{each.trial}",
             f"{'not pruned, ' if each.cut == UNPRUNED else ''}{each.formats}",
             f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
             f"{each.loss:.4f}",
-            more_loss_text(each),
+            _fresh_accuracy(scores[each.trial]),
+            "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
             each.verdict or "-",
+            "yes" if each.trial in front else "-",
         )
-        for each in found
+        for each in finalists(search)
     ]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
     caption = (
-        f"What one would do instead: the winner and every control as trials{of_steps}, on the fresh rows that "
-        "chose the winner, before any other fine-tune"
+        f"The winner, every control (what one would do instead) and the best trials: all as trials{of_steps}, on the "
+        "fresh rows that chose the winner, before any other fine-tune"
     )
-    headings = ("row", "formats", "bytes", "selection loss", "loss minus the winner's", "verdict")
-    return Table(caption, headings, body) if len(found) > 1 else None
-
-
-def finalists(search: SearchRecord) -> Table:
-    """Build the table of the finalists, the trials scored on fresh rows, with each loss minus the winner's.
-
-    Most of a loss's own standard error comes from the choice of rows. Pairing the losses by row removes this part.
-    """
-    best = next((each for each in search.confirmations if each.index == search.best_index), None)
-    body = [
-        (f"{each.index}", f"{each.origin}{', reused' if each.reused else ''}", *_fresh(each), _less(each, best))
-        for each in search.confirmations
-    ]
-    headings = ("trial", "from", *_fresh_headings(search), "loss minus the winner's, paired by row")
-    return Table("Finalists on fresh rows", headings, body).without_empty_columns()
-
-
-def _less(each: FinalistScore, best: FinalistScore | None) -> str:
-    apart = paired_losses(each, best) if best not in (None, each) else None
-    return "-" if apart is None else f"{apart.mean:+.4f}{error_text(apart.stderr, 4)}"
-
-
-def front(search: SearchRecord) -> Table:
-    """Build the table of the front: the plans that no plan of fewer or equal bytes beats on fresh rows."""
-    caption = "Plans that no plan of fewer or equal bytes beats on fresh rows"
-    if search.hypervolume is not None:
-        unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
-        caption += (
-            f"; on average over budgets, {search.hypervolume:.4f} {unit} better than the smallest plan (hypervolume)"
-        )
-    body = [
-        (f"{each.index}", each.origin, _megabytes(each.plan_bytes), plan_text(each), *_fresh(each))
-        for each in search.front
-    ]
-    headings = ("trial", "from", "bytes", "plan", *_fresh_headings(search))
+    headings = (
+        *("row", "trial", "formats", "bytes", "selection loss", f"selection {measures.accuracy_name(search.metrics)}"),
+        *("loss minus the winner's", "verdict", "on the front"),
+    )
     return Table(caption, headings, body).without_empty_columns()
 
 
-def _fresh_headings(search: SearchRecord) -> tuple[str, str]:
-    return "selection loss", f"selection {measures.accuracy_name(search.metrics)}"
-
-
-def _fresh(score: FreshScore) -> tuple[str, str]:
-    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
-    return f"{score.loss:.4f}{error_text(score.stderr, 4)}", accuracy
-
-
-def methods(measured: SensitivityRecord) -> Table:
-    """Build the table of the sensitivity methods: what each measures, in which unit, and the seconds it took."""
-    body = [(name, each.source, each.unit, f"{each.seconds:.1f}") for name, each in measured.methods.items()]
-    caption = "Sensitivities; those that were measured in one pass each show the seconds of the complete pass"
-    return Table(caption, ("method", "what", "unit", "seconds"), body)
-
-
-def groups(measured: SensitivityRecord, plan: dict[str, str]) -> Table:
-    """Build the table of groups: their format in the plan, and the cost of formats that each sensitivity predicts."""
-    costs: dict[str, list[str]] = {}
-    for name, method in measured.methods.items():
-        ordered = by_size(tuple(method.values))
-        for level in ordered[:-1]:
-            larger = [method.values[other] for other in ordered[ordered.index(level) + 1 :]]
-            costs[f"{name}, {level}"] = [
-                _cost(value, others) for value, *others in zip(method.values[level], *larger, strict=True)
-            ]
-    body = [
-        (group, plan.get(group, "-"), *values) for group, *values in zip(measured.groups, *costs.values(), strict=True)
-    ]
-    caption = "Predicted cost of a format, compared with the largest format that the group may have"
-    return Table(caption, ("group", "format", *costs), body, "Every group").without_empty_columns()
-
-
-def _cost(value: float | None, larger: Sequence[float | None]) -> str:
-    """Format the rise from the largest format's value; `-` if the group has not the format, or none that is larger."""
-    known = [each for each in larger if each is not None]
-    return "-" if value is None or not known else f"{value - known[-1]:.3g}"
+def _fresh_accuracy(score: FreshScore) -> str:
+    return "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
 
 
 def stages(run: Snapshot) -> Table:

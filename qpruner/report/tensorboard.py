@@ -1,7 +1,7 @@
 """Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
-HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far beside the
-controls (uniform, given and sensitivities' plans). Text has the configuration and the final table.
+HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far of searched
+plans. Text has the configuration.
 
 A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
 appended, and an open TensorBoard shows them. After a crash, repeating the command completes or rewrites the file.
@@ -27,16 +27,13 @@ from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.report import sections
-from qpruner.report.content import markdown
-from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_text, score, score_name, shown_together
+from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_text, score_name, shown_together
 from qpruner.runs import events
-from qpruner.runs.records import EXTRAS, Results, SearchState, TrialRecord
+from qpruner.runs.records import SearchState, TrialRecord
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
-RESULT = "result"
 FILE = "events.out.tfevents"
 """Prefix by which TensorBoard recognizes event files."""
 TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
@@ -71,16 +68,12 @@ class Board:
                 self._search, self._trials = search, {trial.index: trial for trial in trials}
                 # Remove the files of earlier searches that are not shown beside this one.
                 kept = {run_name(trial) for trial in trials}
-                kept |= {control_name(trial) for trial in shown_together(search, trials)}
-                for folder in (*self._folder.glob("trial-*"), *self._folder.glob("control-*")):
+                for folder in self._folder.glob("trial-*"):
                     if folder.name not in kept:
                         shutil.rmtree(folder)
                 for trial in trials:
                     write_trial(self._folder, search, trial)
                 self._write_curves(search)
-            case events.StageStarted(stage) if stage not in (*EXTRAS, "report"):
-                # The result of an earlier command; the new one is written once the winner is evaluated.
-                shutil.rmtree(self._folder / RESULT, ignore_errors=True)
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
                 write_trial(self._folder, self._search, trial)
@@ -88,7 +81,7 @@ class Board:
                     self._write_curves(self._search)
 
     def _write_curves(self, search: SearchState) -> None:
-        """Write the curve of the best score, every control's score as a level line, HParams columns and `config`."""
+        """Write the curve of the best score, the HParams columns and `config`."""
         config, trials = self._config, in_order_of_end(self._trials.values())
         over = shown_together(search, trials)
         found = [_text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")]
@@ -98,16 +91,6 @@ class Board:
             if value is not None:
                 found.append(_scalar(BEST, value, count, _end(trial)))
         write_events(self._folder / "search", found)
-        for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
-            value = score(control.rungs[-1], search.metric)
-            # Two points: with more, TensorBoard takes the best trials for outliers and leaves them outside the chart.
-            line = [_scalar(BEST, value, count, _end(control)) for count in (1, config.search.max_trials)]
-            write_events(self._folder / control_name(control), line)
-
-
-def write_result(root: Path, results: Results) -> None:
-    """Write the claim and the final table as a text for TensorBoard."""
-    write_events(root / FOLDER / RESULT, [_text("final table", "\n\n".join(markdown(sections.measured(results))))])
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
@@ -138,11 +121,6 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
 def run_name(trial: TrialRecord) -> str:
     """Return the name of a trial's run in TensorBoard."""
     return f"trial-{trial.index:04d}-{trial.origin}"
-
-
-def control_name(trial: TrialRecord) -> str:
-    """Return the name of a control's run in TensorBoard; for a given plan, the name ends with the trial's number."""
-    return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
 
 
 def _end(trial: TrialRecord) -> float:

@@ -138,21 +138,6 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
     return front
 
 
-def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
-    """Compute the hypervolume of a front of bytes and scores (Zitzler and Thiele, 1998), in the unit of the score.
-
-    For a budget, take the score of the smallest plan minus that of the best plan inside the budget. The result is the
-    mean over all budgets from the smallest plan's bytes to `budget_bytes`. A plan of `budget_bytes` adds nothing.
-    """
-    area, lowest = 0.0, smallest[1]
-    for position in non_dominated(points):
-        size, score = points[position]
-        if size < budget_bytes and score < lowest:
-            area += (budget_bytes - size) * (lowest - score)
-            lowest = score
-    return area / (budget_bytes - smallest[0]) if area else 0.0
-
-
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
     """Draw up to `count` plans uniformly from all others whose bytes are within `SAME_BYTES` of those of `plan`.
 

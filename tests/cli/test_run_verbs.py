@@ -64,7 +64,7 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     assert "running on" in text and "last sign of life" in text
     assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 14 min 30 s left" in text
     assert "best so far:   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
-    assert "best control:  validation loss 3.0000, trial 1 (seed-kl)" in text
+    assert "best control:  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
     assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
@@ -80,10 +80,10 @@ def test_status_names_the_winner(over: Path) -> None:
     assert lines()[-1] == "winner:        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
     record = RunDir(over).read_record("search", SearchRecord)
     assert record
-    control = {"confirmations": (made_confirmation(1, "seed-kl", 2.9),), "control_won": True}
-    changes = {"best_index": 1, "best_origin": "seed-kl", **control}
+    control = {"confirmations": (made_confirmation(1, "unpruned-knapsack", 2.9),), "control_won": True}
+    changes = {"best_index": 1, "best_origin": "unpruned-knapsack", **control}
     RunDir(over).write_record("search", record.model_copy(update=changes))
-    assert "trial 1 (seed-kl), a control that no searched plan beat; " in lines()[-1]
+    assert "trial 1 (unpruned-knapsack), a control that no searched plan beat; " in lines()[-1]
 
 
 def test_status_shows_waiting_and_failed_trials(run: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_terminal_shows_the_search_live() -> None:
     assert "prepare recorded | search running" in seen
     assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left" in seen
     assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
-    assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
+    assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in seen
     assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
     assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen), "where the running trial is past its rung, in colour"
     # In a narrow window lines wrap, because the present state is at their end.

@@ -21,7 +21,7 @@ from made_records import made_confirmation, made_layer, made_prune, made_search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.quantization.formats import format_of
-from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
+from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED
 from qpruner.report.snapshot import Liveness, Snapshot
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
@@ -57,7 +57,9 @@ STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison")
 STARTED = 1_790_000_000.0
 UNTUNED = (BASE, PRUNED, SEARCHED)
-ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
+RIVAL = "unpruned-knapsack"
+"""The control with the least validation loss."""
+ORIGINS = {SEARCHED: "gp, trial 11", RIVAL: RIVAL, RANDOM: "3 random plans"}
 STATE = RunState(
     config={
         "model": {"source": "me/base"},
@@ -100,8 +102,7 @@ def candidate(
     sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
     losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
     costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
-    others = dict.fromkeys((BASE, PRUNED), "unquantized") | dict.fromkeys(LEVELS.keys() - {BASE, PRUNED}, "uniform")
-    origin = (others | ORIGINS).get(name, name)
+    origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
     return CandidateRecord(**STAGE, name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs)
 
 
@@ -124,7 +125,7 @@ def results_of(
     """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record."""
     trials = {"num_trials": 16, "num_finished": 7, "num_stopped": 8, "num_reused": 5, "failures": {"diverged": 1}}
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
-    control = made_confirmation(2, "seed-kl", 2.125, reused=True)
+    control = made_confirmation(2, RIVAL, 2.125, reused=True)
     best = made_confirmation(11, "gp", 2.0625, stderr=0.03125)
     search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
@@ -190,15 +191,16 @@ def with_figures(results: Results) -> Results:
 
 
 def whole_results() -> Results:
-    """Return a finished run with every row, on two tasks; three of the rows have two training seeds."""
+    """Return a finished run with every row, on two tasks; the last three rows have two training seeds."""
     plans = {name: dict.fromkeys(PLAN, level) for name, level in LEVELS.items()}
-    plans |= dict.fromkeys(("mutual-information seed", BEST_SEED, RANDOM), SEED_PLAN) | {SEARCHED: PLAN}
+    plans |= dict.fromkeys((RIVAL, RANDOM), SEED_PLAN) | {SEARCHED: PLAN}
     scored: list[Scored] = []
     for number, (name, plan) in enumerate(plans.items()):
         for seed in range(2 if name in ORIGINS else 1):
             # Every random plan is another one.
             own = PLAN if name == RANDOM and seed else plan
-            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.125 + seed / 4, 2.0 + seed)
+            loss = 2.125 + seed / 4 + (name in LEVELS)
+            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, loss, 2.0 + seed)
             right = score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50)
             scored.append((row, (right, score(answers(40, 30), [2.0] * 40, "piqa"))))
     untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED]
@@ -216,9 +218,9 @@ NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
 """A name that would act as markup if a report did not escape it."""
 BUDGET = 93_000_000
-CONTROLS = {"uniform-nf4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
+CONTROLS = {"unpruned-uniform": 0.0, RIVAL: 0.5, "paper": 0.48}
 """Origin of one of the first trials -> share of groups in int8."""
-LEVELS = {BASE: "bf16", PRUNED: "bf16", "uniform-nf4": "nf4", "uniform-int8": "int8"}
+LEVELS = {BASE: "bf16", PRUNED: "bf16", "unpruned-uniform": "nf4", "paper": "int8"}
 SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
 
 
@@ -356,9 +358,9 @@ class MadeRun:
     def _scored(self, best: dict[str, str]) -> list[Scored]:
         """Return the fine-tunes of every row; the searched row comes last and has three."""
         found: list[Scored] = []
-        for name in (*LEVELS, BEST_SEED, RANDOM, SEARCHED):
+        for name in (*LEVELS, RIVAL, RANDOM, SEARCHED):
             plan = dict.fromkeys(self.groups, LEVELS[name]) if name in LEVELS else best
-            if name in (BEST_SEED, RANDOM):
+            if name in (RIVAL, RANDOM):
                 plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
             for seed in range(1 if name in LEVELS else 3):
                 loss = 3.9 + self._random.normal(0, 0.02) + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
@@ -367,7 +369,7 @@ class MadeRun:
         return found
 
     def _scores(self, name: str) -> tuple[TaskScore, ...]:
-        share = {BASE: 0.77, PRUNED: 0.71, "uniform-nf4": 0.66}.get(name, 0.69)
+        share = {BASE: 0.77, PRUNED: 0.71, "unpruned-uniform": 0.66}.get(name, 0.69)
         correct = {task: (self._random.random(count) < share).astype(float) for task, count in self._tasks.items()}
         losses = {task: self._random.gamma(2.0, 1.0, count).tolist() for task, count in self._tasks.items()}
         return tuple(score(right.tolist(), losses[task], task) for task, right in correct.items())
@@ -407,8 +409,8 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
 def trials() -> list[TrialRecord]:
     """Return six trials: two controls, a plan that beats them, one stopped, one failed and one running."""
     return [
-        trial(0, "444444", [3.4, 3.3, 3.2], origin="uniform-nf4"),
-        trial(1, "884444", [3.3, 3.2, 3.0], origin="seed-kl"),
+        trial(0, "444444", [3.4, 3.3, 3.2], origin="unpruned-uniform"),
+        trial(1, "884444", [3.3, 3.2, 3.0], origin=RIVAL),
         trial(2, "848444", [3.2, 3.1, 2.9]),
         trial(3, "448844", [3.5]),
         trial(4, "444488", [], status="failed", failure="diverged", reason="TrainingDiverged: the loss is nan"),

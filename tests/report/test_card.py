@@ -48,10 +48,10 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> No
 
 
 def test_the_card_says_where_the_plan_came_from() -> None:
-    control = {"best_origin": "seed-kl", "control_won": True}
+    control = {"best_origin": "unpruned-knapsack", "control_won": True}
     for found, words in (
         ({}, "a searched plan and"),
-        (control, "the plan seed-kl, which no searched plan beat, and"),
+        (control, "the plan not pruned, knapsack, which no searched plan beat, and"),
         ({"best_origin": GIVEN}, "a plan that was given, not searched for, and"),
     ):
         card = model_card(snapshot(results_of(searched_row([1.0]), **found)))

@@ -16,7 +16,6 @@ from made_run import (
     RUNGS,
     SEARCH,
     STARTED,
-    MadeRun,
     config_of,
     planned,
     recorded_run,
@@ -28,9 +27,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from tensorboard_server import serving
 
-from qpruner.report.snapshot import read_snapshot
-from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
-from qpruner.runs.events import StageSkipped, StageStarted, TrialChanged
+from qpruner.report.tensorboard import BEST, Board, run_name, write_trial
+from qpruner.runs.events import StageSkipped, TrialChanged
 from qpruner.runs.records import RungResult
 
 
@@ -84,8 +82,8 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     rows = {record.index: row(written, run_name(record)) for record in trials() if record.is_over}
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
-    named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001", "search": "this"}
-    named |= {"cut": "pruned"}
+    named = {"From": "unpruned-knapsack", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001"}
+    named |= {"cut": "pruned", "search": "this"}
     formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
     assert rows[1] == {**named, **formats, "Mean bits": pytest.approx(32 / 6)}
     ends = {}
@@ -107,7 +105,7 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
-def test_curves_have_every_step_and_controls_are_lines_beside(written: Path) -> None:
+def test_curves_have_every_step(written: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
     assert points(written, run, "train/loss") == list(enumerate([4.7] * 2 + [4.6] * 2 + [4.4] * 4, 1))
@@ -115,8 +113,6 @@ def test_curves_have_every_step_and_controls_are_lines_beside(written: Path) -> 
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
-    assert points(written, "control-uniform-nf4", BEST) == [(1, 3.2), (20, 3.2)]
-    assert points(written, "control-seed-kl", BEST) == [(1, 3.0), (20, 3.0)]
     assert "max_trials: 20" in config_text(written)
 
 
@@ -158,18 +154,10 @@ def test_a_full_disk_stops_no_search(written: Path, tmp_path: Path) -> None:
         assert files(disk) == files(written)
 
 
-def test_a_new_search_shows_nothing_of_the_last_one(shown: Path, tmp_path: Path) -> None:
-    """From the start it shows no old trial, curve or final table, but its own configuration."""
-    write_result(shown, read_snapshot(MadeRun(tmp_path / "made", num_trials=5).run).results)
-    assert "final table/text_summary" in read(shown, "result").Tags()["tensors"]
-    events = (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html"))
-    board = show(shown, *events, max_trials=4)
-    assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search", "result"}, (
-        "nothing was searched anew"
-    )
+def test_a_new_search_shows_nothing_of_the_last_one(shown: Path) -> None:
+    show(shown, planned([]), StageSkipped("search", "best: trial 2", 1.0), max_trials=4)
+    assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search"}
     assert read(shown, "search").Tags()["scalars"] == [] and "max_trials: 4" in config_text(shown)
-    board.listen(StageStarted("search", "4 trials"))
-    assert not (shown / "tensorboard" / "result").exists()
 
 
 def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
@@ -179,13 +167,9 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
         show(shown, planned(known, search=given.search, beside=SEARCH, max_trials=1), TrialChanged(given))
         known.append(given)
     assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
-    levels = {"uniform-nf4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
-    for control, level in levels.items():
-        assert points(shown, f"control-{control}", BEST) == [(1, level), (20, level)]
     assert [row(shown, run_name(record))["search"] for record in (known[2], known[-1])] == ["another", "this"]
     show(shown, planned(known))
     assert points(shown, "search", BEST) == [(5, 2.9)], "the search itself is as it was"
-    assert not list((shown / "tensorboard").glob("control-given*"))
 
 
 def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
@@ -212,7 +196,7 @@ def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
         page.goto(f"{address}/#hparams")
         table = page.locator("tf-hparams-table-view")
         names = [f"{record.index:04d} of {root.name}" for record in trials() if record.is_over]
-        for text in (*names, "0003", "seed-kl", "stopped", "failed", "loss at step 8", "2.9000"):
+        for text in (*names, "0003", "unpruned-knapsack", "stopped", "failed", "loss at step 8", "2.9000"):
             table.get_by_text(text, exact=True).first.wait_for()
         assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names), "each trial once"
         cut = "cell => [cell, cell.parentElement].some(each => each.scrollWidth > each.clientWidth)"

@@ -7,8 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-from botorch.utils.multi_objective.hypervolume import Hypervolume
 from made_searches import BITS, masked_space, plans_in
 from scipy import stats
 
@@ -18,7 +16,6 @@ from qpruner.search.choice import (
     best_uniform,
     controls_of,
     finalist_positions,
-    hypervolume,
     non_dominated,
     random_plans,
     seed_plan,
@@ -83,17 +80,6 @@ def test_no_plan_of_fewer_or_equal_bytes_beats_one_on_the_front() -> None:
         point for point in points if not any(o != point and o[0] <= point[0] and o[1] <= point[1] for o in points)
     }
     assert [points[position] for position in non_dominated(points)] == sorted(expected)
-
-
-@pytest.mark.parametrize("budget", [4.0, 5.0, 8.0])
-def test_the_hypervolume_is_botorchs(budget: float) -> None:
-    """BoTorch maximizes, and takes a corner in place of the smallest plan."""
-    points = [(size, 6.0 - size + noise) for size, noise in np.random.default_rng(0).uniform(0, 5, (12, 2)).tolist()]
-    smallest = min(points)
-    corner = torch.tensor([-budget, -smallest[1]], dtype=torch.float64)
-    area = Hypervolume(corner).compute(-torch.tensor(points, dtype=torch.float64))
-    assert area > 0.1
-    assert hypervolume(points, smallest, budget) == pytest.approx(area / (budget - smallest[0]))
 
 
 def seed_space(num_groups: int, share: float, levels: tuple[str, ...] = ("nf4", "int8"), step: int = 0) -> PlanSpace:

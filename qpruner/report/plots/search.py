@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.report import search_progress
-from qpruner.report.instead import formats_text
+from qpruner.report.finalists import formats_text
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.search_progress import cost, plan_text, score, score_title
 from qpruner.runs.records import SearchState, TrialRecord

@@ -259,8 +259,6 @@ class SearchRecord(Record):
     """Whether the best control is the winner, because no plan of the searcher beat it on fresh rows."""
     front: tuple[FrontPoint, ...]
     """With `search.pareto`: the Pareto front on fresh rows, sorted by bytes."""
-    hypervolume: float | None = None
-    """By how much the best plan within a budget beats the smallest plan: mean over all budgets up to `budget_bytes`."""
     resumed: int
     """Number of trials that an earlier, interrupted command had recorded."""
     sessions: int = 1

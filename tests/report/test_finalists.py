@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from made_records import made_confirmation
-from made_run import PLAN, Scored, results_of, row_of, searched_row, snapshot
-from test_claim import BEST_SEED
+from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snapshot
 
 from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons
 from qpruner.report.content import report_md
-from qpruner.report.instead import formats_text, instead
-from qpruner.report.results import SEARCHED, rows
+from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.results import rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import Confirmation, Results
+from qpruner.runs.records import Confirmation, FrontPoint, Results
 
 BUDGET = 101_500_000
 NF4 = dict.fromkeys(PLAN, "nf4")
@@ -32,9 +31,10 @@ def finalist(index: int, origin: str, losses: Sequence[float], size: int = 100_0
 
 WINNER = np.array([2.0, 4.0, 3.0, 7.0])
 GAIN = np.array([0.3, 0.2, 0.3, 0.4])
-UNIFORM = finalist(2, "uniform-nf4", WINNER + 2 * GAIN, 80_000_000, plan=NF4)
-KNAPSACK = finalist(3, "unpruned-knapsack", WINNER + GAIN, 101_000_000, **UNPRUNED)
+UNIFORM = finalist(2, "unpruned-uniform", WINNER + 2 * GAIN, 80_000_000, **UNPRUNED)
+KNAPSACK = finalist(3, RIVAL, WINNER + GAIN, 101_000_000, **UNPRUNED)
 OVER = finalist(4, "unpruned-uniform", WINNER - GAIN, 120_000_000, **UNPRUNED)
+SECOND = finalist(9, "gp", WINNER + 0.5 * GAIN, 90_000_000)
 PAPER = finalist(5, "paper", WINNER + np.array([1.0, -1.0, 1.0, -1.1]), 99_000_000)
 
 
@@ -44,21 +44,34 @@ def searched(*controls: Confirmation, **changes: Any) -> Results:
     return results_of(searched_row([1.0]), confirmations=fresh, steps=8, **changes)
 
 
-def test_the_winner_stands_beside_every_control() -> None:
+def test_the_winner_stands_beside_every_finalist() -> None:
     """Those in the budget come first, each with its difference from the winner, paired by row."""
-    found = tables.what_instead(searched(UNIFORM, KNAPSACK, OVER, PAPER).search)
-    assert found and found.caption.startswith("What one would do instead: the winner and every control as trials of 8")
+    found = tables.fresh_scores(searched(UNIFORM, KNAPSACK, OVER, PAPER, SECOND).search)  # type: ignore[arg-type]
+    assert found.caption.startswith("The winner, every control (what one would do instead) and the best trials: all as")
     width = 1.96 * GAIN.std(ddof=1) / 2
     ends = f"95 % interval {0.3 - width:+.4f} to {0.3 + width:+.4f}, paired over 4 rows"
-    assert found.rows[2] == (
-        *("not pruned, knapsack", "not pruned, nf4", "101.0 MB", "4.3000", f"+0.3000 ({ends})", "worse"),
+    assert found.rows[3] == (
+        *("not pruned, knapsack", "3", "not pruned, nf4", "101.0 MB", "4.3000", f"+0.3000 ({ends})", "worse"),
     )
-    told = {row[0]: (row[1], row[2], row[-1]) for row in found.rows}
-    assert list(told) == ["searched", "the paper's flow", "not pruned, knapsack", "uniform nf4", "not pruned, uniform"]
-    assert told["searched"] == ("1 nf4, 1 int8", "100.0 MB", "-")
-    assert told["the paper's flow"][-1] == "not distinguishable"
-    assert told["not pruned, uniform"] == ("not pruned, nf4", "120.0 MB, exceeds the budget", "better")
-    assert tables.what_instead(searched().search) is None, "without controls there is nothing to compare"
+    told = [(row[0], *row[2:4], row[-1]) for row in found.rows]
+    assert told[:3] == [
+        ("searched", "1 nf4, 1 int8", "100.0 MB", "-"),
+        ("the paper's flow", "1 nf4, 1 int8", "99.0 MB", "not distinguishable"),
+        ("gp", "1 nf4, 1 int8", "90.0 MB", "worse"),
+    ]
+    assert told[-2:] == [
+        ("not pruned, uniform", "not pruned, nf4", "80.0 MB", "worse"),
+        ("not pruned, uniform", "not pruned, nf4", "120.0 MB, exceeds the budget", "better"),
+    ]
+
+
+def test_the_front_and_scored_accuracies_have_columns() -> None:
+    point = FrontPoint(index=9, origin="gp", plan=PLAN, plan_bytes=90_000_000, loss=4.15, stderr=0.25)
+    scored = SECOND.model_copy(update={"accuracy": 0.5, "accuracy_stderr": 0.1, "reused": True})
+    found = tables.fresh_scores(searched(scored, front=(point,)).search)  # type: ignore[arg-type]
+    told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
+    assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
+    assert [each["on the front"] for each in told] == ["-", "yes"] and told[1]["row"] == "gp, reused"
 
 
 def test_the_claim_is_first_against_the_best_control_in_the_budget() -> None:
@@ -66,8 +79,8 @@ def test_the_claim_is_first_against_the_best_control_in_the_budget() -> None:
     width = 1.96 * GAIN.std(ddof=1) / 2
     assert lead.startswith(
         "Searched: gp, trial 11, 100.00 MB. On the search's fresh rows after 8 steps the winner is better than the "
-        "best control in the budget, not pruned, knapsack (101.0 MB, nf4): loss 4.0000 instead of 4.3000, -0.3000 nats "
-        f"(95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f}, paired over 4 rows). It is 3.0 times smaller"
+        "best control in the budget, not pruned, knapsack (101.0 MB, nf4), whose loss is 4.3000 instead of 4.0000: "
+        f"+0.3000 nats (95 % interval {0.3 - width:+.4f} to {0.3 + width:+.4f}, paired over 4 rows). It is 3.0 times "
     )
     assert "is not distinguishable from the best control in the budget, the paper's flow (" in claim(searched(PAPER))
     over = claim(searched(OVER)).splitlines()[0]
@@ -80,8 +93,9 @@ def test_a_control_that_won_is_compared_with_the_next() -> None:
     won = {"best_index": 3, "best_origin": "unpruned-knapsack", "control_won": True, "best_cut": "base"}
     results = searched(UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0, "losses": ()}), best_plan=NF4, **won)
     assert "so the search returned the control not pruned, knapsack (100.00 MB)" in claim(results)
-    assert "the best other control in the budget, uniform nf4 (80.0 MB, nf4): loss 3.0000 instead" in claim(results)
-    assert instead(results.search)[0].title == rows(results)[0].title == "winner (not pruned, knapsack)"
+    assert "the best other control in the budget, not pruned, uniform (80.0 MB, nf4), whose loss is" in claim(results)
+    assert results.search and finalists(results.search)[0].title == "winner (not pruned, knapsack)"
+    assert rows(results)[0].title == "winner (not pruned, knapsack)"
     size, _, plan = tables.winner(snapshot(results)).rows
     assert ", not pruned; budget 101.5 MB" in size[2] and plan[2].startswith("2 groups: nf4; from")
     assert "`me/base`, not pruned, quantized to" in model_card(snapshot(results))
@@ -98,33 +112,28 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     """The validation loss chooses which, since the claim is about other rows; one over the budget is not compared."""
     rivals = [
         *tuned("unpruned-uniform", 1.1, 1.0, 120_000_000),
-        *tuned("unpruned-knapsack", 1.2, 1.5, 90_000_000),
-        *tuned("uniform-nf4", 1.0, 1.6, 80_000_000, "pruned"),
-        *row_of(BEST_SEED, [2.0]),
+        *tuned(RIVAL, 1.2, 1.5, 90_000_000),
+        *tuned("paper", 1.0, 1.6, 80_000_000, "pruned"),
     ]
     results = results_of([*rivals, *searched_row([1.5])], confirmations=(finalist(11, "gp", WINNER),))
-    first, seed = comparisons(results)
-    assert (first.other, seed.other, first.no_claim) == ("unpruned-knapsack", BEST_SEED, None)
-    assert first.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
-    lead, item, *_ = claim(results).splitlines()
+    [found] = comparisons(results)
+    assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
+    lead, item = claim(results).splitlines()
     rival = "the best control in the budget (not pruned, knapsack)"
-    assert f" It is not distinguishable from {rival}; it is " in lead
+    assert f" It is not distinguishable from {rival}. Over 3 comparisons" in lead
     assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), one training seed")
-    assert {row.name: row.title for row in rows(results)}["uniform-nf4"] == "uniform nf4"
-    own = [*tuned("uniform-nf4", 1.5, 1.0, 100_000_000, "pruned"), *searched_row([1.5], plan=NF4)]
-    assert [each.other for each in comparisons(results_of(own))] == [BEST_SEED], "the winner is no rival of itself"
+    own = [*tuned(RIVAL, 1.5, 1.0, 100_000_000, "pruned"), *searched_row([1.5], plan=NF4)]
+    assert comparisons(results_of(own)) == [], "the winner is no rival of itself"
 
 
 def test_the_comparison_stands_in_every_output() -> None:
     results = searched(UNIFORM, OVER)
     run = snapshot(results)
-    caption = tables.what_instead(results.search).caption  # type: ignore[union-attr]
+    caption = tables.fresh_scores(results.search).caption  # type: ignore[arg-type]
     for text in (report_md(run, sections(run), "pictures"), model_card(run)):
-        assert text.count(caption) == 1 and "| not pruned, uniform | not pruned, nf4 | 120.0 MB, exceeds the" in text
+        assert text.count(caption) == 1 and "| not pruned, uniform | 4 | not pruned, nf4 | 120.0 MB, exceeds" in text
     unfinished = snapshot(results.model_copy(update={"finetune": None, "evaluate": None}))
     assert report_md(unfinished, sections(unfinished), "pictures").count(caption) == 1, "known once the search is over"
-    legend = dict(tables.legend(results).rows)
-    assert {"uniform", "not pruned", SEARCHED} <= legend.keys() and "the paper's flow" not in legend
 
 
 def test_a_plan_is_told_in_short_by_its_formats() -> None:

@@ -1,0 +1,113 @@
+"""Compares the winner of a search with the other finalists, trials of equally many steps, on fresh rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qpruner.data.measures import Z_95
+from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.quantization.formats import by_size
+from qpruner.report.results import SEARCHED, title_of
+from qpruner.report.statistics import SAME, paired_losses
+from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.wording import counted
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A finalist, as a trial of `SearchRecord.steps` steps scored on fresh rows.
+
+    `name` is its origin, which `title` puts into words, `trial` its number. `control` says whether users would try it
+    instead of a search. `formats` says how many groups have which format. `fits` is False if `plan_bytes` exceed the
+    budget. `loss` is in nats per token. `more_loss` is by how much it exceeds the winner's, and `half_width` half of
+    the 95 % interval, paired by row. `verdict` is `better` or `worse` if the interval excludes zero; null for the
+    winner.
+    """
+
+    name: str
+    title: str
+    trial: int
+    control: bool
+    cut: str
+    formats: str
+    plan_bytes: int
+    fits: bool
+    loss: float
+    more_loss: float | None
+    half_width: float | None
+    num_rows: int
+    verdict: str | None
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval of `more_loss` in words."""
+        if self.half_width is None or self.more_loss is None:
+            return "no interval"
+        low, high = self.more_loss - self.half_width, self.more_loss + self.half_width
+        return f"95 % interval {low:+.4f} to {high:+.4f}, paired over {counted(self.num_rows, 'row')}"
+
+
+def finalists(search: SearchRecord) -> list[Finalist]:
+    """List the winner, then the other finalists in the budget by their loss, then those that exceed it."""
+    best = next(each for each in search.confirmations if each.index == search.best_index)
+    others = sorted(
+        (each for each in search.confirmations if each != best), key=lambda each: (not each.fits, each.loss, each.index)
+    )
+    return [_compared(each, best, search) for each in (best, *others)]
+
+
+def best_control_text(search: SearchRecord) -> str:
+    """State how the winner compares, as a trial, with the best other control in the budget; empty without controls."""
+    winner, *others = finalists(search)
+    controls = [each for each in others if each.control]
+    if not controls:
+        return ""
+    other = "other " if search.control_won else ""
+    rival = next((each for each in controls if each.fits), None)
+    if rival is None:
+        nearest = min(controls, key=lambda each: each.plan_bytes)
+        return f"No {other}control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
+    verdict = {"better": "worse than", "worse": "better than"}.get(rival.verdict or "", f"{SAME} from")
+    after = f" after {counted(search.steps, 'step')}" if search.steps else ""
+    return (
+        f"On the search's fresh rows{after} the winner is {verdict} the best {other}control in the budget, "
+        f"{rival.title} ({_megabytes(rival)}, {rival.formats}), whose loss is {rival.loss:.4f} instead of "
+        f"{winner.loss:.4f}: {rival.more_loss:+.4f} nats ({rival.interval})."
+    )
+
+
+def formats_text(plan: Mapping[str, str]) -> str:
+    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one format."""
+    counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
+    of_blocks = list(counts) if len(counts) == 1 else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
+    return ", ".join([*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)])
+
+
+def _compared(each: Confirmation, best: Confirmation, search: SearchRecord) -> Finalist:
+    is_best = each == best
+    apart = None if is_best else paired_losses(each, best)
+    more = None if is_best else apart.mean if apart else each.loss - best.loss
+    half_width, verdict = Z_95 * apart.stderr if apart else None, None if is_best else SAME
+    if more is not None and half_width and abs(more) > half_width:
+        verdict = "better" if more < 0 else "worse"
+    return Finalist(
+        name=each.origin,
+        title=title_of(SEARCHED if is_best else each.origin, search),
+        trial=each.index,
+        control=each.control,
+        cut=each.cut,
+        formats=formats_text(each.plan),
+        plan_bytes=each.plan_bytes,
+        fits=each.fits,
+        loss=each.loss,
+        more_loss=more,
+        half_width=half_width,
+        num_rows=len(each.losses),
+        verdict=verdict,
+    )
+
+
+def _megabytes(each: Finalist) -> str:
+    return f"{each.plan_bytes / 1e6:.1f} MB"
