@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.data import measures
-from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.records import GIVEN, PAPER, CandidateRecord, Results, RowScores, SearchRecord, StandardError
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
+from qpruner.runs.records import (
+    GIVEN,
+    PAPER,
+    CandidateRecord,
+    Results,
+    RowScores,
+    SearchRecord,
+    StandardError,
+    is_control,
+)
 
-BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
-UNIFORM = "uniform"
-"""Origin of the rows that give all groups the same format."""
-CONTROLS = {
-    "unpruned-uniform": "not pruned, uniform",
-    "unpruned-knapsack": "not pruned, knapsack",
-    PAPER: "the paper's flow",
-}
-"""Name of a control that users would try instead of a search -> its title."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
@@ -82,7 +83,10 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 def control_title(name: str) -> str:
     """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
-    return CONTROLS.get(name) or name.replace("uniform-", "uniform ", 1)
+    if name == PAPER:
+        return "the paper's flow"
+    cut, _, kind = name.rpartition("-")
+    return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
