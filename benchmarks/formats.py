@@ -29,7 +29,8 @@ from qpruner.data.losses import mean_loss
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.pruning.grams import gather
 from qpruner.quantization.assembly import PlanAssembler, cast_adapters
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, build_group, entry_file, read_index, write_grams

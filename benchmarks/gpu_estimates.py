@@ -21,7 +21,8 @@ def estimates(setup: Setup) -> Figures:
     """Seconds and bytes as `check --measure` tells them; `measured` is null where a part has not run."""
     config, inspection, found = setup.config, inspected(setup), measured(setup)
     rates = hours.measured_rates(config, inspection, threads=1, machine="here")
-    expected = {name: 3600 * each for name, each in hours.slot_hours(config, inspection, rates).items()}
+    times = hours.stage_times(config, inspection, rates, slots=1)
+    expected = {name: 3600 * each.hours for name, each in times.items()}
     lasted = {
         "prune": found("prune", "cut"),
         "bank": found("bank", "pack"),

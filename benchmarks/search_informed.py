@@ -15,7 +15,8 @@ import numpy as np
 from search_replay import Replay, Table, Task, replay
 from search_results import FRACTIONS, Row, quartiles, summarize
 
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.search.searchers import History, Proposal
 
 SEEDS = 12

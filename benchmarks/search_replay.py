@@ -30,7 +30,8 @@ from qpruner.cluster.tune import make_proposer
 from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.job import METRIC, TIME, plan_to_params
 from qpruner.config.schema import RunConfig, SearchConfig, SensitivityConfig
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.quantization.formats import ALIASES, by_size
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
@@ -407,7 +408,7 @@ class _Asha:
         settings = SearchConfig(steps=table.steps[-1], first_rung=table.steps[0])
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
-        self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
+        self._scheduler = RecordedAsha(config, SearchSpace((space,)), controls, [], lambda trial_id: False)
         self._space, self._trials = space, dict[int, SimpleNamespace]()
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
@@ -436,12 +437,13 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     """
     table = Table.read(task.path)
     space = table.space(task.fraction)
+    whole = SearchSpace((space,))
     found = controls_of(space, table.sensitivities) if task.seeded else []
     controls = [each for each in found if space.is_feasible(each[1])]
     plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}
-    witness = _Witness(proposer or make_proposer(task.searcher, space, task.seed, priors))
-    ledger = Ledger(space, witness, controls, NUM_TRIALS, patience)
+    witness = _Witness(proposer or make_proposer(task.searcher, whole, task.seed, priors))
+    ledger = Ledger(whole, witness, controls, NUM_TRIALS, patience)
     asha = _Asha(table, space, plans) if task.asha else None
     generator = np.random.default_rng([task.seed, 2])
     started: list[Suggestion] = []

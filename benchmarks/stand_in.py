@@ -23,7 +23,8 @@ from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape, PlanSpace
+from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Event
 from qpruner.runs.records import RungResult
@@ -140,7 +141,7 @@ def run_search(
         trial=Sleeper(mean_seconds, diary),
         materials=Materials({PRUNED: folder}, {PRUNED: folder}, folder),
         layouts={PRUNED: LAYOUT},
-        space=PlanSpace.of(LAYOUT, budget),
+        space=SearchSpace((PlanSpace.of(LAYOUT, budget),)),
         controls=[("uniform-nf4", LAYOUT.uniform("nf4"))],
         priors={},
         trials=folder / "trials",

@@ -1,8 +1,4 @@
-"""Run the stages from scripts and notebooks: `run`, and a function for each stage, such as `prune` or `search`.
-
-Each function does the same as the verb with its name. It skips recorded stages, logs to the run's `qpruner.log`, prints
-its progress and returns a snapshot of the run folder.
-"""
+"""Run the stages from scripts and notebooks: `run`, and a function for each stage, as the verbs with their names do."""
 
 from __future__ import annotations
 
@@ -18,12 +14,8 @@ if TYPE_CHECKING:
 def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:
     """Start or continue the run of a configuration file, as `qpruner run` does; return a snapshot of its folder.
 
-    An override is `section.key=value`. `until` is the last stage to run. `address` is a running Ray cluster to join;
-    without an address Ray starts on this machine when it is needed.
-
-    Raises:
-        UserError: If the input is invalid.
-        StageError: If a stage fails.
+    An override is `section.key=value`, `until` the last stage, `address` a Ray cluster to join. Raises UserError if the
+    input is invalid, StageError if a stage fails.
     """
     from qpruner.config.load import load_config
     from qpruner.errors import UserError

@@ -1,8 +1,4 @@
-"""Define the errors that users can meet, and the exit code of each.
-
-`UserError` is a mistake in the input (exit code 2). Its message names the key, the value, the rule and the remedy.
-`StageError` is a stage that failed (exit code 1), for example because of a full disk or a diverging loss.
-"""
+"""Define the errors that users can meet: a `UserError` (exit code 2) is a mistake in the input; others exit with 1."""
 
 from __future__ import annotations
 
@@ -47,11 +43,7 @@ class ConfigError(UserError):
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """Run independent checks and return their results; raise the mistakes of all checks at once.
-
-    Raises:
-        UserError: The error itself if one check failed; a `ConfigError` that lists all errors if several failed.
-    """
+    """Run independent checks and return their results; raise the mistakes of all at once as one `ConfigError`."""
     found, errors = [], []
     for check in checks:
         try:

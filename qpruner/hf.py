@@ -1,8 +1,7 @@
 """Let plain transformers load the models that qpruner writes: import this module once.
 
-The import registers the mixed-precision quantizer and lets the supported families build blocks of different widths.
-`AutoModelForCausalLM.from_pretrained(folder)` then loads pruned and final models, with the adapter if the folder has
-one. On a CPU without bfloat16 instructions, matrix products are computed in float32.
+`AutoModelForCausalLM.from_pretrained(folder)` then loads pruned and final models, with the adapter if there is one. On
+a CPU without bfloat16 instructions, matrix products are computed in float32.
 """
 
 from __future__ import annotations

@@ -40,10 +40,7 @@ def without_nan(value: Any) -> Any:
 
 
 def as_called() -> str:
-    """Return the command line of this process, quoted for a shell.
-
-    The program keeps its path if a shell would not find its name, for example if `.venv` is not active.
-    """
+    """Return the command line of this process for a shell, with the path of a program that is not on PATH."""
     called, *arguments = sys.argv
     name = Path(called).name
     program = ["python", "-m", "qpruner"] if name == "__main__.py" else [name if shutil.which(name) else called]

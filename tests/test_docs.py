@@ -68,7 +68,6 @@ INLINE_NOT_RUN = {
     "pytest": TESTS,
     "python -m pytest": TESTS,
     "python docs/pictures.py": "needs Chromium; tests/cli/test_terminal.py has its picture of the terminal",
-    "qpruner export --to": "names no run: the help of `push`",
     "python benchmarks/": HOURS,
     "benchmarks/": HOURS,
     "bash launch/": MACHINES,

@@ -49,8 +49,7 @@ def check(
     if free is not None and estimated["memory_at_once"] > free:
         warnings.append(
             f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
-            "free here: lower `evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, "
-            "`sensitivity.batch_size` or `search.max_concurrent`"
+            "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
         )
     if remark:
         warnings.append(remark)
@@ -104,10 +103,8 @@ def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
 
 def _format_text(name: str, offered: dict[str, Any]) -> str:
     having, lacking = offered["groups"], list(offered["lacking"].items())
-    which = ", ".join(having) if len(having) <= 2 else counted(len(having), "group")
-    if not lacking:
-        return f"{name} for {which}"
-    return f"{name} for {which}, not for {counted(len(lacking), 'group')} ({lacking[0][0]}: {lacking[0][1]})"
+    text = f"{name} for {', '.join(having) if len(having) <= 2 else counted(len(having), 'group')}"
+    return f"{text}, not for {counted(len(lacking), 'group')} ({': '.join(lacking[0])})" if lacking else text
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
@@ -117,40 +114,31 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
     cores = max(1, int(found.resources.get("cpu", 1)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if found.resources.get("gpu") and not gpu:
-        raise UserError(
-            "`--measure` times this machine, which has no GPU, but each trial would use one: run the command on a "
-            "machine with the cluster's GPU, or leave `--measure` out"
-        )
+        raise UserError("`--measure` times this machine, which has no GPU, but trials would use one: run it on theirs")
     return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    search = config.search
+    search, size = config.search, facts["bytes_plan"]
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
     if not facts["num_choices"]:
         return ["your plan:   every group in the only format that it may have"]
     if search.plan is None:
         return []
-    size, parts = facts["bytes_plan"], []
-    if size is not None:
-        parts.append(f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}")
-    if facts["is_estimate"]:
-        parts.append("its bytes are compared with the budget once the model is pruned")
+    parts = [] if size is None else [f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}"]
+    parts += ["its bytes are compared with the budget once the model is pruned"] * facts["is_estimate"]
     return [f"your plan:   {'; '.join(parts)}"]
 
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    rows, calibration = facts["rows"], config.calibration
-    samples, questions = facts["samples"], facts["questions"]
-    source = "`calibration.data`" if calibration.data else "`data.train`"
+    rows, calibration, samples, questions = facts["rows"], config.calibration, facts["samples"], facts["questions"]
+    origin = f"from {rows['calibration']} rows of {'`calibration.data`' if calibration.data else '`data.train`'}"
     if calibration.token_ids:
         origin = "of token ids"
     elif calibration.packing:
-        origin = f"of {calibration.max_length} tokens packed from the {rows['calibration']} rows of {source}"
-    else:
-        origin = f"(one for each row, from {rows['calibration']} of {source})"
-    measured = f"{counted(samples['sensitivity'], 'row')} of `data.train`" if config.measured_methods else "none"
+        origin = f"of {calibration.max_length} tokens packed {origin}"
+    measured = counted(samples["sensitivity"], "row") if config.measured_methods else "none"
     chosen = (rows["confirmation"] + 1) // 2
     scored = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
     scored += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
@@ -161,7 +149,7 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
         f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
-        f"{measured} for the sensitivities",
+        f"{measured} of `data.train` for the sensitivities",
         *([f"search:      {'; '.join(scored)}"] if scored else []),
         f"test:        {', '.join([_questions(questions['test']), *text])}",
     ]

@@ -1,7 +1,6 @@
-"""The command line: verbs and their options.
+"""The command line: verbs and their options; exit code 2 for a mistake in the input, 1 for any other failure.
 
-Exit codes: 0 for success, 2 for a mistake in the input, 1 for any other failure. With `--json` the last line of stdout
-is one JSON object. Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
+With `--json` the last line of stdout is one JSON object. Heavy imports stay inside the verbs.
 """
 
 from __future__ import annotations
@@ -40,10 +39,11 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
-ABOUT_DAMAGE = (
-    "if the file is yours, fetch it again; if a run wrote it, repeat `qpruner run` to write it again; if the error "
-    "persists, delete the file and repeat `qpruner run`"
+ABOUT_TEMPLATE = (
+    "Around each prompt: the tokenizer's chat template (or none if it lacks one), the Alpaca prompt, or none."
 )
+ABOUT_TO = "gguf: for llama.cpp, Ollama, LM Studio; vllm; merged: a dense model; peft: adapter and quantized model."
+ABOUT_DAMAGE = "repeat `qpruner run` to write it again, or fetch it again if the file is yours"
 """Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact remedy."""
 
 
@@ -140,10 +140,8 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     ) -> dict[str, Any]:
         if name == Report.name and not (Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")):
             if overrides or plan_file or address:
-                raise UserError(
-                    f"`--set`, `--plan` and `--address` need a configuration file, but {config} is a run folder: "
-                    "leave these options out, or give the configuration file instead"
-                )
+                rule = "`--set`, `--plan` and `--address` need a configuration file"
+                raise UserError(f"{rule}, but {config} is a run folder: leave these options out")
             return run_verbs.report(config)
         loaded = _load(config, overrides, plan_file)
         from qpruner.cli import flow_verbs
@@ -166,9 +164,7 @@ for _name, (_last, _text) in VERBS.items():
 
 
 @_verb(
-    *_config_options(
-        "Ray cluster to check (auto or HOST:PORT); if not given, this machine is checked. Ray is not started."
-    ),
+    *_config_options("Ray cluster to check (auto or HOST:PORT); if not given, this machine is checked."),
     click.option("--measure", is_flag=True, help="Time a few steps on this machine and estimate the hours from them."),
     click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, even if this one has none."),
     click.option("--show-config", is_flag=True, help="Print every key of the configuration, defaults included."),
@@ -194,13 +190,6 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 _verb(_run_folder, _json)(run_verbs.status)
 _verb(
     _run_folder,
-    click.option(
-        "--where",
-        "conditions",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Only trials with status=finished, loss<3.2, 'bytes<=126 MB', ...; repeat it to combine conditions.",
-    ),
     click.option("--sort", default="trial", metavar="KEY", help="Column to sort by, or `score`."),
     click.option("--descending", is_flag=True, help="Largest first."),
     click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, also the format of each group."),
@@ -228,14 +217,7 @@ def schema(results: bool) -> None:
 
 @_verb(
     _run_folder,
-    click.option(
-        "--to",
-        "form",
-        type=click.Choice(("gguf", "vllm", "merged", "peft")),
-        required=True,
-        help="gguf: files for llama.cpp, Ollama and LM Studio. vllm: a folder for vLLM. merged: a dense model that "
-        "includes the adapter. peft: the adapter, and the quantized model in `base`.",
-    ),
+    click.option("--to", "form", type=click.Choice(("gguf", "vllm", "merged", "peft")), required=True, help=ABOUT_TO),
     click.option("--merge", is_flag=True, help="With gguf and vllm: merge the adapter into the packed weights."),
     click.option("--out", type=click.Path(), help="Folder to write; by default RUN/export/FORM."),
     _json_last,
@@ -252,40 +234,22 @@ _verb(
     _run_folder,
     click.argument("repo_id", metavar="OWNER/NAME"),
     click.option("--public/--private", "is_public", default=False, help="Visibility."),
-    click.option(
-        "--what",
-        type=click.Choice(("final", "merged", "peft")),
-        default="final",
-        help="Form to upload: final (packed layers and adapter), or merged or peft as `export --to` wrote it.",
-    ),
+    click.option("--what", type=click.Choice(("final", "merged", "peft")), default="final", help="Form to upload."),
     _json_last,
 )(run_verbs.push)
 
 
 @_verb(
     click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
-    click.option(
-        "--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to answer; may be given several times."
-    ),
+    click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to answer; may be repeated."),
     click.option("--file", type=click.Path(path_type=Path), help="Text file with more prompts, one per line."),
-    click.option(
-        "--which", metavar="NAMES", help="Models of a run to ask, from base,pruned,final; by default all that exist."
-    ),
+    click.option("--which", metavar="NAMES", help="Models of a run, from base,pruned,final; default: all that exist."),
     click.option("--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."),
     click.option(
-        "--temperature",
-        type=click.FloatRange(min=0),
-        default=0.0,
-        help="Sampling temperature; 0 always takes the likeliest token.",
+        "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 always takes the likeliest token."
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the sampling."),
-    click.option(
-        "--template",
-        type=click.Choice(["chat", "alpaca", "none"]),
-        default="chat",
-        help="Template around each prompt: the tokenizer's chat template if it has one, the Alpaca prompt that "
-        "`data.template: alpaca` trains on, or none.",
-    ),
+    click.option("--template", type=click.Choice(["chat", "alpaca", "none"]), default="chat", help=ABOUT_TEMPLATE),
     _json,
 )
 def generate(**options: Any) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""The verbs that load models: `generate` and `export`.
-
-Control characters in answers are replaced, so that a model cannot control the terminal.
-"""
+"""The verbs that load models: `generate` and `export`; control characters in answers are replaced."""
 
 from __future__ import annotations
 

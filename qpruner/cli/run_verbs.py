@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import csv
 import operator
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,8 +20,8 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import PRUNED, UNPRUNED, budget_text
 from qpruner.report import run_views
-from qpruner.report.search_progress import score_with_step
-from qpruner.report.snapshot import GONE, RUNNING, read_snapshot
+from qpruner.report.search_progress import plan_text, score_title, score_with_step, search_lines, search_progress
+from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
@@ -30,28 +29,18 @@ from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration, nearest
 
-COMPARISONS = {
-    **{"<=": operator.le, ">=": operator.ge, "!=": operator.ne},
-    **{"<": operator.lt, ">": operator.gt, "=": operator.eq},
-}
 SHOWN = (
     *("trial", "winner", "from", "cut", "status", "failure", "bytes", "mean_bits", "step"),
     *("loss", "accuracy", "seconds", "search", "plan"),
 )
-ALSO_CALLED = {"index": "trial", "origin": "from"}
-"""Other names of columns, from records and results.json, mapped to the columns that `trials` shows."""
 MOST_LINES = 10
 """Maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all."""
-UNITS: dict[str, dict[str, float]] = {
-    "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "seconds": {"h": 3600, "min": 60, "s": 1},
-}
-"""Units that a `--where` condition may use, by the base unit in which the column is recorded."""
 
 
 def status(run: str, as_json: bool) -> dict[str, Any]:
     """Show the state of a run, from any shell or machine: its stages, its trials and the best trial so far."""
-    facts = run_views.status(read_snapshot(RunDir(run, create=False)), time.time())
+    snapshot = read_snapshot(RunDir(run, create=False))
+    facts = run_views.status(snapshot, time.time())
     if not as_json:
         terminal = Terminal(quiet=False)
         terminal.say(_headline(facts))
@@ -60,8 +49,7 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
             for each in facts["stages"]
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
-        is_running = facts["outcome"] == RUNNING and facts["has_begun"]
-        for line in (*_search_lines(facts["search"], is_running), *filter(None, [facts["to_compare"]])):
+        for line in (*_search_lines(snapshot, facts), *filter(None, [facts["to_compare"]])):
             terminal.say(line)
     return {"status": "ok", **facts}
 
@@ -81,59 +69,43 @@ def _headline(facts: dict[str, Any]) -> str:
     return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
 
 
-def _search_lines(search: dict[str, Any] | None, is_running: bool) -> list[str]:
-    if search is None:
+def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
+    state, search = run.state.search, facts["search"]
+    if state is None:
         return []
-    counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed"))
-    under_way = f", {search['running']} running{_slots_text(search)}" if is_running else ""
-    if search["running"] and not is_running:
-        under_way = f", {search['running']} begun"
-    left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
-    left += " once it goes on" if left and not is_running else ""
-    lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{under_way}{left}"]
-    for name, best in (("best so far", search["best"]), (search["control_name"], search["best_control"])):
-        if best:
-            reached = f"{search['score_title']} {best[search['metric']]:.4f}"
-            size = f"{best['bytes'] / 1e6:.1f} MB"
-            lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
-    word = "under way:" if is_running else "begun:"
+    is_running = facts["outcome"] == RUNNING and facts["has_begun"]
+    lines = [
+        f"{line} [{plan_text(best)}]" if best else line
+        for line, best in search_lines(state, search_progress(state, run.trials), is_running)
+    ]
     for each in search["under_way"][:MOST_LINES]:
-        lines.append(f"{word:<15}trial {each['trial']} ({each['from']}), step {each['step']}/{search['steps']}")
+        word = "under way" if is_running else "begun"
+        lines.append(f"{word:<12}  trial {each['trial']} ({each['from']}), step {each['step']}/{state.steps}")
     lines += map(_failed, search["failures"][:MOST_LINES])
     if search["winner"] is not None:
-        chosen, name = search["winner"], search["score_title"].removeprefix("validation ")
+        chosen, name = search["winner"], score_title(state).removeprefix("validation ")
         fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
         unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
-        text = f"winner:        selection {name} {fresh[search['metric']]:.4f}, trial {chosen} ({fresh['origin']})"
+        text = f"winner        selection {name} {fresh[state.metric]:.4f}, trial {chosen} ({fresh['origin']})"
         lines.append(f"{text}{unbeaten}; `qpruner plan` prints its plan")
     return lines
 
 
-def _slots_text(search: dict[str, Any]) -> str:
-    """Format the number of slots (room for one trial each), and what the trials without a worker process wait for."""
-    slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
-    awaited = {"starting": "a worker process to start", "waiting": "a machine"}
-    without = [f"{search[name]} of them waiting for {what}" for name, what in awaited.items() if search[name]]
-    return slots + (f" ({', '.join(without)})" if without else "")
-
-
 def _failed(trial: dict[str, Any]) -> str:
-    text = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
+    text = f"failed        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
     return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
-def trials(
-    run: str, conditions: Sequence[str], sort: str, descending: bool, as_csv: bool, as_json: bool
-) -> dict[str, Any]:
+def trials(run: str, sort: str, descending: bool, as_csv: bool, as_json: bool) -> dict[str, Any]:
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
     columns = list(rows[0] if rows else SHOWN)
     search = snapshot.state.search
-    names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
-    for condition in conditions:
-        rows = _where(rows, condition, names)
-    key = _column_of(sort, names)
+    key = search.metric if search and sort == "score" else sort
+    if key not in columns:
+        rest = [name for name in columns if not name.startswith("format ")]
+        raise UserError(f"no column `{key}`; {nearest(key, rest, 'there are')}")
     known = [row for row in rows if row[key] is not None]
     # Trials without a value in the column come last.
     rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
@@ -144,7 +116,7 @@ def trials(
         writer.writeheader()
         writer.writerows(rows)
     elif not rows:
-        click.echo("no trials match" if snapshot.trials else "there are no trials yet")
+        click.echo("there are no trials yet")
     else:
         shown = [name for name in SHOWN if any(row[name] not in (None, PRUNED) for row in rows)]
         terminal = Terminal(quiet=False)
@@ -158,37 +130,6 @@ def trials(
 def _cell(name: str, row: dict[str, Any]) -> str:
     shown = _figure(name, row[name])
     return score_with_step(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
-
-
-def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Keep the rows that satisfy a condition; a row without a value satisfies only `!=`."""
-    parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
-    if parts is None:
-        raise UserError(
-            f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}; "
-            "for example --where 'loss<3.2'"
-        )
-    key, sign, text = _column_of(parts[1].strip(), names), parts[2], parts[3].strip()
-    value: float | str = text
-    if any(isinstance(row[key], int | float) for row in rows):
-        units = next((units for base, units in UNITS.items() if key.endswith(base)), {})
-        try:
-            unit = next((unit for unit in units if text.endswith(unit)), "")
-            value = float(text.removesuffix(unit)) * units.get(unit, 1)
-        except ValueError as error:
-            known = f", plain or with {', '.join(units)}" if units else ""
-            raise UserError(f"--where {condition}: `{key}` must be a number{known}, got {text!r}") from error
-    return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
-
-
-def _column_of(key: str, names: Mapping[str, str]) -> str:
-    """Return the column that `key` means; raise a `UserError` with the nearest of `names` if `key` is none of them."""
-    if key not in names:
-        rest = [name for name in names if not name.startswith("format ")]
-        raise UserError(
-            f"no column `{key}`; {nearest(key, rest, 'there are `format layers.07` (one for each group),')}"
-        )
-    return names[key]
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:

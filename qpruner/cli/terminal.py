@@ -25,7 +25,7 @@ from qpruner.report import search_progress as trials_now
 from qpruner.report.search_progress import event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
-from qpruner.wording import counted, duration
+from qpruner.wording import duration
 
 SILENCE_SECONDS = 30.0
 """Without a live view, a progress line is printed after this many seconds without output."""
@@ -191,21 +191,8 @@ def _search_view(
 ) -> Iterator[RenderableType]:
     """Render a search: counts, time left, the best trials and the running trials."""
     now = trials_now.search_progress(search, trials)
-    ended = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
-    busy = f"{len(now.running)} running"
-    if search.slots is not None:
-        # Trials without a slot wait for a machine that an autoscaler may start.
-        num_waiting = max(0, len(now.running) - search.slots)
-        busy = f"{len(now.running) - num_waiting} of {counted(search.slots, 'slot')} busy"
-        busy += f", {num_waiting} waiting for one" if num_waiting else ""
-    left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
-    yield Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {ended}; {busy}{left}", **FOLDED)
-    for best in (now.best, now.best_control):
-        if best:
-            name = trials_now.control_name(best) if best.is_control else "best so far"
-            reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
-            size = f"{best.plan_bytes / 1e6:.1f} MB"
-            yield Text(f"{name:<12}  {reached} ({best.origin}), {size}  ", **FOLDED).append(_plan(best))
+    for line, best in trials_now.search_lines(search, now):
+        yield Text(f"{line}  " if best else line, **FOLDED).append(_plan(best) if best else "")
     figures = [Column(name, no_wrap=True) for name in ("trial", "from", "bytes", "step", score_title(search))]
     table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
     for trial in now.running[:num_listed]:

@@ -46,12 +46,7 @@ class Cluster:
 
 
 def connect(address: str | None) -> Cluster:
-    """Join the cluster at `address`; without an address start a separate Ray on this machine, on loopback.
-
-    Raises:
-        RayNotStarted: If Ray does not start in time, because this machine is too busy.
-        UserError: If no cluster answers at the address, or this process cannot join it.
-    """
+    """Join the cluster at `address`; without an address start a separate Ray on this machine, on loopback."""
     import ray
 
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -64,10 +59,9 @@ def connect(address: str | None) -> Cluster:
     if was_joined:
         present = ray.get_runtime_context().gcs_address
         if address not in ("auto", present):
-            wanted = f"`address` is {address!r}" if address else "a run without an address starts its own Ray"
+            remedy = f"call `ray.shutdown()` first, or pass address={present!r}"
             raise UserError(
-                f"this process has joined the Ray cluster at {present} already, but {wanted}; call `ray.shutdown()` "
-                f"first, or pass address={present!r}"
+                f"`address` is {address!r}, but this process has joined the Ray cluster at {present}; {remedy}"
             )
     elif address:
         _join(address, options)
@@ -104,9 +98,8 @@ def _start(options: dict[str, Any]) -> None:
         if "timed out" not in str(error).lower():
             raise
         raise RayNotStarted(
-            f"Ray did not come up on this machine in time ({first_line(error)}); it has {os.cpu_count()} cores and a "
-            f"load of {os.getloadavg()[0]:.0f}\n  remedy: end other programs or wait for them, then repeat the "
-            "command: it resumes from its records; Ray's logs are in the newest folder of `/tmp/ray`"
+            f"Ray did not come up on this machine in time ({first_line(error)}); the load is {os.getloadavg()[0]:.0f}"
+            "\n  remedy: end other programs, then repeat the command; Ray's logs are in the newest folder of `/tmp/ray`"
         ) from error
     finally:
         constants.ENABLE_RAY_CLUSTER = clusters
@@ -130,20 +123,17 @@ def _join(address: str, options: dict[str, Any]) -> None:
     import ray
 
     if address.startswith("ray://"):
-        raise UserError(
-            f"--address {address}: qpruner must run inside the cluster, not through a Ray client; repeat the command "
-            "on the head node with `--address auto`, or submit it with `ray job submit`"
-        )
+        remedy = "repeat the command on the head node with `--address auto`, or submit it with `ray job submit`"
+        raise UserError(f"--address {address}: qpruner does not work through a Ray client; {remedy}")
     try:
         # Connect first: this fails at once where nothing listens, while Ray would log many attempts.
         host, _, port = ray_private.canonicalize_address_or_die(address).rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--address {address}: this process cannot join a Ray cluster there ({' '.join(str(error).split())}); "
-            "start one there with `ray start --head` or `ray up`, with the same Ray and Python, or leave --address out"
-        ) from error
+        why = f"this process cannot join a Ray cluster there ({' '.join(str(error).split())})"
+        remedy = "start one with the same Ray and Python (`ray start --head`, `ray up`), or leave --address out"
+        raise UserError(f"--address {address}: {why}; {remedy}") from error
 
 
 def _growth() -> Slots:
@@ -156,11 +146,10 @@ def _growth() -> Slots:
 
     session, option = ray.get_runtime_context().get_session_name(), "--autoscaling-config="
     heads = [size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        file = next((argument.removeprefix(option) for argument in command if argument.startswith(option)), None)
-        if heads and file and any(f"/{session}/" in argument for argument in command):
-            return read_growth(Path(file).expanduser(), heads[0])
+    for command in (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])):
+        files = [argument.removeprefix(option) for argument in command if argument.startswith(option)]
+        if heads and files and any(f"/{session}/" in argument for argument in command):
+            return read_growth(Path(files[0]).expanduser(), heads[0])
     return Slots(())
 
 
@@ -170,10 +159,8 @@ def read_growth(file: Path, head: Node) -> Slots:
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): correct it, or run qpruner as "
-            "the user who started Ray on this machine"
-        ) from error
+        why = f"the cluster file of Ray's autoscaler, cannot be read ({error})"
+        raise UserError(f"{file}, {why}: run qpruner as the user who started Ray") from error
     max_workers = int(config.get("max_workers", 0))
     workers: list[Node] = []
     for name, kind in (config.get("available_node_types") or {}).items():

@@ -1,14 +1,14 @@
-"""Runs functions on one model: in this process, or in an actor on a node of the cluster.
+"""Runs functions on one model: in this process, or on a node of the cluster.
 
-The function is a module-level one with plain data bound to it (`functools.partial`). A `ModelCache` keeps the pruned
-model from one function to the next, so that stage sensitivity need not load the model that stage prune has just cut.
+The function is a module-level one with plain data bound to it (`functools.partial`). In this process a `ModelCache`
+keeps the pruned model from one function to the next, so that it need not be loaded again.
 """
 
 from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qpruner.models.loading import OnWork, ignore_progress, load_dense
 from qpruner.models.memory import release
-from qpruner.runs.events import Emit, Event, Message
+from qpruner.runs.events import Emit, Event
 from qpruner.runs.storage import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-QUIET_SECONDS = 20.0
-"""Time for a worker process to start; after it the user is told that the work waits for a machine."""
 
 Result = TypeVar("Result")
 
@@ -92,97 +89,38 @@ class LocalExecutor:
 
 
 class ClusterExecutor:
-    """Runs work in an actor that reserves `resources` on a node; this process, the driver, holds no model.
-
-    `gpu_time` does not count the time of waiting for a machine. For `check_node` see `run_tasks`.
-    """
+    """Runs each work in a new process on a node; this process, the driver, holds no model. See also `run_tasks`."""
 
     def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes) -> None:
         self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
-        self._actor: Any = None
-        self._node: str | None = None
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run the work in the actor and return its result; run it again in a new actor if the actor dies."""
-        from ray.exceptions import OutOfMemoryError, RayActorError
+        """Run the work on a node and return its result; run it again in a new process if the process dies."""
+        from qpruner.cluster.tasks import run_tasks
 
-        from qpruner.cluster.tasks import DeathCounter
-
-        deaths = DeathCounter()
-        while True:
-            try:
-                self._start_actor(emit)
-                with self._gpu_time.held(self._resources.get("gpu", 0.0)):
-                    return self._result(work, emit)
-            except (OutOfMemoryError, RayActorError) as error:
-                self.close()
-                line = deaths.count(0, self._node, error)
-                emit(Message("cluster", f"a worker died, its work starts again: {line}"))
-
-    def _start_actor(self, emit: Emit) -> None:
-        """Start the actor if there is none, and wait until it runs on a node."""
-        import ray
-
-        if self._actor is not None:
-            return
-
-        class Worker:  # nested, so that its code is pickled with it, as in `checked`
-            def node_id(self) -> Any:
-                return ray.get_runtime_context().get_node_id()
-
-            def run(self, work: bytes) -> Iterator[Any]:
-                yield from ray.cloudpickle.loads(work)()
-
-        options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
-        self._actor, self._node = ray.remote(Worker).options(**options).remote(), None
-        node_id = self._actor.node_id.remote()
-        if not ray.wait([node_id], timeout=QUIET_SECONDS)[0]:
-            emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
-        self._node = ray.get(node_id)
-
-    def _result(self, work: Work[Result], emit: Emit) -> Result:
-        """Run the work in the actor: emit its events, return its result."""
-        import ray
-        from ray.exceptions import RayTaskError
-
-        from qpruner.cluster.tasks import checked, original_error
-
-        running = checked(self._check_node, partial(_stream, work, int(self._resources.get("cpu", 1.0))))
-        for reference in self._actor.run.options(num_returns="streaming").remote(ray.cloudpickle.dumps(running)):
-            try:
-                answer = ray.get(reference)
-            except RayTaskError as error:
-                raise original_error(error) from error
-            if not isinstance(answer, tuple):
-                emit(answer)
-        result: Result = answer[0]  # the last answer
+        stream: Callable[[int], Any] = partial(_stream, work)
+        jobs, held, check = [int(self._resources.get("cpu", 1.0))], self._gpu_time.add, self._check_node
+        result: Result
+        ((_, result),) = run_tasks(stream, jobs, self._resources, 1, True, check, on_held=held, on_event=emit)
         return result
 
     def close(self) -> None:
-        """End the actor."""
-        if self._actor is not None:
-            import ray
-
-            ray.kill(self._actor)
-            self._actor = None
+        """Do nothing: a process ends with its work."""
 
 
 ModelExecutor = LocalExecutor | ClusterExecutor
 """Runs work on one model, and passes on its events and errors unchanged."""
 
-_cache = ModelCache()
-"""The cache of an actor's process."""
 
-
-def _stream(work: Work[Any], torch_threads: int) -> Iterator[Event | tuple[Any]]:
-    """Run the work in another thread; yield each event at once, and at the end the result as a tuple of one item."""
+def _stream(work: Work[Result], torch_threads: int) -> Generator[Event, None, Result]:
+    """Run the work in another thread; yield each event at once, and return the result."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(torch_threads,)) as thread:
-        outcome = thread.submit(work, _cache, events.put)
+        outcome = thread.submit(work, ModelCache(), events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event
-    yield (outcome.result(),)
+    return outcome.result()
 
 
 def limit_threads(threads: int) -> None:

@@ -1,7 +1,6 @@
-"""Runs a function in several connected processes through Ray Train; no other module uses Ray Train.
+"""Runs a function in several processes that Ray Train connects by torch's process group; no other module uses it.
 
-Ray Train starts the processes, on one node or on several, and connects them by torch's process group. It restores
-nothing: a group that runs again resumes from the files that the function itself has saved.
+A group that runs again resumes from the files that the function itself has saved.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ def run_groups(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like `run_tasks`.
 
-    If a process dies, its group ends and the job runs again in another group. Rank 0 returns the result.
-    `resources` are for one process; `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder
-    that all nodes share, until all jobs are over. `more` are further arguments of `run_tasks`.
+    If a process dies, the job runs again in another group. Rank 0 returns the result. `resources` are for one process,
+    `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder that all nodes share.
     """
     run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:
@@ -89,10 +87,9 @@ def _run(
 
 
 class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Checks the nodes of a group before its function starts, and writes the ids of the nodes to a file.
+    """Checks the nodes of a group before its function starts, and writes their ids to a file; frees CPUs and GPUs.
 
-    At the end it also frees the CPUs and GPUs that the group reserved. Ray Train (2.60) keeps them if a process dies
-    just before the function starts, and the next group would wait for them forever.
+    Ray Train (2.60) keeps them if a process dies just before the function starts; the next group would wait forever.
     """
 
     def __init__(self, nodes: Path, check_node: bytes) -> None:
@@ -118,10 +115,7 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
-    """Return the failure that caused the others: the death of a process, or an error of the function.
-
-    The others are broken connections. If all are, return a RayActorError, because some process must have died.
-    """
+    """Return the failure that caused the others: the death of a process, or an error that is no broken connection."""
     causes: list[Exception] = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
     died = [cause for cause in causes if isinstance(cause, RayActorError)]
     own = [cause for cause in causes if not (type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause))]

@@ -1,7 +1,7 @@
-"""Checks that the nodes of a cluster can work on a run: all nodes before the run, and each node before its work.
+"""Checks that nodes can work on a run: all of them before the run, and each one before its work.
 
-The code of the checks is sent to the node, because another qpruner, or none, may be installed there. So these functions
-import nothing of qpruner, except to reach the storage, and return plain data.
+The code of the checks is sent to the node, where another qpruner or none may be installed: it imports nothing of
+qpruner, except to reach the storage, and returns plain data.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +30,6 @@ MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
 """The start of the error of an unusable node, a RuntimeError, because every qpruner can unpickle this type."""
 
-Copies = Mapping[str, tuple[str, int, Sequence[str]]]
-"""The files that a node copies to its disk: environment variable with the folder -> (name, bytes, file patterns)."""
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
 """(model, bytes of memory, compute capability) of each GPU that torch can use."""
 
@@ -50,14 +46,11 @@ class NodeReport:
     has_left: bool = False  # the node left the cluster during the check
 
 
-def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
+def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
     """Check every live node of the joined cluster; a node without an answer in time is reported with that problem.
 
-    Args:
-        storage: A folder in the run's storage. Every node writes a file there; its name and content are the node's id.
-        driver: The name, and also the content, of a file that this process, the driver, has written to `storage`.
-        copies: The files that every node copies to its own disk.
-        seconds: How long to wait for answers.
+    `storage` is a folder of the run, and `driver` the name and content of a file that this process has written there.
+    Every node writes a file there, too: its name and content are the node's id.
     """
     import ray
     from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
@@ -67,11 +60,10 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
     with _module_by_value():
         # In a new process, which frees at its end the GPU memory that importing torch takes.
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look_at_one)
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         answers = [
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                str(storage), driver, node["NodeID"], own, copies, size_of(node).gpus
-            )
-            for node in nodes
+            task.options(scheduling_strategy=strategy).remote(str(storage), driver, node["NodeID"], own, node_size.gpus)
+            for node, node_size, strategy in zip(nodes, map(size_of, nodes), strategies, strict=True)
         ]
     ray.wait(answers, num_returns=len(answers), timeout=seconds)
     reports = []
@@ -91,10 +83,7 @@ def look_at_all(storage: Path, driver: str, copies: Copies, seconds: float = ANS
 
 
 def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node` with its arguments; a worker calls it before it imports qpruner.
-
-    `driver_versions` is empty for a run on this machine alone. `run` is None for work without a run's storage.
-    """
+    """Pickle `check_node` for a worker, without versions on this machine alone, without a run for other work."""
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None
@@ -119,7 +108,7 @@ def _module_by_value() -> Iterator[None]:
 
 
 def look_at_one(
-    storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], copies: Copies, num_gpus: float
+    storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], num_gpus: float
 ) -> dict[str, Any]:
     """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of `NodeReport`."""
     usable, gpu_trouble = _gpus(num_gpus) if num_gpus else ([], "")
@@ -128,19 +117,15 @@ def look_at_one(
     problems = {
         "other versions": f"{differs}; {remedy}" if differs else "",
         "storage": _storage_trouble(Path(storage), driver, driver, node_id, seconds=0.0),
-        "disk": _disk_trouble(copies),
         "GPUs": gpu_trouble,
     }
     return {"problems": {title: text for title, text in problems.items() if text}, "gpus": usable}
 
 
 def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
-    """Check that this node has the driver's versions, can read the run's storage, and can use its GPUs.
+    """Raise a RuntimeError (`NodeDiffers: NODE: reason`) if this node has other versions, no storage or no GPU.
 
     `place` is the folder of the run, its name in messages, and the name and content of a file in it.
-
-    Raises:
-        RuntimeError: If the node is unusable; the message is `NodeDiffers: `, the name of the node and the reason.
     """
     trouble = differences(driver_versions)
     if place and not trouble:  # reading the storage needs the driver's qpruner
@@ -257,27 +242,4 @@ def _storage_trouble(folder: Path, driver: str, text: str, own: str = "", second
     except Exception as error:  # of a file system, of credentials, or of another qpruner
         line = str(error).strip().partition("\n")[0]
         return f"cannot be {action} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"
-    return ""
-
-
-def _disk_trouble(copies: Copies) -> str:
-    """Return a message for the first of the `Copies` that does not fit on its disk; empty if all fit."""
-    planned: Counter[int] = Counter()  # bytes by disk: several folders may lie on one disk
-    for variable, (name, size, patterns) in copies.items():
-        if variable not in os.environ:
-            continue
-        folder = Path(os.environ[variable])
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
-        held = sum(file.stat().st_size for each in patterns for file in folder.glob(each) if file.is_file())
-        free = shutil.disk_usage(existing).free if os.access(existing, os.W_OK | os.X_OK) else 0
-        disk, missing = existing.stat().st_dev, max(0, size - held)
-        left = free - planned[disk]
-        planned[disk] += missing
-        if missing > left:
-            needs, has = (f"{size / 2**30:.3f} GiB" for size in (missing, left))
-            return (
-                f"its copy of {name} takes {needs} in {folder}, where {has} can be written; make room (files of other "
-                f"runs there may be deleted while no run uses them), or start the driver with "
-                f"{variable} set to another folder"
-            )
     return ""

@@ -1,7 +1,4 @@
-"""All private names of Ray that qpruner uses (Ray 2.60); check them when Ray is upgraded.
-
-Each name is imported at its first use, because some modules are slow to import.
-"""
+"""All private names of Ray that qpruner uses (Ray 2.60), each imported at its first use: some modules are slow."""
 
 from __future__ import annotations
 

@@ -86,14 +86,9 @@ class Slots:
         most = self.at_most(resources)
         if most < 1:
             number = counted(len(self.nodes), "machine")
-            larger = "a larger machine (`ray status` lists those that have joined)"
-            if self.workers:
-                number += " and of those that the autoscaler may start"
-                larger = "a larger type to the cluster file"
-            raise UserError(
-                f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the largest of {number} "
-                f"has {self.largest}: ask for less, or add {larger}"
-            )
+            number += " and of those that the autoscaler may start" if self.workers else ""
+            has = f"the largest of {number} has {self.largest}: ask for less, or add a larger machine"
+            raise UserError(f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but {has}")
         return min(most, limit or most)
 
 
@@ -124,8 +119,7 @@ def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, 
 class Room:
     """Counts the trials that may be in flight (run, or wait for a machine), while machines join and leave.
 
-    The count, at most `limit`, includes machines that the autoscaler may start: waiting trials make it do so. Ray's
-    `request_resources` is not used, because it would outlive a killed driver and keep unused machines.
+    Waiting trials make the autoscaler start machines. Ray's `request_resources` would outlive a killed driver.
     """
 
     def __init__(
@@ -147,6 +141,5 @@ class Room:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
                 if not self._room:
-                    text = "no machine of the cluster can run a trial, and no autoscaler may start one: add a machine"
-                    self._emit(Message("search", f"warning: {text}"))
+                    self._emit(Message("search", "warning: no machine of the cluster can run a trial: add a machine"))
         return self._room

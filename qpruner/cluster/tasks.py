@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections import Counter, deque
@@ -24,6 +25,7 @@ from ray.exceptions import (
 from qpruner.cluster import ray_private
 from qpruner.cluster.node_check import REFUSAL
 from qpruner.errors import NodeDiffers, WorkerDied, first_line
+from qpruner.runs.events import Emit, Event, Message
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, 
 """Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
 MAX_DEATHS = 3
 """Deaths of workers in a row, on machines that stay and without progress, that fail a job."""
+QUIET_SECONDS = 20.0
+"""Time for a worker process to start; after it the user is told that the work waits for a machine."""
 ANSWER_SECONDS = 2.0
 """A machine that accepts no connection within this time counts as gone."""
 
@@ -63,33 +67,37 @@ def run_tasks(
     on_tick: Callable[[], None] = lambda: None,
     on_held: Callable[[float], None] = lambda seconds: None,
     progress: Callable[[int], object] = lambda position: None,
+    on_event: Emit | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process`
-    every job runs in its own new process, so that its memory can be measured. `check_node` (see
-    `node_check.packed_check`) raises on an unusable node. `on_tick` is called about once a second, `on_held` with the
-    GPU seconds of each finished job, without its waiting time. `progress` returns what the job at a position has saved;
-    after a change its workers' deaths count from 0 again.
-
-    Raises:
-        NodeDiffers: If a job was sent to an unusable node.
-        WorkerDied: If `MAX_DEATHS` workers of one job died, on machines that stay and without progress.
+    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process` every job
+    has a new process, so that its memory can be measured. `check_node` (see `packed_check`) raises on an unusable
+    node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job. `progress`
+    returns what the job at a position has saved: after a change the deaths of its workers count from 0 again.
+    With `on_event` the function is a generator, which yields events for it and returns the result.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 
-    def timed(job: Any) -> tuple[Any, float]:
-        started = time.monotonic()
-        return function(job), time.monotonic() - started
+    is_generator, emit = on_event is not None, on_event or (lambda event: None)
+
+    def timed(job: Any) -> Iterator[Any]:
+        started, found = time.monotonic(), function(job)
+        result = (yield from found) if is_generator else found  # type: ignore[misc]
+        yield result, time.monotonic() - started
 
     task, deaths = _located_task(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
+    quiet_until = time.monotonic() + QUIET_SECONDS
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
             running[task.remote(cloudpickle.dumps(checked(check_node, partial(timed, jobs[position]))))] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
+        if not done and not nodes and time.monotonic() > quiet_until:
+            emit(Message("cluster", f"waiting for a machine with room for {dict(resources)}"))
+            quiet_until = math.inf
         for answers in done:
             position = running[answers]
             try:
@@ -97,27 +105,30 @@ def run_tasks(
             except DEATHS as error:
                 line = deaths.count(position, nodes.pop(position, None), error)
                 logger.warning("a worker died, its job is run again: %s", line)
+                emit(Message("cluster", f"a worker died, its work starts again: {line}"))
                 waiting.append(running.pop(answers))
             except RayTaskError as error:
                 raise original_error(error) from error
             else:
                 if isinstance(answer, str):
                     nodes[position] = answer
-                    continue
-                del running[answers]
-                result, seconds = answer
-                on_held(resources.get("gpu", 0.0) * seconds)
-                yield position, result
+                elif isinstance(answer, Event):
+                    emit(answer)
+                else:
+                    del running[answers]
+                    result, seconds = answer
+                    on_held(resources.get("gpu", 0.0) * seconds)
+                    yield position, result
 
 
 def _located_task(name: str, resources: Mapping[str, float], own_process: bool) -> Any:
-    """Make the Ray task that yields the id of its node, then the result of the pickled work that it gets."""
+    """Make the Ray task that yields the id of its node, then what the pickled work yields."""
 
     def located(work: bytes) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
         from ray import cloudpickle
 
         yield ray.get_runtime_context().get_node_id()
-        yield cloudpickle.loads(work)()
+        yield from cloudpickle.loads(work)()
 
     options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
     return ray.remote(max_calls=1 if own_process else 0, max_retries=0, **options)(located).options(name=name)
@@ -132,11 +143,7 @@ class DeathCounter:
         self._saved: dict[int, object] = {}
 
     def count(self, position: int, node: str | None, error: Exception) -> str:
-        """Count the death of a job's worker on a node (None if it never started); return the error in one line.
-
-        Raises:
-            WorkerDied: If this is the death number `MAX_DEATHS` in a row.
-        """
+        """Count the death of a worker (node None: it never began); return its error in one line or raise WorkerDied."""
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._saved.get(position):
@@ -146,16 +153,13 @@ class DeathCounter:
         if self._in_a_row[position] == MAX_DEATHS:
             raise WorkerDied(
                 f"{MAX_DEATHS} workers died in a row in the same task, the last one: {first_line(death)}\n  remedy: "
-                "free memory on the node, as its lack is the usual cause (see Ray's log there), then repeat the command"
+                "free memory on the node, the usual cause (see Ray's log there), then repeat the command"
             ) from error
         return first_line(death)
 
 
 def is_staying(node_id: str) -> bool:
-    """Return True if a node is alive and not about to leave (a spot notice, `ray drain-node`).
-
-    The node must also accept a connection: Ray lists a killed node as alive for up to 15 s (measured, Ray 2.60).
-    """
+    """Return True if a node accepts connections (Ray 2.60 lists a killed node for up to 15 s) and is not to leave."""
     node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
     if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
         return False

@@ -46,22 +46,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     (`data.train.0.limit=8`). `section.key=` removes the key, so that its default holds.
     """
     if path.is_dir():
-        raise UserError(
-            f"{path} is a folder; give a configuration file (for a run folder, the file that started the run)"
-        )
+        raise UserError(f"{path} is a folder; give a configuration file (of a run, the file that started it)")
+    examples = "see tune_configs/ for complete examples"
     if not path.is_file():
-        raise UserError(f"configuration file {path} does not exist; see tune_configs/ for complete examples")
+        raise UserError(f"configuration file {path} does not exist; {examples}")
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         remedy = "replace its tabs by spaces, two for each level" if "'\\t'" in str(error) else "correct it"
-        raise UserError(
-            f"{path} is not valid YAML: {error}; {remedy}, or see tune_configs/ for complete examples"
-        ) from error
+        raise UserError(f"{path} is not valid YAML: {error}; {remedy}, or {examples}") from error
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{path} must be a mapping of sections, got {type(raw).__name__}; see tune_configs/ for complete examples"
-        )
+        raise UserError(f"{path} must be a mapping of sections, got {type(raw).__name__}; {examples}")
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_config(raw, f"{path}, overrides included" if overrides else str(path))
@@ -113,10 +108,8 @@ def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any
     if isinstance(here, dict):
         return part
     if not part.isdecimal() or int(part) >= len(here):
-        raise UserError(
-            f"--set {override}: `{part}` must be the number of an item, counted from 0, in a list of "
-            f"{counted(len(here), 'item')}; to add an item, give the whole list"
-        )
+        rule = f"must be the number of an item, counted from 0, in a list of {counted(len(here), 'item')}"
+        raise UserError(f"--set {override}: `{part}` {rule}; to add an item, give the whole list")
     return int(part)
 
 

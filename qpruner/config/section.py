@@ -42,10 +42,8 @@ class Section(BaseModel):
     @classmethod
     def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(
-                f"must not be a boolean, got {value} (YAML reads yes, no, on and off as booleans): give a number, or "
-                "quote a word such as 'no'"
-            )
+            rule = f"must not be a boolean, got {value} (YAML reads yes, no, on and off as booleans)"
+            raise ValueError(f"{rule}: give a number, or quote a word such as 'no'")
         return value
 
     @model_validator(mode="after")

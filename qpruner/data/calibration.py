@@ -1,7 +1,4 @@
-"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of each batch.
-
-To save memory every gradient and activation is freed as soon as the visitor returns.
-"""
+"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of each batch."""
 
 from __future__ import annotations
 
@@ -52,10 +49,7 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Run backward passes of the mean token loss of each batch, and call `visit` with each parameter and its gradient.
-
-    Memory besides the weights: the gradient of one parameter and the activations of one batch.
-    """
+    """Visit each parameter with its gradient of the mean loss of each batch; one gradient is held at a time."""
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -85,12 +79,11 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Visit the sums of ``w_ij dL/dw_ij`` over each row, or over each column, of linear layers, for every sample.
+    """Visit ``sum w_ij dL/dw_ij`` over each row or column of linear layers, float32 ``(samples, rows or columns)``.
 
-    This is the gradient of a sample's mean loss L with respect to a mask factor on the row or column. No gradient of a
-    weight is needed: with ``y = W x + b``, token t adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to
-    column j, so one backward pass per batch gives the values of every sample. `linears` maps names to a layer and 0
-    (rows) or 1 (columns); `visit` gets a name and float32 values ``(samples, rows or columns)``.
+    This is the gradient of a sample's mean loss L at a mask factor. With ``y = W x + b``, token t adds
+    ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to column j: one backward pass gives a whole batch.
+    `linears` maps names to a layer and 0 (rows) or 1 (columns).
     """
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -111,10 +104,7 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit the inputs ``(samples, seq, columns)`` of linear layers and the gradients at their outputs ``(..., rows)``.
-
-    ``gradients[s].T @ inputs[s]`` is the weight gradient of the summed loss of sample s.
-    """
+    """Visit inputs ``(samples, seq, columns)`` of layers, and gradients ``(samples, seq, rows)`` at their outputs."""
     places = {name: (linear, True, False) for name, linear in linears.items()}
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
 
@@ -126,10 +116,7 @@ def _visit_activations(
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit activations and gradients of activations, each ``(samples, seq, features)``, of linear layers.
-
-    `places`: name -> layer, True to visit its inputs (else outputs), True for gradients at its inputs (else outputs).
-    """
+    """Visit activations and gradients ``(samples, seq, features)``; `places`: layer, and whether each is of inputs."""
     num_rows = 0
 
     def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
@@ -239,10 +226,7 @@ def visit_outputs(
     samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
 ) -> None:
-    """Visit the outputs of modules and the predicted tokens of each batch, at positions whose next token has a label.
-
-    `visit` gets outputs by name, float32 ``(positions, features)``, and the most likely tokens ``(positions,)``.
-    """
+    """Visit float32 outputs ``(positions, features)`` and the likeliest tokens, where the next token has a label."""
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)
 

@@ -1,7 +1,6 @@
 """Turn rows into prompts and responses, and these into tokens and labels.
 
-A multiple-choice row has the same text as an ARC question in lm-eval, so that training, validation loss and lm-eval
-accuracy measure the same task.
+A multiple-choice row has the text of an ARC question in lm-eval: training, loss and accuracy measure the same task.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ def encode(
     template: str = "alpaca",
     response_only: bool = True,
 ) -> list[Row]:
-    """Tokenize rows, cut each at `max_length` tokens, and drop rows without a labelled token.
-
-    With `response_only` the tokens of prompts get the label -100, so that only responses are learned.
-    """
+    """Tokenize rows, cut at `max_length`, label the response or all tokens, and drop rows without a labelled token."""
     rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
     encoded = list(_cut(rows, max_length))
     if not encoded:
@@ -86,13 +82,10 @@ def _calibration_samples(
     rows = (_labelled(example, tokenizer, config.data.template, response_only) for example in shuffled)
     samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
     if len(samples) < count:
-        shape, remedy = "at most", "longer"
-        if packing:
-            shape, remedy = "exactly", "shorter, or set `calibration.packing: false` to use each row as a sample"
+        remedy = "shorter, or set `calibration.packing: false`" if packing else "longer"
         raise UserError(
-            f"`{count_key}` asks for {counted(count, 'sample')} of {shape} {length} tokens (`{length_key}`), but the "
-            f"calibration rows give only {len(samples)} with a labelled token: ask for fewer, add rows, or make "
-            f"`{length_key}` {remedy}"
+            f"`{count_key}` asks for {counted(count, 'sample')} of {length} tokens, but the calibration rows give only "
+            f"{len(samples)} with a labelled token: ask for fewer, add rows, or make `{length_key}` {remedy}"
         )
     return samples
 
@@ -180,11 +173,9 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
     except ValidationError as error:
         problem = error.errors()[0]
         place = "".join(f"[{index}]" for index in problem["loc"])
-        raise UserError(
-            f"`calibration.token_ids`: {path}{place} is {problem['input']!r:.60}: {problem['msg']}; "
-            "it must hold lists of at least two token ids, such as [[1, 306, 4658], [1, 910]], each a whole number "
-            f"from 0 to {vocabulary_size - 1} for this model"
-        ) from error
+        rule = f"it must hold lists of at least two token ids, from 0 to {vocabulary_size - 1} for this model"
+        why = f"{path}{place} is {problem['input']!r:.60}: {problem['msg']}"
+        raise UserError(f"`calibration.token_ids`: {why}; {rule}, such as [[1, 306, 4658], [1, 910]]") from error
     return [{"input_ids": each, "labels": each} for each in samples]
 
 
@@ -230,10 +221,7 @@ def load_encoded(folder: Path) -> EncodedRows:
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load one half of the confirmation rows, on which no trial is scored: `choose` picks the winner, `judge` tests it.
-
-    The halves are separate because the winner would look too good on the rows by which it was chosen.
-    """
+    """Load the half of the confirmation rows that picks the winner (`choose`) or tests it (`judge`), never a trial."""
     half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
     return half
 

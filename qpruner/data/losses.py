@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token; `by_row` has values whose average it is and whose spread gives `stderr`.
+    """Mean loss in nats per labelled token; `by_row` has values with this mean whose spread gives `stderr`.
 
     A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta method for a ratio).
     """

@@ -1,12 +1,8 @@
 """Define means, standard errors and intervals over tasks and questions, for trials and for the report alike.
 
-Task t of T has n_t questions with values v_tq, whose standard deviation is s_t (n_t - 1 degrees of freedom):
-
-    a task       mean_t = sum_q v_tq / n_t      stderr_t = s_t / sqrt(n_t)
-    all tasks    mean = sum_t mean_t / T        stderr = sqrt(sum_t stderr_t^2) / T
-
-Every task has the same weight, whatever its number of questions. For several fine-tunes v is the mean of their values
-for a question; for a comparison of two models v is their difference. Rows of text are the questions of a single task.
+A task with n values v of standard deviation s has the mean of v and stderr ``s / sqrt(n)``. Over T tasks, which have
+the same weight: the mean of means, and ``sqrt(sum stderr^2) / T``. For several fine-tunes v is their mean for a
+question, for a comparison the difference. Rows of text are the questions of a single task.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Read rows from data files and from the hub, and map their columns to those of a row format.
-
-The row formats are `instruction` (instruction, input, output), `multiple_choice` (question, choices, answer; also in
-ARC's layout) and `text`.
-"""
+"""Read rows from data files and from the hub, and map their columns to those of a row format (`COLUMNS`)."""
 
 from __future__ import annotations
 
@@ -70,10 +66,9 @@ def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
         rows = {identity for identity in identities if identity}
         for other, other_rows in checked:
             if shared := rows & other_rows:
-                raise UserError(
-                    f"{other} and {name} share {counted(len(shared), 'row')}, such as {min(shared)[:90]!r}; training, "
-                    "validation, confirmation and test data must not overlap: select other rows or another split"
-                )
+                rows_in_both = f"{counted(len(shared), 'row')}, such as {min(shared)[:90]!r}"
+                remedy = "select other rows or another split"
+                raise UserError(f"{other} and {name} share {rows_in_both}; they must not overlap: {remedy}")
         checked.append((name, rows))
 
 
@@ -98,13 +93,10 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
     except Exception as error:  # datasets raises many types for unreadable files and unreachable hubs
         reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(error.__cause__ or error)
         if any(words in reason for words in SPLIT_REFUSALS):
-            raise UserError(
-                f"`{key}.split`: {source.split!r} selects no rows of {source.source!r} ({reason}); name a split that "
-                "the source has, such as `train` or `train[:100]`"
-            ) from error
-        raise UserError(
-            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; correct the source or name another"
-        ) from error
+            why = f"{source.split!r} selects no rows of {source.source!r} ({reason})"
+            raise UserError(f"`{key}.split`: {why}; name a split of it, such as `train[:100]`") from error
+        why = f"no rows can be read from {source.source!r}: {reason}"
+        raise UserError(f"`{key}.source`: {why}; correct the source or name another") from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
     return [_to_example(dict(row), source, key) for row in rows.select(range(count))]
@@ -139,17 +131,12 @@ def _check_table(path: Path, separator: str) -> list[str]:
         try:
             for row in filter(None, table):
                 if header and len(row) != len(header):
-                    raise ValueError(
-                        f"line {table.line_num} has {counted(len(row), 'cell')}, but the header has {len(header)}: "
-                        f"every row needs a cell per column, and cells with {separator!r} need double quotes"
-                    )
+                    cells = f"line {table.line_num} has {counted(len(row), 'cell')}, but the header has {len(header)}"
+                    raise ValueError(f"{cells}: put cells with {separator!r} in double quotes")
                 num_rows += bool(header)
                 header, row_start = header or row, table.line_num + 1
         except csv.Error as error:
-            raise ValueError(
-                f"line {row_start}: {error}: a cell that begins with a double quote must end with one, and double "
-                "quotes inside it must be doubled"
-            ) from None
+            raise ValueError(f"line {row_start}: {error}: double quotes inside a quoted cell must be doubled") from None
         except UnicodeDecodeError:
             raise ValueError("the file is not UTF-8: save it as UTF-8") from None
     if separator == "," and len(header) == 1 and ";" in header[0]:
@@ -177,22 +164,17 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
     """Raise `UserError` if `source.columns` names a column that the row format or the data (`available`) lack."""
     known = COLUMNS[source.format]
     if unknown := sorted(set(source.columns) - set(known)):
-        raise UserError(
-            f"`{key}.columns` has the keys {', '.join(unknown)}, which format {source.format} does not know: its keys "
-            f"are {', '.join(known)}"
-        )
+        rule = f"format {source.format} knows the keys {', '.join(known)}"
+        raise UserError(f"`{key}.columns` has the keys {', '.join(unknown)}, but {rule}")
     for column in known:
         mapped = _mapped(source, column, available)
         if len(mapped) > 1 and column != "choices":
             raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}")
         missing = [name for name in mapped if name not in available]
         if missing and not (column == "input" and column not in source.columns):
-            is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
-            header = f", from the first line of {source.source}, which is the header" if is_table else ""
-            raise UserError(
-                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}, only "
-                f"{', '.join(available)}{header}; name one of them, such as `columns: {{{column}: {available[0]}}}`"
-            )
+            why = f"the data have no column {', '.join(missing)}, only {', '.join(available)}"
+            remedy = f"name one of them, such as `columns: {{{column}: {available[0]}}}`"
+            raise UserError(f"`{key}.columns.{column}`: {why}; {remedy}")
 
 
 def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
@@ -212,10 +194,8 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
         return Example("instruction", value("instruction"), value("input"), value("output"))
     columns = _mapped(source, "choices", row)
     if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
-        raise UserError(
-            f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}; "
-            "if each choice has its own column, give a list of columns"
-        )
+        why = f"column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}"
+        raise UserError(f"`{key}.columns.choices`: {why}; if each choice has its own column, list these columns")
     choices, labels = _choices(row, columns)
     answer = row[_mapped(source, "answer", row)[0]]
     if isinstance(answer, str) and answer in labels:
@@ -223,10 +203,8 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     elif str(answer).isdigit() and int(answer) < len(choices):
         index = int(answer)
     else:
-        raise UserError(
-            f"`{key}.columns.answer`: {answer!r} is none of the labels {', '.join(labels)} and no position from 0 to "
-            f"{len(choices) - 1}; correct the row with the question {value('question')[:90]!r}"
-        )
+        why = f"{answer!r} is none of the labels {', '.join(labels)} and no position from 0 to {len(choices) - 1}"
+        raise UserError(f"`{key}.columns.answer`: {why}; correct the row {value('question')[:90]!r}")
     return Example("multiple_choice", value("question"), "", choices[index])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.estimate import memory as memory_of
-from qpruner.estimate.hours import CHOICES, Rates, num_compared, slot_hours, slots_sharing
+from qpruner.estimate.hours import CHOICES, Rates, num_compared, stage_times
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.wording import counted, duration
@@ -21,10 +21,7 @@ def facts(
     done: Mapping[str, float],
     gpus: float | None,
 ) -> dict[str, Any]:
-    """Return all estimates as plain data; hours only with `rates`, as GPU hours or, without GPUs, as slot hours.
-
-    `slots` is how many trials run at once, `done` the recorded share of each stage, `gpus` the GPUs of one trial.
-    """
+    """Return all estimates; hours only with `rates`, for `slots` trials at once. `done`: recorded share by stage."""
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -45,17 +42,16 @@ def _hours(
     """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room for one trial)."""
     held = 1.0 if gpus is None else gpus
     rates = rates.on(held)
-    stages = slot_hours(config, inspection, rates)
-    shared = slots_sharing(config, inspection, slots, has_gpus=gpus is not None)
-    left = {name: 1 - done.get(name, 0.0) for name in stages}
+    times = stage_times(config, inspection, rates, slots, has_gpus=gpus is not None)
+    left = {name: (1 - done.get(name, 0.0)) * each.hours for name, each in times.items()}
     return {
         "rates": rates.origin,
-        "stages": {name: held * each for name, each in stages.items()},
-        "shared": shared,
-        "total": held * sum(stages.values()),
-        "left": held * sum(left[name] * each for name, each in stages.items()),
-        "wall": sum(each / shared[name] for name, each in stages.items()),
-        "wall_left": sum(left[name] * each / shared[name] for name, each in stages.items()),
+        "stages": {name: held * each.hours for name, each in times.items()},
+        "shared": {name: each.slots for name, each in times.items()},
+        "total": held * sum(each.hours for each in times.values()),
+        "left": held * sum(left.values()),
+        "wall": sum(each.hours / each.slots for each in times.values()),
+        "wall_left": sum(left[name] / each.slots for name, each in times.items()),
         "slots": slots,
     }
 

@@ -7,12 +7,10 @@ of inputs and 2 for gradients of weights. Adapters need no gradients of weights;
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, LoraConfig, PruneConfig, RunConfig
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.estimate.step_times import measure, packing_operations
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.comparison import Comparison
@@ -25,15 +23,14 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.pipeline.serve import Serve
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Group, Layout
 from qpruner.pruning.grams import gram_bytes
 from qpruner.quantization.formats import format_of
 
-T = TypeVar("T")
 CHOICES = 4
 """Assumed number of answers to choose from in each question of a task."""
-UNPRUNED_PLANS = 2
-"""Number of plans of the unpruned model that a search tries."""
+PADDING = 1.2
+"""Tokens of a micro-batch relative to its rows, as rows of a batch are sorted by length: 1 to 1.3 for real texts."""
 UNTUNED = 3
 """Number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
 
@@ -77,53 +74,45 @@ def multiply_adds(layout: Layout, model_config: Any) -> int:
     return layout.num_parameters - (0 if model_config.tie_word_embeddings else embeddings)
 
 
-def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
-    """Estimate the hours of each stage on one slot (room for one trial); starting, loading and saving do not count."""
-    count, steps = _Count(config, inspection), expected_steps(config)[0]
-    scores = count.split("validation") + count.split("confirmation") / 2
-    finetune = count.training(count.finetune_steps()) / rates.training + scores / rates.scoring
+class StageTime(NamedTuple):
+    """The hours of a stage on one slot (room for one trial), and how many slots work on it at once."""
+
+    hours: float
+    slots: int
+
+
+def stage_times(
+    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, has_gpus: bool = False
+) -> dict[str, StageTime]:
+    """Estimate the time of each stage that runs, in order of the flow; starts, loading and saving are not included."""
+    count, workers, compared = _Count(config, inspection), config.finetune.num_workers, num_compared(config)
+    judged = count.split("confirmation") / 2
+    finetune = count.training(count.finetune_steps()) / rates.training
+    finetune += (count.split("validation") + judged) / rates.scoring
     evaluation = count.evaluation() / rates.scoring
-    seconds = {
-        Prune: count.prune() / rates.training,
-        Bank: count.bank() / rates.packing + count.rounding() / rates.training,
-        Sensitivity: count.sensitivity() / rates.training,
-        Search: count.training(steps) / rates.training + count.search_scores() / rates.scoring,
-        Finetune: finetune,
-        Evaluate: (1 + UNTUNED) * evaluation,
-        Comparison: num_compared(config) * (finetune + evaluation),
-        # The base model in transformers and in three files, and every form; speeds take as long as losses.
-        Serve: 2 * (4 + len(config.serve.to)) * count.split("confirmation") / 2 / rates.scoring,
+    packing = count.bank() / rates.packing + count.rounding() / rates.training
+    search = count.training(expected_steps(config)[0]) / rates.training + count.search_scores() / rates.scoring
+    # The base model in transformers and in three files, and every form; speeds take as long as losses.
+    served = 2 * (4 + len(config.serve.to)) * judged / rates.scoring
+    is_shared = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
+    times: dict[Any, tuple[float, int]] = {
+        Prune: (count.prune() / rates.training, 1),
+        Bank: (packing, min(slots, len(inspection.pruned.groups))),
+        Sensitivity: (count.sensitivity() / rates.training, slots if is_shared else 1),
+        Search: (search, min(slots, config.num_trials)),
+        Finetune: (finetune, workers),
+        Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),
+        Comparison: (compared * (finetune + evaluation), max(1, min(slots // workers, compared)) * workers),
+        Serve: (served, 1),
     }
-    return {name: each / 3600 for name, each in _of_wanted(config, seconds).items()}
-
-
-def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpus: bool) -> dict[str, int]:
-    """Return for each stage how many slots, each the room for one trial, work on it at once."""
-    workers = config.finetune.num_workers
-    measures = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
-    sharing = {
-        Prune: 1,
-        Bank: min(slots, len(inspection.pruned.groups)),
-        Sensitivity: slots if measures else 1,
-        Search: min(slots, config.num_trials),
-        Finetune: workers,
-        Evaluate: min(slots, 1 + UNTUNED),
-        Comparison: max(1, min(slots // workers, num_compared(config))) * workers,
-        Serve: 1,
-    }
-    return _of_wanted(config, sharing)
-
-
-def _of_wanted(config: RunConfig, by_stage: Mapping[Any, T]) -> dict[str, T]:
-    """Keep the stages that the configuration needs, by name, in the order of the flow."""
-    return {stage.name: by_stage[stage] for stage in STAGES if stage in by_stage and stage.is_wanted(config)}
+    wanted = [stage for stage in STAGES if stage in times and stage.is_wanted(config)]
+    return {stage.name: StageTime(times[stage][0] / 3600, times[stage][1]) for stage in wanted}
 
 
 def expected_steps(config: RunConfig) -> tuple[float, float]:
     """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat (`preflight.most_controls`). The
-    first trial at a rung always continues, so a small search takes more steps than this.
+    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat (`preflight.most_controls`).
     """
     search = config.search
     controls = min(config.num_trials, most_controls(config))
@@ -135,11 +124,7 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 
 
 def num_compared(config: RunConfig) -> int:
-    """Count the fine-tunes that `finetune.compare` adds to the first fine-tune of the winner.
-
-    They are for the other rows of the final table, and for the winner under further training seeds. Rows with the same
-    plan share a fine-tune. Without a search there is no row `best seed`, for which the search chooses the sensitivity.
-    """
+    """Count the fine-tunes that `finetune.compare` adds to the first one of the winner; equal plans share one."""
     methods, settings, levels = config.measured_methods, config.finetune, config.quantize.levels
     has_best = bool(methods) and config.is_searched
     shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
@@ -175,16 +160,11 @@ class _Count:
         return self._pruned - (1 - self.share_labelled(name)) * self._head
 
     def training(self, steps: float) -> float:
-        """Count the operations of optimizer steps, padding included."""
-        training, lengths = self._config.training, self._lengths["train"]
-        mean, padding = sum(lengths) / len(lengths), 0.0
-        if self._config.data.packing:
-            mean = float(self._config.data.max_length)
-        else:
-            rows = random.Random(self._config.seed).sample(lengths, len(lengths))
-            padding = _padded(rows, training.batch_size, training.micro_batch_size) - mean
-        weights = mean * self.weights_a_token("train") + padding * (self._pruned - self._head)
-        return steps * training.batch_size * weights * self.step_operations
+        lengths, mean = self._lengths["train"], float(self._config.data.max_length)
+        if not self._config.data.packing:
+            mean = PADDING * sum(lengths) / len(lengths)
+        rows = steps * self._config.training.batch_size
+        return rows * mean * self.weights_a_token("train") * self.step_operations
 
     def finetune_steps(self) -> float:
         settings, batch = self._config.finetune, self._config.training.batch_size
@@ -207,80 +187,54 @@ class _Count:
         return self._questions("evaluate") + sum(self._lengths.get("text", ())) * 2 * self._pruned
 
     def prune(self) -> float:
-        return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
+        """Count importance and compensation in every step; blocks are dropped in one."""
+        passes = 0
+        for settings in (cut.settings for cut in self._inspection.cuts if not cut.settings.is_off):
+            each = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
+            each += 0 if settings.compensates_by == "none" else 4
+            passes += each * settings.num_steps if settings.width_units else 0
+            passes += 10 if settings.drops_blocks else 0
+        return passes * self._calibration_tokens * self._base
 
-    def _cut(self, settings: PruneConfig) -> float:
-        """Count the operations of a cut: dropping whole blocks once, then importance and compensation in every step."""
-        if settings.is_off:
-            return 0.0
-        per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
-        per_weight += 4 if settings.compensates_by != "none" else 0
-        tokens = self._inspection.samples["importance"] * self._inspection.sample_length
-        passes = settings.num_steps * per_weight * tokens if settings.width_units else 0
-        if settings.drops_blocks:
-            passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens
-            passes += 4 * tokens if settings.compensates_by == "least_squares" else 0
-        return passes * self._base
+    @property
+    def _calibration_tokens(self) -> int:
+        return self._inspection.samples["importance"] * self._inspection.sample_length
 
     def sensitivity(self) -> float:
-        settings, calibration = self._config.sensitivity, self._config.calibration
-        rows = self._lengths["train"][: calibration.num_sensitivity_samples]
-        tokens, methods = sum(rows), set(self._config.measured_methods)
-        operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0
-        if methods & set(EXPANSION):
-            operations += 6 * tokens
-        measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))
+        settings, methods = self._config.sensitivity, set(self._config.measured_methods)
+        rows = self._lengths["train"][: self._config.calibration.num_sensitivity_samples]
+        passes = 2.0 * bool(methods & set(INFORMATION)) + 6 * bool(methods & set(EXPANSION))
         if methods & set(MEASUREMENT):
             # Half a forward pass for each group and format: outputs of the blocks before the group are kept.
-            operations += measured * self._packed_entries(in_blocks=True)
-        if methods & {*MEASUREMENT, *EXPANSION}:
-            operations += 2 * measured * self._packed_entries(in_blocks=False)
-        return operations * self._pruned
-
-    def _packed_entries(self, in_blocks: bool) -> int:
-        """Count the pairs of a group and a packed format, of groups in blocks, or of embeddings and head."""
-        groups = [group for group in self._inspection.pruned.groups if (group.name in (EMBEDDINGS, HEAD)) != in_blocks]
-        return sum(format_of(name).is_packed for group in groups for name in group.formats)
+            measured = min(1.0, settings.num_measured_samples / max(1, len(rows)))
+            packed = [name for group in self._inspection.pruned.groups for name in group.formats]
+            passes += measured * sum(format_of(name).is_packed for name in packed)
+        return passes * sum(rows) * self._pruned
 
     def bank(self) -> float:
-        """Count the operations of packing every group in every format, and the groups of the base for two plans."""
-        lora, operations = self._config.lora, 0.0
-        has_base = not self._config.prune.is_off and (self._config.is_searched or self._config.finetune.compare)
-        of_base = self._inspection.base.groups if has_base else ()
-        for most, groups in ((math.inf, self._inspection.pruned.groups), (UNPRUNED_PLANS, of_base)):
-            for group in groups:
-                levels = min(most, sum(format_of(name).is_packed for name in group.formats))
-                own = LoraConfig(init="plain") if group.name in (EMBEDDINGS, HEAD) else lora
-                operations += sum(packing_operations(each.rows, each.columns, own, levels) for each in group.linears)
-        return operations
+        """Count the operations of packing every group of blocks in every format; embeddings and head need no SVD."""
+        layers = [
+            (each, sum(format_of(name).is_packed for name in group.formats))
+            for group in self._blocks
+            for each in group.linears
+        ]
+        return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each, levels in layers)
 
     def rounding(self) -> float:
         """Count the operations of GPTQ: two passes over the samples, Gram matrices of inputs, and the rounding."""
-        inspection = self._inspection
         if self._config.quantize.rounding != "gptq":
             return 0.0
-        tokens = inspection.samples["importance"] * inspection.sample_length
-        squares = sum(gram_bytes(inspection.pruned, inspection.cuts[0].expected)) / 4
-        rounded = sum(
-            len(group.formats) * each.rows * each.columns**2
-            for group in inspection.pruned.groups
-            for each in group.linears
-            if group.name not in (EMBEDDINGS, HEAD)
-        )
-        one = 2 * tokens * (2 * self._pruned + squares) + rounded
-        return one if self._config.prune.is_off else 2 * one  # the base is rounded too
+        squares = sum(gram_bytes(self._inspection.pruned, self._inspection.cuts[0].expected)) / 4
+        layers = [(each, len(group.formats)) for group in self._blocks for each in group.linears]
+        rounded = sum(levels * each.rows * each.columns**2 for each, levels in layers)
+        return 2 * self._calibration_tokens * (2 * self._pruned + squares) + rounded
+
+    @property
+    def _blocks(self) -> list[Group]:
+        return [group for group in self._inspection.pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
 
     def _questions(self, section: str) -> float:
         """Count the operations of scoring questions; every answer is a separate row."""
         words = self._inspection.questions.get(section, [])
         tokens = sum(len(text) for text in words) / CHARACTERS_A_TOKEN
         return 2 * self._pruned * CHOICES * (tokens + 8 * len(words)) * (1 + self._config.evaluate.num_fewshot)
-
-
-def _padded(lengths: Sequence[int], batch_size: int, micro_batch: int) -> float:
-    """Return the mean row length if each batch is sorted by length and cut into micro-batches, each padded alone."""
-    padded = 0
-    for start in range(0, len(lengths), batch_size):
-        batch = sorted(lengths[start : start + batch_size], reverse=True)
-        padded += sum(batch[at] * len(batch[at : at + micro_batch]) for at in range(0, len(batch), micro_batch))
-    return padded / len(lengths)

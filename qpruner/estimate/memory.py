@@ -1,15 +1,9 @@
 """Estimate the peak memory of each kind of work, by part, from the shapes.
 
-In bytes for each token of a forward pass, with a vocabulary of V and elements of e bytes:
-
-- For the backward pass, an adapted layer of r rows and c columns keeps its input in float32 for the adapter (4 c), the
-  adapter's inner values (4 x rank), and about e (r + c) for its input and output. In a model without adapters a layer
-  keeps `DENSE` e (r + c), norms and gates included. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3:
-  tests/estimate), within 25 % on a CPU that computes attention in float32 because it lacks bfloat16. With gradient
-  checkpointing every block keeps its input, and one block keeps all of this. Packed layers keep no input of their own,
-  and unpack their weight, or pieces of it, in each pass.
-- Logits take 12 V for each token that may have a label: float32 copies for the loss, its gradient, and the gradient of
-  the logits. Scoring holds the logits, a copy in float32 and the log-probabilities.
+For each token, an adapted layer of r rows and c columns keeps for the backward pass its input in float32 (4 c), the
+adapter's inner values (4 x rank), and about e (r + c) for input and output in elements of e bytes. Autograd keeps
+within 15 % of this (tests/estimate), within 25 % on a CPU without bfloat16. With gradient checkpointing every block
+keeps its input, and one block all of this. Packed layers keep no input, and unpack their weight in each pass.
 """
 
 from __future__ import annotations
@@ -33,8 +27,8 @@ from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 
 LOGIT_BYTES = 12
+"""Bytes of training per logit, at tokens that may have a label: float32 copies for the loss, and two gradients."""
 SCORED = ("validation", "confirmation")
-"""Splits of rows on which trials are scored."""
 PREDICTION_BYTES = 9
 """Maximum bytes per logit in a pass without a loss: the logit, a copy, and the check that it is finite."""
 DENSE = 1.5
@@ -59,10 +53,7 @@ class Memory:
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate a training step of a trial or the final fine-tune, with a plan as large as the budget and full rows.
-
-    Trials of the unpruned model, which every search makes, are the largest.
-    """
+    """Estimate a step of the largest trials, those of the unpruned model, with a plan as large as the budget."""
     about, layout = "(`training.micro_batch_size`), in the final fine-tune too", _largest_trial(config, inspection)
     return _step(config, inspection, layout, _trial_bytes(layout, inspection), about)
 
@@ -87,12 +78,9 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the scoring of a trial at a rung, during which the state of its optimizer stays in memory.
-
-    With tasks, lm-eval pads answers, so the head may run at every token.
-    """
+    """Estimate the scoring of a trial at a rung, beside the state of its optimizer."""
     layout, rows, length = _largest_trial(config, inspection), config.evaluate.batch_size, config.data.max_length
-    labelled = length
+    labelled = length  # of tasks: lm-eval pads answers
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
     a_logit, vocabulary = inspection.base.element_bytes + 2 * FLOAT32_BYTES, int(inspection.model_config.vocab_size)
@@ -153,86 +141,81 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate compensation, to which the samples pass one block after the other."""
-    calibration, base = config.calibration, inspection.base
-    samples, length = inspection.samples["importance"], inspection.sample_length
-    hidden_size = int(inspection.model_config.hidden_size)
-    parts = _weights(base) | {
-        "hidden states": _hidden_state_bytes(inspection),
-        "activations": _widest(base, calibration.batch_size * length),
-    }
+    parts, widest = _by_block(config, inspection), _widest_input(inspection.base)
     if settings.compensates_by == "least_squares":
-        widest = max(linear.columns for group in _blocks(base) for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in float32.
-        parts["solution"] = 3 * FLOAT32_BYTES * hidden_size * widest
-    return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
+        parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
+    return Memory(f"compensation on {_samples(inspection)} (`calibration.num_samples`)", parts)
 
 
 def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate how the inputs of GPTQ are gathered: as compensation's are, with the Gram matrices of one block."""
-    samples, length, base = inspection.samples["importance"], inspection.sample_length, inspection.base
-    widest = max(linear.columns for group in _blocks(base) for linear in group.linears)
-    tokens = config.calibration.batch_size * length
-    parts = _weights(base) | {
-        "hidden states": _hidden_state_bytes(inspection),
-        "activations": _widest(base, tokens) + FLOAT32_BYTES * tokens * widest,
-        "Gram matrices": 2 * max(gram_bytes(base, inspection.model_config)),
+    """Estimate how the Gram matrices of GPTQ are gathered: all matrices of one block at a time."""
+    parts, base = _by_block(config, inspection), inspection.base
+    tokens = config.calibration.batch_size * inspection.sample_length
+    parts["activations"] += FLOAT32_BYTES * tokens * _widest_input(base)
+    parts["Gram matrices"] = 2 * max(gram_bytes(base, inspection.model_config))
+    return Memory(f"inputs of {_samples(inspection)} (`quantize.rounding`)", parts)
+
+
+def _by_block(config: RunConfig, inspection: Inspection) -> dict[str, int]:
+    """Count a pass of all samples through one block after the other, with masks of one byte per pair of tokens."""
+    length, base = inspection.sample_length, inspection.base
+    each = length * (int(inspection.model_config.hidden_size) * base.element_bytes + length)
+    return _weights(base) | {
+        "hidden states": inspection.samples["importance"] * each,
+        "activations": _widest(base, config.calibration.batch_size * length),
     }
-    return Memory(f"inputs of {samples} samples x {length} tokens (`quantize.rounding`)", parts)
 
 
-def _hidden_state_bytes(inspection: Inspection) -> int:
-    """Count the hidden states of all samples at one block, and their masks of one byte per pair of tokens."""
-    samples, length = inspection.samples["importance"], inspection.sample_length
-    return samples * length * (int(inspection.model_config.hidden_size) * inspection.base.element_bytes + length)
+def _samples(inspection: Inspection) -> str:
+    return f"{inspection.samples['importance']} samples x {inspection.sample_length} tokens"
+
+
+def _widest_input(layout: Layout) -> int:
+    return max(linear.columns for group in _blocks(layout) for linear in group.linears)
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the sensitivities: the dense pruned model, and the largest pass of any method.
-
-    The gradients of the logits are freed before those of the layers are needed, so only the larger of the two counts.
-    """
+    """Estimate the sensitivities: the dense pruned model, and the largest pass of any method."""
     dense, settings = inspection.pruned, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
     weights = _weights(dense)
     works = [weights]
     if set(settings.methods) & set(INFORMATION):
-        works += [weights | parts for parts in _by_information(config, inspection, tokens)]
-    measured = _packable(dense.groups)
+        works.append(weights | _by_information(config, inspection, tokens))
+    measured = [group for group in dense.groups if any(format_of(name).is_packed for name in group.formats)]
     if not set(settings.methods) & set(MEASUREMENT):  # embeddings and head take their place in no other pass
         measured = [group for group in measured if group.name in (EMBEDDINGS, HEAD)]
     if set(settings.methods) & set(EXPANSION):
-        activations = {"activations": _kept_dense(dense, tokens)}
-        works.append(weights | activations | {"logits": logit_bytes(inspection, tokens)})
-        works.append(weights | activations | {"gradients and errors": BYTES_A_WEIGHT * _largest(_blocks(dense))})
+        # The gradients of the logits are freed before those of the layers are needed.
+        largest = max(logit_bytes(inspection, tokens), BYTES_A_WEIGHT * _largest(_blocks(dense)))
+        works.append(weights | {"activations": _kept_dense(dense, tokens), "logits or gradients": largest})
     if measured and set(settings.methods) & {*MEASUREMENT, *EXPANSION}:
         works.append(weights | _by_measurement(inspection, measured, tokens))
     about = f"passes of {settings.batch_size} rows x {config.data.max_length} tokens (`sensitivity.batch_size`)"
     return Memory(about, max(works, key=lambda parts: sum(parts.values())))
 
 
-def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """Count the bytes, by part, at the two peaks of mutual information: a forward pass, and the principal components.
-
-    The outputs of all groups at all drawn positions count in both, those of one batch in float32 in the pass alone.
-    """
+def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
+    """Count mutual information, by part: the outputs of all groups at all drawn positions, in a batch in float32."""
     dense, positions = inspection.pruned, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
         features = [sum(linear.rows for linear in group.linears) for group in _blocks(dense)]
-    drawn, outputs = min(tokens, positions), positions * dense.element_bytes * sum(features)
+    drawn = min(tokens, positions)
     logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
-    in_pass = {"outputs": outputs + drawn * FLOAT32_BYTES * sum(features), "activations": _widest(dense, tokens)}
-    components = COMPONENT_BYTES * positions * max(features)
-    return [in_pass | {"logits": logits}, {"outputs": outputs, "components": components}]
+    return {
+        "outputs": (positions * dense.element_bytes + drawn * FLOAT32_BYTES) * sum(features),
+        "activations": _widest(dense, tokens),
+        "logits or components": max(logits, COMPONENT_BYTES * positions * max(features)),
+    }
 
 
 def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
     """Count the memory of measuring KL and loss by part; `quantized group` includes its largest layer unpacked.
 
-    `log-probabilities` is the larger of two peaks. First: logits of the unquantized model, a float32 copy, and their
-    log-probabilities. Later: the same log-probabilities, logits with the quantized group, 4 x `POSITIONS` float32 rows.
+    `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or compared.
     """
     dense, config = inspection.pruned, inspection.model_config
     quantized = [dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each]) for each in groups]
@@ -282,11 +265,6 @@ def _weights(dense: Layout) -> dict[str, int]:
 def _blocks(layout: Layout) -> list[Group]:
     """Return the groups inside of blocks, whose layers have adapters."""
     return [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
-
-
-def _packable(groups: Iterable[Group]) -> list[Group]:
-    """Return the groups that may be packed."""
-    return [group for group in groups if any(format_of(name).is_packed for name in group.formats)]
 
 
 def _largest(groups: Iterable[Group]) -> int:

@@ -1,7 +1,6 @@
 """Time a few real steps of training, scoring and packing on this device, with the shapes of the model.
 
-The timed blocks have adapters and packed random weights; embeddings and head have full size. The times of a model of
-one block and of a model of five blocks give the time of a block and of the rest. No weight of the model is read.
+Models of one and of five blocks, with adapters and packed random weights, give the time of a block and of the rest.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ SVD_OPERATIONS = 150
 def measure(
     config: RunConfig, model_config: Any, layout: Layout, share_high: float, share_labelled: float, threads: int
 ) -> tuple[float, float, float]:
-    """Time a micro-batch of rows of full length, and the packing of a layer cut to `LARGEST` rows and columns.
+    """Return the seconds of training and scoring of a micro-batch of full rows, and the packed operations per second.
 
-    Return the seconds of training and of scoring, and the operations per second of packing. `share_high` of the weights
-    have their largest format, the others their smallest. The head runs at the tokens with a label, `share_labelled`.
+    `share_high` of the weights have their largest format, the others their smallest; `share_labelled` tokens a label.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
@@ -127,10 +125,7 @@ def _least(work: Callable[[], object]) -> float:
 
 
 def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_largest: bool) -> Any:
-    """Build a small model of middle blocks, because the first and last blocks may have other widths.
-
-    Its random weights are in the largest or smallest formats of the configuration, and it has adapters.
-    """
+    """Build a small model of middle blocks, as outer ones may be wider, in the largest or smallest formats."""
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))

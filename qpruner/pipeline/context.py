@@ -17,7 +17,8 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
 from qpruner.runs.lock import lock_lost
@@ -141,11 +142,11 @@ class Context:
         return 3 * self.inspection.base.trained_bytes
 
     @cached_property
-    def space(self) -> PlanSpace:
-        """All plans of the pruned model within the budget."""
+    def space(self) -> SearchSpace:
+        """All plans of the cuts that are searched, within the budget."""
         quantize = self.config.quantize
         budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
-        return PlanSpace.of(self.layout, budget)
+        return SearchSpace((PlanSpace.of(self.layout, budget),))
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:

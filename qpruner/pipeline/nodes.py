@@ -10,16 +10,13 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qpruner.cluster.node_check import Copies, NodeReport, look_at_all
+from qpruner.cluster.node_check import NodeReport, look_at_all
 from qpruner.config.schema import RunConfig
-from qpruner.errors import CorruptFile, UserError
-from qpruner.pipeline.bank import bank_bytes
+from qpruner.errors import UserError
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import Inspection, amount, check_device, check_gpu
+from qpruner.pipeline.preflight import amount, check_device, check_gpu
 from qpruner.runs.events import TableMade
-from qpruner.runs.records import BankRecord
-from qpruner.runs.run_dir import BANK_CACHE, RunDir
-from qpruner.runs.storage import CACHE, cache_root, read_progress, remove, storage_at, write_text
+from qpruner.runs.storage import read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
 
@@ -28,7 +25,7 @@ def look_at_nodes(context: Context) -> None:
     config, resources, inspection = context.config, context.trial_resources, context.inspection
     root = context.run_dir.root
     with _test_file(root) as (folder, driver):
-        reports = look_at_all(folder, driver, _node_copies(config, inspection, context.run_dir))
+        reports = look_at_all(folder, driver)
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
     rows = tuple(row(report, found[report.id]) for report in reports)
@@ -41,19 +38,6 @@ def look_at_nodes(context: Context) -> None:
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
         check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
-
-
-def _node_copies(config: RunConfig, inspection: Inspection, run: RunDir) -> Copies:
-    """Return what each node copies, to check its disk: the bank, and the pruned model unless nodes read it in place."""
-    banked: list[str] = []
-    with contextlib.suppress(CorruptFile):  # the bank stage reports it
-        record = run.read_record("bank", BankRecord)
-        banked = [f"{sha256}.safetensors" for sha256 in record.files.values()] if record else []
-    copies = {BANK_CACHE: ("the bank", bank_bytes(config, inspection), banked)}
-    if not run.storage.fills_this_disk:
-        pruned = inspection.pruned.num_parameters * inspection.pruned.element_bytes
-        copies[CACHE] = ("the pruned model", pruned, [f"{run.root.relative_to(cache_root())}/**/*"])
-    return copies
 
 
 @contextlib.contextmanager
@@ -81,15 +65,13 @@ def _test_file(storage: Path) -> Iterator[tuple[Path, str]]:
 def troubles(
     report: NodeReport, config: RunConfig, resources: Mapping[str, float], storage: Path, is_unseen: bool
 ) -> dict[str, str]:
-    """Return the problems of a node: sentences by keyword, such as `disk` or `GPUs`.
+    """Return the problems of a node: sentences by keyword, such as `storage` or `GPUs`.
 
     `is_unseen` is True if the driver cannot see the file that the node wrote to the storage.
     """
     found = {} if report.has_left else dict(report.problems)
     if report.has_left or "no answer" in found:
         return found
-    if not report.size.fits(resources):
-        found.pop("disk", None)
     if not (report.size.fits(resources) and resources.get("gpu")):
         found.pop("GPUs", None)
     elif "GPUs" not in found:

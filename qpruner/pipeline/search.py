@@ -20,9 +20,10 @@ from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import controls
+from qpruner.pipeline.controls import base_names, controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import CUTS, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import CUTS, PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
@@ -75,10 +76,10 @@ class Search(Stage[SearchRecord]):
         """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
         space, method = self.context.space, self.config.search.plan_method
         if method:
-            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space)
+            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space.spaces[0])
         if self.context.plan_in_file or self.config.quantize.has_choice:
             return self.context.plan_in_file
-        return space.smallest()
+        return space.spaces[0].smallest()
 
     @cached_property
     def controls(self) -> list[tuple[str, PrecisionPlan]]:
@@ -235,7 +236,8 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        space = PlanSpace.of(context.layout, context.space.budget_bytes, context.record(BankRecord).error)
+        error, groups = context.record(BankRecord).error, tuple(base_names(context).values())
+        space = PlanSpace.of(context.layout, context.space.budget_bytes, error, groups)
         priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
         return SearchJob(
             config=context.worker_config,
@@ -246,7 +248,7 @@ class Search(Stage[SearchRecord]):
                 context.data,
             ),
             layouts={cut: context.layout_of(cut) for cut in CUTS},
-            space=space,
+            space=SearchSpace((space,)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,
             trials=self.folder,

@@ -1,23 +1,19 @@
-"""Define precision plans, groups and their sizes, read a plan file, find the best plan in a budget; without torch."""
+"""Define precision plans, groups and their sizes, and read a plan file; without torch."""
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import html
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qpruner.config.load import parse_yaml
-from qpruner.errors import PlanRefused, SolverFailed
+from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
 
 PRUNED, UNPRUNED = "pruned", "base"
@@ -25,25 +21,6 @@ PRUNED, UNPRUNED = "pruned", "base"
 CUTS = (PRUNED, UNPRUNED)
 EMBEDDINGS, HEAD = "embeddings", "head"
 """Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
-SOLVER_SECONDS = 60.0  # time limit of one knapsack; 120 groups take 0.1 s (2026-11)
-MAX_EXCLUDED = 64  # most plans excluded one by one because they exceed the budget by less than HiGHS's tolerance
-
-
-@contextmanager
-def _native_output_dropped() -> Iterator[None]:
-    """Discard stdout of native code: HiGHS (scipy 1.18) prints a debugging line, which would spoil JSON output."""
-    library = ctypes.CDLL(None)
-    sys.stdout.flush()
-    library.fflush(None)
-    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
-    try:
-        yield
-    finally:
-        library.fflush(None)
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.close(devnull)
 
 
 @dataclass(frozen=True)
@@ -120,7 +97,7 @@ class PrecisionPlan:
         return "".join(format_of(name).letter for name in self.formats)
 
 
-def _next_format(name: str, offered: Sequence[str]) -> str:
+def next_format(name: str, offered: Sequence[str]) -> str:
     """Return the format itself if it is among `offered` (smallest first), else the next larger, else the largest."""
     order = list(formats())
     at = order.index(format_of(name).name)
@@ -155,7 +132,7 @@ class Layout:
 
     def uniform(self, name: str) -> PrecisionPlan:
         """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
-        return self._plan(_next_format(name, group.formats) for group in self.groups)
+        return self._plan(next_format(name, group.formats) for group in self.groups)
 
     def dense(self) -> PrecisionPlan:
         """Return the plan with every group unpacked, whether that is offered or not."""
@@ -191,177 +168,6 @@ class Layout:
 
     def _bytes(self, group: Group, name: str) -> int:
         return group.packed_bytes(name, self.element_bytes)
-
-
-@dataclass(frozen=True)
-class PlanSpace:
-    """All plans of a model that fit into a byte budget; this is all that a searcher knows about the model."""
-
-    groups: tuple[str, ...]  # names, in model order
-    levels: tuple[str, ...]  # formats, smallest first
-    group_bytes: tuple[tuple[int | None, ...], ...]  # (groups, levels); None where a group is not offered a level
-    fixed_bytes: int  # the same in all plans
-    budget_bytes: int
-    cut: str = PRUNED
-    damage: tuple[tuple[float | None, ...], ...] = ()
-    """Relative squared error of each (group, level), None where not offered; empty: not measured."""
-
-    @classmethod
-    def of(cls, layout: Layout, budget_bytes: int, error: Mapping[str, Mapping[str, float]] | None = None) -> PlanSpace:
-        """Make the plan space of a model with this budget; `error` is measured: format -> group -> relative square."""
-        levels, groups = layout.levels, tuple(group.name for group in layout.groups)
-        group_bytes = tuple(zip(*map(layout.group_bytes, levels), strict=True))
-        fixed_bytes = layout.ungrouped_bytes + layout.adapter_bytes
-        damage: tuple[tuple[float | None, ...], ...] = ()
-        if error:
-            damage = tuple(
-                tuple(_error_of(name, group.name, error) if name in group.formats else None for name in levels)
-                for group in layout.groups
-            )
-        return cls(groups, levels, group_bytes, fixed_bytes, budget_bytes, layout.cut, damage)
-
-    @cached_property
-    def offered(self) -> tuple[tuple[int, ...], ...]:
-        """The indices in `levels` that each group may have, ascending."""
-        return tuple(tuple(at for at, size in enumerate(sizes) if size is not None) for sizes in self.group_bytes)
-
-    @cached_property
-    def _formats(self) -> tuple[dict[str, int], ...]:
-        """The formats that each group may have, with their bytes."""
-        return tuple(
-            {name: size for name, size in zip(self.levels, sizes, strict=True) if size is not None}
-            for sizes in self.group_bytes
-        )
-
-    def __contains__(self, plan: object) -> bool:
-        """Return True for a plan of this cut whose groups all have formats they are offered, over budget or not."""
-        if not isinstance(plan, PrecisionPlan) or (plan.cut, plan.groups) != (self.cut, self.groups):
-            return False
-        return all(name in offered for name, offered in zip(plan.formats, self._formats, strict=True))
-
-    def uniform(self, name: str) -> PrecisionPlan:
-        """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
-        return self._plan(_next_format(name, tuple(offered)) for offered in self._formats)
-
-    def smallest(self) -> PrecisionPlan:
-        """Return the plan with the fewest bytes."""
-        return self._plan(min(offered, key=offered.__getitem__) for offered in self._formats)
-
-    def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
-        """Return the plan in which each group has the format at its index in `levels`."""
-        return self._plan(self.levels[int(index)] for index in indices)
-
-    def indices_of(self, plan: PrecisionPlan) -> tuple[int, ...]:
-        """Return the index in `levels` of each group's format."""
-        return tuple(self.levels.index(name) for name in plan.formats)
-
-    def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`; raise `ValueError` for a plan outside this space."""
-        if plan not in self:
-            raise ValueError(f"the plan {plan} of the cut {plan.cut} is not in the space of the cut {self.cut}")
-        sizes = zip(plan.formats, self._formats, strict=True)
-        return sum(offered[name] for name, offered in sizes) + self.fixed_bytes
-
-    def is_feasible(self, plan: PrecisionPlan) -> bool:
-        """Return True if the plan is in this space and fits into the budget."""
-        return plan in self and self.plan_bytes(plan) <= self.budget_bytes
-
-    def _plan(self, names: Iterable[str]) -> PrecisionPlan:
-        return PrecisionPlan(self.groups, tuple(names), self.cut)
-
-    def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
-        """Return the plan in the budget with the largest sum of `gains` ``(groups, levels)``, by an exact knapsack.
-
-        Gains of levels that a group is not offered do not matter. Raise `ValueError` if no plan fits into the budget,
-        and `SolverFailed` if the solver ends without an answer.
-        """
-        plan = self._solve(gains, avoid=())
-        if plan is None:
-            raise ValueError(f"no plan fits in {self.budget_bytes} bytes")
-        return plan
-
-    def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
-        """Return the plan that fits into the budget, is not in `avoid`, and differs from `plan` in the fewest groups.
-
-        Of equally near plans the one with the most bytes is returned; None if no plan is left.
-        """
-        avoided = {each for each in avoid if each in self}
-        if self.is_feasible(plan) and plan not in avoided:
-            return plan
-        # The byte terms of all groups sum to less than one, so they only break ties between equally near plans.
-        limit = 1.0 + sum(max(offered.values()) for offered in self._formats)
-        gains = [
-            [
-                (1.0 if level == wanted else 0.0) + (size or 0) / limit
-                for level, size in zip(self.levels, sizes, strict=True)
-            ]
-            for wanted, sizes in zip(plan.formats, self.group_bytes, strict=True)
-        ]
-        # Excluding plans makes the problem larger, and most proposals do not need it: solve it without them first.
-        found = self._solve(gains, ())
-        return self._solve(gains, avoided) if found in avoided else found
-
-    def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
-        """Return the plan in the budget, not in `avoid`, with the largest sum of gains; None if there is no such plan.
-
-        HiGHS accepts plans that exceed the budget by up to a millionth of it. If it returns one, it is run again with
-        a slightly smaller budget. If that does not help, plans over the budget are excluded one by one.
-        """
-        excluded = list(avoid)
-        for margin in (0.0, 2e-6, 2e-5):
-            plan = self._optimum(gains, excluded, margin)
-            if plan is None and margin == 0.0:
-                return None
-            if plan is not None and self.is_feasible(plan):
-                return plan
-        for _ in range(MAX_EXCLUDED):
-            plan = self._optimum(gains, excluded, margin=0.0)
-            if plan is None or self.is_feasible(plan):
-                return plan
-            excluded.append(plan)
-        raise SolverFailed(
-            f"HiGHS found only plans that exceed the budget of {self.budget_bytes} bytes by less than a millionth "
-            f"({MAX_EXCLUDED} of them): raise `quantize.budget` by a millionth, or form fewer groups (`quantize.group`)"
-        )
-
-    def _optimum(
-        self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
-    ) -> PrecisionPlan | None:
-        """Solve the knapsack for plans not in `avoid`, with the share `margin` of the budget unused; None if none."""
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
-        sizes = np.array(self.group_bytes, dtype=float)
-        is_offered = ~np.isnan(sizes)  # None is NaN
-        gain, sizes = np.where(is_offered, np.array(gains, dtype=float), 0.0), np.where(is_offered, sizes, 0.0)
-        num_groups, num_levels = gain.shape
-        capacity = float(self.budget_bytes - self.fixed_bytes)
-        budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
-        constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
-        excluded = [[name == level for name in other.formats for level in self.levels] for other in avoid]
-        if excluded:
-            constraints.append(LinearConstraint(np.array(excluded, dtype=float), -np.inf, num_groups - 1))
-        with _native_output_dropped():
-            solution = milp(
-                c=-gain.ravel(),
-                constraints=[*constraints, budget],
-                integrality=np.ones(gain.size),
-                bounds=Bounds(0, is_offered.ravel().astype(float)),
-                options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},
-            )
-        if solution.status == 2:  # proved to have no solution
-            return None
-        if not solution.success:
-            raise SolverFailed(
-                f"the solver HiGHS found no plan of {num_groups} groups in {self.budget_bytes} bytes: it ended with "
-                f"status {solution.status} ({solution.message}), with a limit of {SOLVER_SECONDS:g} s; try again, or "
-                "form fewer groups (`quantize.group`)"
-            )
-        return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))
-
-
-def _error_of(name: str, group: str, error: Mapping[str, Mapping[str, float]]) -> float:
-    return error[name][group] if format_of(name).is_packed else 0.0
 
 
 def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cuts: Sequence[str] = (PRUNED,)) -> PrecisionPlan:

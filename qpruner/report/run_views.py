@@ -11,10 +11,7 @@ from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import (
-    best_of,
     best_so_far,
-    control_name,
-    fits,
     in_order_of_end,
     plan_text,
     score,
@@ -32,7 +29,7 @@ from qpruner.report.statistics import (
     seeds_of,
     seeds_text,
 )
-from qpruner.runs.records import GIVEN, Results, SearchRecord, TrialRecord, flat
+from qpruner.runs.records import Results, SearchRecord, TrialRecord, flat
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
@@ -77,16 +74,10 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
     if search is None:
         return None
     now = search_progress(search, run.trials)
-    # A trial that has not begun is starting if a slot is free for it; otherwise it waits for a slot.
-    # Trials of a command that has ended do neither.
-    begun, is_running = sum(trial.has_begun for trial in now.running), run.liveness.outcome == RUNNING
-    starting = min(len(now.running) - begun, max(0, (search.slots or 0) - begun)) if is_running else 0
     return {
         **search.model_dump(),
         "score_title": score_title(search),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
-        "waiting": len(now.running) - begun - starting if is_running else 0,
-        "starting": starting,
         "trials": len(now.trials),
         "under_way": [trial_row(run, trial) for trial in now.running],
         "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],
@@ -94,7 +85,6 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "seconds_left": now.seconds_left,
         "best": trial_row(run, now.best) if now.best else None,
         "best_control": trial_row(run, now.best_control) if now.best_control else None,
-        "control_name": control_name(now.best_control) if now.best_control else None,
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
@@ -161,6 +151,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
     """Collect the figures of a run that `qpruner compare` shows."""
     config, search, record = run.state.config, run.state.search, run.results.search
     statuses = [trial.status for trial in run.own_trials]
+    control = search_progress(search, run.trials).best_control if search else None
     facts: dict[str, Any] = {
         "run": run.run_dir.storage.address,
         "outcome": RUNNING if run.liveness.successor else run.liveness.outcome,
@@ -169,7 +160,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "metric": config["search"]["metric"],
         "budget_bytes": search.budget_bytes if search else None,
         **{name: statuses.count(name) for name in ("finished", "stopped", "failed", "running")},
-        "best_control": _best_control(run),
+        "best_control": score(control.rungs[-1], search.metric) if search and control else None,
     }
     if record is None:
         return facts
@@ -191,20 +182,6 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "run_gpu_hours": sum(run.results.gpu_seconds.values()) / 3600,
     }
     return facts | _final(run.results)
-
-
-def _best_control(run: Snapshot) -> float | None:
-    """Return the best score of a control in the budget, also if an earlier search tried it."""
-    metric = run.state.config["search"]["metric"]
-    search = run.state.search
-    finished = [each for each in run.own_trials if each.status == "finished" and search and fits(each, search)]
-    controls = [each for each in finished if each.is_control and not each.is_given]
-    if run.results.search:
-        # A control's plan may have been tried first as a given plan, or as a searched plan of another search.
-        confirmed = [each for each in run.results.search.confirmations if each.control and each.origin != GIVEN]
-        controls = [trial(run, each.index) for each in confirmed if each.fits]
-    best = best_of(controls, metric)
-    return score(best.rungs[-1], metric) if best else None
 
 
 def _final(results: Results) -> dict[str, float | str | None]:
@@ -251,13 +228,12 @@ def _by_place(setting: Any) -> Any:
 class Against:
     """The figures of one run's fine-tuned winner minus those of another's, over the training seeds that both runs have.
 
-    `no_figures` says why nothing can be compared. `differ` names data on which the runs cannot be compared.
+    `no_figures` says why nothing can be compared.
     """
 
     seeds: tuple[int, ...]
     more_bytes: float | None
     no_figures: str | None
-    differ: tuple[str, ...] = ()
     differences: tuple[Difference, ...] = ()
 
 
@@ -268,20 +244,12 @@ def against(run: Results, other: Results) -> Against:
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
     if not pairs:
         return Against((), None, "the runs have no training seed in common")
-    seeds, share = seeds_of(pairs), more_bytes([(theirs, ours) for ours, theirs in pairs])
-    same = [(one.plan, one.adapter_sha256) == (two.plan, two.adapter_sha256) for (one, _), (two, _) in pairs]
-    if all(same) and all(one.adapter_sha256 for (one, _), _ in pairs):
-        return Against(seeds, share, "both runs have the same fine-tuned model")
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
-    measured: dict[str, list[Difference]] = {}
-    if run.evaluate.tested == other.evaluate.tested:
-        measured["test questions"] = over_questions(pairs)
+    differences = over_questions(pairs) if run.evaluate.tested == other.evaluate.tested else []
     if prepared[0] == prepared[1]:
-        measured["confirmation rows"] = [over_confirmation_rows(pairs)]
-    differ = tuple(name for name in ("test questions", "confirmation rows") if name not in measured)
-    if not measured:
-        return Against(seeds, share, f"their {' and '.join(differ)} differ")
-    return Against(seeds, share, None, differ, tuple(each for found in measured.values() for each in found))
+        differences.append(over_confirmation_rows(pairs))
+    no_figures = None if differences else "the runs share neither test questions nor confirmation rows"
+    return Against(seeds_of(pairs), more_bytes(pairs), no_figures, tuple(differences))
 
 
 def against_text(found: Against) -> str:
@@ -289,5 +257,4 @@ def against_text(found: Against) -> str:
     if found.no_figures:
         return f"nothing to compare, {found.no_figures}"
     differences = "; ".join(map(difference_text, found.differences))
-    differ = "".join(f"; their {name} differ, so they are not compared" for name in found.differ)
-    return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}{differ}"
+    return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs import events
 from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecord, SearchState, TrialRecord
+from qpruner.wording import counted, duration
+
+Line = tuple[str, TrialRecord | None]
+"""A line that describes a search, and the trial whose plan belongs to its end, if any."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,23 @@ def score_with_step(score_text: str, scored_step: int, current_step: int) -> str
     return score_text if scored_step == current_step else f"{score_text} @{scored_step}"
 
 
-def control_name(control: TrialRecord) -> str:
-    """Return the title of the best plan that no searcher proposed: `given plan` (by the user) or `best control`."""
-    return "given plan" if control.is_given else "best control"
+def search_lines(search: SearchState, now: SearchProgress, is_running: bool = True) -> Iterator[Line]:
+    """Describe a search for the live view and `qpruner status`: counts and time left, then the best trials."""
+    counts = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
+    busy = f"{len(now.running)} {'running' if is_running else 'begun'}" if now.running else ""
+    if is_running and search.slots is not None:
+        # Trials without a slot wait for a machine that an autoscaler may start.
+        num_waiting = max(0, len(now.running) - search.slots)
+        busy = f"{len(now.running) - num_waiting} of {counted(search.slots, 'slot')} busy"
+        busy += f", {num_waiting} waiting for one" if num_waiting else ""
+    left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
+    left += " once it goes on" if left and not is_running else ""
+    now_busy = f"; {busy}" if busy else ""
+    yield f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {counts}{now_busy}{left}", None
+    for best in filter(None, (now.best, now.best_control)):
+        name = "given plan" if best.is_given else "best control" if best.is_control else "best so far"
+        reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
+        yield f"{name:<12}  {reached} ({best.origin}), {best.plan_bytes / 1e6:.1f} MB", best
 
 
 def best_so_far(

@@ -1,9 +1,8 @@
 """A lock file names the driver, the one process that works on a run; the file's time of change is the last heartbeat.
 
-A lock is stale if its driver is dead. A new command sees from the process id whether a driver on the same machine is
-dead. For a driver on another machine it waits until the next heartbeat is overdue, since clocks may differ. `filelock`
-lets one process at a time judge a lock; for a run at a URI, one on each machine (pyarrow 26 has no conditional put). If
-drivers on two machines then take one lock in the same instant, the first heartbeat ends one of them.
+A lock is stale if its driver is dead: on this machine the process id tells, on another one a minute without heartbeat,
+measured here, since clocks may differ. `filelock` lets one process at a time judge a lock; at a URI, one on each
+machine (pyarrow 26 has no conditional put): of two that take it at once, the first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -71,10 +70,9 @@ def driver_of(root: Path) -> Driver | None:
 def hold_run(
     root: Path, notify: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
 ) -> Iterator[Callable[[], bool]]:
-    """Hold the lock of a run for this process, or raise `UserError` if another driver works on the run.
+    """Hold the lock of a run, or raise `UserError` if another driver works on it; yield whether the lock is still held.
 
-    Yields a function that returns False once this process has lost the lock. The next heartbeat then also ends this
-    process (SIGTERM). `notify` gets a line when this process waits for the lock, takes a stale lock or loses its lock.
+    If the lock is lost, the next heartbeat ends this process (SIGTERM).
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
     watched, deadline = None, time.monotonic() + limit
@@ -85,17 +83,15 @@ def hold_run(
         except OSError as error:
             if error.errno != errno.ENOLCK:
                 raise
-            raise UserError(
-                f"`output`: file locks do not work on the file system of {root} ({error.strerror}); mount it with lock "
-                "support, or name another `output`"
-            ) from error
+            why = f"file locks do not work on the file system of {root} ({error.strerror})"
+            raise UserError(f"`output`: {why}; mount it with lock support, or name another `output`") from error
 
     while other := retry_storage(take, root / NAME, seconds=0.0):  # tried once: a repetition would meet our own lock
         holder, _ = other
         if holder.machine == me.machine or (watched and other != watched):
+            who = f"process {holder.pid} on {holder.host} since {holder.since}"
             raise UserError(
-                f"`output`: {display_name(root)} is being worked on by process {holder.pid} on {holder.host} since "
-                f"{holder.since}; wait until that process ends, stop it, or name another `output`"
+                f"`output`: {display_name(root)} is being worked on by {who}; wait until it ends, or stop it"
             )
         if not watched:
             text = f"waiting up to {limit:.0f} s for a sign of life of process {holder.pid} on {holder.host}"
@@ -123,12 +119,8 @@ def hold_run(
 
 def lock_lost(stage: str, evidence: str) -> StageError:
     """Return the error for a stage during which another driver took the run over, while this process was suspended."""
-    return StageError(
-        stage,
-        f"another driver took this run over while this one gave no sign of life: {evidence}",
-        "wait until the other driver ends (`qpruner status` shows its progress), then repeat the command: it resumes "
-        "from the records",
-    )
+    cause = f"another driver took this run over while this one gave no sign of life: {evidence}"
+    return StageError(stage, cause, "wait until the other driver ends (see `qpruner status`), then repeat the command")
 
 
 def this_process() -> Holder:
@@ -143,19 +135,17 @@ def this_process() -> Holder:
 
 def _read_holder(lock: Storage) -> Holder | None:
     """Read the holder from a lock file; return None if the file is damaged."""
-    try:
+    with contextlib.suppress(ValidationError):  # empty, or cut short by a power failure
         return Holder.model_validate_json(lock.read())
-    except ValidationError:  # empty, or cut short by a power failure
-        return None
+    return None
 
 
 def _read_lock(lock: Storage) -> tuple[Holder, float] | None:
     """Read the holder of a lock and its last heartbeat; return None if nobody holds the lock."""
-    try:
-        holder, stat = _read_holder(lock), lock.stat()
-    except FileNotFoundError:
-        return None
-    return (holder, stat.modified) if holder and stat else None
+    with contextlib.suppress(FileNotFoundError):
+        if (holder := _read_holder(lock)) and (stat := lock.stat()):
+            return holder, stat.modified
+    return None
 
 
 def _take(

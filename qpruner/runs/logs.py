@@ -45,9 +45,7 @@ def logging_to(root: Path) -> Iterator[None]:
     except OSError as error:
         if trouble := storage_error(error, root):
             raise trouble from error
-        raise UserError(
-            f"`output`: {root} cannot be written ({error.strerror}); name a folder that you may write to"
-        ) from error
+        raise UserError(f"`output`: {root} cannot be written ({error.strerror}); name another folder") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root_logger = logging.getLogger()
     level, showwarning = root_logger.level, warnings.showwarning
@@ -105,7 +103,5 @@ class Uploader:
                     if path not in self._uploaded:
                         remove(path)
         except (OSError, StorageError) as error:  # no result depends on these files
-            again = "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s"
-            text = "TensorBoard files and log could not be uploaded: %s; check `output`, the network and credentials"
-            logger.warning(f"{text}; tried again %s", error, again)
+            logger.warning("TensorBoard files and log could not be uploaded, which is tried again: %s", error)
         self._due = time.monotonic() + SECONDS_BETWEEN

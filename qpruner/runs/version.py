@@ -1,7 +1,4 @@
-"""The version and the commit of this code: from git in a checkout, from a file of the build in an installation.
-
-`setup.py` runs this file, so it imports only the standard library.
-"""
+"""The version and commit of this code. `setup.py` runs this file, so it imports only the standard library."""
 
 from __future__ import annotations
 

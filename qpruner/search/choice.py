@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.runs.records import OF_EVERY_CUT
 from qpruner.search.searchers import Prior
 

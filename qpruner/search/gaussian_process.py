@@ -25,7 +25,8 @@ from gpytorch.distributions import MultivariateNormal
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search.plan_model import Data, PlanModel, informative, settled
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior, Proposal
@@ -57,9 +58,9 @@ class GaussianProcessProposer:
 
     name = "gp"
 
-    def __init__(self, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False) -> None:
+    def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False) -> None:
         self._seed, self._pareto = seed, pareto
-        self._model, self._plans = PlanModel(space, priors), Plans(space)
+        self._model, self._plans = PlanModel(space.spaces[0], priors), Plans(space.spaces[0])
         self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
 
     @_one_thread()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpruner.plans.plan import PlanSpace
+from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import format_of
 from qpruner.search.searchers import History, Observation, Prior
 

@@ -1,9 +1,9 @@
 """Proposers of plans, and the ledger that turns proposals into new plans inside the budget.
 
 Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` first hands out the controls
-(plans to beat, also of another cut or over budget). It replaces a proposal that is over budget or known already by the
-nearest new feasible plan, and keeps the results. Suggestion k depends only on the seed, k and the results known when it
-is asked for.
+(plans to beat, also of a cut that is not searched, or over budget). It replaces a proposal that is over budget or known
+already by the nearest new feasible plan, and keeps the results. Suggestion k depends only on the seed, k and the
+results known when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Protocol
 import numpy as np
 
 from qpruner.errors import UserError
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import SearchSpace
 
 Prior = Mapping[str, Sequence[float | None]]
 """A sensitivity: for each format the predicted rise of the loss by every group, in nats or another unit.
 
-None where a group is not offered the format."""
+None where a group is not offered the format. The groups are in the order of `SearchSpace.groups`."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,19 @@ def check_searcher(name: str) -> None:
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Proposes a uniformly random level for each group, as the baseline of the other searchers."""
+    """Proposes a uniformly random cut, and level for each group, as the baseline of the other searchers."""
 
-    space: PlanSpace
+    space: SearchSpace
     seed: int
     name: str = "random"
 
     def propose(self, index: int, history: History) -> Proposal:
         """Draw a plan."""
-        offered = self.space.offered
-        drawn = np.random.default_rng([self.seed, index]).integers([len(levels) for levels in offered])
-        return Proposal(self.space.plan_of(levels[at] for levels, at in zip(offered, drawn, strict=True)))
+        generator = np.random.default_rng([self.seed, index])
+        cut = int(generator.integers(len(self.space.cuts)))
+        offered = self.space.aligned[cut].offered
+        drawn = generator.integers([len(levels) for levels in offered])
+        return Proposal(self.space.plan_of((*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class ScalarizedProposer:
     """
 
     inner: Proposer
-    space: PlanSpace
+    space: SearchSpace
     seed: int
 
     @property
@@ -147,7 +150,7 @@ class Ledger:
     any plan has reached: the worst score there plus the range of scores there; if all are equal, the score plus 1 %.
     """
 
-    space: PlanSpace
+    space: SearchSpace
     proposer: Proposer
     controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan), handed out first; of any cut, any size
     max_trials: int  # suggestions in all, without trials of another search

@@ -1,15 +1,12 @@
 """Predict the rise of the loss from a Taylor expansion in the quantization error of the weights.
 
-Let ``E = W_start - W`` be the error of the weights with which trials start (dequantized, adapters added), ``g_s`` the
-gradient of the summed loss of sample s, and N the number of labelled tokens. The predicted rise per token is
+Let ``E = W_start - W`` be the error of the weights with which trials start, ``g_s`` the gradient of the summed loss of
+sample s, and N the number of labelled tokens. The predicted rise per token is
 
 - first order: ``sum_s <g_s, E> / N``,
-- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, which approximates the change of the predictions by the diagonal of the
-  empirical Fisher matrix (as in SqueezeLLM, arXiv 2306.07629),
-- second order: the sum of both, with the Fisher diagonal in place of the Hessian.
-
-Gradients of different tokens are uncorrelated under the model, so the summed gradient of a sample has the Fisher
-information of all its tokens. One backward pass over the samples gives all values for all groups and formats.
+- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, the diagonal of the empirical Fisher matrix (SqueezeLLM, arXiv 2306.07629);
+  gradients of different tokens are uncorrelated under the model, so the summed gradient has all their information,
+- second order: the sum of both.
 """
 
 from __future__ import annotations
@@ -53,10 +50,7 @@ class Expansion:
 
 
 def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
-    """Predict the rise of the loss by every (group, format) in one forward and backward pass of the unquantized model.
-
-    The groups of `starts` must be parts of blocks.
-    """
+    """Predict the rise of the loss by every (group, format) of `starts`, all in blocks, in one backward pass."""
     pairs = pairs_of(starts)
     owner = {path: group for group in dict(pairs) for path in starts.groups[group]}
     linears = {path: model.get_submodule(path) for path in owner}

@@ -1,8 +1,7 @@
 """Measure how the predictions change when one group is quantized: KL divergence and change of the loss.
 
-For every (group, format) the group gets the weights with which trials start, and the samples run through the model. The
-blocks before the changed layers return their stored outputs, so only the later blocks run: all of them for embeddings,
-none for a head. The head runs only at positions with a label.
+The group gets the weights with which trials start. The blocks before it return their stored outputs, so only the later
+ones run: all of them for embeddings, none for a head.
 """
 
 from __future__ import annotations
@@ -34,10 +33,9 @@ POSITIONS = 256
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sums over the predicted positions of each sample, in nats.
+    """Sums over the predicted positions of each sample, in nats, of the unquantized model and as changes from it.
 
-    Number of positions (`counts`) and loss of the unquantized model (`base_loss`) are ``(samples,)``. KL divergence
-    from that model (`kl`) and change of its loss (`loss`) are ``(pairs, samples)``.
+    `counts` and `base_loss` are ``(samples,)``, KL divergence (`kl`) and change of the loss ``(pairs, samples)``.
     """
 
     pairs: tuple[Pair, ...]
@@ -76,12 +74,9 @@ def pairs_of(starts: Starts) -> tuple[Pair, ...]:
 def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measurement:
     """Measure every (group, format) on all samples; progress counts one step for each (group, format) and batch.
 
-    In bfloat16 rounding alone causes some KL divergence: 0.0009 to 0.0015 nats on pruned SmolLM2 after one weight was
-    changed by one unit in the last place (2026-11). 8 bits cause about as much: rank groups at 8 bits by `fisher`.
-    Packed embeddings also replace a head that is tied to them.
-
-    Memory besides the model: for one batch the outputs of all blocks and float32 log-probabilities; the weights of one
-    group; and one layer during unpacking.
+    In bfloat16 rounding alone causes 0.0009 to 0.0015 nats of KL divergence on pruned SmolLM2 (one weight changed in
+    its last place, 2026-11), about as much as 8 bits do: rank groups at 8 bits by `fisher`. Packed embeddings also
+    replace a head that is tied to them.
     """
     all_batches = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
     pairs, parts = pairs_of(starts), []
@@ -106,10 +101,7 @@ def _start_weights(
 
 
 class _Rerun:
-    """Run a batch through the unquantized model, then again from any block after its weights were replaced.
-
-    Number of predicted positions (`counts`) and summed loss (`base_loss`) are ``(samples,)`` float64.
-    """
+    """Runs a batch through the unquantized model, then again from any block; counts and losses are ``(samples,)``."""
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         family = family_of(model.config)

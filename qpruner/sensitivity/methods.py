@@ -1,7 +1,6 @@
 """Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model.
 
-Methods that need the same passes over the samples share them; their records name the other methods. Embeddings and head
-have no place in the passes of some methods (`MEASURED_INSTEAD`): they are measured as `kl` and `loss` are.
+Methods that share passes over the samples name each other in their records.
 """
 
 from __future__ import annotations
@@ -96,10 +95,7 @@ def by_information(
 
 
 def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]) -> dict[str, MethodScores]:
-    """Score all groups by first order, Fisher and second order, with one forward and backward pass.
-
-    `tables` has the rises of embeddings and head by `loss` and `kl`, see `table_rises`.
-    """
+    """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and head."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
     details = {"num_samples": len(subject.samples.rows), "num_positions": found.num_tokens}

@@ -1,9 +1,8 @@
 """Estimate the mutual information between the output of each group and the predicted token, as the QPruner paper does.
 
-The estimator is the k-nearest-neighbour estimator of Ross (2014, doi:10.1371/journal.pone.0087357), which scikit-learn
-uses in `mutual_info_classif`, applied to several components jointly. The continuous variable is the leading principal
-components, whitened, of the group's output at the predicted positions. The discrete variable is the token that the
-model predicts, with rare tokens pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
+The estimator is Ross's (2014, doi:10.1371/journal.pone.0087357), as in scikit-learn's `mutual_info_classif`, applied
+jointly to the leading principal components, whitened, of a group's output at the predicted positions. Rare tokens are
+pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
 """
 
 from __future__ import annotations
@@ -53,10 +52,7 @@ class MutualInformation:
 def measure(
     model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int, on_group: OnProgress
 ) -> MutualInformation:
-    """Estimate the mutual information of every group's output with the predicted token, in one pass over the samples.
-
-    `group` is `quantize.group`. `seed` draws positions and shuffles labels. `on_group` counts the estimated groups.
-    """
+    """Estimate every group's mutual information in one pass; `seed` draws positions and shuffles, `on_group` counts."""
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
@@ -72,10 +68,8 @@ def measure(
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     num_classes = len(np.unique(labels))
     if num_classes < 2:
-        raise UserError(
-            f"`calibration.num_sensitivity_samples`: the model predicts the same token at all {len(labels)} positions, "
-            "so mutual information is zero for every group; give more or longer samples"
-        )
+        why = f"the model predicts the same token at all {len(labels)} positions, so mutual information is zero"
+        raise UserError(f"`calibration.num_sensitivity_samples`: {why}; give more or longer samples")
     shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
     raw, baseline = [], []
     for name in modules:
@@ -87,10 +81,9 @@ def measure(
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
-    """Keep the labels of `max_positions` randomly drawn positions, and drop the tokens and rows that are not needed.
+    """Keep the labels of `max_positions` randomly drawn positions; drop the tokens and rows that are not needed.
 
-    Positions are drawn from all rows, because neighbouring positions of a text have similar outputs. Each row ends at
-    its last drawn position; the rows are sorted by length, the shortest first.
+    They are drawn from all rows, because neighbouring positions have similar outputs. The shortest row comes first.
     """
     labelled = [
         (row, at)
@@ -112,8 +105,7 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
     """Estimate mutual information in nats as ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>`` (Ross); may be negative.
 
-    `components` is ``(samples, components)``. Every label must occur at least twice. If a label has fewer than
-    `num_neighbors` other samples, all of them are used.
+    `components` is ``(samples, components)``. Every label must occur twice; a rare one uses fewer neighbours.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors

@@ -61,10 +61,9 @@ def is_damaged(checkpoint: Path) -> bool:
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
-    """Publish a checkpoint in the fine-tune's folder with a list of its files, then remove the earlier checkpoints.
+    """Publish a checkpoint in the fine-tune's folder, then remove the earlier ones.
 
-    An object store gets the files on the first worker's machine. They lack the random states of workers on other
-    machines, whose dropout starts from the seed again when the fine-tune is resumed.
+    In an object store it lacks the random states of workers on other machines: their dropout then starts from the seed.
     """
     from torch import distributed
 
@@ -95,10 +94,7 @@ def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownershi
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved weights into a model's adapters, in the type in which they are served.
-
-    Raise `CorruptFile` if the weights are missing or cut short.
-    """
+    """Load saved weights into a model's adapters, in the type in which they are served; `CorruptFile` if cut short."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

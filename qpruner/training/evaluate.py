@@ -44,11 +44,10 @@ def score_tasks(
     metric: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
-    """Run lm-eval on a model in memory, with or without adapters.
+    """Run lm-eval on a model in memory; return one score per task, of a group of tasks one per subtask.
 
-    The first `skip` questions of a task are left out; the next `limit` (None: all) are scored. If `metric` is None, a
-    task is scored by the first of `METRICS` that it reports. `on_progress` gets the numbers of answered and of all
-    requests (one per choice or generation). Returns one score per task; a group of tasks has one per subtask.
+    The first `skip` questions are left out; the next `limit` (None: all) are scored, by `metric` or else the first of
+    `METRICS` that a task reports. `on_progress` counts requests (one per choice or generation).
     """
     from lm_eval import simple_evaluate
 
@@ -75,10 +74,7 @@ def score_tasks(
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
-    """Derive a class from lm-eval's model that reports progress and computes only the logits of answers.
-
-    lm-eval passes each answer to a cache hook, which counts it. Answers' logits are the last ones of a sequence.
-    """
+    """Derive a class from lm-eval's model that counts answers (by its cache hook) and computes only their logits."""
     import torch
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
@@ -120,10 +116,7 @@ def _counting_model(on_progress: OnProgress) -> Any:
 def task_questions(
     tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
 ) -> dict[str, TaskQuestions]:
-    """Load the first `limit` questions of each task; errors name `key`, the configuration key that lists the tasks.
-
-    Raise `UserError` if a task is unknown, its rows cannot be loaded, or it does not report the metric.
-    """
+    """Load the first `limit` questions of each task, and check tasks and metric; errors name the key `key`."""
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in (task for task in tasks if task not in known):
         folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
@@ -133,10 +126,8 @@ def task_questions(
     try:
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
-        raise UserError(
-            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}; "
-            "fix the task's file or data, check the network if the data is on the hub, or name another task"
-        ) from error
+        why = f"the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}"
+        raise UserError(f"`{key}`: {why}; fix the task's file or data, or name another task") from error
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
     questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
     for name, task in loaded.items():
@@ -150,15 +141,11 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
     """Choose the metric that scores a task: `wanted`, or else the first of `METRICS` that the task reports."""
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
-        raise UserError(
-            f"`{key}`: task `{task}` must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}: name "
-            "a task that reports an accuracy"
-        )
+        rule = f"must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}"
+        raise UserError(f"`{key}`: task `{task}` {rule}: name a task that reports an accuracy")
     if wanted and wanted not in accuracies:
-        raise UserError(
-            f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
-            f"{', '.join(accuracies)}: set one that all report or `accuracy` (chosen per task), or name other tasks"
-        )
+        rule = f"must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports"
+        raise UserError(f"`search.metric` {rule} {', '.join(accuracies)}: set one that all report, or `accuracy`")
     return wanted or accuracies[0]
 
 
@@ -173,10 +160,8 @@ def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
         count, right = len(choices), task.doc_to_target(doc)
     for answer in right if isinstance(right, list) else [right]:
         if not (0 <= answer < count if isinstance(answer, int) else answer in choices):
-            raise UserError(
-                f"{place} has the answer {answer!r}, which is not among its {count} choices: give a choice, or its "
-                f"position from 0 to {count - 1}, in the rows or in the task file's `doc_to_target`"
-            )
+            remedy = f"give a choice, or its position from 0 to {count - 1}, in the rows or in `doc_to_target`"
+            raise UserError(f"{place} has the answer {answer!r}, which is not among its {count} choices: {remedy}")
 
 
 @functools.lru_cache(maxsize=4)

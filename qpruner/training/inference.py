@@ -1,7 +1,4 @@
-"""Measure a model's memory while it generates, and its tokens per second of prefill and of decode.
-
-Speeds drift over minutes, so models to compare are timed in turns.
-"""
+"""Measure a model's memory while it generates, and its speed, in turns with other models: speeds drift over minutes."""
 
 from __future__ import annotations
 
@@ -97,9 +94,9 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> 
 
 
 def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> tuple[float, float, int]:
-    """Generate once, after a short warm-up; return tokens per second of prefill and of decode, and the memory in bytes.
+    """Generate once; return tokens per second of prefill and of decode, and the memory in bytes.
 
-    On a GPU the memory is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the loaded model.
+    On a GPU this is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the loaded model.
     """
     ids = torch.tensor([prompt], device=model.device)
     model.eval()

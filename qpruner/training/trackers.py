@@ -1,8 +1,6 @@
 """Settings and checks of the trackers that the key `trackers` names: Weights & Biases and MLflow.
 
-Ray Tune's callbacks log trials (`cluster/tune/trackers.py`), transformers' callbacks log fine-tunes
-(`tracked_finetune.py`). A tracker's address and key come from its own environment variables, which the driver passes to
-the workers. These variables are never recorded or logged.
+A tracker's address and key come from environment variables, which workers get, and which are never recorded.
 """
 
 from __future__ import annotations
@@ -83,10 +81,8 @@ def _wandb_key() -> dict[str, str]:
 
     if key := wandb.api.api_key:
         return {"WANDB_API_KEY": key}  # workers on other machines need the key of this machine's login
-    raise UserError(
-        "`trackers` names wandb, but there is no API key: set WANDB_API_KEY, run `wandb login`, or set "
-        "WANDB_MODE=offline"
-    )
+    remedy = "set WANDB_API_KEY or WANDB_MODE=offline, or run `wandb login`"
+    raise UserError(f"`trackers` names wandb, but there is no API key: {remedy}")
 
 
 def _check_mlflow() -> None:
@@ -94,17 +90,13 @@ def _check_mlflow() -> None:
 
     place = os.environ.get("MLFLOW_TRACKING_URI")
     if not place:
-        raise UserError(
-            "`trackers` names mlflow, but MLFLOW_TRACKING_URI is not set: set it to the address of a server, or to a "
-            "database file that all machines see, such as sqlite:////shared/mlflow.db"
-        )
+        remedy = "set it to the address of a server, or to a database file that all machines see (sqlite:////FILE)"
+        raise UserError(f"`trackers` names mlflow, but MLFLOW_TRACKING_URI is not set: {remedy}")
     try:
         MlflowClient(tracking_uri=place).search_experiments(max_results=1)
     except Exception as error:  # may come from sqlalchemy, requests or mlflow
-        raise UserError(
-            f"`trackers` names mlflow, but MLFLOW_TRACKING_URI, {_without_password(place)}, does not work: "
-            f"{_without_password(first_line(error))}; check the address and the server, or remove mlflow"
-        ) from error
+        why = _without_password(f"MLFLOW_TRACKING_URI, {place}, does not work: {first_line(error)}")
+        raise UserError(f"`trackers` names mlflow, but {why}; check the address and the server") from error
 
 
 def _without_password(text: str) -> str:

@@ -99,7 +99,7 @@ def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
 def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str, Any]) -> None:
     said = check(changed(tiny_raw, data__confirmation__0__limit=15))
     assert "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)" in said
-    assert "8 samples of 128 tokens packed from the 48 rows of `data.train` for importance; 32 rows of" in said
+    assert "8 samples of 128 tokens packed from 48 rows of `data.train` for importance; 32 rows of" in said
     assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
     Path("ids.json").write_text("[[1, 2, 3], [4, 5]]")
     tasks = {"search__tasks": ["qpruner_everyday_validation"], "search__limit": 6, "search__metric": "accuracy"}

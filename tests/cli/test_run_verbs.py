@@ -62,9 +62,9 @@ def over(tmp_path: Path) -> Path:
 def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
     assert "running on" in text and "last sign of life" in text
-    assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 14 min 30 s left" in text
-    assert "best so far:   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
-    assert "best control:  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
+    assert "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left\n" in text
+    assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
+    assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
     assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
@@ -73,11 +73,11 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
 def test_status_names_the_winner(over: Path) -> None:
     def lines() -> list[str]:
         text = printed("status", over)
-        return text[text.index("best so far:") :].splitlines()
+        return text[text.index("best so far") :].splitlines()
 
-    names = [line.partition(":")[0] for line in lines()]
-    assert names == ["best so far", "best control", "begun", "failed", "  remedy", "winner"]
-    assert lines()[-1] == "winner:        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
+    names = [line[:12].strip() for line in lines()]
+    assert names == ["best so far", "best control", "begun", "failed", "remedy: lo", "winner"]
+    assert lines()[-1] == "winner        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
     record = RunDir(over).read_record("search", SearchRecord)
     assert record
     control = {"confirmations": (made_confirmation(1, "unpruned-knapsack", 2.9),), "control_won": True}
@@ -93,12 +93,11 @@ def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     write_trial(folder, trial(6, "484844", [], status="running"))
     write_trial(folder, trial(7, "484448", [], status="running"))
     text, search = printed("status", run), json_of("status", run)["search"]
-    waiting = "1 of them waiting for a worker process to start, 1 of them waiting for a machine"
-    assert f"1 failed, 3 running on 2 slots ({waiting}); about" in text
-    assert (search["starting"], search["waiting"]) == (1, 1)
-    assert "under way:     trial 5 (gp), step 3/8" in text
+    assert "1 failed; 2 of 2 slots busy, 1 waiting for one; about" in text
+    assert [each["trial"] for each in search["under_way"]] == [5, 6, 7]
+    assert "under way     trial 5 (gp), step 3/8" in text
     reason = "TrainingDiverged: the loss is nan"
-    assert f"failed:        trial 4 (gp), diverged: {reason}\n  remedy: lower `training.learning_rate`" in text
+    assert f"failed        trial 4 (gp), diverged: {reason}\n  remedy: lower `training.learning_rate`" in text
     text = printed("trials", run)
     shown = {line.split()[0]: line for line in text.splitlines()}
     assert "  3.1000 @2" in shown["5"], "at step 3, with the loss of step 2"
@@ -120,8 +119,8 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
 
     def check() -> None:
         lines = printed("status", run).splitlines()
-        trials = "trials: 7 of 20: 3 finished, 1 stopped, 1 failed, 2 begun; about 14 min 30 s left once it goes on"
-        assert trials in lines and "begun:         trial 5 (gp), step 2/8" in lines
+        trials = "7 of 20 trials: 3 finished, 1 stopped, 1 failed; 2 begun; about 14 min 30 s left once it goes on"
+        assert trials in lines and "begun         trial 5 (gp), step 2/8" in lines
         assert not any("under way" in line or "waiting for" in line for line in lines)
         snapshot = read_snapshot(RunDir(run))
         assert "1 failed, 2 begun." in render(snapshot, sections(snapshot))
@@ -139,17 +138,11 @@ def test_every_kind_of_failure_has_a_remedy() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--where 'loss<3.3' --where status=finished --sort loss", [2, 1, 0]),
+        ("--sort bytes", [0, 1, 2, 3, 4, 5]),
         ("--sort score --descending", [3, 0, 5, 1, 2, 4]),  # trials without a loss come last
-        ("--where from!=gp", [0, 1]),
-        ("--where origin!=gp", [0, 1]),
-        ("--where failure=diverged", [4]),
-        ("--where failure!=diverged", [0, 1, 2, 3, 5]),
-        *((f"--where 'bytes<{size}'", [0]) for size in ("28 MB", "28.5MB", "28000KiB", "28000000.0")),
-        ("--where loss!=3.1", [0, 1, 2, 3, 4]),  # trials without a loss satisfy !=
     ],
 )
-def test_trials_are_filtered_and_sorted(options: str, expected: list[int], run: Path) -> None:
+def test_trials_are_sorted(options: str, expected: list[int], run: Path) -> None:
     assert listed(run, *shlex.split(options)) == expected
 
 
@@ -158,12 +151,10 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
     heading, *lines = printed("trials", over).splitlines()
     assert heading.split()[:3] == ["trial", "winner", "from"]
     assert [line.split()[1] for line in lines[:6]] == ["-", "-", "yes", "-", "-", "-"]
-    assert listed(over, "--where", "winner=yes") == [2]
     rows = list(csv.DictReader(io.StringIO(printed("trials", over, "--csv"))))
     assert [row["winner"] for row in rows] == ["", "", "yes", "", "", ""]
     assert [rows[1][f"format {group}"] for group in GROUPS] == [*["int8"] * 2, *["nf4"] * 4]
     assert rows[4]["reason"] == "TrainingDiverged: the loss is nan"
-    assert printed("trials", run, "--where", "loss<1") == "no trials match\n"
     shutil.rmtree(run / "trials")
     assert printed("trials", run) == "there are no trials yet\n"
 
@@ -171,13 +162,8 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        ("trials RUN --where statsu=failed", "did you mean `status`?"),
         ("trials RUN --sort byte", "did you mean `bytes`?"),
-        ("trials RUN --sort xyz", "there are `format layers.07` (one for each group), trial, winner, from"),
-        ("trials RUN --where loss<low", "`loss` must be a number, got 'low'"),
-        ("trials RUN --where bytes<126M", "`bytes` must be a number, plain or with kB, MB, GB"),
-        ("trials RUN --where seconds<1hour", "`seconds` must be a number, plain or with h, min, s, got"),
-        ("trials RUN --where loss", "--where takes KEY=VALUE"),
+        ("trials RUN --sort xyz", "there are trial, winner, from"),
         ("plan RUN", "not over"),
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
@@ -235,7 +221,7 @@ def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
     assert yaml.safe_load(printed("plan", over)) == trials()[2].plan
     write_trial(RunDir(over).trials / TRIALS, trial(1, "884444", [3.3, 3.2, 3.0], origin="given"))
-    assert "given plan:    validation loss 3.0000, trial 1 (given)" in printed("status", over)
+    assert "given plan    validation loss 3.0000, trial 1 (given)" in printed("status", over)
 
 
 ALL_4 = dict.fromkeys(GROUPS, "nf4")
@@ -337,13 +323,12 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
 def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
     """`searched` has the same test questions as the first run, but other questions in its search."""
     on_rows, on_questions = ["confirmation loss"], ["acc", "answer loss"]
-    expected: dict[str, tuple[list[str], list[str], str]] = {
-        "questions": (on_rows, ["test questions"], "; their test questions differ, so they are not compared."),
-        "rows": (on_questions, ["confirmation rows"], "; their confirmation rows differ, so they are not compared."),
-        "both": ([], [], "nothing to compare, their test questions and confirmation rows differ."),
-        "searched": ([*on_questions, *on_rows], [], ""),
-        "copy": ([], [], "nothing to compare, both runs have the same fine-tuned model."),
-        "unfinished": ([], [], "nothing to compare, one of the runs has no final table yet."),
+    expected: dict[str, tuple[list[str], str]] = {
+        "questions": (on_rows, "not distinguishable."),
+        "rows": (on_questions, ""),
+        "both": ([], "nothing to compare, the runs share neither test questions nor confirmation rows."),
+        "searched": ([*on_questions, *on_rows], ""),
+        "unfinished": ([], "nothing to compare, one of the runs has no final table yet."),
     }
     made = {name: MadeRun(tmp_path / name, 12, 2) for name in ("first", *expected) if name != "unfinished"}
     MadeRun(tmp_path / "unfinished", 12, 2, until="search")
@@ -353,15 +338,11 @@ def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
         made[name].change("prepare", digest="other")
     rows = [row.model_copy(update={"digest": "1"}) for row in made["searched"].record("evaluate").rows]
     made["searched"].change("evaluate", rows=tuple(rows))
-    for name in ("first", "copy"):
-        candidates = made[name].record("comparison").candidates
-        tuned = tuple(each.model_copy(update={"adapter_sha256": f"sha of {each.seed}"}) for each in candidates)
-        made[name].change("comparison", candidates=tuned)
     runs = [tmp_path / name for name in ("first", *expected)]
     found = json_of("compare", *runs)["differences"]
     lines = [line for line in printed("compare", *runs).splitlines() if " minus " in line]
-    for line, one, (measures, differ, end) in zip(lines, found, expected.values(), strict=True):
-        assert ([each["measure"] for each in one["differences"]], one["differ"]) == (measures, differ)
+    for line, one, (measures, end) in zip(lines, found, expected.values(), strict=True):
+        assert [each["measure"] for each in one["differences"]] == measures
         assert line.endswith(end)
 
 

@@ -1,4 +1,4 @@
-"""The check of nodes on a real cluster: nodes with other storage, another qpruner, a small disk, or no answer."""
+"""The check of nodes on a real cluster: nodes with other storage, another qpruner, or no answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline.run import check
 from qpruner.runs.events import Event, TableMade
-from qpruner.runs.run_dir import BANK_CACHE
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +29,6 @@ pytestmark = pytest.mark.slow
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
     """A cluster with one worker node. The working directory contains no qpruner, as workers import from it first."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(BANK_CACHE, str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
     with raylets(1) as found:
         connect(found.address)
         yield found
@@ -39,14 +36,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
 
 
 def test_nodes_that_differ_are_named_with_the_difference(cluster: Raylets, tiny_model: Path, tmp_path: Path) -> None:
-    shared, cache, other = tmp_path / "shared", tmp_path / "cache", tmp_path / "other"
+    shared, other = tmp_path / "shared", tmp_path / "other"
     shared.mkdir()
     same = Path(qpruner.__file__).parent.parent
     shutil.copytree(same / "qpruner", other / "qpruner", ignore=shutil.ignore_patterns("__pycache__", "node_check.py"))
     old = other / "peft-0.1.0.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
-    apart = f"mount -t tmpfs apart {shared}; mount -t tmpfs -o size=16k small {cache}"
+    apart = f"mount -t tmpfs apart {shared}"
     read_only = f"mount --bind {shared} {shared}; mount -o remount,ro,bind {shared}"
     config = validate_config(raw_config(tiny_model, shared / "runs" / "mine"))
     events: list[Event] = []
@@ -57,15 +54,14 @@ def test_nodes_that_differ_are_named_with_the_difference(cluster: Raylets, tiny_
     with pytest.raises(UserError) as caught:
         check(config, events.append, cluster.address)
     heading, *lines = str(caught.value).splitlines()
-    assert heading == "4 problems with the cluster's nodes:"
-    versions, storage, disk = (line for line in lines if first[:8] in line)
+    assert heading == "3 problems with the cluster's nodes:"
+    versions, storage = (line for line in lines if first[:8] in line)
     assert "qpruner's code is " in versions and "peft is 0.1.0 there and " in versions and "torch" not in versions
     assert f"`output`: {config.output} is not shared with this node" in storage
-    assert f"in {cache}, where 0.000 GiB can be written" in disk
     (storage,) = (line for line in lines if second[:8] in line)
     assert f"`output`: {config.output} cannot be written there (Read-only file system)" in storage
     (table,) = [event for event in events if isinstance(event, TableMade)]
-    assert sorted(row[-1] for row in table.body) == ["ok", "ok", "other versions, storage, disk", "storage"]
+    assert sorted(row[-1] for row in table.body) == ["ok", "ok", "other versions, storage", "storage"]
     assert list(shared.iterdir()) == [], "the check leaves no files"
 
 
@@ -77,7 +73,7 @@ def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(dies: bool, cluster:
     raylet = node.all_processes["raylet"][0].process.pid
     reports: list[NodeReport] = []
     seconds = 120.0 if dies else 4.0
-    looking = threading.Thread(target=lambda: reports.extend(look_at_all(tmp_path, "driver", {}, seconds)))
+    looking = threading.Thread(target=lambda: reports.extend(look_at_all(tmp_path, "driver", seconds)))
     os.kill(raylet, signal.SIGSTOP)
     try:
         looking.start()

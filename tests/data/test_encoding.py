@@ -65,10 +65,6 @@ def test_the_alpaca_prompt_is_that_of_stanford() -> None:
         "response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n"
     )
-    assert alpaca_prompt("Name a colour.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName a colour.\n\n### Response:\n"
-    )
 
 
 @pytest.mark.parametrize(
@@ -144,8 +140,6 @@ def test_a_chunk_without_a_labelled_token_is_dropped() -> None:
         {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
         {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
     ]
-    # Chunks of 5: in the chunk 15 to 23 only the first token has a label, and no token predicts it.
-    assert [chunk["input_ids"] for chunk in pack(rows, 5)] == [[33, 40, 41, 42, 43]]
     # The first token of a row is not predicted from the previous row.
     plain = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
     assert pack(plain, 8) == [{"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}]

@@ -101,25 +101,27 @@ def test_limit_and_split_select_rows(tmp_path: Path) -> None:
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
     for split in ("train[10:12]", "tran", "train[:5"):
         message = f"`data.train.0.split`: {split!r} selects no rows of '{tmp_path}/rows.jsonl' ("
-        with pytest.raises(
-            UserError, match=rf"^{re.escape(message)}.*; name a split that the source has, such as `train`"
-        ):
+        with pytest.raises(UserError, match=rf"^{re.escape(message)}.*; name a split of it, such as `train\["):
             examples_of(tmp_path, rows, split=split)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, but the header has 2: every row needs"),
-        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but the header has 3: every row needs"),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, but the header has 2"),
+        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but the header has 3"),
         ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "the file is not UTF-8: save it as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
-        ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
+        (
+            "merged.tsv",
+            'instruction\toutput\na\t"b\nc\td\ne\tf" g\n',
+            "double quotes inside a quoted cell must be doubled",
+        ),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two columns are called 'output'"),
         ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file cells are separated by commas"),
         ("empty.csv", "\n\n", "no row under its header"),
         ("header.csv", "instruction,output\n", "no row under its header"),
-        ("rows.csv", "Say it.,it\nSay that.,that\n", "rows.csv, which is the header"),
+        ("rows.csv", "Say it.,it\nSay that.,that\n", "the data have no column instruction, only Say it., it; name"),
         ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is not JSON: Expecting value"),
         ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is not a JSON object"),
         ("broken.parquet", "not parquet", "no rows can be read"),
@@ -130,7 +132,7 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes,
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"`data\.train\.0\.") as caught:
         examples_in(path)
-    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_row_in_two_splits_is_refused() -> None:

@@ -36,7 +36,7 @@ CONTROLS = ("uniform-nf4", "uniform-int8", "paper", "unpruned-uniform", "unprune
 
 def test_seed_rows_are_the_best_of_the_winners_bytes(context: Context) -> None:
     """A seed plan may use only the bytes of the winner, for a fair comparison."""
-    space, methods = context.space, context.record(SensitivityRecord).methods
+    space, methods = context.space.spaces[0], context.record(SensitivityRecord).methods
     assert space.groups == context.record(SensitivityRecord).groups
     offered = [[space.levels[at] for at in levels] for levels in space.offered]
     every = [PrecisionPlan(space.groups, formats) for formats in itertools.product(*offered)]
@@ -76,7 +76,7 @@ def test_the_best_seed_is_the_best_confirmed_one(
 
 
 def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: Callable[[str, Any], Context]) -> None:
-    winner, space = a_winner(context), context.space
+    winner, space = a_winner(context), context.space.spaces[0]
     plans = rows_of(context, winner)["random"].plans
     drawn = {plan for _, plan in plans}
     assert len(drawn) == 3 and winner not in drawn
@@ -138,7 +138,7 @@ def test_check_counts_the_fine_tunes_without_a_search(
     """A given plan may equal the plan of another row, and no seed plan was confirmed."""
     config = validate_config(with_keys(sensed_raw, **changes))
     given, measured = replace(context, config=config), context.record(SensitivityRecord)
-    space = given.space
+    space = given.space.spaces[0]
     methods = {name: each for name, each in measured.methods.items() if name in given.config.measured_methods}
     winner = a_winner(given) if config.quantize.has_choice else space.smallest()
     winner = seed_plan(methods[method].values, space) if method else winner
@@ -150,7 +150,7 @@ def test_check_counts_the_fine_tunes_without_a_search(
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
     """A winner that is a control shares the fine-tune of the row of that control."""
-    winner = context.space.uniform("int8")
+    winner = context.space.spaces[0].uniform("int8")
     rows = rows_of(context, winner)
     assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
     found = folders(context, rows)
@@ -193,7 +193,7 @@ def test_a_row_is_named_as_in_the_final_table(found: dict[str, Any], title: str,
 def test_only_what_a_fine_tune_depends_on_repeats_it(
     key: str, value: Any, is_same: bool, context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
-    plan = context.space.uniform("nf4")
+    plan = context.space.spaces[0].uniform("nf4")
     contexts = (context, changed(key, value))
     before, after = (job for each in contexts for job in candidates_for(each, [("searched", plan, 0)]))
     assert (before.folder == after.folder) == is_same

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, unpruned_controls
-from qpruner.plans.plan import UNPRUNED, PlanSpace
+from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import PruneRecord
 
 
@@ -23,7 +24,7 @@ def test_unpruned_plans_and_the_papers_come_first(context: Context) -> None:
 
 def test_a_control_that_no_budget_holds_is_its_smallest_plan(context: Context) -> None:
     tight = replace(context)
-    tight.__dict__["space"] = replace(context.space, budget_bytes=1)
+    tight.__dict__["space"] = SearchSpace((replace(context.space.spaces[0], budget_bytes=1),))
     [(origin, plan)] = unpruned_controls(tight)
     assert origin == "unpruned-uniform" and plan == context.unpruned_layout.smallest()
 

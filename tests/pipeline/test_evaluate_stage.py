@@ -84,7 +84,7 @@ def test_a_lost_bank_of_the_base_model_is_built_again(context: Context) -> None:
 @pytest.mark.usefixtures("faked")
 def test_gpu_seconds_of_each_job_are_counted_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
     """Rows that share a model count once."""
-    winner = context.space.uniform("int8")  # a control
+    winner = context.space.spaces[0].uniform("int8")  # a control
     context = with_winner(changed("training.learning_rate", 0.003), winner)
     context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
 

@@ -164,7 +164,7 @@ def test_the_final_folder_is_the_recorded_winners(
                 while filler.write(b"\0" * 4096):
                     pass
             with pytest.raises(StageError, match="no space left for"):
-                run_stage(Finetune(other := with_winner(alone, context.space.uniform("nf4"))))
+                run_stage(Finetune(other := with_winner(alone, context.space.spaces[0].uniform("nf4"))))
             other.close()
             assert weights.read_bytes() != whole
             (records / "filler").unlink()

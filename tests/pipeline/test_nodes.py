@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from conftest import raw_config, with_key
 from plain_transformers import run_python
 
-from qpruner.cluster.node_check import NodeReport, _disk_trouble, _gpus, differences, versions
+from qpruner.cluster.node_check import NodeReport, _gpus, differences, versions
 from qpruner.cluster.slots import Node
 from qpruner.config.load import validate_config
 from qpruner.pipeline.nodes import row, troubles
@@ -60,11 +59,9 @@ def test_older_gpus_run_what_they_can() -> None:
     assert found(replace(FINE, gpus=(P40,))) == {} and found(replace(FINE, gpus=(M60,)), bits=(8, 16)) == {}
 
 
-def test_a_node_that_no_trial_fits_on_needs_neither_disk_nor_gpus() -> None:
-    """The head of a cluster of GPUs may have neither."""
-    head = replace(FINE, size=Node(4, 0), problems={"disk": "full", "GPUs": "none"}, gpus=())
-    assert found(head) == {}
-    assert list(found(head, gpu=0)) == ["disk"]
+def test_a_node_that_no_trial_fits_on_needs_no_gpus() -> None:
+    """The head of a cluster of GPUs may have none."""
+    assert found(replace(FINE, size=Node(4, 0), problems={"GPUs": "none"}, gpus=())) == {}
 
 
 # ---- what a node finds out
@@ -83,21 +80,6 @@ def test_gpus_declared_to_ray_need_no_driver(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("qpruner.cluster.node_check._has_hardware", lambda has=has_hardware: has)
         seen, told = _gpus(2)
         assert seen == [] and told.startswith(trouble) and bool(told) == has_hardware
-
-
-def test_copies_must_fit_beside_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BANK", str(tmp_path / "bank"))
-    monkeypatch.setenv("MODEL", str(tmp_path / "model"))
-    free = shutil.disk_usage(tmp_path).free
-    half = {"BANK": ("the bank", free * 2 // 3, ["*.safetensors"])}
-    assert _disk_trouble(half) == "" == _disk_trouble({"UNSET": ("the bank", 2 * free, [])})
-    both = half | {"MODEL": ("the pruned model", free * 2 // 3, [])}
-    told = _disk_trouble(both)
-    assert "its copy of the pruned model takes " in told and "with MODEL set to another folder" in told
-    (tmp_path / "bank").mkdir()
-    with (tmp_path / "bank" / "a.safetensors").open("wb") as file:
-        file.truncate(free * 2 // 3)  # takes no room
-    assert _disk_trouble(both) == ""
 
 
 @pytest.mark.gpu

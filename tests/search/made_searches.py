@@ -13,7 +13,8 @@ from conftest import raw_config, with_keys
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.config.load import validate_config
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape, PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials
@@ -77,7 +78,7 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
         trial=run_trial,
         materials=Materials({PRUNED: folder}, {PRUNED: folder}, folder),
         layouts={PRUNED: LAYOUT},
-        space=PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),
+        space=SearchSpace((PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),)),
         controls=CONTROLS,
         priors={},
         trials=folder / "trials",

@@ -18,7 +18,8 @@ from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.job import METRIC, TIME, plan_to_params
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial_records import objective
 
@@ -46,7 +47,7 @@ class Session:
     def __init__(self, config: RunConfig, recorded: Sequence[TrialRecord] = ()) -> None:
         controls = [plan_of(index) for index in CONTROLS]
         self.config, self.trials = config, dict[int, Any]()
-        self.scheduler = RecordedAsha(config, SPACE, controls, recorded, lambda trial_id: False)
+        self.scheduler = RecordedAsha(config, SearchSpace((SPACE,)), controls, recorded, lambda trial_id: False)
 
     def report(self, index: int, rung: RungResult) -> str:
         """The decision of the scheduler after a rung of a trial."""

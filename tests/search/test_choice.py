@@ -10,7 +10,8 @@ import pytest
 from made_searches import BITS, masked_space, plans_in
 from scipy import stats
 
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.search.choice import (
     best_uniform,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from made_searches import blocks, masked_space, plans_in, space_of
 
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
 from qpruner.search.plan_model import Data, PlanModel, settled
 from qpruner.search.posterior import Posterior
@@ -111,9 +112,13 @@ def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[str, 
         assert saved > 0.98 * most
 
 
+def gp_of(space: PlanSpace, **options: object) -> GaussianProcessProposer:
+    return GaussianProcessProposer(SearchSpace((space,)), 0, **{"priors": {}, **options})  # type: ignore[arg-type]
+
+
 def search(space: PlanSpace, effects: np.ndarray, trials: int, **options: object) -> list[PrecisionPlan]:
     """The plans that `gp` runs, one after the other."""
-    proposer = GaussianProcessProposer(space, 0, **{"priors": {}, **options})  # type: ignore[arg-type]
+    proposer = gp_of(space, **options)
     ran: list[PrecisionPlan] = []
     for index in range(trials):
         ran.append(proposer.propose(index, History(tuple(scored(ran, effects)))).plan)
@@ -146,7 +151,7 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget(pareto: bool) -> 
 def test_no_expected_improvement_without_scores() -> None:
     """With many trials at once the first proposals precede any score; `search.patience` must not count them."""
     space, effects = space_of(blocks(7)), effects_of(7)
-    ledger = Ledger(space, GaussianProcessProposer(space, 0, {}), [], max_trials=40, patience=3)
+    ledger = Ledger(SearchSpace((space,)), gp_of(space), [], max_trials=40, patience=3)
     started = [ledger.next() for _ in range(16)]
     assert all(suggestion is not None and suggestion.expected_improvement is None for suggestion in started)
     for suggestion in started:
@@ -188,11 +193,11 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
     space, effects = space_of(blocks(20)), effects_of(20)
     plans = random_plans(space, 140)
     observations = rungs_of(plans, effects)
-    asked = GaussianProcessProposer(space, 0, {})
+    asked = gp_of(space)
     for over, running in ((112, [5, 113]), (113, [113]), (118, [120]), (121, [122])):
         pending = tuple(plans[index] for index in running)
         history = History(tuple(item for item in observations if item.index < over), pending)
-        assert asked.propose(over, history) == GaussianProcessProposer(space, 0, {}).propose(over, history)
+        assert asked.propose(over, history) == gp_of(space).propose(over, history)
 
 
 # ---- groups that are not offered every format
@@ -237,7 +242,7 @@ def test_measured_damage_steers_a_search_without_scores() -> None:
     ]
     assert effects[1].argmax() == 4 and effects[1][4] > 3 * effects[1].median()
     assert effects[1][4] / effects[1].sum() > 3 * effects[0][4] / effects[0].sum()
-    first = GaussianProcessProposer(uneven, 0, {}).propose(2, History(tuple(observations))).plan
+    first = gp_of(uneven).propose(2, History(tuple(observations))).plan
     assert first.formats[4] == "int8"
 
 

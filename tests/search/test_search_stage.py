@@ -29,7 +29,8 @@ from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_of
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
 from qpruner.runs.records import RungResult, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
@@ -118,11 +119,12 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
 class Hopeless:
     """A searcher whose expected improvement is below the noise from its second proposal on."""
 
-    space: PlanSpace
+    space: SearchSpace
     name: str = "gp"
 
     def propose(self, index: int, history: History) -> Proposal:
-        return Proposal(self.space.uniform("int8"), expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
+        plan = self.space.spaces[0].uniform("int8")
+        return Proposal(plan, expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
 
 
 def test_patience_outlives_an_interruption(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from made_searches import blocks, masked_space, plans_in, space_of
 
 from qpruner.cluster.tune import make_proposer
 from qpruner.errors import UserError
-from qpruner.plans.plan import UNPRUNED, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search import searchers
 from qpruner.search.searchers import (
     History,
@@ -34,7 +35,7 @@ STEPS = (4, 8)
 
 
 def maker(name: str) -> MakeProposer:
-    return lambda space, seed: make_proposer(name, space, seed, {})
+    return lambda space, seed: make_proposer(name, SearchSpace((space,)), seed, {})
 
 
 PROPOSERS = pytest.mark.parametrize("make", [maker(name) for name in NAMES], ids=NAMES)
@@ -46,7 +47,7 @@ def controls_of(space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
 
 
 def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: int = 12) -> Ledger:
-    return Ledger(space, make(space, seed), controls_of(space), max_trials)
+    return Ledger(SearchSpace((space,)), make(space, seed), controls_of(space), max_trials)
 
 
 def rungs_of(suggestion: Suggestion) -> list[Observation]:
@@ -123,7 +124,7 @@ def test_a_proposal_depends_on_seed_number_and_results_only(make: MakeProposer) 
     space = space_of(blocks(10))
 
     def following(seed: int, order: int) -> list[Suggestion | None]:
-        ledger = Ledger(space, make(space, seed), [], max_trials=20)
+        ledger = Ledger(SearchSpace((space,)), make(space, seed), [], max_trials=20)
         running = begin(ledger, 9)
         random.Random(order).shuffle(running)
         random.seed(order)
@@ -145,7 +146,7 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
         Observation(index, plan, 8, 3.0 - 0.5 * plan.formats[:3].count("int8") + 0.5 * plan.formats[5:].count("int8"))
         for index, plan in enumerate(plans)
     ]
-    proposer = make_proposer(name, space, 0, {})
+    proposer = maker(name)(space, 0)
     history, number = History(tuple(results)), 5 if name == "bayesopt" else 20
     proposed = np.array([proposer.propose(index, history).plan.formats for index in range(30, 30 + number)]) == "int8"
     assert proposed[:, :3].mean() > 0.65
@@ -194,7 +195,8 @@ def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
 
     space = space_of(blocks(6), share=1.0)
     observations = tuple(Observation(at, space.uniform(name), 8, 2.0) for at, name in enumerate(("nf4", "int8")))
-    proposer = ScalarizedProposer(Listener(space, 0), space, 0)
+    whole = SearchSpace((space,))
+    proposer = ScalarizedProposer(Listener(whole, 0), whole, 0)
     for index in range(5):
         proposer.propose(index, History(observations))
     assert all(small < large for small, large in scores)
@@ -214,7 +216,7 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
     for name in ("gp", "hyperopt", "random"):
         check_searcher(name)
     with pytest.raises(UserError, match=r'pip install "qpruner\[bayesopt\]"'):
-        make_proposer("bayesopt", space_of(blocks(4)), 0, {})
+        maker("bayesopt")(space_of(blocks(4)), 0)
 
 
 # ---- groups that are not offered every format, plans of another cut, controls over budget
@@ -224,7 +226,8 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
 @pytest.mark.parametrize("pareto", [False, True])
 def test_no_searcher_proposes_what_a_group_is_not_offered(name: str, pareto: bool) -> None:
     space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
-    ledger = Ledger(space, make_proposer(name, space, 0, {}, pareto), [], number)
+    whole = SearchSpace((space,))
+    ledger = Ledger(whole, make_proposer(name, whole, 0, {}, pareto), [], number)
     proposed = [ledger.proposer.propose(index, History()).plan for index in range(100, 103)]
     suggestions = run(ledger)
     assert len({item.plan for item in suggestions}) == number
@@ -239,7 +242,7 @@ def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -
     space = space_of(blocks(6), share=0.3)
     other = replace(space.uniform("nf4"), cut=UNPRUNED)
     controls = [("unpruned", other), ("uniform-int8", space.uniform("int8")), ("uniform-nf4", space.uniform("nf4"))]
-    with_other, without = (Ledger(space, make(space, 0), each, 40) for each in (controls, controls[1:]))
+    with_other, without = (Ledger(SearchSpace((space,)), make(space, 0), each, 40) for each in (controls, controls[1:]))
     suggestions = run(with_other)
     assert [(item.origin, item.plan) for item in suggestions[:3]] == controls
     assert all(space.is_feasible(item.plan) for item in suggestions[3:])
@@ -254,7 +257,8 @@ def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -
 def test_a_ruined_plan_of_another_cut_is_not_learned_from() -> None:
     space = space_of(blocks(4))
     other = replace(space.uniform("nf4"), cut=UNPRUNED)
-    ledger = Ledger(space, RandomProposer(space, 0), [("unpruned", other)], 4)
+    whole = SearchSpace((space,))
+    ledger = Ledger(whole, RandomProposer(whole, 0), [("unpruned", other)], 4)
     ruined, good = begin(ledger, 2, finished=(1,))
     ledger.close(ruined, is_untrainable=True)
     assert {item.plan for item in ledger.history().observations} == {good.plan}

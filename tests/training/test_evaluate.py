@@ -145,5 +145,5 @@ def test_a_metric_that_a_task_does_not_report_is_refused(folder: str) -> None:
         task_questions(["toy_both", "toy_acc"], folder, "search.tasks", 6, "acc_norm")
     assert str(caught.value) == (
         "`search.metric` must be a metric that every task of `search.tasks` reports, got acc_norm, but `toy_acc` "
-        "reports acc: set one that all report or `accuracy` (chosen per task), or name other tasks"
+        "reports acc: set one that all report, or `accuracy`"
     )

@@ -42,7 +42,7 @@ from qpruner.cluster.tune.ray_searchers import BayesOptProposer, HyperOptPropose
 from qpruner.cluster.tune.trackers import tracker_callbacks
 from qpruner.cluster.tune.worker import run_recorded
 from qpruner.errors import StageError
-from qpruner.plans.plan import PlanSpace
+from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.storage import retry_storage, storage_error
 from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
@@ -163,7 +163,7 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
 
 
 def make_proposer(
-    name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
+    name: str, space: SearchSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
 ) -> Proposer:
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
@@ -175,7 +175,7 @@ def make_proposer(
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors, pareto)
-    kinds: dict[str, Callable[[PlanSpace, int], Proposer]]
+    kinds: dict[str, Callable[[SearchSpace, int], Proposer]]
     kinds = {"bayesopt": BayesOptProposer, "hyperopt": HyperOptProposer, "random": RandomProposer}
     proposer = kinds[name](space, seed)
     return ScalarizedProposer(proposer, space, seed) if pareto else proposer

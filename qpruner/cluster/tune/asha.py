@@ -13,7 +13,8 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from qpruner.cluster.ray_private import AshaBracket
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.trial_records import objective
 
@@ -29,7 +30,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     def __init__(
         self,
         config: RunConfig,
-        space: PlanSpace,
+        space: SearchSpace,
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
         is_cancelled: Callable[[str], bool],

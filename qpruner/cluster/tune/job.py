@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import Layout, PrecisionPlan
+from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
 from qpruner.search.trial_records import Materials, Trial, objective, read_trials, remove_old_checkpoints, write_trial
@@ -27,7 +28,7 @@ class SearchJob:
     trial: Trial
     materials: Materials
     layouts: Mapping[str, Layout]  # by cut
-    space: PlanSpace
+    space: SearchSpace
     controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): see `pipeline/controls.py`
     priors: Mapping[str, Prior]  # sensitivities by method
     trials: Path  # contains a folder for each trial

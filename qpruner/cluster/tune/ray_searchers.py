@@ -7,14 +7,15 @@ seeded from (seed, index). The known plans are its `points_to_evaluate`: it prop
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ray import tune
 
 from qpruner.cluster.tune.job import METRIC
-from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.space import SearchSpace
 from qpruner.search.searchers import History, Observation, Proposal
 
 INITIAL_RANDOM = 4
@@ -31,17 +32,34 @@ def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
     return suggested
 
 
+class _Columns:
+    """The groups and the cut as columns of a table of plans; a value is a position among those that a column offers."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
+        indices = (*space.whole.offered, tuple(range(len(space.cuts))))
+        self._offered = dict(zip((*space.groups, "cut"), indices, strict=True))
+        self.counts = {name: len(offered) for name, offered in self._offered.items() if len(offered) > 1}
+        """The number of values of each column that has a choice."""
+
+    def values_of(self, plan: PrecisionPlan) -> dict[str, int]:
+        found = dict(zip(self._offered, self._space.indices_of(plan), strict=True))
+        return {name: self._offered[name].index(found[name]) for name in self.counts}
+
+    def plan_of(self, values: Mapping[str, float]) -> PrecisionPlan:
+        return self._space.plan_of(offered[round(values.get(name, 0))] for name, offered in self._offered.items())
+
+
 class HyperOptProposer:
     """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch; 0.6 ms for each known plan of 30 groups."""
 
     name = "hyperopt"
 
-    def __init__(self, space: PlanSpace, seed: int) -> None:
+    def __init__(self, space: SearchSpace, seed: int) -> None:
         from ray.tune.search.hyperopt import HyperOptSearch
 
-        self._names, self._cut, self._seed, self._search = space.groups, space.cut, seed, HyperOptSearch
-        offered = [[space.levels[at] for at in levels] for levels in space.offered]
-        choices = {name: tune.choice(formats) for name, formats in zip(self._names, offered, strict=True)}
+        self._columns, self._seed, self._search = _Columns(space), seed, HyperOptSearch
+        choices = {name: tune.choice(list(range(count))) for name, count in self._columns.counts.items()}
         self._search_space = HyperOptSearch.convert_search_space(choices)
 
     def propose(self, index: int, history: History) -> Proposal:
@@ -52,42 +70,37 @@ class HyperOptProposer:
             metric=METRIC,
             mode="min",
             n_initial_points=INITIAL_RANDOM,
-            points_to_evaluate=[each.plan.as_dict() for each in known] or None,
+            points_to_evaluate=[self._columns.values_of(each.plan) for each in known] or None,
             random_state_seed=int(np.random.default_rng([self._seed, index]).integers(2**31)),
         )
-        suggested = _suggested(search, known)
-        return Proposal(PrecisionPlan.from_dict({name: suggested[name] for name in self._names}, self._cut))
+        return Proposal(self._columns.plan_of(_suggested(search, known)))
 
 
 class BayesOptProposer:
     """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's BayesOptSearch.
 
-    BayesOptSearch supports neither integers nor choices, so a group's format is a float that is rounded: its position
-    among those offered. Groups without a choice are left out.
+    BayesOptSearch supports neither integers nor choices, so each column of a plan is a float that is rounded.
     """
 
     name = "bayesopt"
 
-    def __init__(self, space: PlanSpace, seed: int) -> None:
+    def __init__(self, space: SearchSpace, seed: int) -> None:
         from ray.tune.search.bayesopt import BayesOptSearch
 
-        self._space, self._seed, self._search = space, seed, BayesOptSearch
-        self._offered = dict(zip(space.groups, space.offered, strict=True))
-        self._bounds = {name: (0.0, len(levels) - 1.0) for name, levels in self._offered.items() if len(levels) > 1}
+        self._columns, self._seed, self._search = _Columns(space), seed, BayesOptSearch
+        self._bounds = {name: (0.0, count - 1.0) for name, count in self._columns.counts.items()}
 
     def propose(self, index: int, history: History) -> Proposal:
         """Propose a plan; the same arguments give the same plan."""
         # A search with another budget may have scored the same plan, but BayesOptSearch accepts a point only once.
         scored = list({item.plan: item for item in history.last()}.values())
         known = scored if len(scored) >= INITIAL_RANDOM else []
-        points = [dict(zip(self._space.groups, self._space.indices_of(item.plan), strict=True)) for item in known]
+        points = [self._columns.values_of(item.plan) for item in known]
         search = self._search(
             self._bounds,
             metric=METRIC,
             mode="min",
-            points_to_evaluate=[
-                {name: float(self._offered[name].index(point[name])) for name in self._bounds} for point in points
-            ],
+            points_to_evaluate=[{name: float(value) for name, value in point.items()} for point in points],
             random_state=int(np.random.default_rng([self._seed, index]).integers(2**31)),
             random_search_steps=0,
             skip_duplicate=False,
@@ -96,7 +109,4 @@ class BayesOptProposer:
         with warnings.catch_warnings():
             # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
-            suggested = _suggested(search, known)
-        return Proposal(
-            self._space.plan_of(self._offered[name][round(suggested.get(name, 0))] for name in self._offered)
-        )
+            return Proposal(self._columns.plan_of(_suggested(search, known)))

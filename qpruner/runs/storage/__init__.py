@@ -1,7 +1,6 @@
-"""Read and write the files of a run, in a folder or in an object store.
+"""Read and write the files of a run, in a folder or in an object store; wait while the storage is full or away.
 
-Every file of a run has a path on this machine. For a run in an object store, that path holds a local copy of the
-object. These functions wait while the storage is full or away (not reachable), unless they say otherwise.
+Every file has a path on this machine; for a run in an object store it holds a local copy of the object.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def run_path(output: str | Path) -> Path:
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
-        remedy = "name the folder of the run (`output` in its configuration)"
-        raise UserError(f"`output`: {existing} is a file, but a run is a folder; {remedy}")
+        raise UserError(f"`output`: {existing} is a file, but a run is a folder; name the folder of the run")
     return root
 
 
@@ -130,7 +128,7 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
         why = f"{error}"
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
-            why = f"{'.'.join(str(part) for part in problem['loc']) or 'its contents'}: {problem['msg']}"
+            why = f"{'.'.join(map(str, problem['loc'])) or 'its contents'}: {problem['msg']}"
             if isinstance(fields, dict):  # with the right digest, so the file is as it was written
                 why += "; an earlier version of qpruner wrote it, and repeating `qpruner run` makes it again"
         raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {why}", path) from error
@@ -237,10 +235,9 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
-    """Make a folder of a run available on this machine, and return its path.
+    """Make a folder of a run available on this machine, compare it once with its file list, and return its path.
 
-    Each process compares the files with the file list once. A damaged local copy is downloaded again; damage in the
-    storage itself raises `CorruptFile`.
+    A damaged local copy is downloaded again; damage in the storage itself raises `CorruptFile`.
     """
     storage_at(folder).fetch(on_piece)
     return folder
@@ -253,7 +250,6 @@ def require_arrived(folder: Path) -> None:
         try:
             retry_storage(listed.stat, listed, was_there=True)
         except FileNotFoundError as error:
-            raise StorageError(
-                f"{folder} was written on another machine and is missing here",
-                "share `output` between both machines, or take the other out of the cluster, then repeat the command",
-            ) from error
+            cause = f"{folder} was written on another machine and is missing here"
+            remedy = "share `output` between both machines, or take the other out of the cluster"
+            raise StorageError(cause, f"{remedy}, then repeat the command") from error

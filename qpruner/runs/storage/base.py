@@ -1,7 +1,4 @@
-"""The storage of a run in a folder, and the lists of digests that show whether a folder is complete.
-
-`objects.py` has the same interface for an object store.
-"""
+"""The storage of a run in a folder, and the lists of digests that show whether a folder is complete."""
 
 from __future__ import annotations
 
@@ -135,10 +132,7 @@ def _release(lock: FileLock) -> None:
 
 @contextmanager
 def working_folder(prefix: str) -> Iterator[Path]:
-    """Yield a temporary folder; also delete folders with the same prefix that killed processes left.
-
-    A lock shows that a folder is in use, also to containers that share `/tmp`; the kernel frees it as its process ends.
-    """
+    """Yield a temporary folder; also delete folders with this prefix that killed processes left."""
     temporary = Path(tempfile.gettempdir())
     for file in temporary.glob(f".{prefix}*.lock"):
         with contextlib.suppress(OSError):  # in use, or deleted meanwhile

@@ -1,10 +1,7 @@
 """The storage of a run in an object store (`s3://`, `gs://`), through pyarrow.
 
-Each machine has a mirror of the run: a folder for local copies. The path of the mirror contains the URI, so that any
-process can find the object for a path in the mirror.
-
-An object store cannot rename. The files of a folder are uploaded before its file list, and a folder without a list does
-not exist. Downloaded files are compared with the list.
+Each machine has a mirror of the run, a folder for local copies whose path contains the URI. The files of a folder are
+uploaded before its file list: a folder without a list does not exist.
 """
 
 from __future__ import annotations
@@ -67,9 +64,7 @@ def mirror_of(uri: str) -> Path:
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
-        raise UserError(
-            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255 are possible"
-        )
+        raise UserError(f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255")
     return cache_root() / "runs" / name
 
 
@@ -252,18 +247,15 @@ class ObjectStorage(Storage):
         self.compare(doubtful, lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
-        """Raise `UserError` if the store does not answer or refuses access."""
-        # Lists objects, because a user may have access to the objects but not to the bucket itself.
+        """Raise `UserError` if the store does not answer or refuses access to the objects (not the bucket itself)."""
         try:
             with contextlib.suppress(FileNotFoundError):
                 self._infos(recursive=False, must_exist=True)
         except StorageError as error:
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
-            raise UserError(
-                f"`output`: {self.name} cannot be reached ({error.strerror}); check the network and the endpoint "
-                "(AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
-            ) from error
+            remedy = "check the network and the endpoint (AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
+            raise UserError(f"`output`: {self.name} cannot be reached ({error.strerror}); {remedy}") from error
 
     @property
     def _system(self) -> Any:

@@ -39,9 +39,8 @@ def retry_storage(
 ) -> Result:
     """Run an operation; repeat it with growing pauses while the storage is full or away, then raise `StorageError`.
 
-    The pauses take `seconds` in all (`PATIENCE_SECONDS` by default). With `resumable`, they start again at zero after
-    a long attempt, because the next attempt continues its work. With `was_there`, a missing file means that the storage
-    is away (not reachable). An error that names no file is reported with `path`.
+    The pauses take `seconds` in all; with `resumable` they start again after a long attempt. With `was_there` a missing
+    file means that the storage is away. `path` names the storage in errors that name no file.
     """
     limit, started = PATIENCE_SECONDS if seconds is None else seconds, 0.0
 
