@@ -110,7 +110,7 @@ class Rows:
         model = load_dense(str(self.model), self.config.model.dtype)
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         samples = Samples(list(load_encoded(self.data / "importance")), pad_id, self.config.calibration.batch_size)
-        for grams in gather(model, self.config.quantize.group, samples):
+        for grams in gather(model, samples):
             write_grams(folder / f"{_block(next(iter(grams))[0])}.safetensors", grams)
 
     def measure(self, row: str, steps: int, seed: int) -> dict[str, Any]:

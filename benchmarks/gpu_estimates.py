@@ -15,6 +15,7 @@ from qpruner.estimate import hours, memory
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.plans.plan import UNPRUNED
+from qpruner.pruning.prune import planned_cut
 
 
 def estimates(setup: Setup) -> Figures:
@@ -25,7 +26,6 @@ def estimates(setup: Setup) -> Figures:
     expected = {name: 3600 * each.hours for name, each in times.items()}
     lasted = {
         "prune": found("prune", "cut"),
-        "bank": found("bank", "pack"),
         "search": found("trial", "training_and_scoring"),
     }
     training, scoring = memory.training_memory(config, inspection), memory.scoring_memory(config, inspection)
@@ -42,15 +42,16 @@ def estimates(setup: Setup) -> Figures:
 def inspected(setup: Setup) -> Any:
     """Stands for a `preflight.Inspection` in the estimates, with rows of the benchmark's lengths and no task."""
     config, base = setup.config, setup.base()
-    cuts = preflight.cuts_in_effect(config.prune, base)
-    on_gpu = torch.cuda.is_available()
-    pruned = preflight.layout_for(config, cuts[0].expected, on_gpu)
+    cuts = {name: planned_cut(base, each) for name, each in config.prune.cuts.items()}
+    [(name, cut)], on_gpu = cuts.items(), torch.cuda.is_available()
+    pruned = preflight.layout_for(config, cut.expected, on_gpu, name)
     shapes = preflight.Shapes(
         model_config=base,
         base=preflight.layout_for(config, base, on_gpu, UNPRUNED),
         cuts=cuts,
-        pruned=pruned,
-        is_estimate=cuts[0].settings.selection == "global" or cuts[0].settings.drops_blocks,
+        layouts={name: pruned},
+        left_out={},
+        is_estimate=cut.settings.selection == "global" or cut.settings.drops_blocks,
         budget_bytes=preflight.budget_bytes(config.quantize, pruned, config.search.pareto),
         plan=None,
         packs=True,
@@ -61,8 +62,12 @@ def inspected(setup: Setup) -> Any:
     texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
     samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
     length = config.calibration.max_length
-    preflight.check_device(capability, config, base, cuts, packs=True)
-    return SimpleNamespace(**vars(shapes), examples=texts, questions={}, samples=samples, sample_length=length)
+    preflight.check_device(capability, config, packs=True)
+    preflight.check_cut(capability, config, base, cut)
+    derived = {"reference": shapes.reference, "expected": shapes.expected}
+    return SimpleNamespace(
+        **vars(shapes), **derived, examples=texts, questions={}, samples=samples, sample_length=length
+    )
 
 
 def as_text(length: int) -> Example:

@@ -30,7 +30,7 @@ from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device
 from qpruner.models.memory import PeakMemory, freeze_libraries, release
-from qpruner.plans.plan import PRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.pruning.prune import prune as prune_model
 from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
 from qpruner.runs.records import RungResult
@@ -95,7 +95,7 @@ def one_trial(setup: Setup) -> Figures:
         losses.append(result.loss)
         laps.end(f"rung {len(losses)}")
 
-    materials = Materials({PRUNED: setup.pruned}, {PRUNED: setup.bank}, setup.work)
+    materials = Materials({UNPRUNED: setup.pruned}, {UNPRUNED: setup.bank}, setup.work)
     job = TrialJob(setup.config, materials, setup.plan(*setup.config.quantize.levels))
     trial.run_trial(job, None, report)
     first, second = laps.seconds.values()

@@ -76,7 +76,7 @@ def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
 def tensors(run: Path) -> dict[str, str]:
     """Stage, file and tensor -> digest of its bytes; folders named by digests count by their order."""
     found: dict[str, str] = {}
-    for stage in ("prune", "bank", "final"):
+    for stage in ("cuts", "bank", "banks", "final"):
         for file in sorted((run / stage).rglob("*.safetensors")):
             for key, tensor in load_file(file).items():
                 digest = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -77,7 +77,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qpruner.config.load import validate_config
-from qpruner.plans.plan import PRUNED, UNPRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import PrepareRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import read_json
@@ -85,8 +85,9 @@ from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
 base = RunDir(str(run)).base_model(read_json(run / "records" / "prepare.json", PrepareRecord))
-checkpoints = {PRUNED: run / "prune", UNPRUNED: base}
-banks = {PRUNED: run / "bank", UNPRUNED: run / f"bank-{UNPRUNED}"}
+[cut] = config.prune.cuts
+checkpoints = {cut: RunDir(str(run)).cut(cut), UNPRUNED: base}
+banks = {cut: run / "bank", UNPRUNED: RunDir(str(run)).bank(UNPRUNED)}
 for plan, cut in plans:
     job = TrialJob(config, Materials(checkpoints, banks, run / "prepare" / "data"), plan, cut)
     run_trial(job, None, lambda result, checkpoint: None)

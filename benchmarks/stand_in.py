@@ -23,7 +23,7 @@ from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape
+from qpruner.plans.plan import UNPRUNED, Group, Layout, LinearShape
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Event
@@ -40,6 +40,7 @@ LAYOUT = Layout(
     adapter_bytes=300,
     element_bytes=2,
     num_parameters=10**6,
+    multiply_adds=10**6,
 )
 SIGMA = 1.0
 STEPS, FIRST_RUNG = 16, 4
@@ -139,8 +140,8 @@ def run_search(
     job = SearchJob(
         config=_config(folder, searcher, num_trials),
         trial=Sleeper(mean_seconds, diary),
-        materials=Materials({PRUNED: folder}, {PRUNED: folder}, folder),
-        layouts={PRUNED: LAYOUT},
+        materials=Materials({UNPRUNED: folder}, {UNPRUNED: folder}, folder),
+        layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, budget),)),
         controls=[("uniform-nf4", LAYOUT.uniform("nf4"))],
         priors={},

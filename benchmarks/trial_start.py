@@ -70,7 +70,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
     """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
-    checkpoint, bank, quantize = run / "prune", run / "bank", config.quantize
+    checkpoint, bank, quantize = run / "cuts" / next(iter(config.prune.cuts)), run / "bank", config.quantize
     freeze_libraries()
     generator = random.Random(turn)
     offered = banked_formats(bank) | {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}

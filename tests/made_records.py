@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpruner.runs.records import PAPER, Confirmation, LayerWidths, PruneRecord, SearchRecord
+from qpruner.runs.records import PAPER, Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord
 from qpruner.runs.records.search import CONTROLS
 
 
@@ -13,7 +13,14 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields: dict[str, Any] = {"digest": "c" * 16, "trials_digest": "1" * 16, "searcher": "gp", "metric": "loss"}
     fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
     fields |= {"num_trials": 9, "num_finished": 6, "num_stopped": 2, "num_failed": 1, "num_reused": 0, "resumed": 0}
-    fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_control": 2, "control_won": False}
+    fields |= {
+        "best_index": 7,
+        "best_origin": "gp",
+        "best_plan": plan,
+        "best_cut": "cut-20",
+        "best_control": 2,
+        "control_won": False,
+    }
     finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625))
     ended = "all 9 trials were spent (`search.max_trials`)"
     return SearchRecord(**fields | {"ended": ended, "confirmations": finalists, "front": ()} | changes)
@@ -22,7 +29,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """Make a finalist, which is a control if its origin is the name of one."""
     is_control = origin == PAPER or origin.startswith(CONTROLS)
-    fields: dict[str, Any] = {"control": is_control, "reused": False, "stderr": 0.0625}
+    fields: dict[str, Any] = {"control": is_control, "cut": "cut-20", "reused": False, "stderr": 0.0625}
     fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 
@@ -36,12 +43,26 @@ def made_layer(index: int, groups: int, channels: int, experts: int | None = Non
     return LayerWidths(layer=index, kept_parameters=5 * channels, **base, **kept)
 
 
-def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
-    """Make a record of pruning from 150 to 120.24 million parameters."""
+def made_cut(*layers: LayerWidths, **changes: Any) -> CutRecord:
+    """Make a record of a cut from 150 to 120.24 million parameters."""
     fields: dict[str, Any] = {"digest": "0" * 16, "seconds": 1.5, "dropped_blocks": (), "layers": layers}
     fields |= {"importance": "taylor", "selection": "global", "compensation": "none"}
     fields |= {"target": "target 20.00% of all parameters", "target_rate": 0.2, "achieved_rate": 0.1984}
     fields |= {"parameters_before": 150_000_000, "parameters_after": 120_240_000}
     fields |= {"bytes_before": 300_000_000, "bytes_after": 240_480_000}
     memory = {"peak_memory_bytes": 0, "memory_counter": "rise of resident memory"}
-    return PruneRecord(**fields | memory | changes)
+    effect = {"multiply_adds": 120_000_000, "loss": 2.5}
+    return CutRecord(**fields | memory | effect | changes)
+
+
+def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
+    """Make a record of the base model and one cut of it."""
+    cut = made_cut(*layers, **changes)
+    kept = {name: getattr(cut, name) for name in ("parameters_before", "bytes_before")}
+    whole = {name.replace("before", "after"): size for name, size in kept.items()}
+    base = cut.model_copy(
+        update={**whole, "target": "no cut", "target_rate": 0.0, "achieved_rate": 0.0, "dropped_blocks": ()}
+    )
+    return PruneRecord(
+        digest=cut.digest, seconds=cut.seconds, gpu_seconds=cut.gpu_seconds, cuts={"base": base, "cut-20": cut}
+    )

@@ -72,7 +72,7 @@ def row_job(config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, 
     """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
     run_dir = RunDir(config.output)
     names = [name.removesuffix(".safetensors") for name in children(run_dir.stage("bank") / LEVELS[0])]
-    places = run_dir.stage("prune"), run_dir.stage("bank")
+    places = run_dir.cut("cut-20"), run_dir.stage("bank")
     row = Candidate("searched", "searched", *places, mixed_plan(names, pattern), folder, seed)
     return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
 

@@ -11,6 +11,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
+from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.report.claim import claim, how_to_compare
 from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
@@ -67,9 +68,14 @@ def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, An
 
 
 def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
-    table = kept_of_blocks(record)
-    terminal.table(table.headings, table.rows)
-    terminal.say(prune_summary(record))
+    for name, cut in record.cuts.items():
+        if name != UNPRUNED or len(record.cuts) == 1:
+            table = kept_of_blocks(cut)
+            terminal.say(f"{cut_title(name)}:")
+            terminal.table(table.headings, table.rows)
+            terminal.say(prune_summary(cut))
+    for name, reason in record.left_out.items():
+        terminal.say(f"{cut_title(name)}: left out, because {reason}")
 
 
 def where_next(root: Path) -> str:

@@ -243,7 +243,7 @@ _verb(
     click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
     click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to answer; may be repeated."),
     click.option("--file", type=click.Path(path_type=Path), help="Text file with more prompts, one per line."),
-    click.option("--which", metavar="NAMES", help="Models of a run, from base,pruned,final; default: all that exist."),
+    click.option("--which", metavar="NAMES", help="Models of a run, such as base,cut-20,final; default: all."),
     click.option("--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."),
     click.option(
         "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 always takes the likeliest token."

@@ -15,12 +15,12 @@ import click
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.export import forms
-from qpruner.export.generate import WHICH, Sampling, Source, sources
+from qpruner.export.generate import Sampling, Source, models_of, sources
 from qpruner.models.memory import release
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.report.snapshot import warning_of_driver
+from qpruner.runs.records import RunState
 from qpruner.runs.run_dir import STATE, RunDir
-from qpruner.wording import nearest
 
 MERGEABLE = ("gguf", "vllm")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -73,16 +73,14 @@ def _sources(place: str, which: str | None) -> list[Source]:
     """Return the models to load; for a run, warn if models are not written yet or a command still works on the run."""
     root = Path(place).expanduser()
     names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
-    for name in names:
-        if name not in WHICH:
-            raise UserError(f"`--which`: a run has no model {name!r}; {nearest(name, WHICH, 'its models are')}")
     is_run = (root / STATE).is_file()
     if is_run and (warning := warning_of_driver(RunDir(root, create=False))):
         click.echo(warning, err=True)
     found = sources(place, names)
-    missing = [name for name in WHICH if name not in {source.name for source in found}]
-    if is_run and which is None and missing:
-        click.echo(f"{', '.join(missing)}: not written yet; `qpruner run` writes them", err=True)
+    if is_run and which is None and (state := RunDir(root, create=False).read_state(RunState)):
+        missing = [name for name in models_of(state) if name not in {source.name for source in found}]
+        if missing:
+            click.echo(f"{', '.join(missing)}: not written yet; `qpruner run` writes them", err=True)
     return found
 
 

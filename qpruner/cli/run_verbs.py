@@ -18,7 +18,7 @@ import yaml
 
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
-from qpruner.plans.plan import PRUNED, UNPRUNED, budget_text
+from qpruner.plans.plan import budget_text, cut_title
 from qpruner.report import run_views
 from qpruner.report.search_progress import plan_text, score_title, score_with_step, search_lines, search_progress
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
@@ -118,7 +118,7 @@ def trials(run: str, sort: str, descending: bool, as_csv: bool, as_json: bool) -
     elif not rows:
         click.echo("there are no trials yet")
     else:
-        shown = [name for name in SHOWN if any(row[name] not in (None, PRUNED) for row in rows)]
+        shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
         terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
         for row in rows:
@@ -138,7 +138,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
     banked = snapshot.run_dir.read_record("bank", BankRecord)
-    sizes = banked.group_bytes if banked and trial.cut == PRUNED else {}
+    sizes = banked.group_bytes if banked and trial.cut == banked.cut else {}
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
@@ -148,8 +148,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
             click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
-        if trial.cut == UNPRUNED:
-            click.echo("cut: base  # the model before pruning: `--plan` takes it with `--set prune.rate=0`")
+        click.echo(f"cut: {trial.cut}  # {cut_title(trial.cut)}")
         for group, name in trial.plan.items():
             each = [f"{of[group] / 1e6:.2f} MB in {level}" for level, of in sizes.items() if group in of]
             click.echo(yaml.safe_dump({group: name}).strip() + (f"  # {', '.join(each)}" if each else ""))

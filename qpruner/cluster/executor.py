@@ -1,16 +1,15 @@
 """Runs functions on one model: in this process, or on a node of the cluster.
 
 The function is a module-level one with plain data bound to it (`functools.partial`). In this process a `ModelCache`
-keeps the pruned model from one function to the next, so that it need not be loaded again.
+keeps one model from one function to the next, so that it need not be loaded again.
 """
 
 from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,35 +36,28 @@ class GpuTime:
         """Add GPU seconds."""
         self.seconds += seconds
 
-    @contextmanager
-    def held(self, gpus: float) -> Iterator[None]:
-        """Add the seconds of the `with` block times the number of GPUs, also if the block raises an error."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(gpus * (time.monotonic() - started))
-
 
 class ModelCache:
-    """Keeps the pruned model in the memory of this process."""
+    """Keeps one model in the memory of this process: the base model or a cut of it."""
 
-    _pruned: PreTrainedModel | None = None
+    _model: PreTrainedModel | None = None
+    _folder: Path | None = None
 
-    def keep(self, pruned: PreTrainedModel) -> None:
-        """Keep the pruned model for the next function."""
-        self._pruned = pruned
+    def keep(self, folder: Path, model: PreTrainedModel) -> None:
+        """Keep a model that was saved in this folder for the next function."""
+        self._folder, self._model = folder, model
 
     def clear(self) -> None:
         """Drop the model and free its memory."""
-        self._pruned = None
+        self._folder = self._model = None
         release()
 
-    def pruned_model(self, checkpoint: Path, dtype: str, on_progress: OnWork = ignore_progress) -> PreTrainedModel:
-        """Return the kept model, or load it from the checkpoint to the device of this process."""
-        if self._pruned is None:
-            self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=on_progress)
-        return self._pruned
+    def model(self, folder: Path, dtype: str, on_progress: OnWork = ignore_progress) -> PreTrainedModel:
+        """Return the model that was saved in this folder: the kept one, or loaded to the device of this process."""
+        if self._model is None or self._folder != folder:
+            self.clear()
+            self.keep(folder, load_dense(str(fetch(folder)), dtype, on_progress=on_progress))
+        return self._model
 
 
 Work = Callable[[ModelCache, Emit], Result]
@@ -80,8 +72,11 @@ class LocalExecutor:
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work in this process and return its result."""
-        with self._gpu_time.held(self._gpus):
+        started = time.monotonic()
+        try:
             return work(self._cache, emit)
+        finally:
+            self._gpu_time.add(self._gpus * (time.monotonic() - started))
 
     def close(self) -> None:
         """Free the memory of the model."""

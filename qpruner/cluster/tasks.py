@@ -79,20 +79,14 @@ def run_tasks(
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 
-    is_generator, emit = on_event is not None, on_event or (lambda event: None)
-
-    def timed(job: Any) -> Iterator[Any]:
-        started, found = time.monotonic(), function(job)
-        result = (yield from found) if is_generator else found  # type: ignore[misc]
-        yield result, time.monotonic() - started
-
+    emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
     task, deaths = _located_task(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     quiet_until = time.monotonic() + QUIET_SECONDS
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
-            running[task.remote(cloudpickle.dumps(checked(check_node, partial(timed, jobs[position]))))] = position
+            running[task.remote(cloudpickle.dumps(checked(check_node, partial(work, jobs[position]))))] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         if not done and not nodes and time.monotonic() > quiet_until:
@@ -119,6 +113,13 @@ def run_tasks(
                     result, seconds = answer
                     on_held(resources.get("gpu", 0.0) * seconds)
                     yield position, result
+
+
+def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iterator[Any]:
+    """Yield the events of a generator, then the function's result and its seconds."""
+    started, found = time.monotonic(), function(job)
+    result = (yield from found) if is_generator else found
+    yield result, time.monotonic() - started
 
 
 def _located_task(name: str, resources: Mapping[str, float], own_process: bool) -> Any:

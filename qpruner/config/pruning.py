@@ -11,6 +11,9 @@ from qpruner.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
 Named = Annotated[str, Field(min_length=1)]
+Rate = Annotated[float, Field(ge=0.0, le=0.9)]
+UNPRUNED = "base"
+"""Name of the cut that removes nothing: the base model as it was."""
 
 
 class DataSource(Section):
@@ -55,6 +58,8 @@ class CalibrationConfig(Section):
     """Tokens of each importance sample (without packing: the maximum); sensitivity samples use `data.max_length`."""
 
 
+RATES = ("rates", "rate", "layer_rate")
+"""Keys of `prune` of which exactly one says how much is cut."""
 RIDGE = 0.3
 """Default of `prune.ridge`."""
 REDUCING = ("fisher", "taylor", "magnitude")
@@ -67,13 +72,23 @@ MOST_OF_BLOCKS = 0.1
 """Default maximum share cut as whole blocks beside other units; more would cost more accuracy (docs/pruning.md)."""
 
 
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.10g}"
+
+
+def _cut_name(rate: float) -> str:
+    return f"cut-{_percent(rate)}" if rate else UNPRUNED
+
+
 class PruneConfig(Section):
     """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels, experts."""
 
-    rate: Annotated[float, Field(ge=0.0, le=0.9)] | None = 0.2
-    """Share of *all* parameters to remove; 0 skips the cut. Null with `layer_rate`."""
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = None
+    """Shares of *all* parameters to remove, ascending: each is a cut that the search may choose; 0 is no cut."""
+    rate: Rate | None = 0.2
+    """Instead of `rates`: a single share; 0 skips the cut."""
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Instead of `rate`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to
+    """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to
     `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which keep the same units as LLM-Pruner."""
     units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
         "attention",
@@ -123,9 +138,17 @@ class PruneConfig(Section):
     """Blocks inside the range that are not cut; negative counts from the end."""
 
     @property
+    def cuts(self) -> dict[str, PruneConfig]:
+        """The cuts by name, each with one `rate` or `layer_rate`, the one that removes least first."""
+        if self.layer_rate is not None:
+            return {f"layers-{_percent(self.layer_rate)}": self.model_copy(update={"rates": None, "rate": None})}
+        rates = self.rates or (self.rate or 0.0,)
+        return {_cut_name(rate): self.model_copy(update={"rates": None, "rate": rate}) for rate in rates}
+
+    @property
     def is_off(self) -> bool:
-        """Whether `rate` is 0, so that nothing is cut."""
-        return self.rate == 0
+        """Whether no cut removes anything."""
+        return set(self.rates or (self.rate,)) == {0.0}
 
     @property
     def drops_blocks(self) -> bool:
@@ -176,8 +199,10 @@ class PruneConfig(Section):
         if not isinstance(raw, dict):
             return raw
         implied: dict[str, Any] = {}
+        if any(raw.get(key) is not None for key in RATES):
+            implied |= dict.fromkeys(RATES)
         if raw.get("layer_rate") is not None:
-            implied |= {"rate": None, "round_to": 1}
+            implied |= {"round_to": 1}
             if raw.get("importance", cls.model_fields["importance"].default) in REDUCING:
                 implied["query_heads"] = "modulo"
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qpruner.config import schema
-from qpruner.config.pruning import REDUCING
+from qpruner.config.pruning import RATES, REDUCING
 from qpruner.config.section import Idle
 from qpruner.quantization.formats import DENSE, GridFormat, formats
 
@@ -30,10 +30,12 @@ def take_out(*keys: str) -> str:
 
 def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     by_rate, units = prune.layer_rate is not None, prune.units
-    if not by_rate and prune.rate is None:
-        yield "give `rate` or `layer_rate`, got neither"
-    if by_rate and prune.rate is not None:
-        yield f"give `rate` or `layer_rate`, not both: {take_out('prune.rate', 'prune.layer_rate')}"
+    given = [key for key in RATES if getattr(prune, key) is not None]
+    if len(given) != 1:
+        got = f"several: {take_out(*(f'prune.{key}' for key in given))}" if given else "none"
+        yield f"give one of `rates`, `rate` and `layer_rate`, got {got}"
+    if prune.rates and list(prune.rates) != sorted(set(prune.rates)):
+        yield f"`rates` must be different shares in ascending order, got {list(prune.rates)}"
     if len(set(units)) < len(units):
         yield f"`units` names a kind twice: {list(units)}; name each once"
     if {"expert", "mlp"} <= set(units):
@@ -51,7 +53,7 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
 
 
 def _budget_rules(budget: schema.BudgetConfig) -> Iterator[str]:
-    given = [name for name, value in budget if value is not None]
+    given = [name for name, value in budget if value is not None and name != "flops_fraction"]
     if len(given) != 1:
         named = [f"quantize.budget.{name}" for name in given]
         remedy = f"{', '.join(given)}: {take_out(*named)}" if given else "none"
@@ -81,12 +83,6 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
         if len(set(names)) < len(names):
             by = " with `double_quant`" if len(set(named[key])) == len(names) else ""
             yield f"`{key}` names a format twice{by}, got {', '.join(names)}: name each once"
-    relative = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
-    if relative and quantize.embedding_levels != (DENSE,):
-        yield (
-            f"`budget.{relative}` has no one meaning if embeddings are packed too (`embeddings`: "
-            f"{', '.join(quantize.embeddings)}): give `budget.bytes` or `budget.gib`"
-        )
 
 
 def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
@@ -155,6 +151,13 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
             f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
             "must use tasks that the search has not seen"
         )
+    (size, value), several = run.quantize.budget.size, len(run.prune.cuts) > 1
+    if size in ("fraction", "mean_bits") and (several or run.quantize.embedding_levels != (DENSE,)):
+        which = "several cuts (`prune.rates`)" if several else "packed embeddings (`quantize.embeddings`)"
+        yield (
+            f"`quantize.budget.{size}` has no one meaning with {which}, got {value:g}: give the size that you want, "
+            "`quantize.budget.gib` or `quantize.budget.bytes`"
+        )
     workers, asked = run.finetune.num_workers, run.search.resources_per_trial
     if training.batch_size % (workers * training.micro_batch_size):
         yield (
@@ -179,10 +182,12 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     only = "`prune.units` names whole blocks only"
     # `uniform` implies `selection`.
     others = [
-        key for key in schema.PruneConfig.model_fields if key != "rate" and not (key == "selection" and prune.uniform)
+        key
+        for key in schema.PruneConfig.model_fields
+        if key not in RATES and not (key == "selection" and prune.uniform)
     ]
     return (
-        (prune.is_off, "`prune.rate` is 0", tuple(others)),
+        (prune.is_off, f"`prune.{'rates' if prune.rates else 'rate'}` is 0", tuple(others)),
         (blocks_only, only, OF_UNITS),
         (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),
@@ -232,7 +237,10 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)
     measured = (f"sensitivity.{key}" for key in schema.SensitivityConfig.model_fields)
-    return ((not run.quantize.has_choice, only, (*searched, *measured)),)
+    return (
+        (not run.has_choice, only, tuple(searched)),
+        (not run.quantize.has_choice, only, tuple(measured)),
+    )
 
 
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune

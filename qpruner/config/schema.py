@@ -62,7 +62,7 @@ class DataConfig(Section):
 
 
 class BudgetConfig(Section):
-    """The size that a plan may have; give exactly one key."""
+    """The size that a plan may have (give exactly one of the first four keys), and its multiply-adds."""
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """0: the size with every group in its smallest format; 1: in its largest; linear between."""
@@ -72,6 +72,14 @@ class BudgetConfig(Section):
     """Gibibytes of the whole model, adapters included."""
     bytes: Positive | None = None
     """Bytes of the whole model, adapters included."""
+    flops_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Beside the size: most multiply-adds per token, as a share of the base model's. Only pruning lowers them: cuts
+    above it are not searched, and their plans cannot win."""
+
+    @property
+    def size(self) -> tuple[str, float]:
+        """The key that gives the size, and its value."""
+        return next((name, value) for name, value in self if value is not None and name != "flops_fraction")
 
 
 class QuantizeConfig(Section):
@@ -370,9 +378,14 @@ class RunConfig(Section):
         return self.sensitivity.methods if self.quantize.has_choice else ()
 
     @property
+    def has_choice(self) -> bool:
+        """Whether plans can differ, in formats or cuts."""
+        return self.quantize.has_choice or len(self.prune.cuts) > 1
+
+    @property
     def is_searched(self) -> bool:
-        """Whether plans are searched: no plan is given, and there are several formats."""
-        return self.search.plan is None and self.quantize.has_choice
+        """Whether plans are searched: no plan is given, and there are several formats or cuts."""
+        return self.search.plan is None and self.has_choice
 
     @property
     def num_trials(self) -> int:

@@ -100,8 +100,8 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time{left}",
         *stages,
         f"    {time['rates']}",
-        f"    assumed: {CHARACTERS_A_TOKEN} characters per token, {CHOICES} answers per question; starts of processes, "
-        "loading and saving are not included, and may double the time of a model as small as the demo's",
+        f"    assumed: {CHARACTERS_A_TOKEN} characters per token, {CHOICES} answers per question; not included are "
+        "starts of processes, loading, packing and saving, which may double the time of a model as small as the demo's",
     ]
 
 

@@ -90,7 +90,7 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _largest_trial(config: RunConfig, inspection: Inspection) -> Layout:
-    return inspection.base if config.is_searched else inspection.pruned
+    return inspection.base if config.is_searched else inspection.reference
 
 
 def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
@@ -115,8 +115,8 @@ def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: the dense model, and the larger of importance and compensation."""
-    settings = [cut.settings for cut in inspection.cuts]
-    if settings[0].is_off:
+    settings = [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]
+    if not settings:
         return Memory("the base model", _weights(inspection.base))
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
@@ -178,7 +178,7 @@ def _widest_input(layout: Layout) -> int:
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method."""
-    dense, settings = inspection.pruned, config.sensitivity
+    dense, settings = inspection.reference, config.sensitivity
     tokens = settings.batch_size * config.data.max_length
     weights = _weights(dense)
     works = [weights]
@@ -199,7 +199,7 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
     """Count mutual information, by part: the outputs of all groups at all drawn positions, in a batch in float32."""
-    dense, positions = inspection.pruned, config.sensitivity.max_positions
+    dense, positions = inspection.reference, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
         features = [sum(linear.rows for linear in group.linears) for group in _blocks(dense)]
@@ -217,7 +217,7 @@ def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int
 
     `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or compared.
     """
-    dense, config = inspection.pruned, inspection.model_config
+    dense, config = inspection.reference, inspection.model_config
     quantized = [dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each]) for each in groups]
     making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
     comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(tokens, POSITIONS)

@@ -1,4 +1,4 @@
-"""Time a few real steps of training, scoring and packing on this device, with the shapes of the model.
+"""Time a few real steps of training and scoring on this device, with the shapes of the model.
 
 Models of one and of five blocks, with adapters and packed random weights, give the time of a block and of the rest.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qpruner.config.schema import LoraConfig, RunConfig
+from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import token_losses
 from qpruner.models import cpu, ragged
@@ -21,9 +21,8 @@ from qpruner.models.families import family_of
 from qpruner.models.loading import device
 from qpruner.models.memory import release
 from qpruner.pipeline.preflight import layout_for
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
+from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.quantization.bank import build_entry
 from qpruner.quantization.formats import Format, format_of
 from qpruner.quantization.mixed import packed_layer
 
@@ -31,16 +30,14 @@ Batch = dict[str, torch.Tensor]
 FEW, MORE = 1, 5
 """Numbers of blocks of the two timed models."""
 REPEATS = 3
-LARGEST = 1024
-"""Maximum rows and columns of the layer whose packing is timed."""
-SVD_OPERATIONS = 150
-"""Operations per weight of packing with a randomized SVD of rank 8."""
+TABLE_ROWS = 1024
+"""Rows of a packed table, which are repeated."""
 
 
 def measure(
-    config: RunConfig, model_config: Any, layout: Layout, share_high: float, share_labelled: float, threads: int
-) -> tuple[float, float, float]:
-    """Return the seconds of training and scoring of a micro-batch of full rows, and the packed operations per second.
+    config: RunConfig, model_config: Any, share_high: float, share_labelled: float, threads: int
+) -> tuple[float, float]:
+    """Return the seconds of training and of scoring on a micro-batch of full rows.
 
     `share_high` of the weights have their largest format, the others their smallest; `share_labelled` tokens a label.
     """
@@ -53,32 +50,7 @@ def measure(
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     low, high = (_extrapolate(config, model_config, batch, is_largest) for is_largest in (False, True))
     training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
-    return training, scoring, _packing_rate(config, layout)
-
-
-def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: float) -> float:
-    """Count the operations of packing a layer in `num_levels` formats."""
-    by_weight = 10 * min(rows, columns) if _is_exact(lora) else SVD_OPERATIONS
-    return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
-
-
-def _packing_rate(config: RunConfig, layout: Layout) -> float:
-    # Packing is far slower than matrix products: 2 of a core's 100 GFLOP/s with AVX2.
-    blocks = [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
-    group, linear = max(((group, each) for group in blocks for each in group.linears), key=lambda at: at[1].num_weights)
-    levels = [format_of(name) for name in group.formats if format_of(name).is_packed]
-    if not levels:
-        return 1.0  # nothing is packed
-    lora = config.lora.model_copy(update={"loftq_iterations": 1})  # all iterations cost the same
-    most = LARGEST // (2 if _is_exact(lora) else 1)
-    rows, columns = min(linear.rows, most), min(linear.columns, most)
-    weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
-    seconds = _least(lambda: [build_entry({"": weight}, level, lora, config.seed) for level in levels])
-    return packing_operations(rows, columns, lora, len(levels)) / seconds
-
-
-def _is_exact(lora: LoraConfig) -> bool:
-    return lora.init == "loftq" and lora.svd == "exact"
+    return training, scoring
 
 
 def _extrapolate(config: RunConfig, model_config: Any, batch: Batch, is_largest: bool) -> tuple[float, float]:
@@ -136,7 +108,7 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_larges
     dtype = getattr(torch, config.model.dtype)
     with torch.device(device()):
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    layout = layout_for(config, small, on_gpu=torch.cuda.is_available())
+    layout = layout_for(config, small, torch.cuda.is_available(), UNPRUNED)
     plan = layout.largest() if is_largest else layout.smallest()
     for group, name in zip(layout.groups, plan.formats, strict=True):
         if format_of(name).is_packed:
@@ -156,8 +128,8 @@ def _pack(model: Any, path: str, packing: Format, dtype: torch.dtype) -> None:
     if layer not in ends:
         model.set_submodule(path, packed_layer(layer, packing.name, packing.pack(layer.weight.data), dtype))
         return
-    rows = torch.arange(len(layer.weight), device=layer.weight.device) % LARGEST
-    tensors = {"weight": packing.pack(layer.weight.data[:LARGEST])["weight"][rows]}
+    rows = torch.arange(len(layer.weight), device=layer.weight.device) % TABLE_ROWS
+    tensors = {"weight": packing.pack(layer.weight.data[:TABLE_ROWS])["weight"][rows]}
     for end, replace in zip(ends, (model.set_input_embeddings, model.set_output_embeddings), strict=True):
         if end.weight is layer.weight:
             replace(packed_layer(end, packing.name, tensors, dtype))

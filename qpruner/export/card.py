@@ -1,7 +1,5 @@
 """Read the metadata of a model card, and write the card's section on loading the model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal

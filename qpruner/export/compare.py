@@ -4,8 +4,6 @@ The outputs of each layer with an adapter are compared, because they change by m
 adapter is lost. Predictions are compared to check all other weights.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -20,58 +18,44 @@ from qpruner.errors import StageError
 from qpruner.hf import load
 from qpruner.models.loading import OnWork, device, ignore_progress
 
-PEFT_PREFIX = "base_model.model."
-"""Prefix that peft adds to the names of layers."""
+Rows = Sequence[Sequence[int]]  # token ids
+PEFT_PREFIX = "base_model.model."  # prefix that peft adds to the names of layers
 NUM_PROBES = 64
 MOST_ERROR = 0.05
 """Largest allowed relative error of a layer's outputs. Rounding causes 0.003 (the demo's 210 layers in nf4,
 2026-11). Wrongly decoded weights cause 0.09 or more."""
-LEAST_ADAPTER = 2.0**-9
-"""Smallest effect of an adapter that is checked, as a share of the layer's outputs. bfloat16 rounds by as much."""
+LEAST_ADAPTER = 2.0**-9  # smallest effect of an adapter that is checked, as a share of the outputs; bfloat16's rounding
 MOST_DIVERGENCE = 0.05
 """Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
-and a quarter of the divergence without all adapters (0.20). A single lost adapter does not exceed the limit:
-five that were removed in the demo, one at a time, gave 0.016 to 0.027."""
+and a quarter of the divergence without all adapters (0.20). One lost adapter of the demo gave 0.016 to 0.027."""
 MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
 """Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
 llama.cpp, 2026-11-29); both beyond three standard errors."""
-TOP = 64
-"""Number of the likeliest tokens whose probabilities a server gives."""
-LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0
-"""Largest allowed divergence of a server: in nats per token, and in units of what rounding makes."""
+TOP = 64  # number of the likeliest tokens whose probabilities a server gives
+LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0  # largest divergence of a server in nats per token, and in units of rounding
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How like the predictions of an export are to those of the model that it was made from, on `num_positions`.
+    """How like the predictions of an export are to those of the model that it was made from; losses are in nats."""
 
-    `divergence` is the KL divergence in nats per token, `agreement` the share of positions at which both predict the
-    same token; losses are in nats per token. `by` names the program that computed the export's predictions.
-    """
-
-    divergence: float
-    agreement: float
+    divergence: float  # KL divergence in nats per token
+    agreement: float  # share of positions at which both predict the same token
     num_positions: int
     loss_before: float
     loss: float
-    by: str
+    by: str  # the program that computed the export's predictions
 
 
 class Predictions(NamedTuple):
-    """Log-probabilities after each token of a row but the last, as numpy arrays.
+    """Log-probabilities after each token of a row but the last, as numpy arrays."""
 
-    `ids` and `likeliest` ``(tokens - 1, TOP)`` are of the likeliest tokens in order, `actual` ``(tokens - 1,)`` of the
-    next one.
-    """
-
-    ids: Any
-    likeliest: Any
-    actual: Any
+    ids: Any  # (tokens - 1, TOP): the likeliest tokens in order
+    likeliest: Any  # as `ids`
+    actual: Any  # (tokens - 1,): of the next token
 
 
-def compare(
-    final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
-) -> Compared:
+def compare(final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress) -> Compared:
     """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
     from peft.tuners.lora import LoraLayer
 
@@ -102,7 +86,7 @@ def compare(
 
 def compare_served(
     checkpoint: Path,
-    samples: Sequence[Sequence[int]],
+    samples: Rows,
     served: Iterable[Predictions],
     by: str,
     rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
@@ -110,27 +94,31 @@ def compare_served(
 ) -> Compared:
     """Compare what the program `by` predicts with the checkpoint in transformers, computed in float32.
 
-    Tokens other than the likeliest are compared in sum. In `rounding` the model rounds as the program does.
-
-    Raises:
-        StageError: If predictions differ by more than rounding explains, or the adapter's effect is another.
+    In `rounding` the model rounds as the program does. Raise `StageError` if predictions differ by more than rounding
+    explains, or the adapter's effect is another.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     # transformers forbids `model.float()` for packed layers; ours compute in the type of their inputs.
     model = torch.nn.Module.float(load(checkpoint, on_progress).eval())
     adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def predicted(sample: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+        return _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
+
     rows = []
     for done, (sample, found) in enumerate(zip(samples, served, strict=True), 1):
         ids, likeliest, actual = map(torch.from_numpy, found)
         all_before = log_probabilities(model, [sample])[:-1]
         before = without = _with_rest(all_before.gather(1, ids))
         with rounding(model):
-            rounded = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
+            rounded = predicted(sample, ids)
         if adapters:
-            _enable(adapters, False)
-            without = _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
-            _enable(adapters, True)
+            for adapter in adapters:
+                adapter.enable_adapters(False)
+            without = predicted(sample, ids)
+            for adapter in adapters:
+                adapter.enable_adapters(True)
         losses = -torch.stack([all_before.gather(1, torch.tensor(sample[1:])[:, None])[:, 0], actual.float()], 1)
         is_same = before[:, 0] == all_before.amax(1)  # of two equal logits either may come first
         rows.append((before, _with_rest(likeliest.float()), rounded, without, losses, is_same.float()))
@@ -162,12 +150,7 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-def _enable(adapters: Sequence[Any], is_enabled: bool) -> None:
-    for layer in adapters:
-        layer.enable_adapters(is_enabled)
-
-
-def loss_of(log_probabilities: torch.Tensor, samples: Sequence[Sequence[int]]) -> float:
+def loss_of(log_probabilities: torch.Tensor, samples: Rows) -> float:
     """Compute the mean loss of the tokens that follow others, from ``(tokens, vocabulary)`` of all rows."""
     rows = zip(torch.split_with_sizes(log_probabilities, list(map(len, samples))), samples, strict=True)
     losses = [-row[:-1].gather(1, torch.tensor(list(sample[1:]))[:, None]) for row, sample in rows]
@@ -185,13 +168,11 @@ def _layers(model: Any) -> dict[str, Any]:
 
 
 def _probes(layer: Any) -> torch.Tensor:
-    """Draw random inputs ``(NUM_PROBES, in)`` that depend on the layer's size only."""
     return torch.randn(NUM_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Compute the outputs ``(NUM_PROBES, out)`` of a layer for the random inputs."""
     output: torch.Tensor = layer(_probes(layer).to(device(), dtype))
     return output.float().cpu()
 
@@ -214,9 +195,7 @@ def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) ->
 
 
 @torch.no_grad()
-def log_probabilities(
-    model: Any, samples: Sequence[Sequence[int]], on_progress: OnWork = ignore_progress
-) -> torch.Tensor:
+def log_probabilities(model: Any, samples: Rows, on_progress: OnWork = ignore_progress) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:

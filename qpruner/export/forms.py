@@ -5,8 +5,6 @@ is it renamed. Layers that a server cannot take in the plan's format get the nea
 `Exported.remarks` says so.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil
@@ -46,42 +44,27 @@ AGAINST_SHORTAGE = (
     "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
-NUM_ROWS = 8
-"""Number of rows of `data.confirmation` on which predictions are compared."""
-LONGEST = 256
-"""Tokens of a row that are compared."""
+NUM_ROWS = 8  # number of rows of `data.confirmation` on which predictions are compared
+LONGEST = 256  # tokens of a row that are compared
 RECODED = "recoded"
 
 
 @dataclass(frozen=True)
 class Exported(Compared):
-    """A finished export.
-
-    `divergence` and `agreement` compare it with the checkpoint in the same formats, as the programs `by` compute them.
-    `loss_before` is that of the final model in transformers, `loss` that of the export in these programs.
-    """
+    """A finished export, compared with the checkpoint in its formats; `loss_before` is that of the final model."""
 
     form: Form
     folder: Path
-    is_plain: bool
-    """Whether it loads without qpruner."""
-    recoded: Mapping[str, str]
-    """Layers that the server cannot take in the plan's format, each with its format here."""
-    remarks: tuple[str, ...]
-    """What differs from the final model, for people."""
-    file_bytes: int
-    """Bytes of all files that a server reads."""
-    tensor_bytes: int
-    """Bytes of the weights and the adapter in these formats; the rest is tokenizer and metadata."""
-    plan_bytes: int
-    """Bytes of the weights and the adapter of the final model."""
+    is_plain: bool  # whether it loads without qpruner
+    recoded: Mapping[str, str]  # layers that the server cannot take in the plan's format, each with its format here
+    remarks: tuple[str, ...]  # what differs from the final model, for people
+    file_bytes: int  # of all files that a server reads
+    tensor_bytes: int  # of weights and adapter in these formats; the rest is tokenizer and metadata
+    plan_bytes: int  # of weights and adapter of the final model
 
 
 def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
-    """Say why a model with this config cannot be exported in a form, and what would work; None if it can.
-
-    `ragged`: blocks will have different widths; `biases`: output projections will have biases.
-    """
+    """Say why a model cannot be exported in a form, and what would work; None if it can (see `architecture_of`)."""
     if form.startswith("gguf"):
         from qpruner.export.gguf import architectures
         from qpruner.export.gguf.llama_cpp import library_path
@@ -100,15 +83,11 @@ def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False)
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
 def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress) -> Exported:
-    """Export the final model of a run to a new folder.
+    """Export the final model of a run to a new folder; raise `StageError` if the export and the model differ.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
     subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM with the adapter in files of its own;
     `gguf_merged` and `vllm_merged` have it merged into the packed weights.
-
-    Raises:
-        UserError: If there is no final model, the folder exists, or this model cannot be written in this form.
-        StageError: If the export and the model differ.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -121,9 +100,9 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"this model cannot be exported as {form}: {reason}")
     rows = run.stage("prepare") / "data" / "confirmation"
     with _hidden_folder(target) as scratch:
-        work = _Work(final, scratch, target, PurePath(run.place).name, rows, on_progress)
+        work = _Work(form, final, scratch, target, PurePath(run.place).name, rows, on_progress)
         write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
-        exported: Exported = write(work, form)
+        exported: Exported = write(work)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
     return exported
@@ -154,9 +133,9 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 class _Work:
     """What every form is made from."""
 
+    form: Form
     final: Path
-    folder: Path
-    """The hidden folder, which is renamed to `target` at the end."""
+    folder: Path  # hidden, and renamed to `target` at the end
     target: Path
     name: str
     rows: Path
@@ -167,9 +146,9 @@ class _Work:
         """Token ids of the rows on which predictions are compared."""
         return [list(row["input_ids"][:LONGEST]) for row in load_encoded(self.rows)[:NUM_ROWS]]
 
-    def recoded(self, new_format: NewFormat, fixed: Mapping[str, str], form: Form) -> tuple[Path, dict[str, str]]:
+    def recoded(self, new_format: NewFormat, fixed: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
         """Return a checkpoint in other formats, merged if the form wants it, and the layers that changed."""
-        merge = form.endswith("merged")
+        merge = self.form.endswith("merged")
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
         folder = self.folder / RECODED
@@ -177,7 +156,6 @@ class _Work:
 
     def exported(
         self,
-        form: Form,
         found: Compared,
         checkpoint: Path | None = None,
         recoded: Mapping[str, str] | None = None,
@@ -190,11 +168,12 @@ class _Work:
             about = about | {"loss_before": loss_before}
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
+        needs_us = config is not None and config.is_heterogeneous and "auto_map" not in vars(config)
         return Exported(
             **about,
-            form=form,
+            form=self.form,
             folder=self.target,
-            is_plain=form != "peft" and (config is None or not config.is_heterogeneous or "auto_map" in vars(config)),
+            is_plain=self.form != "peft" and not needs_us,
             recoded=recoded,
             remarks=(*_format_changes(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
             file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
@@ -209,7 +188,7 @@ def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
     return [f"{counted(count, 'layer')} from {before} to {after}" for (before, after), count in counts.items()]
 
 
-def _merged(work: _Work, form: Form) -> Exported:
+def _merged(work: _Work) -> Exported:
     """Write a dense model; if its blocks differ, with the file that builds them in plain transformers."""
     from qpruner.export.vllm import checking, writing
 
@@ -220,28 +199,28 @@ def _merged(work: _Work, form: Form) -> Exported:
         described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
         retry_storage(lambda: writing.write_config(described, config, work.folder), work.folder)
         checking.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
-    return work.exported(form, found)
+    return work.exported(found)
 
 
-def _peft(work: _Work, form: Form) -> Exported:
+def _peft(work: _Work) -> Exported:
     """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
     base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     retry_storage(lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target)
     copy_adapter(work.final, work.folder, work.target / PEFT_BASE)
     retry_storage(lambda: load_tokenizer(str(work.final)).save_pretrained(work.folder), work.target)
-    return work.exported(form, compare(work.final, work.folder, work.samples, work.on_progress))
+    return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
 
 
-def _gguf(work: _Work, form: Form) -> Exported:
+def _gguf(work: _Work) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
     from qpruner.export.gguf import architectures, checking, same_tokens, writing
     from qpruner.export.gguf.modelfile import modelfile
     from qpruner.export.gguf.vocabulary import stop_ids
 
-    checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {}, form)
+    checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {})
     work.folder.mkdir(parents=True, exist_ok=True)
     model = work.folder / f"{work.name}.gguf"
-    adapter = None if form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
+    adapter = None if work.form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
     writing.write_gguf(checkpoint, model, work.name, work.on_progress)
     if adapter:
         writing.write_adapter(checkpoint, adapter, work.on_progress)
@@ -251,15 +230,15 @@ def _gguf(work: _Work, form: Form) -> Exported:
     retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
     found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
     remarks = architectures.remark(config), same_tokens.remark(tokenizer)
-    return work.exported(form, found, checkpoint, recoded, remarks)
+    return work.exported(found, checkpoint, recoded, remarks)
 
 
-def _vllm(work: _Work, form: Form) -> Exported:
+def _vllm(work: _Work) -> Exported:
     """Write a checkpoint of compressed-tensors."""
     from qpruner.export.vllm import checking, writing
 
     fixed = writing.dense_paths(checkpoint_config(work.final))
-    checkpoint, recoded = work.recoded(writing.vllm_format, fixed, form)
+    checkpoint, recoded = work.recoded(writing.vllm_format, fixed)
     writing.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
     found = checking.check(checkpoint, work.folder, work.samples, work.on_progress)
-    return work.exported(form, found, checkpoint, recoded)
+    return work.exported(found, checkpoint, recoded)

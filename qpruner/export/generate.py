@@ -1,9 +1,4 @@
-"""Load the models of a run or of a folder, and generate answers to prompts.
-
-Before every answer the seed is set, so that an answer depends on model, prompt and sampling only.
-"""
-
-from __future__ import annotations
+"""Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +8,20 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from qpruner.config.schema import ModelConfig
+from qpruner.config.schema import ModelConfig, PruneConfig
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError, first_line
 from qpruner.hf import load, weights_folder
 from qpruner.models.loading import OnWork, check_folder, ignore_progress, load_dense, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.runs.storage import export_command, run_path
+from qpruner.wording import nearest
 
-BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
-"""Models of a run, in the order in which the run makes them."""
+FINAL = "final"
+"""Name of a run's final model; the others have the names of the cuts, `base` is the model before pruning."""
 AGAINST_SHORTAGE = (
     "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
@@ -130,10 +127,7 @@ class Source:
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     """Find the models of a run that `which` names (all if `which` is empty), or the single model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
-        raise UserError(
-            f"models are loaded from a folder, not from a URI: download the final model with `{command}`, "
-            "then name this FOLDER"
-        )
+        raise UserError(f"models are loaded from a folder, not from a URI: name the folder that `{command}` downloads")
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)
@@ -148,11 +142,15 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
         check_folder(weights_folder(source.folder), f"the {source.name} model")
         has_adapter = (source.folder / "adapter_config.json").is_file()
         if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
-            raise UserError(
-                f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside its "
-                "adapter_config.json (pickled adapters are not read: save the adapter with peft's save_pretrained)"
-            )
+            remedy = "pickled adapters are not read: save the adapter with peft's save_pretrained"
+            raise UserError(f"the {source.name} model: {source.folder} has no adapter_model.safetensors ({remedy})")
     return found
+
+
+def models_of(state: RunState) -> list[str]:
+    """Name the models of a run, in the order in which it makes them."""
+    cuts = PruneConfig.model_validate(state.config["prune"]).cuts
+    return list(dict.fromkeys((UNPRUNED, *cuts, FINAL)))
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
@@ -160,11 +158,18 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     settings = ModelConfig.model_validate(state.config["model"])
-    existing = {PRUNED: Source(PRUNED, run.stage("prune"), settings), FINAL: Source(FINAL, run.root / FINAL)}
+    names = models_of(state)
+    if unknown := [name for name in which if name not in names]:
+        raise UserError(f"`--which`: a run has no model {unknown[0]!r}; {nearest(unknown[0], names, 'its models are')}")
+    folders = {name: run.cut(name) for name in names} | {FINAL: run.root / FINAL}
     if prepared:
-        existing = {BASE: Source(BASE, run.base_model(prepared), settings), **existing}
-    existing = {name: source for name, source in existing.items() if (source.folder / "config.json").is_file()}
-    wanted = which or list(existing) or WHICH
+        folders[UNPRUNED] = run.base_model(prepared)
+    existing = {
+        name: Source(name, folder, None if name == FINAL else settings)
+        for name, folder in folders.items()
+        if (folder / "config.json").is_file()
+    }
+    wanted = which or list(existing) or names
     if missing := [name for name in wanted if name not in existing]:
         hint = f", or use `--which {','.join(existing)}`" if existing else ""
         raise UserError(f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{hint}")

@@ -1,9 +1,4 @@
-"""Push a final model and its model card to a model hub; a new repository is private unless `--public` is given.
-
-The token comes from `HF_TOKEN` or `hf auth login`. It is sent to the hub only, and never written to a file.
-"""
-
-from __future__ import annotations
+"""Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth login`."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -43,7 +38,6 @@ def push(
     """Upload the final model, or an export of it, to the repository OWNER/NAME as one commit.
 
     All other files of the repository are deleted, because transformers would attach an old adapter to a merged model.
-    `notify` gets a message before the upload, which may take hours.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -88,9 +82,7 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     record = None if what == "final" else read_json(folder / MARK, ExportRecord)
     if what != "final" and (not record or record.final != run.final_digests()):
         remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
-        raise UserError(
-            f"{folder} was exported from an earlier final model, but the card describes the current one: {remedy}"
-        )
+        raise UserError(f"{folder} was exported from an earlier final model than the card describes: {remedy}")
     yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -1,16 +1,13 @@
-"""Write a final model again with other formats, or with its adapter merged into the weights.
-
-Every export starts from such a checkpoint.
-"""
-
-from __future__ import annotations
+"""Write a final model with other formats, or with its adapter merged: every export starts from such a checkpoint."""
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
@@ -18,14 +15,10 @@ from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.runs.storage import retry_storage
 
-if TYPE_CHECKING:
-    import torch
-
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 10**9
 
-NewFormat = Callable[[str, int], str]
-"""Maps a packed layer's format and its columns to the format that it shall get."""
+NewFormat = Callable[[str, int], str]  # maps a packed layer's format and its columns to the format that it shall get
 
 
 def dense(name: str, columns: int) -> str:
@@ -45,19 +38,13 @@ def recode(
 
     `fixed` names the formats of single layers instead. Layers that keep their format and are not merged keep their
     bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in float32, which is then rounded once, to its
-    format or to the model's type; no adapter is written.
-
-    Returns:
-        The layers whose format changed, each with its new format.
+    format or to the model's type; no adapter is written. Return the layers that changed, each with its new format.
     """
-    import torch
-
     config, changed = checkpoint_config(final), changes(final, new_format, fixed)
     old, widths = formats_of(config), columns_of(config)
     new, adapter = old | changed, _adapter(final) if merge else {}
     copy_other_files(final, folder, () if merge else ADAPTER_FILES)
-    described = json.loads((final / "config.json").read_text(encoding="utf-8"))
-    described.pop("quantization_config", None)
+    described = plain_description(final)
     if packed := {path: name for path, name in new.items() if format_of(name).is_packed}:
         settings = getattr(config, "quantization_config", None) or {"quant_method": "qpruner"}
         described["quantization_config"] = settings | {"formats": packed}
@@ -113,15 +100,22 @@ def _adapter(final: Path) -> dict[str, Callable[[], torch.Tensor]]:
     """Map the paths of layers to functions that compute what the adapter adds to their weights."""
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     tensors = read_tensors(final, lambda name: name.startswith(PEFT_PREFIX))
-    scale, side_a = settings["lora_alpha"] / settings["r"], ".lora_A.weight"
+    scale, end = settings["lora_alpha"] / settings["r"], ".lora_A.weight"
 
     def added(path: str) -> torch.Tensor:
         lora_a, lora_b = (tensors[f"{PEFT_PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
         product: torch.Tensor = scale * (lora_b @ lora_a)
         return product
 
-    paths = [name.removeprefix(PEFT_PREFIX).removesuffix(side_a) for name in tensors if name.endswith(side_a)]
+    paths = [name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in tensors if name.endswith(end)]
     return {path: partial(added, path) for path in paths}
+
+
+def plain_description(checkpoint: Path) -> dict[str, Any]:
+    """Read the config.json of a checkpoint without the description of its packed layers."""
+    described: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    described.pop("quantization_config", None)
+    return described
 
 
 def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> None:

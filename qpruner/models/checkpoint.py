@@ -40,8 +40,7 @@ class Base:
 
     path: str
     converted: bool
-    source_bytes: int | None = None
-    """Size of the .gguf file that was expanded into the folder."""
+    source_bytes: int | None = None  # of the .gguf file that was expanded into the folder
 
 
 def prepare_base(
@@ -50,17 +49,14 @@ def prepare_base(
     """Provide the base model as a local folder with safetensors weights.
 
     A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
-    license. If the run is shared with other machines (`is_shared`), which cannot read this cache, the model is
-    downloaded into `folder` instead. A .gguf file is dequantized into `folder`. Raise `UserError` if the source is not
-    a model, has no safetensors weights, or is cached in part and the hub is down.
+    license, or into `folder` if other machines need it (`is_shared`). A .gguf file is dequantized into `folder`.
     """
     source = check_source(model)
     if Path(source).is_dir():
         return Base(str(Path(source).absolute()), converted=False)
     if source.endswith(".gguf"):
-        save_checkpoint(
-            load_dense(source, model.dtype, on_progress=on_progress), load_tokenizer(source), folder, on_progress
-        )
+        loaded = load_dense(source, model.dtype, on_progress=on_progress)
+        save_checkpoint(loaded, load_tokenizer(source), folder, on_progress)
         return Base(str(folder), converted=True, source_bytes=Path(source).stat().st_size)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -129,7 +125,6 @@ def read_tensors(
                         tensors[name] = file.get_tensor(stored)
                         on_piece()
         except (FileNotFoundError, SafetensorError) as error:
-            raise CorruptFile(
-                f"weight file {shard} is missing or damaged: {error}; in a run, `qpruner run CONFIG` repairs it", shard
-            ) from error
+            told = f"weight file {shard} is missing or damaged: {error}; in a run, `qpruner run CONFIG` repairs it"
+            raise CorruptFile(told, shard) from error
     return tensors

@@ -1,13 +1,10 @@
 """Run bfloat16 at the speed of float32 on CPUs without bfloat16 instructions.
 
-On such a CPU torch is slow. A layer of 1024 x 576 x 1536 took 206 ms on an AVX2 core (21 ms in float32), and 1.7 s with
-its backward pass (0.05 s; torch 2.13, 2026-11-26). On a core with AVX-512 but without AVX-512 BF16, oneDNN emulates the
-instructions: the layer took 67 ms (14 ms in float32), and 195 ms with its backward pass (46 ms; 2026-11-27). On such
-CPUs this module computes matrix products and attention in float32 and rounds the results to bfloat16, as the
-instructions do. Weights, activations and checkpoints stay bfloat16.
+On such a CPU torch is slow: a layer of 1024 x 576 x 1536 with its backward pass took 1.7 s on an AVX2 core (0.05 s in
+float32; torch 2.13, 2026-11-26). With AVX-512 but without AVX-512 BF16, oneDNN emulates the instructions: 195 ms (46 ms
+in float32; 2026-11-27). This module computes matrix products and attention in float32 and rounds the results to
+bfloat16, as the instructions do. Weights, activations and checkpoints stay bfloat16.
 """
-
-from __future__ import annotations
 
 import functools
 import warnings
@@ -18,8 +15,7 @@ import torch
 
 from qpruner.quantization.formats import layers
 
-WORTH_WIDENING = 16
-"""Matrix products with a dimension below this are faster without conversion to float32."""
+WORTH_WIDENING = 16  # matrix products with a dimension below this are faster without conversion to float32
 
 
 @functools.cache
@@ -55,8 +51,7 @@ def widen() -> None:
     AttentionInterface.register("sdpa", functools.partial(_widened_attention, sdpa_attention_forward))
 
 
-_KEPT: list[torch.library.Library] = []
-"""Keeps libraries alive, because torch removes the kernels of a deleted library."""
+_KEPT: list[torch.library.Library] = []  # keeps libraries alive, because torch removes the kernels of a deleted library
 
 
 def _widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
 from qpruner.models.families import family_of
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, Group, Layout, LinearShape
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Group, Layout, LinearShape
 from qpruner.quantization.formats import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEW_GPU = (99, 0)
-"""A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
+NEW_GPU = (99, 0)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -56,18 +55,20 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
 
 
 def layout_of(
-    config: Any, quantize: QuantizeConfig, element_bytes: int, lora_rank: int, on_gpu: bool, cut: str = PRUNED
+    config: Any, quantize: QuantizeConfig, element_bytes: int, lora_rank: int, on_gpu: bool, cut: str = UNPRUNED
 ) -> Layout:
     """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
 
     A group is offered the formats that all its layers take; all formats if there is none, as in a model that is only
-    pruned. Unpacked weights have `element_bytes` each, adapters too.
+    pruned.
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    blocks, tables = group_linears(config, quantize.group), table_paths(config)
-    ordered = {name: (path,) for name, path in tables.items() if name != HEAD} | blocks
-    ordered |= {name: (path,) for name, path in tables.items() if name == HEAD}
+    blocks, tables = (
+        group_linears(config, quantize.group),
+        {name: (path,) for name, path in table_paths(config).items()},
+    )
+    ordered = {EMBEDDINGS: tables[EMBEDDINGS], **blocks, **tables}  # the head comes last
     groups = []
     for name, paths in ordered.items():
         linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)
@@ -83,8 +84,24 @@ def layout_of(
         adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted) * element_bytes,
         element_bytes=element_bytes,
         num_parameters=num_parameters,
+        multiply_adds=multiply_adds(model),
         cut=cut,
     )
+
+
+def multiply_adds(model: PreTrainedModel) -> int:
+    """Count the multiply-adds per token: one for each weight of the blocks' matrices and of the head.
+
+    Of experts stacked ``(experts, rows, columns)`` those count that a token visits.
+    """
+    config, family = model.config, family_of(model.config)
+    head: Any = model.get_output_embeddings()
+    total = int(head.weight.numel())
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{family.blocks}.") and parameter.ndim > 1:
+            share = min(1.0, config.num_experts_per_tok / parameter.shape[0]) if parameter.ndim == 3 else 1.0
+            total += round(share * parameter.numel())
+    return total
 
 
 def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:

@@ -1,7 +1,6 @@
-"""Load config, tokenizer and unquantized weights from a model source.
+"""Load config, tokenizer and unquantized weights from a hub id, a local folder, a `.gguf` file or `package:NAME/FILE`.
 
-Sources: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file inside an installed package (found
-without importing it). Weights are read from safetensors or GGUF only, never from a pickle.
+Weights are read from safetensors or GGUF only, never from a pickle; packages are found without importing them.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
     from qpruner.config.schema import ModelConfig
 
 
-CONVERT = (
-    "convert them with transformers' save_pretrained (with `safe_serialization=True`, which transformers 5 always does)"
-)
+CONVERT = "convert them with transformers' save_pretrained (transformers 4: with `safe_serialization=True`)"
 """Remedy for pickled weights in error messages."""
 
 OnWork = Callable[[str, int, int], None]
@@ -42,10 +39,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 
 
 def resolve_source(source: str, key: str) -> str:
-    """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged.
-
-    Raise `UserError`, which names the key, if the package is not installed or has no such file.
-    """
+    """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged."""
     if source.startswith("~"):
         return os.path.expanduser(source)  # unchanged if there is no such user
     if not source.startswith("package:"):
@@ -98,12 +92,10 @@ def load_model_config(model: ModelConfig) -> Any:
         config = AutoConfig.from_pretrained(**_options(source, model))
     except Exception as error:  # a broken config or .gguf header ends in many types
         remedy = "the file may be truncated: fetch it again" if source.endswith(".gguf") else "repair its config.json"
-        if not Path(source).exists():
-            path = Path(source).absolute()
+        if not (path := Path(source).absolute()).exists():
             remedy = f"check that the hub has this id and answers, or name a model folder ({path} does not exist)"
-        raise UserError(
-            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {remedy}"
-        ) from error
+        told = f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}"
+        raise UserError(f"{told}; {remedy}") from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint")
     if not Path(source).exists():
@@ -141,10 +133,7 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load an unquantized model with the revision and device map of `model` (None: main revision, one device).
-
-    Raise `CorruptFile` if a weight file is truncated, and `UserError` if all devices together have too little memory.
-    """
+    """Load an unquantized model with the revision and device map of `model` (None: main revision, one device)."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -152,14 +141,9 @@ def load_dense(
 
     ragged.install()
     cpu.install()
-    options = _options(source, model) | {"dtype": getattr(torch, dtype)}
-    if source.endswith(".gguf"):
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
-    is_spread = model is not None and model.device_map == "auto"
-    if is_spread:
-        options["device_map"] = "auto"
+    is_gguf, is_spread = source.endswith(".gguf"), model is not None and model.device_map == "auto"
+    options = _options(source, model) | {"dtype": getattr(torch, dtype), "device_map": "auto" if is_spread else None}
+    options |= {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {"use_safetensors": True}
     try:
         with reporting_tensors(on_progress):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
@@ -260,20 +244,15 @@ def check_folder(path: Path, named: str) -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again") from error
         if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
-            raise UserError(
-                f"{named}: folder {path} lacks {counted(len(missing), 'weight file')}: {', '.join(missing)}; fetch the "
-                "model again"
-            )
+            lacks = f"{counted(len(missing), 'weight file')}: {', '.join(missing)}"
+            raise UserError(f"{named}: folder {path} lacks {lacks}; fetch the model again")
     for file in sorted(path.glob("*.safetensors")):
         if not _is_complete(file):
             raise UserError(f"{named}: weight file {file} is truncated or damaged; fetch it again")
 
 
 def _is_complete(file: Path) -> bool:
-    """Return True if a safetensors file is as long as its header says; read the header alone.
-
-    `safe_open` would map the whole file, which fails where address space is limited.
-    """
+    """Return True if a file is as long as its header says; `safe_open` would map all of it, which may not fit."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

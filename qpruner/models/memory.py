@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 STATUS, VMSTAT = Path("/proc/self/status"), Path("/proc/vmstat")
+# oneDNN reports a shortage as a primitive that it could not create; of unsupported ones it names the descriptor.
 SHORTAGE = re.compile(
     "can't allocate memory|Cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc|"
     "could not (create|execute) a primitive(?! descriptor)"
@@ -28,8 +29,7 @@ SHORTAGE = re.compile(
 def release() -> None:
     """Return the memory of dropped models to the GPU and, on Linux, to the operating system.
 
-    Trainer, model and callbacks refer to each other, so only the garbage collector frees them. Without this call a
-    worker that ran several trials grew by 0.6 GB per trial on SmolLM2 (measured 2026-11-25).
+    Without this, a worker grew by 0.6 GB per trial on SmolLM2 (2026-11-25): Trainer, model and callbacks form cycles.
     """
     import torch
 
@@ -42,29 +42,19 @@ def release() -> None:
 
 @functools.cache
 def freeze_libraries() -> None:
-    """Exclude the objects of imported libraries from garbage collection; call this before a model is loaded.
-
-    A collection over the objects of torch, transformers and Ray takes 0.2 s or more, and every trial makes two or three
-    (measured 2026-11-28). An object that exists at the call is never freed if it later becomes part of a cycle.
-    """
+    """Exclude imported libraries, 0.2 s a pass, from garbage collection; call it before a model is loaded."""
     gc.collect()
     gc.freeze()
 
 
 def read_weights(model: torch.nn.Module) -> None:
-    """Read every weight once, because a memory-mapped .safetensors file takes memory only when first read.
-
-    Without this call the 266 MB of SmolLM2 also counted as memory of text generation (torch 2.13, transformers 5.24).
-    """
+    """Read every weight once, because a memory-mapped .safetensors file takes memory only when first read."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
 def copy_weights(model: torch.nn.Module) -> None:
-    """Copy every weight on the CPU out of its memory-mapped .safetensors file.
-
-    The file stays in memory until its last tensor is freed, so a model that is cut in place would take memory twice.
-    """
+    """Copy weights out of a memory-mapped .safetensors file, which takes memory until its last tensor is freed."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -79,11 +69,7 @@ def free_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an error means that GPU or host memory ran out, by its type or its text.
-
-    oneDNN, which multiplies matrices on CPUs, reports a shortage only as a primitive that it could not create or
-    execute. For an unsupported operation it names a primitive descriptor instead (torch 2.13).
-    """
+    """Return True if an error means that GPU or host memory ran out, by its type or its text."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or bool(SHORTAGE.search(str(error)))
 

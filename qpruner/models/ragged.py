@@ -1,11 +1,8 @@
 """Build models whose decoder blocks have different widths.
 
 transformers 5.24 reads and writes `per_layer_config`, but its blocks ignore it (huggingface/transformers#45332), so
-this module builds each block from its own layer config. Once transformers does that itself, most of this module can be
-deleted, and checkpoints stay valid.
+this module builds each block from its own layer config.
 """
-
-from __future__ import annotations
 
 import functools
 import importlib
@@ -30,8 +27,7 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 def install(family: Family | None = None) -> None:
     """Make block i of a family (None: of all families) be built from `config.per_layer_config[i]`; idempotent."""
     for each in families().values() if family is None else (family,):  # to import all modules takes 0.2 s
-        module_name, class_name = each.decoder_layer
-        block_class = getattr(importlib.import_module(module_name), class_name)
+        block_class = getattr(importlib.import_module(each.module), each.decoder_layer)
         if not getattr(block_class.__init__, "reads_per_layer_config", False):
             block_class.__init__ = _ragged(each, block_class.__init__)
 

@@ -16,17 +16,17 @@ from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile
-from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import Inspection, check_offers, check_quantizable
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, PrecisionPlan
 from qpruner.quantization.formats import PAPER, format_of, formats
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, digest_of
-from qpruner.runs.storage import display_name, fetch, files_in, remove, write_json, writing_folder
+from qpruner.runs.storage import display_name, files_in, remove, write_json, writing_folder
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
@@ -45,11 +45,15 @@ class Bank(Stage[BankRecord]):
     repairs_files = True
 
     @property
+    def _layout(self) -> Layout:
+        return self.context.layout_of(self.context.reference)
+
+    @property
     def _wanted(self) -> Wanted:
         """Every group in every packed format that it takes."""
         return {
             group.name: tuple(level for level in group.formats if format_of(level).is_packed)
-            for group in self.context.layout.groups
+            for group in self._layout.groups
         }
 
     def inputs(self) -> tuple[Any, ...]:
@@ -57,13 +61,13 @@ class Bank(Stage[BankRecord]):
 
         context = self.context
         # The trials of controls depend on this digest too, and need entries of other formats.
-        levels = {*context.layout.levels, *context.unpruned_layout.levels, *PAPER}
+        levels = {*self._layout.levels, *context.layout_of(UNPRUNED).levels, *PAPER}
         packed = sorted(level for level in levels if format_of(level).is_packed)
-        return (made_from(context, PRUNED), self._wanted, [entry_digest("", level) for level in packed])
+        return (made_from(context, context.reference), self._wanted, [entry_digest("", level) for level in packed])
 
     @property
     def _levels(self) -> tuple[str, ...]:
-        return tuple(level for level in self.context.layout.levels if format_of(level).is_packed)
+        return tuple(level for level in self._layout.levels if format_of(level).is_packed)
 
     def check(self) -> None:
         check_quantizable(self.context.inspection.model_config)
@@ -72,7 +76,7 @@ class Bank(Stage[BankRecord]):
         """Restore a damaged index `bank.json` from the record. Delete the record if an entry is, to rerun the stage."""
         from qpruner.quantization import bank as store
 
-        bank, record, index = self.context.bank, None, None
+        bank, record, index = self.context.bank_of(self.context.reference), None, None
         with suppress(CorruptFile):  # `run_stage` reports it
             record = self.matching_record(self.digest)
         if record is None:
@@ -94,7 +98,7 @@ class Bank(Stage[BankRecord]):
         """Make `bank.json` from the bank's record: inputs, sha256 and errors of each entry."""
         from qpruner.quantization import bank as store
 
-        files, inputs = {}, made_from(self.context, PRUNED)
+        files, inputs = {}, made_from(self.context, self.context.reference)
         for level, by_group in record.residual_ratio.items():
             for group, ratio in by_group.items():
                 name, error = str(store.entry_file(Path(), group, level)), record.error[level][group]
@@ -110,12 +114,12 @@ class Bank(Stage[BankRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         from qpruner.quantization import bank as store
 
-        context, wanted, layout = self.context, self._wanted, self.context.layout
+        context, wanted, layout = self.context, self._wanted, self._layout
         check_offers(self.config, layout, context.on_gpu)
-        files = _reuse_entries(context.bank, scratch, made_from(context, PRUNED))
+        files = _reuse_entries(context.bank_of(context.reference), scratch, made_from(context, context.reference))
         index = store.BankIndex(digest=self.digest, files=files)
         write_json(scratch / store.INDEX, index)
-        built = _add(self, scratch, PRUNED, wanted, index)
+        built = _add(self, scratch, context.reference, wanted, index)
         files = {name: built[name] for name in sorted(_names(wanted))}
         sizes = files_in(scratch)
         by_level: dict[str, dict[str, IndexEntry]] = {level: {} for level in self._levels}
@@ -125,6 +129,7 @@ class Bank(Stage[BankRecord]):
         packed = {level: layout.group_bytes(level) for level in layout.levels}
         names = [group.name for group in layout.groups]
         return {
+            "cut": context.reference,
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": {
@@ -153,10 +158,11 @@ class Bank(Stage[BankRecord]):
 
 def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
     """Estimate the bytes of the entries of a run, those of its controls included; adapters are in float32."""
-    base, pruned, size = inspection.base, inspection.pruned, 0
-    for level in pruned.levels:
-        if format_of(level).is_packed:
-            size += sum(each or 0 for each in pruned.group_bytes(level)) + pruned.trained_bytes
+    base, pruned, size = inspection.base, inspection.reference, 0
+    for layout in inspection.layouts.values():
+        for level in layout.levels:
+            if format_of(level).is_packed:
+                size += sum(each or 0 for each in layout.group_bytes(level)) + layout.trained_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
     if extra and MUTUAL_INFORMATION in config.measured_methods:  # one plan of formats that are not the run's
         blocks = [group for group in pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
@@ -172,10 +178,8 @@ def made_from(context: Context, cut: str) -> str:
     """Compute the digest of everything that entries of a cut's bank depend on, besides their formats."""
     from qpruner.quantization.bank import VERSION
 
-    config, quantize, pruned = context.config, context.config.quantize, context.record(PruneRecord)
-    model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
-    if cut == UNPRUNED:
-        model = (context.record(PrepareRecord).digest,)
+    config, quantize, made = context.config, context.config.quantize, context.record(PruneRecord).cuts[cut]
+    model = (made.digest, made.weights)
     starts = config.lora.model_copy(update={"dropout": 0.0})
     calibration = (config.calibration, context.record(PrepareRecord).digest) if quantize.rounding == "gptq" else ()
     settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
@@ -200,7 +204,7 @@ def add_entries(stage: Stage[Any], plans: Iterable[PrecisionPlan]) -> None:
         needed = _names(of_cut) & index.files.keys()
         lost = needed - _intact(folder, {name: index.files[name] for name in needed}, inputs).keys()
         kept = {name: each for name, each in index.files.items() if name not in lost}
-        digest = inputs if cut == UNPRUNED else index.digest
+        digest = index.digest if cut == stage.context.reference else inputs
         files = _add(stage, folder, cut, of_cut, store.BankIndex(digest=digest, files=kept))
         if files.keys() != kept.keys():
             stage.context.executor.close()  # the models that need the entries need its memory
@@ -219,7 +223,7 @@ def _add(stage: Stage[Any], folder: Path, cut: str, wanted: Wanted, index: BankI
     write_json(folder / store.INDEX, index)
     stage.notify(f"{sum(len(job.levels) for job in jobs)} entries to build")
     if context.config.quantize.rounding == "gptq":
-        gather = partial(_gather_grams, cut, context.checkpoint_of(cut), context.config, context.data, grams)
+        gather = partial(_gather_grams, context.checkpoint_of(cut), context.config, context.data, grams)
         context.executor.run(gather, context.emit)
         jobs = [job if job.lora is None else replace(job, grams=grams / _gram_file(job.paths[0])) for job in jobs]
     for done, (job, built) in enumerate(_built(context, jobs), 1):
@@ -237,26 +241,20 @@ def _gram_file(path: str) -> str:
     return f"{'.'.join(parts[: number + 1])}.safetensors"
 
 
-def _gather_grams(
-    cut: str, checkpoint: Path, config: RunConfig, data: Path, folder: Path, cache: ModelCache, emit: Emit
-) -> None:
+def _gather_grams(checkpoint: Path, config: RunConfig, data: Path, folder: Path, cache: ModelCache, emit: Emit) -> None:
     """Write the Gram matrices of the inputs of all layers in the blocks of a model, one file a block."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
     from qpruner.quantization.bank import write_grams
 
     on_progress = loading_progress(emit, "bank")
-    if cut == UNPRUNED:
-        cache.clear()
-        model = load_dense(str(fetch(checkpoint)), config.model.dtype, on_progress=on_progress)
-    else:
-        model = cache.pruned_model(checkpoint, config.model.dtype, on_progress)
+    model = cache.model(checkpoint, config.model.dtype, on_progress)
     pad_id = int(load_tokenizer(str(checkpoint)).pad_token_id)
     samples = Samples(list(load_encoded(data / "importance")), pad_id, config.calibration.batch_size)
     samples = replace(samples, on_progress=partial(on_progress, "inputs of the layers"))
     with writing_folder(folder) as scratch:
         scratch.mkdir(parents=True, exist_ok=True)
-        for grams in gather(model, config.quantize.group, samples):
+        for grams in gather(model, samples):
             write_grams(scratch / _gram_file(next(iter(grams))[0]), grams)
 
 
@@ -330,7 +328,10 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     def build_here(job: GroupJob) -> dict[str, IndexEntry]:
         return context.executor.run(lambda cache, emit: build_group(job), context.emit)
 
-    is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
+    is_small = (
+        sum(group.num_weights for group in context.layout_of(context.reference).groups) < FEW_WEIGHTS
+        and not context.address
+    )
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:

@@ -87,9 +87,7 @@ def _unquantized(context: Context, winner: PrecisionPlan) -> list[tuple[str, Pre
 
 def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
-    return candidates_for(
-        context, [(*each, None) for each in (*_unquantized(context, winner), (SEARCHED, winner))]
-    )
+    return candidates_for(context, [(*each, None) for each in (*_unquantized(context, winner), (SEARCHED, winner))])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]) -> list[Candidate]:

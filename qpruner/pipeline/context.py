@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,12 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import PRUNED, UNPRUNED, Layout, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
 from qpruner.runs.lock import lock_lost
-from qpruner.runs.records import PrepareRecord, Record, Results, digest_of
+from qpruner.runs.records import PrepareRecord, PruneRecord, Record, Results, digest_of
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
@@ -46,6 +47,7 @@ class Context:
     assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
     records: Results = field(default_factory=Results)
+    _layouts: dict[str, Layout] = field(default_factory=dict)
 
     def record(self, kind: type[RecordType]) -> RecordType:
         """Return the record of this class, which an earlier stage has made."""
@@ -61,28 +63,29 @@ class Context:
         return self.run_dir.stage("prepare") / "data"
 
     @property
-    def checkpoint(self) -> Path:
-        """Folder of the pruned model and its tokenizer, fetched to this machine."""
-        return self.checkpoint_of(PRUNED)
+    def cuts(self) -> tuple[str, ...]:
+        """Names of the cuts that the search may choose, the one that removes least first."""
+        made = self.record(PruneRecord).cuts
+        return tuple(name for name in self.inspection.cuts if name in made)
+
+    @property
+    def reference(self) -> str:
+        """The cut that removes least, whose sensitivities are measured and used for all cuts."""
+        return self.cuts[0]
 
     def checkpoint_of(self, cut: str) -> Path:
-        """Return the folder of the pruned or of the base model and its tokenizer, fetched to this machine."""
+        """Return the folder of a cut's model and tokenizer, fetched to this machine."""
         return fetch(self.model_folder(cut))
 
     def model_folder(self, cut: str) -> Path:
-        """Return the folder of the pruned or of the base model, where the run keeps it."""
+        """Return the folder of a cut's model and tokenizer, where the run keeps it."""
         if cut == UNPRUNED:
             return self.run_dir.base_model(self.record(PrepareRecord))
-        return self.run_dir.stage("prune")
-
-    @property
-    def bank(self) -> Path:
-        """Folder of the bank; read by `quantization.bank.read_plan`."""
-        return self.bank_of(PRUNED)
+        return self.run_dir.cut(cut)
 
     def bank_of(self, cut: str) -> Path:
-        """Return the folder of a cut's bank; the entries of the unpruned model are made on first use."""
-        return self.run_dir.stage("bank" if cut == PRUNED else f"bank-{cut}")
+        """Return the folder of a cut's bank; the entries of cuts but the reference are made on first use."""
+        return self.run_dir.stage("bank") if cut == self.reference else self.run_dir.bank(cut)
 
     @cached_property
     def worker_config(self) -> RunConfig:
@@ -110,11 +113,12 @@ class Context:
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
         return [file_digest(path) for path in files if path.suffix != ".pyc"]
 
-    @cached_property
-    def pruned_config(self) -> Any:
-        """The transformers config of the pruned model."""
+    def config_of(self, cut: str) -> Any:
+        """Return the transformers config of a cut's model."""
+        if cut == UNPRUNED:
+            return self.inspection.model_config
         with tempfile.TemporaryDirectory() as here:
-            fetch_file(self.run_dir.stage("prune") / "config.json", Path(here) / "config.json")
+            fetch_file(self.run_dir.cut(cut) / "config.json", Path(here) / "config.json")
             return checkpoint_config(Path(here))
 
     @property
@@ -122,19 +126,11 @@ class Context:
         """Whether trials run on GPUs."""
         return bool(self.trial_resources.get("gpu"))
 
-    @cached_property
-    def layout(self) -> Layout:
-        """The groups of the pruned model (layers that share a format), to compute the bytes of any plan."""
-        return preflight.layout_for(self.config, self.pruned_config, self.on_gpu)
-
-    @cached_property
-    def unpruned_layout(self) -> Layout:
-        """The groups of the base model."""
-        return preflight.layout_for(self.config, self.inspection.model_config, self.on_gpu, UNPRUNED)
-
     def layout_of(self, cut: str) -> Layout:
-        """Return the groups of the pruned or of the base model."""
-        return self.layout if cut == PRUNED else self.unpruned_layout
+        """Return the groups of a cut (layers that share a format), to compute the bytes of any plan."""
+        if cut not in self._layouts:
+            self._layouts[cut] = preflight.layout_for(self.config, self.config_of(cut), self.on_gpu, cut)
+        return self._layouts[cut]
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -143,15 +139,43 @@ class Context:
 
     @cached_property
     def space(self) -> SearchSpace:
-        """All plans of the cuts that are searched, within the budget."""
-        quantize = self.config.quantize
-        budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
-        return SearchSpace((PlanSpace.of(self.layout, budget),))
+        """All plans within the budget, of the cuts that have one and may win."""
+        spaces = (self.space_of(cut) for cut in self.cuts if self.may_win(cut))
+        return SearchSpace(tuple(space for space in spaces if space.is_feasible(space.smallest())))
+
+    @cached_property
+    def budget_bytes(self) -> int:
+        """The bytes that a plan may have."""
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts if self.may_win(cut)}
+        if not layouts:
+            shares = [self._flops_fraction(cut) for cut in self.cuts]
+            raise preflight.too_many_flops(self.config, shares)
+        return preflight.budget_bytes(self.config, layouts)
+
+    def may_win(self, cut: str) -> bool:
+        """Return True if a token takes no more multiply-adds on this cut than `budget.flops_fraction` allows."""
+        return self._flops_fraction(cut) <= (self.config.quantize.budget.flops_fraction or 1.0)
+
+    def _flops_fraction(self, cut: str) -> float:
+        made = self.record(PruneRecord).cuts
+        return made[cut].multiply_adds / made[UNPRUNED].multiply_adds
+
+    def space_of(self, cut: str, layout: Layout | None = None) -> PlanSpace:
+        """Return all plans of a cut within the budget; `layout` if other formats are offered than those of the run."""
+        layout, count = layout or self.layout_of(cut), int(self.inspection.model_config.num_hidden_layers)
+        kept = sorted(set(range(count)) - set(self.record(PruneRecord).cuts[cut].dropped_blocks))
+        # Dropped blocks shift the numbers of those after them.
+        names = (
+            re.sub(r"\d+", lambda found: f"{kept[int(found[0])]:0{len(str(count - 1))}d}", group.name, count=1)
+            for group in layout.groups
+        )
+        return PlanSpace.of(layout, self.budget_bytes, base_groups=tuple(names))
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        return preflight.plan_in_file(self.config, self.layout, self.space.budget_bytes)
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
+        return preflight.plan_in_file(self.config, layouts, self.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:

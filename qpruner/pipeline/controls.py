@@ -10,7 +10,7 @@ The base and the paper's flow are tried with their fewest bytes if the budget ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 from qpruner.models.layout import refusals
@@ -21,29 +21,30 @@ from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import BankRecord, SensitivityRecord
 from qpruner.search.choice import controls_of, seed_plan
-from qpruner.search.searchers import Prior
 
 Control = tuple[str, PrecisionPlan]
-BEST_FIRST = ("kl", "fisher", "second_order", "loss", "first_order", MUTUAL_INFORMATION)
+BEST_FIRST = ("fisher", "kl", "second_order", "loss", "first_order", MUTUAL_INFORMATION)
 """Sensitivities that may choose the plans of controls; the first that is measured does."""
+# Rank correlation between SmolLM2 as it is and cut by 10 % (30 blocks, 128 rows, 2026-11): fisher 0.98, mutual
+# information 0.84, kl 0.66 (q4_0) to 0.91 (q8_0), loss 0.16 to 0.44.
 
 
 def controls(context: Context) -> list[Control]:
     """List the controls of a run in the order in which they are tried."""
-    found = []
+    found, method = [], next((name for name in BEST_FIRST if name in context.record(SensitivityRecord).methods), None)
     for cut in dict.fromkeys((UNPRUNED, *context.cuts)):
         layout = context.layout_of(cut)
         if any(refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats):
             continue  # the base of a model whose cut takes other formats
         space = context.space_of(cut)
         if cut == UNPRUNED or space.is_feasible(space.smallest()):
-            found += controls_of(space, _rises(context, space))
+            found += controls_of(space, shared(context, method, space.base_groups, space.levels))
     paper = paper_plan(context)
     return [*found, *([("paper", paper)] if paper else [])]
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's flow on the least cut on which it fits; None if it cannot be made.
+    """Return the plan of the paper's flow on the least pruned cut on which it fits; None if it cannot be made.
 
     It needs the mutual information, a cut, and widths that nf4 and int8 take. Embeddings stay unpacked. If it fits on
     no cut, it is the smallest plan of the most pruned one.
@@ -53,11 +54,10 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
     spaces = [space for cut in context.cuts if cut != UNPRUNED and (space := _paper_space(context, cut))]
     for space in spaces:
         if space.is_feasible(space.smallest()):
-            shares: dict[str, float] = {}
-            for of in _by_base_name(context, MUTUAL_INFORMATION).values():  # equal in all formats that a group takes
-                shares |= of
-            rises = [shares.get(name, 0.0) for name in space.base_groups]
-            return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(rises)), PAPER[0]: rises}, space)
+            level = space.levels[0]  # the information is the same in all formats
+            shares = shared(context, MUTUAL_INFORMATION, space.base_groups, (level,), factor_per_bit=1.0)[level]
+            nothing = [0.0] * len(shares)
+            return seed_plan({**dict.fromkeys((*PAPER, DENSE), nothing), PAPER[0]: shares}, space)
     return spaces[-1].smallest() if spaces else None
 
 
@@ -70,39 +70,39 @@ def _paper_space(context: Context, cut: str) -> PlanSpace | None:
         if any(refusals(level, group.linears, context.on_gpu) for level in levels):
             return None
         groups.append(replace(group, formats=levels))
-    return PlanSpace.of(replace(layout, groups=tuple(groups)), context.budget_bytes)
+    return context.space_of(cut, replace(layout, groups=tuple(groups)))
 
 
-def _rises(context: Context, space: PlanSpace) -> Prior:
-    """Predict the rise of the loss by every (group, format) of a cut from those of the reference cut."""
-    measured = context.record(SensitivityRecord).methods
-    known = _by_base_name(context, next((name for name in BEST_FIRST if name in measured), None))
-    return {level: [_rise(known, name, level) for name in space.base_groups] for level in space.levels}
+def shared(
+    context: Context,
+    method: str | None,
+    groups: Sequence[str],
+    levels: Sequence[str],
+    factor_per_bit: float = 4.0,
+) -> dict[str, list[float]]:
+    """Predict a sensitivity, or without a `method` the error of weights, for groups of any cut: level -> by group.
 
-
-def _by_base_name(context: Context, method: str | None) -> dict[str, dict[str, float]]:
-    """Map format and group, as the base model numbers blocks, to a sensitivity; without one to the weights' error."""
-    names = context.space_of(context.reference).base_groups
-    groups = [group.name for group in context.layout_of(context.reference).groups]
-    if method is None:
-        of_base = dict(zip(groups, names, strict=True))
-        error = context.record(BankRecord).error
-        return {level: {of_base[name]: value for name, value in of.items()} for level, of in error.items()}
-    values = context.record(SensitivityRecord).methods[method].values.items()
-    return {
-        level: {name: each for name, each in zip(names, of, strict=True) if each is not None} for level, of in values
-    }
-
-
-def _rise(known: Mapping[str, Mapping[str, float]], group: str, level: str) -> float:
-    """Look up a predicted rise; where it was not measured, take another format's, or the mean of the other groups.
-
-    Each bit less multiplies the squared error by four. Dense weights raise nothing.
+    It was measured on the reference cut. `groups` are named as in the base model. A level that was not measured takes
+    another's value, times `factor_per_bit` for each bit less (the squared error of rounding grows by four); a group
+    that was not, the mean of the others. Unpacked weights raise nothing.
     """
-    if not format_of(level).is_packed:
+    names = context.space_of(context.reference).base_groups
+    known: dict[str, dict[str, float]] = {}
+    if method is None:
+        of_base = dict(zip((group.name for group in context.layout_of(context.reference).groups), names, strict=True))
+        for level, of in context.record(BankRecord).error.items():
+            known[level] = {of_base[name]: value for name, value in of.items()}
+    else:
+        for level, values in context.record(SensitivityRecord).methods[method].values.items():
+            known[level] = {name: each for name, each in zip(names, values, strict=True) if each is not None}
+
+    def value(group: str, level: str) -> float:
+        if not format_of(level).is_packed:
+            return 0.0
+        for other in sorted(known, key=lambda name: name != level):
+            if format_of(other).is_packed and known[other]:
+                factor = math.pow(factor_per_bit, format_of(other).bits - format_of(level).bits)
+                return factor * known[other].get(group, sum(known[other].values()) / len(known[other]))
         return 0.0
-    for other in sorted(known, key=lambda name: name != level):
-        if format_of(other).is_packed and known[other]:
-            factor = math.pow(4.0, format_of(other).bits - format_of(level).bits)
-            return factor * known[other].get(group, sum(known[other].values()) / len(known[other]))
-    return 0.0
+
+    return {level: [value(group, level) for group in groups] for level in levels}

@@ -76,7 +76,7 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
-        tokenizer = load_tokenizer(str(context.checkpoint))
+        tokenizer = load_tokenizer(str(context.checkpoint_of(context.reference)))
         rows = text_windows((row.response for row in examples["text"]), tokenizer, length)
         save_encoded(rows, folder)
         return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder

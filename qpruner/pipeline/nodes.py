@@ -14,7 +14,7 @@ from qpruner.cluster.node_check import NodeReport, look_at_all
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import amount, check_device, check_gpu
+from qpruner.pipeline.preflight import amount, check_cut, check_device, check_gpu
 from qpruner.runs.events import TableMade
 from qpruner.runs.storage import read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
@@ -37,7 +37,9 @@ def look_at_nodes(context: Context) -> None:
     # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
-        check_device(None, config, inspection.model_config, inspection.cuts, inspection.packs)
+        check_device(None, config, inspection.packs)
+        for cut in inspection.cuts.values() if inspection.packs else ():
+            check_cut(None, config, inspection.model_config, cut)
 
 
 @contextlib.contextmanager

@@ -6,21 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
+from qpruner.config.schema import BudgetConfig, PruneConfig, RunConfig
 from qpruner.data.encoding import load_token_ids
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.quantization.formats import Capability, format_of, formats
 from qpruner.runs.storage import run_root
@@ -28,16 +28,22 @@ from qpruner.runs.storage import run_root
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
+FLOPS_MARGIN = 0.02
+"""Share of the base model's multiply-adds by which a cut may differ from what its shapes let expect."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes and sizes of the base and the pruned model, with cuts and budget, computed without weights."""
+    """Shapes and sizes of the base model and of all cuts, with the budget, computed without weights."""
 
     model_config: Any
     base: Layout
-    cuts: tuple[Cut, ...]
-    pruned: Layout
+    cuts: Mapping[str, Cut]
+    """The cuts that the search may choose, by name, the one that removes least first."""
+    layouts: Mapping[str, Layout]
+    """The groups of each of these cuts."""
+    left_out: Mapping[str, str]
+    """Name of a cut that cannot be made -> the reason."""
     is_estimate: bool
     """Whether the pruned shapes depend on scores, as with global selection or dropped blocks."""
     budget_bytes: int
@@ -45,6 +51,16 @@ class Shapes:
     """The plan of the file in `search.plan`; None without a file or if the names of the groups depend on scores."""
     packs: bool
     """Whether later stages quantize the pruned model. Otherwise its widths need not suit the device."""
+
+    @property
+    def reference(self) -> Layout:
+        """The groups of the cut that removes least, whose sensitivities are measured."""
+        return next(iter(self.layouts.values()))
+
+    @property
+    def expected(self) -> Any:
+        """The model config expected after that cut."""
+        return self.cuts[self.reference.cut].expected
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
     if not family_of(model_config).has_learned_positions:
         return
     lengths = {"data.max_length": config.data.max_length}
-    if not all(cut.settings.is_off for cut in shapes.cuts):
+    if not all(cut.settings.is_off for cut in shapes.cuts.values()):
         key = "calibration.token_ids" if config.calibration.token_ids else "calibration.max_length"
         lengths[key] = sample_length
     for name, length in lengths.items():
@@ -104,28 +120,69 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     family_of(model_config)  # raises an error if the family is not supported
     on_gpu = torch.cuda.is_available() or not works_here
     base = layout_for(config, model_config, on_gpu, UNPRUNED)
-    cuts = cuts_in_effect(config.prune, model_config)
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if works_here:
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        check_device(capability, config, model_config, cuts, packs)
-    pruned = layout_for(config, cuts[0].expected, on_gpu)
-    budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    uncertain = [cut for cut in cuts if cut.settings.selection == "global" or cut.settings.drops_blocks]
-    is_estimate = not all(cut.settings.is_off for cut in uncertain)
+        check_device(capability, config, packs)
+
+    def checked(settings: PruneConfig) -> Cut:
+        cut = _planned(settings, model_config)
+        if works_here and packs:
+            check_cut(capability, config, model_config, cut)
+        return cut
+
+    cuts, left_out = _made(cuts_in_effect(config.prune, model_config), checked)
+    layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
+    budget = budget_bytes(config, _fast_enough(config, layouts, base))
+    settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
+    is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
-    settings = cuts[0].settings
-    are_groups_known = settings.is_off or not settings.drops_blocks or are_alike(model_config)
-    plan = plan_in_file(config, pruned, None if is_estimate else budget) if are_groups_known else None
-    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan, packs)
+    are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
+    plan = plan_in_file(config, layouts, None if is_estimate else budget) if are_groups_known else None
+    return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
-def plan_in_file(config: RunConfig, layout: Layout, budget_bytes: int | None) -> PrecisionPlan | None:
+def _fast_enough(config: RunConfig, layouts: Mapping[str, Layout], base: Layout) -> dict[str, Layout]:
+    """Leave out cuts above `budget.flops_fraction`, as far as shapes tell; raise an error if none is below it."""
+    limit = config.quantize.budget.flops_fraction or 1.0
+    shares = {cut: layout.multiply_adds / base.multiply_adds for cut, layout in layouts.items()}
+    # Widths that depend on scores may differ a little: only what is far above the limit is left out here.
+    kept = {cut: layouts[cut] for cut, share in shares.items() if share <= limit + FLOPS_MARGIN}
+    if not kept:
+        raise too_many_flops(config, shares.values())
+    return kept
+
+
+def too_many_flops(config: RunConfig, shares: Iterable[float]) -> UserError:
+    """Return the error for cuts that all take too many multiply-adds; `shares` are those of the base model's."""
+    return UserError(
+        f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
+        f"{min(shares):.3g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune "
+        "more (`prune.rates`)"
+    )
+
+
+def _made(
+    wanted: Mapping[str, PruneConfig], make: Callable[[PruneConfig], Cut]
+) -> tuple[dict[str, Cut], dict[str, str]]:
+    """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
+    cuts, errors = dict[str, Cut](), dict[str, UserError]()
+    for name, settings in wanted.items():
+        try:
+            cuts[name] = make(settings)
+        except UserError as error:
+            errors[name] = error
+    if not cuts:
+        raise next(iter(errors.values()))
+    return cuts, {name: str(error) for name, error in errors.items()}
+
+
+def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
     """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget."""
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, layout.offered, (PRUNED, UNPRUNED) if config.prune.is_off else (PRUNED,))
-    if budget_bytes is not None and (plan_bytes := layout.plan_bytes(plan)) > budget_bytes:
+    plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()})
+    if budget_bytes is not None and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
             f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the budget of "
@@ -139,8 +196,8 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
     trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of {trials} trials "
-            "(`search.max_trials`) to the searcher: allow more trials, or name fewer `prune.rates`"
+            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of "
+            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer `prune.rates`"
         )
 
 
@@ -149,7 +206,7 @@ def most_controls(config: RunConfig) -> int:
     return 2 * len({UNPRUNED, *config.prune.cuts}) + 1
 
 
-def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str = PRUNED) -> Layout:
+def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
     """List the groups of a model (layers that share a format), to compute the bytes of plans, adapters included."""
     return layout_of(model_config, config.quantize, DTYPE_BYTES[config.model.dtype], config.lora.rank, on_gpu, cut)
 
@@ -159,14 +216,24 @@ def is_pruned(model_config: Any) -> bool:
     return bool(model_config.is_heterogeneous)
 
 
-def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """Plan the cut of a model; for a model that was pruned earlier, return a cut of rate 0, which changes nothing."""
+def cuts_in_effect(settings: PruneConfig, model_config: Any) -> dict[str, PruneConfig]:
+    """Return the cuts of the configuration; for a model that was pruned earlier the one that removes nothing."""
+    return {UNPRUNED: uncut(settings)} if is_pruned(model_config) else settings.cuts
+
+
+def uncut(settings: PruneConfig) -> PruneConfig:
+    """Return the settings with a rate of 0."""
+    return settings.model_copy(update={"rates": None, "rate": 0.0, "layer_rate": None})
+
+
+def _planned(settings: PruneConfig, model_config: Any) -> Cut:
+    """Plan a cut; the errors name its rate."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
-        return (Cut(settings.model_copy(update={"rate": 0.0, "layer_rate": None}), model_config),)
+        return Cut(settings, model_config)
     try:
-        return (planned_cut(model_config, settings),)
+        return planned_cut(model_config, settings)
     except UserError as error:
         key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
         raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
@@ -183,30 +250,37 @@ def check_quantizable(model_config: Any) -> None:
         )
 
 
-def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """Return the budget in bytes; raise an error if the budget leaves no choice between plans."""
-    budget, smallest, largest = quantize.budget, layout.smallest(), layout.largest()
-    lowest, highest = layout.plan_bytes(smallest), layout.plan_bytes(largest)
-    size = _asked_bytes(budget, layout)
-    name, value = next((name, value) for name, value in budget if value is not None)
-    of_groups = zip(*map(layout.group_bytes, layout.levels), strict=True)
+def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
+    """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
+
+    `fraction` and `mean_bits` are those of the only cut.
+    """
+    budget, [first, *_] = config.quantize.budget, layouts.values()
+    size = _asked_bytes(budget, first)
+    name, value = budget.size
+    most_pruned = min(layouts.values(), key=lambda each: each.plan_bytes(each.smallest()))
+    smallest, largest = most_pruned.smallest(), first.largest()
+    lowest, highest = most_pruned.plan_bytes(smallest), first.plan_bytes(largest)
+    of_groups = list(zip(*map(first.group_bytes, first.levels), strict=True))
     sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
-    choice = lowest + min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
+    choice = lowest
+    if len(layouts) == 1:
+        choice += min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
     has_equal = any(len(set(each)) < len(each) for each in sizes)  # then there is a choice at any size
     key = f"`quantize.budget.{name}`"
     least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
         state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} {state} the pruned model with every group in its smallest format, {', '.join(used(smallest))} "
-            f"({lowest} bytes): {least}, got {value}; raise it, or prune more"
+            f"{key} {state} the most pruned model with every group in its smallest format, "
+            f"{', '.join(used(smallest))} ({lowest} bytes): {least}, got {value}; raise it, or prune more"
         )
-    if size >= highest and quantize.has_choice and not pareto and not has_equal:
+    if size >= highest and config.has_choice and not config.search.pareto and not has_equal:
         most = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
-            f"{key} leaves nothing to choose, because every group fits in its largest format, "
-            f"{', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find the best "
-            "plan of every size"
+            f"{key} leaves nothing to choose, because every group of the least pruned model fits in its largest "
+            f"format, {', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find "
+            "the best plan of every size"
         )
     return size
 
@@ -248,27 +322,26 @@ def check_gpu(config: RunConfig, capability: Capability) -> None:
             )
 
 
-def check_device(
-    capability: Capability | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
-) -> None:
-    """Raise an error if the pruned model cannot run on a GPU of this compute capability, or on a CPU (None)."""
+def check_device(capability: Capability | None, config: RunConfig, packs: bool) -> None:
+    """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and formats of a model."""
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-    if not packs:
-        return
-    on_gpu = capability is not None
-    if capability is not None:
+    if packs and capability is not None:
         check_gpu(config, capability)
-    for cut in cuts:
-        try:
-            check_offers(config, layout_for(config, cut.expected, on_gpu), on_gpu)
-            if cut.settings.selection == "global" and not cut.settings.is_off:
-                for index in cuttable_layers(model_config, cut.settings):
-                    _check_any_width(config, model_config, index, on_gpu)
-        except UserError as error:
-            if cut.settings.is_off:
-                raise
-            raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
+
+
+def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> None:
+    """Raise an error if a cut leaves widths that the formats cannot hold on this device."""
+    on_gpu = capability is not None
+    try:
+        check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
+        if cut.settings.selection == "global" and not cut.settings.is_off:
+            for index in cuttable_layers(model_config, cut.settings):
+                _check_any_width(config, model_config, index, on_gpu)
+    except UserError as error:
+        if cut.settings.is_off:
+            raise
+        raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
 
 
 def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:

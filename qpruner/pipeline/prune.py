@@ -1,29 +1,46 @@
-"""The prune stage: cut the base model and record the width of every block."""
+"""The prune stage: make every cut of the base model and record the width of every block."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import PruneConfig, RunConfig
-from qpruner.data.encoding import importance_samples, load_encoded
+from qpruner.data.encoding import importance_samples, load_encoded, sensitivity_samples
 from qpruner.data.sources import Example
+from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
+from qpruner.models.layout import multiply_adds
 from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights
-from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned
+from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, uncut
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
+from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.pruning.settings import settled
 from qpruner.runs.events import Emit, Message, StageStarted
-from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
-from qpruner.runs.storage import Storage, fetch, require_arrived, retry_storage, writing_folder
+from qpruner.runs.records import CutRecord, LayerWidths, PrepareRecord, PruneRecord, digest_of
+from qpruner.runs.storage import (
+    Storage,
+    fetch,
+    read_json,
+    remove,
+    require_arrived,
+    retry_storage,
+    storage_at,
+    write_json,
+    writing_folder,
+)
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,125 +48,306 @@ if TYPE_CHECKING:
     from qpruner.data.losses import Rows
     from qpruner.pruning.prune import Pruned
 
+CUT_FILE = "cut.json"
+"""Name of the record in the folder of a cut, which is written last."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cut to make: its settings, its digest, and its folder, None if it is not to be saved."""
+
+    settings: PruneConfig
+    digest: str
+    folder: Path | None
+
+
+@dataclass
+class Cuts:
+    """Records of the cuts that were made, and reasons why the others could not be made, by name."""
+
+    made: dict[str, CutRecord] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
 
 class Prune(Stage[PruneRecord]):
-    """Score all units, select the units to keep, compensate, cut and save the model."""
+    """Make each cut: score all units, select the units to keep, compensate, cut and save the model.
+
+    The importance of the first step is measured once for all cuts. A cut that an earlier command made is reused.
+    """
 
     name = "prune"
-    help = "Run up to the pruned checkpoint."
+    help = "Run up to the pruned checkpoints."
     record = PruneRecord
     repairs_files = True
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
+    def warnings(self) -> Iterable[str]:
+        return [_left_out_text(*each) for each in self.context.inspection.left_out.items()]
+
     def inputs(self) -> tuple[Any, ...]:
-        inspection = self.context.inspection
-        return (self.context.record(PrepareRecord).digest, settled(inspection.model_config, self.config.prune))
+        return ({name: each.digest for name, each in self._wanted().items()},)
+
+    def _asked(self) -> dict[str, PruneConfig]:
+        """Return the settings of the cuts, the one that removes least first; the base model is always among them."""
+        of_cuts = {name: cut.settings for name, cut in self.context.inspection.cuts.items()}
+        return {UNPRUNED: uncut(self.config.prune)} | of_cuts
+
+    def _wanted(self) -> dict[str, Wanted]:
+        context, model_config = self.context, self.context.inspection.model_config
+        prepared = context.record(PrepareRecord).digest
+        return {
+            name: Wanted(
+                settings,
+                digest_of("cut", prepared, settled(model_config, settings)),
+                None if name == UNPRUNED else context.run_dir.cut(name),
+            )
+            for name, settings in self._asked().items()
+        }
 
     def detail(self) -> str:
-        return describe(self.context.inspection.cuts[0].settings)
+        names = list(self.context.inspection.cuts)
+        before = f"{', '.join(map(cut_title, names[:-1]))} and " if len(names) > 1 else ""
+        return before + describe(self.context.inspection.cuts[names[-1]].settings)
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, settings = self.context, self.context.inspection.cuts[0].settings
+        context, wanted = self.context, self._wanted()
         self._report_earlier_cut()
-        base = context.run_dir.base_model(context.record(PrepareRecord))
-        cut = partial(cut_and_save, self.config, settings, base, context.data / "importance", scratch)
-        fields = context.executor.run(cut, context.emit)
-        require_arrived(scratch)
-        return fields
+        made = self._made_earlier(wanted)
+        missing = {name: each for name, each in wanted.items() if name not in made}
+        cuts = Cuts()
+        if missing:
+            base = context.run_dir.base_model(context.record(PrepareRecord))
+            saved = [context.run_dir.cut(name) for name in made if name != UNPRUNED]
+            work = partial(make_and_save, self.config, base, context.data, missing, saved)
+            cuts = context.executor.run(work, context.emit)
+        for name in cuts.made.keys() - {UNPRUNED}:
+            require_arrived(context.run_dir.cut(name))
+        found = made | cuts.made
+        self._check_left_out(found, cuts.left_out)
+        left_out = {**context.inspection.left_out, **cuts.left_out}
+        return {"cuts": {name: found[name] for name in wanted if name in found}, "left_out": left_out}
+
+    def _check_left_out(self, made: Mapping[str, CutRecord], left_out: Mapping[str, str]) -> None:
+        """Tell which cuts could not be made; raise the error if no cut that the search may choose is left."""
+        if not made.keys() & self.context.inspection.cuts.keys():
+            raise UserError(next(iter(left_out.values())))
+        for name, reason in left_out.items():
+            self.notify(f"warning: {_left_out_text(name, reason)}")
+
+    def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
+        """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
+        found, earlier = dict[str, CutRecord](), None
+        with suppress(CorruptFile):
+            earlier = self.context.run_dir.read_record(self.name, PruneRecord)
+        for name, each in wanted.items():
+            record = earlier.cuts.get(name) if earlier else None
+            if each.folder:
+                record = read_cut(each.folder)
+            if record and record.digest == each.digest and (not each.folder or super().is_complete(each.folder)):
+                found[name] = record
+        return found
 
     def summary(self, record: PruneRecord) -> str:
-        sizes = f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters"
-        return f"{sizes} ({record.target}, {record.achieved})"
+        shown = [cut for name, cut in record.cuts.items() if name in self.context.cuts]
+        sizes = ", ".join(f"{each.parameters_after / 1e6:.1f}M" for each in shown)
+        before = record.cuts[UNPRUNED].parameters_before
+        if len(shown) > 1:
+            return f"{before / 1e6:.1f}M -> {sizes} parameters in {counted(len(shown), 'cut')}"
+        return f"{before / 1e6:.1f}M -> {sizes} parameters ({shown[0].target}, {shown[0].achieved})"
+
+    def matching_record(self, digest: str) -> PruneRecord | None:
+        record = super().matching_record(digest)
+        cuts = {name: cut for name, cut in record.cuts.items() if name != UNPRUNED} if record else {}
+        # A killed command may have made other cuts since.
+        return record if all(read_cut(self.context.run_dir.cut(name)) == cut for name, cut in cuts.items()) else None
+
+    def is_complete(self, folder: Path) -> bool:
+        names = self.context.inspection.cuts.keys() - {UNPRUNED}
+        folders = [folder, *(self.context.run_dir.cut(name) for name in names)]
+        are_intact = [super(Prune, self).is_complete(each) for each in folders]  # each damaged one is set aside
+        return all(are_intact)
+
+    def share_done(self) -> float:
+        wanted = {each.folder: each.digest for each in self._wanted().values() if each.folder}
+        made = [folder for folder, digest in wanted.items() if (cut := read_cut(folder)) and cut.digest == digest]
+        return len(made) / max(len(wanted), 1)
 
     def disk_bytes(self) -> int:
-        base = self.context.inspection.base
-        return base.num_parameters * base.element_bytes
+        layouts = self.context.inspection.layouts.values()
+        return sum(each.num_parameters * each.element_bytes for each in layouts if each.cut != UNPRUNED)
 
     def preview(self) -> PruneRecord:
-        """Cut the model in memory and return the record; nothing is written."""
-        context, settings = self.context, self.context.inspection.cuts[0].settings
+        """Make the cuts in memory and return the record; nothing is written."""
+        context, started = self.context, time.monotonic()
         context.emit(StageStarted(self.name, f"{self.detail()}; nothing is written"))
         self._report_earlier_cut()
-        cut = partial(cut_in_memory, context.worker_config, settings, context.inspection.examples["calibration"])
-        return PruneRecord(digest="", **context.executor.run(cut, context.emit))
+        examples = {name: context.inspection.examples[name] for name in ("calibration", "train")}
+        cuts = context.executor.run(
+            partial(make_in_memory, context.worker_config, self._asked(), examples), context.emit
+        )
+        self._check_left_out(cuts.made, cuts.left_out)
+        left_out = {**context.inspection.left_out, **cuts.left_out}
+        return PruneRecord(digest="", seconds=time.monotonic() - started, cuts=cuts.made, left_out=left_out)
 
     def _report_earlier_cut(self) -> None:
         if is_pruned(self.context.inspection.model_config):
             self.notify(f"the model was {PRUNED_EARLIER}")
 
 
-def cut_and_save(
-    config: RunConfig, settings: PruneConfig, base: Path, rows: Path, scratch: Path, cache: ModelCache, emit: Emit
-) -> dict[str, Any]:
-    """Cut the base model, save it in `scratch` and keep it in the cache; return the fields of the record."""
-    from qpruner.report.plots.model import save_importance
-
-    source, on_weights = str(fetch(base)), loading_progress(emit, "prune")
-    tokenizer = load_tokenizer(source)
-    # A list, because a stored exception would keep a mapped file open.
-    samples = list(load_encoded(rows))
-    cache.clear()
-    model = load_dense(source, config.model.dtype, config.model, on_weights)
-    pruned, fields = _cut(config, settings, model, samples, int(tokenizer.pad_token_id), emit)
-    with writing_folder(scratch) as folder:
-        save_checkpoint(pruned.model, tokenizer, folder, on_weights)
-        retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
-    cache.keep(pruned.model)
-    listed = Storage(scratch).read_list()
-    assert listed, "writing_folder wrote the list"
-    weights = {name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")}
-    return fields | {"weights": digest_of(weights)}
+def read_cut(folder: Path) -> CutRecord | None:
+    """Read the record of a saved cut; None if there is none, or if its files have no list."""
+    with suppress(CorruptFile):
+        return read_json(folder / CUT_FILE, CutRecord) if storage_at(folder).read_list() else None
+    return None
 
 
-def cut_in_memory(
-    config: RunConfig, settings: PruneConfig, examples: list[Example], cache: ModelCache, emit: Emit
-) -> dict[str, Any]:
-    """Cut the base model without saving it; return the fields of the record."""
+def _left_out_text(name: str, reason: str) -> str:
+    return f"{cut_title(name)} is left out: {reason}"
+
+
+def make_and_save(
+    config: RunConfig,
+    base: Path,
+    data: Path,
+    wanted: Mapping[str, Wanted],
+    saved: Sequence[Path],
+    cache: ModelCache,
+    emit: Emit,
+) -> Cuts:
+    """Make the cuts of the base model, each in its folder; `saved` has cuts whose importances are used again."""
+    source = str(fetch(base))
+    # Lists, because a stored exception would keep a mapped file open.
+    samples, rows = (list(load_encoded(data / name)) for name in ("importance", "sensitivity"))
+    cutter = Cutter(config, source, samples, rows, cache, emit)
+    for folder in saved:
+        cutter.take_importances(folder)
+    return cutter.make(wanted)
+
+
+def make_in_memory(
+    config: RunConfig,
+    asked: Mapping[str, PruneConfig],
+    examples: Mapping[str, list[Example]],
+    cache: ModelCache,
+    emit: Emit,
+) -> Cuts:
+    """Make the cuts of the base model without saving them."""
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune"))
-        tokenizer = load_tokenizer(base.path)
-        samples = importance_samples(config, examples, load_model_config(config.model).vocab_size, tokenizer)
-        started = time.monotonic()  # without the work of the prepare stage
-        model = load_dense(base.path, config.model.dtype, config.model, loading_progress(emit, "prune"))
-        _, fields = _cut(config, settings, model, samples, int(tokenizer.pad_token_id), emit)
-        return fields | {"seconds": time.monotonic() - started}
+        source = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune")).path
+        tokenizer, vocabulary = load_tokenizer(source), load_model_config(config.model).vocab_size
+        samples = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+        rows = sensitivity_samples(config, examples["train"], tokenizer)
+        wanted = {name: Wanted(settings, "", None) for name, settings in asked.items()}
+        return Cutter(config, source, samples, rows, cache, emit).make(wanted)
 
 
-def _cut(
-    config: RunConfig, settings: PruneConfig, model: PreTrainedModel, rows: Rows, pad_id: int, emit: Emit
-) -> tuple[Pruned, dict[str, Any]]:
-    """Cut a model in place; return the result of `prune` and the fields of the record."""
-    from qpruner.data.calibration import Samples
-    from qpruner.pruning.prune import block_sizes, prune
+class Cutter:
+    """Makes cuts of a base model, one after the other; one model is in memory."""
 
-    samples = Samples(rows, pad_id, config.calibration.batch_size)
-    copy_weights(model)
-    base_config = copy.deepcopy(model.config)
-    block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
-    memory = PeakMemory()
-    pruned = prune(model, settings, samples, config.seed, loading_progress(emit, "prune"))
-    peak_bytes = memory.bytes()
-    if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-        emit(Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it"))
-    element_bytes = DTYPE_BYTES[config.model.dtype]
-    fields = {
-        "importance": settings.criterion,
-        "selection": settings.selection,
-        "compensation": settings.compensates_by,
-        "target": target_text(settings),
-        "target_rate": settings.rate,
-        "achieved_rate": (pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
-        "parameters_before": pruned.parameters_before,
-        "parameters_after": pruned.parameters_after,
-        "bytes_before": pruned.parameters_before * element_bytes,
-        "bytes_after": pruned.parameters_after * element_bytes,
-        "peak_memory_bytes": peak_bytes,
-        "memory_counter": memory.counter,
-        "dropped_blocks": pruned.dropped_blocks,
-        "layers": layer_widths(base_config, pruned, block_parameters),
-    }
-    return pruned, fields
+    def __init__(
+        self, config: RunConfig, source: str, samples: Rows, rows: Rows, cache: ModelCache, emit: Emit
+    ) -> None:
+        from qpruner.data.calibration import Samples
+        from qpruner.pruning.prune import FirstScores
+
+        self._config, self._source, self._rows, self._cache, self._emit = config, source, rows, cache, emit
+        self._tokenizer, self._on_work = load_tokenizer(source), loading_progress(emit, "prune")
+        self._pad_id = int(self._tokenizer.pad_token_id)
+        self._samples = Samples(samples, self._pad_id, config.calibration.batch_size)
+        self._first = FirstScores()
+
+    def take_importances(self, folder: Path) -> None:
+        """Take the importances that a cut saved, so that they are not measured again."""
+        from qpruner.report.plots.model import load_importance
+
+        if record := read_cut(folder):
+            self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
+
+    def make(self, wanted: Mapping[str, Wanted]) -> Cuts:
+        """Make the cuts that can be made, the one that removes least last, so that its model stays in the cache."""
+        cuts = Cuts()
+        for name in [each for each in reversed(list(wanted)) if each != UNPRUNED] or list(wanted):
+            self._make(name, wanted, cuts)
+        return cuts
+
+    def _make(self, name: str, wanted: Mapping[str, Wanted], cuts: Cuts) -> None:
+        """Load the base model, measure its loss if that is wanted, and make one cut."""
+        config, folder = self._config, wanted[name].folder
+        if folder and (made := read_cut(folder)) and made.digest == wanted[name].digest:  # by a process that has died
+            cuts.made[name] = made
+            return
+        self._cache.clear()
+        model = load_dense(self._source, config.model.dtype, config.model, self._on_work)
+        copy_weights(model)
+        if UNPRUNED in wanted and UNPRUNED not in cuts.made:
+            cuts.made[UNPRUNED] = CutRecord(**self._cut(model, wanted[UNPRUNED])[1])
+        if name == UNPRUNED:
+            return
+        try:
+            pruned, fields = self._cut(model, wanted[name])
+        except UserError as error:
+            cuts.left_out[name] = str(error)
+            return
+        if folder:
+            fields["weights"] = self._save(pruned, folder)
+            self._cache.keep(folder, pruned.model)
+        cuts.made[name] = CutRecord(**fields)
+        if folder:
+            write_json(folder / CUT_FILE, cuts.made[name])
+        after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {fields['loss']:.4f}"
+        self._emit(Message("prune", f"{cut_title(name)}: {after}"))
+
+    def _save(self, pruned: Pruned, folder: Path) -> str:
+        """Save model, tokenizer and importances; return the digest of the weight files."""
+        from qpruner.report.plots.model import save_importance
+
+        remove(folder)
+        with writing_folder(folder) as here:
+            here.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(pruned.model, self._tokenizer, here, self._on_work)
+            retry_storage(lambda: save_importance(here, pruned.scores, pruned.block_scores), here)
+        listed = Storage(folder).read_list()
+        assert listed, "writing_folder wrote the list"
+        return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
+
+    def _cut(self, model: PreTrainedModel, wanted: Wanted) -> tuple[Pruned, dict[str, Any]]:
+        """Cut a model in place; return the result of `prune` and the fields of the record."""
+        from qpruner.data.losses import mean_loss
+        from qpruner.pruning.prune import block_sizes, prune
+
+        config, settings, started = self._config, wanted.settings, time.monotonic()
+        base_config = copy.deepcopy(model.config)
+        block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
+        memory = PeakMemory()
+        pruned = prune(model, settings, self._samples, config.seed, self._on_work, self._first)
+        peak_bytes = memory.bytes()
+        if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
+            self._emit(
+                Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it")
+            )
+        loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
+        element_bytes = DTYPE_BYTES[config.model.dtype]
+        return pruned, {
+            "digest": wanted.digest,
+            "seconds": time.monotonic() - started,
+            "importance": settings.criterion,
+            "selection": settings.selection,
+            "compensation": settings.compensates_by,
+            "target": target_text(settings),
+            "target_rate": settings.rate,
+            "achieved_rate": (pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
+            "parameters_before": pruned.parameters_before,
+            "parameters_after": pruned.parameters_after,
+            "bytes_before": pruned.parameters_before * element_bytes,
+            "bytes_after": pruned.parameters_after * element_bytes,
+            "peak_memory_bytes": peak_bytes,
+            "memory_counter": memory.counter,
+            "dropped_blocks": pruned.dropped_blocks,
+            "layers": layer_widths(base_config, pruned, block_parameters),
+            "multiply_adds": multiply_adds(pruned.model),
+            "loss": loss,
+        }
 
 
 def describe(settings: PruneConfig) -> str:

@@ -20,9 +20,9 @@ from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import base_names, controls
+from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import CUTS, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
@@ -32,6 +32,7 @@ from qpruner.runs.records import (
     FreshScore,
     FrontPoint,
     KeptScore,
+    PruneRecord,
     SearchRecord,
     SearchState,
     SensitivityRecord,
@@ -74,12 +75,12 @@ class Search(Stage[SearchRecord]):
     @cached_property
     def given(self) -> PrecisionPlan | None:
         """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
-        space, method = self.context.space, self.config.search.plan_method
+        space, method = self.context.space.spaces[0], self.config.search.plan_method
         if method:
-            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space.spaces[0])
-        if self.context.plan_in_file or self.config.quantize.has_choice:
+            return choice.seed_plan(shared(self.context, method, space.base_groups, space.levels), space)
+        if self.context.plan_in_file or self.config.has_choice:
             return self.context.plan_in_file
-        return space.spaces[0].smallest()
+        return space.smallest()
 
     @cached_property
     def controls(self) -> list[tuple[str, PrecisionPlan]]:
@@ -95,7 +96,8 @@ class Search(Stage[SearchRecord]):
         settings = self.config.search
         return digest_of(
             self.context.record(SensitivityRecord).digest,
-            self.context.space.budget_bytes,
+            self.config.quantize.budget,
+            self.context.budget_bytes,
             settings.searcher,
             settings.metric,
             settings.pareto,
@@ -111,7 +113,7 @@ class Search(Stage[SearchRecord]):
         return digest_of(
             "trials",
             context.record(BankRecord).digest,
-            context.layout.offered,
+            context.layout_of(context.reference).offered,
             config.training,
             config.lora,
             config.seed,
@@ -161,7 +163,7 @@ class Search(Stage[SearchRecord]):
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
-            budget_bytes=context.space.budget_bytes,
+            budget_bytes=context.budget_bytes,
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
@@ -174,7 +176,7 @@ class Search(Stage[SearchRecord]):
     def detail(self) -> str:
         settings = self.config.search
         trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
-        budget = self.context.space.budget_bytes / 1e6
+        budget = self.context.budget_bytes / 1e6
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -206,7 +208,7 @@ class Search(Stage[SearchRecord]):
             "searcher": self.config.search.searcher if self.config.is_searched else "none",
             "metric": self._metric,
             "metrics": self.context.inspection.metrics["search"],
-            "budget_bytes": self.context.space.budget_bytes,
+            "budget_bytes": self.context.budget_bytes,
             "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
@@ -236,21 +238,22 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        error, groups = context.record(BankRecord).error, tuple(base_names(context).values())
-        space = PlanSpace.of(context.layout, context.space.budget_bytes, error, groups)
-        priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
+        cuts, space = dict.fromkeys((*context.cuts, UNPRUNED)), context.space
+        losses = {cut: made.loss for cut, made in context.record(PruneRecord).cuts.items()}
+        measured = context.record(SensitivityRecord).methods
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(
-                {cut: context.checkpoint_of(cut) for cut in CUTS},
-                {cut: context.bank_of(cut) for cut in CUTS},
+                {cut: context.checkpoint_of(cut) for cut in cuts},
+                {cut: context.bank_of(cut) for cut in cuts},
                 context.data,
             ),
-            layouts={cut: context.layout_of(cut) for cut in CUTS},
-            space=SearchSpace((space,)),
+            layouts={cut: context.layout_of(cut) for cut in cuts},
+            space=SearchSpace(tuple(map(self._with_damage, space.spaces)), losses),
+            may_win=[cut for cut in cuts if context.may_win(cut)],
             controls=[(GIVEN, self.given)] if self.given else self.controls,
-            priors=priors,
+            priors={method: shared(context, method, space.groups, space.levels) for method in measured},
             trials=self.folder,
             scratch=context.run_dir.tune,
             digest=self.trials_digest,
@@ -258,6 +261,15 @@ class Search(Stage[SearchRecord]):
             resources=context.trial_resources,
             check_node=context.check_node,
         )
+
+    def _with_damage(self, space: PlanSpace) -> PlanSpace:
+        """Add to the plans of a cut the error of the weights in each format."""
+        if not self.context.record(BankRecord).error:
+            return space
+        values = shared(self.context, None, space.base_groups, space.levels)
+        error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
+        layout = self.context.layout_of(space.cut)
+        return PlanSpace.of(layout, space.budget_bytes, error, space.base_groups)
 
     def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
         """Run the trials, then choose finalists, also controls of `job_with_controls`; repeat if a file is damaged."""
@@ -321,7 +333,7 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
     points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
-    fit = [size <= job.space.budget_bytes for size, _ in points]
+    fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
     front = choice.non_dominated(points) if job.config.search.pareto else []
     return [finished[position] for position in sorted({*chosen, *front})]
@@ -347,7 +359,7 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
             cut=trial.cut,
             plan=trial.plan,
             plan_bytes=trial.plan_bytes,
-            fits=trial.plan_bytes <= job.space.budget_bytes,
+            fits=job.fits(trial.cut, trial.plan_bytes),
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"

@@ -45,11 +45,11 @@ class Sensitivity(Stage[SensitivityRecord]):
         config = self.config
         return digest_of(
             "scores",
-            self.context.record(PruneRecord).digest,
+            self.context.record(PruneRecord).cuts[self.context.reference].digest,
             self.context.record(BankRecord).digest,
             config.sensitivity.model_copy(update={"methods": ()}),
             config.quantize.group,
-            {group.name: group.formats for group in self.context.layout.groups},
+            {group.name: group.formats for group in self.context.layout_of(self.context.reference).groups},
             config.seed,
         )
 
@@ -62,7 +62,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         for method, scores in _scored(context, set(methods) - known.keys(), known):
             write_json(scratch / f"{method}{ending}", scores)
             self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
-        groups = tuple(group.name for group in context.layout.groups)
+        groups = tuple(group.name for group in context.layout_of(context.reference).groups)
         found = {method: read_json(scratch / f"{method}{ending}", MethodScores) for method in methods}
         return {"groups": groups, "methods": found}
 
@@ -85,7 +85,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
-        levels = self.context.layout.levels
+        levels = self.context.layout_of(self.context.reference).levels
         about = f"{levels[0]} less {levels[-1]}: {ranges}" if ranges else "nothing measured"
         return f"{len(record.groups)} groups, {about}"
 
@@ -111,12 +111,12 @@ def _scored(
 
     config = context.config
     rows = list(load_encoded(context.data / "sensitivity"))  # a mapped file cannot be sent to other machines
-    pad_id = int(load_tokenizer(str(context.checkpoint)).pad_token_id)
+    pad_id = int(load_tokenizer(str(context.checkpoint_of(context.reference))).pad_token_id)
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
-        groups=context.layout.groups,
+        groups=context.layout_of(context.reference).groups,
         grouping=config.quantize.group,
-        bank=context.bank,
+        bank=context.bank_of(context.reference),
         scaling=config.lora.alpha / config.lora.rank,
     )
     few_rows = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples])
@@ -141,7 +141,9 @@ def _scored(
 
 def _on_model(context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]) -> Result:
     """Score groups on the pruned model in the executor, and report progress under the names of the methods."""
-    work = partial(_score, context.checkpoint, context.config.model.dtype, subject, ", ".join(methods), score)
+    work = partial(
+        _score, context.checkpoint_of(context.reference), context.config.model.dtype, subject, ", ".join(methods), score
+    )
     return context.executor.run(work, context.emit)
 
 
@@ -149,7 +151,7 @@ def _score(
     checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], cache: ModelCache, emit: Emit
 ) -> Result:
     """Load the pruned model from the cache and score its groups; `names` is the text of the progress."""
-    model = cache.pruned_model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
+    model = cache.model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
     samples = replace(subject.samples, on_progress=_progress(emit, names))
     return score(model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group")))
 
@@ -173,7 +175,9 @@ def _measured(context: Context, subject: Subject) -> Measurement:
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
     rows = [samples.rows[share::num_shares] for share in range(num_shares)]
     shares = [replace(subject, samples=replace(samples, rows=each)) for each in rows]
-    work = partial(measure_share, context.checkpoint, config.model.dtype, int(resources.get("cpu", 1)))
+    work = partial(
+        measure_share, context.checkpoint_of(context.reference), config.model.dtype, int(resources.get("cpu", 1))
+    )
     on_progress, parts = _progress(context.emit, ", ".join(MEASUREMENT)), dict[int, Measurement]()
     for position, part in context.run_tasks(work, shares, resources, num_shares, on_held=context.gpu_time.add):
         parts[position] = part

@@ -1,8 +1,7 @@
 """The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +19,7 @@ from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
 
-COLUMNS = 4096
-"""Columns that every format takes."""
+COLUMNS = 4096  # columns that every format takes
 BASE_BYTES = 6
 """Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
 
@@ -59,15 +57,16 @@ class Serve(Stage[ServeRecord]):
             self._check_tokenizer()
 
     def _refusal(self, form: ServedForm) -> str | None:
-        """Say why the base or the pruned model cannot have this form, and what would work; None if both can."""
+        """Say why the base model or a cut cannot have this form, and what would work; None if all can."""
         from qpruner.export.forms import refusal
 
         inspection = self.context.inspection
-        cut = inspection.cuts[0]
-        is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
-        is_ragged = is_cut and is_free and bool(cut.settings.width_units)
-        has_biases = is_cut and cut.settings.compensates_by == "bias"
-        return refusal(form, inspection.model_config) or refusal(form, cut.expected, is_ragged, has_biases)
+        reasons = [refusal(form, inspection.model_config)]
+        for settings, expected in ((cut.settings, cut.expected) for cut in inspection.cuts.values()):
+            is_free = settings.selection == "global" and not settings.uniform and bool(settings.width_units)
+            has_biases = not settings.is_off and settings.compensates_by == "bias"
+            reasons.append(refusal(form, expected, is_free and not settings.is_off, has_biases))
+        return next(filter(None, reasons), None)
 
     def _check_tokenizer(self) -> None:
         from qpruner.export.gguf.vocabulary import vocabulary
@@ -128,8 +127,6 @@ def _versions() -> dict[str, str]:
     """Return the versions of the packages that write and run the files; those that are missing are left out."""
     found = {}
     for name in ("gguf", "xllamacpp", "vllm"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

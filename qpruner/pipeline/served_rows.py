@@ -1,13 +1,9 @@
-"""Write the base model for llama.cpp, and measure rows of stage serve in turns in one process.
-
-The process is a new one, so that a crash of llama.cpp is an error of the stage.
-"""
-
-from __future__ import annotations
+"""Write the base model for llama.cpp, and measure rows of stage serve in turns in one new process."""
 
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +26,16 @@ from qpruner.wording import counted
 EMBEDDING_FORMAT = "q8_0"
 """Format of embeddings and head in the packed files of the base model: llama.cpp's own quantizer takes Q6_K or this."""
 UNPACKED = "f16"
-BASE_FORMATS = (UNPACKED, "q8_0", "q4_0")
-"""Formats of the blocks in the files of the base model."""
+BASE_FORMATS = (UNPACKED, "q8_0", "q4_0")  # formats of the blocks in the files of the base model
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 32, 16
 NUM_TURNS = 3
-PLAN = "plan"
-"""`ServedRow.format` of the final model."""
-Turn = tuple[float, float, float | None]
-"""Tokens per second of prefill and of decode, and the loss in the first turn."""
+PLAN = "plan"  # `ServedRow.format` of the final model
+Turn = tuple[float, float, float | None]  # tokens per second of prefill and of decode, and the loss in the first turn
 
 
 @dataclass(frozen=True)
 class Served:
-    """A row to measure: its record so far, and the files that llama.cpp loads; without any, transformers runs it."""
+    """A row to measure, and the files that llama.cpp loads; without any, transformers runs it."""
 
     row: ServedRow
     model: Path | None = None
@@ -172,10 +165,7 @@ def _packed_formats(config: Any, name: str) -> dict[str, str]:
 
 
 def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | Measured]:
-    """Measure speed and loss of rows; yield done and total turns, at the end the setting and all rows.
-
-    The loss is measured in the first turn. Rows without a file that is run here keep what is known of them.
-    """
+    """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers too runs on the CPU
     import torch
 
@@ -195,21 +185,14 @@ def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[
         rows = judging if turn < len(measured) else []
         turns[position].append(_take_turn(job, measured[position], prompt, rows))
         yield turn + 1, total
-    found = {id(each): _with_figures(each.row, of_row) for each, of_row in zip(measured, turns, strict=True)}
-    setting = ServeSetting(
-        threads=job.threads,
-        build=build(),
-        prompt_tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-        num_rows=len(judging),
-    )
+    found = {}
+    for each, of_row in zip(measured, turns, strict=True):
+        prefill, decode, losses = zip(*of_row, strict=True)
+        speeds = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+        found[id(each)] = each.row.model_copy(update={"loss": losses[0], **speeds})
+    about = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "num_rows": len(judging)}
+    setting = ServeSetting(threads=job.threads, build=build(), **about)
     yield Measured([found.get(id(each), each.row) for each in served], setting)
-
-
-def _with_figures(row: ServedRow, turns: Sequence[Turn]) -> ServedRow:
-    prefill, decode, losses = zip(*turns, strict=True)
-    speeds = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
-    return row.model_copy(update={"loss": losses[0], **speeds})
 
 
 def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[Any]) -> Turn:
@@ -221,8 +204,11 @@ def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[
     with Llama(served.model, served.adapter, job.threads, PROMPT_TOKENS + NEW_TOKENS) as llama:
         llama.prefill(prompt[:WARM_UP_TOKENS])
         llama.decode(1)
-        read = llama.prefill(prompt)
-        return PROMPT_TOKENS / read, NEW_TOKENS / llama.decode(NEW_TOKENS), loss
+        start = time.perf_counter()
+        llama.prefill(prompt)
+        read = time.perf_counter()
+        llama.decode(NEW_TOKENS)
+        return PROMPT_TOKENS / (read - start), NEW_TOKENS / (time.perf_counter() - read), loss
 
 
 def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:

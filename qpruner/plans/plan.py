@@ -13,12 +13,10 @@ from typing import Any
 import yaml
 
 from qpruner.config.load import parse_yaml
+from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
 
-PRUNED, UNPRUNED = "pruned", "base"
-"""Names of the cuts: the pruned model, and the base model as it was."""
-CUTS = (PRUNED, UNPRUNED)
 EMBEDDINGS, HEAD = "embeddings", "head"
 """Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
 
@@ -35,6 +33,14 @@ class LinearShape:
     def num_weights(self) -> int:
         """Return the number of weights of the layer."""
         return self.rows * self.columns
+
+
+def cut_title(cut: str) -> str:
+    """Name a cut for people, such as `10 % pruned`."""
+    if cut == UNPRUNED:
+        return "not pruned"
+    kind, _, percent = cut.partition("-")
+    return f"{percent} % {'of each block ' if kind == 'layers' else ''}pruned"
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
@@ -68,14 +74,14 @@ class PrecisionPlan:
 
     groups: tuple[str, ...]  # names, in model order
     formats: tuple[str, ...]  # one for each group
-    cut: str = PRUNED  # the cut whose groups these are
+    cut: str = UNPRUNED  # the cut whose groups these are
 
     def __post_init__(self) -> None:
         if len(self.groups) != len(self.formats):
             raise ValueError(f"{len(self.groups)} groups but {len(self.formats)} formats")
 
     @classmethod
-    def from_dict(cls, formats: Mapping[str, str], cut: str = PRUNED) -> PrecisionPlan:
+    def from_dict(cls, formats: Mapping[str, str], cut: str = UNPRUNED) -> PrecisionPlan:
         """Make a plan from a mapping of groups to formats."""
         # Interned to save memory: a searcher keeps every plan, and each record would have its own copy of the names.
         return cls(tuple(map(sys.intern, formats)), tuple(map(sys.intern, formats.values())), sys.intern(cut))
@@ -113,7 +119,8 @@ class Layout:
     adapter_bytes: int  # LoRA matrices as they are served, see `trained_bytes`
     element_bytes: int  # bytes of one unquantized weight
     num_parameters: int  # without adapters
-    cut: str = PRUNED
+    multiply_adds: int  # per token
+    cut: str = UNPRUNED
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -170,13 +177,13 @@ class Layout:
         return group.packed_bytes(name, self.element_bytes)
 
 
-def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cuts: Sequence[str] = (PRUNED,)) -> PrecisionPlan:
+def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]]) -> PrecisionPlan:
     """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
 
-    A key `cut` beside the groups or the plan names the cut, which must be among `cuts`.
+    A key `cut` beside the groups or the plan names the cut; with a single cut it may be left out.
 
-    `offered` maps each group to its formats (see `Layout.offered`). The bit-widths of `ALIASES` stand for formats. A
-    group with a single format may be left out.
+    `offered` has for each cut its groups with their formats (see `Layout.offered`). The bit-widths of `ALIASES` stand
+    for formats. A group with a single format may be left out.
     Raise `PlanRefused` with all problems: a group is unknown or missing, or is not offered its format.
     """
     try:
@@ -185,12 +192,12 @@ def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cuts: Sequence[s
         raise PlanRefused(f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlanRefused(f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan") from error
-    cut = raw.pop("cut", PRUNED) if isinstance(raw, dict) else PRUNED
-    if cut not in cuts:
-        raise PlanRefused(
-            f"{path} is a plan of the model before pruning (`cut: {cut}`): take it with `--set prune.rate=0`, or give "
-            "one of the pruned model"
-        )
+    only = next(iter(offered)) if len(offered) == 1 else ""
+    cut = str(raw.pop("cut", only)) if isinstance(raw, dict) else only
+    if cut not in offered:
+        got = f"got {cut or 'none'}"
+        raise PlanRefused(f"{path} must name one of the cuts of this run, {got}: `cut: NAME`, of {', '.join(offered)}")
+    of_groups = offered[cut]
     plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(plan, dict):
         got = "an empty file" if raw is None else type(plan).__name__
@@ -198,9 +205,9 @@ def read_plan(path: Path, offered: Mapping[str, Sequence[str]], cuts: Sequence[s
     named: dict[Any, Any] = {
         group: ALIASES.get(value, value) if type(value) is int else value for group, value in plan.items()
     }
-    if problems := _problems(plan, named, offered):
+    if problems := _problems(plan, named, of_groups):
         raise PlanRefused(f"{path} is not a valid plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
-    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in offered.items()})
+    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in of_groups.items()}, cut)
 
 
 def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from qpruner.errors import SolverFailed
-from qpruner.plans.plan import PRUNED, Layout, PrecisionPlan, next_format
+from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan, next_format
 from qpruner.quantization.formats import by_size, format_of
 
 SOLVER_SECONDS = 60.0  # time limit of one knapsack; 120 groups take 0.1 s (2026-11)
@@ -47,7 +47,7 @@ class PlanSpace:
     group_bytes: tuple[tuple[int | None, ...], ...]  # (groups, levels); None where a group is not offered a level
     fixed_bytes: int  # the same in all plans
     budget_bytes: int
-    cut: str = PRUNED
+    cut: str = UNPRUNED
     damage: tuple[tuple[float | None, ...], ...] = ()
     """Relative squared error of each (group, level), None where not offered; empty: not measured."""
     base_groups: tuple[str, ...] = ()

@@ -1,42 +1,42 @@
 """Decide how many units each block loses when all blocks lose about the same share.
 
 Attention units and experts are coarse (a key/value head of Llama-2-7B with its query head is 2.1 million weights), so
-they are allocated first, and channels fill the rest. Without channels, the nearest number of coarse units is removed.
+they are allocated first, and channels fill the rest.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP
 from qpruner.pruning.units import KindSize, Sizes, available, smallest_step
 
-COARSE = (EXPERT, ATTENTION)
-"""Unit kinds other than channels, coarsest first."""
+COARSE = (EXPERT, ATTENTION)  # unit kinds other than channels, coarsest first
 
 
 def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
-    """Count the units to remove: `target` parameters in all, about the same share of each kind in each block.
-
-    Raise `UserError` if `uniform` blocks cannot lose that many parameters.
-    """
+    """Count the units to remove: `target` parameters in all, about the same share of each kind in each block."""
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
     if any(MLP in kinds for kinds in sizes.values()):
         return _counts_with_channels(sizes, target, round_to)
-    share, pools = target / available(sizes), _pools(sizes)
-    totals = nearest_totals(
-        sizes, target, lambda totals: sum(abs(count / pools[name].count - share) for name, count in totals.items())
-    )
+    return _counts_without_channels(sizes, target)
+
+
+def _counts_without_channels(sizes: Sizes, target: int) -> dict[int, dict[str, int]]:
+    """Spread the share of experts over the blocks, then attention units that make up the rest."""
+    left, share = target, target / available(sizes)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
-    for name, total in totals.items():
+    names = [name for name in COARSE if _blocks_with(sizes, name)]
+    for name in names:
         blocks = _blocks_with(sizes, name)
-        base, extra = divmod(total, len(blocks))
+        parameters = next(iter(blocks.values())).parameters
+        wanted = left / parameters if name == names[-1] else share * sum(size.count for size in blocks.values())
+        base, extra = divmod(max(round(wanted), 0), len(blocks))
         for position, (index, size) in enumerate(blocks.items()):
-            removed[index][name] = min(base + int(position < extra), size.most)
+            removed[index][name] = count = min(base + int(position < extra), size.most)
+            left -= count * parameters
     return removed
 
 
@@ -100,48 +100,14 @@ def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int
     return {index: size.count - stays[index] * round_to for index, size in channels.items()}
 
 
-# ---- coarse units alone
-
-
-def _pools(sizes: Sizes) -> dict[str, KindSize]:
-    """Count the attention units and experts of all blocks together, and how many must stay; experts come first."""
-    pools = {}
-    for name in COARSE:
-        if blocks := list(_blocks_with(sizes, name).values()):
-            count, least = sum(size.count for size in blocks), sum(size.least for size in blocks)
-            pools[name] = KindSize(blocks[0].parameters, count, least)
-    return pools
-
-
-def nearest_totals(
-    sizes: Sizes, target: int, penalty: Callable[[Mapping[str, int]], float], before: Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Choose how many units of each coarse kind to remove, at least what earlier steps removed (`before`).
-
-    If choices miss `target` by at most half the smallest unit, the lowest `penalty` decides; otherwise the nearest.
-    """
-    pools, near = _pools(sizes), smallest_step(sizes, 1) / 2
-    least = before or dict.fromkeys(pools, 0)
-    *coarser, finest = pools
-    one, most = pools[finest].parameters, pools[finest].most
-    found: list[tuple[int, dict[str, int]]] = []
-    # Try every number of the coarser kind, with the two numbers of the finest kind nearest to the target.
-    for counts in itertools.product(*(range(least[name], pools[name].most + 1) for name in coarser)):
-        totals = dict(zip(coarser, counts, strict=True))
-        num_removed = sum(count * pools[name].parameters for name, count in totals.items())
-        for count in {min(max((target - num_removed) // one + more, least[finest]), most) for more in (0, 1)}:
-            found.append((num_removed + count * one, totals | {finest: count}))
-    return min(found, key=lambda each: (max(abs(target - each[0]), near), penalty(each[1]), abs(target - each[0])))[1]
-
-
 # ---- all blocks alike
 
 
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
-    """Choose how many units of each kind every block loses.
+    """Choose how many units of each kind every block loses, nearest to `target`.
 
-    Choices that miss `target` by at most half the smallest unit times the number of blocks count as equally near. Of
-    the nearest, take that which exceeds the even share of attention units and experts least, then the most even one.
+    Misses of at most half the smallest unit in each block count as equal; then the choice is taken that exceeds the
+    even share of attention units and experts least, then the most even one.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2

@@ -1,19 +1,17 @@
 """Compensate for removed units by a bias or by new weights in the output projections.
 
-Every removed unit ends in columns of an output projection (o, down). Before the cut these columns are set to zero, and
-their contribution moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in
-SliceGPT, ZipLM and SoBP). The cut itself then changes no output. The contribution of dropped blocks moves to the
-output projection before these blocks.
+Before the cut the columns of removed units in an output projection (o, down) are set to zero, and their contribution
+moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in SliceGPT, ZipLM and
+SoBP); that of dropped blocks moves to the output projection before them. The cut itself then changes no output.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs
 from qpruner.data.losses import batches, hooked
@@ -23,9 +21,6 @@ from qpruner.models.families import family_of
 from qpruner.pruning.surgery import unit_indices
 from qpruner.pruning.units import Kept, unit_kinds_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 class _InputsCaptured(Exception):
     """Stop the forward pass of a block once the inputs of a layer are captured."""
@@ -34,9 +29,8 @@ class _InputsCaptured(Exception):
 class BlockStream:
     """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the samples.
 
-    Masks, positions and windows do not depend on the hidden states, so one pass through the whole model captures them.
-    Each block then runs by itself, also after its weights changed. A model of L blocks costs a few times L block
-    passes, not L squared. Memory holds the hidden states before one block only.
+    One pass through the whole model captures masks and positions, which do not depend on the hidden states. Each block
+    then runs by itself, also after its weights changed. Memory holds the hidden states before one block only.
     """
 
     @torch.no_grad()
@@ -73,8 +67,7 @@ class BlockStream:
     def visit(self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()) -> None:
         """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to `visit`, batch by batch.
 
-        Padding is left out. If `behind` lists the blocks that follow, `visit` also gets the sum ``(tokens, hidden)`` of
-        their contributions to the hidden states.
+        `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add to the hidden states.
         """
         layer = self._model.get_submodule(f"{self._paths[index]}.{linear}")
         for batch, tokens in enumerate(self._tokens):
@@ -95,10 +88,7 @@ class BlockStream:
 
     @torch.no_grad()
     def advance(self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None) -> None:
-        """Replace the hidden states before block `index` by the hidden states after it.
-
-        After every batch `on_batch` gets a mask that is True at its tokens and False at padding.
-        """
+        """Replace the hidden states before block `index` by those after it; give `on_batch` the mask of its tokens."""
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
             on_batch(self._tokens[batch])
@@ -111,22 +101,18 @@ class BlockStream:
         return found
 
 
-class _Gram:
-    """Sums in float32 of ``inputs^T inputs`` (features, features) and ``targets^T inputs`` (outputs, features)."""
+class _Grams(list[torch.Tensor]):
+    """Sums in float32 of ``inputs^T inputs`` (features, features), and ``targets^T inputs`` (outputs, features)."""
 
-    matrix: torch.Tensor
-    targets: torch.Tensor
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
-        """Add inputs ``(tokens, features)`` and targets ``(tokens, outputs)``."""
-        inputs = inputs.float()
-        if hasattr(self, "matrix"):
-            self.matrix.addmm_(inputs.T, inputs)
-        else:
-            self.matrix = inputs.T @ inputs
-        if targets is not None:
-            product = targets.float().T.to(inputs.device) @ inputs
-            self.targets = self.targets.add_(product) if hasattr(self, "targets") else product
+    def add(self, *pair: torch.Tensor) -> None:
+        """Add inputs ``(tokens, features)`` and perhaps targets ``(tokens, outputs)``."""
+        inputs = pair[0].float()
+        for position, each in enumerate(pair):
+            factor = each.float().T.to(inputs.device)
+            if position == len(self):
+                self.append(factor @ inputs)
+            else:
+                self[position].addmm_(factor, inputs)
 
 
 def compensate_blocks(
@@ -134,10 +120,10 @@ def compensate_blocks(
 ) -> None:
     """Make the MLP output projection (down) before dropped blocks add what these added, if its block is in `layers`.
 
-    Let X be the inputs of this projection over the calibration tokens, and D what the dropped blocks directly behind it
-    add to the residual stream. The new weights ``W'`` minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``: they are
-    ``W + D^T X (X^T X + lambda I)^-1``. Nothing changes in families where a norm follows the projection or stacked
-    experts replace it. `ridge` is lambda relative to the mean square of the inputs.
+    Let X be its inputs over the calibration tokens, and D what the dropped blocks directly behind it add to the
+    residual stream. The weights that minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2`` are ``W' = W + D^T X (X^T X
+    + lambda I)^-1``; `ridge` is lambda relative to the mean square of the inputs. Nothing changes in families where a
+    norm follows the projection or stacked experts replace it.
     """
     family, count = family_of(model.config), model.config.num_hidden_layers
     factor = family.residual_factor(model.config)
@@ -149,10 +135,10 @@ def compensate_blocks(
         if behind and index in layers:
             linear = unit_kinds_of(model.config, [index])[index][-1].output_linear
             assert linear is not None, "a family with a residual factor has an output projection"
-            gram = _Gram()
-            stream.visit(index, linear, gram.add, behind)
+            grams = _Grams()
+            stream.visit(index, linear, grams.add, behind)
             name = f"{family.block_path(index)}.{linear}"
-            change = _ridge_solution(gram.matrix, gram.targets / factor, ridge, name)
+            change = _ridge_solution(grams[0], grams[1] / factor, ridge, name)
             weight = model.get_parameter(f"{name}.weight").data
             weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
@@ -161,10 +147,7 @@ def compensate_blocks(
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
-    """Zero the columns of removed units and compensate for them, block by block on the inputs of the pruned model.
-
-    `method` is `bias` or `least_squares`; `ridge` is as in `compensate_blocks`.
-    """
+    """Zero the columns of removed units and compensate by `bias` or `least_squares`, on inputs of the pruned model."""
     family = family_of(model.config)
     stream = BlockStream(model, samples)
     biased: set[str] = set()
@@ -195,9 +178,9 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
                     given = weight[:, removed].float() @ moments.mean[removed].float().to(weight.device)
                     module.bias.data.add_(given.to(module.bias.dtype))
                 else:
-                    gram = _Gram()
-                    stream.visit(index, linear, gram.add)
-                    _solve(weight, stays, removed, gram.matrix, ridge, f"{family.block_path(index)}.{linear}")
+                    grams = _Grams()
+                    stream.visit(index, linear, grams.add)
+                    _solve(weight, stays, removed, grams[0], ridge, f"{family.block_path(index)}.{linear}")
                 weight[:, removed] = 0
             stream.advance(index)
     declare_biases(model, sorted(biased))

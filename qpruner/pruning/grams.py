@@ -1,11 +1,10 @@
 """Gather the Gram matrices of layers' inputs, by which GPTQ rounds weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, at_tokens
 from qpruner.data.losses import hooked
@@ -14,20 +13,16 @@ from qpruner.models.layout import group_linears
 from qpruner.plans.plan import Layout
 from qpruner.pruning.compensation import BlockStream
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 Grams = dict[tuple[str, ...], torch.Tensor]
 """Paths of the layers that read an input -> float32 ``inputs^T inputs / tokens`` ``(columns, columns)``."""
 
 
-def gather(model: PreTrainedModel, grouping: str, samples: Samples) -> Iterator[Grams]:
+def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
     """Yield the Gram matrices of one block after the other; memory holds those of one block."""
-    paths = [path for of_group in group_linears(model.config, grouping).values() for path in of_group]
-    stream = BlockStream(model, samples)
+    groups, stream = group_linears(model.config, "projection").values(), BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
         block = f"{family_of(model.config).block_path(index)}."
-        yield _of_block(model, stream, index, [path for path in paths if path.startswith(block)])
+        yield _of_block(model, stream, index, [paths for paths in groups if paths[0].startswith(block)])
 
 
 def gram_bytes(layout: Layout, config: Any) -> list[int]:
@@ -41,30 +36,23 @@ def gram_bytes(layout: Layout, config: Any) -> list[int]:
 
 
 @torch.no_grad()
-def _of_block(model: PreTrainedModel, stream: BlockStream, index: int, paths: list[str]) -> Grams:
-    """Run a block once and sum the products of its layers' inputs; layers that share an input share the matrix."""
-    inputs: dict[str, torch.Tensor] = {}
-    sums: dict[str, torch.Tensor] = {}
-    first: dict[str, str] = {}
+def _of_block(model: PreTrainedModel, stream: BlockStream, index: int, groups: list[tuple[str, ...]]) -> Grams:
+    """Run a block once and sum the products of the inputs of each projection, whose layers share them."""
+    inputs: dict[tuple[str, ...], torch.Tensor] = {}
+    sums: Grams = {}
     count = 0
 
-    def hook_for(path: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[path] = args[0]
-
-        return hook
+    def hook_for(paths: tuple[str, ...]) -> Callable[..., None]:
+        return lambda module, args: inputs.update({paths: args[0]})
 
     def on_batch(tokens: torch.Tensor) -> None:
         nonlocal count
         count += int(tokens.sum())
-        for path, each in inputs.items():
-            first.setdefault(path, next(other for other, same in inputs.items() if same is each))
-            if first[path] == path:
-                rows = at_tokens(each, tokens).float()
-                sums[path] = sums[path].addmm_(rows.T, rows) if path in sums else rows.T @ rows
+        for paths, each in inputs.items():
+            rows = at_tokens(each, tokens).float()
+            sums[paths] = sums[paths].addmm_(rows.T, rows) if paths in sums else rows.T @ rows
         inputs.clear()
 
-    with hooked(model.get_submodule(path).register_forward_pre_hook(hook_for(path)) for path in paths):
+    with hooked(model.get_submodule(paths[0]).register_forward_pre_hook(hook_for(paths)) for paths in groups):
         stream.advance(index, on_batch)
-    shared = {owner: tuple(path for path in first if first[path] == owner) for owner in sums}
-    return {shared[owner]: gram / count for owner, gram in sums.items()}
+    return {paths: gram / count for paths, gram in sums.items()}

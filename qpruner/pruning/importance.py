@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import (
@@ -29,22 +30,14 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.units import unit_kinds_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Scores = dict[int, dict[str, torch.Tensor]]
-"""Block index -> kind of unit -> scores ``(units,)``, float64 on the CPU."""
-Kinds = Mapping[int, Sequence[UnitKind]]
-"""Block index -> kinds of unit to score."""
+Scores = dict[int, dict[str, torch.Tensor]]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
+Kinds = Mapping[int, Sequence[UnitKind]]  # block index -> kinds of unit to score
 
 
 def score(
     model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
 ) -> Scores:
-    """Score the units of the blocks in `layers` by `settings.importance`; `magnitude` and `random` read no samples.
-
-    Raise `TrainingDiverged`, which names the parameter, if a gradient or score is NaN or infinite.
-    """
+    """Score the units of the blocks in `layers` by `settings.importance`; raise `TrainingDiverged` at a NaN."""
     kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
     if importance == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -60,12 +53,9 @@ def score(
             weight = parameter.detach().float()
             # For l2 no square root is taken, as in LLM-Pruner.
             scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
-    elif importance in ("fisher", "taylor"):
+    else:
         order = "second" if importance == "fisher" else settings.order
         scores = _taylor(model, kinds, samples, order, settings.aggregation)
-    else:
-        known = ", ".join(get_args(PruneConfig.model_fields["importance"].annotation))
-        raise ValueError(f"`prune.importance` must be one of {known}, got {importance!r}")
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
@@ -80,9 +70,8 @@ def _taylor(
     `second` uses the diagonal Fisher information for the Hessian, without the factor 1/2, as the code of LLM-Pruner
     does; with `vector` it is the Fisher information of a mask on the row (arXiv 2204.09656, eq. 7).
 
-    LLM-Pruner runs all samples in one backward pass. `vector` gives the same scores with any number of batches, and
-    needs no weight gradients. `element` takes ``s`` of each batch and sums ``|.|`` over batches, which changes `first`
-    and `mixed`. Its `second` and `mixed` need a pass per sample, and `mixed` one more tensor per scored matrix.
+    LLM-Pruner runs all samples in one backward pass. `vector` gives the same scores with any number of batches.
+    `element` takes ``s`` of each batch and sums ``|.|`` over batches, which changes `first` and `mixed`.
     """
     return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
 
@@ -202,10 +191,7 @@ class UnitScores:
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce the scores of all matrices to one score per unit.
-
-        With `modulo`, query head h counts for unit ``h % number of units``, as in LLM-Pruner, not for its own unit.
-        """
+        """Reduce to one score per unit; with `modulo` query head h counts for unit ``h % units``, as in LLM-Pruner."""
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
@@ -216,8 +202,7 @@ class UnitScores:
         return scores
 
 
-ENTRIES_AT_ONCE = 2**22
-"""Entries of a matrix that are converted to float32 at once: 16 MiB."""
+ENTRIES_AT_ONCE = 2**22  # entries of a matrix that are converted to float32 at once: 16 MiB
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda scores: scores.sum(dim=0),
     "mean": lambda scores: scores.mean(dim=0),
@@ -239,13 +224,10 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
-    """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights.
-
-    Raise `TrainingDiverged`, which names the block, if a score is NaN or infinite.
-    """
+    """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights."""
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)
-    elif method == "taylor":
+    else:
         # Each matrix counts once: in whole experts with the router, not in channels again.
         kinds = {}
         for index, some in unit_kinds_of(model.config, layers).items():
@@ -253,8 +235,6 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
             kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
         by_unit = _taylor(model, kinds, samples).reduce("sum")
         scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
-    else:
-        raise ValueError(f"`prune.depth_importance` must be block_influence or taylor, got {method!r}")
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
     return scores
@@ -262,10 +242,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
 
 @torch.no_grad()
 def _block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
-    """Compute one minus the mean cosine between block input and output (ShortGPT, arXiv 2403.03853, eq. 1).
-
-    A block that hardly changes the direction of its hidden states matters least.
-    """
+    """Compute one minus the mean cosine between block input and output (ShortGPT, arXiv 2403.03853, eq. 1)."""
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass
+class FirstScores:
+    """Importance of the base model, measured once for several cuts that differ in their rate only."""
+
+    blocks: dict[int, float] = field(default_factory=dict)
+    units: dict[tuple[int, ...], Scores] = field(default_factory=dict)
+    """Dropped blocks -> scores of the units of the other blocks."""
+
+    def add(self, arrays: Mapping[str, Any], dropped: tuple[int, ...]) -> None:
+        """Add scores as `save_importance` saved them, by the block numbers of the base model."""
+        self.blocks |= {int(index): float(score) for index, score in arrays.get("block", ())}
+        by_block: Scores = {}
+        for name in (each for each in arrays if each != "block"):
+            index, _, kind = name.partition(".")
+            number = int(index) - sum(other < int(index) for other in dropped)
+            by_block.setdefault(number, {})[kind] = torch.from_numpy(arrays[name])
+        if by_block:
+            self.units[dropped] = by_block
+
+
 class Criteria:
     """Scores units and blocks, and compensates for those removed, on samples; `seed` is for `importance: random`.
 
@@ -37,19 +57,27 @@ class Criteria:
     """
 
     def __init__(
-        self, settings: PruneConfig, samples: Samples | None = None, seed: int = 0, on_work: OnWork = ignore_progress
+        self,
+        settings: PruneConfig,
+        samples: Samples | None = None,
+        seed: int = 0,
+        on_work: OnWork = ignore_progress,
+        first: FirstScores | None = None,
     ) -> None:
         self._settings, self._samples, self._seed, self._on_work = settings, samples, seed, on_work
-        self._step = 0
+        self._step, self._first, self._dropped = 0, first or FirstScores(), tuple[int, ...]()
 
     def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """Score the blocks in `layers` by `prune.depth_importance`."""
         if (samples := self._samples_for("importance of blocks")) is None:
             return {index: -float(index) for index in layers}
-        return block_importance(model, layers, self._settings.depth_importance, samples)
+        if not self._first.blocks:
+            self._first.blocks = block_importance(model, layers, self._settings.depth_importance, samples)
+        return self._first.blocks
 
     def compensate_blocks(self, model: PreTrainedModel, dropped: Collection[int], layers: Sequence[int]) -> None:
         """Compensate for the blocks to drop if `prune.compensation` is least_squares."""
+        self._dropped = tuple(sorted(dropped))
         samples = self._samples_for("compensation of blocks")
         if samples is not None and self._settings.compensates_by == "least_squares":
             compensate_blocks(model, dropped, layers, self._settings.ridge, samples)
@@ -60,7 +88,11 @@ class Criteria:
         if (samples := self._samples_for("importance")) is None:
             kinds = unit_kinds_of(model.config, layers, self._settings.width_units)
             return {index: {kind.name: torch.zeros(kind.num_units) for kind in some} for index, some in kinds.items()}
-        return score(model, layers, self._settings, samples, self._seed)
+        if self._step > 1:
+            return score(model, layers, self._settings, samples, self._seed)
+        if self._dropped not in self._first.units:
+            self._first.units[self._dropped] = score(model, layers, self._settings, samples, self._seed)
+        return self._first.units[self._dropped]
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
         """Compensate for all units missing from `kept`, before they are cut, by the method `prune.compensation`."""
@@ -94,17 +126,23 @@ class Pruned:
 
 
 def prune(
-    model: PreTrainedModel, settings: PruneConfig, samples: Samples, seed: int = 0, on_work: OnWork = ignore_progress
+    model: PreTrainedModel,
+    settings: PruneConfig,
+    samples: Samples,
+    seed: int = 0,
+    on_work: OnWork = ignore_progress,
+    first: FirstScores | None = None,
 ) -> Pruned:
     """Cut the least important units of a model in place, so that the requested share of parameters is removed.
 
+    Cuts of one model that differ in their rate only may share `first`, which is filled by the first of them.
     Raise `UserError` if the rate cannot be met or the model shares weights that a cut would break, and
     `TrainingDiverged` if a weight, gradient or score is NaN or infinite.
     """
     for name, parameter in model.named_parameters():
         check_finite(parameter, f"the weight {name}")  # it would make every gradient NaN
     settings = settled(model.config, settings)
-    return prune_by(Criteria(settings, samples, seed, on_work), model, settings)
+    return prune_by(Criteria(settings, samples, seed, on_work, first), model, settings)
 
 
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:

@@ -1,10 +1,7 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-The share is met to within one MLP channel, or `round_to` channels. Without channels it is missed by at most half a
-key/value group or expert (coarse unit), or by a whole one if `global` selection takes several steps.
+It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group or expert.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -12,11 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from qpruner.errors import UserError
 from qpruner.models.families import MLP
-from qpruner.pruning.allocation import COARSE, counts_per_layer, nearest_totals
+from qpruner.pruning.allocation import COARSE, counts_per_layer
 from qpruner.pruning.units import Kept, KindSize, RateTooHigh, Sizes, Values, most_removable, smallest_step
 
-Place = tuple[int, str]
-"""Block index and kind of unit."""
+Place = tuple[int, str]  # block index and kind of unit
 
 
 def select(
@@ -32,14 +28,14 @@ def select(
 
     `values` are importances, -inf for units that an earlier step removed. `per_layer` removes the same share from every
     block, `global` the units of least importance per parameter from any block. The number of kept channels is a
-    multiple of `round_to`, and with `uniform` the same in every block. Raise `UserError` if blocks cannot lose as much.
+    multiple of `round_to`, and with `uniform` the same in every block.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
     if target > most + smallest_step(sizes, round_to) // 2:
         raise RateTooHigh(target, most)
     if selection == "global":
-        return _select_global(values, sizes, round(target * progress), round_to, is_last=progress == 1.0)
+        return _select_global(values, sizes, round(target * progress), round_to)
     return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
 
 
@@ -49,8 +45,7 @@ def select_rate(
     """Select the units to keep when every block loses the share `layer_rate` of its units, rounded as in LLM-Pruner.
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded
-    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner). Raise `UserError` if a block would keep
-    too few units, or if no block would lose any.
+    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
@@ -58,10 +53,8 @@ def select_rate(
         for name, size in kinds.items():
             removed[index][name] = count = units_at_rate(size, layer_rate, round_to if name == MLP else 1)
             if count > size.most:
-                raise UserError(
-                    f"`prune.layer_rate` {layer_rate:g} would leave {size.count - count} of the {size.count} {name} "
-                    f"units of block {index}, but at least {size.least} must stay: lower the rate"
-                )
+                left = f"{size.count - count} of the {size.count} {name} units of block {index}"
+                raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves {left}, at least {size.least} must stay")
             if uniform and size.plain and size.count - count not in size.plain:
                 raise UserError(
                     f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
@@ -79,10 +72,7 @@ def select_rate(
 def _check_round_to(sizes: Sizes, round_to: int) -> None:
     narrowest = min((kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to)
     if round_to > narrowest:
-        raise UserError(
-            f"`prune.round_to` must be at most {narrowest}, the number of MLP channels of the narrowest block, got "
-            f"{round_to}: lower it"
-        )
+        raise UserError(f"`prune.round_to` must be at most {narrowest}, the narrowest block's channels, got {round_to}")
 
 
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
@@ -119,10 +109,7 @@ def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mappi
 
 
 def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
-    """Group units into bundles of `width`, least important first; with stacked experts, of `width` from each expert.
-
-    The first bundle takes the remainder, so that the number of kept units is always a multiple of `width`.
-    """
+    """Group units into bundles of `width` (from each expert), least important first; the first takes the remainder."""
     orders = [
         sorted(range(part * size.count, (part + 1) * size.count), key=lambda unit: (scores[unit], unit))
         for part in range(size.partitions)
@@ -138,8 +125,7 @@ class _Ranking:
     """Rank the bundles of all blocks, least important per parameter first.
 
     A bundle is a key/value group, an expert, or `round_to` channels of adjacent scores in one block. `num_cut` counts
-    the bundles that earlier steps removed from each block and kind (`Place`). `order` lists the removable bundles: each
-    one's place and its position in `bundles[place]`.
+    those that earlier steps removed from a place; `order` lists the others by place and position in `bundles[place]`.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
@@ -161,10 +147,9 @@ class _Ranking:
         self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
 
 
-def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_last: bool) -> Kept:
+def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> Kept:
     """Remove the bundles of least importance per parameter, from any block."""
     ranking = _Ranking(values, sizes, round_to)
-    has_channels = any(name == MLP for _, name in ranking.bundles)
     finest, num_cut = smallest_step(sizes, round_to), dict(ranking.num_cut)
     removed = sum(ranking.parameters[place, position] for place, count in num_cut.items() for position in range(count))
     for place, position in ranking.order:
@@ -173,51 +158,24 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
         if removed + parameters <= target + finest // 2 and num_cut[place] == position:
             num_cut[place] += 1
             removed += parameters
-        elif not (has_channels or is_last):
-            break  # smaller units must not fill a gap that an expert fills in the last step
-    if has_channels:
-        _correct_with_coarse_units(ranking, num_cut, removed, target, finest)
-    elif is_last:
-        num_cut = _nearest_without_channels(ranking, sizes, target, num_cut)
+    _correct_with_coarse_units(ranking, num_cut, removed, target, finest)
     return _kept_units(ranking.bundles, num_cut)
 
 
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
-    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus channels."""
+    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus fine units."""
+    finest = max((name for _, name in num_cut), key=(*COARSE, MLP).index)
     for place, position in ranking.order:
         if target - removed <= tolerance:
             break
-        if place[1] != MLP and num_cut[place] == position:
+        if place[1] != finest and num_cut[place] == position:
             num_cut[place] += 1
             removed += ranking.parameters[place, position]
     for place, position in reversed(ranking.order):
         parameters = ranking.parameters[place, position]
-        went_last = place[1] == MLP and num_cut[place] == position + 1
+        went_last = place[1] == finest and num_cut[place] == position + 1
         if went_last and removed - target > parameters // 2:
             num_cut[place] -= 1
             removed -= parameters
-
-
-def _nearest_without_channels(
-    ranking: _Ranking, sizes: Sizes, target: int, num_cut: Mapping[Place, int]
-) -> dict[Place, int]:
-    """Correct `num_cut`, the units to remove by importance alone, so that the target is met most closely.
-
-    The number of units of the coarsest kind is changed as little as possible; the finer kind makes up the rest.
-    """
-
-    def totals_of(counts: Mapping[Place, int]) -> dict[str, int]:
-        return {name: sum(count for (_, kind), count in counts.items() if kind == name) for _, name in counts}
-
-    before, wanted = totals_of(ranking.num_cut), totals_of(num_cut)
-    coarsest = next(name for name in COARSE if name in wanted)
-    totals = nearest_totals(sizes, target, lambda totals: abs(totals[coarsest] - wanted[coarsest]), before)
-    left = {name: count - before[name] for name, count in totals.items()}
-    counts = dict(ranking.num_cut)
-    for place, position in ranking.order:
-        if left[place[1]] > 0 and counts[place] == position:
-            counts[place] += 1
-            left[place[1]] -= 1
-    return counts

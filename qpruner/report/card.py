@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import cut_title
 from qpruner.report.content import code, markdown, prose
 from qpruner.report.results import SEARCHED, control_title, rows
 from qpruner.report.sections import measured
@@ -55,7 +55,7 @@ def model_card(run: Snapshot) -> str:
     )
     if search.best_origin == GIVEN:
         chosen = "a plan that was given, not searched for,"
-    cut = "not pruned" if search.best_cut == UNPRUNED else "pruned"
+    cut = cut_title(search.best_cut)
     about = (
         f"{code(base)}, {cut}, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
         f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. It "

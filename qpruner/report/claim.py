@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_in_full, over_tasks
+from qpruner.plans.plan import UNPRUNED
 from qpruner.report.finalists import best_control_text
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, control_title, fine_tunes, rows, title_of
 from qpruner.report.statistics import (
@@ -109,9 +110,10 @@ def _against_base(results: Results) -> str:
         untuned = [row for row in results.scores if row.name == BASE and row.seed is None]
         accuracies = [over_tasks([score.correct for score in row.scores]).mean for row in untuned]
         how = "without a fine-tune"
+    base_bytes = results.prune.cuts[UNPRUNED].bytes_before
     beside = "".join(f" ({how} the base's is {each:.3f})" for each in accuracies)
     return (
-        f"It is {results.prune.bytes_before / winner.measured_bytes:.1f} times smaller than the base model. After its "
+        f"It is {base_bytes / winner.measured_bytes:.1f} times smaller than the base model. After its "
         f"fine-tune its confirmation loss is {winner.confirmation_loss:.4f} nats per token and its test "
         f"{accuracy_in_full(results.evaluate.metrics)} {winner.accuracy:.3f}{beside}."
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from qpruner.plans.plan import UNPRUNED
 from qpruner.report import html
 from qpruner.report.card import model_card
 from qpruner.report.claim import Comparison, claim, comparisons
@@ -31,7 +32,7 @@ PICTURES = "pictures"
 def write_report(run_dir: RunDir) -> Path:
     """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`."""
     run, importances = read_snapshot(run_dir), None
-    scratch, kept = run_dir.scratch(PICTURES), run_dir.stage("prune") / IMPORTANCE_FILE
+    scratch, kept = run_dir.scratch(PICTURES), run_dir.cut(run.drawn_cut or UNPRUNED) / IMPORTANCE_FILE
     if run.results.prune and exists(kept):
         fetch_file(kept, scratch / IMPORTANCE_FILE)
         importances = load_importance(scratch)

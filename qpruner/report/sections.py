@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from qpruner.data.measures import accuracy_in_full
+from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.report import tables
 from qpruner.report.claim import claim
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
@@ -140,8 +141,12 @@ def _unfinished_search(run: Snapshot) -> list[str]:
 
 
 def _pruning(run: Snapshot, importances: Mapping[str, Any] | None) -> Iterator[Part]:
-    if record := run.results.prune:
-        yield Paragraph(tables.prune_summary(record))
+    cuts = run.results.prune.cuts if run.results.prune else {}
+    for name, cut in cuts.items():
+        if name != UNPRUNED:
+            yield Paragraph(f"{cut_title(name)}: {tables.prune_summary(cut)}")
+    if run.drawn_cut:
+        record = cuts[run.drawn_cut]
         if importances:
             yield importance(record, importances)
         yield tables.kept_of_blocks(record)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from qpruner.errors import UserError
-from qpruner.plans.plan import PRUNED, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.report.claim import how_to_compare
 from qpruner.report.search_progress import best_of, fits
 from qpruner.runs.lock import Driver, Holder, driver_of
@@ -122,10 +122,16 @@ class Snapshot:
 
     @property
     def best_cut(self) -> str:
-        """The model that `best_plan` quantizes: `pruned`, or `base` for the model before pruning."""
+        """The cut that `best_plan` quantizes; `base` is the model before pruning."""
         if self.results.search:
             return self.results.search.best_cut
-        return self.best_trial.cut if self.best_trial else PRUNED
+        return self.best_trial.cut if self.best_trial else UNPRUNED
+
+    @property
+    def drawn_cut(self) -> str | None:
+        """The cut to draw: that of `best_plan`, or the largest if that is the model before pruning."""
+        cuts = self.results.prune.cuts if self.results.prune else {}
+        return self.best_cut if self.best_cut != UNPRUNED and self.best_cut in cuts else next(reversed(cuts), None)
 
     @property
     def best_trial(self) -> TrialRecord | None:

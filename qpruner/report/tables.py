@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qpruner.data import measures
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
 from qpruner.report.finalists import finalists, formats_text
@@ -17,7 +17,7 @@ from qpruner.report.results import RANDOM, SEARCHED, Row, Speed, rows, title_of
 from qpruner.report.search_progress import plan_text, score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import FreshScore, LayerWidths, PruneRecord, Results, RowScores, SearchRecord, TaskScore
+from qpruner.runs.records import CutRecord, FreshScore, LayerWidths, Results, RowScores, SearchRecord, TaskScore
 from qpruner.search.choice import SAME_BYTES
 from qpruner.wording import counted, error_text
 
@@ -65,10 +65,11 @@ def winner(run: Snapshot) -> Table:
     search, prune = run.results.search, run.results.prune
     row = next(row for row in rows(run.results) if row.name == SEARCHED)
     asked = [f"{name} {value}" for name, value in run.state.config["quantize"]["budget"].items() if value is not None]
-    base, pruned, budget = map(_megabytes, (prune.bytes_before, prune.bytes_after, search.budget_bytes))
-    cut = "not pruned" if search.best_cut == UNPRUNED else f"{pruned} after pruning"
+    record = prune.cuts[search.best_cut]
+    base, pruned, budget = map(_megabytes, (record.bytes_before, record.bytes_after, search.budget_bytes))
+    cut = cut_title(search.best_cut) + ("" if search.best_cut == UNPRUNED else f" ({pruned})")
     size = (
-        f"{prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {cut}; budget "
+        f"{record.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {cut}; budget "
         f"{budget} (quantize.budget: {', '.join(asked)}), adapter included"
     )
     accuracy = f"95 % interval over questions {_interval(row.accuracy, row.accuracy_stderr)}"
@@ -197,7 +198,7 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
     return answer_loss, f"{statistics.fmean(texts):.2f}" if texts else "-"
 
 
-def kept_of_blocks(record: PruneRecord) -> Table:
+def kept_of_blocks(record: CutRecord) -> Table:
     """Build the table of what pruning kept of each block; if blocks were removed, it has the new block numbers, too."""
     body, numbers = [], itertools.count()
     for layer in record.layers:
@@ -225,7 +226,7 @@ def block_cells(layer: LayerWidths) -> tuple[str, ...]:
     )
 
 
-def prune_summary(record: PruneRecord) -> str:
+def prune_summary(record: CutRecord) -> str:
     """Describe the pruning in two lines: first settings, target and effect, then size and cost."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
     return (
@@ -248,7 +249,7 @@ def trials(run: Snapshot) -> Table:
                 trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
                 run.statuses[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
-                "not pruned" if trial.cut == UNPRUNED else "-",
+                cut_title(trial.cut),
                 f"{trial.mean_bits:.2f}",
                 f"{score(last, run.metric):.4f}" if last else "-",
                 f"{last.step}" if last else "-",

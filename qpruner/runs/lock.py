@@ -104,7 +104,7 @@ def hold_run(
 
     def holds_run() -> bool:
         with contextlib.suppress(OSError, StorageError):
-            return _why_lost(lock, me) is None
+            return not _is_lost(lock, me)
         return True
 
     try:
@@ -179,25 +179,20 @@ def _start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _why_lost(lock: Storage, me: Holder) -> str | None:
-    """Explain why this process no longer holds the lock; return None if it does or the storage cannot be reached."""
+def _is_lost(lock: Storage, me: Holder) -> bool:
+    """Return True if this process no longer holds the lock; False also if the storage cannot be reached."""
     try:
-        holder = _read_holder(lock)
+        return _read_holder(lock) != me
     except FileNotFoundError:
         # If the storage is away, other files of the run are missing, too. The storage may come back in between.
-        if not storage_at(lock.path.with_name(RUN_ID)).stat() or lock.stat():
-            return None
-        return "the lock is gone: another driver took this run over and is done with it, or somebody deleted the lock"
-    if holder == me:
-        return None
-    return f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock file is damaged"
+        return storage_at(lock.path.with_name(RUN_ID)).stat() is not None and lock.stat() is None
 
 
 def _beat(lock: Storage, me: Holder, notify: Callable[[str], None], done: threading.Event, seconds: float) -> None:
     while not done.wait(seconds):
         with contextlib.suppress(OSError, StorageError):  # the next heartbeat may reach the storage
-            if why := _why_lost(lock, me):
-                notify(why)
+            if _is_lost(lock, me):
+                notify("another driver took this run over, or somebody deleted its lock: this process ends")
                 # To the main thread: a signal to the process may be delivered to this one, and wakes nobody.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return  # the process ends a little later, in Ray's handler; this thread must not renew the lock

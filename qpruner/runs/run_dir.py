@@ -60,6 +60,14 @@ class RunDir:
         """Return the folder of a finished stage."""
         return self.root / name
 
+    def cut(self, name: str) -> Path:
+        """Return the folder of a cut: the pruned model, its tokenizer and its record; `base` has none."""
+        return self.root / "cuts" / name
+
+    def bank(self, cut: str) -> Path:
+        """Return the folder of a cut's bank."""
+        return self.root / "banks" / cut
+
     def base_model(self, prepared: PrepareRecord) -> Path:
         """Return the folder of the base model: inside this run if it was converted, else where it was found."""
         return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.plans.plan import PRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 
@@ -59,7 +59,7 @@ class TrialJob:
     config: RunConfig
     materials: Materials
     plan: Mapping[str, str]
-    cut: str = PRUNED
+    cut: str = UNPRUNED
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]

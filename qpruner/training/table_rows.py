@@ -18,7 +18,7 @@ from qpruner.data.encoding import load_confirmation, load_encoded
 from qpruner.data.measures import over_tasks
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
-from qpruner.plans.plan import PRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import (
@@ -53,7 +53,7 @@ class Candidate:
     folder: Path
     seed: int | None
     origin: str = ""
-    cut: str = PRUNED
+    cut: str = UNPRUNED
 
     @property
     def label(self) -> str:

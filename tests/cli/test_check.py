@@ -170,7 +170,7 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: dict[str, Any
     """Blocks of equal size are cut in a known number, and groups are numbered by the remaining blocks."""
     raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
     inspection = preflight.inspect(validate_config(raw))
-    before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.pruned))
+    before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.reference))
     assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD}) and set(after) < set(before)
     plan = tmp_path / "plan.yaml"
     raw = with_key(raw, "search.plan", str(plan))
@@ -190,10 +190,10 @@ def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[s
     raw = with_key(tiny_raw, "prune.selection", "per_layer")
     inspection = preflight.inspect(validate_config(raw))
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump(inspection.pruned.uniform("int8").as_dict()))
+    plan.write_text(yaml.safe_dump(inspection.reference.uniform("int8").as_dict()))
     options = (key, str(plan)) if key == "--plan" else ("--set", f"search.plan={plan}")
     said = check(raw, *options, code=2, verb=verb)
     assert f"error: `{key}`: the plan in {plan} takes " in said
     told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
-    over = inspection.pruned.plan_bytes(inspection.pruned.uniform("int8")) - inspection.budget_bytes
+    over = inspection.reference.plan_bytes(inspection.reference.uniform("int8")) - inspection.budget_bytes
     assert told and 0 <= float(told[1]) * 1e6 - over < 101, "rounded up, never down"

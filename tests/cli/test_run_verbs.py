@@ -194,19 +194,20 @@ def test_a_printed_plan_can_be_read_back(over: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan"
     for options in ((), ("--json",)):
         file.write_text(printed("plan", over, *options))
-        assert read_plan(file, OFFERED).as_dict() == trials()[2].plan
+        assert read_plan(file, {"base": OFFERED}).as_dict() == trials()[2].plan
 
 
 def test_a_plan_is_printed_with_bytes_and_budget(over: Path) -> None:
     sizes = {name: dict.fromkeys(GROUPS, size) for name, size in (("nf4", 1_000_000), ("int8", 2_000_000))}
     RunDir(over).write_record(
-        "bank", BankRecord(digest="d", seconds=1.0, files={}, bytes=1, residual_ratio={}, group_bytes=sizes)
+        "bank", BankRecord(digest="d", seconds=1.0, cut="base", files={}, bytes=1, residual_ratio={}, group_bytes=sizes)
     )
     lines, facts = printed("plan", over).splitlines(), json_of("plan", over)
     budget = facts["budget_bytes"]
-    assert lines[1:4] == [
+    assert lines[1:5] == [
         "# 8.0 MB in these groups; 24.0 MB in the rest, such as norms and adapter",
         f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB",
+        "cut: base  # not pruned",
         "layers.0: int8  # 1.00 MB in nf4, 2.00 MB in int8",
     ]
     assert facts["group_bytes"] == sizes
@@ -217,9 +218,9 @@ def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     refused = command("plan", run)
     assert refused.exit_code == 2
     assert "(mine.yaml) is not scored yet, so there is no winner yet: `qpruner" in refused.stderr
-    assert yaml.safe_load(printed("plan", run, "--trial", 0)) == trials()[0].plan
+    assert yaml.safe_load(printed("plan", run, "--trial", 0)) == {"cut": "base", **trials()[0].plan}
     over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
-    assert yaml.safe_load(printed("plan", over)) == trials()[2].plan
+    assert yaml.safe_load(printed("plan", over)) == {"cut": "base", **trials()[2].plan}
     write_trial(RunDir(over).trials / TRIALS, trial(1, "884444", [3.3, 3.2, 3.0], origin="given"))
     assert "given plan    validation loss 3.0000, trial 1 (given)" in printed("status", over)
 
@@ -245,7 +246,7 @@ def test_an_invalid_plan_is_refused(tmp_path: Path, text: str, problem: str) -> 
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(PlanRefused, match=problem):
-        read_plan(file, OFFERED)
+        read_plan(file, {"base": OFFERED})
 
 
 # ---- compare

@@ -96,9 +96,9 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
 
 
 def test_the_cache_keeps_the_model_for_the_next_work() -> None:
-    place = LocalExecutor(0.0, GpuTime())
-    place.run(lambda cache, emit: cache.keep("a model"), ignore)  # type: ignore[arg-type]
-    look: Any = lambda cache, emit: cache.pruned_model(Path("nothing is loaded from here"), "bfloat16")  # noqa: E731
+    place, here = LocalExecutor(0.0, GpuTime()), Path("nothing is loaded from here")
+    place.run(lambda cache, emit: cache.keep(here, "a model"), ignore)  # type: ignore[arg-type]
+    look: Any = lambda cache, emit: cache.model(here, "bfloat16")  # noqa: E731
     assert place.run(look, ignore) == "a model"
     place.close()
     with pytest.raises(Exception, match="nothing is loaded from here"):
@@ -150,7 +150,7 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["task", "executor", "group"])
+@pytest.mark.parametrize("place", ["task", "group"])
 def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> None:
     """The work starts again on another machine, more than `MAX_DEATHS` times."""
 
@@ -162,12 +162,7 @@ def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> 
             time.sleep(0.05)
         return 3
 
-    def work(cache: ModelCache, emit: Emit) -> int:
-        return task(None)
-
     def done() -> int:
-        if place == "executor":
-            return ClusterExecutor(GPU, GpuTime(), CHECK).run(work, ignore)
         if place == "task":
             ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:

@@ -47,8 +47,14 @@ RULES = [
     ("quantize.budget={fraction: 1.5}", "`quantize.budget.fraction` ... equal to 1, got 1.5; it is a share"),
     ("quantize.budget={gib: .inf}", "`quantize.budget.gib` ... finite number, got inf"),
     # within a section
-    ("prune.layer_rate=0.25", "`prune`: give `rate` or `layer_rate`, not both: take one out (on the command line"),
-    ("prune={rate: null}", "`prune`: give `rate` or `layer_rate`, got neither"),
+    (
+        "prune.layer_rate=0.25",
+        "`prune`: give one of `rates`, ... and `layer_rate`, got several: take one out",
+    ),
+    ("prune={rates: [0, 0.2], rate: 0.1}", "give one of `rates`, `rate` and `layer_rate`, got several: take one out"),
+    ("prune={rates: [0.2, 0.1]}", "`rates` must be different shares in ascending order, got [0.2, 0.1]"),
+    ("prune={rates: [0, 0.95]}", "`prune.rates.1` ... less than or equal to 0.9, got 0.95"),
+    ("prune={rate: null}", "`prune`: give one of `rates`, `rate` and `layer_rate`, got none"),
     ("prune={layer_rate: 0.2, units: [block, mlp]}", "`layer_rate` applies to ... take `block` out of `units`"),
     ("prune={layer_rate: 0.2, selection: global}", "`layer_rate` needs `selection: per_layer` ... got global"),
     ("prune={uniform: true, selection: global}", "`uniform` needs `selection: per_layer` ... got global: take"),

@@ -1,7 +1,5 @@
 """Break exports for vLLM."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

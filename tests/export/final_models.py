@@ -1,7 +1,5 @@
 """Make tiny runs whose sizes all servers take, with blocks alike or of different widths."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

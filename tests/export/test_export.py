@@ -1,7 +1,5 @@
 """An export predicts the same as the final model; otherwise no folder is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -51,7 +49,7 @@ def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Pat
     prune = {"rate": 0.2, "uniform": True, "importance": "magnitude"}
     raw = raw_config(tiny_model, tmp_path / "cut") | {"prune": prune}
     run_pipeline(validate_config(raw), lambda event: None, until="prune")
-    run = finished_run(tmp_path / "cut" / "prune", tmp_path / "run")
+    run = finished_run(next((tmp_path / "cut" / "cuts").glob("*[0-9]")), tmp_path / "run")
     steps: list[tuple[str, int, int]] = []
     done = export(RunDir(run), "merged", tmp_path / "merged", lambda *step: steps.append(step))
     ended = [name for name, count, total in steps if count == total]

@@ -1,7 +1,5 @@
 """Exports for other programs are complete or not there, say what they changed, and leave the run as it was."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`qpruner generate` gives the same answers as transformers, for the models of a run and of a folder."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -57,7 +55,7 @@ def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with three different models."""
     root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
-    scale_layers(lively, -0.5, root / "prune")
+    scale_layers(lively, -0.5, root / "cuts" / "cut-20")
     record = PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={})
     RunDir(root).write_record("prepare", record)
     changes = {"config": raw_config(lively, root), "folder": str(lively.parent), "host": socket.gethostname()}
@@ -91,7 +89,7 @@ def expected(folder: Path, prompt: str = PROMPT) -> str:
 
 def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path, tmp_path: Path) -> None:
     said = answers(run)
-    folders = {"base": lively, "pruned": run / "prune", "final": run / "final"}
+    folders = {"base": lively, "cut-20": run / "cuts" / "cut-20", "final": run / "final"}
     assert said == {name: expected(folder) for name, folder in folders.items()}
     assert len(set(said.values())) == 3
     assert list(answers(run, "--which", "final,base")) == ["final", "base"]
@@ -168,16 +166,16 @@ def test_wrong_options_are_refused_with_a_remedy(run: Path, arguments: list[str]
 def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     adapted = Path(shutil.move(copy / "final", tmp_path / "final"))
-    assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
+    assert [source.name for source in sources(copy, ())] == ["base", "cut-20"]
     asked = ("--prompt", PROMPT, "--max-tokens", 2)
     assert "final: not written yet; `qpruner run` writes them" in command("generate", copy, *asked).stderr
     assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
     (adapted / "adapter_model.safetensors").rename(adapted / "adapter_model.bin")
-    weights = copy / "prune" / "model.safetensors"
+    weights = copy / "cuts" / "cut-20" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     for place, which, message in (
-        (copy, ["final"], "repeat `qpruner run` to make it, or use `--which base,pruned`"),
-        (copy, [], r"the pruned model: weight file \S+ is truncated or damaged"),
+        (copy, ["final"], "repeat `qpruner run` to make it, or use `--which base,cut-20`"),
+        (copy, [], r"the cut-20 model: weight file \S+ is truncated or damaged"),
         (lively, ["final"], "`--which` selects models of a run"),
         (tmp_path / "nothing", [], "name a run folder or a model folder"),
         (tmp_path, [], r"has no config\.json"),

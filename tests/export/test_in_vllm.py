@@ -3,8 +3,6 @@
 On a CPU vLLM takes 4 bits only, and heads of 32 or more.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """`qpruner push` to a local hub server: uploaded files, visibility, and what must not be uploaded."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

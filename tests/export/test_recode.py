@@ -1,7 +1,5 @@
 """A model is written again in other formats: what stays keeps its bytes, what changes is packed once."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

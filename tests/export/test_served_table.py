@@ -1,7 +1,5 @@
 """The page of formats, families and servers says what happens."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

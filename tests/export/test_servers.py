@@ -1,7 +1,5 @@
 """The commands of `docs/serve.md` work in the programs that are on PATH: llama.cpp's, `ollama`, `lms` and `vllm`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Exports for vLLM predict the same in compressed-tensors, and models of different widths load without qpruner."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -25,7 +25,6 @@ from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
-from qpruner.plans.plan import PRUNED
 from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.runs.run_dir import RunDir
@@ -34,6 +33,7 @@ from qpruner.runs.storage.base import list_path
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob, set_aside_damaged
 
+CUT = "cut-20"
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
 
 
@@ -86,15 +86,15 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
         # Only trials read the rows of `train`, so that no earlier stage notices the damage.
         pytest.param("prepare/data/train", lambda rows: flip_a_byte(next(rows.glob("*.arrow"))), id="rows-flipped"),
         pytest.param("prepare/data/train", shutil.rmtree, id="rows-missing"),
-        pytest.param("prune", lambda model: flip_a_byte(model / "model.safetensors"), id="weights-flipped"),
-        pytest.param("prune", lambda model: flip_a_byte(list_path(model)), id="list-flipped"),
+        pytest.param("cuts/cut-20", lambda model: flip_a_byte(model / "model.safetensors"), id="weights-flipped"),
+        pytest.param("cuts/cut-20", lambda model: flip_a_byte(list_path(model)), id="list-flipped"),
     ],
 )
 def test_only_damaged_files_are_set_aside_and_made_again(
     place: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     root = copy_of(banked, tiny_raw)
-    folder, stage = root / place, place.partition("/")[0]
+    folder, stage = root / place, place.partition("/")[0].replace("cuts", "prune")
     before = folder_digests(folder)
     damage(folder)
     _, events = go(tiny_raw, "bank")
@@ -190,7 +190,7 @@ def test_the_remedy_for_memory_fits_the_stage(stage: str, key: str) -> None:
 
 def test_a_stage_with_a_missing_folder_runs_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
     root = copy_of(banked, tiny_raw)
-    shutil.rmtree(root / "prune")
+    shutil.rmtree(root / "cuts" / "cut-20")
     _, events = go(tiny_raw, "bank")
     assert names(events, StageFinished) == ["prune"]
     assert names(events, StageSkipped) == ["prepare", "bank"]
@@ -200,7 +200,7 @@ def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: dict[str, Any]) ->
     """Machines of another kind round differently; here, other instructions of the same machine do."""
     raw = with_key(tiny_raw, "prune.compensation", "least_squares")
     before, _ = go(raw, "bank")
-    weights = Path(raw["output"]) / "prune" / "model.safetensors"
+    weights = RunDir(raw["output"]).cut("cut-20") / "model.safetensors"
     original = weights.read_bytes()
     flip_a_byte(weights)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -346,7 +346,7 @@ def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> Tri
     assert bank is not None
     plan = dict.fromkeys(bank.residual_ratio["nf4"], "nf4")
     return TrialJob(
-        validate_config(raw), Materials({PRUNED: root / "prune"}, {PRUNED: root / "bank"}, root / data), plan
+        validate_config(raw), Materials({CUT: root / "cuts" / CUT}, {CUT: root / "bank"}, root / data), plan, CUT
     )
 
 
@@ -366,7 +366,7 @@ def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[st
     job = trial_of(root, tiny_raw, "nowhere")
     with pytest.raises(CorruptFile, match="nowhere"):
         run_trial(job, None, lambda result, checkpoint: None, beats.append)
-    assert len(beats) > len(list((root / "prune").iterdir())) + len(job.plan)
+    assert len(beats) > len(list((root / "cuts" / CUT).iterdir())) + len(job.plan)
 
 
 # ---- Ctrl-C

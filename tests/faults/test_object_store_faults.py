@@ -116,7 +116,7 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
     store: Store, taken_up: TakenUp, tiny_model: Path, tmp_path: Path
 ) -> None:
     run, entry = "damaged/run", "bank/nf4/layers.0.o.safetensors"
-    store.copy(KILLED, run, ("prepare", "prune", "bank", "records", "run.json"))
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "records", "run.json"))
     for name in ("prune/model.safetensors", entry):
         store.damage(f"{run}/{name}")
     said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), "bank").said()
@@ -135,7 +135,7 @@ def test_a_server_away_is_waited_for_then_reported(
     comes_back: bool, store: Store, taken_up: TakenUp, undisturbed: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = f"away-{comes_back}/run"
-    store.copy(KILLED, run, ("prepare", "prune", "bank", "sensitivity", "records", "run.json"))
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "sensitivity", "records", "run.json"))
     for name in ("search", "finetune", "evaluate"):
         store.delete(f"{run}/records/{name}.json")
     config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)

@@ -1,13 +1,11 @@
 """Pruned folders: qpruner and plain transformers read back what was written; folders of hub models."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from tiny_families import (
     stacked_channels,
     with_output_biases,
 )
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import ModelConfig, PruneConfig
 from qpruner.data.calibration import Samples
@@ -37,11 +36,7 @@ from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pruning.prune import prune
 from qpruner.pruning.surgery import cut, keep_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qpruner.pruning.units import Kept
+from qpruner.pruning.units import Kept
 
 
 def alike(name: str) -> Kept:

@@ -1,7 +1,5 @@
 """On a CPU without bfloat16 instructions, products are computed in float32, and not much slower than float32."""
 
-from __future__ import annotations
-
 from plain_transformers import run_python
 
 SCRIPT = """

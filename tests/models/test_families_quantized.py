@@ -1,7 +1,5 @@
 """Packed layers, embeddings and heads in every family. Without them a run would fail when it fills the bank."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import bitsandbytes as bnb

@@ -1,7 +1,5 @@
 """Logits are computed only where a labelled token is predicted; loss and gradients do not change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,11 +1,8 @@
 """The weights that a unit owns in every family. With wrong ones, pruning would cut wrong rows without an error."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -39,10 +36,7 @@ from qpruner.errors import UserError
 from qpruner.models.families import families, family_of
 from qpruner.models.layout import group_linears, layout_of, output_modules
 from qpruner.pruning.surgery import cut, keep_blocks
-from qpruner.pruning.units import unit_sizes
-
-if TYPE_CHECKING:
-    from qpruner.pruning.units import Kept
+from qpruner.pruning.units import Kept, unit_sizes
 
 ARCHETYPES = ("llama", "gpt_neox", "mixtral")
 """Grouped heads, fused heads, experts; for tests that need no other families."""

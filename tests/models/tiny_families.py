@@ -4,19 +4,14 @@ The reference `silenced` switches off the removed parts of an uncut model withou
 every layer can have 4 bits on a CPU (`plan.check_cpu_widths`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.models import ragged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qpruner.pruning.units import Kept
+from qpruner.pruning.units import Kept
 
 HIDDEN, HEAD_DIM, DERIVED_HEAD_DIM, CHANNELS, LAYERS = 60, 14, 10, 40, 3
 QUERY_HEADS, KEY_VALUE_HEADS = 6, 3

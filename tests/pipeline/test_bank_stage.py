@@ -157,7 +157,7 @@ def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
 def test_the_bank_takes_the_room_that_was_estimated(with_controls: Context) -> None:
     context = with_controls
     assert {"nf4", "q4_0"} <= {path.name for path in context.bank.iterdir()}
-    banks = [context.bank_of(cut) for cut in ("pruned", "base")]
+    banks = [context.bank_of(cut) for cut in ("cut-20", "base")]
     size = sum(path.stat().st_size for bank in banks for path in bank.rglob("*.safetensors"))
     assert size <= Bank(context).disk_bytes() < 1.5 * size
 
@@ -266,7 +266,7 @@ def test_a_damaged_bank_of_finalists_is_built_again(tiny_raw: Raw) -> None:
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
         assert context.checkpoint_bytes < 1.2 * size < 2 * context.checkpoint_bytes, "adapter and moments in float32"
     assert checkpoints
-    papers, base = root / "bank" / "nf4", root / "bank-base" / "q4_0"
+    papers, base = root / "bank" / "nf4", root / "banks" / "base" / "q4_0"
     intact, before = places(papers), folder_digests(base)
     flip_a_byte(base / min(before))
     (root / "bank" / "q8_0" / "layers.1.down.safetensors").unlink()

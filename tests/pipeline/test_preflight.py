@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from qpruner.config.load import validate_config
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import UserError
-from qpruner.pipeline.preflight import check_device, inspect
+from qpruner.pipeline.preflight import check_cut, check_device, inspect
 from qpruner.pruning.prune import planned_cut
 from qpruner.pruning.settings import settled
 
@@ -28,7 +28,8 @@ def config_of(folder: Path, bits: list[int], **prune: Any) -> RunConfig:
 
 
 def check_on_cpu(model_config: Any, config: RunConfig) -> None:
-    check_device(None, config, model_config, [planned_cut(model_config, config.prune)], packs=True)
+    check_device(None, config, packs=True)
+    check_cut(None, config, model_config, planned_cut(model_config, config.prune))
 
 
 def test_heads_that_a_cpu_would_decode_wrongly_are_refused(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.run import preview, run
 from qpruner.pruning.importance import score
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.records import PrepareRecord, PruneRecord
+from qpruner.runs.records import CutRecord, PrepareRecord, PruneRecord
 from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,12 +49,13 @@ def changed(raw: Raw, **keys: Any) -> Raw:
     return with_key(raw, "prune", {**raw["prune"], **keys})
 
 
-def pruned(raw: Raw) -> tuple[PruneRecord, Path, list[Event]]:
-    """Run the flow up to the prune stage; return the record, the folder of the stage and the events."""
+def pruned(raw: Raw) -> tuple[CutRecord, Path, list[Event]]:
+    """Run the flow up to the prune stage; return the record and the folder of the last cut, and the events."""
     events: list[Event] = []
     record = run(validate_config(raw), events.append, until="prune").prune
     assert record is not None
-    return record, Path(raw["output"]) / "prune", events
+    name, cut = list(record.cuts.items())[-1]
+    return cut, RunDir(raw["output"]).cut(name), events
 
 
 def stages(events: list[Event]) -> dict[str, bool]:
@@ -74,7 +76,8 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 def test_the_folder_holds_what_the_record_says(raw: Raw, tiny_model: Path) -> None:
     """The recorded indices are enough to repeat the cut on the base model."""
     record, folder, events = pruned(changed(raw, rate=0.3, steps=2))
-    assert record == RunDir(folder.parent).read_record("prune", PruneRecord)
+    recorded = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert recorded and recorded.cuts["cut-30"] == record == read_json(folder / "cut.json", CutRecord)
     base, cut = load_dense(str(tiny_model), "bfloat16"), load_dense(str(folder), "bfloat16")
     assert [layer.layer for layer in record.layers] == [0, 1]
     for layer in record.layers:
@@ -121,7 +124,7 @@ def test_pruning_alone_may_leave_any_width(raw: Raw, monkeypatch: pytest.MonkeyP
     """A run that also packs the pruned model is refused before the cut."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     raw = with_key(changed(raw, round_to=32, selection="global"), "quantize.bits", [4])
-    assert preview(validate_config(raw), lambda event: None).layers
+    assert preview(validate_config(raw), lambda event: None).cuts["cut-20"].layers
     with pytest.raises(UserError, match=r"bitsandbytes decodes \d+ columns wrongly"):
         run(validate_config(raw), lambda event: None, until="bank")
     record, _, _ = pruned(raw)
@@ -219,8 +222,8 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     first, _, events = pruned(raw)
     assert stages(events) == {"prepare": True, "prune": True}
     assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
-    before = digests(raw)
-    assert before[1] == first.digest
+    before, recorded = digests(raw), RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert recorded and before[1] == recorded.digest and first.digest != before[1]
     later = {"lora.rank": 8, "quantize.budget.fraction": 0.75, "training.learning_rate": 0.5, "evaluate.limit": 4}
     for key, value in later.items():
         assert digests(with_key(raw, key, value)) == before, key
@@ -298,8 +301,9 @@ def test_the_command_ends_with_a_table_of_the_blocks(
     raw = raw_config(tiny_model, tmp_path / "run")
     done = command("prune", write_yaml(raw))
     assert done.exit_code == 0, done.output
-    record = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert record
+    recorded = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert recorded
+    record = recorded.cuts["cut-20"]
     lines = [re.split(" {2,}", line) for line in done.output.splitlines()]
     start = lines.index(["block", "query heads", "key/value heads", "MLP channels", "kept parameters"]) + 1
     table = lines[start : start + 2]
@@ -327,7 +331,7 @@ def test_a_dry_run_shows_the_outcome_and_leaves_nothing(raw: Raw, write_yaml: Ca
     found = json.loads(done.output.splitlines()[-1])
     assert (found["status"], found["dry_run"]) == ("ok", True)
     record, _, _ = pruned(raw)
-    differing = ("digest", "seconds", "peak_memory_bytes", "weights")
-    assert found["prune"] | dict.fromkeys(differing) == record.model_dump(mode="json") | dict.fromkeys(differing)
+    differing = dict.fromkeys(("digest", "seconds", "peak_memory_bytes", "weights"))
+    assert found["prune"]["cuts"]["cut-50"] | differing == record.model_dump(mode="json") | differing
     assert f"whole blocks removed: {record.dropped_blocks[0]}" in done.output
     assert "nothing is written" in done.output

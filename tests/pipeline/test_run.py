@@ -135,14 +135,14 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:
     """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
-    *_, trial = (trial for trial in trials_of(undisturbed).values() if trial["cut"] == "pruned")
+    *_, trial = (trial for trial in trials_of(undisturbed).values() if trial["cut"] == "cut-20")
     threads = torch.get_num_threads()
-    checkpoint, bank = {"pruned": undisturbed / "prune"}, {"pruned": undisturbed / "bank"}
+    checkpoint, bank = {"cut-20": undisturbed / "cuts" / "cut-20"}, {"cut-20": undisturbed / "bank"}
     materials = Materials(checkpoint, bank, undisturbed / "prepare" / "data")
     rungs: list[RungResult] = []
     torch.set_num_threads(1)
     try:
-        job = TrialJob(load_config(undisturbed.parent / "config.yaml"), materials, trial["plan"])
+        job = TrialJob(load_config(undisturbed.parent / "config.yaml"), materials, trial["plan"], trial["cut"])
         run_trial(job, None, lambda rung, _: rungs.append(rung))
     finally:
         torch.set_num_threads(threads)

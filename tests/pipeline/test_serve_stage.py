@@ -1,7 +1,5 @@
 """The serve stage: files for llama.cpp beside the base model, and what it refuses before the run."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable

@@ -12,7 +12,7 @@ LEVELS = ("nf4", "int8")
 
 
 def layout_of(
-    shapes: list[tuple[int, int]], rest: int = 1000, levels: tuple[str, ...] = LEVELS, cut: str = "pruned"
+    shapes: list[tuple[int, int]], rest: int = 1000, levels: tuple[str, ...] = LEVELS, cut: str = "cut-20"
 ) -> Layout:
     groups = tuple(
         Group(f"layers.{index}", (LinearShape(f"model.layers.{index}", *shape),), levels)
@@ -24,6 +24,7 @@ def layout_of(
         adapter_bytes=rest // 2,
         element_bytes=2,
         num_parameters=rest + sum(group.num_weights for group in groups),
+        multiply_adds=sum(group.num_weights for group in groups),
         cut=cut,
     )
 

@@ -8,7 +8,7 @@ import pytest
 from made_layouts import LEVELS, layout_of
 
 from qpruner.errors import PlanRefused
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan, read_plan
+from qpruner.plans.plan import PrecisionPlan, read_plan
 from qpruner.quantization.formats import format_of
 
 
@@ -27,7 +27,7 @@ def test_a_plan_round_trips_through_a_dict(text: str) -> None:
     plan = PrecisionPlan(tuple(f"layers.{index:02d}.mlp" for index in range(len(text))), formats)
     assert PrecisionPlan.from_dict(plan.as_dict()) == plan
     assert hash(PrecisionPlan.from_dict(plan.as_dict())) == hash(plan)
-    assert PrecisionPlan.from_dict(plan.as_dict(), UNPRUNED) != plan
+    assert PrecisionPlan.from_dict(plan.as_dict(), "cut-20") != plan
     assert str(plan) == text
 
 
@@ -49,7 +49,10 @@ def test_a_plan_in_a_notebook_can_be_read() -> None:
         ("{embeddings: 8, layers.0: '4'}", "got '4'"),
         ("{embeddings: 8, layers.0: [nf4]}", r"got \['nf4'\]"),
         ("{embeddings: 8, layers.1: 4}", "did you mean `layers.0`"),
-        ("{cut: base, plan: {embeddings: 8, layers.0: 4}}", "plan of the model before pruning .* `--set prune.rate=0`"),
+        (
+            "{cut: base, plan: {embeddings: 8, layers.0: 4}}",
+            "must name one of the cuts .* got base: `cut: NAME`, of cut-20",
+        ),
         ("[4, 8]", "must map every group to its format, got list"),
     ],
 )
@@ -58,8 +61,8 @@ def test_a_plan_file_that_does_not_fit_is_refused(text: str, said: str, tmp_path
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(PlanRefused, match=said):
-        read_plan(file, offered)
+        read_plan(file, {"cut-20": offered})
     file.write_text('{"plan": {"layers.0": 4, "embeddings": "int8"}}')
-    assert read_plan(file, offered) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"))
+    assert read_plan(file, {"cut-20": offered}) == PrecisionPlan(("embeddings", "layers.0"), ("int8", "nf4"), "cut-20")
     file.write_text("layers.0: nf4")
-    assert str(read_plan(file, offered)) == "84", "a group without a choice need not be named"
+    assert str(read_plan(file, {"cut-20": offered})) == "84", "a group without a choice need not be named"

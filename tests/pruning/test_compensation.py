@@ -3,25 +3,21 @@
 The references run the whole model for every layer and keep all activations, which the package does not.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import FAMILIES, MemoryWitness, logits_of, samples_of, settings_of, stacked_inputs, tiny
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, leave_out_of_mean
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
 from qpruner.pruning.compensation import BlockStream, compensate
 from qpruner.pruning.prune import prune
 from qpruner.pruning.surgery import cut
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 RIDGE = 0.01
 KEPT = {

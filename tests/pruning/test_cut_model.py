@@ -1,16 +1,14 @@
 """Pruning tiny models as a whole: rate, units, steps, and refused settings."""
 
-from __future__ import annotations
-
 import copy
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import logits_of, samples_of, settings_of, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qpruner.config.schema import ModelConfig, PruneConfig
 from qpruner.errors import UserError
@@ -20,9 +18,6 @@ from qpruner.pipeline.prune import layer_widths
 from qpruner.pruning.prune import Pruned, block_sizes, num_parameters, planned_cut, prune
 from qpruner.pruning.units import unit_sizes
 from qpruner.report.tables import block_cells
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHANNEL = 3 * 32
 """Parameters of one channel of the tiny Llama."""

@@ -1,15 +1,14 @@
 """Dropping whole blocks: which blocks, how many, and together with units of other blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import tiny_decoders
 import torch
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, stacked_inputs, tiny
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, blocks_of, skip_blocks
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
@@ -18,9 +17,6 @@ from qpruner.pruning.compensation import compensate_blocks
 from qpruner.pruning.importance import block_importance
 from qpruner.pruning.prune import num_parameters, planned_cut, prune
 from qpruner.pruning.settings import settled
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NUM_BLOCKS = 6
 

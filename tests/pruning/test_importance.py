@@ -1,24 +1,20 @@
 """Importance scores compared with reference computations. With wrong scores, wrong units would be removed."""
 
-from __future__ import annotations
-
 import gc
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import PAD, MemoryWitness, rows_of, samples_of, settings_of, stacked_inputs, tiny
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, visit_gradients, visit_mask_gradients
 from qpruner.data.encoding import collate
 from qpruner.errors import TrainingDiverged
 from qpruner.models.memory import PeakMemory
-from qpruner.pruning.importance import Scores, block_importance, score
+from qpruner.pruning.importance import Scores, score
 from qpruner.pruning.prune import prune
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LAYERS = range(3)
 COLUMNS_OF_UNIT = ("self_attn.o_proj", "mlp.down_proj")
@@ -253,10 +249,3 @@ def test_what_is_broken_is_named(
     with pytest.raises(TrainingDiverged, match=said):
         prune(model, settings_of(rate=0.2, **options), samples)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_an_unknown_importance_is_no_other_one(model: PreTrainedModel, samples: Samples) -> None:
-    with pytest.raises(ValueError, match=r"must be one of fisher, taylor, .*, got 'tailor'"):
-        score(model, LAYERS, settings_of().model_copy(update={"importance": "tailor"}), samples)
-    with pytest.raises(ValueError, match="must be block_influence or taylor, got 'tailor'"):
-        block_importance(model, LAYERS, "tailor", samples)

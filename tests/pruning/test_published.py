@@ -5,19 +5,15 @@ key/value heads, its code counts query head h for key/value head h modulo their 
 `served` counts it for its own key/value head. `benchmarks/llm_pruner.py` runs the original program.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import PAD, rows_of, settings_of, tiny
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples
 from qpruner.pruning.prune import prune
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 HEAD_DIM, CHANNELS, LENGTH = 8, 48, 14
 MATRICES = (("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"), ("mlp.gate", "mlp.up", "mlp.down"))

@@ -1,7 +1,5 @@
 """Selection of units: the rate is met, and no block loses its last head."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,19 +1,15 @@
 """Tiny random decoders, samples and reference activations for the pruning tests."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tiny_families import family_model
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 VOCABULARY, PAD = 60, 0
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": True, "layer_types": None}

@@ -1,7 +1,5 @@
 """Assembling plans one after another gives the same models as assembling each in a fresh process."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

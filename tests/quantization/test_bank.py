@@ -1,7 +1,5 @@
 """The bank: every trial reads exactly the tensors that were packed, and a damaged file is named."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoftQ: the initial adapter reduces the quantization error and never increases it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models of several formats have the predicted size, load as they were saved, and keep no activations."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Packed layers stay intact when their model is moved: peft, accelerate and transformers move whole models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

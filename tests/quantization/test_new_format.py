@@ -1,7 +1,5 @@
 """A new format is one file: added to a copy of the package, it is searched, reported and loaded again."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

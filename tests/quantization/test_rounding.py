@@ -1,7 +1,5 @@
 """GPTQ changes a layer's outputs less than rounding to nearest, for every format with grids and whatever the inputs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -103,7 +103,9 @@ def candidate(
     losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
     costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
     origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
-    return CandidateRecord(**STAGE, name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs)
+    return CandidateRecord(
+        **STAGE, cut="cut-20", name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs
+    )
 
 
 def score(
@@ -312,7 +314,9 @@ class MadeRun:
             mean_bits = float((self._weights * bits).sum() / self._weights.sum())
             told = {"reason": {"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status)}
             told |= {"digest": TRIALS, "search": SEARCH, "origin": origin, "status": status, "times": times}
-            trials.append(TrialRecord(index=index, plan=plan, plan_bytes=size, mean_bits=mean_bits, **taken, **told))
+            trials.append(
+                TrialRecord(index=index, cut="cut-20", plan=plan, plan_bytes=size, mean_bits=mean_bits, **taken, **told)
+            )
         return trials
 
     def _before_the_search(self, num_blocks: int) -> dict[str, Record]:
@@ -327,7 +331,7 @@ class MadeRun:
         return {
             "prepare": PrepareRecord(**self._stage, **prepared),
             "prune": made_prune(*layers, **self._stage, **sizes),
-            "bank": BankRecord(**self._stage, files={}, bytes=1, residual_ratio={}),
+            "bank": BankRecord(**self._stage, cut="cut-20", files={}, bytes=1, residual_ratio={}),
             "sensitivity": SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods),
         }
 

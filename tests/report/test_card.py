@@ -55,7 +55,7 @@ def test_the_card_says_where_the_plan_came_from() -> None:
         ({"best_origin": GIVEN}, "a plan that was given, not searched for, and"),
     ):
         card = model_card(snapshot(results_of(searched_row([1.0]), **found)))
-        assert f"`me/base`, pruned, quantized to 6.00 mean bits by {words} fine-tuned by qpruner" in card
+        assert f"`me/base`, 20 % pruned, quantized to 6.00 mean bits by {words} fine-tuned by qpruner" in card
         assert "nothing is claimed" in card and "expanded from" not in card
 
 

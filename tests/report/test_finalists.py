@@ -113,7 +113,7 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     rivals = [
         *tuned("unpruned-uniform", 1.1, 1.0, 120_000_000),
         *tuned(RIVAL, 1.2, 1.5, 90_000_000),
-        *tuned("paper", 1.0, 1.6, 80_000_000, "pruned"),
+        *tuned("paper", 1.0, 1.6, 80_000_000, "cut-20"),
     ]
     results = results_of([*rivals, *searched_row([1.5])], confirmations=(finalist(11, "gp", WINNER),))
     [found] = comparisons(results)
@@ -122,7 +122,7 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     rival = "the best control in the budget (not pruned, knapsack)"
     assert f" It is not distinguishable from {rival}. Over 3 comparisons" in lead
     assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), one training seed")
-    own = [*tuned(RIVAL, 1.5, 1.0, 100_000_000, "pruned"), *searched_row([1.5], plan=NF4)]
+    own = [*tuned(RIVAL, 1.5, 1.0, 100_000_000, "cut-20"), *searched_row([1.5], plan=NF4)]
     assert comparisons(results_of(own)) == [], "the winner is no rival of itself"
 
 

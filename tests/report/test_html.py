@@ -186,10 +186,12 @@ def test_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
     """If block 1 was removed, the plan's block 2 is the base's block 3."""
     made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=3)
     assert "numbered as in" not in words(page_now(made))
-    layers = list(made.record("prune").layers)
+    cuts = made.record("prune").cuts
+    layers = list(cuts["cut-20"].layers)
     layers.insert(1, layers[0].model_copy(update={"kept_kv_groups": (), "kept_mlp_channels": ()}))
     numbered = tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(layers))
-    made.change("prune", layers=numbered, dropped_blocks=(1,))
+    changed = cuts["cut-20"].model_copy(update={"layers": numbered, "dropped_blocks": (1,)})
+    made.change("prune", cuts={**cuts, "cut-20": changed})
     page = page_now(made)
     [table] = [each for each in page("table") if each.caption.get_text() == "Kept of each block"]
     found = [tuple(cell.get_text() for cell in row(["th", "td"])[:2]) for row in table("tr")]

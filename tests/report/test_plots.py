@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
-from made_records import made_layer, made_prune
+from made_records import made_cut, made_layer
 from made_run import SEARCH, STAGE, MadeRun, made_methods, results_of, searched_row, snapshot
 
 from qpruner.quantization.formats import format_of
@@ -168,7 +168,7 @@ def panels_of(record: Any, scores: dict[str, Any]) -> dict[str, list[dict[str, A
 def test_importance_is_shown_ranked_beside_what_was_kept() -> None:
     generator = np.random.default_rng(0)
     scores = {"0.attention": generator.gamma(2.0, 1.0, 4), "0.mlp": np.array([0.0] * 100 + [1.0] * 100)}
-    record = made_prune(made_layer(0, 3, 150), made_layer(1, 4, 200))
+    record = made_cut(made_layer(0, 3, 150), made_layer(1, 4, 200))
     found = panels_of(record, scores)
     assert list(found) == ["0 key/value groups", "1 kept", "2 MLP channels", "3 kept"]
     shown = [each["importance"] for each in found["0 key/value groups"]]
@@ -181,7 +181,7 @@ def test_importance_is_shown_ranked_beside_what_was_kept() -> None:
 
 
 def test_experts_and_whole_blocks_have_panels_of_their_own() -> None:
-    record = made_prune(made_layer(0, 4, 200, experts=6), made_layer(1, 0, 0), made_layer(2, 4, 0, experts=0))
+    record = made_cut(made_layer(0, 4, 200, experts=6), made_layer(1, 0, 0), made_layer(2, 4, 0, experts=0))
     scores = {"0.expert": np.arange(1.0, 9.0), "block": np.array([[0, 0.5], [1, 0.1], [2, 0.3]])}
     found = panels_of(record.model_copy(update={"dropped_blocks": (1,)}), scores)
     assert list(found) == ["0 experts", "1 kept", "2 whole blocks"]

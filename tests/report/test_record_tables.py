@@ -30,7 +30,7 @@ def test_every_record_has_a_table() -> None:
     ("stage", "num_rows", "columns"),
     [
         ("prepare", 1, {"model_path", "num_rows.train", "seconds"}),
-        ("prune", 30, {"layer", "kept_mlp_channels", "kept_parameters"}),
+        ("prune", 60, {"cut", "layer", "kept_mlp_channels", "kept_parameters"}),
         ("sensitivity", 60, {"group", "kl in nf4", "kl in int8", "mutual_information in nf4"}),
         ("search", 4, {"index", "origin", "loss", "stderr", "control"}),
         ("finetune", 1, {"name", "seed", "validation_loss", "format of layers.00.mlp"}),

@@ -83,7 +83,7 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
     named = {"From": "unpruned-knapsack", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001"}
-    named |= {"cut": "pruned", "search": "this"}
+    named |= {"cut": "base", "search": "this"}
     formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
     assert rows[1] == {**named, **formats, "Mean bits": pytest.approx(32 / 6)}
     ends = {}

@@ -24,7 +24,6 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import Finetune, setting_aside_damaged_adapter
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import PRUNED
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
@@ -173,7 +172,10 @@ def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_pa
     job = machine("fifth")
     candidate = job.candidate
     trial = TrialJob(
-        job.config, Materials({PRUNED: candidate.checkpoint}, {PRUNED: candidate.bank}, job.data), candidate.plan
+        job.config,
+        Materials({candidate.cut: candidate.checkpoint}, {candidate.cut: candidate.bank}, job.data),
+        candidate.plan,
+        candidate.cut,
     )
     told: list[RungResult] = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))

@@ -136,7 +136,7 @@ def test_a_driver_that_lost_the_lock_ends_and_leaves_it(run_dir: RunDir) -> None
     with holding(run_dir.place, 0.1, program=EXIT_7 + HOLD) as process:
         assert word(process) == "held"
         write_text(run_dir.root / NAME, THEIRS.model_dump_json())
-        assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
+        assert word(process).startswith("another driver took this run over, or ")
         assert process.wait(timeout=20) == 7
     assert Holder.model_validate_json(storage_at(run_dir.root / NAME).read()) == THEIRS
 
@@ -167,7 +167,7 @@ def test_a_driver_suspended_during_a_whole_run_ends(tmp_path: Path) -> None:
         sleeper.suspend()
         assert "taking over" in held(tmp_path, 0.5)[-1] and not (tmp_path / NAME).exists()
         sleeper.resume()
-        assert word(process).startswith("the lock is gone: another driver took this run over and is done with it, or")
+        assert word(process).startswith("another driver took this run over, or ")
         assert process.wait(timeout=20) == 7
     assert [path.name for path in tmp_path.iterdir()] == [RUN_ID]
 

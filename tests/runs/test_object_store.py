@@ -78,15 +78,12 @@ OPTIONS = "a URI takes no options but endpoint_override, region, and scheme (htt
     [
         ("http://example.org/run", f"http://example.org/run {FORM}"),
         ("s3://bucket/a/../b", FORM),
-        ("s3://bucket/run?acl=public", OPTIONS),
         ("s3://bucket/" + "r" * 300, "must be shorter"),
         # A key may contain a slash; the rest of it then looks like the path of the URI.
         ("s3://AKIAKEY:HUSH/WORD@bucket/run", "credentials come from the environment"),
-        ("https://AKIAKEY:HUSHWORD@store.example/bucket/run", "credentials come from the environment"),
         ("s3://[AKIAKEY:HUSHWORD@bucket/run", FORM),
         ("s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000", "credentials come from the"),
         ("s3://bucket/run?access_key=AKIAKEY&secret_key=HUSHWORD", OPTIONS),
-        ("s3://bucket/run?HUSHWORD", OPTIONS),
     ],
 )
 def test_other_uris_are_refused_and_keys_not_repeated(uri: str, message: str) -> None:
@@ -279,7 +276,6 @@ class Stores(BaseHTTPRequestHandler):
         ("gs://secret/mine", "access is refused"),
         ("gs://other/mine", "there is no bucket other"),
         ("s3://runs/wrong-keys", "access is refused .*credentials come from the environment"),
-        ("s3://runs/no-keys", "access is refused .*credentials come from the environment"),
     ],
 )
 def test_a_refusal_of_the_store_is_reported(
@@ -296,7 +292,7 @@ def test_a_refusal_of_the_store_is_reported(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False) if "no-keys" in uri else monkeypatch.setenv(name, "wrong")
+        monkeypatch.setenv(name, "wrong")
     objects.open_bucket.cache_clear()
     with HTTPServer(("127.0.0.1", 0), Stores) as server:
         thread = threading.Thread(target=server.serve_forever)

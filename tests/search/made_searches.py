@@ -13,7 +13,7 @@ from conftest import raw_config, with_keys
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.config.load import validate_config
-from qpruner.plans.plan import PRUNED, Group, Layout, LinearShape, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Group, Layout, LinearShape, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial import run_trial
@@ -26,7 +26,7 @@ BITS = {"nf4": 4, "int8": 8, "bf16": 16}
 GROUPS = tuple(
     Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),), ("nf4", "int8")) for index in range(6)
 )
-LAYOUT = Layout(GROUPS, 1000, 300, 2, num_parameters=10**5)
+LAYOUT = Layout(GROUPS, 1000, 300, 2, num_parameters=10**5, multiply_adds=10**5)
 
 
 def plan_of(text: str) -> PrecisionPlan:
@@ -76,8 +76,8 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
     return SearchJob(
         config=validate_config(with_keys(raw_config(Path("model"), folder / "run"), **keys)),
         trial=run_trial,
-        materials=Materials({PRUNED: folder}, {PRUNED: folder}, folder),
-        layouts={PRUNED: LAYOUT},
+        materials=Materials({UNPRUNED: folder}, {UNPRUNED: folder}, folder),
+        layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),)),
         controls=CONTROLS,
         priors={},

@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def gather_of(banked: Banked, batch_size: int) -> Iterator[Grams]:
     """Gather the Gram matrices of the layers' inputs."""
-    return gather(banked.model, "block", replace(banked.subject.samples, batch_size=batch_size))
+    return gather(banked.model, replace(banked.subject.samples, batch_size=batch_size))
 
 
 METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
@@ -93,7 +93,12 @@ def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, 
     quantize = QuantizeConfig(group="block", formats=LEVELS, embeddings=("int8", "bf16"), budget=BUDGET)
     own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
     inspection = replace(
-        inspection, model_config=subject.model.config, base=own, pruned=own, examples={}, sample_length=LENGTH
+        inspection,
+        model_config=subject.model.config,
+        base=own,
+        layouts={"base": own},
+        examples={},
+        sample_length=LENGTH,
     )
     if method == "scoring":
         config = validate_config(raw)

@@ -1,11 +1,9 @@
 """Choose llama.cpp's architecture for a model, or say why there is none.
 
-Blocks alike take the architecture of their family. Blocks of different widths take `deci`, whose blocks each have
-their own numbers of heads and channels, or `openelm`, which has norms of queries and keys too.
+Blocks of different widths take `deci`, or `openelm`, which has norms of queries and keys.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,11 +11,10 @@ from qpruner.models.families import families
 from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import nearest_format
 
-RAGGED = ("deci", "openelm")
-"""Architectures whose blocks have widths of their own."""
+RAGGED = ("deci", "openelm")  # architectures whose blocks have widths of their own
 LLAMAS = ("llama", "deci")
-"""Architectures that rotate neighbouring rows of a head as pairs, and not rows half a head apart. These alone have
-optional biases on every linear layer, and read a factor for each frequency of RoPE."""
+"""Architectures that rotate neighbouring rows of a head as pairs, not rows half a head apart. Only these have optional
+biases on every linear layer, and a factor for each frequency of RoPE."""
 ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 """Activation that llama.cpp computes in the MLP; SiLU where it is not listed."""
 BETAS = {"beta_fast": 32, "beta_slow": 1}
@@ -62,10 +59,7 @@ def query_scale(config: Any, architecture: str) -> float:
 
 
 def context_length(config: Any) -> int:
-    """Return the longest context in which llama.cpp computes what transformers does.
-
-    llama.cpp has sliding windows for Gemma only; up to the window's length all attend to the same tokens without it.
-    """
+    """Return the longest context that llama.cpp computes alike: it has sliding windows for Gemma only."""
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     is_limited = window and (types is None or "sliding_attention" in types) and not _is_gemma(config)
     return min(config.max_position_embeddings, window) if is_limited else int(config.max_position_embeddings)
@@ -73,12 +67,9 @@ def context_length(config: Any) -> int:
 
 def remark(config: Any) -> str | None:
     """Say what is lost in the file; None if nothing is."""
-    if (length := context_length(config)) < config.max_position_embeddings:
-        return (
-            f"the file states a context of {length} tokens, not {config.max_position_embeddings}: llama.cpp has no "
-            f"sliding window for `{config.model_type}`"
-        )
-    return None
+    length, longest = context_length(config), config.max_position_embeddings
+    why = f"llama.cpp has no sliding window for `{config.model_type}`"
+    return f"the file states a context of {length} tokens, not {longest}: {why}" if length < longest else None
 
 
 def architecture_of(config: Any, ragged: bool = False, biases: bool = False) -> str:
@@ -96,18 +87,14 @@ def architecture_of(config: Any, ragged: bool = False, biases: bool = False) -> 
 def llama_cpp_format(name: str, columns: int) -> str:
     """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes are nearest.
 
-    Of two with the same bytes it is the k-quant, the last in order of names, whose error is smaller: relative errors on
-    the pruned SmolLM2 (down projections, 2026-11-29) are 0.094 for nf4, 0.089 for q4_0 and 0.061 for q4_k; 0.0092 for
-    int8 and 0.0056 for q8_0; 0.20 for w3 and 0.16 for q3_k; 0.41 for w2_g32 and 0.30 for q2_k.
+    Of two with the same bytes it is the k-quant, the last by name, whose error is smaller: on the pruned SmolLM2's down
+    projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4 (2026-11-29).
     """
     return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
 def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can.
-
-    `ragged` and `biases` are as in `architecture_of`, for a model that is not cut yet.
-    """
+    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`)."""
     family = families().get(config.model_type)
     if family is None or not family.gguf:
         kind = "models with experts" if family and family.unquantizable else f"`{config.model_type}` models"
@@ -116,10 +103,8 @@ def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | No
     architecture = architecture_of(config, ragged, biases)
     if not architecture:
         return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
-    if reason := next(_width_reasons(config, architecture, biases), None):
-        return reason
-    reason = next(_reasons(config, architecture), None)
-    return f"{reason}; {ELSEWHERE}" if reason else None
+    others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
+    return next(itertools.chain(_width_reasons(config, architecture, biases), others), None)
 
 
 def _is_gemma(config: Any) -> bool:

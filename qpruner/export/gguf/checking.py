@@ -14,40 +14,29 @@ order in the first of 30 blocks 2.3, in the last 0.026; rows of the embeddings s
 in the first block 0.010, none in block 15 0.005. The last two may pass, which is why bytes are compared too.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qpruner.data.losses import hooked
-from qpruner.export.compare import TOP, Compared, compare_served, export_error
+from qpruner.export.compare import TOP, Compared, Rows, compare_served, export_error
 from qpruner.export.gguf.isolation import isolated
 from qpruner.export.gguf.llama_cpp import predictions
 from qpruner.export.gguf.same_tokens import token_differences
 from qpruner.export.gguf.writing import adapter_tensors, base_tensors
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
-
-if TYPE_CHECKING:
-    import torch
+from qpruner.quantization.formats.layers import PackedLinear
 
 
 def check(
-    checkpoint: Path,
-    model: Path,
-    adapter: Path | None,
-    rows: Sequence[Sequence[int]],
-    on_progress: OnWork = ignore_progress,
+    checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
-    """Compare the files of a model and its adapter with their checkpoint, on rows of token ids.
-
-    Raises:
-        StageError: If llama.cpp refuses or crashes, or if bytes, token ids or predictions differ.
-        UserError: If `xllamacpp` is missing.
-    """
+    """Compare the files of a model and its adapter with their checkpoint, predictions on rows of token ids."""
     check_bytes(checkpoint, model, adapter, on_progress)
-    check_tokens(checkpoint, model)
+    for text, found, expected in isolated(token_differences, model, checkpoint):
+        raise export_error(f"llama.cpp makes other tokens of {text[:60]!r}: {found[:8]} instead of {expected[:8]}")
     return check_predictions(checkpoint, model, adapter, rows, on_progress)
 
 
@@ -57,9 +46,7 @@ def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress
     import numpy
 
     config = checkpoint_config(checkpoint)
-    for file, tensors in ((model, base_tensors), (adapter, adapter_tensors)):
-        if file is None:
-            continue
+    for file, tensors in ((model, base_tensors), *([(adapter, adapter_tensors)] if adapter else [])):
         found = {each.name: each for each in gguf.GGUFReader(file).tensors}
         expected = list(tensors(checkpoint, config))
         for done, (name, type_name, data) in enumerate(expected, 1):
@@ -74,18 +61,8 @@ def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress
             raise export_error(f"{file.name} has a tensor that the checkpoint lacks: `{min(found)}`")
 
 
-def check_tokens(checkpoint: Path, model: Path) -> None:
-    """Compare the token ids of 1,000 texts."""
-    for text, found, expected in isolated(token_differences, model, checkpoint):
-        raise export_error(f"llama.cpp makes other tokens of {text[:60]!r}: {found[:8]} instead of {expected[:8]}")
-
-
 def check_predictions(
-    checkpoint: Path,
-    model: Path,
-    adapter: Path | None,
-    rows: Sequence[Sequence[int]],
-    on_progress: OnWork = ignore_progress,
+    checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
     """Compare log-probabilities at all positions of rows."""
     answers = isolated(predictions, model, adapter, rows, TOP)
@@ -94,10 +71,6 @@ def check_predictions(
 
 def rounding_inputs(model: Any) -> AbstractContextManager[None]:
     """Make linear layers round their inputs as llama.cpp does: to 8 bits if packed, else to 16."""
-    import torch
-
-    from qpruner.quantization.formats.layers import PackedLinear
-
     dtype = model.config.dtype
 
     def to_16_bits(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

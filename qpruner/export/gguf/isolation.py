@@ -1,7 +1,5 @@
 """Run a generator function in a process of its own, so that a crash of llama.cpp is an error like others."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle
@@ -20,12 +18,7 @@ REMEDY = "repeat the command; if it happens again, report it with the file and t
 
 
 def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-    """Yield what a generator function of a module yields; it runs in a new interpreter, and imports what it names.
-
-    Raises:
-        QprunerError: As the function raised it.
-        StageError: If the process was ended by a signal, or failed in another way.
-    """
+    """Yield what a generator function of a module yields in a new interpreter, and raise what it raises."""
     # Not multiprocessing: its children import the user's script again.
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}

@@ -1,13 +1,12 @@
 """Run GGUF files in llama.cpp itself: its library, called through ctypes.
 
 One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt (llama.cpp's #27174).
-The library is the extension module of the package `xllamacpp`, which exports the C API, or any other `libllama.so`.
-Structures of parameters grow with every build, so they are opaque here: the library fills in its defaults, and only the
-first three fields of a context's parameters are set, which have had their places since 2024. Tried with the libraries
-of xllamacpp 0.2.14, 2026.4 and 2026.10 and of node-llama-cpp (llama.cpp 0.5.0), 2026-11-29.
+The library is the extension module of the package `xllamacpp`, which exports the C API. Structures of parameters grow
+with every build, so they are opaque here: the library fills in its defaults, and only the first three fields of a
+context's parameters are set, which have had their places since 2024. Tried with the libraries of xllamacpp 0.2.14,
+2026.4 and 2026.10 and of node-llama-cpp (llama.cpp 0.5.0), 2026-11-29.
 
-An assertion in the library ends the process: `isolation.py` calls it in a process of its own. This module imports no
-torch, so that such a process starts at once.
+An assertion in the library ends the process, so `isolation.py` calls it in one of its own, quickly: without torch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from scipy.special import log_softmax
 
 from qpruner.errors import StageError, UserError
 
-BATCH = 512
-"""Most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt."""
+BATCH = 512  # most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt
 ERROR_LEVEL = 4
 INSTALL = 'run `pip install "qpruner[gguf]"`'
 
@@ -68,7 +66,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_memory_clear": (None, _P, _B),
     "llama_vocab_n_tokens": (_I, _P),
     "llama_tokenize": (_I, _P, _S, _I, _P, _I, _B, _B),
-    "llama_token_to_piece": (_I, _P, _I, _S, _I, _I, _B),
     "llama_decode": (_I, _P, _Batch),
     "llama_get_logits": (_F, _P),
 }
@@ -120,52 +117,34 @@ def library_path() -> Path:
     return found[0]
 
 
-def build(library: Path | None = None) -> str:
-    """Name the build of llama.cpp: the package or file, and the versions that the library tells."""
-    loaded = _library(library or library_path())
-    parts = [library.name if library else f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
+def build() -> str:
+    """Name the build of llama.cpp: the package, and the versions that the library tells."""
+    library, parts = _library(library_path()), [f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
     for name in ("llama", "ggml"):
-        if f"{name}_version" in loaded.functions:
-            parts.append(f"{name} {loaded.call(f'{name}_version').decode()}")
+        if f"{name}_version" in library.functions:
+            parts.append(f"{name} {library.call(f'{name}_version').decode()}")
     return ", ".join(parts)
 
 
 class Llama:
-    """A model in llama.cpp, with a context for one sequence of tokens.
+    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence of at most `context_length`.
 
-    Args:
-        model: The GGUF file.
-        adapter: The GGUF file of a LoRA adapter; None for none.
-        threads: Threads of prefill and decode.
-        context_length: Most tokens of a sequence.
-        library: A libllama; None for that of `xllamacpp`.
-
-    Raises:
-        UserError: If the package is missing, or a file is.
-        StageError: If llama.cpp refuses a file; the message has its own last errors.
+    Raise `StageError` if llama.cpp refuses a file; the message has its own last errors.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        adapter: Path | None = None,
-        threads: int = 1,
-        context_length: int = BATCH,
-        library: Path | None = None,
-    ) -> None:
-        self._library = _library(library or library_path())
-        self._call, self._length, self._most, self._next = self._library.call, 0, context_length, 0
+    def __init__(self, model: Path, adapter: Path | None = None, threads: int = 1, context_length: int = BATCH) -> None:
+        self._library = _library(library_path())
+        self._call, self._next = self._library.call, 0
         for file in (model, adapter):
             if file and not file.is_file():
                 raise UserError(f"{file} is not a file: name a GGUF file")
         self._library.errors.clear()
         with ExitStack() as stack:
-            loaded = self._made(
-                f"load {model}", "llama_model_load_from_file", bytes(model), self._call("llama_model_default_params")
-            )
+            parameters = self._call("llama_model_default_params")
+            loaded = self._made(f"load {model}", "llama_model_load_from_file", bytes(model), parameters)
             stack.callback(self._call, "llama_model_free", loaded)  # the adapter goes with its model
             parameters = self._call("llama_context_default_params")
-            parameters.fields[0], parameters.fields[1], parameters.fields[2] = context_length, BATCH, BATCH
+            parameters.fields[:3] = context_length, BATCH, BATCH
             self._context = self._made(f"run {model}", "llama_init_from_model", loaded, parameters)
             stack.callback(self._call, "llama_free", self._context)
             self._call("llama_set_n_threads", self._context, threads, threads)
@@ -200,22 +179,16 @@ class Llama:
         reason = "; ".join(self._library.errors) or "it gives no reason"
         return StageError("export", f"llama.cpp cannot {what}: {reason}", "write the file again: repeat the command")
 
-    def tokens(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Tokenize a text; add the tokens of begin and end, and read those that are written in the text, if asked."""
+    def tokens(self, text: str, add_special: bool = False) -> list[int]:
+        """Tokenize a text with the special tokens that are written in it; add those of begin and end if asked."""
         encoded = text.encode()
         ids = numpy.empty(len(encoded) + 8, numpy.int32)
         places = (encoded, len(encoded), ids.ctypes.data, len(ids))
-        count = self._call("llama_tokenize", self._vocab, *places, add_special, parse_special)
+        count = self._call("llama_tokenize", self._vocab, *places, add_special, True)
         if count < 0:
             raise self._error(f"tokenize {text[:40]!r}")
         found: list[int] = ids[:count].tolist()
         return found
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for, those of special tokens included."""
-        buffer = ctypes.create_string_buffer(1024)
-        count = self._call("llama_token_to_piece", self._vocab, token, buffer, len(buffer), 0, True)
-        return buffer.raw[:count]
 
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
         """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or those `wanted`."""
@@ -224,40 +197,23 @@ class Llama:
         return numpy.concatenate(list(self._passes(ids, flags)))
 
     def loss(self, ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
-        """Return the sum of losses of a new sequence in nats, and the number of its tokens with a label (0 or more).
-
-        Rows are read one by one: in batches of 512 tokens a processor second reads 10 % more (362 tokens against 321 in
-        the demo's rows of 65, 2026-11-29).
-        """
+        """Return the sum of losses of a new sequence in nats, and the number of its tokens with a label (0 or more)."""
         next_labels = numpy.append(numpy.asarray(labels)[1:], -1)
         wanted = next_labels >= 0
-        found = _log_softmax(self.logits(ids, wanted))
+        found = log_softmax(self.logits(ids, wanted), axis=1)
         losses = -numpy.take_along_axis(found, next_labels[wanted][:, None], 1)
         return float(losses.sum(dtype=numpy.float64)), int(wanted.sum())
 
-    def generate(self, ids: Sequence[int], num_tokens: int) -> list[int]:
-        """Continue a new sequence by the most likely tokens."""
-        self.prefill(ids)
-        return self._continue(num_tokens)
-
-    def prefill(self, ids: Sequence[int]) -> float:
-        """Read a new sequence; return the seconds."""
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Read a new sequence."""
         self._restart()
         flags = numpy.zeros(len(ids), numpy.int8)
         flags[-1] = 1
-        start = time.perf_counter()
         *_, last = self._passes(ids, flags)
-        seconds = time.perf_counter() - start
         self._next = int(last[-1].argmax())
-        return seconds
 
-    def decode(self, num_tokens: int) -> float:
-        """Continue what `prefill` read by the most likely tokens, one at a time; return the seconds."""
-        start = time.perf_counter()
-        self._continue(num_tokens)
-        return time.perf_counter() - start
-
-    def _continue(self, num_tokens: int) -> list[int]:
+    def decode(self, num_tokens: int) -> list[int]:
+        """Continue what `prefill` read by the most likely tokens, one at a time."""
         found = list[int]()
         for _ in range(num_tokens):
             found.append(self._next)
@@ -267,18 +223,14 @@ class Llama:
 
     def _restart(self) -> None:
         self._call("llama_memory_clear", self._call("llama_get_memory", self._context), True)
-        self._length = 0
 
     def _passes(self, ids: Sequence[int], flags: numpy.ndarray) -> Iterator[numpy.ndarray]:
         """Append tokens to the sequence, and yield the logits at the flagged positions of each batch."""
-        if self._length + len(ids) > self._most:
-            raise ValueError(f"{self._length + len(ids)} tokens do not fit into a context of {self._most}")
         tokens = numpy.asarray(ids, numpy.int32)
         for start in range(0, len(ids), BATCH):
             part, asked = tokens[start : start + BATCH], numpy.ascontiguousarray(flags[start : start + BATCH])
             batch = _Batch(len(part), token=part.ctypes.data, logits=asked.ctypes.data)
             self._done(f"read {len(part)} tokens", "llama_decode", self._context, batch)
-            self._length += len(part)
             if count := int(asked.sum()):
                 found = self._call("llama_get_logits", self._context)
                 yield numpy.ctypeslib.as_array(found, (count, self.vocab_size)).copy()
@@ -289,14 +241,8 @@ def predictions(model: Path, adapter: Path | None, rows: Sequence[Sequence[int]]
     yield build()
     with Llama(model, adapter, context_length=max(map(len, rows))) as llama:
         for row in rows:
-            found = _log_softmax(llama.logits(row)[:-1])
+            found = log_softmax(llama.logits(row)[:-1], axis=1)
             ids = numpy.argpartition(-found, num_likeliest, axis=1)[:, :num_likeliest]
             ids = numpy.take_along_axis(ids, numpy.take_along_axis(-found, ids, 1).argsort(axis=1), 1)
             actual = numpy.take_along_axis(found, numpy.asarray(row[1:])[:, None], 1)[:, 0]
             yield ids, numpy.take_along_axis(found, ids, 1), actual
-
-
-def _log_softmax(logits: numpy.ndarray) -> numpy.ndarray:
-    shifted: numpy.ndarray = logits - logits.max(axis=1, keepdims=True)
-    shifted -= numpy.log(numpy.exp(shifted).sum(axis=1, keepdims=True))  # numpy sums pairwise
-    return shifted

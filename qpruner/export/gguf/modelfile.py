@@ -1,24 +1,19 @@
 """Write the Modelfile with which Ollama takes a GGUF file.
 
-Ollama does not run the chat template in a GGUF file: it takes the template of its own that is fewer than 100 edits away
-(`template/template.go`), or else sends the bare prompt. So the Modelfile has a template in Ollama's language wherever
-one exists that writes the same chats.
+Ollama does not run the chat template in the file, but takes one of its own that is fewer than 100 edits away. So the
+Modelfile has a template in Ollama's language wherever one exists that writes the same chats.
 """
-
-from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 Turn = Mapping[str, str]
 SYSTEM, USER, ANSWER, AGAIN = "Be\x01brief", "Who\x02is it", "Only\x03me", "What\x04now"
-CONTEXT = 4096
-"""Most tokens of context asked for: the memory for more is the user's decision."""
+CONTEXT = 4096  # most tokens of context asked for: the memory for more is the user's decision
 
 
 def modelfile(
@@ -38,9 +33,7 @@ def modelfile(
             lines.append("# A system message is left out: the model's chat template has no place of its own for it.")
         lines.append(f'TEMPLATE """{template}"""')
     elif tokenizer.chat_template:
-        lines.append(
-            "# Ollama's templates cannot say what this model's chat template does; it takes the nearest it has."
-        )
+        lines.append("# Ollama's templates cannot say what this model's chat template does: it takes the nearest.")
     return "\n".join(lines) + "\n"
 
 
@@ -68,10 +61,8 @@ class _Shape(NamedTuple):
 
 def ollama_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a template in Ollama's language that writes the same chats as the tokenizer's; None: there is none."""
-    # A date is that of the day of the chat.
-    if not tokenizer.chat_template or "strftime_now" in str(tokenizer.chat_template):
-        return None
-    shape = _shape(tokenizer)
+    is_dated = "strftime_now" in str(tokenizer.chat_template)
+    shape = _shape(tokenizer) if tokenizer.chat_template and not is_dated else None
     if shape is None:
         return None
     systems = [[], [_turn("system", "Use few words.")]] if "system" in shape.around else [[]]

@@ -1,8 +1,6 @@
 # ruff: noqa: RUF001
 """Compare the token ids of llama.cpp with the tokenizer's own, on 1,000 texts made here."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -10,14 +8,12 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.vocabulary import backend, pre_tokenizer, space_prefix
 from qpruner.models.loading import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_TEXTS = 1000
 NUM_CHATS = 40
@@ -49,14 +45,12 @@ SENTENCES = (
 )
 
 
-def token_differences(
-    model: Path, folder: Path, library: Path | None = None
-) -> Iterator[tuple[str, list[int], list[int]]]:
+def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int], list[int]]]:
     """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a folder."""
     tokenizer = load_tokenizer(str(folder))
     (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
     comparable = ((each, asked) for each in texts(tokenizer) if (asked := as_served(each[0])) is not None)
-    with Llama(model, library=library) as llama:
+    with Llama(model) as llama:
         for (text, is_chat), asked in itertools.islice(comparable, NUM_TEXTS):
             theirs = llama.tokens(asked, add_special=not is_chat)
             ours = encode(text, add_special_tokens=not is_chat).ids
@@ -103,8 +97,7 @@ def remark(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _as_served(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str | None], str | None]:
     """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the ids differ.
 
-    The second value names the texts that change or differ. This is all in which llama.cpp differs, whatever a GGUF file
-    says.
+    The second value names the texts that change or differ; llama.cpp differs in nothing else.
     """
     definition = backend(tokenizer)
     added = [token["content"] for token in definition["added_tokens"]]

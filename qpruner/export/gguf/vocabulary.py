@@ -4,20 +4,16 @@ llama.cpp knows pre-tokenizers by name and has their regular expressions compile
 chosen by the definition in the tokenizer, never by the name of the model, and a definition it lacks is refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import UserError
 from qpruner.models.loading import load_tokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from transformers import PreTrainedTokenizerBase
 
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
@@ -51,22 +47,14 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
 
 
-def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding.
-
-    Raises:
-        UserError: llama.cpp has no such tokenizer.
-    """
+def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
+    """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding."""
     for name, value in vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder)).items():
         getattr(writer, f"add_{name}")(value)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods of these names.
-
-    Raises:
-        UserError: llama.cpp has no such tokenizer.
-    """
+    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none."""
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
     odd = [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]
@@ -93,10 +81,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Itera
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the definition that is really used: transformers builds some tokenizers anew when it loads them."""
     if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer is a {type(tokenizer).__name__} without `tokenizer.json`, and only fast tokenizers can be "
-            f"written to GGUF; {INSTEAD}"
-        )
+        kind = type(tokenizer).__name__
+        raise UserError(f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; {INSTEAD}")
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
     for key in ("type", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):

@@ -14,6 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.gguf.architectures import (
     LLAMAS,
@@ -35,7 +37,6 @@ from qpruner.runs.storage import retry_storage
 
 if TYPE_CHECKING:
     import gguf
-    import torch
 
 FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_S"}
 """Names of file types other than `MOSTLY_` and the type of most weights."""
@@ -54,10 +55,7 @@ class Tensor(NamedTuple):
 
 
 def write_gguf(checkpoint: Path, file: Path, name: str, on_progress: OnWork = ignore_progress) -> None:
-    """Write a checkpoint without its adapter; its packed layers must all have formats of llama.cpp.
-
-    `name` is that of the model in the metadata.
-    """
+    """Write a checkpoint without its adapter; `name` is that of the model in the metadata."""
     import gguf
 
     config = checkpoint_config(checkpoint)
@@ -93,11 +91,7 @@ def write_adapter(checkpoint: Path, file: Path, on_progress: OnWork = ignore_pro
 
 
 def _write(
-    file: Path,
-    config: Any,
-    describe: Callable[[gguf.GGUFWriter], None],
-    tensors: Sequence[Tensor],
-    on_progress: OnWork,
+    file: Path, config: Any, describe: Callable[[Any], None], tensors: Sequence[Tensor], on_progress: OnWork
 ) -> None:
     """Write metadata, then the tensors one by one; begin again while the storage is full or away."""
     import gguf
@@ -126,7 +120,6 @@ def _write(
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Write widths, norms, windows and caps."""
     widths, size, name = block_widths(config), head_size(config), architecture_of(config)
     heads, key_value_heads, channels = (list(each) if name in RAGGED else each[0] for each in zip(*widths, strict=True))
     writer.add_vocab_size(config.vocab_size)
@@ -136,19 +129,17 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(key_value_heads)
     writer.add_feed_forward_length(channels)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if name.startswith("gemma"):
         windows = [each == "sliding_attention" for each in config.layer_types]
         if any(windows) or name == "gemma2":
             writer.add_sliding_window(config.sliding_window)
             writer.add_sliding_window_pattern(windows)
-        if config.attn_logit_softcapping:
-            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        if config.final_logit_softcapping:
-            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if cap := getattr(config, key):
+                getattr(writer, f"add_{key}")(cap)
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -172,7 +163,6 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _frequency_factors(config: Any) -> torch.Tensor:
     """Compute by how much the scaling `llama3` lowers each frequency, float32 ``(head size / 2,)``."""
-    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -186,8 +176,6 @@ def _frequency_factors(config: Any) -> torch.Tensor:
 
 def base_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
     """Yield the tensors of the model, without its adapter."""
-    import torch
-
     state, formats = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)), formats_of(config)
     renaming = _Renaming(config)
     for group in renaming.groups(state):
@@ -207,8 +195,6 @@ def adapter_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
     prefill, for twice the bytes (rank 8 on all layers of a pruned SmolLM2, one AVX-512 core, tokens/s of decode without
     adapter 137, with one in F32 120, F16 115, BF16 118, 2026-11-29).
     """
-    import torch
-
     stored = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
     pairs = {
         name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."): (each, stored[name.replace(".lora_A.", ".lora_B.")])
@@ -232,8 +218,6 @@ def _tensor(
     name: str, tensor: torch.Tensor, order: torch.Tensor | None = None, format_name: str | None = None
 ) -> Tensor:
     """Reorder the rows of a tensor, and take its bytes."""
-    import torch
-
     if format_name is None:
         type_name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
     else:
@@ -282,8 +266,6 @@ class _Renaming:
 
     def order(self, name: str) -> torch.Tensor | None:
         """Return the new order of rows of q and k, or of their biases; None for all other tensors."""
-        import torch
-
         linear = next((each for each in QKV[:2] if f".{each}." in name), None)
         if linear is None or self._architecture not in LLAMAS:
             return None

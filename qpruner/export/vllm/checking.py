@@ -1,11 +1,8 @@
 """Load an export for vLLM with vLLM, or with transformers where vLLM cannot, and compare it with the checkpoint.
 
-vLLM computes in the type of the model, which changes predictions by about as much as that type changes transformers'
-own: 0.7 to 1.3 times in tiny random models of three families (vLLM 0.32 on a CPU, 2026-11-30). Roundings of the parts
-alone, in float32, made half as much.
+vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 times of what that type changes in
+transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
 """
-
-from __future__ import annotations
 
 import importlib.util
 import json
@@ -15,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,17 +21,15 @@ from typing import Any, Literal
 import torch
 
 from qpruner.errors import UserError
-from qpruner.export.compare import TOP, Compared, Predictions, compare_served, export_error
+from qpruner.export.compare import TOP, Compared, Predictions, Rows, compare_served, export_error
 from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 
-PYTHON = "QPRUNER_VLLM_PYTHON"
-"""Environment variable with the Python of an environment that has vLLM."""
+PYTHON = "QPRUNER_VLLM_PYTHON"  # environment variable with the Python of an environment that has vLLM
 NAMES = {"vllm": "vLLM", "transformers": "transformers", "compressed_tensors": "compressed-tensors"}
 INSTALL = 'run `pip install "qpruner[vllm]"`'
-CPU_BITS = 4
-"""The only width that vLLM's CPU kernel takes (0.32)."""
+CPU_BITS = 4  # the only width that vLLM's CPU kernel takes (0.32)
 
 
 Server = Literal["vllm", "transformers"]
@@ -48,19 +43,11 @@ def missing() -> str | None:
 
 
 def check(
-    checkpoint: Path,
-    exported: Path,
-    samples: Sequence[Sequence[int]],
-    on_progress: OnWork = ignore_progress,
-    server: Server | None = None,
+    checkpoint: Path, exported: Path, rows: Rows, on_progress: OnWork = ignore_progress, server: Server | None = None
 ) -> Compared:
     """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
 
     The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server` chooses instead.
-
-    Raises:
-        StageError: If they differ by more than rounding does, or the export cannot be loaded.
-        UserError: If a package is missing.
     """
     config = checkpoint_config(exported)
     server = server or ("vllm" if _vllm_takes(config) else "transformers")
@@ -71,18 +58,18 @@ def check(
         "server": server,
         "folder": str(exported),
         "adapter": str(adapter) if adapter.is_dir() else None,
-        "samples": [list(map(int, sample)) for sample in samples],
-        "trust_remote_code": needs_modeling(config),
-        "num_likeliest": TOP,
+        "rows": [list(map(int, row)) for row in rows],
+        "trust": needs_modeling(config),
+        "count": TOP,
     }
     on_progress(f"checking in {server}", 0, 1)
     found, by = _predictions(asked)
     on_progress(f"checking in {server}", 1, 1)
-    return compare_served(checkpoint, samples, found, by, in_its_type, on_progress)
+    return compare_served(checkpoint, rows, found, by, _in_its_type, on_progress)
 
 
 @contextmanager
-def in_its_type(model: Any) -> Iterator[None]:
+def _in_its_type(model: Any) -> Iterator[None]:
     """Let a model compute in its own type, and not in float32."""
     exact = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
     for parameter, data in exact.items():
@@ -115,17 +102,13 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
             raise export_error(f"{asked['server']} cannot load it: {cause[-1]}")
         with np.load(into) as arrays:
             versions = json.loads(str(arrays["versions"]))
-            names = range(len(asked["samples"]))
+            names = range(len(asked["rows"]))
             found = [Predictions(*(arrays[f"{field} {row}"] for field in Predictions._fields)) for row in names]
     return found, ", ".join(f"{NAMES[package]} {version}" for package, version in versions.items())
 
 
 def _python_of_vllm() -> str | None:
-    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none.
-
-    Raises:
-        UserError: If the one in `QPRUNER_VLLM_PYTHON` has none.
-    """
+    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none."""
     if named := os.environ.get(PYTHON):
         _check_python(named)
         return named

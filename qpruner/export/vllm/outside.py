@@ -4,13 +4,11 @@
 transformers of its own. Here transformers' own classes and `modeling_ragged.py` build the model.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,21 @@ Row = tuple[Any, Any, Any]
 """Log-probabilities after each token of a row but the last, as numpy arrays, in the order of `compare.Predictions`."""
 
 
-def in_transformers(
-    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool, num_likeliest: int
-) -> Iterator[Row]:
-    """Yield the predictions of a model for each row, as transformers computes them, with peft if it has an adapter.
-
-    A CPU computes in float32, so that a fault stands out from rounding.
-    """
+def in_transformers(folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int) -> Iterator[Row]:
+    """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults stand out."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _unpacked(folder, trust_remote_code).to(device, torch.float32 if device == "cpu" else None).eval()
+    model = _unpacked(folder, trust).to(device, torch.float32 if device == "cpu" else None).eval()
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).eval()
-    for sample in samples:
+    for sample in rows:
         with torch.no_grad():
             logits = model(torch.tensor([sample], device=device)).logits[0, :-1]
         log_probabilities = logits.float().log_softmax(-1).cpu()
-        likeliest, ids = log_probabilities.topk(num_likeliest)
+        likeliest, ids = log_probabilities.topk(count)
         actual = log_probabilities.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
         yield ids.numpy(), likeliest.numpy(), actual.numpy()
 
@@ -79,9 +72,7 @@ def _dense_state(folder: Path, model: Any, described: dict[str, Any]) -> dict[st
     return state
 
 
-def in_vllm(
-    folder: str, adapter: str | None, samples: Sequence[Sequence[int]], trust_remote_code: bool, num_likeliest: int
-) -> Iterator[Row]:
+def in_vllm(folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int) -> Iterator[Row]:
     """Yield the predictions of a model for each row, as vLLM computes them."""
     import numpy as np
 
@@ -92,38 +83,35 @@ def in_vllm(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": _rank(adapter)} if adapter else {}
-    length = max(map(len, samples)) + 1
+    options: dict[str, Any] = {}
+    if adapter:  # in the smallest rank that vLLM takes
+        rank = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        ranks = (8, 16, 32, 64, 128, 256, 320, 512)
+        options = {"enable_lora": True, "max_lora_rank": next(each for each in ranks if each >= rank)}
+    length = max(map(len, rows)) + 1
     model = LLM(
         folder,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust,
         max_model_len=length,
         max_num_seqs=1,  # with an adapter, 0.32 fails to compute prompt log-probabilities of two rows at once
         enforce_eager=True,  # compiling takes longer than these few rows
-        max_logprobs=num_likeliest,
+        max_logprobs=count,
         disable_log_stats=True,
         gpu_memory_utilization=0.5,
         **options,
     )
-    requests = [{"prompt_token_ids": list(sample)} for sample in samples]
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=num_likeliest, detokenize=False)
+    requests = [{"prompt_token_ids": list(sample)} for sample in rows]
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count, detokenize=False)
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     answers = model.generate(requests, sampling, lora_request=lora, use_tqdm=False)
-    for sample, answer in zip(samples, answers, strict=True):
-        rows = [
-            [(token, each.logprob) for token, each in found.items() if each.rank <= num_likeliest]
+    for sample, answer in zip(rows, answers, strict=True):
+        likely = [
+            [(token, each.logprob) for token, each in found.items() if each.rank <= count]
             for found in answer.prompt_logprobs[1:]
         ]
-        likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:num_likeliest] for row in rows])
+        likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:count] for row in likely])
         actual = [found[token].logprob for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)]
         yield likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual)
-
-
-def _rank(adapter: str) -> int:
-    """Return the smallest rank that vLLM takes and the adapter fits in."""
-    with open(os.path.join(adapter, "adapter_config.json"), encoding="utf-8") as file:
-        rank = json.load(file)["r"]
-    return next(each for each in (8, 16, 32, 64, 128, 256, 320, 512) if each >= rank)
 
 
 def main() -> None:

@@ -4,13 +4,11 @@ Formats of `quantization/formats/compressed_tensors.py` are sliced into its tens
 Embeddings and head are unpacked, which changes no weight: vLLM before 0.32 reads no packed embeddings.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.recode import (
@@ -19,6 +17,7 @@ from qpruner.export.recode import (
     copy_adapter,
     copy_other_files,
     formats_of,
+    plain_description,
     take_weight,
     write_tensors,
 )
@@ -29,9 +28,6 @@ from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import DENSE, format_of, nearest_format
 from qpruner.quantization.formats.compressed_tensors import Packed
-
-if TYPE_CHECKING:
-    pass
 
 MODELING = "modeling_ragged.py"
 ADAPTER_FOLDER = "adapter"
@@ -62,11 +58,7 @@ def vllm_format(name: str, columns: int) -> str:
 
 
 def dense_paths(config: Any) -> dict[str, str]:
-    """List the packed layers that must be dense in vLLM, each with the format `bf16`.
-
-    They are embeddings and head, and layers that vLLM loads into one (q, k, v; gate, up) if the zeros of one of them do
-    not fill whole words.
-    """
+    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros fill no word."""
     old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):
@@ -86,10 +78,7 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
 
 
 def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress) -> None:
-    """Write a checkpoint of qpruner, all of whose packed layers have formats of vLLM, and its adapter in `adapter`.
-
-    The adapter names its base by its later path in `target`.
-    """
+    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will be `target`."""
     config = checkpoint_config(checkpoint)
     named = formats_of(config)
     for paths in _fused(config):
@@ -105,18 +94,13 @@ def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork
         state |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
         on_progress("writing for vLLM", done, len(named))
     write_tensors(state, folder)
-    dense = [path for path in _linears(config) if path not in named]
-    described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    described.pop("quantization_config", None)
+    # vLLM and transformers leave out the layers that no group names.
+    linears = [path for paths in _fused(config) for path in paths]
+    dense = [path for path in (*linears, family_of(config).head, family_of(config).embeddings) if path not in named]
+    described = plain_description(checkpoint)
     if named:
         described["quantization_config"] = _quantization_config(named, dense)
     write_config(described, config, folder)
-
-
-def _linears(config: Any) -> list[str]:
-    """List all linear layers and the embeddings; vLLM and transformers leave out those that no group names."""
-    paths = [path for paths in _fused(config) for path in paths]
-    return [*paths, family_of(config).head, family_of(config).embeddings]
 
 
 def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str, Any]:
@@ -125,19 +109,12 @@ def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str
     for name in dict.fromkeys(named.values()):
         found = format_of(name)
         assert isinstance(found, Packed)
-        weights = {"num_bits": found.width, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
-        groups[name] = {
-            "targets": [path for path, each in named.items() if each == name],
-            "weights": weights | {"group_size": found.columns_of_group},
-            "format": "pack-quantized",
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": dense,
-    }
+        weights = {"num_bits": found.bits, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
+        targets = [path for path, each in named.items() if each == name]
+        weights |= {"group_size": found.group_size}
+        groups[name] = {"targets": targets, "weights": weights, "format": "pack-quantized"}
+    about = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    return about | {"config_groups": groups, "ignore": dense}
 
 
 def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
@@ -166,8 +143,5 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
 
 
 def needs_modeling(config: Any) -> bool:
-    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own.
-
-    Without it, models of these families need `import qpruner.hf`; those of other families always do.
-    """
+    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own."""
     return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED

@@ -1,9 +1,4 @@
-"""Describe the supported model families: where their projections are, and which weights a pruning unit owns.
-
-A family is one file in this folder that creates a `Family` instance; `families` finds it. Other code calls `family_of`.
-"""
-
-from __future__ import annotations
+"""Describe the supported model families, one file each: where projections are, which weights a pruning unit owns."""
 
 import functools
 import importlib

@@ -12,18 +12,15 @@ if TYPE_CHECKING:
 
 ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
 """Kinds of unit: a key/value head with its query heads, an MLP channel, an expert with its router row."""
-
-
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 """Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at its end."""
 
 
 @dataclass(frozen=True)
 class UnitSlice:
-    """The part of one parameter that a unit owns.
+    """The part of one parameter that a unit owns, in linear layers with the same entries of the bias.
 
-    Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim``. If rows of a linear
-    layer are removed, the same entries of its bias are removed too (`owned_parameters` adds them).
+    Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim``.
     """
 
     parameter: str  # path inside the decoder block
@@ -72,7 +69,7 @@ class Family:
     """A model family with projections named as in Llama (q, k, v, o, gate, up, down); other families override parts."""
 
     model_type: str  # transformers' `config.model_type`
-    decoder_layer: tuple[str, str]  # module and class of the decoder block
+    decoder_layer: str  # class of the decoder block, in transformers' modeling file of this family
     blocks: str = "model.layers"  # path of the list of blocks in the model
     embeddings: str = "model.embed_tokens"  # path of the token embeddings in the model
     head: str = "lm_head"  # path of the layer that computes the logits
@@ -84,6 +81,12 @@ class Family:
     gguf: str = ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
     gguf_ragged: str = ""  # llama.cpp's architecture that takes their blocks at different widths; '' if there is none
     unquantizable: tuple[str, ...] = ()  # weights of stacked experts, which no group can hold
+
+    @property
+    def module(self) -> str:
+        """Name of transformers' module with the class `decoder_layer`."""
+        name = self.model_type.removesuffix("_text")
+        return f"transformers.models.{name}.modeling_{name}"
 
     def block_path(self, index: int) -> str:
         """Return the path of block `index` in the model."""
@@ -191,10 +194,7 @@ class Family:
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
-    """A family without grouped heads, whose blocks compute the head size as hidden size / heads.
-
-    transformers builds such blocks with all heads only, so no plain checkpoint (`Family.is_plain`) has fewer heads.
-    """
+    """A family without grouped heads, whose plain checkpoints have a head size of hidden size / heads."""
 
     def key_value_heads(self, config: Any) -> int:
         return int(config.num_attention_heads)

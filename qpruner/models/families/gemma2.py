@@ -2,5 +2,4 @@
 
 from qpruner.models.families.family import DividedFamily
 
-BLOCK = ("transformers.models.gemma2.modeling_gemma2", "Gemma2DecoderLayer")
-GEMMA2 = DividedFamily("gemma2", BLOCK, down_adds_to_residual=False, gguf="gemma2")
+GEMMA2 = DividedFamily("gemma2", "Gemma2DecoderLayer", down_adds_to_residual=False, gguf="gemma2")

@@ -2,5 +2,4 @@
 
 from qpruner.models.families.family import DividedFamily
 
-BLOCK = ("transformers.models.gemma3.modeling_gemma3", "Gemma3DecoderLayer")
-GEMMA3 = DividedFamily("gemma3_text", BLOCK, down_adds_to_residual=False, gguf="gemma3")
+GEMMA3 = DividedFamily("gemma3_text", "Gemma3DecoderLayer", down_adds_to_residual=False, gguf="gemma3")

@@ -2,4 +2,4 @@
 
 from qpruner.models.families.family import Family
 
-GRANITE = Family("granite", ("transformers.models.granite.modeling_granite", "GraniteDecoderLayer"))
+GRANITE = Family("granite", "GraniteDecoderLayer")

@@ -2,6 +2,4 @@
 
 from qpruner.models.families.family import DividedFamily
 
-LLAMA = DividedFamily(
-    "llama", ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"), gguf="llama", gguf_ragged="deci"
-)
+LLAMA = DividedFamily("llama", "LlamaDecoderLayer", gguf="llama", gguf_ragged="deci")

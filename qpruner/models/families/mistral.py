@@ -2,6 +2,4 @@
 
 from qpruner.models.families.family import Family
 
-MISTRAL = Family(
-    "mistral", ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"), gguf="llama", gguf_ragged="deci"
-)
+MISTRAL = Family("mistral", "MistralDecoderLayer", gguf="llama", gguf_ragged="deci")

@@ -61,4 +61,4 @@ def _widen_logits(router: Any, args: Any, output: tuple[Any, ...], missing: int)
     return (pad(output[0], (0, missing), value=float("-inf")), *output[1:])
 
 
-MIXTRAL = MixtureFamily("mixtral", ("transformers.models.mixtral.modeling_mixtral", "MixtralDecoderLayer"))
+MIXTRAL = MixtureFamily("mixtral", "MixtralDecoderLayer")

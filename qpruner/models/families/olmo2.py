@@ -1,8 +1,6 @@
 """OLMo 2: query and key norms over all heads together, so their weights are cut with the heads.
 
-After a cut the norms average over the kept heads, and queries and keys keep their size. In a model whose removed heads
-are only set to zero, the norms would divide by the old number of heads, and queries and keys would grow. To compute the
-kept heads as after the cut, `Olmo2.as_cut` makes the norms leave out the removed heads.
+After a cut the norms average over the kept heads only; `Olmo2.as_cut` makes them do so before.
 """
 
 from __future__ import annotations
@@ -48,5 +46,4 @@ def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, sta
     return normed.to(output.dtype)
 
 
-BLOCK = ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer")
-OLMO2 = Olmo2("olmo2", BLOCK, down_adds_to_residual=False)
+OLMO2 = Olmo2("olmo2", "Olmo2DecoderLayer", down_adds_to_residual=False)

@@ -26,7 +26,7 @@ class Opt(DerivedHeadFamily):
 
 OPT = Opt(
     "opt",
-    ("transformers.models.opt.modeling_opt", "OPTDecoderLayer"),
+    "OPTDecoderLayer",
     "model.decoder.layers",
     "model.decoder.embed_tokens",
     mlp="",

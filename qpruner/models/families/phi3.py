@@ -44,4 +44,4 @@ class Phi3(Family):
         return all(len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key))
 
 
-PHI3 = Phi3("phi3", ("transformers.models.phi3.modeling_phi3", "Phi3DecoderLayer"))
+PHI3 = Phi3("phi3", "Phi3DecoderLayer")

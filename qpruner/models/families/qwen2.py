@@ -2,6 +2,4 @@
 
 from qpruner.models.families.family import Family
 
-QWEN2 = Family(
-    "qwen2", ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"), gguf="qwen2", gguf_ragged="deci"
-)
+QWEN2 = Family("qwen2", "Qwen2DecoderLayer", gguf="qwen2", gguf_ragged="deci")

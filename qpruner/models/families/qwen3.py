@@ -2,6 +2,4 @@
 
 from qpruner.models.families.family import Family
 
-QWEN3 = Family(
-    "qwen3", ("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"), gguf="qwen3", gguf_ragged="openelm"
-)
+QWEN3 = Family("qwen3", "Qwen3DecoderLayer", gguf="qwen3", gguf_ragged="openelm")

@@ -19,9 +19,8 @@ class Qwen3Moe(MixtureFamily):
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
         experts, channels = layer_config.num_experts, layer_config.moe_intermediate_size
         if self._has_experts(layer_config, index):
-            return super().widths(layer_config, index, num_units) | {
-                "intermediate_size": layer_config.intermediate_size
-            }
+            dense = {"intermediate_size": layer_config.intermediate_size}
+            return super().widths(layer_config, index, num_units) | dense
         widths = super().widths(layer_config, index, num_units | {"expert": experts})
         return widths | {"moe_intermediate_size": channels, "intermediate_size": num_units[MLP]}
 
@@ -37,7 +36,7 @@ class Qwen3Moe(MixtureFamily):
 
 QWEN3_MOE = Qwen3Moe(
     "qwen3_moe",
-    ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeDecoderLayer"),
+    "Qwen3MoeDecoderLayer",
     experts_key="num_experts",
     expert_channels_key="moe_intermediate_size",
 )

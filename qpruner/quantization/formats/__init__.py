@@ -1,9 +1,4 @@
-"""The registry of number formats. A format is one file in this folder that creates `Format` instances.
-
-Nothing outside this folder knows how a format stores its weights. `format_of` finds a format by its name.
-"""
-
-from __future__ import annotations
+"""The registry of number formats: nothing outside this folder knows how a format stores its weights."""
 
 import functools
 import importlib
@@ -27,15 +22,11 @@ __all__ = [
     "nearest_format",
 ]
 
-DENSE = "bf16"
-"""The format of unpacked weights, which have the type `model.dtype`."""
-ALIASES = {4: "nf4", 8: "int8", 16: DENSE}
-"""Format for each bit-width of `quantize.bits`."""
-PAPER = (ALIASES[4], ALIASES[8])
-"""The formats of the QPruner paper."""
+DENSE = "bf16"  # the format of unpacked weights, which have the type `model.dtype`
+ALIASES = {4: "nf4", 8: "int8", 16: DENSE}  # format for each bit-width of `quantize.bits`
+PAPER = (ALIASES[4], ALIASES[8])  # the formats of the QPruner paper
 
-NO_FORMATS = {"format", "layers", "rows"}
-"""Files of this folder that make no format; `layers` imports torch."""
+NO_FORMATS = {"format", "layers"}  # files of this folder that make no format; `layers` imports torch
 
 
 @functools.cache
@@ -57,10 +48,7 @@ def format_of(name: str) -> Format:
 
 
 def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) -> str:
-    """Return the format itself if it is taken, else the one of those taken whose bytes are nearest.
-
-    Weights stay unpacked if none is taken at this many columns. Of equally near ones the last is returned.
-    """
+    """Return the format itself if it is taken, else the last of those nearest in bytes; dense if none is taken."""
     wanted, rows = format_of(name), 4096  # what a format stores once for a weight hardly counts
     taken = [each for each in formats().values() if is_taken(each) and not each.refusal(columns, None)]
     if not wanted.is_packed or wanted in taken:

@@ -1,10 +1,8 @@
 """Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them and vLLM reads them.
 
-A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, 32 codes in as many words as
-a code has bits (compressed-tensors 0.20; vLLM asks for ``ceil(columns * bits / 32)`` words a row). Zeros are integers
-and are packed alike. Scales are bfloat16: vLLM stores scales in the type of the model, which is bfloat16 in nearly all
-checkpoints, so it computes with the very scales that were trained with; float16 scales would be rounded when loaded.
-vLLM serves asymmetric 4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming.
+A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, zeros alike
+(compressed-tensors 0.20). Scales are bfloat16, as vLLM stores them in the type of the model. vLLM serves asymmetric
+4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming.
 
 In our one tensor a row has its words, then its scales, then its zeros, packed into bytes; `parts` is the layout of the
 checkpoint, where zeros are packed along rows instead.
@@ -16,8 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Capability, GridFormat
-from qpruner.quantization.formats.rows import read_as, row_parts
+from qpruner.quantization.formats.format import Capability, GridFormat, read_as, row_parts
 
 if TYPE_CHECKING:
     import torch
@@ -34,66 +31,50 @@ NORM = 0.7  # p of HQQ
 class Packed(GridFormat):
     """Integer codes of 2, 3, 4 or 8 bits with a scale and an integer zero for each group of columns."""
 
+    bits: int
+    group_size: int
     half_quadratic: bool = False
     """Whether scales and zeros are fitted by HQQ; otherwise they span from the smallest to the largest weight."""
 
-    @property
-    def width(self) -> int:
-        """Bits of a code."""
-        return int(self.bits)
-
-    @property
-    def columns_of_group(self) -> int:
-        """Columns that share a scale."""
-        assert self.group_size is not None, "these formats have groups"
-        return self.group_size
-
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of words, scales and zeros."""
         return rows * sum(self._row_bytes(columns))
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse widths that vLLM does not read: it has as many scales as whole groups."""
-        if columns % self.columns_of_group:
-            return f"vLLM reads groups of {self.columns_of_group} columns only if they divide the width, here {columns}"
+        # vLLM has as many scales as whole groups.
+        if columns % self.group_size:
+            return f"vLLM reads groups of {self.group_size} columns only if they divide the width, here {columns}"
         return None
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as they are stored."""
         low, high = weight.amin(dim=-1, keepdim=True).clamp_(max=0), weight.amax(dim=-1, keepdim=True).clamp_(min=0)
-        scale = _rounded((high - low) / (self.num_codes - 1))
+        scale = ((high - low) / (self.num_codes - 1)).bfloat16().float()
         zero = self.codes(-low, scale, scale.new_zeros(()))
         return self._fitted(weight, scale, zero, (low + high) / 2) if self.half_quadratic else (scale, zero)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Put words, scales and zeros of each row behind one another."""
         import torch
 
         words, _, zero_bytes = self._row_bytes(codes.shape[1])
         halves = scales.to(torch.bfloat16).contiguous().view(torch.uint8)
-        zeros = _to_bits(zeros.to(torch.uint8), self.width, zero_bytes)
-        return {"weight": torch.cat([_to_bits(codes, self.width, words), halves, zeros], dim=1)}
+        zeros = _to_bits(zeros.to(torch.uint8), self.bits, zero_bytes)
+        return {"weight": torch.cat([_to_bits(codes, self.bits, words), halves, zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute ``scale * (code - zero)``.
-
-        In bfloat16 the difference is exact, so that the product is rounded once, as in vLLM.
-        4096 x 4096 weights took 21 ms (w8) to 29 (w3_g32) on one core, bitsandbytes' NF4 14, of which
-        fresh pages of memory took 12 each (2026-11-29).
-        """
+        """Compute ``scale * (code - zero)``; the difference is exact in bfloat16, so that only the product rounds."""
         import torch
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
         scale = read_as(scales, torch.bfloat16).to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(2)
-        zero = _from_bits(zeros, self.width, scale.shape[1]).unsqueeze(2)
+        zero = _from_bits(zeros, self.bits, scale.shape[1]).unsqueeze(2)
         weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
         grouped = weight.view(len(codes), scale.shape[1], columns // scale.shape[1])
         for rows in row_parts(weight):
-            code = _from_bits(codes[rows], self.width, columns).view_as(grouped[rows])
-            if self.width == 8:
+            code = _from_bits(codes[rows], self.bits, columns).view_as(grouped[rows])
+            if self.bits == 8:
                 code = code.to(torch.int16)
             difference = code - zero[rows]  # below 0 it wraps around in uint8
-            difference = difference.view(torch.int8) if self.width < 8 else difference
+            difference = difference.view(torch.int8) if self.bits < 8 else difference
             grouped[rows].copy_(difference).mul_(scale[rows])
         return weight
 
@@ -103,8 +84,8 @@ class Packed(GridFormat):
 
         packed = tensors["weight"]
         codes, scales, zeros = torch.split(packed, self._row_bytes(columns), dim=1)
-        zero = _from_bits(zeros, self.width, scales.shape[1] // 2).T.contiguous()
-        zero_words = _to_bits(zero, self.width, 4 * math.ceil(len(packed) * self.width / 32))
+        zero = _from_bits(zeros, self.bits, scales.shape[1] // 2).T.contiguous()
+        zero_words = _to_bits(zero, self.bits, 4 * math.ceil(len(packed) * self.bits / 32))
         return {
             "weight_packed": read_as(codes, torch.int32),
             "weight_scale": read_as(scales, torch.bfloat16),
@@ -114,8 +95,8 @@ class Packed(GridFormat):
 
     def _row_bytes(self, columns: int) -> list[int]:
         """Count the bytes that a row's words, scales and zeros take."""
-        groups = math.ceil(columns / self.columns_of_group)
-        return [4 * math.ceil(columns * self.width / 32), 2 * groups, math.ceil(groups * self.width / 8)]
+        groups = math.ceil(columns / self.group_size)
+        return [4 * math.ceil(columns * self.bits / 32), 2 * groups, math.ceil(groups * self.bits / 8)]
 
     def _fitted(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor
@@ -136,18 +117,14 @@ class Packed(GridFormat):
             least = torch.minimum(error, least)
 
         for shrink in SHRINKS:
-            smaller = _rounded(scale * shrink)
-            offer(smaller, self.codes(-centre, smaller, torch.full_like(smaller, (self.num_codes - 1) / 2)))
+            smaller = (scale * shrink).bfloat16().float()
+            offer(smaller, self.codes(-centre, smaller, smaller.new_full(smaller.shape, (self.num_codes - 1) / 2)))
         for _ in range(STEPS):
             offer(*self._step(weight, *best))
         return best
 
     def _step(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a half-quadratic step: shrink errors (HQQ, equation 3), then fit scale and zero to what is left of them.
-
-        Errors are in units of the scale, and beta is 1, so that only errors of more than a scale, of clipped outliers,
-        are forgiven in part.
-        """
+        """Shrink errors, in units of the scale and with beta = 1 (HQQ, equation 3), then fit scale and zero to them."""
         import torch
 
         codes = self.codes(weight, scale, zero)
@@ -158,21 +135,13 @@ class Packed(GridFormat):
         target, levels = weight - forgiven * unit, codes - zero
         square = levels.square().sum(dim=-1, keepdim=True)
         product = (levels * target).sum(dim=-1, keepdim=True)
-        scale = _rounded(torch.where(square > 0, product / square, scale).clamp_(min=0))
+        scale = torch.where(square > 0, product / square, scale).clamp_(min=0).bfloat16().float()
         zero = self.codes(-target.mean(dim=-1, keepdim=True), scale, codes.mean(dim=-1, keepdim=True))
         return scale, zero
 
     def _error(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Compute the squared error of each group on a grid."""
         error = self.codes(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
         return error.square_().sum(dim=-1, keepdim=True)
-
-
-def _rounded(scale: torch.Tensor) -> torch.Tensor:
-    """Round float32 scales to the bfloat16 that is stored."""
-    import torch
-
-    return scale.to(torch.bfloat16).float()
 
 
 def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
@@ -189,10 +158,7 @@ def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
 
 
 def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    """Unpack bytes ``(rows, bytes)`` into uint8 codes ``(rows, columns)``.
-
-    Eight codes are spread over eight bytes at once: halves of their bits move apart, then quarters, then single codes.
-    """
+    """Unpack bytes ``(rows, bytes)`` into uint8 codes: eight at once, whose bits move apart by halves of them."""
     import torch
 
     if width == 8:

@@ -1,7 +1,4 @@
-"""The simple formats of llama.cpp (ggml-quants.c): blocks of 32 weights with one scale in float16.
-
-Rows have the bytes of a GGUF file. They are those that llama.cpp's reference and the `gguf` package write.
-"""
+"""The simple formats of llama.cpp (ggml-quants.c), bytes of GGUF files: 32 weights with one scale in float16."""
 
 from __future__ import annotations
 
@@ -9,8 +6,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Capability, GridFormat
-from qpruner.quantization.formats.rows import decode_rows, read_as
+from qpruner.quantization.formats.format import (
+    Capability,
+    Format,
+    GridFormat,
+    decode_rows,
+    inverse_of,
+    over_127,
+    read_as,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,42 +29,46 @@ BIT_OF_BYTE = 0x8040201008040201 - 2**64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks(GridFormat):
-    """Blocks of 32 weights: a scale, then the codes."""
+class Blocks(Format):
+    """Rows of blocks, as GGUF files have them."""
 
-    group_size: int | None = BLOCK_SIZE
+    block_size: int
     block_bytes: int
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of all blocks."""
-        return rows * (columns // BLOCK_SIZE) * self.block_bytes
+        return rows * (columns // self.block_size) * self.block_bytes
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse rows that are no whole number of blocks."""
-        return f"{columns} columns do not divide by {BLOCK_SIZE}" if columns % BLOCK_SIZE else None
+        return f"{columns} columns do not divide by {self.block_size}" if columns % self.block_size else None
+
+    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        size = self.block_bytes
+        return decode_rows(tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, size)))
+
+    @abstractmethod
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Compute float32 weights from uint8 ``(blocks, block bytes)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simple(Blocks, GridFormat):
+    """Blocks of 32 weights: a scale, then the codes."""
+
+    group_size: int | None = BLOCK_SIZE
+    block_size: int = BLOCK_SIZE
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Compute the weights that codes stand for, with the scale as it is stored."""
         return scale.half().float() * (codes - zero)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Write scales and codes block by block."""
         import torch
 
         header = scales.half().unsqueeze(-1).view(torch.uint8)  # (rows, blocks, 2)
         body = self._to_bytes(codes.reshape(len(codes), -1, BLOCK_SIZE))
         return {"weight": torch.cat([header, body], dim=-1).flatten(1)}
 
-    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply codes by the scale of their block."""
-        return decode_rows(tensors["weight"], columns, dtype, self._decode)
-
-    def _decode(self, packed: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        blocks = packed.reshape(-1, self.block_bytes)
-        scale = read_as(blocks[:, :2], torch.float16).float()
-        return self._to_codes(blocks).float().mul_(scale)
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        return self._to_codes(blocks).float().mul_(float16(blocks[:, :2]))
 
     @abstractmethod
     def _to_bytes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -72,21 +80,17 @@ class Blocks(GridFormat):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signed(Blocks):
+class Signed(Simple):
     """Blocks whose scale has the sign that maps their largest weight to code 0, the one code without a partner."""
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the scale that maps the first of the largest weights to code 0."""
-        import torch
-
         zero = self.num_codes // 2
-        largest = weight.gather(-1, weight.abs().argmax(dim=-1, keepdim=True))
-        scale = largest / -zero
-        return scale, torch.full_like(scale, zero)
+        scale = weight.gather(-1, weight.abs().argmax(dim=-1, keepdim=True)) / -zero
+        return scale, scale.new_full(scale.shape, zero)
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Round as llama.cpp does: halves up."""
-        return (weight * _inverse(scale)).add_(zero + 0.5).clamp_(0, self.num_codes - 1).trunc_()
+        # As llama.cpp does, halves are rounded up.
+        return (weight * inverse_of(scale)).add_(zero + 0.5).clamp_(0, self.num_codes - 1).trunc_()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,23 +129,17 @@ class Q5(Signed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Q8(Blocks):
+class Q8(Simple):
     """A scale and 32 signed bytes."""
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale the largest weight of each block to 127 steps."""
-        import torch
-
-        largest = weight.abs().amax(dim=-1, keepdim=True)
-        scale = largest / torch.full_like(largest, 127)  # GPUs divide by a plain number less exactly
-        return scale, torch.full_like(scale, 127)
+        scale = over_127(weight.abs().amax(dim=-1, keepdim=True))
+        return scale, scale.new_full(scale.shape, 127)
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Round as llama.cpp does: halves away from zero."""
-        import torch
-
-        steps = weight * _inverse(scale)
-        half = torch.copysign(torch.full_like(steps, BELOW_HALF), steps)
+        # As llama.cpp does, halves are rounded away from zero.
+        steps = weight * inverse_of(scale)
+        half = steps.new_full(steps.shape, BELOW_HALF).copysign_(steps)
         return steps.add_(half).trunc_().add_(zero).clamp_(0, self.num_codes - 1)
 
     def _to_bytes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -153,10 +151,11 @@ class Q8(Blocks):
         return blocks.view(torch.int8)[:, 2:]
 
 
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
+def float16(header: torch.Tensor) -> torch.Tensor:
+    """Read two bytes of each block as a float16 number, in float32."""
     import torch
 
-    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+    return read_as(header, torch.float16).float()
 
 
 def _join_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -169,8 +168,7 @@ def _split_nibbles(blocks: torch.Tensor, start: int) -> torch.Tensor:
     import torch
 
     # Whole blocks are split, scales too: with rows of 16 bytes torch takes five times as long.
-    halves = blocks & 15, blocks >> 4
-    return torch.cat([half[:, start:] for half in halves], dim=1)
+    return torch.cat([half[:, start:] for half in (blocks & 15, blocks >> 4)], dim=1)
 
 
 Q4_0 = Q4(name="q4_0", ggml_type="Q4_0", bits=4, letter="a", colour="#c7e9c0", num_codes=16, block_bytes=18)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import GridFormat
-from qpruner.quantization.formats.rows import decode_rows, read_as
+from qpruner.quantization.formats.format import GridFormat, decode_rows, inverse_of, over_127, read_as
 
 if TYPE_CHECKING:
     import torch
@@ -18,40 +17,29 @@ if TYPE_CHECKING:
 class Int8(GridFormat):
     """Rows of int8 codes, each followed by its scale in float32.
 
-    A grid is the row's largest weight, 127 times its scale: LLM.int8() multiplies by ``127 / largest``, which a rounded
-    scale does not give back.
+    A grid is the row's largest weight: LLM.int8() multiplies by ``127 / largest``, which a rounded scale loses.
     """
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of codes and scales."""
         return rows * (columns + 4)
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest weight of each row, which gets code 127, and the code of 0."""
-        import torch
-
         largest = weight.abs().amax(dim=-1, keepdim=True)
-        return largest, torch.full_like(largest, 128)
+        return largest, largest.new_full(largest.shape, 128)
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Round before the zero is added, as added to it a weight would lose bits."""
-        import torch
-
-        inverse = torch.where(scale == 0, torch.zeros_like(scale), 127 / scale)
-        return (weight * inverse).round_().add_(zero).clamp_(0, self.num_codes - 1)
+        # The zero is added after rounding, as added to it a weight would lose bits.
+        return (weight * inverse_of(scale, 127)).round_().add_(zero).clamp_(0, self.num_codes - 1)
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Compute the weights that codes stand for once the grid is stored."""
-        return _stored(scale) * (codes - zero)
+        return over_127(scale) * (codes - zero)
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Append each row's scale to its codes, which become signed bytes."""
         import torch
 
-        return {"weight": torch.cat([codes ^ 128, _stored(scales).contiguous().view(torch.uint8)], dim=1)}
+        return {"weight": torch.cat([codes ^ 128, over_127(scales).contiguous().view(torch.uint8)], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply codes by their row's scale."""
         import torch
 
         def decode(packed: torch.Tensor) -> torch.Tensor:
@@ -59,13 +47,6 @@ class Int8(GridFormat):
             return packed[:, :columns].view(torch.int8).float().mul_(scale)
 
         return decode_rows(tensors["weight"], columns, dtype, decode)
-
-
-def _stored(largest: torch.Tensor) -> torch.Tensor:
-    """Return the scale of rows with these largest weights."""
-    import torch
-
-    return largest / torch.full_like(largest, 127)  # GPUs divide by a plain number less exactly
 
 
 INT8 = Int8(name="int8", version=2, bits=8, letter="8", colour="#2a73b0", group_size=None, num_codes=256)

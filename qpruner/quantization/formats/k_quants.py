@@ -1,64 +1,41 @@
 """The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have quantized scales.
 
-Rows have the bytes of a GGUF file. `libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the
-`gguf` package, step by step in float32, so the weights are the same.
+`libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the `gguf` package, step by step.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Capability, Format
-from qpruner.quantization.formats.rows import decode_rows, read_as, row_parts
+from qpruner.quantization.formats.format import row_parts
+from qpruner.quantization.formats.ggml import Blocks, float16
 
 if TYPE_CHECKING:
     import torch
 
     from qpruner.quantization.formats.format import Tensors
 
-BLOCK_SIZE = 256
-
 
 @dataclass(frozen=True, kw_only=True)
-class KQuant(Format):
+class KQuant(Blocks):
     """Blocks of 256 weights."""
 
     package: str = "libgguf"
     extra: str = "gguf"
-    block_bytes: int
-    type_number: int
-    """Number of `ggml_type` in GGUF files."""
-
-    def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of all blocks."""
-        return rows * (columns // BLOCK_SIZE) * self.block_bytes
-
-    def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse rows that are no whole number of blocks."""
-        return f"{columns} columns do not divide by {BLOCK_SIZE}" if columns % BLOCK_SIZE else None
+    block_size: int = 256
+    type_number: int  # number of `ggml_type` in GGUF files
 
     def pack(self, weight: torch.Tensor) -> Tensors:
-        """Pack a weight ``(rows, columns)`` on the CPU, with llama.cpp's search for scales."""
+        """Pack on the CPU, with llama.cpp's search for scales."""
         import libgguf
         import torch
 
-        packed = torch.empty(weight.shape[0], self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8)
+        packed = torch.empty(len(weight), self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8)
         for rows in row_parts(weight):
             part = weight[rows].detach().float().cpu().numpy()
             packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.type_number))
         return {"weight": packed.to(weight.device)}
-
-    def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply codes by the scale of their group."""
-        return decode_rows(
-            tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, self.block_bytes))
-        )
-
-    @abstractmethod
-    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Compute float32 weights from uint8 ``(blocks, block bytes)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +44,8 @@ class Q2K(KQuant):
 
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
         scales, codes, scale, minimum = blocks.split_with_sizes([16, 64, 2, 2], dim=1)
-        step = _float16(scale) * (scales & 15)  # (blocks, 16)
-        offset = _float16(minimum) * (scales >> 4)
+        step = float16(scale) * (scales & 15)  # (blocks, 16)
+        offset = float16(minimum) * (scales >> 4)
         weight = _crumbs(codes).float().view(-1, 16, 16)
         return weight.mul_(step.unsqueeze(2)).sub_(offset.unsqueeze(2))
 
@@ -83,7 +60,7 @@ class Q3K(KQuant):
         third, codes, scales, scale = blocks.split_with_sizes([32, 64, 12, 2], dim=1)
         low = torch.cat([scales[:, :8] & 15, scales[:, :8] >> 4], dim=1)
         high = torch.cat([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
-        step = _float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
+        step = float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
         third = third.contiguous()
         bits = torch.stack([(third << 2 - bit if bit < 2 else third >> bit - 2) & 4 for bit in range(8)], dim=1)
         signed = _crumbs(codes).bitwise_or_(bits.view(-1, 2, 4, 32)).view(torch.int8).sub_(4)
@@ -102,8 +79,8 @@ class Q4K(KQuant):
         steps = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)  # (blocks, 8)
         offsets = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
         weight = _nibbles(codes, 32).float().view(-1, 8, 32)
-        weight.mul_((_float16(scale) * steps).unsqueeze(2))
-        return weight.sub_((_float16(minimum) * offsets).unsqueeze(2))
+        weight.mul_((float16(scale) * steps).unsqueeze(2))
+        return weight.sub_((float16(minimum) * offsets).unsqueeze(2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +91,9 @@ class Q6K(KQuant):
         import torch
 
         low, high, scales, scale = blocks.split_with_sizes([128, 64, 16, 2], dim=1)
-        step = _float16(scale) * scales.view(torch.int8)  # (blocks, 16)
+        step = float16(scale) * scales.view(torch.int8)  # (blocks, 16)
         codes = _crumbs(high).bitwise_left_shift_(4).bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
         return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(step.unsqueeze(2))
-
-
-def _float16(header: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return read_as(header, torch.float16).float()
 
 
 def _crumbs(packed: torch.Tensor) -> torch.Tensor:

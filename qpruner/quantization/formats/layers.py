@@ -1,10 +1,4 @@
-"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each backward pass.
-
-Only the packed weight is saved for the backward pass. bitsandbytes' 8-bit layers also keep their input, out of reach of
-gradient checkpointing.
-"""
-
-from __future__ import annotations
+"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each backward pass."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,13 +8,10 @@ import torch
 from qpruner.quantization.formats.format import Format
 
 PIECE = {"cpu": 1 << 21, "other": 1 << 24}
-"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache.
-
-On a core, training steps of 4096 x 4096 at 1024 tokens take 1.6 times as long with the whole weight as with 2^21
-weights at a time, and 1.3 times with 2^18 (bfloat16, medians, 2026-11).
+"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache: training steps of
+4096 x 4096 take 1.6 times as long with the whole weight as with 2^21 weights, 1.3 times with 2^18 (2026-11).
 """
-widens_bfloat16 = False
-"""Whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it."""
+widens_bfloat16 = False  # whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
 
 
 class _Packed(torch.nn.Module):
@@ -46,10 +37,7 @@ class _Packed(torch.nn.Module):
 
 
 class PackedLinear(_Packed, torch.nn.Linear):
-    """A linear layer with a packed weight, that computes in the type of its input.
-
-    peft gives it the adapter of a plain `nn.Linear`, in the type `compute_dtype`.
-    """
+    """A linear layer with a packed weight, that computes in the type of its input; its adapter has `compute_dtype`."""
 
     def __init__(self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype) -> None:
         self._hold(layer_format, rows, columns, dtype)

@@ -27,19 +27,14 @@ class Nf4(Format):
     package: str = "bitsandbytes"
     holds_embeddings: bool = False
     more_tensors: tuple[str, ...] = (
-        "weight.nested_absmax",
-        "weight.nested_quant_map",
-        "weight.quant_map",
-        "weight.absmax",
+        *(f"weight.{name}" for name in ("nested_absmax", "nested_quant_map", "quant_map", "absmax")),
         STATE,
     )
     uncounted: tuple[str, ...] = (STATE,)
     peft_flag: str = "is_loaded_in_4bit"
-    double_quant: bool
-    """Whether the scales are quantized too, to 8 bits."""
+    double_quant: bool  # whether the scales are quantized too, to 8 bits
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of codes, scales and code tables."""
         num_scales = math.ceil(rows * columns / BLOCK_SIZE)
         codes_and_table = math.ceil(rows * columns / 2) + 16 * 4
         if not self.double_quant:
@@ -48,10 +43,7 @@ class Nf4(Format):
         return codes_and_table + num_scales + 4 * num_nested + 256 * 4
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse old GPUs, and the widths that the CPU kernel decodes wrongly.
-
-        The relative error of random weights is then 0.25 instead of 0.09 (bitsandbytes 0.50.2 on AVX512).
-        """
+        """Refuse old GPUs, and widths that the CPU kernel decodes to noise (an error of 0.25; bitsandbytes 0.50.2)."""
         if capability is None and columns % 16 == 0 and columns % BLOCK_SIZE != 0:
             return f"on a CPU bitsandbytes decodes {columns} columns wrongly, a multiple of 16 but not of {BLOCK_SIZE}"
         if capability is not None and capability < NEEDED_CAPABILITY:
@@ -59,16 +51,13 @@ class Nf4(Format):
         return None
 
     def pack(self, weight: torch.Tensor) -> Tensors:
-        """Pack a weight ``(rows, columns)`` into the tensors that bitsandbytes saves to disk."""
         from bitsandbytes.functional import quantize_4bit
 
-        codes, state = quantize_4bit(
-            weight, blocksize=BLOCK_SIZE, compress_statistics=self.double_quant, quant_type="nf4"
-        )
+        options = {"blocksize": BLOCK_SIZE, "compress_statistics": self.double_quant, "quant_type": "nf4"}
+        codes, state = quantize_4bit(weight, **options)
         return {"weight": codes, **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()}}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantize the tensors that `pack` returned."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
@@ -77,7 +66,6 @@ class Nf4(Format):
         return weight.to(dtype)
 
     def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
-        """Build an empty layer of bitsandbytes."""
         import bitsandbytes as bnb
         import torch
 
@@ -96,11 +84,9 @@ class Nf4(Format):
         return layer.requires_grad_(False)
 
     def fill(self, layer: Any, tensors: Tensors) -> None:
-        """Put packed tensors into a layer of bitsandbytes."""
         import bitsandbytes as bnb
 
-        stored = dict(tensors)
-        codes = stored.pop("weight")
+        codes, stored = tensors["weight"], {name: each for name, each in tensors.items() if name != "weight"}
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             data=codes, quantized_stats=stored, requires_grad=False, device=codes.device, module=layer
         )

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PRUNED
+from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.plots.chart import Chart, Spec, Values, by_format, quantity, tooltip
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import MethodScores, PruneRecord, SensitivityRecord
+from qpruner.runs.records import CutRecord, MethodScores, SensitivityRecord
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def plan_map(run: Snapshot, plan: Mapping[str, str]) -> Chart:
     """Draw each group's format in a plan by block and, beside them, each group's sensitivity."""
     cells = [_cell(group) | _of_format(name) for group, name in plan.items()]
     record = run.results.prune
-    is_renumbered = record and record.dropped_blocks and run.best_cut == PRUNED
+    is_renumbered = record and run.best_cut in record.cuts and record.cuts[run.best_cut].dropped_blocks
     numbering = " Blocks are numbered as in the pruned model." if is_renumbered else ""
     maps = [_format_map(cells)]
     if run.sensitivity is None or set(run.sensitivity.groups) != set(plan):
@@ -162,7 +162,7 @@ def load_importance(folder: Path) -> dict[str, Any]:
         return {name: file[name] for name in file.files}
 
 
-def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
+def importance(record: CutRecord, scores: Mapping[str, Any]) -> Chart:
     """Draw each block's units by importance, the share kept, and scores of whole blocks, removed ones in red."""
     scored = [kind for kind in UNITS if any(name.endswith(f".{kind}") for name in scores)]
     panels = [panel for kind in scored or ["attention", "mlp"] for panel in _panels(kind, record, scores)]
@@ -182,7 +182,7 @@ def importance(record: PruneRecord, scores: Mapping[str, Any]) -> Chart:
     return Chart("importance", "Importance of every unit", caption, {"hconcat": panels, "spacing": 12})
 
 
-def _panels(kind: str, record: PruneRecord, scores: Mapping[str, Any]) -> Iterator[Spec]:
+def _panels(kind: str, record: CutRecord, scores: Mapping[str, Any]) -> Iterator[Spec]:
     title, kept, base = UNITS[kind]
     values: Values = []
     for layer in record.layers:

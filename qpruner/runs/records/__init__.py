@@ -61,8 +61,8 @@ class LayerWidths(Recorded):
     kept_parameters: int
 
 
-class PruneRecord(Record):
-    """The pruned model and how it was made."""
+class CutRecord(Record):
+    """A cut of the base model and how it was made."""
 
     listed: ClassVar[str] = "layers"
     importance: str
@@ -83,11 +83,28 @@ class PruneRecord(Record):
     layers: tuple[LayerWidths, ...]
     weights: str = ""
     """Digest of the weight files; another kind of machine may compute slightly different weights."""
+    multiply_adds: int
+    """Multiply-adds per token, of the layers in blocks and of the head."""
+    loss: float
+    """Loss on the rows for sensitivities right after the cut, in nats per token."""
 
     @property
     def achieved(self) -> str:
         """The share of all parameters that was removed, as text."""
         return f"achieved {self.achieved_rate:.2%}"
+
+
+class PruneRecord(Record):
+    """The cuts of the base model, and those that could not be made."""
+
+    cuts: dict[str, CutRecord]
+    """Name -> cut, the one that removes least first; `base` is the model as it was."""
+    left_out: dict[str, str] = {}
+    """Name of a cut that could not be made -> the reason."""
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per cut and block."""
+        return [{"cut": name} | row for name, cut in self.cuts.items() for row in cut.table_rows()]
 
 
 class MethodScores(Recorded):
@@ -127,6 +144,8 @@ class SensitivityRecord(Record):
 class BankRecord(Record):
     """The packed weights and initial adapters of every group in every format."""
 
+    cut: str = "base"
+    """The cut that removes least, whose entries these are."""
     files: dict[str, str]
     """File name -> sha256."""
     bytes: int
@@ -154,7 +173,7 @@ class CandidateRecord(Record):
     origin: str
     """Source of the plan, such as a searcher and its trial, or a sensitivity."""
     seed: int
-    cut: str = "pruned"
+    cut: str = "base"
     plan: dict[str, str]
     plan_bytes: int
     """Bytes of the whole quantized model with its adapter, computed from the plan."""

@@ -58,7 +58,7 @@ class TrialRecord(Recorded):
     """Expected improvement of the score over the best plan known at the time, if the searcher has a model."""
     noise: float | None = None
     """Standard deviation of a repeated score, as estimated by the model of the searcher."""
-    cut: str = "pruned"
+    cut: str = "base"
     """Name of the model that the plan quantizes: `pruned`, or `base` for the model before pruning."""
     plan: dict[str, str]
     """Group -> name of its format."""
@@ -203,7 +203,7 @@ class Confirmation(FinalistScore):
     control: bool
     reused: bool
     """Whether another search ran the trial."""
-    cut: str = "pruned"
+    cut: str = "base"
     plan: dict[str, str]
     plan_bytes: int
     fits: bool = True
@@ -215,7 +215,7 @@ class FrontPoint(FreshScore):
 
     index: int
     origin: str
-    cut: str = "pruned"
+    cut: str = "base"
     plan: dict[str, str]
     plan_bytes: int
 
@@ -251,7 +251,7 @@ class SearchRecord(Record):
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
-    best_cut: str = "pruned"
+    best_cut: str = "base"
     best_plan: dict[str, str]
     best_control: int | None
     """Index of the best control on fresh rows; None if no control finished."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -170,8 +170,8 @@ class Storage:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __truediv__(self, name: str) -> Storage:
-        return Storage(self.path / name)
+    def __truediv__(self, name: str) -> Self:
+        return type(self)(self.path / name)
 
     @property
     def name(self) -> str:
@@ -313,9 +313,9 @@ class Storage:
         retry_storage(move, target)
 
     @property
-    def file_list(self) -> Storage:
+    def file_list(self) -> Self:
         """The storage of the folder's file list, which `read_list` reads."""
-        return Storage(list_path(self.path))
+        return type(self)(list_path(self.path))
 
     def read_list(self) -> FileList | None:
         """Read the file list of the folder; return None if there is none, and raise `CorruptFile` if it is damaged."""

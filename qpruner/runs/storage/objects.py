@@ -70,12 +70,7 @@ def mirror_of(uri: str) -> Path:
 
 def objects_at(path: Path) -> ObjectStorage | None:
     """Return the objects that a path in a mirror (local copy of a run in an object store) stands for; else None."""
-    runs = cache_root() / "runs"
-    if not path.is_relative_to(runs) or path == runs:
-        return None
-    name, *rest = path.relative_to(runs).parts
-    parts = urlsplit(unquote(name))
-    return ObjectStorage(path, parts.scheme, parts.netloc, parts.query, "/".join([parts.path.strip("/"), *rest]))
+    return ObjectStorage(path) if cache_root() / "runs" in path.parents else None
 
 
 @functools.cache
@@ -109,20 +104,12 @@ class ObjectStorage(Storage):
     fills_this_disk = False
     access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
 
-    def __init__(self, path: Path, scheme: str, bucket: str, query: str, key: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.scheme, self.bucket, self.query, self.key = scheme, bucket, query, key
-        self._path = f"{bucket}/{key}"
-
-    def __truediv__(self, name: str) -> ObjectStorage:
-        return self._at(self.path / name, f"/{name}")
-
-    def _at(self, path: Path, ending: str) -> ObjectStorage:
-        return ObjectStorage(path, self.scheme, self.bucket, self.query, self.key + ending)
-
-    @property
-    def file_list(self) -> ObjectStorage:
-        return self._at(list_path(self.path), FILES)
+        uri, *rest = path.relative_to(cache_root() / "runs").parts
+        self.scheme, self.bucket, prefix, self.query, _ = urlsplit(unquote(uri))
+        self.key = "/".join([prefix.strip("/"), *rest])
+        self._path = f"{self.bucket}/{self.key}"
 
     @property
     def name(self) -> str:

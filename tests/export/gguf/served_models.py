@@ -1,20 +1,16 @@
 """Write tiny models of all families as GGUF files, and compare llama.cpp's logits with those of transformers."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tiny_families import family_model, kept_of, with_output_biases
+from transformers import PreTrainedModel
 
 from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.writing import write_gguf
 from qpruner.pruning.surgery import cut, keep_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attn_implementation": "eager", "tie_word_embeddings": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -56,13 +52,12 @@ def written(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
     return folder / "model.gguf"
 
 
-def error_of(
-    file: Path, model: Any, adapter: Path | None = None, library: Path | None = None, num_tokens: int = 0
-) -> float:
+def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: int = 0) -> float:
     """Return the relative error of llama.cpp's logits; check that both continue by the same `num_tokens` tokens."""
-    with Llama(file, adapter, library=library) as llama:
-        found, tokens = torch.from_numpy(llama.logits(IDS)), llama.generate(IDS, num_tokens)
-    assert tokens == continued(model, num_tokens)
+    with Llama(file, adapter) as llama:
+        found = torch.from_numpy(llama.logits(IDS))
+        llama.prefill(IDS)
+        assert llama.decode(num_tokens) == continued(model, num_tokens)
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0].float()
     return float((found - expected).norm() / expected.norm())

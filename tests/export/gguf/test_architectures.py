@@ -1,7 +1,5 @@
 """What cannot be written as a GGUF file is refused with the reason and what would work."""
 
-from __future__ import annotations
-
 import pytest
 from served_models import built
 from tiny_families import WINDOW, family_model

@@ -1,7 +1,5 @@
 """Files that differ from their checkpoint are refused: other bytes, tokens or predictions; sound files pass."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

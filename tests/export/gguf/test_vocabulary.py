@@ -1,7 +1,5 @@
 """llama.cpp's token ids equal the tokenizer's own, and a tokenizer that it lacks is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -10,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from tiny_tokenizers import CHATML, EXPRESSIONS, SPACES, byte_level, saved, sentencepiece, vocabulary_file
+from tiny_tokenizers import CHATML, EXPRESSIONS, SPACES, byte_level, piece, saved, sentencepiece, vocabulary_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from qpruner.errors import UserError
@@ -49,7 +47,7 @@ def test_runs_of_spaces_among_the_added_tokens_stay_spaces(tmp_path: Path) -> No
     tokenizer, different = compared(saved(trained, tmp_path, unk_token="<unk>"))
     assert different == []
     with Llama(tmp_path / "vocabulary.gguf") as llama:
-        assert llama.piece(tokenizer.convert_tokens_to_ids("▁▁")) == b"  "
+        assert piece(llama, tokenizer.convert_tokens_to_ids("▁▁")) == b"  "
 
 
 def test_the_texts_are_varied_and_the_same_each_time(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Models of all families in llama.cpp: the logits and tokens of transformers, the bytes of the checkpoint."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 from served_models import MOST_ERROR, built, error_of, saved, written
 
 from qpruner.errors import StorageError
+from qpruner.export.gguf import llama_cpp
 from qpruner.export.gguf.architectures import refusal
 from qpruner.export.gguf.writing import write_adapter, write_gguf
 from qpruner.models.checkpoint import save_checkpoint
@@ -46,11 +45,12 @@ CASES = [
 @pytest.fixture(
     params=[None, pytest.param("QPRUNER_TEST_LIBLLAMA", marks=pytest.mark.serve)], ids=["xllamacpp", "other"]
 )
-def library(request: pytest.FixtureRequest) -> Path | None:
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library of xllamacpp, and another build's libllama.so."""
     if request.param and request.param not in os.environ:
         pytest.skip("`bash launch/serve_tests.sh` sets where another build is")
-    return Path(os.environ[request.param]) if request.param else None
+    if request.param:
+        monkeypatch.setattr(llama_cpp, "library_path", lambda: Path(os.environ[request.param]))
 
 
 def fields(file: Path) -> dict[str, Any]:
@@ -59,21 +59,19 @@ def fields(file: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kind", "name", "architecture"), CASES)
 def test_llama_cpp_computes_what_transformers_does(
-    kind: str, name: str, architecture: str, tiny_model: Path, tmp_path: Path, library: Path | None
+    kind: str, name: str, architecture: str, tiny_model: Path, tmp_path: Path, library: None
 ) -> None:
     model = built(kind, name, tie_word_embeddings=True)
     assert refusal(model.config) is None
     file = written(model, tiny_model, tmp_path)
     assert fields(file)["general.architecture"] == architecture
-    assert error_of(file, model, library=library, num_tokens=8) < MOST_ERROR
+    assert error_of(file, model, num_tokens=8) < MOST_ERROR
 
 
 @pytest.mark.parametrize(("kind", "name"), [("alike", "gemma3_text"), ("alike", "mistral"), ("ragged", "qwen2")])
-def test_an_untied_head_is_written(
-    kind: str, name: str, tiny_model: Path, tmp_path: Path, library: Path | None
-) -> None:
+def test_an_untied_head_is_written(kind: str, name: str, tiny_model: Path, tmp_path: Path, library: None) -> None:
     model = built(kind, name, tie_word_embeddings=False)
-    assert error_of(written(model, tiny_model, tmp_path), model, library=library) < MOST_ERROR
+    assert error_of(written(model, tiny_model, tmp_path), model) < MOST_ERROR
 
 
 def test_float16_weights_are_written_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
@@ -94,16 +92,16 @@ SCALINGS: dict[str, dict[str, Any]] = {
     ("scaling", "name"), [("linear", "qwen3"), ("llama3", "llama"), ("yarn", "qwen2"), ("yarn", "llama")]
 )
 def test_longer_contexts_are_rotated_alike(
-    scaling: str, name: str, tiny_model: Path, tmp_path: Path, library: Path | None
+    scaling: str, name: str, tiny_model: Path, tmp_path: Path, library: None
 ) -> None:
     rope = {"rope_type": scaling, "rope_theta": 1e4} | SCALINGS[scaling]
     model = built("ragged", name, tie_word_embeddings=True, rope_parameters=rope)
-    assert error_of(written(model, tiny_model, tmp_path), model, library=library) < MOST_ERROR
+    assert error_of(written(model, tiny_model, tmp_path), model) < MOST_ERROR
 
 
 @pytest.mark.parametrize(("kind", "name"), [("ragged", "llama"), ("alike", "qwen2"), ("ragged", "qwen3")])
 def test_an_adapter_does_what_it_does_in_transformers(
-    kind: str, name: str, tiny_model: Path, tmp_path: Path, library: Path | None
+    kind: str, name: str, tiny_model: Path, tmp_path: Path, library: None
 ) -> None:
     model = built(kind, name, tie_word_embeddings=True)
     file = written(model, tiny_model, tmp_path)
@@ -112,7 +110,7 @@ def test_an_adapter_does_what_it_does_in_transformers(
     assert error_of(file, adapted) > 10 * MOST_ERROR
     adapted.save_pretrained(str(tmp_path))
     write_adapter(tmp_path, tmp_path / "adapter.gguf")
-    assert error_of(file, adapted, tmp_path / "adapter.gguf", library, num_tokens=8) < MOST_ERROR
+    assert error_of(file, adapted, tmp_path / "adapter.gguf", num_tokens=8) < MOST_ERROR
 
 
 # ---- packed weights

@@ -1,7 +1,6 @@
 """Train small tokenizers of the kinds that llama.cpp knows, and write them as GGUF files with a minimal model."""
 
-from __future__ import annotations
-
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from tiny_families import family_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from qpruner.export.gguf import llama_cpp
+from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.same_tokens import PIECES
 from qpruner.export.gguf.vocabulary import PRE_TOKENIZERS
 from qpruner.export.gguf.writing import write_gguf
@@ -90,6 +91,14 @@ def saved(trained: Tokenizer, folder: Path, chat_template: Any = None, **others:
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def piece(llama: Llama, token: int) -> bytes:
+    """Return the bytes that llama.cpp prints for a token."""
+    buffer = ctypes.create_string_buffer(1024)
+    function = ctypes.CDLL(str(llama_cpp.library_path())).llama_token_to_piece
+    count = function(ctypes.c_void_p(llama._vocab), token, buffer, len(buffer), 0, True)
+    return buffer.raw[:count]
 
 
 def vocabulary_file(folder: Path, vocab_size: int) -> Path:

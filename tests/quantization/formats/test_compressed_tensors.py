@@ -1,7 +1,5 @@
 """Formats for vLLM have the codes, words and zeros of compressed-tensors, and HQQ fits its grids better."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -16,10 +14,10 @@ def gaussian(columns: int, rows: int = 24) -> torch.Tensor:
 
 
 def test_every_width_has_two_group_sizes_and_two_fits() -> None:
-    assert len(EVERY) == len({(each.width, each.group_size, each.half_quadratic) for each in EVERY}) == 4 * 2 * 2
+    assert len(EVERY) == len({(each.bits, each.group_size, each.half_quadratic) for each in EVERY}) == 4 * 2 * 2
     for each in EVERY:
         group = "" if each.group_size == 64 else f"_g{each.group_size}"
-        assert each.name == f"w{each.width}{group}{'_hqq' if each.half_quadratic else ''}"
+        assert each.name == f"w{each.bits}{group}{'_hqq' if each.half_quadratic else ''}"
 
 
 def test_words_are_those_of_compressed_tensors() -> None:
@@ -49,13 +47,13 @@ def test_a_checkpoint_has_scales_and_zeros_as_vllm_wants_them() -> None:
 def test_compressed_tensors_unpacks_the_same(each: Packed) -> None:
     theirs = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     packed = each.pack(gaussian(192))
-    parts, groups = each.parts(packed, 192), 192 // each.columns_of_group
-    codes = theirs.unpack_from_int32(parts["weight_packed"], each.width, torch.Size([24, 192]))
-    zeros = theirs.unpack_from_int32(parts["weight_zero_point"], each.width, torch.Size([24, groups]), packed_dim=0)
+    parts, groups = each.parts(packed, 192), 192 // each.group_size
+    codes = theirs.unpack_from_int32(parts["weight_packed"], each.bits, torch.Size([24, 192]))
+    zeros = theirs.unpack_from_int32(parts["weight_zero_point"], each.bits, torch.Size([24, groups]), packed_dim=0)
     differences = codes.float().view(24, groups, -1) - zeros.float().unsqueeze(2)
     weight = (differences * parts["weight_scale"].float().unsqueeze(2)).flatten(1)
     assert torch.equal(each.unpack(packed, 192, torch.float32), weight)
-    assert torch.equal(theirs.pack_to_int32(codes, each.width), parts["weight_packed"])
+    assert torch.equal(theirs.pack_to_int32(codes, each.bits), parts["weight_packed"])
 
 
 def test_half_quadratic_scales_leave_less_error() -> None:

@@ -1,7 +1,5 @@
 """What every format must do; a new one is tested here without a change."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 from qpruner.errors import UserError
-from qpruner.quantization.formats import ALIASES, DENSE, Format, GridFormat, by_size, format_of, formats, rows
+from qpruner.quantization.formats import ALIASES, DENSE, Format, GridFormat, by_size, format_of, formats
 
 PACKED = [each for each in formats().values() if each.is_packed]
 BY_ROWS = [each for each in PACKED if each.holds_embeddings]
@@ -82,7 +80,7 @@ def test_weights_of_many_parts_are_whole(each: Format, monkeypatch: pytest.Monke
     widths_of(each)
     weight = gaussian(512, rows=2 * ROWS)
     whole = each.pack(weight)
-    monkeypatch.setattr(rows, "WEIGHTS_PER_THREAD", 5 * 512)
+    monkeypatch.setattr("qpruner.quantization.formats.format.WEIGHTS_PER_THREAD", 5 * 512)
     assert torch.equal(each.pack(weight)["weight"], whole["weight"])
     unpacked = each.unpack(whole, 512, torch.float32)
     assert torch.equal(unpacked[-ROWS:], each.unpack(each.pack(weight[-ROWS:]), 512, torch.float32))

@@ -1,18 +1,13 @@
 """llama.cpp's formats have the bytes of a GGUF file and unpack to the values of the gguf package."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from qpruner.quantization.formats import format_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SIMPLE = {"q4_0": 2, "q5_0": 6, "q8_0": 8}
 K_QUANTS = {"q2_k": 10, "q3_k": 11, "q4_k": 12, "q6_k": 14}

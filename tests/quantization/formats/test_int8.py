@@ -1,7 +1,5 @@
 """int8 has the codes and scales of LLM.int8() for every weight, though its layer computes otherwise."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

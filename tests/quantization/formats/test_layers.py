@@ -1,7 +1,5 @@
 """Packed layers compute what unpacked layers with the same weights compute, and keep no activations."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
