@@ -87,7 +87,7 @@ def test_check_counts_the_fine_tunes_without_a_search(
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
     """A winner that is a control shares the fine-tune of the row of that control."""
-    winner = context.space.spaces[0].uniform("int8")
+    winner = dict(controls(context))["cut-20-uniform"]
     rows = rows_of(context, winner)
     assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
     found = folders(context, rows)

@@ -18,7 +18,7 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import unpruned_controls
+from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
@@ -65,7 +65,7 @@ def forget(context: Context) -> None:
 @pytest.mark.usefixtures("faked")
 def test_a_lost_bank_of_the_base_model_is_built_again(context: Context) -> None:
     """It is lost after the fine-tune, so evaluation has to build it."""
-    [*_, (_, plan)] = unpruned_controls(context)
+    plan = dict(controls(context))["unpruned-knapsack"]
     searched = searched_record(plan).model_copy(update={"best_cut": UNPRUNED})
     context = with_records(replace(context), search=searched)
     context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
