@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -90,12 +90,10 @@ class Context:
     @cached_property
     def worker_config(self) -> RunConfig:
         """The configuration with absolute paths, because workers run in another current folder."""
-        model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
-        ids = calibration.token_ids
+        model, evaluate = self.config.model, self.config.evaluate
         return self.config.model_copy(
             update={
                 "model": model.model_copy(update={"source": absolute_source(model.source)}),
-                "calibration": calibration.model_copy(update={"token_ids": ids and absolute_source(ids)}),
                 "evaluate": evaluate.model_copy(update={"include_path": include_path(self.config)}),
             }
         )
@@ -137,11 +135,32 @@ class Context:
         """Estimated bytes of a training checkpoint at most: the adapter of the base model and its two Adam moments."""
         return 3 * self.inspection.base.trained_bytes
 
+    def base_groups_of(self, cut: str) -> tuple[str, ...]:
+        """Return the groups of a cut by their names in the base model: blocks that were dropped shift numbers."""
+        count = int(self.inspection.model_config.num_hidden_layers)
+        kept = sorted(set(range(count)) - set(self.record(PruneRecord).cuts[cut].dropped_blocks))
+
+        def in_base(found: re.Match[str]) -> str:
+            return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
+
+        return tuple(re.sub(r"\d+", in_base, group.name, count=1) for group in self.layout_of(cut).groups)
+
     @cached_property
     def space(self) -> SearchSpace:
         """All plans within the budget, of the cuts that have one and may win."""
-        spaces = (self.space_of(cut) for cut in self.cuts if self.may_win(cut))
-        return SearchSpace(tuple(space for space in spaces if space.is_feasible(space.smallest())))
+        return self.space_with({})
+
+    def space_with(self, error: Mapping[str, Mapping[str, float]]) -> SearchSpace:
+        """Return the same with the measured error of weights, see `PlanSpace.of`."""
+        spaces = (self.space_of(cut, error=error) for cut in self.cuts if self.may_win(cut))
+        losses = {cut: made.loss for cut, made in self.record(PruneRecord).cuts.items()}
+        return SearchSpace(tuple(space for space in spaces if space.is_feasible(space.smallest())), losses)
+
+    def space_of(
+        self, cut: str, layout: Layout | None = None, error: Mapping[str, Mapping[str, float]] | None = None
+    ) -> PlanSpace:
+        """Return all plans of a cut within the budget; `layout` if other formats are offered than those of the run."""
+        return PlanSpace.of(layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut))
 
     @cached_property
     def budget_bytes(self) -> int:
@@ -159,17 +178,6 @@ class Context:
     def _flops_fraction(self, cut: str) -> float:
         made = self.record(PruneRecord).cuts
         return made[cut].multiply_adds / made[UNPRUNED].multiply_adds
-
-    def space_of(self, cut: str, layout: Layout | None = None) -> PlanSpace:
-        """Return all plans of a cut within the budget; `layout` if other formats are offered than those of the run."""
-        layout, count = layout or self.layout_of(cut), int(self.inspection.model_config.num_hidden_layers)
-        kept = sorted(set(range(count)) - set(self.record(PruneRecord).cuts[cut].dropped_blocks))
-        # Dropped blocks shift the numbers of those after them.
-        names = (
-            re.sub(r"\d+", lambda found: f"{kept[int(found[0])]:0{len(str(count - 1))}d}", group.name, count=1)
-            for group in layout.groups
-        )
-        return PlanSpace.of(layout, self.budget_bytes, base_groups=tuple(names))
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:

@@ -24,7 +24,6 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
-from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
@@ -33,7 +32,6 @@ from qpruner.runs.records import (
     FreshScore,
     FrontPoint,
     KeptScore,
-    PruneRecord,
     RungAgreement,
     SearchRecord,
     SearchState,
@@ -250,7 +248,10 @@ class Search(Stage[SearchRecord]):
 
         context = self.context
         cuts, space = dict.fromkeys((*context.cuts, UNPRUNED)), context.space
-        losses = {cut: made.loss for cut, made in context.record(PruneRecord).cuts.items()}
+        error = {}
+        if context.record(BankRecord).error:
+            values = shared(context, None, space.groups, space.levels)
+            error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
         measured = context.record(SensitivityRecord).methods
         return SearchJob(
             config=context.worker_config,
@@ -261,7 +262,7 @@ class Search(Stage[SearchRecord]):
                 context.data,
             ),
             layouts={cut: context.layout_of(cut) for cut in cuts},
-            space=SearchSpace(tuple(map(self._with_damage, space.spaces)), losses),
+            space=context.space_with(error),
             may_win=[cut for cut in cuts if context.may_win(cut)],
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors={method: shared(context, method, space.groups, space.levels) for method in measured},
@@ -272,15 +273,6 @@ class Search(Stage[SearchRecord]):
             resources=context.trial_resources,
             check_node=context.check_node,
         )
-
-    def _with_damage(self, space: PlanSpace) -> PlanSpace:
-        """Add to the plans of a cut the error of the weights in each format."""
-        if not self.context.record(BankRecord).error:
-            return space
-        values = shared(self.context, None, space.base_groups, space.levels)
-        error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
-        layout = self.context.layout_of(space.cut)
-        return PlanSpace.of(layout, space.budget_bytes, error, space.base_groups)
 
     def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
         """Run the trials, then choose finalists, also controls of `job_with_controls`; repeat if a file is damaged."""
@@ -413,8 +405,9 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
-    by_seed = [[objective(score, job.config) for score in each.by_seed] for each in confirmations]
-    position = choice.winner_position(by_seed, [each.control for each in confirmations])
+    scores = [objective(each, job.config) for each in confirmations]
+    num_seeds = [len(each.seed_losses) for each in confirmations]
+    position = choice.winner_position(scores, [each.control for each in confirmations], num_seeds)
     return None if position is None else confirmations[position]
 
 
