@@ -31,7 +31,6 @@ NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
 
 
 def with_unpacked(folder: Path, plan: dict[str, str], formats: dict[str, str]) -> torch.nn.Module:
-    """Load the model that a plan packs, with the weights that packed tensors stand for."""
     model, tensors = (
         AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         read_plan(folder / "bank", plan),

@@ -39,7 +39,6 @@ def built(kind: str, name: str, **others: Any) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
-    """Save a model with the tokenizer of another."""
     model.save_pretrained(folder)
     for file in tokenizer.glob("*token*"):
         shutil.copy(file, folder)
@@ -47,7 +46,6 @@ def saved(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
 
 
 def written(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
-    """Save a model, and write it as a GGUF file."""
     write_gguf(saved(model, tokenizer, folder), folder / "model.gguf", "tiny")
     return folder / "model.gguf"
 
@@ -64,7 +62,6 @@ def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: in
 
 
 def continued(model: Any, num_tokens: int) -> list[int]:
-    """Continue by the most likely tokens in transformers, past the token of the end."""
     if not num_tokens:
         return []
     model.generation_config.eos_token_id = None
