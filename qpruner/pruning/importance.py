@@ -6,12 +6,12 @@ Fluctuation (FLAP) and activation norm (Wanda) use the inputs of the output proj
 cut with their unit but not scored, as in LLM-Pruner.
 
 Taylor estimates how the loss changes when the weights of a unit are zero (LLM-Pruner, eqs. 3 to 5). Salience is ``s = w
-g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq. 4). With ``s`` of the mean
-loss over all N samples and ``s_j`` of sample j alone, a unit sums ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`) or
-``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries. `second` uses the diagonal Fisher information for the Hessian,
-without the factor 1/2, as LLM-Pruner's code does; with `vector` it is that of a mask on the row (arXiv 2204.09656, eq.
-7). LLM-Pruner runs all samples in one backward pass: so does `vector` in effect, with any number of batches; `element`
-sums ``|.|`` over batches, which changes `first` and `mixed`.
+g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq. 4). With ``s`` of the
+mean loss over all N samples and ``s_j`` of sample j alone, a unit sums ``|s|`` (`first`), ``1/N sum_j s_j^2``
+(`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries. `second` uses the diagonal Fisher information
+for the Hessian, without the factor 1/2, as LLM-Pruner's code does; with `vector` it is that of a mask on the row (arXiv
+2204.09656, eq. 7). LLM-Pruner runs all samples in one backward pass, to which `vector` is equal with any number of
+batches; `element` sums ``|.|`` over batches, which changes `first` and `mixed`.
 """
 
 from __future__ import annotations
