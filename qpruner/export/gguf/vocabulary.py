@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import UserError
@@ -160,8 +161,6 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], vocab_size: int, special: set[int]
 ) -> tuple[list[str], list[int]]:
     """List the text and the type of each row; `special` are ids that the file names."""
-    from gguf import TokenType
-
     tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
     known, is_spm = definition["model"]["vocab"], definition["model"]["byte_fallback"]
     added = {token["content"] for token in definition["added_tokens"]}
