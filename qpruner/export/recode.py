@@ -11,6 +11,7 @@ import torch
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
+from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.runs.storage import retry_storage
@@ -83,8 +84,6 @@ def formats_of(config: Any) -> dict[str, str]:
 
 def columns_of(config: Any) -> dict[str, int]:
     """Map the paths of all layers to the columns of their weights."""
-    from qpruner.models.layout import skeleton
-
     parameters = skeleton(config).named_parameters()
     suffix = ".weight"
     return {name.removesuffix(suffix): each.shape[-1] for name, each in parameters if name.endswith(suffix)}
