@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
@@ -139,8 +140,6 @@ def copy_adapter(final: Path, folder: Path, base: Path) -> None:
 
 def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write tensors as transformers names their files, with an index if there are several."""
-    from huggingface_hub import save_torch_state_dict
-
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 
 

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from qpruner.config.schema import HUB_ID
+from qpruner.config.schema import HUB_ID, ModelConfig
 from qpruner.errors import CorruptFile, UserError, first_line
 from qpruner.models import ragged
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from qpruner.config.schema import ModelConfig
 
 
 CONVERT = "convert them with transformers' save_pretrained (transformers 4: with `safe_serialization=True`)"

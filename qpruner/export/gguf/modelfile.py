@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Turn = Mapping[str, str]
@@ -110,8 +111,6 @@ def _cut(text: str | None, *said: str) -> list[str] | None:
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], asks: bool = True) -> str | None:
     """Render a chat without the first token that llama.cpp adds itself; None: the template refuses the chat."""
-    from jinja2 import TemplateError
-
     try:
         text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=asks)
     except TemplateError:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.gguf.architectures import (
@@ -135,8 +136,6 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
     """Write how queries and keys are rotated by position, and how that is stretched to longer contexts."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     found, local = rope_parameters(config), rope_parameters(config, "sliding_attention")
     writer.add_rope_freq_base(found["rope_theta"])
     if local is not found:
@@ -153,8 +152,6 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _frequency_factors(config: Any) -> torch.Tensor:
     """Compute by how much the scaling `llama3` lowers each frequency, float32 ``(head size / 2,)``."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
     factors: torch.Tensor = 1.0 / (rope_parameters(config)["rope_theta"] ** exponents) / scaled
