@@ -56,12 +56,12 @@ def select_rate(
                 left = f"{size.count - count} of the {size.count} {name} units of block {index}"
                 raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves {left}, at least {size.least} must stay")
             if uniform and size.plain and size.count - count not in size.plain:
-                left = f"{size.count - count} key/value groups, not {' or '.join(map(str, size.plain))}"
+                left = f"{size.count - count} key/value groups in a block, not {' or '.join(map(str, size.plain))}"
                 why = f"`layer_rate` {layer_rate:g} leaves {left}, with which the model loads without qpruner"
                 raise UserError(f"`prune.uniform`: {why}: give `prune.rate` instead, or set `prune.uniform: false`")
     if not any(count for of_block in removed.values() for count in of_block.values()):
         remedy = "raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
-        raise UserError(f"`prune.layer_rate` {layer_rate:g} removes no whole unit: {remedy}")
+        raise UserError(f"`prune.layer_rate` {layer_rate:g} removes no unit, as only whole ones can be: {remedy}")
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
 
