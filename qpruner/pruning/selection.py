@@ -61,7 +61,8 @@ def select_rate(
                 raise UserError(f"`prune.uniform`: {why}: give `prune.rate` instead, or set `prune.uniform: false`")
     if not any(count for of_block in removed.values() for count in of_block.values()):
         remedy = "raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
-        raise UserError(f"`prune.layer_rate` {layer_rate:g} removes no unit, as only whole ones can be: {remedy}")
+        whole = "as only whole ones, and channels in multiples of `prune.round_to`, can be"
+        raise UserError(f"`prune.layer_rate` {layer_rate:g} removes no unit, {whole}: {remedy}")
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
 
