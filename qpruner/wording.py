@@ -18,10 +18,10 @@ def counted(number: float, noun: str) -> str:
     return f"{text} {noun}{'' if number == 1 else 's'}"
 
 
-def nearest(word: str, known: Iterable[str], heading: str, cutoff: float = 0.6) -> str:
+def nearest(word: str, known: Iterable[str], heading: str) -> str:
     """Suggest the known word that is most like a misspelt one; if none is like it, list all known words."""
     words = list(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(word, words, n=1)
     return f"did you mean `{near[0]}`?" if near else f"{heading} {', '.join(words)}"
 
 

@@ -19,6 +19,7 @@ import yaml
 from conftest import raw_config, with_keys
 
 MINUTES = 60.0
+MAIN = "from qpruner.cli.main import main\nmain()"
 
 
 def config_file(model: Path, folder: Path, **keys: Any) -> Path:
@@ -78,15 +79,15 @@ class Driver:
 
 @contextmanager
 def driver(
-    config: Path, *options: str, verb: str = "search", inside: Sequence[str] = (), **environment: str
+    config: Path, *options: str, verb: str = "search", inside: Sequence[str] = (), before: str = "", **environment: str
 ) -> Iterator[Driver]:
-    """Start a command, with `inside` before it; at the end of the block, kill it and all processes that it started."""
+    """Start a command, with `inside` before it and after the Python `before`; kill all its processes at the end."""
     run = Path(yaml.safe_load(config.read_text())["output"])
     # Not in the folder, which may be a file system that a test fills.
     out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
     with out.open("w") as file:
         process = subprocess.Popen(
-            [*inside, sys.executable, "-m", "qpruner", verb, str(config), "--json", *options],
+            [*inside, sys.executable, "-c", f"{before}\n{MAIN}", verb, str(config), "--json", *options],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import starmap
 from typing import Any
 
@@ -19,7 +20,7 @@ from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pr
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text
+from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text, cut_title
 from qpruner.quantization.formats import by_size
 from qpruner.report.card import other_base_remark
 from qpruner.report.snapshot import driver_text
@@ -71,9 +72,12 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "num_groups": len(layout.groups),
         "num_choices": sum(len(group.formats) - 1 for group in layout.groups),
         "parameters_base": inspection.base.num_parameters,
-        "parameters_pruned": layout.num_parameters,
+        "cuts": {
+            name: {"parameters": inspection.layouts[name].num_parameters, "blocks": cut.expected.num_hidden_layers}
+            for name, cut in inspection.cuts.items()
+        },
+        "left_out": dict(inspection.left_out),
         "blocks_base": inspection.model_config.num_hidden_layers,
-        "blocks_pruned": [cut.expected.num_hidden_layers for cut in inspection.cuts.values()],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         "formats": {name: _offered(config, layout, name) for name in levels},
@@ -161,14 +165,19 @@ def _questions(by_task: dict[str, int]) -> str:
     return f"{counted(sum(by_task.values()), 'question')} ({text})"
 
 
+def _cut_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Format the parameters, and the blocks if some are dropped, of each cut."""
+    for name, cut in facts["cuts"].items():
+        kept = f"{facts['parameters_base'] / 1e6:.1f} M -> {cut['parameters'] / 1e6:.1f} M"
+        if cut["blocks"] < facts["blocks_base"]:
+            kept += f", {facts['blocks_base']} -> {cut['blocks']} blocks"
+        yield f"parameters:  {kept} ({PRUNED_EARLIER if facts['is_pruned_earlier'] else cut_title(name)})"
+
+
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
     """Format the estimates and sizes of a run as the lines that `check` prints."""
     about = " (estimate: the exact widths are known once the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels]
-    cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
-    blocks = facts["blocks_pruned"]
-    if min(blocks) < facts["blocks_base"]:
-        cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
     trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     unknowns = facts["num_choices"]
     if config.is_searched and config.measured_methods and unknowns > config.search.max_trials:
@@ -176,7 +185,7 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"formats:     {'; '.join(starmap(_format_text, facts['formats'].items()))}",
-        f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",
+        *_cut_lines(facts),
         *_row_lines(config, facts),
         f"trials:      {trials}",
         *estimate.memory_text(facts),

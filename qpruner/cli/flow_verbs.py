@@ -69,7 +69,7 @@ def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, An
 
 def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
     for name, cut in record.cuts.items():
-        if name != UNPRUNED:
+        if name != UNPRUNED or len(record.cuts) == 1:
             table = kept_of_blocks(cut)
             terminal.say(f"{cut_title(name)}:")
             terminal.table(table.headings, table.rows)

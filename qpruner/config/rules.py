@@ -15,7 +15,8 @@ from qpruner.quantization.formats import DENSE, GridFormat, formats
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
-OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "patience", "pareto", "confirm")
+ENDS = ("max_trials", "max_hours", "max_gpu_hours", "patience")
+OF_SEARCHING = ("searcher", *ENDS, "pareto", "confirm", "confirm_seeds")
 """Keys of `search` that apply only if several plans are tried."""
 
 
@@ -223,6 +224,7 @@ def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
     return (
         (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
         (search.pareto, "`search.pareto` is true", ("patience",)),
+        (search.pareto and search.confirm_seeds > 0, "`search.pareto` is true", ("confirm_seeds",)),
         (not search.tasks, "`search.tasks` is empty", ("limit",)),
     )
 

@@ -227,6 +227,9 @@ class SearchConfig(Section):
     """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose the winner."""
     confirm: Positive = 3
     """Number of best trials to score on fresh rows, beside uniform and seed plans; with `pareto` the front too."""
+    confirm_seeds: Annotated[int, Field(ge=0)] = 1
+    """Further training seeds for the finalists that cannot be told apart from the best on fresh rows: each is trained
+    again, and the lowest mean over all its seeds wins."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU if there are GPUs, else one CPU core."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0

@@ -78,7 +78,8 @@ def stage_times(
     finetune = count.training(count.finetune_steps()) * rates.training
     finetune += (count.split("validation") + judged) * rates.scoring
     evaluation = count.evaluation() * rates.scoring
-    search = count.training(expected_steps(config)[0]) * rates.training + count.search_scores() * rates.scoring
+    steps = expected_steps(config)[0] + num_confirmed_again(config) * config.search.steps
+    search = count.training(steps) * rates.training + count.search_scores() * rates.scoring
     # The base model in transformers and in three files, and every form; speeds take as long as losses.
     served = 2 * (4 + len(config.serve.to)) * judged * rates.scoring
     is_shared = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
@@ -107,6 +108,13 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
     others = config.num_trials - controls
     steps = sum(share * length for share, length in zip(shares, lengths, strict=True))
     return controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares)
+
+
+def num_confirmed_again(config: RunConfig) -> int:
+    """Count the trainings of finalists under further seeds, if none of them can be told apart from the best."""
+    search = config.search
+    finalists = min(search.max_trials, search.confirm + 1) if config.is_searched and not search.pareto else 0
+    return finalists * search.confirm_seeds
 
 
 def num_compared(config: RunConfig) -> int:
@@ -151,19 +159,20 @@ class _Tokens:
         rung = self.split("validation") + self._questions("search")
         # A given plan is the only finalist to score: an earlier search has already scored the controls.
         best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
-        finalists = best if self._config.is_searched else 1
+        finalists = (best if self._config.is_searched else 1) + num_confirmed_again(self._config)
         return rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:
         return self._questions("evaluate") + sum(self._lengths.get("text", ()))
 
     def prune(self) -> float:
-        """Count importance and compensation in every step; blocks are dropped in one."""
+        """Count importance and compensation in every step; all cuts share the importance of the first."""
         passes = 0
-        for settings in (cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off):
-            each = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(settings.importance, 0)
-            each += 0 if settings.compensates_by == "none" else 2
-            passes += each * settings.num_steps if settings.width_units else 0
+        asked = [cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off]
+        for number, settings in enumerate(asked):
+            importance = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(settings.importance, 0)
+            each = importance + (0 if settings.compensates_by == "none" else 2)
+            passes += each * settings.num_steps - bool(number) * importance if settings.width_units else 0
             passes += 5 if settings.drops_blocks else 0
         return passes * self._inspection.samples["importance"] * self._inspection.sample_length
 

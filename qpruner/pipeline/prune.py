@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,7 +118,8 @@ class Prune(Stage[PruneRecord]):
         cuts = Cuts()
         if missing:
             base = context.run_dir.base_model(context.record(PrepareRecord))
-            work = partial(make_and_save, self.config, base, context.data, missing)
+            saved = [context.run_dir.cut(name) for name in made if name != UNPRUNED]
+            work = partial(make_and_save, self.config, base, context.data, missing, saved)
             cuts = context.executor.run(work, context.emit)
         for name in cuts.made.keys() - {UNPRUNED}:
             require_arrived(context.run_dir.cut(name))
@@ -142,16 +143,10 @@ class Prune(Stage[PruneRecord]):
         for name, each in wanted.items():
             record = earlier.cuts.get(name) if earlier else None
             if each.folder:
-                record = self._read(each.folder)
+                record = read_cut(each.folder)
             if record and record.digest == each.digest and (not each.folder or super().is_complete(each.folder)):
                 found[name] = record
         return found
-
-    def _read(self, folder: Path) -> CutRecord | None:
-        """Read the record of a saved cut; None if there is none, or if its files have no list."""
-        with suppress(CorruptFile):
-            return read_json(folder / CUT_FILE, CutRecord) if storage_at(folder).read_list() else None
-        return None
 
     def summary(self, record: PruneRecord) -> str:
         shown = [cut for name, cut in record.cuts.items() if name in self.context.cuts]
@@ -165,7 +160,7 @@ class Prune(Stage[PruneRecord]):
         record = super().matching_record(digest)
         cuts = {name: cut for name, cut in record.cuts.items() if name != UNPRUNED} if record else {}
         # A killed command may have made other cuts since.
-        return record if all(self._read(self.context.run_dir.cut(name)) == cut for name, cut in cuts.items()) else None
+        return record if all(read_cut(self.context.run_dir.cut(name)) == cut for name, cut in cuts.items()) else None
 
     def is_complete(self, folder: Path) -> bool:
         names = self.context.inspection.cuts.keys() - {UNPRUNED}
@@ -175,7 +170,7 @@ class Prune(Stage[PruneRecord]):
 
     def share_done(self) -> float:
         wanted = {each.folder: each.digest for each in self._wanted().values() if each.folder}
-        made = [folder for folder, digest in wanted.items() if (cut := self._read(folder)) and cut.digest == digest]
+        made = [folder for folder, digest in wanted.items() if (cut := read_cut(folder)) and cut.digest == digest]
         return len(made) / max(len(wanted), 1)
 
     def disk_bytes(self) -> int:
@@ -200,18 +195,34 @@ class Prune(Stage[PruneRecord]):
             self.notify(f"the model was {PRUNED_EARLIER}")
 
 
+def read_cut(folder: Path) -> CutRecord | None:
+    """Read the record of a saved cut; None if there is none, or if its files have no list."""
+    with suppress(CorruptFile):
+        return read_json(folder / CUT_FILE, CutRecord) if storage_at(folder).read_list() else None
+    return None
+
+
 def _left_out_text(name: str, reason: str) -> str:
     return f"{cut_title(name)} is left out: {reason}"
 
 
 def make_and_save(
-    config: RunConfig, base: Path, data: Path, wanted: Mapping[str, Wanted], cache: ModelCache, emit: Emit
+    config: RunConfig,
+    base: Path,
+    data: Path,
+    wanted: Mapping[str, Wanted],
+    saved: Sequence[Path],
+    cache: ModelCache,
+    emit: Emit,
 ) -> Cuts:
-    """Make the cuts of the base model, and save each in its folder."""
+    """Make the cuts of the base model, each in its folder; `saved` has cuts whose importances are used again."""
     source = str(fetch(base))
     # Lists, because a stored exception would keep a mapped file open.
     samples, rows = (list(load_encoded(data / name)) for name in ("importance", "sensitivity"))
-    return Cutter(config, source, samples, rows, cache, emit).make(wanted)
+    cutter = Cutter(config, source, samples, rows, cache, emit)
+    for folder in saved:
+        cutter.take_importances(folder)
+    return cutter.make(wanted)
 
 
 def make_in_memory(
@@ -246,6 +257,13 @@ class Cutter:
         self._samples = Samples(samples, self._pad_id, config.calibration.batch_size)
         self._first = FirstScores()
 
+    def take_importances(self, folder: Path) -> None:
+        """Take the importances that a cut saved, so that they are not measured again."""
+        from qpruner.report.plots.model import load_importance
+
+        if record := read_cut(folder):
+            self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
+
     def make(self, wanted: Mapping[str, Wanted]) -> Cuts:
         """Make the cuts that can be made, the one that removes least last, so that its model stays in the cache."""
         cuts = Cuts()
@@ -255,7 +273,10 @@ class Cutter:
 
     def _make(self, name: str, wanted: Mapping[str, Wanted], cuts: Cuts) -> None:
         """Load the base model, measure its loss if that is wanted, and make one cut."""
-        config = self._config
+        config, folder = self._config, wanted[name].folder
+        if folder and (made := read_cut(folder)) and made.digest == wanted[name].digest:  # by a process that has died
+            cuts.made[name] = made
+            return
         self._cache.clear()
         model = load_dense(self._source, config.model.dtype, config.model, self._on_work)
         copy_weights(model)
@@ -268,7 +289,7 @@ class Cutter:
         except UserError as error:
             cuts.left_out[name] = str(error)
             return
-        if folder := wanted[name].folder:
+        if folder:
             fields["weights"] = self._save(pruned, folder)
             self._cache.keep(folder, pruned.model)
         cuts.made[name] = CutRecord(**fields)
@@ -305,7 +326,7 @@ class Cutter:
             self._emit(
                 Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it")
             )
-        loss = mean_loss(pruned.model, self._rows, self._pad_id, config.sensitivity.batch_size).mean
+        loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
         return pruned, {
             "digest": wanted.digest,

@@ -72,7 +72,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
-        inspection = replace(inspection, warnings=(*inspection.warnings, *Serve(context).warnings()))
+        inspection = replace(
+            inspection, warnings=(*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
+        )
         if address:
             look_at_nodes(context)
         done = recorded(context)

@@ -19,6 +19,7 @@ from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
+from qpruner.pipeline.confirm_seeds import with_further_seeds
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import base_names, controls
 from qpruner.pipeline.stage import Stage
@@ -32,6 +33,7 @@ from qpruner.runs.records import (
     FreshScore,
     FrontPoint,
     KeptScore,
+    RungAgreement,
     SearchRecord,
     SearchState,
     SensitivityRecord,
@@ -40,6 +42,7 @@ from qpruner.runs.records import (
 )
 from qpruner.runs.storage import for_each, write_json
 from qpruner.search import choice
+from qpruner.search.rungs import agreements
 from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
@@ -127,8 +130,8 @@ class Search(Stage[SearchRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
-        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
-        return (self.trials_digest, self.search_digest, *ends)
+        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience)
+        return (self.trials_digest, self.search_digest, *ends, settings.confirm, settings.confirm_seeds)
 
     def warnings(self) -> Iterable[str]:
         return self.context.inspection.warnings
@@ -191,6 +194,9 @@ class Search(Stage[SearchRecord]):
         outcome, finalists = self._finalists(job, job_with_controls)
         confirmations, gpu_seconds = confirm(self, finalists, job_with_controls)
         by_index = {trial.index: trial for trial in finalists}
+        if self.given is None and not self.config.search.pareto:
+            confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
+            gpu_seconds += more_gpu_seconds
         fitting = [each for each in confirmations if each.fits]
         best = best_of([each for each in fitting if self.given in (None, plan_of(by_index[each.index]))], job)
         best_control = best_of([each for each in fitting if each.control], job)
@@ -220,6 +226,7 @@ class Search(Stage[SearchRecord]):
             "sessions": outcome.sessions,
             "confirmation_gpu_seconds": gpu_seconds,
             "confirmations": confirmations,
+            "rungs": self._rung_agreements([*outcome.trials, *outcome.reused]),
             "best_index": best.index,
             "best_origin": GIVEN if self.given else best.origin,
             "best_plan": by_index[best.index].plan,
@@ -229,6 +236,10 @@ class Search(Stage[SearchRecord]):
             "front": front,
             "resumed": resumed,
         }
+
+    def _rung_agreements(self, trials: Sequence[TrialRecord]) -> tuple[RungAgreement, ...]:
+        scores = ((trial.cut, {rung.step: objective(rung, self.config) for rung in trial.rungs}) for trial in trials)
+        return agreements(scores, self.config.search.steps)
 
     def _job(self) -> SearchJob:
         """Collect everything that the trials need."""
@@ -391,8 +402,8 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
-    scores = [objective(each, job.config) for each in confirmations]
-    position = choice.winner_position(scores, [each.control for each in confirmations])
+    by_seed = [[objective(score, job.config) for score in each.by_seed] for each in confirmations]
+    position = choice.winner_position(by_seed, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
 
 

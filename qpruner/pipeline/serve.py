@@ -57,15 +57,16 @@ class Serve(Stage[ServeRecord]):
             self._check_tokenizer()
 
     def _refusal(self, form: ServedForm) -> str | None:
-        """Say why the base or the pruned model cannot have this form, and what would work; None if both can."""
+        """Say why the base model or a cut cannot have this form, and what would work; None if all can."""
         from qpruner.export.forms import refusal
 
         inspection = self.context.inspection
-        cut = list(inspection.cuts.values())[-1]
-        is_cut, is_free = not cut.settings.is_off, cut.settings.selection == "global" and not cut.settings.uniform
-        is_ragged = is_cut and is_free and bool(cut.settings.width_units)
-        has_biases = is_cut and cut.settings.compensates_by == "bias"
-        return refusal(form, inspection.model_config) or refusal(form, cut.expected, is_ragged, has_biases)
+        reasons = [refusal(form, inspection.model_config)]
+        for settings, expected in ((cut.settings, cut.expected) for cut in inspection.cuts.values()):
+            is_free = settings.selection == "global" and not settings.uniform and bool(settings.width_units)
+            has_biases = not settings.is_off and settings.compensates_by == "bias"
+            reasons.append(refusal(form, expected, is_free and not settings.is_off, has_biases))
+        return next(filter(None, reasons), None)
 
     def _check_tokenizer(self) -> None:
         from qpruner.export.gguf.vocabulary import vocabulary

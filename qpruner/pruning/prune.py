@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,17 @@ class FirstScores:
     blocks: dict[int, float] = field(default_factory=dict)
     units: dict[tuple[int, ...], Scores] = field(default_factory=dict)
     """Dropped blocks -> scores of the units of the other blocks."""
+
+    def add(self, arrays: Mapping[str, Any], dropped: tuple[int, ...]) -> None:
+        """Add scores as `save_importance` saved them, by the block numbers of the base model."""
+        self.blocks |= {int(index): float(score) for index, score in arrays.get("block", ())}
+        by_block: Scores = {}
+        for name in (each for each in arrays if each != "block"):
+            index, _, kind = name.partition(".")
+            number = int(index) - sum(other < int(index) for other in dropped)
+            by_block.setdefault(number, {})[kind] = torch.from_numpy(arrays[name])
+        if by_block:
+            self.units[dropped] = by_block
 
 
 class Criteria:

@@ -6,10 +6,12 @@ The replays in `benchmarks/` call these functions too, so they choose plans as a
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qpruner.data import measures
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.search.searchers import Prior
@@ -121,15 +123,33 @@ def finalist_positions(
     return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
 
 
-def winner_position(
-    fresh: Sequence[float], are_controls: Sequence[bool], can_win: Sequence[bool] | None = None
-) -> int | None:
-    """Return the position of the lowest score on rows new to all trials; None without scores; controls win ties.
+def contenders(
+    fresh: Sequence[float], are_controls: Sequence[bool], confirm: int, losses: Sequence[Sequence[float]] = ()
+) -> list[int]:
+    """Return which finalists to train again under further seeds, by position, before one of them wins.
 
-    With `can_win` only those count, for example because a control over budget may not win.
+    They are the `confirm` lowest scores on fresh rows and the best control, as far as they cannot be told apart from
+    the lowest: the 95 % interval of the difference of `losses` ``(finalists, rows)``, paired by row, has zero in it.
+    Without losses, as in a search by accuracy, none is told apart.
     """
-    allowed = [position for position in range(len(fresh)) if can_win is None or can_win[position]]
-    return min(allowed, key=lambda at: (fresh[at], not are_controls[at], at), default=None)
+    ranked = sorted(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at))
+    chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}
+
+    def is_told_apart(at: int) -> bool:
+        more = measures.over_questions([one - best for one, best in zip(losses[at], losses[ranked[0]], strict=True)])
+        return more.mean > measures.Z_95 * more.stderr
+
+    return sorted(at for at in chosen if not losses or at == ranked[0] or not is_told_apart(at))
+
+
+def winner_position(by_seed: Sequence[Sequence[float]], are_controls: Sequence[bool]) -> int | None:
+    """Return which finalist wins: the lowest mean of its scores on fresh rows, one a training seed; controls win ties.
+
+    Only those with the most seeds can win (see `contenders`). None without finalists.
+    """
+    most = max(map(len, by_seed), default=0)
+    allowed = [at for at, scores in enumerate(by_seed) if len(scores) == most]
+    return min(allowed, key=lambda at: (statistics.fmean(by_seed[at]), not are_controls[at], at), default=None)
 
 
 def non_dominated(points: Sequence[Point]) -> list[int]:

@@ -19,11 +19,11 @@ from qpruner.runs.records import RungResult
 from qpruner.runs.storage import fetch, working_folder
 from qpruner.search.trial_records import Progress, Report, TrialJob
 from qpruner.training.evaluate import score_tasks
-from qpruner.training.finetune import Listener, Schedule, finetune
+from qpruner.training.finetune import Listener, Schedule, finetune, step_losses
 
 
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
-    """Assemble the plan's model, fine-tune it (from the checkpoint `start`, if any), score and report each rung."""
+    """Assemble the plan's model, fine-tune it (from `start`, if any), score rungs, and report them and checkpoints."""
     config, materials = job.config, job.materials
     one_at_a_time = threading.Lock()  # several threads read files
 
@@ -40,25 +40,29 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
     tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(materials.data / "validation")
-    done = 0
-    train_losses: list[float] = []
+    rungs, done = config.search.rungs, 0
 
     def on_step(step: int, total: int, loss: float) -> None:
         nonlocal done
         done = step
-        train_losses.append(round(loss, 4))
+
+    def on_save(checkpoint: Path) -> None:
+        if done not in rungs:
+            report(None, checkpoint)
 
     def on_rung(step: int, checkpoint: Path, train_loss: float) -> None:
         try:
             result = score(peft_model, tokenizer, validation, config, step, train_loss)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error} at step {step}") from error
-        report(result.model_copy(update={"train_losses": tuple(train_losses)}), checkpoint)
-        train_losses.clear()
+        since = max((rung for rung in rungs if rung < step), default=0)
+        train_losses = tuple(round(loss, 4) for loss in step_losses(checkpoint)[since:])
+        report(result.model_copy(update={"train_losses": train_losses}), checkpoint)
 
     # Training, scoring and lm-eval all call the model, so one hook reports progress of all.
     with working_folder("qpruner-trial-") as work, peft_model.register_forward_pre_hook(lambda *_: progress(done)):
-        schedule, listener = Schedule(config.search.steps, rungs=config.search.rungs), Listener(on_rung, on_step)
+        schedule = Schedule(config.search.steps, rungs=rungs, save_seconds=job.save_seconds)
+        listener = Listener(on_rung, on_step, on_save=on_save)
         train = load_encoded(materials.data / "train")
         finetune(peft_model, train, config.training, schedule, work, config.seed, pad_id, start, listener)
 

@@ -18,6 +18,7 @@ from qpruner.errors import CorruptFile
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
+from qpruner.training import checkpoints
 
 SETTING_REMEDIES = {
     "diverged": "lower `training.learning_rate`",
@@ -26,7 +27,7 @@ SETTING_REMEDIES = {
 }
 REMEDIES = SETTING_REMEDIES | {
     "lost": "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`",
-    "storage": "make room or bring the storage back, then repeat the command: the trial resumes from its last rung",
+    "storage": "make room or bring the storage back, then repeat the command: the trial resumes where it was saved",
     "damaged": "repeat the command: it builds damaged files again",
     "machine": "repair that machine or remove it from the cluster (`ray stop` on it), then repeat the command: its "
     "trials are retried",
@@ -37,8 +38,8 @@ REMEDIES = SETTING_REMEDIES | {
 SUGGESTED = "suggested.json"
 """The name of the file with a copy of a trial's first record."""
 
-Report = Callable[[RungResult, Path], None]
-"""Callback that gets the result of a rung and the folder of its checkpoint; may raise to stop the trial."""
+Report = Callable[[RungResult | None, Path], None]
+"""Callback that gets a checkpoint and the result of its rung, None between rungs; may raise to stop the trial."""
 Progress = Callable[[int], None]
 """Callback that gets the last optimizer step, before every forward pass and whenever something is loaded."""
 
@@ -60,6 +61,7 @@ class TrialJob:
     materials: Materials
     plan: Mapping[str, str]
     cut: str = UNPRUNED
+    save_seconds: float = checkpoints.SECONDS
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
@@ -109,7 +111,7 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
         return False
     where = f"set aside in {storage.quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
     notify(f"{storage.display_name(checkpoint)} is damaged: {where}; trial {record.index} is restarted")
-    afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
+    afresh = {"status": "running", "rungs": (), "saved_between": 0, "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
 
@@ -167,8 +169,8 @@ def trial_folder(trials: Path, index: int) -> Path:
 
 
 def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
-    """Return the path of the checkpoint of a trial's last rung; None before the first rung."""
-    return trial_folder(trials, record.index) / f"checkpoint-{record.rungs[-1].step}" if record.rungs else None
+    """Return the path of a trial's last checkpoint; None before the first."""
+    return trial_folder(trials, record.index) / f"checkpoint-{record.saved_step}" if record.saved_step else None
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:

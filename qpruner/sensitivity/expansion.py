@@ -12,11 +12,9 @@ sample s, and N the number of labelled tokens. The predicted rise per token is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qpruner.data.calibration import Samples, visit_linear_gradients
@@ -28,29 +26,13 @@ from qpruner.sensitivity.measurement import Pair, pairs_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Floats = npt.NDArray[np.float64]
 BYTES_A_WEIGHT = 17
 """Peak bytes per weight of the layer in the backward pass: its code, and four float32 values (sum of gradients, sum of
 squared gradients, quantization error, and a product with the error or the buffer of unpacking)."""
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """Predicted rises of the loss, one for each (group, format) of `pairs`: mean nats over `num_tokens` labels."""
-
-    pairs: tuple[Pair, ...]
-    num_tokens: int
-    first_order: Floats
-    fisher: Floats
-
-    @property
-    def second_order(self) -> Floats:
-        """Sum of the first-order and the Fisher term."""
-        return self.first_order + self.fisher
-
-
-def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansion:
-    """Predict the rise of the loss by every (group, format) of `starts`, all in blocks, in one backward pass."""
+def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> dict[str, dict[Pair, float]]:
+    """Predict the rise of the loss by every (group, format) of `starts`, all in blocks, by each method in one pass."""
     pairs = pairs_of(starts)
     owner = {path: group for group in dict(pairs) for path in starts.groups[group]}
     linears = {path: model.get_submodule(path) for path in owner}
@@ -73,7 +55,8 @@ def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> Expansio
 
     visit_linear_gradients(model, linears, samples.by_length, visit)  # type: ignore[arg-type]
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
-    return Expansion(pairs, num_tokens, first_order / num_tokens, fisher / num_tokens)
+    sums = {"first_order": first_order, "fisher": fisher, "second_order": first_order + fisher}
+    return {method: dict(zip(pairs, (each / num_tokens).tolist(), strict=True)) for method, each in sums.items()}
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:

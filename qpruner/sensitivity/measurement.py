@@ -33,21 +33,17 @@ POSITIONS = 256
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sums over the predicted positions of each sample, in nats, of the unquantized model and as changes from it.
-
-    `counts` and `base_loss` are ``(samples,)``, KL divergence (`kl`) and change of the loss ``(pairs, samples)``.
-    """
+    """KL divergence and change of the loss ``(pairs, samples)``, summed over positions of each sample (`counts`)."""
 
     pairs: tuple[Pair, ...]
     counts: Floats
-    base_loss: Floats
     kl: Floats
     loss: Floats
 
     @classmethod
     def joined(cls, parts: Sequence[Measurement]) -> Measurement:
         """Concatenate measurements of different samples."""
-        fields = ("counts", "base_loss", "kl", "loss")
+        fields = ("counts", "kl", "loss")
         joined = (np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in fields)
         return cls(parts[0].pairs, *joined)
 
@@ -55,14 +51,6 @@ class Measurement:
         """Divide sums ``(..., samples)`` by the number of positions."""
         mean: Floats = sums.sum(axis=-1) / self.counts.sum()
         return mean
-
-    def stderr(self, sums: Floats) -> Floats:
-        """Compute the standard error of `mean` over samples as a ratio estimator; NaN for a single sample."""
-        if len(self.counts) == 1:
-            return np.full(sums.shape[:-1], np.nan)
-        rest = sums - self.mean(sums)[..., None] * self.counts
-        stderr: Floats = rest.std(axis=-1, ddof=1) * np.sqrt(len(self.counts)) / self.counts.sum()
-        return stderr
 
 
 def pairs_of(starts: Starts) -> tuple[Pair, ...]:
@@ -90,7 +78,7 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> Measure
             with _replaced([*layers[group].values()], _start_weights(starts, group, name, layers[group])):
                 sums[index] = run.rise(next(iter(layers[group])), f"the model with {group} in {name}")
             samples.on_progress(number * len(pairs) + index + 1, len(all_batches) * len(pairs))
-        parts.append(Measurement(pairs, *(each.numpy() for each in (run.counts, run.base_loss, *sums.unbind(1)))))
+        parts.append(Measurement(pairs, *(each.numpy() for each in (run.counts, *sums.unbind(1)))))
     return Measurement.joined(parts)
 
 
@@ -101,7 +89,7 @@ def _start_weights(
 
 
 class _Rerun:
-    """Runs a batch through the unquantized model, then again from any block; counts and losses are ``(samples,)``."""
+    """Runs a batch through the unquantized model, then again from any block; `counts` positions of each sample."""
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         family = family_of(model.config)
@@ -118,7 +106,7 @@ class _Rerun:
             logits = predicted_logits(self._model, self._batch)
         self._expected = logits.float().log_softmax(dim=-1)
         self._losses = -self._at_labels(self._expected, self._labels)
-        self.base_loss = self._by_sample(self._losses, "the unquantized model")
+        self._by_sample(self._losses, "the unquantized model")  # raises an error if a loss is not finite
 
     def rise(self, layer_path: str, model_in_errors: str) -> torch.Tensor:
         """Run again from this layer on; return KL divergence and change of the loss, ``(2, samples)``."""

@@ -1,7 +1,4 @@
-"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model.
-
-Methods that share passes over the samples name each other in their records.
-"""
+"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
+from qpruner.config.schema import MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
 from qpruner.quantization.bank import Starts
@@ -29,18 +26,6 @@ Rises = Mapping[Pair, float]
 """Predicted rise for each pair of a group and a packed format."""
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
 """Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear layers is blind."""
-SOURCES = {
-    "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
-    "NAACL 2025), scaled linearly in bytes from 0 in the largest format to 1 in the smallest; embeddings and head have "
-    "the largest value of any other group, so that they are kept as long as anything is",
-    "first_order": "gradient times quantization error, summed over the weights; embeddings and head: as by `loss`",
-    "fisher": "half the mean squared gradient times squared quantization error, summed over the weights; embeddings "
-    "and head: as by `kl`",
-    "second_order": "first order plus Fisher: second-order expansion of the loss, with squared gradients as curvature; "
-    "embeddings and head: as by `kl`",
-    "kl": "KL divergence between the predictions of the model with one group quantized and of the unquantized model",
-    "loss": "measured change of the loss when one group is quantized",
-}
 
 
 @dataclass(frozen=True)
@@ -83,42 +68,28 @@ def by_information(
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
     found = mutual_information.measure(model, subject.samples, subject.grouping, settings, seed, subject.on_group)
-    nats = dict.fromkeys((group.name for group in subject.groups), max(found.values))
-    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found.values, strict=True)}
+    nats = dict.fromkeys((group.name for group in subject.groups), max(found))
+    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
     sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}
     least, most = min(sizes.values()), max(sizes.values())
     share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
     rises = {(group.name, name): nats[group.name] * share[name] for group in subject.groups for name in _packed(group)}
-    details = {"estimator": mutual_information.ESTIMATOR, "bias": mutual_information.BIAS, **vars(found)}
     seconds = time.monotonic() - started
-    return _scores({"mutual_information": (rises, details)}, subject.groups, seconds, "nats of information")
+    return _scores({"mutual_information": rises}, subject.groups, seconds, "nats of information")
 
 
 def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]) -> dict[str, MethodScores]:
     """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and head."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
-    details = {"num_samples": len(subject.samples.rows), "num_positions": found.num_tokens}
-    by_method = {}
-    for name in EXPANSION:
-        rises = dict(zip(found.pairs, getattr(found, name).tolist(), strict=True))
-        by_method[name] = (rises | dict(tables[MEASURED_INSTEAD[name]]), details)
+    by_method = {name: rises | dict(tables[MEASURED_INSTEAD[name]]) for name, rises in found.items()}
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
 def by_measurement(found: Measurement, groups: Sequence[Group], seconds: float) -> dict[str, MethodScores]:
-    """Turn a measurement into scores by KL divergence and by change of the loss, with standard errors over samples."""
-    by_method = {}
-    for name in MEASUREMENT:
-        sums = getattr(found, name)
-        stderr = dict(zip(found.pairs, found.stderr(sums).tolist(), strict=True))
-        details = {
-            "num_samples": len(found.counts),
-            "num_positions": int(found.counts.sum()),
-            "base_loss": float(found.mean(found.base_loss)),
-            "stderr": _by_format(stderr, groups),
-        }
-        by_method[name] = (dict(zip(found.pairs, found.mean(sums).tolist(), strict=True)), details)
+    """Turn a measurement into scores by KL divergence and by change of the loss."""
+    means = {name: found.mean(getattr(found, name)).tolist() for name in MEASUREMENT}
+    by_method = {name: dict(zip(found.pairs, mean, strict=True)) for name, mean in means.items()}
     return _scores(by_method, groups, seconds)
 
 
@@ -152,19 +123,13 @@ def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) 
 
 
 def _scores(
-    by_method: Mapping[str, tuple[Rises, dict[str, Any]]],
-    groups: Sequence[Group],
-    seconds: float,
-    unit: str = "nats per predicted token",
+    by_method: Mapping[str, Rises], groups: Sequence[Group], seconds: float, unit: str = "nats per predicted token"
 ) -> dict[str, MethodScores]:
-    """Make one record per method from rises and details; the methods share the time `seconds`."""
-    found = {}
-    for name, (rises, details) in by_method.items():
-        if others := [other for other in by_method if other != name]:
-            details = details | {"shared_with": others}
-        values = _by_format(rises, groups)
-        found[name] = MethodScores(unit=unit, source=SOURCES[name], values=values, seconds=seconds, details=details)
-    return found
+    """Make one record per method; the methods share the time `seconds`."""
+    return {
+        name: MethodScores(unit=unit, values=_by_format(rises, groups), seconds=seconds)
+        for name, rises in by_method.items()
+    }
 
 
 def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float | None, ...]]:

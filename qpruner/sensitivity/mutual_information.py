@@ -8,7 +8,7 @@ pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,34 +25,14 @@ from qpruner.models.layout import output_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ESTIMATOR = "k-nearest neighbours, continuous-discrete (Ross 2014), joint over whitened principal components"
-BIAS = "the mean of the shuffled-label estimates is subtracted; what remains can be slightly negative"
-
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class MutualInformation:
-    """Estimates for all groups in model order, and the numbers of samples, positions and classes behind them."""
-
-    raw_nats: tuple[float, ...]
-    baseline_nats: tuple[float, ...]
-    """Mean estimate for shuffled labels."""
-    num_samples: int
-    num_positions: int
-    num_classes: int
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """Raw estimates minus the mean estimates for shuffled labels."""
-        return tuple(raw - base for raw, base in zip(self.raw_nats, self.baseline_nats, strict=True))
-
-
 def measure(
     model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int, on_group: OnProgress
-) -> MutualInformation:
-    """Estimate every group's mutual information in one pass; `seed` draws positions and shuffles, `on_group` counts."""
+) -> tuple[float, ...]:
+    """Estimate every group's mutual information in nats; `seed` draws positions and shuffles, `on_group` counts."""
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
@@ -66,18 +46,17 @@ def measure(
     hooked_modules = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
     visit_outputs(model, hooked_modules, samples, visit)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
-    num_classes = len(np.unique(labels))
-    if num_classes < 2:
+    if len(np.unique(labels)) < 2:
         why = f"the model predicts the same token at all {len(labels)} positions, so mutual information is zero"
         raise UserError(f"`calibration.num_sensitivity_samples`: {why}; give more or longer samples")
     shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
-    raw, baseline = [], []
+    found: list[float] = []
     for name in modules:
         components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
-        raw.append(estimate(components, labels, settings.num_neighbors))
-        baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
-        on_group(len(raw), len(modules))
-    return MutualInformation(tuple(raw), tuple(baseline), len(samples.rows), len(labels), num_classes)
+        raw, *baseline = (estimate(components, each, settings.num_neighbors) for each in (labels, *shuffled))
+        found.append(raw - float(np.mean(baseline)))
+        on_group(len(found), len(modules))
+    return tuple(found)
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:

@@ -1,7 +1,8 @@
-"""Store a fine-tune's checkpoints and adapter, so that the fine-tune can be resumed and only one process writes."""
+"""Say when to save a training, and store a fine-tune's checkpoints and adapter, which only one process may write."""
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SECONDS = 30.0
+"""Seconds of training after which it is saved, unless saving takes more than one part in `COST` of them."""
+COST = 20
+
+
+class SaveClock:
+    """Says when a training is due to be saved: every `seconds`, less often where saving is slow."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = self._pause = seconds
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return True if a kill would cost more than saving does."""
+        return time.monotonic() - self._last >= self._pause
+
+    def saved(self, since: float) -> None:
+        """Note that the training was saved just now, and that saving began at the monotonic time `since`."""
+        self._last = time.monotonic()
+        self._pause = max(self._seconds, COST * (self._last - since))
 
 
 class _Owner(BaseModel):

@@ -8,6 +8,7 @@ equal those of one process. The first process saves and calls the listener.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
 from qpruner.data.losses import Rows, labelled_only, predicted_labels
 from qpruner.errors import TrainingDiverged
 from qpruner.runs.storage import retry_storage
+from qpruner.training.checkpoints import SECONDS, SaveClock
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,12 +37,13 @@ DIVERGED_BY = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, else `epochs`), and when to save: at `rungs` and every `save_steps`."""
+    """How long to train (`steps`, else `epochs`), and when to save: at `rungs`, every `save_steps` and by time."""
 
     steps: int | None
     epochs: float | None = None
     rungs: Sequence[int] = ()
     save_steps: int | None = None
+    save_seconds: float = SECONDS
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Listener:
     """Callbacks of a training. All processes call `on_save`; the first process alone calls the others.
 
     `on_rung` gets step, checkpoint folder and training loss, and may raise to stop the training. `on_step` gets step,
-    total steps and training loss. `before_save` may raise to prevent the save. `on_save` is called before `on_rung`.
+    total steps and training loss. `before_save` may raise to prevent the save. `on_save` gets the folder of every
+    checkpoint, also of a rung before `on_rung` does.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
@@ -103,7 +107,7 @@ def finetune(
     batches = _Batches(row_lengths(rows), settings, seed, share)
     listener = listener or Listener()
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
-    callback = _Callback(schedule.rungs, listener, math.log(vocabulary), batches)
+    callback = _Callback(schedule.rungs, listener, math.log(vocabulary), batches, SaveClock(schedule.save_seconds))
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = _Trainer(
@@ -128,8 +132,12 @@ def finetune(
     return TrainingResult(int(trainer.state.global_step), callback.train_loss)
 
 
+def step_losses(checkpoint: Path) -> list[float]:
+    """Return the losses of all steps up to a checkpoint, including those before the last resume."""
+    return _losses(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+
+
 def _losses(state: TrainerState) -> list[float]:
-    """Return the losses of all steps, including those before the last resume."""
     return [float(each["loss"]) for each in state.log_history if "loss" in each]
 
 
@@ -207,7 +215,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 def _arguments(
     settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
 ) -> TrainingArguments:
-    saving = {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
+    saving = {"save_strategy": "steps", "save_steps": schedule.save_steps}
     chosen: dict[str, Any] = saving if schedule.save_steps else {"save_strategy": "no"}
     # The length that is not set stays at transformers' default.
     chosen |= {"num_train_epochs": schedule.epochs} if schedule.steps is None else {"max_steps": schedule.steps}
@@ -235,6 +243,7 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=[],
+        save_total_limit=2,
         disable_tqdm=True,
         **chosen,
     )
@@ -242,22 +251,28 @@ def _arguments(
 
 @dataclass(eq=False)
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Sets the epoch, saves at rungs, calls the listener, and stops a diverging training.
+    """Sets the epoch, saves at rungs and by time, calls the listener, and stops a diverging training.
 
-    Loss and gradient norm are over all processes, so all processes stop at the same step.
+    Loss and gradient norm are over all processes, so all processes stop at the same step. The first process has the
+    clock for all.
     """
 
     rungs: Sequence[int]
     listener: Listener
     blind_loss: float
     batches: _Batches
+    clock: SaveClock
     train_loss: float = math.nan
+    stepped: float = 0.0  # when the last step ended; saving begins then
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.batches.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.rungs:
+        self.stepped, is_due = time.monotonic(), [self.clock.is_due()]
+        if Share.own().processes > 1:
+            distributed.broadcast_object_list(is_due, src=0)
+        if state.global_step in self.rungs or is_due[0]:
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -281,5 +296,6 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.listener.on_save(checkpoint)
+        self.clock.saved(self.stepped)
         if state.global_step in self.rungs and state.is_world_process_zero:
             self.listener.on_rung(state.global_step, checkpoint, self.train_loss)

@@ -6,16 +6,18 @@ Worker processes run these functions, one row at a time; several processes may s
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_confirmation, load_encoded
 from qpruner.data.measures import over_tasks
+from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, release
 from qpruner.plans.plan import UNPRUNED
@@ -54,6 +56,7 @@ class Candidate:
     seed: int | None
     origin: str = ""
     cut: str = UNPRUNED
+    micro_batch_size: int | None = None  # if memory was too small for `training.micro_batch_size`
 
     @property
     def label(self) -> str:
@@ -191,12 +194,42 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
 
     In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
     """
-    from qpruner.data.losses import mean_loss
-    from qpruner.training.evaluate import score_tasks
-
     begin_job(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.candidate.folder)
+    return _fresh_score(job, model)
+
+
+def confirm_seed(job: CandidateJob) -> FinalistScore:
+    """Train a finalist as long as a trial, under the candidate's seed, and score it as `confirm_trial` does.
+
+    A training that diverges counts as a loss at which it is found to diverge, and no right answer.
+    """
+    from qpruner.quantization.assembly import cast_adapters
+    from qpruner.training.finetune import DIVERGED_BY
+
+    begin_job(job.threads)
+    config, candidate = job.config, job.candidate
+    size = candidate.micro_batch_size or config.training.micro_batch_size
+    length = config.finetune.model_copy(update={"steps": config.search.steps, "epochs": None})
+    training = config.training.model_copy(update={"micro_batch_size": size})
+    job = replace(job, config=config.model_copy(update={"finetune": length, "training": training}))
+    ownership = Ownership(candidate.folder / "owner.json")
+    ownership.take()
+    model, tokenizer = build(config, candidate), _tokenizer(candidate)
+    try:
+        _train(job, model, load_encoded(job.data / "train"), int(tokenizer.pad_token_id), ownership)
+    except TrainingDiverged:
+        worst = math.log(len(tokenizer)) + DIVERGED_BY
+        return FinalistScore(loss=worst, stderr=math.nan, accuracy=0.0 if config.search.by_accuracy else None)
+    cast_adapters(model)
+    return _fresh_score(job, model)
+
+
+def _fresh_score(job: CandidateJob, model: PeftModel) -> FinalistScore:
+    from qpruner.data.losses import mean_loss
+    from qpruner.training.evaluate import score_tasks
+
     search, settings, tokenizer = job.config.search, job.config.evaluate, _tokenizer(job.candidate)
     loss = mean_loss(model, load_confirmation(job.data, "choose"), int(tokenizer.pad_token_id), settings.batch_size)
     score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))

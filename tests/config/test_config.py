@@ -12,6 +12,7 @@ from conftest import changed_by, command, raw_config, with_key
 import qpruner
 from qpruner.config.load import load_config, validate_config
 from qpruner.config.schema import PruneConfig, RunConfig
+from qpruner.plans.plan import cut_title
 
 DEMO = Path(__file__).parents[2] / "tune_configs" / "demo_smollm2_cpu.yaml"
 WITHOUT_COMPARE = "`finetune.seed_rows` has no effect: `finetune.compare` is false"
@@ -85,6 +86,15 @@ def test_a_key_is_named_once_and_never_at_its_default() -> None:
     assert whole.warnings == (), "a file with every key, as `check --show-config` prints it"
     [warning] = load_config(DEMO, ["finetune.compare=false"]).warnings
     assert warning == "`finetune.random_plans` has no effect: `finetune.compare` is false"
+
+
+def test_every_cut_has_a_name_and_a_title() -> None:
+    cuts = PruneConfig(rates=(0.0, 0.07, 0.125, 0.3)).cuts
+    assert list(cuts) == ["base", "cut-7", "cut-12.5", "cut-30"]
+    assert list(map(cut_title, cuts)) == ["not pruned", "7 % pruned", "12.5 % pruned", "30 % pruned"]
+    assert cuts["cut-30"] == PruneConfig(rate=0.3) and cuts["cut-30"].num_steps == 2
+    [(name, cut)] = PruneConfig(layer_rate=0.25).cuts.items()
+    assert (name, cut_title(name), cut.round_to) == ("layers-25", "25 % of each block pruned", 1)
 
 
 def test_in_effect_resets_keys_without_effect() -> None:

@@ -265,6 +265,22 @@ def test_a_disk_that_fills_up_fails_only_that_stage(
     assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
 
 
+def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: dict[str, Any]) -> None:
+    raw = with_key(tiny_raw, "output", str(disk / "run"))
+    raw["prune"] = {"rates": [0.1, 0.2], "compensation": "none"}
+
+    def fill_after_one(event: Event) -> None:
+        if isinstance(event, Message) and event.text.startswith("20 % pruned:"):
+            fill(disk, 100_000)
+
+    error = failing(raw, "prune", fill_after_one)
+    assert error.stage == "prune" and "no space left" in error.cause and "make room" in error.remedy
+    (disk / "filler").unlink()
+    results, events = go(raw, "prune")
+    made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
+    assert made == ["10 % pruned"] and results.prune and list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
+
+
 @pytest.mark.parametrize(("stage", "kind"), [("prune", StageStarted), ("bank", Progress)])
 def test_a_disk_full_for_a_while_only_delays_a_stage(
     stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: dict[str, Any]

@@ -92,6 +92,41 @@ def test_a_killed_trial_resumes_from_its_last_rung(config: Path, undisturbed: Pa
     assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
 
 
+OFTEN = "from qpruner.training import checkpoints; checkpoints.SECONDS = 0.1"
+"""Saves trials 0.1 s after they have begun, and often after that."""
+
+
+def test_kills_between_rungs_lose_no_progress(measured: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Worker and driver are killed after a checkpoint by time each, and none of them would ever reach a rung."""
+    keys = {"search.steps": 48, "search.first_rung": 24, "search.max_trials": 1}
+    configs = [search_config(tiny_model, tmp_path / name, **keys) for name in ("undisturbed", "disturbed")]
+    for config in configs:
+        shutil.copytree(measured, config.parent / "run")
+    whole = ended(configs[0]).run
+    run, steps = configs[1].parent / "run", [0]
+
+    def saved() -> bool:
+        trial = trials_of(run).get(0, {})
+        assert trial.get("status", "running") == "running" and not trial.get("rungs"), "killed too late to say anything"
+        if (step := trial.get("saved_between", 0)) > steps[-1]:
+            steps.append(step)
+            return True
+        return False
+
+    for num_kills in (MAX_KILLS + 1, 1, 1):
+        with driver(configs[1], before=OFTEN) as process:
+            for kill in range(num_kills):
+                process.wait_until(saved, f"a checkpoint after step {steps[-1]}")
+                os.kill(process.process.pid if num_kills == 1 else pulse_of(run, 0)["pid"], signal.SIGKILL)
+                if num_kills > 1:
+                    said = f"trial 0 lost its worker and is resumed from step {steps[-1]}\n"
+                    process.wait_until(lambda said=said: said in process.said(), f"{said}, kill {kill}")
+    with driver(configs[1]) as process:
+        record = finished(process)
+    assert rungs_of(run) == rungs_of(whole) and record["failures"] == {}
+    assert len(trials_of(run)[0]["begun"]) == len(steps) == MAX_KILLS + 4
+
+
 def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> None:
     with driver(config) as process:
         killed = set[int]()

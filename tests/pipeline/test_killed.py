@@ -9,18 +9,24 @@ import signal
 from pathlib import Path
 
 import pytest
-from real_driver import between_rungs, search_record, trials_of
+from real_driver import between_rungs, config_file, search_record, trials_of
 from whole_runs import comparable, has_claim, kill_when, outcome, said, written_config
 
 from qpruner.config.load import load_config
 from qpruner.pipeline.flow import STAGES
 from qpruner.pipeline.run import run
+from qpruner.runs.events import Event, Message
 
 
-def test_killed_in_a_stage_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    undisturbed, killed = (written_config(tmp_path / name, tiny_model) for name in ("undisturbed", "killed"))
-    kill_when(killed, (killed.parent / "run" / ".scratch-prune").exists)
-    found = [run(load_config(config), lambda event: None, until="prune") for config in (killed, undisturbed)]
+def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    """Only the cuts that are missing are made again."""
+    rates = {"prune": {"rates": [0.1, 0.2], "compensation": "none"}}
+    undisturbed, killed = (config_file(tiny_model, tmp_path / name, **rates) for name in ("undisturbed", "killed"))
+    kill_when(killed, (killed.parent / "run" / "cuts" / "cut-20" / "cut.json").exists)
+    events: list[Event] = []
+    found = [run(load_config(config), events.append, until="prune") for config in (killed, undisturbed)]
+    made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
+    assert made == ["10 % pruned", "20 % pruned", "10 % pruned"]
     one, other = (comparable(records.model_dump(mode="json")) for records in found)
     assert one == other
     assert not list(killed.parent.glob("run/.scratch-*")), "nothing half-made is left"

@@ -175,6 +175,53 @@ def test_no_weight_file_is_mapped_while_its_model_is_cut(raw: Raw) -> None:
     assert checked and not mapped
 
 
+# ---- several cuts
+
+
+def measured(events: list[Event]) -> list[str]:
+    """List the passes over the samples that measured importance, and the cuts that were made."""
+    found = [event.detail for event in events if isinstance(event, Progress) and event.done == event.total]
+    made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
+    return [*(detail for detail in found if detail.startswith("importance")), *made]
+
+
+def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Path) -> None:
+    """A further rate in the folder of one cut costs only what is missing."""
+    several = with_key(raw, "prune", {**raw["prune"], "rates": [0, 0.1, 0.3], "compensation": "least_squares"})
+    del several["prune"]["rate"]
+    alone = changed(with_key(raw, "output", str(tmp_path / "alone")), rate=0.1, compensation="least_squares")
+    _, folder, events = pruned(alone)
+    assert measured(events) == ["importance", "10 % pruned"]
+    written = (folder / "cut.json").stat().st_mtime_ns
+    _, _, events = pruned(several)
+    assert measured(events) == ["importance, step 1 of 2", "importance, step 2 of 2", "30 % pruned", "10 % pruned"]
+    _, _, events = pruned(with_key(several, "output", alone["output"]))
+    assert measured(events) == ["importance, step 2 of 2", "30 % pruned"], "the first step's was kept"
+    assert (folder / "cut.json").stat().st_mtime_ns == written
+    found = [RunDir(each["output"]).read_record("prune", PruneRecord) for each in (several, alone)]
+    known = [each.cuts for each in found if each]
+    one, other = ({name: (cut.weights, cut.layers, cut.loss) for name, cut in cuts.items()} for cuts in known)
+    assert one == other and list(one) == ["base", "cut-10", "cut-30"]
+    assert [round(cut.achieved_rate, 1) for cut in known[0].values()] == [0.0, 0.1, 0.3]
+    work = [cut.multiply_adds for cut in known[0].values()]
+    assert work == sorted(work, reverse=True) and work[0] > work[-1]
+    assert stages(pruned(several)[2]) == {"prepare": False, "prune": False}
+
+
+def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
+    """Only block 1 may be cut, which has fewer parameters than the second rate asks for."""
+    raw = changed(raw, rate=None, rates=[0.1, 0.6], first_layer=1)
+    told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rate` is 0.6\)"
+    assert re.search(told, command("check", write_yaml(raw)).output.replace("\n", " "))
+    record, folder, events = pruned(raw)
+    assert folder.name == "cut-10" and record.target_rate == 0.1
+    assert any(re.search(told, event.text) for event in events if isinstance(event, Message))
+    recorded = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert recorded and list(recorded.left_out) == ["cut-60"]
+    with pytest.raises(UserError, match=r"the highest rate is 0\.\d+"):
+        pruned(changed(raw, rates=[0.6, 0.7]))
+
+
 # ---- folders that need no qpruner
 
 

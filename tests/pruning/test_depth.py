@@ -1,6 +1,7 @@
 """Dropping whole blocks: which blocks, how many, and together with units of other blocks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.compensation import compensate_blocks
 from qpruner.pruning.importance import block_importance
-from qpruner.pruning.prune import num_parameters, planned_cut, prune
+from qpruner.pruning.prune import FirstScores, Pruned, num_parameters, planned_cut, prune
 from qpruner.pruning.settings import settled
+from qpruner.report.plots.model import load_importance, save_importance
 
 NUM_BLOCKS = 6
 
@@ -226,3 +228,26 @@ def test_a_rate_that_no_number_of_blocks_meets_is_refused(options: dict[str, Any
         planned_cut(model.config, settings)
     with pytest.raises(UserError, match=said):
         prune(model, settings, samples_of())
+
+
+def test_cuts_that_share_their_scores_equal_each_made_alone(tmp_path: Path) -> None:
+    """Also with the scores that a cut saved, whose blocks have the numbers of the base model."""
+    shared, rows = FirstScores(), list[str]()
+
+    def cut(rate: float, first: FirstScores | None) -> Pruned:
+        settings = settings_of(units=["block", "mlp"], rate=rate, depth_share=0.6)
+        return prune(decoder(), settings, samples_of(), on_work=lambda work, *_: rows.append(work), first=first)
+
+    for rate in (0.5, 0.45, 0.3):
+        alone, along = cut(rate, None), cut(rate, shared)
+        save_importance(tmp_path, alone.scores, alone.block_scores)
+        saved = FirstScores()
+        saved.add(load_importance(tmp_path), alone.dropped_blocks)
+        rows.clear()
+        again = cut(rate, saved)
+        assert not [work for work in rows if work.startswith("importance") and "step 2" not in work]
+        for other in (along, again):
+            assert other.kept == alone.kept and other.dropped_blocks == alone.dropped_blocks
+            weights = other.model.state_dict()
+            assert all(torch.equal(weights[name], each) for name, each in alone.model.state_dict().items())
+    assert len(shared.units) < 3, "two of the rates drop the same blocks"

@@ -81,7 +81,7 @@ STATE = RunState(
 
 def made_methods(values: dict[str, tuple[float | None, ...]], *names: str) -> dict[str, MethodScores]:
     """Return sensitivities with the same predicted losses."""
-    scores = MethodScores(unit="nats", source="one group at a time", values=values, seconds=12.5, details={})
+    scores = MethodScores(unit="nats", values=values, seconds=12.5)
     return dict.fromkeys(names, scores)
 
 

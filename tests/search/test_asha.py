@@ -6,6 +6,7 @@ Ray's own ASHA code runs here, on stand-ins for trials that have an id and a pla
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,17 @@ STOP, CONTINUE = "STOP", "CONTINUE"
 CONTROLS = range(3)
 """The numbers of the trials whose plans are controls."""
 GROUPS = tuple(f"layers.{index}" for index in range(8))
-SPACE = PlanSpace(GROUPS, ("nf4", "int8"), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6)
+SPACE = PlanSpace(GROUPS, ("nf4", "int8"), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6, cut="cut-20")
+ONE_CUT = SearchSpace((SPACE,))
+TWO_CUTS = SearchSpace((replace(SPACE, cut="base"), SPACE))
+OF_BASE = 256
+"""The first number of the trials that prune nothing."""
 
 
 def plan_of(index: int) -> PrecisionPlan:
     """A different plan for every trial: the bits of its number say which groups have 8 bits."""
-    return SPACE.plan_of(index >> place & 1 for place in range(len(GROUPS)))
+    space = TWO_CUTS.spaces[index < OF_BASE]
+    return space.plan_of(index >> place & 1 for place in range(len(GROUPS)))
 
 
 def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: bool = False) -> RunConfig:
@@ -44,16 +50,21 @@ def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: boo
 class Session:
     """The scheduler in one session, called as Ray's controller calls it."""
 
-    def __init__(self, config: RunConfig, recorded: Sequence[TrialRecord] = ()) -> None:
+    def __init__(self, config: RunConfig, recorded: Sequence[TrialRecord] = (), space: SearchSpace = ONE_CUT) -> None:
         controls = [plan_of(index) for index in CONTROLS]
         self.config, self.trials = config, dict[int, Any]()
-        self.scheduler = RecordedAsha(config, SearchSpace((SPACE,)), controls, recorded, lambda trial_id: False)
+        self.space, self.scheduler = space, RecordedAsha(config, space, controls, recorded, lambda trial_id: False)
 
     def report(self, index: int, rung: RungResult) -> str:
         """The decision of the scheduler after a rung of a trial."""
         if index not in self.trials:
             plan = plan_of(index)
-            config = {"trial": index, "cut": plan.cut, "plan_bytes": SPACE.plan_bytes(plan), **plan_to_params(plan)}
+            config = {
+                "trial": index,
+                "cut": plan.cut,
+                "plan_bytes": self.space.plan_bytes(plan),
+                **plan_to_params(plan),
+            }
             self.trials[index] = SimpleNamespace(trial_id=f"ray-{index}", config=config)
             self.scheduler.on_trial_add(None, self.trials[index])
         result = {METRIC: objective(rung, self.config), TIME: rung.step, "loss": rung.loss}
@@ -77,8 +88,9 @@ def record(index: int, status: Any, rungs: Sequence[RungResult]) -> TrialRecord:
         digest="0" * 16,
         search="1" * 16,
         origin="hyperopt",
+        cut=plan_of(index).cut,
         plan=plan_of(index).as_dict(),
-        plan_bytes=SPACE.plan_bytes(plan_of(index)),
+        plan_bytes=TWO_CUTS.plan_bytes(plan_of(index)),
         mean_bits=4.0,
         status=status,
         rungs=tuple(rungs),
@@ -126,6 +138,32 @@ def test_recorded_rungs_set_the_cutoff() -> None:
     assert Session(config, recorded).report_all(13, 0.31, (1,)) == [STOP]
     assert Session(config, recorded).report_all(13, 0.29, (1, 2)) == [CONTINUE, STOP]
     assert Session(config, recorded).report_all(14, 0.1) == [CONTINUE] * 3 + [STOP]
+
+
+# ---- two cuts
+
+
+def test_the_best_of_each_cut_reaches_the_last_rung() -> None:
+    """The cut starts far behind. As it recovers late, the first rung goes on to compare trials of one cut only."""
+    session = Session(config_of(), space=TWO_CUTS)
+    assert session.report_all(OF_BASE, 0.3) == [CONTINUE] * 3 + [STOP]
+    assert session.report(10, rung(1, 0.9)) == CONTINUE, "no trial of this cut has reached the last rung"
+    assert session.report(11, rung(1, 1.0)) == STOP, "and not the best of its cut"
+    assert session.report_all(10, 0.2, (2, 4, 8)) == [CONTINUE, CONTINUE, STOP]
+    assert session.report(12, rung(1, 0.8)) == CONTINUE, "its elder was worse there, and ended better"
+    assert session.report(12, rung(2, 0.28)) == STOP, "but worse than its elder"
+
+
+def test_cuts_compete_once_a_rung_agrees_with_the_last() -> None:
+    session = Session(config_of(), space=TWO_CUTS)
+    session.report_all(OF_BASE, 0.3)
+    assert session.report_all(10, 0.9) == [CONTINUE] * 3 + [STOP]
+    assert session.report(12, rung(1, 0.8)) == STOP, "the best of its cut, which never recovers"
+    recorded = [
+        record(OF_BASE, "finished", [rung(step, 0.3) for step in (1, 2, 4, 8)]),
+        record(10, "running", [rung(step, 0.9) for step in (1, 2)]),
+    ]
+    assert Session(config_of(), recorded, TWO_CUTS).report_all(10, 0.9, (2, 4)) == [CONTINUE, CONTINUE]
 
 
 class Search:

@@ -32,7 +32,7 @@ from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
-from qpruner.runs.records import RungResult, TrialPulse, TrialRecord
+from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
 from qpruner.search.searchers import History, Proposal, Proposer, RandomProposer
 from qpruner.search.trial_records import (
@@ -535,6 +535,35 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
 
 
 # ---- the whole stage
+
+
+@pytest.mark.slow
+def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[str, Any]) -> None:
+    """A later command trains only what is missing or damaged, and comes to the same winner."""
+    search = {"max_trials": 7, "first_rung": 4, "confirm": 3, "confirm_seeds": 2}
+    config = validate_config(with_keys(tiny_raw, **{f"search.{key}": value for key, value in search.items()}))
+    events: list[Event] = []
+
+    def searched() -> tuple[SearchRecord, list[str]]:
+        events.clear()
+        found = run(config, events.append, until="search").search
+        assert found is not None
+        return found, [each.text for each in events if isinstance(each, Message) and "training seed" in each.text]
+
+    first, said = searched()
+    again = {each.index: each for each in first.confirmations if each.seed_losses}
+    assert 2 <= len(again) <= 4 and len(said) == 2 * len(again)
+    assert all(len(each.seed_losses) == 2 and each.loss not in each.seed_losses for each in again.values())
+    means = {index: (each.loss + sum(each.seed_losses)) / 3 for index, each in again.items()}
+    assert first.best_index == min(means, key=lambda index: means[index])
+    run_folder = Path(config.output)
+    (run_folder / "records" / "search.json").unlink()
+    damaged, missing = sorted(run_folder.glob("trials/*/*/seed-*.json"))[:2]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    missing.unlink()
+    second, said = searched()
+    assert len(said) == 2 and second.confirmations == first.confirmations and second.best_index == first.best_index
+    assert not list(run_folder.glob("trials/*/*/seed-?")), "their checkpoints are gone"
 
 
 @pytest.mark.slow

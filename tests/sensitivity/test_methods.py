@@ -51,12 +51,8 @@ def test_every_method_scores_every_group_in_every_format(phi: Banked, scores: di
     for method in ("mutual_information", "fisher", "kl"):
         assert np.mean(scores[method].values["nf4"][1:-1]) > np.mean(scores[method].values["int8"][1:-1]) > 0, method
     information = scores["mutual_information"]
-    net = np.array(information.details["raw_nats"]) - np.array(information.details["baseline_nats"])
-    assert information.values["nf4"][1:-1] == pytest.approx(net)
     share = information.values["int8"][1] / information.values["nf4"][1]
     assert share == pytest.approx((16 - 8.008) / (16 - 4.5), rel=1e-3), "linear in bytes"
-    assert scores["kl"].details["shared_with"] == ["loss"]
-    assert scores["fisher"].details["shared_with"] == ["first_order", "second_order"]
     assert scores["fisher"].seconds == scores["first_order"].seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 from qpruner.config.schema import TrainingConfig
 from qpruner.data.encoding import EncodedRows, load_encoded, save_encoded
 from qpruner.errors import TrainingDiverged
-from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune
+from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune, step_losses
 
 Rows = list[dict[str, list[int]]]
 Fresh = Callable[..., Any]
@@ -24,19 +25,31 @@ NORM = "base_model.model.model.norm"
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2)
 
 
-def losses(model: Any, rows: Rows, output: Path, start: Path | None = None, **changes: Any) -> list[float]:
+def losses(
+    model: Any, rows: Rows, output: Path, start: Path | None = None, save_seconds: float = 30.0, **changes: Any
+) -> list[float]:
+    """Train for six steps, and keep the first checkpoint in `output` / `first`."""
     seen: list[float] = []
-    schedule, settings = Schedule(steps=6, rungs=(3, 6)), SETTINGS.model_copy(update=changes)
-    listener = Listener(on_step=lambda step, total, loss: seen.append(loss))
+    schedule, settings = Schedule(6, rungs=(3, 6), save_seconds=save_seconds), SETTINGS.model_copy(update=changes)
+
+    def on_save(checkpoint: Path) -> None:
+        if not (output / "first").exists():
+            shutil.copytree(checkpoint, output / "first")
+
+    listener = Listener(on_step=lambda step, total, loss: seen.append(loss), on_save=on_save)
     finetune(model, rows, settings, schedule, output, seed=5, pad_id=1, start=start, listener=listener)
     return seen
 
 
-def test_resuming_from_a_rung_repeats_the_uninterrupted_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    whole = losses(fresh(dropout=0.1), rows, tmp_path / "whole")
+@pytest.mark.parametrize(("save_seconds", "step"), [(30.0, 3), (0.0, 1)], ids=["rung", "time"])
+def test_a_resumed_training_repeats_the_uninterrupted_run(
+    save_seconds: float, step: int, fresh: Fresh, rows: Rows, tmp_path: Path
+) -> None:
+    whole = losses(fresh(dropout=0.1), rows, tmp_path / "whole", save_seconds=save_seconds)
     assert len(whole) == 6
-    resumed = losses(fresh(dropout=0.1), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
-    assert resumed == whole[3:]
+    first = tmp_path / "whole" / "first"
+    resumed = losses(fresh(dropout=0.1), rows, tmp_path / "resumed", first)
+    assert resumed == whole[step:] and step_losses(first) == whole[:step]
     paths = (tmp_path / name / "checkpoint-6" / "optimizer.pt" for name in ("whole", "resumed"))
     one, other = (torch.load(path, weights_only=True)["state"] for path in paths)
     torch.testing.assert_close(one, other, rtol=0, atol=0)

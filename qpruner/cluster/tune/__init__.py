@@ -2,8 +2,8 @@
 
 Ray Tune schedules, places and stops trials. Each trial writes its record and its last checkpoint to its own folder. A
 search that starts again reads these records: the searcher learns from finished trials in order, running trials resume
-from their last rung, and the rungs of ASHA are filled again. Tune's snapshot is never restored, because Tune would lose
-the trials that finished after it (measured, Ray 2.60).
+from their last checkpoint, and the rungs of ASHA are filled again. Tune's snapshot is never restored, because Tune
+would lose the trials that finished after it (measured, Ray 2.60).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     waits for the storage, as in `retry_storage`. `room` returns how many trials may run or wait for a machine.
 
     Raises:
-        KeyboardInterrupt: On Ctrl-C. Running trials are recorded up to their last rung.
+        KeyboardInterrupt: On Ctrl-C. Running trials are recorded up to their last checkpoint.
         NodeDiffers: If a trial was sent to an unusable node.
         StageError: If trials failed because of the storage, a damaged file or a broken machine, or if the time limit is
             reached and no machine is left.

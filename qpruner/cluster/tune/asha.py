@@ -16,15 +16,17 @@ from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
+from qpruner.search.rungs import Rungs
 from qpruner.search.trial_records import objective
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
-    Plans of another cut or over the budget, which only controls have, do not compete. `is_cancelled` returns True for
-    the id of a waiting trial that must not start. `on_error` gets the id of a trial and the text of its error, before
-    the searcher learns of the error.
+    The best trial of each cut continues as long as cuts cannot be compared, see `Rungs.protects`. Plans outside the
+    space or over the budget, which only controls have, do not compete. `is_cancelled` returns True for the id of a
+    waiting trial that must not start. `on_error` gets the id of a trial and the text of its error, before the searcher
+    learns of the error.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._is_cancelled, self._on_error = is_cancelled, on_error
         bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
+        self._rungs = Rungs(space.cuts, settings.steps)
         for record in recorded:
             if not space.is_feasible(PrecisionPlan.from_dict(record.plan, record.cut)):
                 continue
             bracket.sizes[record.index] = record.plan_bytes
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
+                self._rungs.add(record.index, record.cut, rung.step, objective(rung, config))
                 bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -76,13 +80,14 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a rung; those of `controls` continue until the last rung."""
-        is_last = result[self._time_attr] >= self._max_t
-        plan = params_to_plan(trial.config)
+        """Return whether a trial continues after a rung; controls and protected trials do until the last rung."""
+        index, step = trial.config["trial"], result[self._time_attr]
+        is_last, plan = step >= self._max_t, params_to_plan(trial.config)
         if not self._space.is_feasible(plan):
             return str(TrialScheduler.STOP if is_last else TrialScheduler.CONTINUE)
+        self._rungs.add(index, plan.cut, step, result[METRIC])
         action: str = super().on_trial_result(tune_controller, trial, result)
-        if plan in self._controls and not is_last:
+        if not is_last and (plan in self._controls or self._rungs.protects(index, step)):
             return str(TrialScheduler.CONTINUE)
         return action
 

@@ -37,8 +37,8 @@ from qpruner.search import trial_records
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 
 MAX_KILLS = 3
-"""Worker deaths in a row that fail a trial: without a rung between them, on machines that stay. Deaths for memory are
-counted apart, because they say that the plan is infeasible."""
+"""Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that stay. Deaths for memory
+are counted apart, because they say that the plan is infeasible."""
 MAX_ERRORS = 3
 """Trials in a row with an error on one machine, after which the machine counts as broken."""
 KERNEL_SECONDS = 20.0
@@ -156,7 +156,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if record.is_over:
             self._end_trial(suggestion, record)
             return
-        place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
+        place = f"step {record.saved_step}" if record.saved_step else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
         self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
 from qpruner.search.trial_records import Materials, Trial, objective, read_trials, remove_old_checkpoints, write_trial
+from qpruner.training import checkpoints
 
 METRIC = "score"
 """The name of the score that Tune minimizes: the validation loss, or one minus the accuracy."""
@@ -38,6 +39,7 @@ class SearchJob:
     resources: dict[str, float]  # of one trial
     check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
+    save_seconds: float = field(default_factory=lambda: checkpoints.SECONDS)  # in the driver, so that tests can set it
 
     def owns(self, record: TrialRecord) -> bool:
         """Return True if a trial belongs to this search, not to one with another budget or searcher."""

@@ -32,7 +32,7 @@ Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
-    """Run one trial from its last rung to its end."""
+    """Run one trial from its last checkpoint to its end."""
     limit_threads(max(1, int(job.resources.get("cpu", 1))))
     freeze_libraries()
     release()  # the memory of the trial before it in this process
@@ -42,7 +42,7 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
 
 
 def leave_if_drained() -> None:
-    """End this process if its node is about to leave; its trial resumes on another node from the recorded rung.
+    """End this process if its node is about to leave; its trial resumes on another node from its last checkpoint.
 
     Ray starts no new actors on such a node, but Tune (2.60) would give this actor one trial after the other.
     """
@@ -58,18 +58,18 @@ class _RecordedTrial:
         self._record = trial_records.read_trial(job.trials, params["trial"])
         if trial_records.restart_if_damaged(job.trials, self._record, logger.warning):
             self._record = trial_records.read_trial(job.trials, params["trial"])
-        # The pulse of an earlier process may be newer than the record of its last rung.
+        # The pulse of an earlier process may be newer than its record.
         spent = [each for each in (self._record, trial_records.read_pulse(job.trials, self._record.index)) if each]
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
         self._started = time.monotonic()
         self._memory = PeakMemory()
         self._beats, self._last_pulse = 0, float("-inf")
         begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
-        times = {} if self._record.rungs else {"times": (begun.time,)}  # waiting for a machine does not count
+        times = {} if self._record.saved_step else {"times": (begun.time,)}  # waiting for a machine does not count
         own = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
         self._record = self._record.model_copy(update=own | times)
         trial_records.write_trial(job.trials, self._record)
-        self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
+        self._progress(self._record.saved_step)
         leave_if_drained()
         if self._record.rungs:  # report it again, as the driver may have been killed before ASHA decided on it
             tune.report(_metrics(self._record.rungs[-1], job.config))
@@ -78,8 +78,9 @@ class _RecordedTrial:
         """Run the trial; return False if it failed but can resume, in smaller micro-batches or once storage is back."""
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
-            job = TrialJob(self._config(), self._job.materials, self._plan.as_dict(), self._plan.cut)
-            self._job.trial(job, start, self._report, self._progress)
+            own, plan = self._job, self._plan
+            job = TrialJob(self._config(), own.materials, plan.as_dict(), plan.cut, own.save_seconds)
+            own.trial(job, start, self._report, self._progress)
         except TakenOver:
             raise
         except Exception as error:
@@ -102,9 +103,27 @@ class _RecordedTrial:
         evaluate = config.evaluate.model_copy(update={"batch_size": scored})
         return config.model_copy(update={"training": training, "evaluate": evaluate})
 
-    def _report(self, result: RungResult, checkpoint: Path) -> None:
-        """Publish a checkpoint, record the rung, and report it to Tune."""
-        target = trial_records.trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
+    def _report(self, result: RungResult | None, checkpoint: Path) -> None:
+        """Publish a checkpoint and record it; record its rung, if it has one, and report that to Tune."""
+        step = result.step if result else int(checkpoint.name.removeprefix("checkpoint-"))
+        old, digests = trial_records.checkpoint_of(self._job.trials, self._record), self._publish(checkpoint, step)
+        update: dict[str, Any] = {"saved_between": step}
+        if result:
+            update = {
+                "rungs": (*self._record.rungs, result),
+                "status": "finished" if result.step >= self._job.config.search.steps else "running",
+                "times": (*self._record.times, time.time()),
+            }
+        self._write(checkpoint=digests, kills=0, memory_kills=0, **update)
+        if old:
+            remove(old)
+        if result:
+            tune.report(_metrics(result, self._job.config))
+            leave_if_drained()
+
+    def _publish(self, checkpoint: Path, step: int) -> dict[str, str]:
+        """Copy a checkpoint to the folder of the trial, and return its digests."""
+        target = trial_records.trial_folder(self._job.trials, self._record.index) / f"checkpoint-{step}"
         # Copied to the same folder, so that publishing is a rename.
         aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
 
@@ -120,20 +139,8 @@ class _RecordedTrial:
             if left != aside:
                 shutil.rmtree(left, ignore_errors=True)
         storage_at(target).publish(aside)
-        old = trial_records.checkpoint_of(self._job.trials, self._record)
         self._check_ownership()
-        self._write(
-            rungs=(*self._record.rungs, result),
-            checkpoint=digests,
-            status="finished" if result.step >= self._job.config.search.steps else "running",
-            kills=0,
-            memory_kills=0,
-            times=(*self._record.times, time.time()),
-        )
-        if old:
-            remove(old)
-        tune.report(_metrics(result, self._job.config))
-        leave_if_drained()
+        return digests
 
     def _check_ownership(self) -> None:
         """Raise TakenOver if another worker runs this trial now."""
@@ -180,7 +187,7 @@ class _RecordedTrial:
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
         if failure in ("storage", "damaged"):
             reason += f" (on {own_name()})"  # it may be the disk or a copy of this node
-        # If this write fails, the record says "running", and the trial resumes from its last rung.
+        # If this write fails, the record says "running", and the trial resumes from its last checkpoint.
         with contextlib.suppress(OSError, StorageError):
             self._check_ownership()
             self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)

@@ -22,6 +22,7 @@ from qpruner.runs.records.search import FinalistScore as FinalistScore
 from qpruner.runs.records.search import FreshScore as FreshScore
 from qpruner.runs.records.search import FrontPoint as FrontPoint
 from qpruner.runs.records.search import KeptScore as KeptScore
+from qpruner.runs.records.search import RungAgreement as RungAgreement
 from qpruner.runs.records.search import RungResult as RungResult
 from qpruner.runs.records.search import SearchClock as SearchClock
 from qpruner.runs.records.search import SearchRecord as SearchRecord
@@ -109,14 +110,12 @@ class MethodScores(Recorded):
     """The sensitivities of all groups, as found by one method (see `SensitivityRecord`)."""
 
     unit: str
-    source: str
     values: dict[str, tuple[float | None, ...]]
     """Format -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 in bf16.
 
     None if the group does not take the format.
     """
     seconds: float
-    details: dict[str, Any]
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Return one row per group, in the order of `SensitivityRecord.groups`."""

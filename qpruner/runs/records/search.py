@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import Record, Recorded, StandardError
@@ -71,8 +72,10 @@ class TrialRecord(Recorded):
     peak_memory_bytes: int | None = None
     """Peak memory of the worker process, less its memory at the start."""
     memory_counter: str | None = None
+    saved_between: int = 0
+    """Step of the last checkpoint between rungs; they are made by time."""
     checkpoint: dict[str, str] = {}
-    """Checkpoint of the last rung: file name -> sha256."""
+    """The last checkpoint: file name -> sha256."""
     worker: str | None = None
     """The latest worker process of the trial; earlier workers may no longer write."""
     node: str | None = None
@@ -80,9 +83,9 @@ class TrialRecord(Recorded):
     micro_batch_size: int | None = None
     """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
-    """Worker deaths since the last rung, except by loss of the machine and for lack of memory."""
+    """Worker deaths since the last checkpoint, except by loss of the machine and for lack of memory."""
     memory_kills: int = 0
-    """Worker deaths since the last rung for lack of memory, except those answered by a smaller micro-batch."""
+    """Worker deaths since the last checkpoint for lack of memory, except those answered by a smaller micro-batch."""
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
@@ -91,7 +94,7 @@ class TrialRecord(Recorded):
         """Return one row, with `loss at STEP` and perhaps `accuracy at STEP` for each rung."""
         shown = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
         [row] = super(TrialRecord, shown).table_rows()
-        for name in ("digest", "rungs", "times", "begun"):
+        for name in ("digest", "rungs", "saved_between", "times", "begun"):
             del row[name]
         for rung in self.rungs:
             row[f"loss at {rung.step}"] = rung.loss
@@ -103,6 +106,11 @@ class TrialRecord(Recorded):
         """Return the GPU seconds that one search used for this trial."""
         own = self.gpu_seconds - sum(self.earlier_gpu_seconds.values()) if self.search == search else 0.0
         return self.earlier_gpu_seconds.get(search, 0.0) + own
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint, from which the trial resumes; 0 before the first."""
+        return max(self.saved_between, self.rungs[-1].step if self.rungs else 0)
 
     @property
     def is_over(self) -> bool:
@@ -202,6 +210,19 @@ class Confirmation(FinalistScore):
     plan_bytes: int
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
+    seed_losses: tuple[float, ...] = ()
+    """Losses on the fresh rows after training again under further seeds (`search.confirm_seeds`).
+
+    Only finalists that could not be told apart from the best have them, and the winner is one of these."""
+    seed_accuracies: tuple[float, ...] = ()
+    """Accuracies on the fresh questions, likewise."""
+
+    @property
+    def by_seed(self) -> tuple[FreshScore, ...]:
+        """The scores under all training seeds, the trial's own first."""
+        accuracies = self.seed_accuracies or (None,) * len(self.seed_losses)
+        more = zip(self.seed_losses, accuracies, strict=True)
+        return (self, *(FreshScore(loss=loss, stderr=math.nan, accuracy=accuracy) for loss, accuracy in more))
 
 
 class FrontPoint(FreshScore):
@@ -212,6 +233,17 @@ class FrontPoint(FreshScore):
     cut: str = "base"
     plan: dict[str, str]
     plan_bytes: int
+
+
+class RungAgreement(Recorded):
+    """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs, from -1 to 1."""
+
+    step: int
+    num_trials: int
+    within: float | None
+    """Over pairs of trials of one cut; null without such a pair."""
+    across: float | None
+    """Over pairs of trials of unlike cuts; null without such a pair."""
 
 
 class SearchRecord(Record):
@@ -241,7 +273,9 @@ class SearchRecord(Record):
     gpu_seconds: float
     """GPU seconds of the trials."""
     confirmation_gpu_seconds: float = 0.0
-    """GPU seconds spent on scoring the finalists on fresh rows."""
+    """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
+    rungs: tuple[RungAgreement, ...] = ()
+    """What each rung before the last says of the last one, over the finished trials of this and reused searches."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str

@@ -1,0 +1,67 @@
+"""Measure how well the order of trials at a rung predicts their order at the last rung, within and across cuts.
+
+ASHA stops trials on this belief. Two cuts may recover from pruning at unlike speeds, so it has to be shown for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qpruner.runs.records import RungAgreement
+
+AGREEMENT = 0.5
+"""Kendall's tau from which on trials of unlike cuts are compared at a rung: three in four pairs are in order."""
+
+
+@dataclass
+class Rungs:
+    """The scores of trials at their rungs; lower is better. `cuts` are those whose plans are searched."""
+
+    cuts: Sequence[str]
+    last: int  # the step of the last rung
+    _cut_of: dict[int, str] = field(default_factory=dict)
+    _scores: dict[int, dict[int, float]] = field(default_factory=dict)  # trial -> step -> score
+
+    def add(self, trial: int, cut: str, step: int, score: float) -> None:
+        """Add the score of a trial at a rung."""
+        self._cut_of[trial] = cut
+        self._scores.setdefault(trial, {})[step] = score
+
+    def protects(self, trial: int, step: int) -> bool:
+        """Return True if a trial must not be stopped at a rung: the best of its cut, until cuts can be compared.
+
+        They can be once every cut has a trial at the last rung, if this rung puts trials of unlike cuts in the order of
+        the last one (`AGREEMENT`).
+        """
+        cut, score = self._cut_of[trial], self._scores[trial][step]
+        rivals = (scores for index, scores in self._scores.items() if self._cut_of[index] == cut)
+        if any(scores.get(step, score) < score for scores in rivals):
+            return False
+        trials = [(self._cut_of[index], scores) for index, scores in self._scores.items()]
+        if not {cut for cut, scores in trials if self.last in scores}.issuperset(self.cuts):
+            return True
+        across = next((each.across for each in agreements(trials, self.last) if each.step == step), None)
+        return across is not None and across < AGREEMENT
+
+
+def agreements(trials: Iterable[tuple[str, Mapping[int, float]]], last: int) -> tuple[RungAgreement, ...]:
+    """Compare the rungs of trials, each given by its cut and its scores by step, with the rung of step `last`."""
+    finished = [(cut, scores) for cut, scores in trials if last in scores]
+    steps = sorted({step for _, scores in finished for step in scores if step < last})
+    return tuple(_agreement(step, [each for each in finished if step in each[1]], last) for step in steps)
+
+
+def _agreement(step: int, trials: Sequence[tuple[str, Mapping[int, float]]], last: int) -> RungAgreement:
+    cuts = np.array([cut for cut, _ in trials])
+    early, late = (np.array([scores[at] for _, scores in trials]) for at in (step, last))
+    ordered = np.sign(np.subtract.outer(early, early) * np.subtract.outer(late, late))
+    is_pair, is_within = np.tri(len(trials), k=-1, dtype=bool), np.equal.outer(cuts, cuts)
+    within, across = (ordered[is_pair & of_kind] for of_kind in (is_within, ~is_within))
+    return RungAgreement(step=step, num_trials=len(trials), within=_mean(within), across=_mean(across))
+
+
+def _mean(signs: np.ndarray) -> float | None:
+    return round(float(signs.mean()), 4) if signs.size else None

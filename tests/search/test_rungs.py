@@ -1,0 +1,28 @@
+"""How well a rung orders trials, within and across cuts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from qpruner.search.rungs import agreements
+
+
+def test_the_agreement_is_kendalls_tau_over_pairs() -> None:
+    generator = np.random.default_rng(0)
+    early, late = generator.normal(size=(2, 20))
+    trials = [("base", {1: one, 2: other}) for one, other in zip(early, late, strict=True)]
+    [found] = agreements([*trials, ("base", {1: 0.0})], last=2)
+    assert (found.step, found.num_trials, found.across) == (1, 20, None)
+    assert found.within == pytest.approx(stats.kendalltau(early, late).statistic, abs=1e-4)
+
+
+def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
+    """Each cut is ordered rightly from the first rung on; the pruned one is behind there, and ahead at the end."""
+    base = [("base", {1: 1.0 + at, 2: 10.0 + at, 4: 20.0 + at}) for at in range(4)]
+    pruned = [("cut-20", {1: 9.0 + at, 2: 7.0 + at, 4: 9.0 + at}) for at in range(4)]
+    first, second = agreements([*base, *pruned], last=4)
+    assert (first.within, first.across) == (1.0, -1.0)
+    assert (second.within, second.across) == (1.0, 15 / 16), "a tie"
+    assert agreements([], last=4) == ()
