@@ -17,7 +17,7 @@ from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
 from qpruner.report.served import commands as served_commands
 from qpruner.report.served import served, served_text
-from qpruner.report.tables import final_tables, fresh_scores, kept_of_blocks, prune_summary
+from qpruner.report.tables import cuts, final_tables, fresh_scores, kept_of_blocks
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
 from qpruner.runs.storage import export_command, run_root, storage_at
@@ -73,7 +73,9 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
             table = kept_of_blocks(cut)
             terminal.say(f"{cut_title(name)}:")
             terminal.table(table.headings, table.rows)
-            terminal.say(prune_summary(cut))
+    table = cuts(record)
+    terminal.say(f"{table.caption}:")
+    terminal.table(table.headings, table.rows)
     for name, reason in record.left_out.items():
         terminal.say(f"{cut_title(name)}: left out, because {reason}")
 

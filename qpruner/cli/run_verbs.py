@@ -20,7 +20,7 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import budget_text, cut_title
 from qpruner.report import run_views
-from qpruner.report.search_progress import plan_text, score_title, score_with_step, search_lines, search_progress
+from qpruner.report.search_progress import plan_of, score_title, score_with_step, search_lines, search_progress
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.records import BankRecord
@@ -75,7 +75,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
         return []
     is_running = facts["outcome"] == RUNNING and facts["has_begun"]
     lines = [
-        f"{line} [{plan_text(best)}]" if best else line
+        f"{line} [{plan_of(best)}]" if best else line
         for line, best in search_lines(state, search_progress(state, run.trials), is_running)
     ]
     for each in search["under_way"][:MOST_LINES]:
@@ -120,7 +120,9 @@ def trials(run: str, sort: str, descending: bool, as_csv: bool, as_json: bool) -
     else:
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
-        terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
+        plans = {trial.index: plan_of(trial) for trial in snapshot.trials}
+        body = [[plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown] for row in rows]
+        terminal.table(shown, body)
         for row in rows:
             if row["failure"]:
                 terminal.say(_failed(row))
@@ -201,6 +203,8 @@ def _figure(name: str, value: Any) -> str:
         return "-"
     if name.endswith("bytes"):
         return f"{value / 1e6:.2f} MB"
+    if name == "cut":
+        return cut_title(value)
     if name.endswith("seconds"):
         return duration(value)
     if name == "mean_bits" or name.endswith("hours"):

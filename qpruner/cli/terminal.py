@@ -5,7 +5,6 @@ The live view shows the stages, the progress within a stage, and the search. The
 
 from __future__ import annotations
 
-import itertools
 import signal
 import threading
 import time
@@ -20,9 +19,11 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from qpruner.plans.plan import PrecisionPlan, cut_title
 from qpruner.quantization.formats import format_of
 from qpruner.report import search_progress as trials_now
-from qpruner.report.search_progress import event_line, score, score_title
+from qpruner.report.content import Cell
+from qpruner.report.search_progress import event_line, plan_of, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import duration
@@ -118,17 +119,17 @@ class Terminal:
         if line and not is_in_view:
             self.say(line)
 
-    def table(self, headings: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    def table(self, headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> None:
         """Print a table; in a pipe each row is one line, so that `grep` and `awk` work."""
         if self._is_plain:
-            rows = [[" ".join(cell.splitlines()) for cell in row] for row in (headings, *body)]
+            rows = [[" ".join(str(cell).splitlines()) for cell in row] for row in (headings, *body)]
             widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
             for cells in rows:
                 self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
         table = Table(*(Column(Text(each), overflow="fold") for each in headings), box=None, padding=(0, 2, 0, 0))
         for row in body:
-            table.add_row(*map(Text, row))
+            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(cell) for cell in row))
         self._console.print(table)
 
     def say(self, text: str, is_prose: bool = False) -> None:
@@ -192,8 +193,8 @@ def _search_view(
     """Render a search: counts, time left, the best trials and the running trials."""
     now = trials_now.search_progress(search, trials)
     for line, best in trials_now.search_lines(search, now):
-        yield Text(f"{line}  " if best else line, **FOLDED).append(_plan(best) if best else "")
-    figures = [Column(name, no_wrap=True) for name in ("trial", "from", "bytes", "step", score_title(search))]
+        yield Text(f"{line}  " if best else line, **FOLDED).append(_bars(plan_of(best)) if best else "")
+    figures = [Column(name, no_wrap=True) for name in ("trial", "from", "cut", "bytes", "step", score_title(search))]
     table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
     for trial in now.running[:num_listed]:
         last = trial.rungs[-1] if trial.rungs else None
@@ -201,10 +202,11 @@ def _search_view(
         table.add_row(
             str(trial.index),
             trial.origin,
+            cut_title(trial.cut),
             f"{trial.plan_bytes / 1e6:.1f} MB",
             f"{step}/{search.steps}",
             trials_now.score_with_step(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
-            _plan(trial),
+            _bars(plan_of(trial)),
         )
     if len(now.running) > num_listed:
         table.caption = f"and {len(now.running) - num_listed} more"
@@ -212,10 +214,9 @@ def _search_view(
         yield table
 
 
-def _plan(trial: TrialRecord) -> Text:
-    """Render a plan with the letter of each group's format on the colour of the format."""
+def _bars(plan: PrecisionPlan) -> Text:
+    """Render a plan: the letter of every group's format on the format's colour."""
     text = Text()
-    for name, alike in itertools.groupby(trial.plan.values()):
-        each = format_of(name)
-        text.append(each.letter * sum(1 for _ in alike), f"{each.ink} on {each.colour}")
+    for name, groups in plan.runs:
+        text.append(format_of(name).letter * len(groups), f"{format_of(name).ink} on {format_of(name).colour}")
     return text

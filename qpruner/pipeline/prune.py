@@ -259,7 +259,7 @@ class Cutter:
 
     def take_importances(self, folder: Path) -> None:
         """Take the importances that a cut saved, so that they are not measured again."""
-        from qpruner.report.plots.model import load_importance
+        from qpruner.pruning.prune import load_importance
 
         if record := read_cut(folder):
             self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
@@ -300,7 +300,7 @@ class Cutter:
 
     def _save(self, pruned: Pruned, folder: Path) -> str:
         """Save model, tokenizer and importances; return the digest of the weight files."""
-        from qpruner.report.plots.model import save_importance
+        from qpruner.pruning.prune import save_importance
 
         remove(folder)
         with writing_folder(folder) as here:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,13 +91,25 @@ class PrecisionPlan:
         """Return the plan as a mapping of groups to formats."""
         return dict(zip(self.groups, self.formats, strict=True))
 
+    @property
+    def runs(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The plan as it is drawn: each format with the neighbouring groups that have it."""
+        pairs = zip(self.formats, self.groups, strict=True)
+        return [(name, tuple(group for _, group in of)) for name, of in itertools.groupby(pairs, lambda each: each[0])]
+
+    @property
+    def bars(self) -> str:
+        """Return the plan as HTML: the letter of every group's format on the format's colour."""
+        spans = []
+        for name, groups in self.runs:
+            each, ends = format_of(name), " to ".join(dict.fromkeys((groups[0], groups[-1])))
+            style = f"background:{each.colour};color:{each.ink}"
+            letters = html.escape(each.letter * len(groups))
+            spans.append(f'<span title="{html.escape(ends)}: {name}" style="{style}">{letters}</span>')
+        return "".join(spans)
+
     def _repr_html_(self) -> str:
-        style = "display:inline-block;width:1.6em;text-align:center;margin:1px;"
-        return "".join(
-            f'<span title="{html.escape(f"{group}: {name}")}" style="{style}background:{format_of(name).colour};'
-            f'color:{format_of(name).ink}">{html.escape(format_of(name).letter)}</span>'
-            for group, name in zip(self.groups, self.formats, strict=True)
-        )
+        return f"{self.bars} {html.escape(cut_title(self.cut))}"
 
     def __str__(self) -> str:
         """Return the plan as one character per group: the letter of its format."""

@@ -9,8 +9,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from qpruner.config.pruning import PruneConfig
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+IMPORTANCE_FILE = "importance.npz"
+
+
 @dataclass
 class FirstScores:
     """Importance of the base model, measured once for several cuts that differ in their rate only."""
@@ -39,7 +44,7 @@ class FirstScores:
     """Dropped blocks -> scores of the units of the other blocks."""
 
     def add(self, arrays: Mapping[str, Any], dropped: tuple[int, ...]) -> None:
-        """Add scores as `save_importance` saved them, by the block numbers of the base model."""
+        """Add scores as `load_importance` returns them, by the block numbers of the base model."""
         self.blocks |= {int(index): float(score) for index, score in arrays.get("block", ())}
         by_block: Scores = {}
         for name in (each for each in arrays if each != "block"):
@@ -48,6 +53,22 @@ class FirstScores:
             by_block.setdefault(number, {})[kind] = torch.from_numpy(arrays[name])
         if by_block:
             self.units[dropped] = by_block
+
+
+def save_importance(folder: Path, scores: Scores, blocks: Mapping[int, float]) -> None:
+    """Save each block's scores of units as an array such as `7.mlp`, and (index, score) of blocks as array `block`."""
+    arrays: dict[str, Any] = {
+        f"{at}.{kind}": each.numpy() for at, kinds in scores.items() for kind, each in kinds.items()
+    }
+    if blocks:
+        arrays["block"] = np.array([[index, score] for index, score in blocks.items()])
+    np.savez_compressed(folder / IMPORTANCE_FILE, **arrays)
+
+
+def load_importance(folder: Path) -> dict[str, Any]:
+    """Load the arrays that `save_importance` saved."""
+    with np.load(folder / IMPORTANCE_FILE, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 class Criteria:

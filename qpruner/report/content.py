@@ -6,11 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.plots.chart import Chart
 from qpruner.report.snapshot import Snapshot
 
 NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].{0,40})?|-|")
 """A number with a unit or an interval, not a sentence that begins with a number."""
+
+
+Cell = str | PrecisionPlan
+"""What a table shows in a cell; a plan is drawn as a bar, or written with a letter per group."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Table:
 
     caption: str
     headings: tuple[str, ...]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
     summary: str = ""
     is_on_page_only: bool = False
 
@@ -42,7 +47,7 @@ class Table:
     def are_numbers(self) -> list[bool]:
         """Whether each column holds only numbers, which are then right-aligned."""
         columns = zip(*self.rows, strict=True) if self.rows else [("",)] * len(self.headings)
-        return [all(NUMBER.fullmatch(cell) for cell in column) for column in columns]
+        return [all(NUMBER.fullmatch(str(cell)) for cell in column) for column in columns]
 
     def without_empty_columns(self) -> Table:
         """Drop the columns in which every cell is `-`."""
@@ -106,9 +111,9 @@ def _part(part: Part, pictures: str) -> list[str]:
     return []
 
 
-def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def pipe_table(headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
     """Render a table, with the cells' text escaped."""
-    lines = [[_inline(cell).replace("|", "\\|") for cell in row] for row in (headings, *body)]
+    lines = [[_inline(str(cell)).replace("|", "\\|") for cell in row] for row in (headings, *body)]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 

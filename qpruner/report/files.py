@@ -8,20 +8,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qpruner.plans.plan import UNPRUNED
 from qpruner.report import html
 from qpruner.report.card import model_card
 from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.content import report_md
 from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.plots.chart import Chart
-from qpruner.report.plots.model import IMPORTANCE_FILE, load_importance
 from qpruner.report.results import Row, rows
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import Snapshot, read_snapshot
 from qpruner.runs.records import Results, RunState, TrialRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import exists, fetch_file, published_folders, storage_at, write_text
+from qpruner.runs.storage import published_folders, storage_at, write_text
 from qpruner.wording import without_nan
 
 CARD = "final/README.md"
@@ -31,13 +29,8 @@ PICTURES = "pictures"
 
 def write_report(run_dir: RunDir) -> Path:
     """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`."""
-    run, importances = read_snapshot(run_dir), None
-    scratch, kept = run_dir.scratch(PICTURES), run_dir.cut(run.drawn_cut or UNPRUNED) / IMPORTANCE_FILE
-    if run.results.prune and exists(kept):
-        fetch_file(kept, scratch / IMPORTANCE_FILE)
-        importances = load_importance(scratch)
-        (scratch / IMPORTANCE_FILE).unlink()
-    listed = sections(run, importances)
+    run, scratch = read_snapshot(run_dir), run_dir.scratch(PICTURES)
+    listed = sections(run)
     for plot in (part for section in listed for part in section.parts if isinstance(part, Chart)):
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
     storage_at(run_dir.root / PICTURES).publish(scratch)

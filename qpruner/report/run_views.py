@@ -13,7 +13,7 @@ from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import (
     best_so_far,
     in_order_of_end,
-    plan_text,
+    plan_of,
     score,
     score_title,
     search_progress,
@@ -110,7 +110,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "status": trial.status,
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
-        "plan": plan_text(trial),
+        "plan": str(plan_of(trial)),
         "step": max(last.step if last else 0, pulse.step if pulse else 0),  # may be later than the last rung
         "rung": last.step if last else None,
         "loss": last.loss if last else None,
@@ -172,7 +172,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "cut": record.best_cut,
         "bytes": chosen.plan_bytes,
         "mean_bits": chosen.mean_bits,
-        "plan": plan_text(chosen),
+        "plan": str(plan_of(chosen)),
         "validation_loss": chosen.rungs[-1].loss,
         "selection_loss": fresh.loss,
         "selection_stderr": fresh.stderr,

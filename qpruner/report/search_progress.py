@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan, cut_title
 from qpruner.runs import events
-from qpruner.runs.records import FreshScore, FrontPoint, RungResult, SearchRecord, SearchState, TrialRecord
+from qpruner.runs.records import Confirmation, FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
 from qpruner.wording import counted, duration
 
 Line = tuple[str, TrialRecord | None]
@@ -115,17 +115,15 @@ def search_lines(search: SearchState, now: SearchProgress, is_running: bool = Tr
     for best in filter(None, (now.best, now.best_control)):
         name = "given plan" if best.is_given else "best control" if best.is_control else "best so far"
         reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
-        yield f"{name:<12}  {reached} ({best.origin}), {best.plan_bytes / 1e6:.1f} MB", best
+        yield f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB", best
 
 
-def best_so_far(
-    over: Iterable[TrialRecord], metric: str, counts: Callable[[TrialRecord], bool] = lambda trial: not trial.is_control
-) -> list[float | None]:
-    """Return the best score after each trial, None before the first score; `counts` selects the trials that compete."""
+def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:
+    """Return the best score of a searched plan after each trial, None before the first score."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:
-        if trial.status == "finished" and counts(trial):
+        if trial.status == "finished" and not trial.is_control:
             best = best_of([trial] if best is None else [best, trial], metric)
         curve.append(score(best.rungs[-1], metric) if best else None)
     return curve
@@ -136,14 +134,14 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
 
 
-def plan_text(trial: TrialRecord | FrontPoint) -> str:
-    """Format a trial's plan with one character per group, the letter of its format."""
-    return str(PrecisionPlan.from_dict(trial.plan, trial.cut))
+def plan_of(trial: TrialRecord | Confirmation) -> PrecisionPlan:
+    """Return a trial's plan; as text it has one character per group, the letter of its format."""
+    return PrecisionPlan.from_dict(trial.plan, trial.cut)
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
-    """Describe a trial in one line: number, plan, last score, status."""
-    line = f"trial {trial.index:>3} [{plan_text(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
+    """Describe a trial in one line: number, plan, cut, last score, status."""
+    line = f"trial {trial.index:>3} [{plan_of(trial)}] {cut_title(trial.cut)}, {trial.plan_bytes / 1e6:.1f} MB"
     if trial.rungs:
         last = trial.rungs[-1]
         accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import yaml
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.plans.plan import UNPRUNED, cut_title
+from qpruner.plans.plan import cut_title
 from qpruner.report import tables
 from qpruner.report.claim import claim
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
-from qpruner.report.finalists import best_control_text
-from qpruner.report.plots.model import importance, plan_map
-from qpruner.report.plots.search import Shown, best_so_far, front
-from qpruner.report.search_progress import score, score_title, shown_together
+from qpruner.report.finalists import best_control_text, finalists
+from qpruner.report.plots.plans import kept_by_block, plan_bars
+from qpruner.report.plots.search import score_by_bytes
+from qpruner.report.search_progress import plan_of, search_lines, search_progress
 from qpruner.report.served import served, served_text
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
@@ -33,14 +32,14 @@ STAGES_NOTE = (
 )
 
 
-def sections(run: Snapshot, importances: Mapping[str, Any] | None = None) -> list[Section]:
-    """Return the sections that are not empty for this run; `importances` comes from `load_importance`."""
+def sections(run: Snapshot) -> list[Section]:
+    """Return the sections that are not empty for this run."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", "The answer", answer(run)),
         ("quality", "Quality by task", _quality(run)),
-        ("plan", f"The plan: {run.best_title}", _plan(run)),
+        ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
-        ("pruning", "Pruning", _pruning(run, importances)),
+        ("pruning", "Pruning", _pruning(run)),
         ("cost", "Cost", iter((tables.stages(run), Paragraph(STAGES_NOTE, is_note=True)))),
         ("repeat", "To repeat it", _repeat(run)),
     ]
@@ -79,9 +78,18 @@ def _quality(run: Snapshot) -> Iterator[Part]:
         yield Paragraph(QUALITY_NOTE, is_note=True)
 
 
-def _plan(run: Snapshot) -> Iterator[Part]:
-    if run.best_plan:
-        yield plan_map(run, run.best_plan)
+def _plans(run: Snapshot) -> Iterator[Part]:
+    search, shown = run.results.search, {}
+    if search:
+        confirmed = {each.index: each for each in search.confirmations}
+        shown = {f"{each.trial}: {each.title}": plan_of(confirmed[each.trial]) for each in finalists(search)}
+    elif run.state.search:
+        now = search_progress(run.state.search, run.trials)
+        found = (("best so far", now.best), ("best control", now.best_control))
+        shown = {f"{trial.index}: {title}": plan_of(trial) for title, trial in found if trial}
+    if shown:
+        cuts = run.results.prune.cuts.values() if run.results.prune else ()
+        yield plan_bars(shown, run.sensitivity, any(cut.dropped_blocks for cut in cuts))
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
@@ -89,10 +97,8 @@ def _search(run: Snapshot) -> Iterator[Part]:
     if search is None and state is None:
         return
     yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
-    if state:
-        for draw, trials in ((front, run.trials), (best_so_far, shown_together(state, run.trials))):
-            if chart := draw(Shown(state, trials, run.best_trial, run.best_title)):
-                yield chart
+    if chart := score_by_bytes(run):
+        yield chart
     if search and not run.is_complete:  # else the answer has it
         yield tables.fresh_scores(search)
     yield tables.trials(run)
@@ -128,28 +134,22 @@ def search_text(search: SearchRecord) -> list[str]:
 
 def _unfinished_search(run: Snapshot) -> list[str]:
     assert run.state.search
-    counts = {word: sum(trial.status == name for trial in run.own_trials) for name, word in run.statuses.items()}
-    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    of_all = f"{len(run.own_trials)} of {counted(run.state.search.max_trials, 'trial')}"
-    lines = [f"{of_all} so far, budget {run.state.search.budget_bytes / 1e6:.1f} MB: {text or 'none yet'}."]
-    if best := run.best_trial:
-        lines.append(
-            f"Best so far is trial {best.index} ({best.origin}), {score_title(run.state.search)} "
-            f"{score(best.rungs[-1], run.metric):.4f}. It was chosen by the rows that score it, so this is optimistic."
-        )
-    return lines
+    is_running = run.liveness.outcome == RUNNING
+    now = search_progress(run.state.search, run.trials)
+    lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
+    return (
+        [*lines, "The best so far were chosen by the rows that score them, so this is optimistic."]
+        if now.best
+        else lines
+    )
 
 
-def _pruning(run: Snapshot, importances: Mapping[str, Any] | None) -> Iterator[Part]:
-    cuts = run.results.prune.cuts if run.results.prune else {}
-    for name, cut in cuts.items():
-        if name != UNPRUNED:
-            yield Paragraph(f"{cut_title(name)}: {tables.prune_summary(cut)}")
-    if run.drawn_cut:
-        record = cuts[run.drawn_cut]
-        if importances:
-            yield importance(record, importances)
-        yield tables.kept_of_blocks(record)
+def _pruning(run: Snapshot) -> Iterator[Part]:
+    if record := run.results.prune:
+        yield tables.cuts(record)
+        yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in record.left_out.items()))
+        if len(record.cuts) > 1:
+            yield kept_by_block(record.cuts)
 
 
 def _repeat(run: Snapshot) -> Iterator[Part]:

@@ -128,12 +128,6 @@ class Snapshot:
         return self.best_trial.cut if self.best_trial else UNPRUNED
 
     @property
-    def drawn_cut(self) -> str | None:
-        """The cut to draw: that of `best_plan`, or the largest if that is the model before pruning."""
-        cuts = self.results.prune.cuts if self.results.prune else {}
-        return self.best_cut if self.best_cut != UNPRUNED and self.best_cut in cuts else next(reversed(cuts), None)
-
-    @property
     def best_trial(self) -> TrialRecord | None:
         """The winner; before the search is over, the finished trial in the budget with the best last score."""
         if self.results.search:

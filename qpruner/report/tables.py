@@ -14,10 +14,19 @@ from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
 from qpruner.report.finalists import finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, Speed, rows, title_of
-from qpruner.report.search_progress import plan_text, score, score_title
+from qpruner.report.search_progress import plan_of, score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import CutRecord, FreshScore, LayerWidths, Results, RowScores, SearchRecord, TaskScore
+from qpruner.runs.records import (
+    CutRecord,
+    FreshScore,
+    LayerWidths,
+    PruneRecord,
+    Results,
+    RowScores,
+    SearchRecord,
+    TaskScore,
+)
 from qpruner.search.choice import SAME_BYTES
 from qpruner.wording import counted, error_text
 
@@ -27,7 +36,7 @@ FINAL = (
         "Test results after the fine-tune, which is the same for every row; no plan was chosen by these results",
         ("row", "seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
-    ("The fine-tune of each row", ("row", "from", "seeds", "validation loss", "confirmation loss")),
+    ("The fine-tune of each row", ("row", "cut", "from", "seeds", "validation loss", "confirmation loss")),
     (
         "Size of each row, and its memory and speed in transformers",
         ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
@@ -108,6 +117,7 @@ def cells(row: Row) -> dict[str, str]:
         TEST_ACCURACY: f"{_figure(row.accuracy, row.accuracy_spread, 3)}{error_text(row.accuracy_stderr, 3)}",
         "test answer loss": _figure(row.answer_loss, row.answer_loss_spread),
         "perplexity": _figure(row.perplexity, row.perplexity_spread, 2),
+        "cut": cut_title(row.cut),
         "from": row.origin,
         "validation loss": _figure(row.validation_loss, row.validation_loss_spread),
         "confirmation loss": _figure(row.confirmation_loss, row.confirmation_loss_spread),
@@ -226,16 +236,29 @@ def block_cells(layer: LayerWidths) -> tuple[str, ...]:
     )
 
 
-def prune_summary(record: CutRecord) -> str:
-    """Describe the pruning in two lines: first settings, target and effect, then size and cost."""
-    dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
-    return (
-        f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, "
-        f"{record.achieved}{dropped}.\n"
-        f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
-        f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
-        f"above the loaded model ({record.memory_counter})."
+def cuts(record: PruneRecord) -> Table:
+    """Build the table of the cuts: what each removed, what it computes, and its loss before any fine-tune."""
+    base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
+    body = [
+        (
+            cut_title(name),
+            f"{cut.achieved_rate:.2%}",
+            f"{cut.parameters_after / 1e6:.1f} M",
+            _megabytes(cut.bytes_after),
+            f"{cut.multiply_adds / base.multiply_adds:.1%}",
+            ", ".join(map(str, cut.dropped_blocks)) or "-",
+            f"{cut.loss:.4f}",
+            f"{cut.seconds:.1f}" if cut.seconds else "-",
+        )
+        for name, cut in record.cuts.items()
+    ]
+    headings = ("cut", "removed", "parameters", "bytes", "multiply-adds", "blocks removed", "loss", "seconds")
+    caption = (
+        f"Cuts (importance {last.importance}, selection {last.selection}, compensation {last.compensation}); "
+        "multiply-adds are per token, against the base model's; the loss is that right after the cut, on the rows for "
+        "sensitivities"
     )
+    return Table(caption, headings, body).without_empty_columns()
 
 
 def trials(run: Snapshot) -> Table:
@@ -254,7 +277,7 @@ def trials(run: Snapshot) -> Table:
                 f"{score(last, run.metric):.4f}" if last else "-",
                 f"{last.step}" if last else "-",
                 f"{trial.seconds:.0f}",
-                plan_text(trial),
+                plan_of(trial),
                 trial.reason or "-",
             )
         )
@@ -276,7 +299,8 @@ def fresh_scores(search: SearchRecord) -> Table:
         (
             f"{each.title}{', reused' if scores[each.trial].reused else ''}",
             f"{each.trial}",
-            f"{'not pruned, ' if each.cut == UNPRUNED else ''}{each.formats}",
+            cut_title(each.cut),
+            each.formats,
             f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
             f"{each.loss:.4f}",
             _fresh_accuracy(scores[each.trial]),
@@ -292,7 +316,15 @@ def fresh_scores(search: SearchRecord) -> Table:
         "fresh rows that chose the winner, before any other fine-tune"
     )
     headings = (
-        *("row", "trial", "formats", "bytes", "selection loss", f"selection {measures.accuracy_name(search.metrics)}"),
+        *(
+            "row",
+            "trial",
+            "cut",
+            "formats",
+            "bytes",
+            "selection loss",
+            f"selection {measures.accuracy_name(search.metrics)}",
+        ),
         *("loss minus the winner's", "verdict", "on the front"),
     )
     return Table(caption, headings, body).without_empty_columns()

@@ -27,7 +27,7 @@ from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_text, score_name, shown_together
+from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_of, score_name, shown_together
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 
@@ -119,8 +119,8 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
 
 
 def run_name(trial: TrialRecord) -> str:
-    """Return the name of a trial's run in TensorBoard."""
-    return f"trial-{trial.index:04d}-{trial.origin}"
+    """Return the name of a trial's run in TensorBoard, such as `trial-0007-cut-10-gp`."""
+    return f"trial-{trial.index:04d}-{trial.cut}-{trial.origin.removeprefix(f'{trial.cut}-')}"
 
 
 def _end(trial: TrialRecord) -> float:
@@ -131,12 +131,12 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
     """Return a trial's HParams columns. TensorBoard shows the first five by name: capitals put useful ones first."""
     return {
         "#": f"{trial.index:04d}",  # a text, because TensorBoard shows numbers with four decimals
+        "Cut": trial.cut,
         "From": trial.origin,
         "MB": trial.plan_bytes / 1e6,
-        "Mean bits": trial.mean_bits,
         "Status": trial.status,
-        "plan": plan_text(trial),
-        "cut": trial.cut,
+        "mean bits": trial.mean_bits,
+        "plan": str(plan_of(trial)),
         "search": "this" if trial.search == search.search else "another",
         **{f"format {group}": name for group, name in trial.plan.items()},
     }

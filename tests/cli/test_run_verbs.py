@@ -63,7 +63,7 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
     assert "running on" in text and "last sign of life" in text
     assert "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left\n" in text
-    assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
+    assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB [848444]" in text
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
@@ -123,7 +123,7 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
         assert trials in lines and "begun         trial 5 (gp), step 2/8" in lines
         assert not any("under way" in line or "waiting for" in line for line in lines)
         snapshot = read_snapshot(RunDir(run))
-        assert "1 failed, 2 begun." in render(snapshot, sections(snapshot))
+        assert "1 failed; 2 begun; about 14 min 30 s left once it goes on." in render(snapshot, sections(snapshot))
 
     check()
     with hold_run(run, print):
@@ -168,7 +168,7 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
         ("plan RUN --trial 17", "no trial 17, only 6 trials"),
         ("status RUN/trials", "no run.json"),
         ("status RUN/run.json", "RUN/run.json is a file, but a run is a folder; name the folder"),
-        ("compare RUN RUN/run.json", "(`output` in its configuration)"),
+        ("compare RUN RUN/run.json", "name the folder of the run"),
     ],
 )
 def test_a_mistake_gets_a_hint(run: Path, words: str, hint: str) -> None:
@@ -182,7 +182,7 @@ def test_a_damaged_record_has_a_remedy(run: Path) -> None:
     done = command("status", run)
     assert done.exit_code == 1
     assert f"{run / 'run.json'} is not a RunState" in done.stderr
-    assert "if a run wrote it, repeat `qpruner run` to write it again" in done.stderr
+    assert "remedy: repeat `qpruner run` to write it again" in done.stderr
 
 
 # ---- plan

@@ -18,7 +18,7 @@ from rich.console import Console
 from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
 from qpruner.report import tables
-from qpruner.report.search_progress import plan_text
+from qpruner.report.search_progress import plan_of
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
 from qpruner.runs.records import StageState
@@ -85,7 +85,7 @@ def test_a_terminal_shows_the_search_live() -> None:
     seen = on_a_terminal()
     assert "prepare recorded | search running" in seen
     assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left" in seen
-    assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
+    assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB" in seen
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in seen
     assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
     assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen), "where the running trial is past its rung, in colour"
@@ -93,7 +93,7 @@ def test_a_terminal_shows_the_search_live() -> None:
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
     assert "1 of 2 slots busy; about 14 min 30 s left" in seen
-    assert "validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
+    assert "validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB" in seen
 
 
 def test_prose_wraps_between_words() -> None:
@@ -108,8 +108,8 @@ def test_prose_wraps_between_words() -> None:
 PLAIN_LINES = [
     "[prepare] already recorded: 48 rows",
     "[search] 20 trials ...",
-    "[search] trial   5 [844484] 32.0 MB step 2/8 loss 3.1000 (gp)",
-    "[search] trial   3 [448844] 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
+    "[search] trial   5 [844484] not pruned, 32.0 MB step 2/8 loss 3.1000 (gp)",
+    "[search] trial   3 [448844] not pruned, 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
 ]
 
 
@@ -215,7 +215,7 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
     text = in_a_pipe(TABLES, made.run.root)
     lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
-    assert plans == [plan_text(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
+    assert plans == [str(plan_of(trial)) for trial in made.trials], "one line a trial, with the plan of 60 groups"
     # A column is as wide as its widest cell; two spaces separate columns.
     told = []
     for final in tables.final_tables(read_snapshot(made.run).results):
@@ -233,7 +233,7 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     assert "\u2026" not in seen and max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
-    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == plan_text(made.trials[0]), (
+    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == str(plan_of(made.trials[0])), (
         "whole, in several lines"
     )
 

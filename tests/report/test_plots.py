@@ -10,22 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import vl_convert
-from made_records import made_cut, made_layer
-from made_run import SEARCH, STAGE, MadeRun, made_methods, results_of, searched_row, snapshot
+from made_records import made_layer, made_prune
+from made_run import SEARCH, STAGE, MadeRun, made_methods
 
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.formats import format_of
 from qpruner.report.plots.chart import Chart
-from qpruner.report.plots.model import (
-    costs_of,
-    importance,
-    in_columns,
-    load_importance,
-    plan_map,
-    save_importance,
-    shades,
-)
+from qpruner.report.plots.plans import costs_of, kept_by_block, plan_bars
+from qpruner.report.plots.search import CUT_COLORS
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import SensitivityRecord
@@ -77,10 +70,7 @@ def test_the_edge_does_not_cut_the_winners_label(made: MadeRun) -> None:
 
 
 @pytest.mark.parametrize(("metric", "far", "is_cut"), [("loss", 9, True), ("loss", 0, False), ("accuracy", -9, True)])
-@pytest.mark.parametrize("name", ["pareto", "progress"])
-def test_one_far_control_does_not_press_the_others_together(
-    made: MadeRun, name: str, metric: str, far: int, is_cut: bool
-) -> None:
+def test_one_far_control_does_not_press_the_others_together(made: MadeRun, metric: str, far: int, is_cut: bool) -> None:
     """In a search by accuracy, outliers lie below."""
     made.change_search(metric=metric)
     for trial in made.trials:
@@ -89,7 +79,7 @@ def test_one_far_control_does_not_press_the_others_together(
             rung.model_copy(update={"loss": rung.loss + shift, "accuracy": rung.loss + shift}) for rung in trial.rungs
         ]
         made.write(trial, rungs=tuple(rungs))
-    chart = chart_of(made, name)
+    chart = chart_of(made, "pareto")
     shown = [point["score"] for point in chart.spec["data"]["values"] if point["trial"]]
     scales = [layer["encoding"]["y"]["scale"] for layer in chart.spec["layer"] if "y" in layer["encoding"]]
     assert all(("clamp" in scale) == is_cut for scale in scales)
@@ -99,29 +89,27 @@ def test_one_far_control_does_not_press_the_others_together(
     assert chart.png().startswith(b"\x89PNG")
 
 
-def test_the_best_so_far_goes_on_and_the_winner_is_marked(made: MadeRun) -> None:
+def test_the_winner_is_marked(made: MadeRun) -> None:
     """Fresh rows chose the winner, so it may not have the best score; without a mark nobody would find it."""
     made.win(made.trials[9])
-    for name in ("pareto", "progress"):
-        assert [point["trial"] for point in values_of(made, name) if point["best"]] == [9]
-        assert "another trial may have a better score" in chart_of(made, name).caption
-        assert drawn(made, name).count(">winner</text>") == 2, "and its halo"
-    for status in ("finished", "stopped"):
-        made.write(made.trials[-1], status=status)
-        line = chart_of(made, "progress").spec["layer"][0]["data"]["values"]
-        assert {each["kind"]: each["trial"] for each in line} == {"searched": 11, "control": 11}
-        assert len(line) == len({(each["kind"], each["trial"]) for each in line})
+    assert [point["trial"] for point in values_of(made, "pareto") if point["best"]] == [9]
+    assert "another trial may have a better score" in chart_of(made, "pareto").caption
+    assert drawn(made, "pareto").count(">winner</text>") == 2, "and its halo"
 
 
-def test_a_given_plan_is_shown_beside_the_trials_of_the_search(made: MadeRun) -> None:
-    before = values_of(made, "progress")
+def test_trials_have_the_colour_of_their_cut(made: MadeRun) -> None:
+    made.write(made.trials[0], cut="base")
+    picture = drawn(made, "pareto")
+    texts = re.findall(r">([^<]+)</text>", picture)
+    assert [text for text in texts if text.endswith("pruned")] == ["not pruned", "20 % pruned"]
+    assert all(colour in picture for colour in CUT_COLORS[:2]) and CUT_COLORS[2] not in picture
+
+
+def test_a_given_plan_is_marked(made: MadeRun) -> None:
     given = made.trials[1].model_copy(update={"index": 12, "origin": "given", "search": "9" * 16})
     made.write(given)
     made.win(given, num_trials=1)
     made.change_search(search="9" * 16, beside=SEARCH)
-    points = values_of(made, "progress")
-    assert points[:-1] == [point | {"best": False} for point in before], "the search's trials are still there"
-    assert (points[-1]["trial"], points[-1]["kind"]) == (12, "given plan")
     [ringed] = [point for point in values_of(made, "pareto") if point["best"]]
     assert (ringed["trial"], ringed["kind"]) == (12, "given plan") and ">given plan</text>" in drawn(made, "pareto")
 
@@ -129,71 +117,30 @@ def test_a_given_plan_is_shown_beside_the_trials_of_the_search(made: MadeRun) ->
 # ---- the model
 
 
-def test_shades_begin_at_the_least_where_none_is_below_zero(made: MadeRun) -> None:
-    """Otherwise a measure that is nearly the same for all groups would be one dark field."""
-    assert shades([0.7, 0.8, 0.9]) == pytest.approx([0.0, 0.5, 1.0])
-    assert shades([-0.1, 0.0, 0.2]) == pytest.approx([-0.5, 0.0, 1.0])
-    assert shades([0.3, 0.3]) == [1.0, 1.0] and not any(shades([0.0, 0.0]))
-    made.change("sensitivity", methods={})
-    assert chart_of(made, "winner").title == "Formats by layer", "with a single format, say"
-
-
-def test_a_plan_is_drawn_in_the_colours_of_its_formats() -> None:
-    """Embeddings and head are rows of their own; the legend has each used format once, smallest first."""
+def test_every_plan_is_a_row_of_bars_in_its_formats_colours() -> None:
+    """Embeddings and head are bars too; the legend has each used format once, smallest first."""
     plan = {"embeddings": "int8", "layers.0.attention": "nf4", "layers.1.mlp": "bf16", "head": "bf16"}
-    methods = made_methods({"nf4": (None, 0.5, 0.3, None), "int8": (0.2, 0.1, 0.1, None), "bf16": (0.0,) * 4}, "kl")
+    methods = made_methods({"nf4": (None, 0.5, -0.3, None), "int8": (0.2, 0.1, 0.1, None), "bf16": (0.0,) * 4}, "kl")
     measured = SensitivityRecord(**STAGE, groups=tuple(plan), methods=methods)
-    run = snapshot(results_of(searched_row([1.0], plan=plan)).model_copy(update={"sensitivity": measured}))
-    assert costs_of(methods["kl"]) == [0.2, 0.5, 0.3, None]
-    chart = plan_map(run, plan)
+    assert costs_of(methods["kl"]) == [0.2, 0.5, -0.3, None]
+    shown = {"3: winner": PrecisionPlan.from_dict(plan, "cut-10"), "1: gp": PrecisionPlan.from_dict(plan)}
+    chart = plan_bars(shown, measured)
     drawn = str(vl_convert.vegalite_to_svg(json.dumps(chart.complete)))
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
     assert [text for text in texts if text in ("nf4", "int8", "bf16")] == ["nf4", "int8", "bf16"]
-    first = texts.index("embeddings")
-    assert texts[first : first + 4] == ["embeddings", "0", "1", "head"]
-    letters = [text for text in texts if text in ("4", "8", "F")]
-    assert sorted(letters) == ["4", "8", "F", "F"]
+    assert [text for text in texts if "pruned" in text] == ["3: winner, 10 % pruned", "1: gp, not pruned"]
     for name in plan.values():
-        assert f'fill="{format_of(name).colour}"' in drawn and f'fill="{format_of(name).ink}"' in drawn
-    assert re.search(r'embeddings; format: int8; [^>]* d="M0,0h124v17', drawn), "it fills its row of two columns"
+        assert f'fill="{format_of(name).colour}"' in drawn
     assert chart.png().startswith(b"\x89PNG")
+    assert plan_bars(shown, None).title == "Formats by group", "with a single format, say"
 
 
-def panels_of(record: Any, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    chart = importance(record, scores)
+def test_what_a_cut_kept_of_each_block_is_drawn() -> None:
+    record = made_prune(made_layer(0, 3, 150), made_layer(1, 4, 200))
+    chart = kept_by_block(record.cuts)
+    values = chart.spec["vconcat"][0]["data"]["values"]
+    assert {(each["cut"], each["group"], each["kept"]) for each in values} == {
+        ("20 % pruned", "0", 0.75),
+        ("20 % pruned", "1", 1.0),
+    }
     assert chart.png().startswith(b"\x89PNG")
-    return {f"{number} {each['title']}": each["data"]["values"] for number, each in enumerate(chart.spec["hconcat"])}
-
-
-def test_importance_is_shown_ranked_beside_what_was_kept() -> None:
-    generator = np.random.default_rng(0)
-    scores = {"0.attention": generator.gamma(2.0, 1.0, 4), "0.mlp": np.array([0.0] * 100 + [1.0] * 100)}
-    record = made_cut(made_layer(0, 3, 150), made_layer(1, 4, 200))
-    found = panels_of(record, scores)
-    assert list(found) == ["0 key/value groups", "1 kept", "2 MLP channels", "3 kept"]
-    shown = [each["importance"] for each in found["0 key/value groups"]]
-    assert shown == sorted(shown) and {each["block"] for each in found["0 key/value groups"]} == {0}
-    np.testing.assert_allclose(sorted(set(shown)), np.log10(np.sort(scores["0.attention"])), atol=1e-3)
-    assert [each["value"] for each in found["1 kept"]] == [0.75, 1.0]
-    assert found["2 MLP channels"][0]["importance"] is None, "log10 of zero would make all other colours the same"
-    units = generator.gamma(2.0, 1.0, 200)
-    assert len(in_columns(units)) == 32 and in_columns(units)[0] == pytest.approx(np.sort(units)[:7].mean())
-
-
-def test_experts_and_whole_blocks_have_panels_of_their_own() -> None:
-    record = made_cut(made_layer(0, 4, 200, experts=6), made_layer(1, 0, 0), made_layer(2, 4, 0, experts=0))
-    scores = {"0.expert": np.arange(1.0, 9.0), "block": np.array([[0, 0.5], [1, 0.1], [2, 0.3]])}
-    found = panels_of(record.model_copy(update={"dropped_blocks": (1,)}), scores)
-    assert list(found) == ["0 experts", "1 kept", "2 whole blocks"]
-    assert [each["value"] for each in found["1 kept"]] == [0.75, 1.0, 0.0], "without experts none is lost"
-    blocks = [(each["value"], each["gone"]) for each in found["2 whole blocks"]]
-    assert blocks == [(0.5, False), (0.1, True), (0.3, False)]
-
-
-def test_the_importance_that_is_written_is_read_back(tmp_path: Path) -> None:
-    kinds = {"attention": torch.tensor([1.0, 2.5], dtype=torch.float64), "mlp": torch.rand(5, dtype=torch.float64)}
-    save_importance(tmp_path, {3: kinds, 11: {"mlp": kinds["mlp"] * 2}}, {3: 0.25, 11: 0.5})
-    found = load_importance(tmp_path)
-    assert set(found) == {"3.attention", "3.mlp", "11.mlp", "block"}
-    assert found["11.mlp"].tolist() == (kinds["mlp"] * 2).tolist()
-    assert found["block"].tolist() == [[3, 0.25], [11, 0.5]]

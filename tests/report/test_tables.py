@@ -167,11 +167,10 @@ def test_the_report_tells_of_search_pruning_and_sensitivities(whole: Results) ->
     assert "reused 5 trials of earlier searches" in text
     assert "It ran in 2 sessions; the last began with 3 trials already recorded. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
-    assert "\n| row | trial | formats | bytes | selection loss | loss minus the winner's | verdict |\n" in text
-    assert "\n| not pruned, knapsack, reused | 2 | 1 nf4, 1 int8 | 100.0 MB | 2.1250 | +0.0625 (no interval) |" in text
-    assert "target 20.00% of all parameters, achieved 19.84%" in text
-    assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
-    assert "| 0 | 4 of 8 | 2 of 4 | 100 of 200 | 50.0% |" in text
+    assert "\n| row | trial | cut | formats | bytes | selection loss | loss minus the winner's | verdict |\n" in text
+    assert "\n| not pruned, knapsack, reused | 2 | 20 % pruned | 1 nf4, 1 int8 | 100.0 MB | 2.1250 | +0.0625" in text
+    assert "Cuts (importance taylor, selection global, compensation none); multiply-adds are" in text
+    assert "\n| 20 % pruned | 19.84% | 120.2 M | 240.5 MB | 100.0% | 2.5000 | 1.5 |\n" in text
 
 
 # ---- Markdown, as a renderer reads it

@@ -83,9 +83,9 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
     named = {"From": "unpruned-knapsack", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001"}
-    named |= {"cut": "base", "search": "this"}
+    named |= {"Cut": "base", "search": "this"}
     formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
-    assert rows[1] == {**named, **formats, "Mean bits": pytest.approx(32 / 6)}
+    assert rows[1] == {**named, **formats, "mean bits": pytest.approx(32 / 6)}
     ends = {}
     for record in (trials()[2], trials()[4]):
         content = read(written, run_name(record)).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
@@ -100,7 +100,7 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     steps = (RUNGS[-1], *RUNGS[:-1])
     assert [metric.display_name for metric in columns.metric_infos] == [f"loss at step {step}" for step in steps]
     assert {info.name for info in columns.hparam_infos} == set(rows[0])
-    assert sorted(rows[0])[:5] == ["#", "From", "MB", "Mean bits", "Status"], "what tells trials apart comes first"
+    assert sorted(rows[0])[:5] == ["#", "Cut", "From", "MB", "Status"], "what tells trials apart comes first"
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 

@@ -16,7 +16,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from qpruner.report.content import Section
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.report.content import Cell, Section
 from qpruner.report.sections import answer
 from qpruner.report.snapshot import Snapshot
 
@@ -36,7 +37,12 @@ def notebook_view(run: Snapshot) -> str:
 
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"kind": lambda part: type(part).__name__, "code": _code, "script_json": _script_json}
+    environment.filters |= {
+        "kind": lambda part: type(part).__name__,
+        "code": _code,
+        "cell": _cell,
+        "script_json": _script_json,
+    }
     return environment
 
 
@@ -60,6 +66,11 @@ def _code(text: str) -> Markup:
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
     )
+
+
+def _cell(cell: Cell) -> Markup:
+    """Draw a plan as a bar per group; turn text between backticks into code elements."""
+    return Markup(cell.bars) if isinstance(cell, PrecisionPlan) else _code(cell)  # noqa: S704 (its texts are escaped)
 
 
 def _script_json(data: Any) -> Markup:

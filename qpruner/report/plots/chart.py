@@ -58,7 +58,7 @@ class Chart:
         return {
             "description": f"{self.title}. {self.caption} {self.mouse_help}".rstrip(),
             "config": CONFIG,
-            **(panels if "hconcat" in self.spec else one_panel),
+            **(panels if "vconcat" in self.spec else one_panel),
             **self.spec,
         }
 
