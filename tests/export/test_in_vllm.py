@@ -15,6 +15,7 @@ import pytest
 import torch
 from broken_exports import DAMAGES, ROWS, damaged
 from final_models import pruned_model, run_of
+from served_models import continued
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpruner.errors import StageError
@@ -56,13 +57,6 @@ def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     tokens: list[int] = json.loads(into.read_text())
-    return tokens
-
-
-def continued(model: Any, ids: list[int]) -> list[int]:
-    model.generation_config.eos_token_id = None
-    made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=32, do_sample=False)
-    tokens: list[int] = made[0, len(ids) :].tolist()
     return tokens
 
 
@@ -124,5 +118,5 @@ def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -
     save_checkpoint(model, tokenizer, folder)
     write_config(json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder), folder)
     ids = tokenizer("The capital of France is")["input_ids"]
-    expected = continued(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    expected = continued(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids, 32)
     assert generated(folder, ids, tmp_path) == expected

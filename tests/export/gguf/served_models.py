@@ -55,16 +55,16 @@ def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: in
     with Llama(file, adapter) as llama:
         found = torch.from_numpy(llama.logits(IDS))
         llama.prefill(IDS)
-        assert llama.decode(num_tokens) == continued(model, num_tokens)
+        assert llama.decode(num_tokens) == continued(model, IDS, num_tokens)
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0].float()
     return float((found - expected).norm() / expected.norm())
 
 
-def continued(model: Any, num_tokens: int) -> list[int]:
+def continued(model: Any, ids: list[int], num_tokens: int) -> list[int]:
     if not num_tokens:
         return []
     model.generation_config.eos_token_id = None
-    ids = model.generate(input_ids=torch.tensor([IDS]), max_new_tokens=num_tokens, do_sample=False)
-    found: list[int] = ids[0, len(IDS) :].tolist()
+    made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False)
+    found: list[int] = made[0, len(ids) :].tolist()
     return found
