@@ -14,7 +14,6 @@ from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import UserError
-from qpruner.models.loading import load_tokenizer
 
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
@@ -46,12 +45,6 @@ _SPECIAL = """
 """
 TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
-
-
-def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding."""
-    for name, value in vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder)).items():
-        getattr(writer, f"add_{name}")(value)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from qpruner.export.gguf.architectures import (
     query_scale,
     rope_parameters,
 )
-from qpruner.export.gguf.vocabulary import add_vocabulary
+from qpruner.export.gguf.vocabulary import stop_ids, vocabulary
 from qpruner.export.recode import formats_of
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
-from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
+from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.quantization.formats import format_of
 from qpruner.runs.storage import retry_storage
 
@@ -64,7 +64,8 @@ def write_gguf(checkpoint: Path, file: Path, name: str, on_progress: OnWork = ig
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
         _add_sizes(writer, config)
         _add_rope(writer, config)
-        add_vocabulary(writer, checkpoint, config.vocab_size)
+        for key, value in vocabulary(load_tokenizer(str(checkpoint)), config.vocab_size, stop_ids(checkpoint)).items():
+            getattr(writer, f"add_{key}")(value)
 
     _write(file, config, describe, tensors, on_progress)
 
