@@ -60,14 +60,10 @@ def inspected(setup: Setup) -> Any:
     train, validation = setup.train_rows, setup.validation_rows
     splits = {"train": train, "validation": validation, "confirmation": validation[:1], "calibration": train[:1]}
     texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
-    samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
-    length = config.calibration.max_length
     preflight.check_device(capability, config, packs=True)
     preflight.check_cut(capability, config, base, cut)
     derived = {"reference": shapes.reference, "expected": shapes.expected}
-    return SimpleNamespace(
-        **vars(shapes), **derived, examples=texts, questions={}, samples=samples, sample_length=length
-    )
+    return SimpleNamespace(**vars(shapes), **derived, examples=texts, questions={})
 
 
 def as_text(length: int) -> Example:

@@ -367,7 +367,7 @@ class Replay:
         finished = sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.index)
         chosen = finalist_positions([trial.score for trial in finished], [trial.control for trial in finished], CONFIRM)
         again = [finished[position] for position in chosen]
-        position = winner_position([[trial.fresh] for trial in again], [trial.control for trial in again])
+        position = winner_position([trial.fresh for trial in again], [trial.control for trial in again])
         return float("inf") if position is None else again[position].loss
 
     def with_patience(self, patience: int) -> Replay:

@@ -60,9 +60,7 @@ def peaks(config: RunConfig) -> dict[str, int]:
         save_file({"none": torch.zeros(1)}, f"{folder}/model.safetensors")
         local = config.model.model_copy(update={"source": folder})
         found = shapes_of(config.model_copy(update={"model": local}), works_here=False, packs=True)
-    calibration = config.calibration
-    parts = {**vars(found), **vars(Rows({}, {}, {}, {}, ())), "samples": {"importance": calibration.num_samples}}
-    inspection = Inspection(**parts, sample_length=calibration.max_length)
+    inspection = Inspection(**vars(found), **vars(Rows({}, {}, {}, {}, ())))
     return {name: work(config, inspection).total for name, work in estimate.works(config).items()}
 
 

@@ -88,9 +88,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
-        "samples": inspection.samples,
         "questions": inspection.num_questions,
-        "sample_length": inspection.sample_length,
     }
 
 
@@ -136,13 +134,11 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
 
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    rows, calibration, samples, questions = facts["rows"], config.calibration, facts["samples"], facts["questions"]
+    rows, calibration, questions = facts["rows"], config.calibration, facts["questions"]
     origin = f"from {rows['calibration']} rows of {'`calibration.data`' if calibration.data else '`data.train`'}"
-    if calibration.token_ids:
-        origin = "of token ids"
-    elif calibration.packing:
+    if calibration.packing:
         origin = f"of {calibration.max_length} tokens packed {origin}"
-    measured = counted(samples["sensitivity"], "row") if config.measured_methods else "none"
+    measured = counted(calibration.num_sensitivity_samples, "row") if config.measured_methods else "none"
     chosen = (rows["confirmation"] + 1) // 2
     scored = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
     scored += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
@@ -152,7 +148,7 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     return [
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
-        f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
+        f"calibration: {counted(calibration.num_samples, 'sample')} {origin} for importance; "
         f"{measured} of `data.train` for the sensitivities",
         *([f"search:      {'; '.join(scored)}"] if scored else []),
         f"test:        {', '.join([_questions(questions['test']), *text])}",

@@ -43,8 +43,6 @@ class CalibrationConfig(Section):
 
     data: tuple[DataSource, ...] | None = None
     """Rows for importance and compensation; null takes the training rows. Sensitivities always use training rows."""
-    token_ids: str | None = None
-    """A JSON file with a list of lists of token ids: samples for importance, in place of `data`."""
     packing: bool = True
     """Join the rows and cut them into samples of exactly `max_length` tokens; if false, each row is a sample."""
     num_samples: Positive = 64

@@ -257,7 +257,4 @@ schema.FinetuneConfig.idle_keys = lambda own: (
 schema.EvaluateConfig.rules = _evaluate_rules
 schema.ServeConfig.rules = _serve_rules
 schema.ServeConfig.idle_keys = lambda own: ((not own.to, "`serve.to` is empty", ("threads",)),)
-schema.CalibrationConfig.idle_keys = lambda own: (
-    (own.token_ids is not None, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),
-)
 schema.RunConfig.rules, schema.RunConfig.idle_keys = _run_rules, _idle_in_run

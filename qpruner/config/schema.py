@@ -378,8 +378,8 @@ class RunConfig(Section):
 
     @property
     def is_searched(self) -> bool:
-        """Whether plans are searched: no plan is given, and there are several formats."""
-        return self.search.plan is None and self.quantize.has_choice
+        """Whether plans are searched: no plan is given, and there are several formats or cuts."""
+        return self.search.plan is None and (self.quantize.has_choice or len(self.prune.cuts) > 1)
 
     @property
     def num_trials(self) -> int:

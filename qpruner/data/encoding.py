@@ -10,9 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
@@ -50,14 +48,10 @@ def encode(
     return encoded
 
 
-def importance_samples(
-    config: RunConfig, examples: Sequence[Example], vocabulary_size: int, tokenizer: Tokenizer
-) -> list[Row]:
-    """Make the samples for measuring importance: from a file of token ids, or from shuffled rows, packed or not."""
-    settings, keys = config.calibration, ("calibration.num_samples", "calibration.max_length")
-    if settings.token_ids:
-        return load_token_ids(Path(settings.token_ids), vocabulary_size)
-    return _calibration_samples(config, examples, tokenizer, *keys, config.data.response_only, settings.packing)
+def importance_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
+    """Make the samples for measuring importance from shuffled rows, packed or not."""
+    keys, packing = ("calibration.num_samples", "calibration.max_length"), config.calibration.packing
+    return _calibration_samples(config, examples, tokenizer, *keys, config.data.response_only, packing)
 
 
 def sensitivity_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
@@ -160,23 +154,6 @@ def text_windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> lis
     ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     parts = [ids[start : start + length] for start in range(0, len(ids), length)]
     return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
-
-
-def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
-    """Read samples from a JSON file with a list of token ids per sample."""
-    token: Any = Annotated[int, Field(strict=True, ge=0, lt=vocabulary_size)]
-    sample: Any = Annotated[list[token], Field(min_length=2)]
-    try:
-        samples = TypeAdapter(Annotated[list[sample], Field(min_length=1)]).validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"`calibration.token_ids`: {path} cannot be read: {error}; name another file") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = "".join(f"[{index}]" for index in problem["loc"])
-        rule = f"it must hold lists of at least two token ids, from 0 to {vocabulary_size - 1} for this model"
-        why = f"{path}{place} is {problem['input']!r:.60}: {problem['msg']}"
-        raise UserError(f"`calibration.token_ids`: {why}; {rule}, such as [[1, 306, 4658], [1, 910]]") from error
-    return [{"input_ids": each, "labels": each} for each in samples]
 
 
 def _has_label(labels: Sequence[int]) -> bool:

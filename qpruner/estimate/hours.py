@@ -174,7 +174,7 @@ class _Tokens:
             each = importance + (0 if settings.compensates_by == "none" else 2)
             passes += each * settings.num_steps - bool(number) * importance if settings.width_units else 0
             passes += 5 if settings.drops_blocks else 0
-        return passes * self._inspection.samples["importance"] * self._inspection.sample_length
+        return passes * self._config.calibration.num_samples * self._config.calibration.max_length
 
     def sensitivity(self) -> float:
         settings, methods = self._config.sensitivity, set(self._config.measured_methods)

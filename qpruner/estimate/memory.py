@@ -134,7 +134,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
         layers = cuttable_layers(inspection.model_config, settings)
         sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
-    length, tokens = inspection.sample_length, calibration.batch_size * inspection.sample_length
+    length, tokens = calibration.max_length, calibration.batch_size * calibration.max_length
     parts["gradient"] = FLOAT32_BYTES * _largest(_blocks(base))  # only one parameter's gradient is held at a time
     parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
     return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
@@ -146,30 +146,30 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in float32.
         parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
-    return Memory(f"compensation on {_samples(inspection)} (`calibration.num_samples`)", parts)
+    return Memory(f"compensation on {_samples(config)} (`calibration.num_samples`)", parts)
 
 
 def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate how the Gram matrices of GPTQ are gathered: all matrices of one block at a time."""
     parts, base = _by_block(config, inspection), inspection.base
-    tokens = config.calibration.batch_size * inspection.sample_length
+    tokens = config.calibration.batch_size * config.calibration.max_length
     parts["activations"] += FLOAT32_BYTES * tokens * _widest_input(base)
     parts["Gram matrices"] = 2 * max(gram_bytes(base, inspection.model_config))
-    return Memory(f"inputs of {_samples(inspection)} (`quantize.rounding`)", parts)
+    return Memory(f"inputs of {_samples(config)} (`quantize.rounding`)", parts)
 
 
 def _by_block(config: RunConfig, inspection: Inspection) -> dict[str, int]:
     """Count a pass of all samples through one block after the other, with masks of one byte per pair of tokens."""
-    length, base = inspection.sample_length, inspection.base
+    length, base = config.calibration.max_length, inspection.base
     each = length * (int(inspection.model_config.hidden_size) * base.element_bytes + length)
     return _weights(base) | {
-        "hidden states": inspection.samples["importance"] * each,
+        "hidden states": config.calibration.num_samples * each,
         "activations": _widest(base, config.calibration.batch_size * length),
     }
 
 
-def _samples(inspection: Inspection) -> str:
-    return f"{inspection.samples['importance']} samples x {inspection.sample_length} tokens"
+def _samples(config: RunConfig) -> str:
+    return f"{config.calibration.num_samples} samples x {config.calibration.max_length} tokens"
 
 
 def _widest_input(layout: Layout) -> int:

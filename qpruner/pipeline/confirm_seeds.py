@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from qpruner.data.measures import over_questions
 from qpruner.pipeline.comparison_rows import job_progress, run_jobs
 from qpruner.pipeline.stage import Stage
-from qpruner.runs.records import Confirmation, KeptScore, TrialRecord, digest_of
+from qpruner.runs.records import Confirmation, FinalistScore, KeptScore, TrialRecord, digest_of
 from qpruner.runs.storage import for_each, published_folders, remove, write_json
 from qpruner.search import choice
 from qpruner.search.trial_records import objective, trial_folder
@@ -46,10 +49,24 @@ def with_further_seeds(
     for at in chosen:
         more = list(itertools.islice(found, len(seeds)))
         gpu_seconds += sum(each.gpu_seconds for each in more)
-        accuracies = [each.accuracy for each in more if each.accuracy is not None]
-        update = {"seed_losses": tuple(each.loss for each in more), "seed_accuracies": tuple(accuracies)}
-        confirmed[at] = confirmations[at].model_copy(update=update)
+        confirmed[at] = _averaged(confirmations[at], more)
     return confirmed, gpu_seconds
+
+
+def _averaged(finalist: Confirmation, more: Sequence[KeptScore]) -> Confirmation:
+    """Average the scores of a finalist over its training seeds, the losses row by row."""
+    scores: list[FinalistScore] = [finalist, *more]
+    rows, seed_losses = [each.losses for each in scores], tuple(each.loss for each in scores)
+    losses = [fmean(row) for row in zip(*rows, strict=True)] if all(rows) else []  # one that diverged has none
+    update = {
+        "loss": fmean(seed_losses),
+        "stderr": over_questions(losses).stderr if losses else math.nan,
+        "losses": tuple(round(each, 5) for each in losses),
+        "seed_losses": seed_losses,
+    }
+    for name in ("accuracy", "accuracy_stderr") if finalist.accuracy is not None else ():
+        update[name] = fmean(getattr(each, name) or 0.0 for each in scores)
+    return finalist.model_copy(update=update)
 
 
 def _scores(stage: Stage[Any], wanted: Sequence[tuple[TrialRecord, int]], job: SearchJob) -> list[KeptScore]:

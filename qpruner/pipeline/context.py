@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,12 +90,10 @@ class Context:
     @cached_property
     def worker_config(self) -> RunConfig:
         """The configuration with absolute paths, because workers run in another current folder."""
-        model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
-        ids = calibration.token_ids
+        model, evaluate = self.config.model, self.config.evaluate
         return self.config.model_copy(
             update={
                 "model": model.model_copy(update={"source": absolute_source(model.source)}),
-                "calibration": calibration.model_copy(update={"token_ids": ids and absolute_source(ids)}),
                 "evaluate": evaluate.model_copy(update={"include_path": include_path(self.config)}),
             }
         )
@@ -136,12 +135,29 @@ class Context:
         """Estimated bytes of a training checkpoint at most: the adapter of the base model and its two Adam moments."""
         return 3 * self.inspection.base.trained_bytes
 
+    def base_groups_of(self, cut: str) -> tuple[str, ...]:
+        """Return the groups of a cut by their names in the base model: blocks that were dropped shift numbers."""
+        count = int(self.inspection.model_config.num_hidden_layers)
+        kept = sorted(set(range(count)) - set(self.record(PruneRecord).cuts[cut].dropped_blocks))
+
+        def in_base(found: re.Match[str]) -> str:
+            return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
+
+        return tuple(re.sub(r"\d+", in_base, group.name, count=1) for group in self.layout_of(cut).groups)
+
     @cached_property
     def space(self) -> SearchSpace:
         """All plans of the cuts that are searched, within the budget."""
-        layout = self.layout_of(self.reference)
-        budget = preflight.budget_bytes(self.config.quantize, layout, self.config.search.pareto)
-        return SearchSpace((PlanSpace.of(layout, budget),))
+        return self.space_with({})
+
+    def space_with(self, error: Mapping[str, Mapping[str, float]]) -> SearchSpace:
+        """Return all plans of the cuts that have one in the budget; `error` is measured, see `PlanSpace.of`."""
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
+        budget = preflight.budget_bytes(self.config.quantize, layouts[self.reference], self.config.search.pareto)
+        spaces = [PlanSpace.of(layout, budget, error, self.base_groups_of(cut)) for cut, layout in layouts.items()]
+        made = self.record(PruneRecord).cuts
+        fitting = tuple(space for space in spaces if space.is_feasible(space.smallest()))
+        return SearchSpace(fitting, {cut: made[cut].loss for cut in layouts})
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:

@@ -11,7 +11,6 @@ A control that no budget can hold is tried with its fewest bytes; it cannot win.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
-from qpruner.runs.records import BankRecord, PruneRecord, SensitivityRecord
+from qpruner.runs.records import BankRecord, SensitivityRecord
 from qpruner.search.choice import best_uniform, controls_of, seed_plan
 from qpruner.search.searchers import Prior
 
@@ -84,24 +83,10 @@ def _unpruned_rises(context: Context, space: PlanSpace) -> Prior:
             known[level] = {name: each for name, each in zip(measured.groups, values, strict=True) if each is not None}
     else:
         known = context.record(BankRecord).error
-    name_of = base_names(context)
+    names = (group.name for group in context.layout_of(context.reference).groups)
+    name_of = dict(zip(names, context.base_groups_of(context.reference), strict=True))
     known = {level: {name_of[name]: value for name, value in of.items()} for level, of in known.items()}
     return {level: [_rise(known, name, level) for name in space.groups] for level in space.levels}
-
-
-def base_names(context: Context) -> dict[str, str]:
-    """Map each group of the pruned model to the group of the base model that it was: dropped blocks shift numbers."""
-    dropped = context.record(PruneRecord).cuts[context.reference].dropped_blocks
-    count = int(context.inspection.model_config.num_hidden_layers)
-    kept = sorted(set(range(count)) - set(dropped))
-
-    def in_base(found: re.Match[str]) -> str:
-        return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
-
-    return {
-        group.name: re.sub(r"\d+", in_base, group.name, count=1)
-        for group in context.layout_of(context.reference).groups
-    }
 
 
 def _rise(known: Mapping[str, Mapping[str, float]], group: str, level: str) -> float:

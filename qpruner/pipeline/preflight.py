@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qpruner.config.pruning import RATES
 from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
-from qpruner.data.encoding import load_token_ids
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
@@ -63,12 +62,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Inspection(Shapes, Rows):
-    """Everything known about a run before its first stage: shapes, rows, questions and samples."""
-
-    samples: dict[str, int]
-    """Number of `importance` and `sensitivity` samples."""
-    sample_length: int
-    """Number of tokens of the longest `importance` sample."""
+    """Everything known about a run before its first stage: shapes, rows and questions."""
 
 
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
@@ -81,27 +75,20 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _, shapes, rows = together(
         lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
     )
-    calibration, vocabulary = config.calibration, shapes.model_config.vocab_size
-    num_samples, sample_length = calibration.num_samples, calibration.max_length
-    if calibration.token_ids:
-        given = load_token_ids(Path(calibration.token_ids), vocabulary)
-        num_samples, sample_length = len(given), max(len(sample["input_ids"]) for sample in given)
-    _check_positions(config, shapes, sample_length)
-    check_encoding(config, rows.examples, vocabulary)
-    samples = {"importance": num_samples, "sensitivity": calibration.num_sensitivity_samples}
+    _check_positions(config, shapes)
+    check_encoding(config, rows.examples)
     parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_few_trials(config))}
-    return Inspection(**parts, samples=samples, sample_length=sample_length)
+    return Inspection(**parts)
 
 
-def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> None:
+def _check_positions(config: RunConfig, shapes: Shapes) -> None:
     """Raise an error if rows or samples are longer than the learned position table of the model."""
     model_config = shapes.model_config
     if not family_of(model_config).has_learned_positions:
         return
     lengths = {"data.max_length": config.data.max_length}
     if not all(cut.settings.is_off for cut in shapes.cuts.values()):
-        key = "calibration.token_ids" if config.calibration.token_ids else "calibration.max_length"
-        lengths[key] = sample_length
+        lengths["calibration.max_length"] = config.calibration.max_length
     for name, length in lengths.items():
         if length > (most := int(model_config.max_position_embeddings)):
             raise UserError(
@@ -122,8 +109,10 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     if works_here:
         check_device(capability, config, packs)
 
+    key = next(key for key in RATES if getattr(config.prune, key) is not None)
+
     def checked(settings: PruneConfig) -> Cut:
-        cut = _planned(settings, model_config)
+        cut = _planned(settings, model_config, key)
         if works_here and packs:
             check_cut(capability, config, model_config, cut)
         return cut
@@ -207,8 +196,8 @@ def uncut(settings: PruneConfig) -> PruneConfig:
     return settings.model_copy(update={"rates": None, "rate": 0.0, "layer_rate": None})
 
 
-def _planned(settings: PruneConfig, model_config: Any) -> Cut:
-    """Plan a cut; the errors name its rate."""
+def _planned(settings: PruneConfig, model_config: Any, key: str) -> Cut:
+    """Plan a cut; the errors name its rate, which stands under this key of `prune`."""
     from qpruner.pruning.prune import planned_cut
 
     if is_pruned(model_config):
@@ -216,8 +205,8 @@ def _planned(settings: PruneConfig, model_config: Any) -> Cut:
     try:
         return planned_cut(model_config, settings)
     except UserError as error:
-        key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
-        raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
+        rate = settings.rate if settings.layer_rate is None else settings.layer_rate
+        raise UserError(f"{error} (`prune.{key}`: {rate:g})") from error
 
 
 def check_quantizable(model_config: Any) -> None:

@@ -234,7 +234,7 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     return found
 
 
-def check_encoding(config: RunConfig, examples: dict[str, list[Example]], vocabulary: int) -> None:
+def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
     """Raise an error if the tokenizer cannot encode the rows or the calibration text is too short.
 
     The tokenizer of a .gguf file takes 15 s to convert, so only `prepare` checks it.
@@ -256,5 +256,5 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]], vocabu
             encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
-    importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+    importance_samples(config, examples["calibration"], tokenizer)
     sensitivity_samples(config, examples["train"], tokenizer)

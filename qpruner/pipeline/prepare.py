@@ -82,8 +82,7 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     }
     if settings.packing:
         splits["train"] = pack(splits["train"], settings.max_length)
-    vocabulary = context.inspection.model_config.vocab_size
-    splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+    splits["importance"] = importance_samples(config, examples["calibration"], tokenizer)
     splits["sensitivity"] = sensitivity_samples(config, examples["train"], tokenizer)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
@@ -97,8 +96,6 @@ def _source_digests(config: RunConfig) -> list[str]:
     names = [source.source for source in sources] + [config.model.source]
     paths = [Path(resolve_source(name, "source")) for name in names]
     files = [path for path in paths if path.is_file()]
-    if config.calibration.token_ids:
-        files.append(Path(config.calibration.token_ids))
     if paths[-1].is_dir():
         files += sorted(path for path in paths[-1].rglob("*") if path.is_file())
     return [file_digest(path) for path in files]

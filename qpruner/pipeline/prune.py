@@ -20,7 +20,7 @@ from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import multiply_adds
-from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
+from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights
 from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, uncut
 from qpruner.pipeline.prepare import loading_progress
@@ -137,14 +137,14 @@ class Prune(Stage[PruneRecord]):
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
-        found, earlier = dict[str, CutRecord](), None
+        run, found, earlier = self.context.run_dir, dict[str, CutRecord](), None
         with suppress(CorruptFile):
-            earlier = self.context.run_dir.read_record(self.name, PruneRecord)
+            earlier = run.read_record(self.name, PruneRecord)
         for name, each in wanted.items():
-            record = earlier.cuts.get(name) if earlier else None
-            if each.folder:
-                record = read_cut(each.folder)
-            if record and record.digest == each.digest and (not each.folder or super().is_complete(each.folder)):
+            record = None if each.folder or not earlier else earlier.cuts.get(name)
+            if each.folder and super().is_complete(each.folder) and storage_at(each.folder).read_list():
+                record = self.read_intact(each.folder / CUT_FILE, CutRecord, run.root, "the cut is made again")
+            if record and record.digest == each.digest:
                 found[name] = record
         return found
 
@@ -235,8 +235,8 @@ def make_in_memory(
     """Make the cuts of the base model without saving them."""
     with tempfile.TemporaryDirectory() as scratch:
         source = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune")).path
-        tokenizer, vocabulary = load_tokenizer(source), load_model_config(config.model).vocab_size
-        samples = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+        tokenizer = load_tokenizer(source)
+        samples = importance_samples(config, examples["calibration"], tokenizer)
         rows = sensitivity_samples(config, examples["train"], tokenizer)
         wanted = {name: Wanted(settings, "", None) for name, settings in asked.items()}
         return Cutter(config, source, samples, rows, cache, emit).make(wanted)
@@ -323,9 +323,8 @@ class Cutter:
         pruned = prune(model, settings, self._samples, config.seed, self._on_work, self._first)
         peak_bytes = memory.bytes()
         if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-            self._emit(
-                Message("prune", "warning: nothing was cut: `prune.rate` is under half of the smallest cut; raise it")
-            )
+            why = f"{target_text(settings)} is under half of the smallest cut; raise it"
+            self._emit(Message("prune", f"warning: nothing was cut: {why}"))
         loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
         return pruned, {

@@ -21,10 +21,9 @@ from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.confirm_seeds import with_further_seeds
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import base_names, controls
+from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
-from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
@@ -80,7 +79,7 @@ class Search(Stage[SearchRecord]):
         space, method = self.context.space, self.config.search.plan_method
         if method:
             return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space.spaces[0])
-        if self.context.plan_in_file or self.config.quantize.has_choice:
+        if self.context.plan_in_file or self.config.is_searched:
             return self.context.plan_in_file
         return space.spaces[0].smallest()
 
@@ -247,10 +246,20 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        error, groups = context.record(BankRecord).error, tuple(base_names(context).values())
-        space = PlanSpace.of(context.layout_of(context.reference), context.space.budget_bytes, error, groups)
         cuts = dict.fromkeys((*context.cuts, UNPRUNED))
-        priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
+        groups = [group.name for group in context.layout_of(context.reference).groups]
+        in_base = dict(zip(groups, context.base_groups_of(context.reference), strict=True))
+        error = context.record(BankRecord).error
+        space = context.space_with({level: {in_base[name]: of[name] for name in of} for level, of in error.items()})
+        at = {name: position for position, name in enumerate(in_base.values())}
+        methods = context.record(SensitivityRecord).methods
+        priors = {
+            name: {
+                level: [values[at[group]] if group in at else None for group in space.groups]
+                for level, values in method.values.items()
+            }
+            for name, method in methods.items()
+        }
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
@@ -260,7 +269,7 @@ class Search(Stage[SearchRecord]):
                 context.data,
             ),
             layouts={cut: context.layout_of(cut) for cut in cuts},
-            space=SearchSpace((space,)),
+            space=space,
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,
             trials=self.folder,
@@ -402,8 +411,9 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
-    by_seed = [[objective(score, job.config) for score in each.by_seed] for each in confirmations]
-    position = choice.winner_position(by_seed, [each.control for each in confirmations])
+    scores = [objective(each, job.config) for each in confirmations]
+    num_seeds = [len(each.seed_losses) for each in confirmations]
+    position = choice.winner_position(scores, [each.control for each in confirmations], num_seeds)
     return None if position is None else confirmations[position]
 
 

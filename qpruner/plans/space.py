@@ -64,15 +64,18 @@ class PlanSpace:
         error: Mapping[str, Mapping[str, float]] | None = None,
         base_groups: tuple[str, ...] = (),
     ) -> PlanSpace:
-        """Make the plan space of a model with this budget; `error` is measured: format -> group -> relative square."""
+        """Make the plan space of a cut with this budget.
+
+        `error` is measured: format -> group of the base model -> relative square; it counts for all cuts.
+        """
         levels, groups = layout.levels, tuple(group.name for group in layout.groups)
         group_bytes = tuple(zip(*map(layout.group_bytes, levels), strict=True))
         fixed_bytes = layout.ungrouped_bytes + layout.adapter_bytes
         damage: tuple[tuple[float | None, ...], ...] = ()
         if error:
             damage = tuple(
-                tuple(_error_of(name, group.name, error) if name in group.formats else None for name in levels)
-                for group in layout.groups
+                tuple(_error_of(level, name, error) if level in group.formats else None for level in levels)
+                for group, name in zip(layout.groups, base_groups or groups, strict=True)
             )
         return cls(groups, levels, group_bytes, fixed_bytes, budget_bytes, layout.cut, damage, base_groups)
 
@@ -216,8 +219,8 @@ class PlanSpace:
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))
 
 
-def _error_of(name: str, group: str, error: Mapping[str, Mapping[str, float]]) -> float:
-    return error[name][group] if format_of(name).is_packed else 0.0
+def _error_of(level: str, group: str, error: Mapping[str, Mapping[str, float]]) -> float | None:
+    return error.get(level, {}).get(group) if format_of(level).is_packed else 0.0
 
 
 @dataclass(frozen=True)

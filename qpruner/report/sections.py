@@ -116,6 +116,7 @@ def search_text(search: SearchRecord) -> list[str]:
     )
     if search.num_reused:
         text += f" It reused {counted(search.num_reused, 'trial')} of earlier searches."
+    text += rungs_text(search)
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
         text += f" It ran in {search.sessions} sessions; the last began with {before} already recorded."
@@ -130,6 +131,16 @@ def search_text(search: SearchRecord) -> list[str]:
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
     return [text, f"{best} {best_control_text(search)}".strip()]
+
+
+def rungs_text(search: SearchRecord) -> str:
+    """Say how well each rung orders the finished trials, within and across cuts; empty if no two have finished."""
+    parts = []
+    for rung in search.rungs:
+        known = {"within": rung.within, "across": rung.across}
+        values = [f"{value:+.2f} {name} cuts" for name, value in known.items() if value is not None]
+        parts += [f"{' and '.join(values)} at step {rung.step}"] if values else []
+    return f" Agreement of rungs with the last one (Kendall's tau): {', '.join(parts)}." if parts else ""
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:

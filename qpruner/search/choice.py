@@ -6,7 +6,6 @@ The replays in `benchmarks/` call these functions too, so they choose plans as a
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -142,14 +141,15 @@ def contenders(
     return sorted(at for at in chosen if not losses or at == ranked[0] or not is_told_apart(at))
 
 
-def winner_position(by_seed: Sequence[Sequence[float]], are_controls: Sequence[bool]) -> int | None:
-    """Return which finalist wins: the lowest mean of its scores on fresh rows, one a training seed; controls win ties.
+def winner_position(
+    fresh: Sequence[float], are_controls: Sequence[bool], num_seeds: Sequence[int] | None = None
+) -> int | None:
+    """Return which finalist wins: the lowest score on fresh rows, a mean over training seeds; controls win ties.
 
     Only those with the most seeds can win (see `contenders`). None without finalists.
     """
-    most = max(map(len, by_seed), default=0)
-    allowed = [at for at, scores in enumerate(by_seed) if len(scores) == most]
-    return min(allowed, key=lambda at: (statistics.fmean(by_seed[at]), not are_controls[at], at), default=None)
+    allowed = [at for at in range(len(fresh)) if num_seeds is None or num_seeds[at] == max(num_seeds)]
+    return min(allowed, key=lambda at: (fresh[at], not are_controls[at], at), default=None)
 
 
 def non_dominated(points: Sequence[Point]) -> list[int]:

@@ -2,9 +2,9 @@
 
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
 under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are the best
-plans for sampled effects (an effect is what a level of a group adds to the score), plans improved from those, and
-neighbours of the best plans. For a Pareto front the improvement is that of the hypervolume, summed over ranges of
-bytes. Each range has its own plan to beat.
+plans of every cut for sampled effects (an effect is what a level of a group adds to the score), plans improved from
+those, and neighbours of the best plans, also with other cuts. For a Pareto front the improvement is that of the
+hypervolume, summed over ranges of bytes. Each range has its own plan to beat.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.plans.space import PlanSpace, SearchSpace
+from qpruner.plans.space import SearchSpace
 from qpruner.search.plan_model import Data, PlanModel, informative, settled
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior, Proposal
@@ -60,7 +60,7 @@ class GaussianProcessProposer:
 
     def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False) -> None:
         self._seed, self._pareto = seed, pareto
-        self._model, self._plans = PlanModel(space.spaces[0], priors), Plans(space.spaces[0])
+        self._model, self._plans = PlanModel(space, priors), Plans(space)
         self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
 
     @_one_thread()
@@ -76,7 +76,7 @@ class GaussianProcessProposer:
         goal = _goal(posterior, self._plans, known, self._pareto)
         candidates, values = self._candidates(posterior, goal, seen, generator)
         if not len(candidates):
-            return Proposal(self._plans.space.plan_of(self._plans.smallest))
+            return Proposal(self._plans.space.plan_of(self._plans.smallest[0]))
         best = int(values.argmax())
         plan = self._plans.space.plan_of(candidates[best])
         if len(history.observations) < 2:  # without a scale of the scores an improvement has no unit
@@ -95,7 +95,7 @@ class GaussianProcessProposer:
     def _candidates(
         self, posterior: Posterior, goal: Goal, seen: set[bytes], generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return new plans ``(n, groups)`` and the log expected improvement ``(n,)`` of each."""
+        """Return new plans ``(n, groups + 1)`` and the log expected improvement ``(n,)`` of each."""
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
             return candidates, goal.log_improvement(posterior, candidates)
@@ -104,7 +104,7 @@ class GaussianProcessProposer:
         centers, candidates, values = goal.centers, tried[:0], torch.zeros(0, dtype=torch.float64)
         for _ in range(1 + NUM_CLIMBS):
             around = [self._plans.neighbours(row, effects) for row in centers]
-            more = self._plans.new(torch.cat([tried, *around]), seen)
+            more = self._plans.new(torch.cat([tried, *around, self._plans.moved(centers, effects)]), seen)
             gained = goal.log_improvement(posterior, more)
             stuck = len(values) and not (len(gained) and gained.max() > values.max())
             candidates, values = torch.cat([candidates, more]), torch.cat([values, gained])
@@ -118,12 +118,15 @@ class GaussianProcessProposer:
         effects = posterior.effects(torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects))))
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
         if self._pareto:
-            lowest = self._plans.bytes.amin(1).sum()
+            lowest = self._plans.sizes(self._plans.smallest).min()
             capacities = lowest + (capacities - lowest) * torch.tensor(generator.uniform(size=len(effects)))
+        num_cuts = len(self._plans.bytes)
+        cuts = torch.arange(num_cuts).repeat_interleave(len(effects))
+        effects, capacities = effects.repeat(num_cuts, 1, 1), capacities.repeat(num_cuts)
         references = goal.rivals(capacities)
-        plans = [self._plans.knapsacks(effects, capacities)]
+        plans = [self._plans.knapsacks(effects, capacities, cuts)]
         for _ in range(NUM_ASCENTS):
-            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], references), capacities))
+            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], references), capacities, cuts))
         return torch.cat(plans)
 
 
@@ -132,18 +135,18 @@ class Goal:
     """The plans that a new plan has to beat, each in a range of bytes."""
 
     plans: Plans
-    references: Tensor  # (r, groups): the plan to beat in each range
+    references: Tensor  # (r, groups + 1): the plan to beat in each range
     edges: Tensor | None  # (r + 1,): bytes where each range starts and the last ends; None: one range of all bytes
-    centers: Tensor  # (c, groups): plans whose neighbours become candidates
+    centers: Tensor  # (c, groups + 1): plans whose neighbours become candidates
 
     def rivals(self, capacities: Tensor) -> Tensor:
-        """Return the reference plan ``(n, groups)`` to beat at each size in bytes ``(n,)``."""
+        """Return the reference plan ``(n, groups + 1)`` to beat at each size in bytes ``(n,)``."""
         if self.edges is None:
             return self.references.expand(len(capacities), -1)
         return self.references[torch.searchsorted(self.edges[1:-1].to(capacities.dtype), capacities, right=True)]
 
     def log_improvement(self, posterior: Posterior, candidates: Tensor) -> Tensor:
-        """Compute the logarithm ``(n,)`` of the expected improvement in score of plans ``(n, groups)``."""
+        """Compute the logarithm ``(n,)`` of the expected improvement in score of plans ``(n, groups + 1)``."""
         mean, variance = posterior.gap(candidates, self.references)
         # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
         scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
@@ -173,7 +176,7 @@ class _Marginals(Model):  # type: ignore[misc]
 
 def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = False) -> Goal:
     """Return the goal: to beat the best of the plans `known` or, with `pareto`, to add to their hypervolume."""
-    inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
+    inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest])
     means = posterior.mean(inside)
     if not pareto:
         order = means.argsort()
@@ -184,43 +187,51 @@ def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = Fals
     front = inside[order[leads]]
     # The worst score bounds the hypervolume: it is the one to beat at sizes below those of the front.
     references = torch.cat([inside[means.argmax()][None], front])
-    lightest, heaviest = plans.bytes.amin(1).sum(), torch.tensor(plans.capacity)
+    lightest, heaviest = plans.sizes(plans.smallest).min(), torch.tensor(plans.capacity)
     edge = heaviest + 0.01 * (heaviest - lightest)
     return Goal(plans, references, torch.cat([lightest[None], plans.sizes(front), edge[None]]), front)
 
 
 class Plans:
-    """Plans of a space as tensors of level indices ``(n, groups)``, int64, with their bytes and the budget."""
+    """Plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, with the bytes of their models and the budget."""
 
-    def __init__(self, space: PlanSpace) -> None:
+    def __init__(self, space: SearchSpace) -> None:
         self.space = space
         # A level that a group is not offered has the bytes of the group's last level.
         filled = [
-            [sizes[offered[-1]] if size is None else size for size in sizes]
-            for sizes, offered in zip(space.group_bytes, space.offered, strict=True)
+            [
+                [sizes[offered[-1]] if size is None else size for size in sizes]
+                for sizes, offered in zip(each.group_bytes, each.offered, strict=True)
+            ]
+            for each in space.aligned
         ]
-        self.bytes = torch.tensor(filled)
-        self.is_offered = torch.tensor([[size is not None for size in sizes] for sizes in space.group_bytes])
-        self.capacity = space.budget_bytes - space.fixed_bytes
-        self.smallest = self.bytes.masked_fill(~self.is_offered, torch.iinfo(torch.int64).max).argmin(1)
-        self._rows = torch.arange(len(space.groups))
+        self.bytes = torch.tensor(filled)  # (cuts, groups, levels)
+        self.is_offered = torch.tensor(
+            [[[size is not None for size in sizes] for sizes in each.group_bytes] for each in space.aligned]
+        )
+        self._fixed = torch.tensor([each.fixed_bytes for each in space.aligned])
+        self.capacity = space.budget_bytes
+        self._rows, self._cuts = torch.arange(len(space.groups)), torch.arange(len(space.cuts))
+        smallest = self.bytes.masked_fill(~self.is_offered, torch.iinfo(torch.int64).max).argmin(2)
+        self.smallest = torch.cat([smallest, self._cuts[:, None]], 1)  # of every cut
 
     @cached_property
     def all(self) -> Tensor | None:
         """Enumerate the plans inside the budget; None if the space has too many plans."""
-        if math.prod(map(len, self.space.offered)) > MAX_ENUMERATED:
+        if sum(math.prod(map(len, each.offered)) for each in self.space.aligned) > MAX_ENUMERATED:
             return None
-        plans = torch.tensor(list(itertools.product(*self.space.offered)))
+        of_cuts = [itertools.product(*each.offered, [at]) for at, each in enumerate(self.space.aligned)]
+        plans = torch.tensor(list(itertools.chain(*of_cuts)))
         return plans[self.sizes(plans) <= self.capacity]
 
     def tensor(self, plans: Iterable[PrecisionPlan]) -> Tensor:
-        """Convert plans to level indices ``(n, groups)``."""
+        """Convert plans to rows."""
         rows = [self.space.indices_of(plan) for plan in plans]
-        return torch.tensor(rows, dtype=torch.long).reshape(-1, len(self.space.groups))
+        return torch.tensor(rows, dtype=torch.long).reshape(-1, len(self.space.groups) + 1)
 
     def sizes(self, plans: Tensor) -> Tensor:
-        """Return the bytes ``(n,)`` of all groups of each plan."""
-        return self.bytes[self._rows, plans].sum(1)
+        """Return the bytes ``(n,)`` of the model of each plan."""
+        return self.bytes[plans[:, -1:], self._rows, plans[:, :-1]].sum(1) + self._fixed[plans[:, -1]]
 
     def new(self, plans: Tensor, seen: set[bytes]) -> Tensor:
         """Return the plans that are inside the budget and not in `seen`, and add them to `seen`."""
@@ -234,44 +245,47 @@ class Plans:
 
     def random(self, generator: np.random.Generator) -> Tensor:
         """Draw a plan that fills the budget: no group can get a larger level any more."""
-        worth = torch.tensor(generator.exponential(size=self.bytes.shape))
-        costs = -worth.cumsum(1).gather(1, self.bytes.argsort(1).argsort(1))
-        return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64))[0]
+        worth = torch.tensor(generator.exponential(size=self.bytes.shape[1:]))
+        cut = self._cuts[[int(generator.integers(len(self._cuts)))]]
+        costs = -worth.cumsum(1).gather(1, self.bytes[cut][0].argsort(1).argsort(1))
+        return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64), cut)[0]
 
-    def knapsacks(self, costs: Tensor, capacities: Tensor) -> Tensor:
-        """Find plans ``(s, groups)`` of nearly least cost ``(s, groups, levels)``, each inside a capacity ``(s,)``.
+    def knapsacks(self, costs: Tensor, capacities: Tensor, cuts: Tensor) -> Tensor:
+        """Find plans ``(s, groups + 1)`` of cuts ``(s,)`` of nearly least cost ``(s, groups, levels)``.
 
-        Bisect a price per byte (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
+        Each is inside a capacity ``(s,)`` of bytes, or the smallest of its cut. Bisect a price per byte (Lagrange's
+        relaxation) for a first plan, then raise groups as long as bytes are left.
         """
-        bytes_ = self.bytes.to(torch.float64)
-        steps = bytes_.sort(1).values.diff(dim=1)
+        bytes_, capacities = self.bytes[cuts].to(torch.float64), capacities - self._fixed[cuts]
+        steps = bytes_.sort(2).values.diff(dim=2)
         spread = (costs.amax((1, 2)) - costs.amin((1, 2))).clamp_min(1e-300)
-        costs = costs.masked_fill(~self.is_offered, math.inf)
+        costs = costs.masked_fill(~self.is_offered[cuts], math.inf)
         least = steps[steps > 0].min() if bool((steps > 0).any()) else 1.0
         low, high = torch.zeros_like(spread), 2 * spread / least
         for _ in range(30):
             price = (low + high) / 2
             plans = (costs + price[:, None, None] * bytes_).argmin(2)
-            over = self.sizes(plans) > capacities
+            over = bytes_.gather(2, plans[:, :, None]).sum((1, 2)) > capacities
             low, high = torch.where(over, price, low), torch.where(over, high, price)
         plans = (costs + high[:, None, None] * bytes_).argmin(2)
         while True:
-            room = capacities - self.sizes(plans)
             current = plans[:, :, None]
-            growth = bytes_ - bytes_.expand_as(costs).gather(2, current)
+            taken = bytes_.gather(2, current)
+            room, growth = capacities - taken.sum((1, 2)), bytes_ - taken
             gain = (costs.gather(2, current) - costs).masked_fill(growth > room[:, None, None], 0).flatten(1)
             best, at = gain.max(1)
             rows = torch.nonzero(best > 0)[:, 0]
             if not len(rows):
-                return plans
+                return torch.cat([plans, cuts[:, None]], 1)
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
         """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise a group and lower another."""
-        growth = self.bytes - self.bytes[self._rows, plan][:, None]
-        rise = effects - effects[self._rows, plan][:, None]
+        levels, bytes_ = plan[:-1], self.bytes[plan[-1]]
+        growth = bytes_ - bytes_[self._rows, levels][:, None]
+        rise = effects - effects[self._rows, levels][:, None]
         room = self.capacity - self.sizes(plan[None])[0]
-        others = self.is_offered & (torch.arange(growth.shape[1]) != plan[:, None])
+        others = self.is_offered[plan[-1]] & (torch.arange(growth.shape[1]) != levels[:, None])
         moves = torch.nonzero(others)
         ups, downs = torch.nonzero(others & (growth > 0)), torch.nonzero(others & (growth < 0))
         paid = growth[tuple(ups.T)][:, None] + growth[tuple(downs.T)] <= room
@@ -284,3 +298,13 @@ class Plans:
         for changed in (up, down):
             swaps[torch.arange(len(chosen)), changed[:, 0]] = changed[:, 1]
         return torch.cat([singles, swaps])
+
+    def moved(self, plans: Tensor, effects: Tensor) -> Tensor:
+        """Return the plans with every other cut, with as few other levels as its bytes need."""
+        cuts = self._cuts.repeat_interleave(len(plans))
+        others = cuts != plans[:, -1].repeat(len(self._cuts))
+        levels = plans[:, :-1].repeat(len(self._cuts), 1)[others]
+        changed = torch.arange(effects.shape[1]) != levels[:, :, None]
+        costs = effects + changed * (effects.max() - effects.min()) * 2
+        capacities = torch.full((len(levels),), float(self.capacity), dtype=torch.float64)
+        return self.knapsacks(costs, capacities, cuts[others])

@@ -1,7 +1,8 @@
 """The prior of the searcher `gp`: the expected score of a plan before any score is known.
 
-A plan's score is mostly a sum over its groups. So the prior is a Bayesian linear model of the effects of groups, from
-their sensitivities, bytes, sublayer and block. The module `posterior` adds interactions and rungs.
+A plan's score is mostly a sum over its cut and its groups. So the prior is a Bayesian linear model of their effects: of
+the cut from the loss after it, and of groups from their sensitivities, bytes, sublayer and block. Groups have the same
+effects in all cuts. The module `posterior` adds interactions and rungs.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qpruner.plans.space import PlanSpace
+from qpruner.plans.space import SearchSpace
 from qpruner.quantization.formats import format_of
 from qpruner.search.searchers import History, Observation, Prior
 
@@ -27,9 +29,11 @@ SHARES = {
     "level": (0.001, 1.5),
     "methods": (0.1, 1.0),
     "sensitive": (0.1, 1.0),
+    "cut": (1.0, 2.0),
+    "loss": (1.0, 2.0),
 }
-"""Priors of the additive terms' variances, as shares of the scores' variance over random plans; see `PlanModel`. All
-priors here are log-normal: (median, standard deviation of the logarithm)."""
+"""Priors of the additive terms' variances, as shares of the scores' variance over random plans of a cut; see
+`PlanModel`. All priors here are log-normal: (median, standard deviation of the logarithm)."""
 OTHERS = {
     "pairwise": (0.01, 1.5),
     "local": (0.01, 1.5),
@@ -40,6 +44,8 @@ OTHERS = {
 }
 """Priors of the other hyperparameters: variances of interactions (`pairwise`, `local`); share of differing groups over
 which `local` decays; variance of repeated scores; decay of correlation per rung; scale of the prior mean."""
+OF_CUTS = {"offset": (1.0, 2.0)}
+"""Prior of the variance of a cut's own level at each rung, if there are several cuts: one may recover late."""
 AMPLITUDE = (1.2, 0.4)  # prior of the size of effects at a lower rung, relative to the last rung
 
 
@@ -57,17 +63,22 @@ class PlanModel:
     - `group`: an independent effect for every group, with one variance for each kind;
     - `sensitive`: the mean of the sensitivities times an independent factor for every group;
     - `level`: an independent effect for every level between a group's lowest and highest;
-    - `methods`: one term for each sensitivity, proportional to it.
+    - `methods`: one term for each sensitivity, proportional to it;
+    - `cut`: an independent effect for every cut, if there are several;
+    - `loss`: proportional to the loss after the cut (`SearchSpace.losses`).
 
     `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
     effect is proportional to the mean of the `priors`, each scaled to variance 1; if all are 0, to the bytes saved.
     """
 
-    def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
-        self.space = space
+    def __init__(self, whole: SearchSpace, priors: Mapping[str, Prior]) -> None:
+        self.space = space = whole.whole
         num_groups, num_levels = len(space.groups), len(space.levels)
         self.num_groups, self.num_levels = num_groups, num_levels
-        self.num_effects = num_groups * (num_levels - 1)
+        self.num_cuts = len(whole.cuts) if len(whole.cuts) > 1 else 0
+        """Cuts that have an effect: none if there is one only."""
+        of_groups = num_groups * (num_levels - 1)
+        self.num_effects = of_groups + self.num_cuts
         lower = [set(offered[:-1]) for offered in space.offered]
         self.is_free = torch.tensor([[at in levels for at in range(num_levels - 1)] for levels in lower])
         """Levels ``(groups, levels - 1)`` that have an effect."""
@@ -77,7 +88,7 @@ class PlanModel:
         eye, free = torch.eye(num_levels - 1, dtype=torch.float64), self.is_free.to(torch.float64)
         drawn = [(eye * share - share**2) * torch.outer(row, row) for share, row in zip(shares, free, strict=True)]
         blocks = torch.eye(num_groups, dtype=torch.float64)[:, None, :, None] * torch.stack(drawn)[:, :, None, :]
-        self._feature_covariance = blocks.reshape(self.num_effects, self.num_effects)
+        self._feature_covariance = blocks.reshape(of_groups, of_groups)
         unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
         error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)
@@ -86,16 +97,23 @@ class PlanModel:
         self._size_effects = self._unit(((sizes / size)[:, None] * self._damage).reshape(-1))
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
-        self.mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
-        self.parts = self._covariances(sizes)
+        mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
+        self.mean = pad(mean, (0, self.num_cuts))
+        self.parts = {name: pad(part, (0, self.num_cuts) * 2) for name, part in self._covariances(sizes).items()}
+        self.others = OTHERS | (OF_CUTS if self.num_cuts else {})
+        for name, part in self._covariances_of_cuts(whole).items():
+            self.parts[name] = pad(part, (of_groups, 0) * 2)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert level indices ``(n, groups)`` to centred one-hot features ``(n, effects)``; 0 without effect."""
-        hot = (plans[:, :, None] == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[:, None]
-        return (hot * self.is_free).reshape(len(plans), self.num_effects)
+        """Convert rows ``(n, groups + 1)`` to centred one-hot features ``(n, effects)``; 0 without effect."""
+        levels, cuts = plans[:, :-1, None], plans[:, -1:]
+        hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[:, None]
+        of_cuts = (cuts == torch.arange(self.num_cuts)).to(torch.float64) - 1 / max(1, self.num_cuts)
+        return torch.cat([(hot * self.is_free).flatten(1), of_cuts], 1)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the share of groups in which plans ``(n, groups)`` and ``(m, groups)`` differ, as ``(n, m)``."""
+        """Return the share of groups, ``(n, m)``, in which rows ``(n, groups + 1)`` and ``(m, groups + 1)`` differ."""
+        left, right = left[:, :-1], right[:, :-1]
         agree = torch.zeros(len(left), len(right), dtype=torch.float64)
         for level in range(self.num_levels):
             agree += (left == level).to(torch.float64) @ (right == level).to(torch.float64).T
@@ -139,6 +157,16 @@ class PlanModel:
                 parts[f"group {kind}"] = alone * of_kind
         return parts
 
+    def _covariances_of_cuts(self, space: SearchSpace) -> dict[str, Tensor]:
+        if not self.num_cuts:
+            return {}
+        parts = {"cut": torch.eye(self.num_cuts, dtype=torch.float64) / (1 - 1 / self.num_cuts)}
+        if all(cut in space.losses for cut in space.cuts):
+            losses = torch.tensor([space.losses[cut] for cut in space.cuts], dtype=torch.float64)
+            losses = (losses - losses.mean()) / losses.std(correction=0).clamp_min(1e-300)
+            parts["loss"] = torch.outer(losses, losses)
+        return parts
+
     def _by_level(self, matrix: Tensor) -> Tensor:
         """Repeat each entry ``(groups, groups)`` for all levels of both groups: ``(effects, effects)``."""
         num_levels = self.num_levels - 1
@@ -146,9 +174,7 @@ class PlanModel:
 
     def _method_effects(self, prior: Prior) -> Tensor:
         unknown = [None] * self.num_groups
-        rows = [
-            prior.get(name, unknown) if name == self.space.levels[-1] else prior[name] for name in self.space.levels
-        ]
+        rows = [prior.get(name, unknown) for name in self.space.levels]
         return self._above_reference(list(zip(*rows, strict=True))).reshape(-1)
 
     def _above_reference(self, values: Sequence[Sequence[float | None]]) -> Tensor:
@@ -180,17 +206,17 @@ def _saving(sizes: Sequence[int | None]) -> float:
 class Data:
     """Observations as tensors."""
 
-    plans: Tensor  # (n, groups): level indices
+    plans: Tensor  # (n, groups + 1): rows of `SearchSpace`
     ranks: Tensor  # (n,): 0 is the last rung, 1 the one below it
     scores: Tensor  # (n,)
     num_rungs: int  # rungs of the search, also those of which there is no score here
 
     @classmethod
-    def of(cls, space: PlanSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
+    def of(cls, space: SearchSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
         """Convert observations to tensors; `steps` has the step of every rung."""
         steps, plans = sorted(steps, reverse=True), [space.indices_of(item.plan) for item in observations]
         return cls(
-            torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups)),
+            torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups) + 1),
             torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
             torch.tensor([item.score for item in observations], dtype=torch.float64),
             len(steps),

@@ -14,8 +14,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.linalg import solve_triangular
+from torch.nn.functional import pad
 
-from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, OTHERS, SHARES, Data, PlanModel
+from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, SHARES, Data, PlanModel
 
 JITTER = 1e-8
 MIN_VARIANCE = 1e-9
@@ -27,9 +28,10 @@ OWN = ("group", "sensitive")  # parts in which every group has an effect of its 
 class Posterior:
     """A `PlanModel` conditioned on scores; its methods predict the last rung, in the unit of the score.
 
-    The `pending` plans ``(p, groups)`` are running. Each counts as if its expected score had been observed: the mean
-    stays and the variance falls (kriging believer, Ginsbourger et al. 2010). The hyperparameters are those of
-    `fitted`, a posterior of the same model and rungs. Without it they are fitted to `data`.
+    Plans are rows of `SearchSpace`. The `pending` ones ``(p, groups + 1)`` are running. Each counts as if its expected
+    score had been observed: the mean stays and the variance falls (kriging believer, Ginsbourger et al. 2010). The
+    hyperparameters are those of `fitted`, a posterior of the same model and rungs. Without it they are fitted to
+    `data`.
     """
 
     unit: Tensor
@@ -40,7 +42,7 @@ class Posterior:
 
     def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
         self._model, self._data, num = model, data, len(data.scores)
-        self._names = [*model.parts, *OTHERS]
+        self._names = [*model.parts, *model.others]
         if fitted is None:
             self._learn()
         else:
@@ -59,15 +61,15 @@ class Posterior:
 
     def _learn(self) -> None:
         """Learn the unit, the hyperparameters and the scales of groups' own effects from the scores."""
-        data, num = self._data, len(self._data.scores)
-        beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
+        model, data, num = self._model, self._data, len(self._data.scores)
+        beliefs = [SHARES.get(name.split()[0]) or model.others[name] for name in self._names]
         beliefs += [AMPLITUDE] * max(0, data.num_rungs - 1)
         medians, self._spreads = torch.tensor(beliefs, dtype=torch.float64).T
         self._medians = medians.log()
         # Center and unit are those of the rung with the most scores.
         widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
         self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
-        self._parts = torch.stack(list(self._model.parts.values()))
+        self._parts = torch.stack(list(model.parts.values()))
         self.unit = self._score_unit(widest)
         self.hyper = self._fit()
         self._parts = self._stretched()
@@ -78,7 +80,7 @@ class Posterior:
         return float(self._value("noise").sqrt() * self.unit)
 
     def mean(self, plans: Tensor) -> Tensor:
-        """Return the expected scores ``(n,)`` of plans ``(n, groups)``."""
+        """Return the expected scores ``(n,)`` of plans ``(n, groups + 1)``."""
         return self.marginals(plans)[0]
 
     def marginals(self, plans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +88,8 @@ class Posterior:
         features = self._model.features(plans)
         cross = self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans)))
         additive = (features @ self._covariance * features).sum(1)
-        prior = self._shape(self.hyper, additive, torch.zeros_like(additive)) + CONSTANT_VARIANCE
+        prior = self._shape(self.hyper, additive, torch.zeros_like(additive))
+        prior = prior + CONSTANT_VARIANCE + self._offset(self.hyper)
         mean = self._center + self.unit * (features @ self._effect_mean(self.hyper) + self._weights @ cross)
         return mean, solve_triangular(self._factor, cross, upper=False), prior
 
@@ -133,8 +136,9 @@ class Posterior:
         return self._by_level(mean - spread[:, None] * toward)
 
     def _by_level(self, effects: Tensor) -> Tensor:
-        shaped = effects.reshape(-1, self._model.num_groups, self._model.num_levels - 1)
-        return torch.nn.functional.pad(shaped, (0, 1)) * self.unit
+        of_groups = effects[:, : self._model.num_effects - self._model.num_cuts]
+        shaped = of_groups.reshape(-1, self._model.num_groups, self._model.num_levels - 1)
+        return pad(shaped, (0, 1)) * self.unit
 
     def _value(self, name: str, hyper: Tensor | None = None) -> Tensor:
         return (self.hyper if hyper is None else hyper)[self._names.index(name)].exp()
@@ -163,7 +167,6 @@ class Posterior:
         features = self._model.features(data.plans)
         grams = torch.stack([features @ part @ features.T for part in self._model.parts.values()])
         distance = self._model.mismatches(data.plans, data.plans)
-        same_rung = _rung_mean(data.ranks, data.ranks)
         diagonal = torch.eye(len(data.scores), dtype=torch.float64)
         scores = (data.scores - self._center) / self.unit
 
@@ -172,7 +175,9 @@ class Posterior:
             additive = torch.einsum("c,cnm->nm", hyper[: len(grams)].exp(), grams)
             kernel = self._shape(hyper, additive, distance) * self._rung_factor(hyper, data.ranks, data.ranks)
             noise = self._value("noise", hyper) + JITTER
-            factor = torch.linalg.cholesky(kernel + same_rung + noise * diagonal)
+            factor = torch.linalg.cholesky(
+                kernel + self._levels(hyper, data.plans, data.ranks, data.plans, data.ranks) + noise * diagonal
+            )
             residual = scores - self._prior_mean(hyper, data)
             white = solve_triangular(factor, residual[:, None], upper=False)
             belief = ((hyper - self._medians) / self._spreads) ** 2
@@ -203,7 +208,9 @@ class Posterior:
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         seen = features * self._rung_factor(self.hyper, data.ranks, data.ranks.new_zeros(1))
         distance = self._model.mismatches(data.plans, data.plans)
-        rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _rung_mean(data.ranks, data.ranks) + noise
+        rungs = self._rung_factor(self.hyper, data.ranks, data.ranks)
+        apart = self._levels(self.hyper, data.plans, data.ranks, data.plans, data.ranks) + noise
+        of_groups = self._model.num_groups * levels
         stretch, count = torch.ones_like(mine), self._model.is_free.sum(1).clamp_min(1)
         for _ in range(NUM_STEPS):
             additive = features @ (rest + mine * stretch) @ features.T
@@ -211,8 +218,9 @@ class Posterior:
             white = solve_triangular(factor, seen @ (mine * stretch), upper=False)
             mean = white.T @ solve_triangular(factor, residual[:, None], upper=False)[:, 0]
             square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
-            ratio = (square / mine.diagonal().clamp_min(1e-300)).reshape(-1, levels).sum(1) / count
+            ratio = (square / mine.diagonal().clamp_min(1e-300))[:of_groups].reshape(-1, levels).sum(1) / count
             scales = ((FREEDOM + ratio) / (FREEDOM + 1)).sqrt().repeat_interleave(levels)
+            scales = pad(scales, (0, self._model.num_cuts), value=1.0)
             stretch = torch.outer(scales, scales)
         return torch.where(own[:, None, None], self._parts * stretch, self._parts)
 
@@ -246,9 +254,15 @@ class Posterior:
     def _between(self, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor) -> Tensor:
         additive = self._model.features(plans) @ self._covariance @ self._model.features(others).T
         kernel = self._shape(self.hyper, additive, self._model.mismatches(plans, others))
-        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + _rung_mean(ranks, their_ranks)
+        levels = self._levels(self.hyper, plans, ranks, others, their_ranks)
+        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + levels
 
+    def _levels(self, hyper: Tensor, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor) -> Tensor:
+        """Return the kernel of the mean scores of rungs, of which the prior knows almost nothing, and of cuts there."""
+        same_cut = (plans[:, -1:] == others[:, -1]).to(torch.float64)
+        same_rung = (ranks[:, None] == their_ranks).to(torch.float64)
+        return same_rung * (CONSTANT_VARIANCE + same_cut * self._offset(hyper))
 
-def _rung_mean(ranks: Tensor, their_ranks: Tensor) -> Tensor:
-    """Return the kernel of the rungs' mean scores, by rank of the rungs; the prior knows almost nothing about them."""
-    return CONSTANT_VARIANCE * (ranks[:, None] == their_ranks).to(torch.float64)
+    def _offset(self, hyper: Tensor) -> Tensor:
+        """Return the variance of a cut's own level at each rung; 0 if there is one cut only."""
+        return self._value("offset", hyper) if "offset" in self._names else torch.zeros((), dtype=torch.float64)

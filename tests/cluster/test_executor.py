@@ -226,12 +226,10 @@ def test_workers_find_paths_relative_to_the_driver(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, "data/model")
     shutil.copytree(str(files("qpruner") / "demo"), "data/demo")
-    Path("data/ids.json").write_text("[[1, 2, 3], [4, 5]]")
     raw = with_key(raw_config(Path("data/model"), tmp_path / "run"), "evaluate.include_path", "data/demo/tasks")
-    config = validate_config(with_key(raw, "calibration.token_ids", "data/ids.json"))
+    config = validate_config(raw)
     prepared = run(config, ignore, one_gpu, "prepare").prepare
     assert prepared and prepared.model_path == str(tmp_path / "data/model")
     context = Context(config, RunDir(tmp_path / "run"), ignore, None, inspect(config))
     assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
-    assert context.worker_config.calibration.token_ids == str(tmp_path / "data/ids.json")
     assert context.config.model.source == "data/model", "records and digests keep the path of the configuration"

@@ -33,7 +33,6 @@ IDLE = [
     (BLOCKS + "prune.round_to=32", "prune.round_to", "`prune.units` names whole blocks only"),
     ("prune={rate: 0, importance: taylor}", "prune.importance", "`prune.rate` is 0"),
     ("prune={rate: 0, uniform: true}", "prune.uniform", "`prune.rate` is 0"),
-    ("calibration.token_ids=ids.json", "calibration.num_samples", "`calibration.token_ids` is given"),
     ("quantize.bits=[8, 16]; quantize.double_quant=true", "quantize.double_quant", "nf4 is not among the formats"),
     ("sensitivity={methods: [], batch_size: 2}", "sensitivity.batch_size", "`sensitivity.methods` is empty"),
     ("sensitivity={methods: [fisher], num_shuffles: 2}", "sensitivity.num_shuffles", "lacks mutual_information"),

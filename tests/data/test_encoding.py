@@ -150,7 +150,7 @@ def test_calibration_text_skips_blank_lines(packing: bool, tiny_raw: dict[str, A
     """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence token."""
     rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
     config = validate_config(tiny_raw | {"calibration": {"num_samples": 2, "max_length": 8, "packing": packing}})
-    samples = importance_samples(config, rows, len(with_bos), with_bos)
+    samples = importance_samples(config, rows, with_bos)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one per row with text"
     assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"

@@ -58,8 +58,8 @@ def changed(raw: dict[str, Any]) -> Changed:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """Return a configuration and the inspection changed to its settings of the cut."""
-    cuts, length = (Cut(config.prune, inspection.expected),), config.calibration.max_length
-    return config, replace(inspection, cuts=cuts, sample_length=length)
+    cuts = {inspection.reference.cut: Cut(config.prune, inspection.expected)}
+    return config, replace(inspection, cuts=cuts)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_the_cut_counts_gradients_and_samples(inspection: Inspection, cut: Calla
         blocks = {"prune__units": ["block"], "prune__rate": 0.5, "prune__depth_importance": criterion}
         assert ("logits" in cut(**blocks, prune__compensation="none").parts) == has_gradients
     assert set(cut(prune__rate=0.0).parts) == {"weights"}, "nothing is cut"
-    samples = inspection.samples["importance"]
+    samples = 8  # `calibration.num_samples`
     short = {"prune__importance": "magnitude", "calibration__max_length": 48}
     solved = cut(**short, prune__compensation="least_squares")
     assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)

@@ -23,7 +23,6 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.run import preview, run
-from qpruner.pruning.importance import score
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import CutRecord, PrepareRecord, PruneRecord
 from qpruner.runs.run_dir import RunDir
@@ -211,7 +210,7 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
 def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
     """Only block 1 may be cut, which has fewer parameters than the second rate asks for."""
     raw = changed(raw, rate=None, rates=[0.1, 0.6], first_layer=1)
-    told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rate` is 0.6\)"
+    told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rates`: 0.6\)"
     assert re.search(told, command("check", write_yaml(raw)).output.replace("\n", " "))
     record, folder, events = pruned(raw)
     assert folder.name == "cut-10" and record.target_rate == 0.1
@@ -317,26 +316,6 @@ def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None
     rows = prepared_rows(raw, "sensitivity")
     assert len(rows) == 32
     assert all(train[tuple(row["input_ids"])] == row["labels"] for row in rows), "prompts without a label"
-
-
-def test_given_token_ids_are_the_rows_scored(raw: Raw, tmp_path: Path) -> None:
-    """They replace the drawn samples, to repeat a published run; `num_samples` does not shorten them."""
-    from qpruner.data.calibration import Samples
-
-    drawn = torch.randint(2, 400, (10, 20), generator=torch.Generator().manual_seed(3)).tolist()
-    samples = [*drawn, [9, 8, 7]]
-    (tmp_path / "ids.json").write_text(json.dumps(samples))
-    raw = with_key(raw, "calibration.token_ids", str(tmp_path / "ids.json"))
-    _, folder, _ = pruned(raw)
-    assert [row["input_ids"] for row in prepared_rows(raw, "importance")] == samples
-    model = load_dense(str(raw["model"]["source"]), "bfloat16")
-    rows = [{"input_ids": row, "labels": row} for row in samples]
-    expected = score(model, (0, 1), validate_config(raw).prune, Samples(rows, 1, 10))
-    with np.load(folder / "importance.npz") as scores:
-        np.testing.assert_allclose(scores["0.mlp"], expected[0]["mlp"].numpy(), rtol=1e-6)
-    assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
-    (tmp_path / "ids.json").write_text("[[5, 6, 7, 8, 10]]")
-    assert stages(pruned(raw)[2]) == {"prepare": True, "prune": True}, "other ids in the same file"
 
 
 # ---- the command

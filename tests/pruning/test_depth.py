@@ -16,9 +16,16 @@ from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.compensation import compensate_blocks
 from qpruner.pruning.importance import block_importance
-from qpruner.pruning.prune import FirstScores, Pruned, num_parameters, planned_cut, prune
+from qpruner.pruning.prune import (
+    FirstScores,
+    Pruned,
+    load_importance,
+    num_parameters,
+    planned_cut,
+    prune,
+    save_importance,
+)
 from qpruner.pruning.settings import settled
-from qpruner.report.plots.model import load_importance, save_importance
 
 NUM_BLOCKS = 6
 

@@ -252,10 +252,10 @@ def test_contenders_are_those_a_paired_interval_cannot_exclude() -> None:
 
 
 def test_the_lowest_mean_over_seeds_wins_of_those_that_have_them() -> None:
-    assert winner_position([[1.0, 1.4], [1.1, 1.2], [1.05]], [False] * 3) == 1
-    assert winner_position([[1.0, 1.2], [1.1, 1.1]], [False, True]) == 1, "a control wins ties"
-    assert winner_position([[1.0], [0.9]], [True, False]) == 1
-    assert winner_position([], []) is None
+    assert winner_position([1.2, 1.15, 1.05], [False] * 3, [2, 2, 1]) == 1
+    assert winner_position([1.1, 1.1], [False, True], [2, 2]) == 1, "a control wins ties"
+    assert winner_position([1.0, 0.9], [True, False]) == 1
+    assert winner_position([], [], []) is None
 
 
 def regrets(seed: int) -> list[float]:
@@ -272,8 +272,9 @@ def regrets(seed: int) -> list[float]:
     again = contenders([each[0] for each in scores], are_controls, 3, fresh[:, 0].tolist())
     found = []
     for count in (1, 2, 3):
-        by_seed = [each[: count if at in again else 1] for at, each in enumerate(scores)]
-        best = winner_position(by_seed, are_controls)
+        seeds = [count if at in again else 1 for at in range(len(chosen))]
+        means = [float(np.mean(each[:number])) for each, number in zip(scores, seeds, strict=True)]
+        best = winner_position(means, are_controls, seeds)
         assert best is not None
         found.append(float(true[chosen[best]] - true.min()))
     return found

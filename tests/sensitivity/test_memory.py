@@ -65,7 +65,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
 @pytest.fixture(scope="module")
 def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("memory") / "run")
-    return changed_by(f"quantize.group=block; data.max_length={LENGTH}; sensitivity.max_positions=512", raw)
+    lengths = f"data.max_length={LENGTH}; calibration.max_length={LENGTH}; sensitivity.max_positions=512"
+    return changed_by(f"quantize.group=block; {lengths}", raw)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,6 @@ def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, 
         base=own,
         layouts={"base": own},
         examples={},
-        sample_length=LENGTH,
     )
     if method == "scoring":
         config = validate_config(raw)

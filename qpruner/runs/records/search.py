@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import Record, Recorded, StandardError
@@ -211,18 +210,9 @@ class Confirmation(FinalistScore):
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
     seed_losses: tuple[float, ...] = ()
-    """Losses on the fresh rows after training again under further seeds (`search.confirm_seeds`).
+    """Loss under each training seed, the trial's own first, if it was trained under several (`search.confirm_seeds`).
 
-    Only finalists that could not be told apart from the best have them, and the winner is one of these."""
-    seed_accuracies: tuple[float, ...] = ()
-    """Accuracies on the fresh questions, likewise."""
-
-    @property
-    def by_seed(self) -> tuple[FreshScore, ...]:
-        """The scores under all training seeds, the trial's own first."""
-        accuracies = self.seed_accuracies or (None,) * len(self.seed_losses)
-        more = zip(self.seed_losses, accuracies, strict=True)
-        return (self, *(FreshScore(loss=loss, stderr=math.nan, accuracy=accuracy) for loss, accuracy in more))
+    The scores are then means over these seeds, and the winner is one of the finalists that have them."""
 
 
 class FrontPoint(FreshScore):
