@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.data import measures
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
 from qpruner.runs.records import GIVEN, PAPER, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
 UNIFORM = "uniform"
 """Origin of the rows that give all groups the same format."""
-CONTROLS = {
-    "unpruned-uniform": "not pruned, uniform",
-    "unpruned-knapsack": "not pruned, knapsack",
-    PAPER: "the paper's flow",
-}
-"""Name of a control that users would try instead of a search -> its title."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
@@ -81,8 +75,11 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def control_title(name: str) -> str:
-    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
-    return CONTROLS.get(name) or name.replace("uniform-", "uniform ", 1)
+    """Return a control's name in reports, such as `10 % pruned, uniform`; other names stay."""
+    cut, _, kind = name.rpartition("-")
+    if kind in ("uniform", "knapsack"):
+        return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}"
+    return "the paper's flow" if name == PAPER else name
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:

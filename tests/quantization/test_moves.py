@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import PATTERN, fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import PATTERN, bank_source, final_model, groups_of, logits_of, mixed_model, mixed_plan, token_ids
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,8 +15,8 @@ Model = torch.nn.Module
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Model:
-    names = fill_bank(tiny_model, tmp_path / "bank", tables=("int8",))
-    return mixed_model(tiny_model, tmp_path / "bank", mixed_plan(names, PATTERN) | {EMBEDDINGS: "int8"})
+    bank = bank_source(tiny_model, tmp_path / "bank")
+    return mixed_model(bank, mixed_plan(groups_of(bank), PATTERN) | {EMBEDDINGS: "int8"})
 
 
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:

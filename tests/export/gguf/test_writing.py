@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from conftest import disk_of
-from mixed_models import fill_bank, mixed_plan
+from mixed_models import bank_source, groups_of, mixed_plan
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from served_models import MOST_ERROR, built, error_of, saved, written
@@ -117,9 +117,8 @@ def test_an_adapter_does_what_it_does_in_transformers(
 
 def packed_model(model: Any, tokenizer: Path, root: Path) -> Path:
     checkpoint = saved(model.bfloat16(), tokenizer, root / "pruned")
-    names = fill_bank(checkpoint, root / "bank", levels=("q4_0", "q8_0"), tables=("q8_0",))
-    plan = mixed_plan(names, ("q4_0", "q8_0", "bf16")) | dict.fromkeys(table_paths(model.config), "q8_0")
-    packed, _ = assemble(checkpoint, root / "bank", "projection", plan, "bfloat16")
+    bank, tables = bank_source(checkpoint, root / "bank"), dict.fromkeys(table_paths(model.config), "q8_0")
+    packed, _ = assemble(bank, mixed_plan(groups_of(bank), ("q4_0", "q8_0", "bf16")) | tables)
     save_checkpoint(packed, load_tokenizer(str(tokenizer)), root / "packed")
     return root / "packed"
 
