@@ -4,7 +4,7 @@
 
 `terminal.svg` is the run's search shown again: its stages, and its trials' records as they stood at one moment, go
 through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
-run, for `report.png`, `pareto.png` and `winner.png` its report.
+run, for `report.png`, `pareto.png` and `plans.png` its report.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         page = browser.new_page(viewport={"width": 1200, "height": 790})
         page.goto((root / "report.html").resolve().as_uri())
         page.screenshot(path=IMAGES / "report.png")
-        for name in ("pareto", "winner"):
+        for name in ("pareto", "plans"):
             page.locator(f'figure[data-plot="{name}"]').screenshot(path=IMAGES / f"{name}.png")
 
 

@@ -101,6 +101,8 @@ def _search(run: Snapshot) -> Iterator[Part]:
         yield chart
     if search and not run.is_complete:  # else the answer has it
         yield tables.fresh_scores(search)
+    if search and search.rungs:
+        yield tables.rungs(search)
     yield tables.trials(run)
 
 

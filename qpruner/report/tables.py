@@ -18,8 +18,8 @@ from qpruner.report.search_progress import plan_of, score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import (
+    Confirmation,
     CutRecord,
-    FreshScore,
     LayerWidths,
     PruneRecord,
     Results,
@@ -44,8 +44,8 @@ FINAL = (
 )
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
 TERMS = {
-    "not pruned, ...": "the base model: every group in the format that fits best (uniform), or the best plan by a "
-    "sensitivity (knapsack).",
+    "..., uniform": "a cut, or the base model (not pruned), with every group in the format that fits best.",
+    "..., knapsack": "the same with the best plan by a sensitivity.",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
     SEARCHED: "the plan that was best on fresh rows. It is called `winner (...)` if it is a control, and `given plan` "
@@ -303,7 +303,7 @@ def fresh_scores(search: SearchRecord) -> Table:
             each.formats,
             f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
             f"{each.loss:.4f}",
-            _fresh_accuracy(scores[each.trial]),
+            *_more_scores(scores[each.trial]),
             "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
             each.verdict or "-",
             "yes" if each.trial in front else "-",
@@ -315,23 +315,30 @@ def fresh_scores(search: SearchRecord) -> Table:
         f"The winner, every control (what one would do instead) and the best trials: all as trials{of_steps}, on the "
         "fresh rows that chose the winner, before any other fine-tune"
     )
+    accuracy = f"selection {measures.accuracy_name(search.metrics)}"
     headings = (
-        *(
-            "row",
-            "trial",
-            "cut",
-            "formats",
-            "bytes",
-            "selection loss",
-            f"selection {measures.accuracy_name(search.metrics)}",
-        ),
+        *("row", "trial", "cut", "formats", "bytes", "selection loss", "mean over seeds", accuracy),
         *("loss minus the winner's", "verdict", "on the front"),
     )
     return Table(caption, headings, body).without_empty_columns()
 
 
-def _fresh_accuracy(score: FreshScore) -> str:
-    return "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
+def _more_scores(score: Confirmation) -> tuple[str, str]:
+    """Format a finalist's mean loss over training seeds, if it was trained again, and its accuracy, if it has one."""
+    losses = (score.loss, *score.seed_losses)
+    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
+    return f"{statistics.fmean(losses):.4f} ({len(losses)} seeds)" if len(losses) > 1 else "-", accuracy
+
+
+def rungs(search: SearchRecord) -> Table:
+    """Build the table that tells how far early scores can be trusted: each rung's order of the trials."""
+    body = [(f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across)) for each in search.rungs]
+    caption = "Order of the finished trials at a rung against that at the last one: Kendall's tau, from -1 to 1"
+    return Table(caption, ("step", "trials", "within a cut", "between cuts"), body).without_empty_columns()
+
+
+def _tau(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
 
 
 def stages(run: Snapshot) -> Table:

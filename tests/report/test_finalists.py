@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_confirmation
+from made_records import made_confirmation, made_search
 from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snapshot
 
 from qpruner.report import tables
@@ -15,9 +15,9 @@ from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons
 from qpruner.report.content import report_md
 from qpruner.report.finalists import finalists, formats_text
-from qpruner.report.results import rows
+from qpruner.report.results import control_title, rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import Confirmation, FrontPoint, Results
+from qpruner.runs.records import Confirmation, FrontPoint, Results, RungAgreement
 
 BUDGET = 101_500_000
 NF4 = dict.fromkeys(PLAN, "nf4")
@@ -67,11 +67,27 @@ def test_the_winner_stands_beside_every_finalist() -> None:
 
 def test_the_front_and_scored_accuracies_have_columns() -> None:
     point = FrontPoint(index=9, origin="gp", plan=PLAN, plan_bytes=90_000_000, loss=4.15, stderr=0.25)
-    scored = SECOND.model_copy(update={"accuracy": 0.5, "accuracy_stderr": 0.1, "reused": True})
+    again = {"seed_losses": (4.0, 4.25), "seed_accuracies": (0.5, 0.25)}
+    scored = SECOND.model_copy(update={"accuracy": 0.5, "accuracy_stderr": 0.1, "reused": True, **again})
     found = tables.fresh_scores(searched(scored, front=(point,)).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert [each["on the front"] for each in told] == ["-", "yes"] and told[1]["row"] == "gp, reused"
+    assert told[1]["mean over seeds"] == f"{(scored.loss + 8.25) / 3:.4f} (3 seeds)"
+
+
+def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:
+    rungs = (RungAgreement(step=4, num_trials=9, within=0.5, across=-0.25),)
+    found = tables.rungs(made_search(PLAN, rungs=rungs))
+    assert found.rows == [("4", "9", "+0.50", "-0.25")] and found.headings[2:] == ("within a cut", "between cuts")
+
+
+def test_controls_are_named_by_their_cut() -> None:
+    names = ("cut-12.5-uniform", "unpruned-knapsack", "layers-25-uniform", "paper", "gp")
+    assert [control_title(name) for name in names] == [
+        *("12.5 % pruned, uniform", "not pruned, knapsack", "25 % of each block pruned, uniform"),
+        *("the paper's flow", "gp"),
+    ]
 
 
 def test_the_claim_is_first_against_the_best_control_in_the_budget() -> None:

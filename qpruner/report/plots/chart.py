@@ -32,7 +32,7 @@ CONFIG: Spec = {
     "font": "sans-serif",
     "view": {"stroke": None},
     "axis": {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)", **TEXT},
-    "legend": TEXT | {"symbolOpacity": 1, "orient": "bottom"},
+    "legend": TEXT | {"symbolOpacity": 1, "orient": "bottom", "symbolBaseFillColor": "var(--text)"},
     "title": {"color": "var(--text)", "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
     "text": {"color": "var(--text)", "fontSize": 12},
 }
