@@ -38,9 +38,8 @@ def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
     base = context.layout_of(UNPRUNED)
     first, *others = base.groups[1:]
     narrow = replace(first, linears=tuple(replace(linear, columns=48) for linear in first.linears), formats=("nf4",))
-    odd = replace(
-        context, _layouts=context._layouts | {UNPRUNED: replace(base, groups=(base.groups[0], narrow, *others))}
-    )
+    odd = replace(context)
+    odd._layouts[UNPRUNED] = replace(base, groups=(base.groups[0], narrow, *others))
     assert not [origin for origin, _ in controls(odd) if origin.startswith("unpruned")]
 
 
