@@ -33,10 +33,9 @@ from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.pruning.grams import gather
 from qpruner.quantization.assembly import PlanAssembler, cast_adapters
-from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, build_group, entry_file, read_index, write_grams
+from qpruner.quantization.bank import BankSource, make_entries, write_grams
 from qpruner.quantization.formats import format_of, formats
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import write_json
 from qpruner.search.choice import seed_plan
 from qpruner.training.finetune import Listener, Schedule, finetune
 
@@ -70,48 +69,32 @@ class Rows:
         offered = [replace(each, formats=tuple(n for n in each.formats if n in names)) for each in self.layout.groups]
         layout = replace(self.layout, groups=tuple(offered))
         bank = self.bank(rounding, {each.name: each.formats for each in offered})
-        index = read_index(bank)
-        rises = {
-            level: [
-                each.num_weights * index.files[str(entry_file(Path(), each.name, level))].error
-                if level in each.formats and format_of(level).is_packed
-                else 0.0
-                for each in offered
-            ]
-            for level in layout.levels
-        }
+
+        def rise(group: Any, level: str) -> float:
+            entry = bank.entry(group.name, level) if level in group.formats and format_of(level).is_packed else None
+            return group.num_weights * entry.error if entry else 0.0
+
+        rises = {level: [rise(each, level) for each in offered] for level in layout.levels}
         return seed_plan(rises, PlanSpace.of(layout, size))
 
-    def bank(self, rounding: str, wanted: dict[str, tuple[str, ...]]) -> Path:
-        """Build what a bank lacks of the wanted entries, and return its folder."""
-        bank = self.out / f"bank-{rounding}"
-        bank.mkdir(parents=True, exist_ok=True)
-        files = read_index(bank).files if (bank / INDEX).exists() else {}
-        grams = bank / "grams"
-        if rounding == "gptq" and not grams.exists():
-            grams.mkdir()
-            self._gather(grams)
-        of_group = {each.name: tuple(linear.name for linear in each.linears) for each in self.layout.groups}
+    def bank(self, rounding: str, wanted: dict[str, tuple[str, ...]]) -> BankSource:
+        """Make what a bank lacks of the wanted entries, and return it."""
+        config, gptq = self.config, rounding == "gptq"
+        places = self.out / f"bank-{rounding}", self.model
+        bank = BankSource(*places, config.quantize.group, config.model.dtype, config.lora, 0, uses_grams=gptq)
+        if not bank.has_grams():
+            self._gather(bank)
         for name, levels in wanted.items():
-            packed = (level for level in levels if format_of(level).is_packed)
-            left = tuple(level for level in packed if str(entry_file(Path(), name, level)) not in files)
-            if not left:
-                continue
-            lora = None if name in (EMBEDDINGS, HEAD) else self.config.lora
-            job = GroupJob(name, of_group[name], left, self.model, bank, self.config.model.dtype, lora, 0)
-            if rounding == "gptq" and lora:
-                job = replace(job, grams=grams / f"{_block(of_group[name][0])}.safetensors")
-            files |= build_group(job)
-            write_json(bank / INDEX, BankIndex(digest="benchmark", files=files))
-        write_json(bank / INDEX, BankIndex(digest="benchmark", files=files))
+            packed = [level for level in levels if format_of(level).is_packed and not bank.entry(name, level)]
+            list(make_entries(bank, name, packed))
         return bank
 
-    def _gather(self, folder: Path) -> None:
+    def _gather(self, bank: BankSource) -> None:
         model = load_dense(str(self.model), self.config.model.dtype)
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         samples = Samples(list(load_encoded(self.data / "importance")), pad_id, self.config.calibration.batch_size)
         for grams in gather(model, samples):
-            write_grams(folder / f"{_block(next(iter(grams))[0])}.safetensors", grams)
+            write_grams(bank, grams)
 
     def measure(self, row: str, steps: int, seed: int) -> dict[str, Any]:
         """Fine-tune and score one row."""
@@ -119,8 +102,7 @@ class Rows:
         rounding = "gptq" if row.endswith(":gptq") else "nearest"
         bank = self.bank(rounding, {group: (level,) for group, level in plan.as_dict().items()})
         started = time.monotonic()
-        assembler = PlanAssembler(self.model, bank, config.quantize.group, config.model.dtype, config.lora)
-        model = assembler.model(plan.as_dict(), config.seed)
+        model = PlanAssembler(bank).model(plan.as_dict(), config.seed)
         start_seconds = time.monotonic() - started
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         train, validation = (load_encoded(self.data / name) for name in ("train", "validation"))

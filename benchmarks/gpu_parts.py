@@ -32,9 +32,8 @@ from qpruner.models.loading import device
 from qpruner.models.memory import PeakMemory, freeze_libraries, release
 from qpruner.plans.plan import UNPRUNED
 from qpruner.pruning.prune import prune as prune_model
-from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
+from qpruner.quantization.bank import EntryRecord, make_entries
 from qpruner.runs.records import RungResult
-from qpruner.runs.storage import write_json
 from qpruner.runs.version import describe
 from qpruner.search import trial
 from qpruner.search.trial_records import Materials, TrialJob
@@ -66,17 +65,14 @@ def prune(setup: Setup) -> Figures:
 
 def bank(setup: Setup) -> Figures:
     """Pack every (group, format) with its LoftQ start."""
-    config, files = setup.config, dict[str, IndexEntry]()
-    levels, peak, laps = config.quantize.levels, PeakMemory(), Laps()
-    settings = (config.model.dtype, config.lora, config.seed)
-    for name, paths in setup.groups.items():
-        files |= build_group(GroupJob(name, paths, levels, setup.pruned, setup.bank, *settings))
-    write_json(setup.bank / INDEX, BankIndex(digest="benchmark", files=files))
+    made, peak, laps = list[EntryRecord](), PeakMemory(), Laps()
+    for name in setup.groups:
+        made += [entry for entry, _ in make_entries(setup.source, name, setup.config.quantize.levels)]
     laps.end("pack")
-    size = sum((setup.bank / name).stat().st_size for name in files)
-    left = statistics.mean(entry.residual_ratio for entry in files.values())
+    size = sum(path.stat().st_size for path in setup.bank.rglob("*.safetensors"))
+    left = statistics.mean(entry.residual_ratio for entry in made)
     return {
-        "entries": len(files),
+        "entries": len(made),
         "bank_bytes": size,
         "residual_ratio": left,
         "peak_bytes": peak.bytes(),
@@ -95,7 +91,7 @@ def one_trial(setup: Setup) -> Figures:
         losses.append(result.loss)
         laps.end(f"rung {len(losses)}")
 
-    materials = Materials({UNPRUNED: setup.pruned}, {UNPRUNED: setup.bank}, setup.work)
+    materials = Materials({UNPRUNED: setup.source}, setup.work)
     job = TrialJob(setup.config, materials, setup.plan(*setup.config.quantize.levels))
     trial.run_trial(job, None, report)
     first, second = laps.seconds.values()
@@ -131,7 +127,7 @@ def run_part(name: str, setup: Setup, facts: Figures) -> None:
     part, needed = PARTS[name]
     started = time.monotonic()
     try:
-        if needed and not (setup.pruned if needed == "prune" else setup.bank / INDEX).exists():
+        if needed and not (setup.pruned if needed == "prune" else setup.bank).exists():
             raise RuntimeError(f"{setup.work} has nothing of the part {needed} yet: run that one first")
         figures = part(setup)
     except Exception as error:  # its text goes into the line, and the next part begins

@@ -20,6 +20,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.quantization.bank import BankSource
 from qpruner.quantization.formats import DENSE
 
 PAD_ID = 0
@@ -70,6 +71,11 @@ class Setup:
     @property
     def bank(self) -> Path:
         return self.work / "bank"
+
+    @property
+    def source(self) -> BankSource:
+        quantize, config = self.config.quantize, self.config
+        return BankSource(self.bank, self.pruned, quantize.group, config.model.dtype, config.lora, config.seed)
 
     @property
     def config(self) -> RunConfig:

@@ -37,9 +37,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 def our_model(setup: Setup, *formats: str) -> Any:
     """The pruned model as a trial gets it."""
-    config, quantize, dtype = setup.config, setup.config.quantize, setup.config.model.dtype
-    bench = PlanAssembler(setup.pruned, setup.bank, quantize.group, dtype, config.lora)
-    return bench.model(setup.plan(*formats), config.seed)
+    return PlanAssembler(setup.source).model(setup.plan(*formats), setup.config.seed)
 
 
 def train_ours(setup: Setup, model: Any, rows: Rows) -> float:

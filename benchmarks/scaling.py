@@ -77,19 +77,18 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qpruner.config.load import validate_config
-from qpruner.plans.plan import UNPRUNED
-from qpruner.runs.records import PrepareRecord
+from qpruner.pipeline.context import Context
+from qpruner.runs.records import PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import read_json
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
-base = RunDir(str(run)).base_model(read_json(run / "records" / "prepare.json", PrepareRecord))
-[cut] = config.prune.cuts
-checkpoints = {cut: RunDir(str(run)).cut(cut), UNPRUNED: base}
-banks = {cut: run / "bank", UNPRUNED: RunDir(str(run)).bank(UNPRUNED)}
+folder = RunDir(str(run))
+prepared, pruned = folder.read_record("prepare", PrepareRecord), folder.read_record("prune", PruneRecord)
+context = Context(config, folder, print, None, None, records=Results(prepare=prepared, prune=pruned))
+banks = {cut: context.bank_of(cut) for cut in pruned.cuts}
 for plan, cut in plans:
-    job = TrialJob(config, Materials(checkpoints, banks, run / "prepare" / "data"), plan, cut)
+    job = TrialJob(config, Materials(banks, run / "prepare" / "data"), plan, cut)
     run_trial(job, None, lambda result, checkpoint: None)
 """
 

@@ -43,10 +43,9 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.pruning.compensation import BlockStream
 from qpruner.quantization.assembly import PlanAssembler
-from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group, read_plan
+from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
 from qpruner.quantization.mixed import layer_tensors
-from qpruner.runs.storage import write_json
 from qpruner.sensitivity.measurement import measure, returning_outputs
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
 from qpruner.training.finetune import Listener, Schedule, finetune
@@ -77,6 +76,10 @@ class Job:
     def base_group(self) -> str:
         """How the bank groups layers; a number of groups means runs of consecutive blocks."""
         return "block" if self.groups.isdigit() else self.groups
+
+    @property
+    def source(self) -> BankSource:
+        return BankSource(Path(self.bank), Path(self.model), self.base_group, DTYPE, LORA, 0, self.model)
 
     def members(self) -> dict[str, tuple[str, ...]]:
         """Table group -> the bank's groups in it."""
@@ -145,7 +148,7 @@ class Evaluator:
             linear = self.model.get_submodule(path)
             self.weights.setdefault((path, self.formats[name]), linear.weight.data)
             if (path, level) not in self.weights:
-                self.weights |= effective_weights(Path(self.job.bank), name, level, self._shapes(name))
+                self.weights |= effective_weights(self.job.source, name, level, self._shapes(name))
             linear.weight.data = self.weights[path, level]
         self.formats[name] = level
 
@@ -208,7 +211,7 @@ class Evaluator:
 
 
 def effective_weights(
-    bank: Path, group: str, level: str, columns: Mapping[str, int]
+    bank: BankSource, group: str, level: str, columns: Mapping[str, int]
 ) -> dict[tuple[str, str], torch.Tensor]:
     """Return the weights with which the layers of a bank entry start a trial: ``Q + scaling B A``."""
     tensors = read_plan(bank, {group: level})
@@ -222,7 +225,7 @@ def effective_weights(
 
 def finetuned(job: Job, plans: Sequence[tuple[tuple[str, ...], int]]) -> Iterator[dict[str, Any]]:
     """Loss of plans at every rung of a short fine-tune; each plan comes with its training seed."""
-    bench = PlanAssembler(Path(job.model), Path(job.bank), job.base_group, DTYPE, LORA)
+    bench = PlanAssembler(job.source)
     train, validation = job.windows(0, job.num_train), job.validation()
     for plan, seed in plans:
         started = time.monotonic()
@@ -260,17 +263,12 @@ def _work(kind: str, job: Job, todo: Sequence[Any], lines: str) -> None:
 
 
 def build_bank(job: Job) -> None:
-    """Every (group, format), unless the bank is there."""
+    """Every (group, format) that the bank lacks."""
     from transformers import AutoConfig
 
-    bank = Path(job.bank)
-    if (bank / INDEX).is_file():
-        return
-    levels = tuple(level for level in job.levels if format_of(level).is_packed)
-    files: dict[str, IndexEntry] = {}
-    for name, paths in group_linears(AutoConfig.from_pretrained(job.model), job.base_group).items():
-        files |= build_group(GroupJob(name, paths, levels, Path(job.model), bank, DTYPE, LORA, 0, job.model))
-    write_json(bank / INDEX, BankIndex(digest=job.model, files=files))
+    names = group_linears(AutoConfig.from_pretrained(job.model), job.base_group)
+    for level in job.levels:
+        read_plan(job.source, dict.fromkeys(names, level))
 
 
 def sensitivities(job: Job) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def sensitivities(job: Job) -> dict[str, Any]:
     model = load_dense(job.model, DTYPE)
     rows = job.windows(job.num_train + job.num_validation, NUM_CALIBRATION)
     groups = tuple(group for group in job.layout().groups if group.name not in (EMBEDDINGS, HEAD))
-    subject = Subject(Samples(rows, 0, 16), groups, job.base_group, Path(job.bank), LORA.alpha / LORA.rank)
+    subject = Subject(Samples(rows, 0, 16), groups, job.source)
 
     scores = by_information(model, subject, SensitivityConfig(), 0)
     scores |= by_expansion(model, subject, {method: {} for method in MEASUREMENT})

@@ -139,7 +139,7 @@ def run_search(
     job = SearchJob(
         config=_config(folder, searcher, num_trials),
         trial=Sleeper(mean_seconds, diary),
-        materials=Materials({UNPRUNED: folder}, {UNPRUNED: folder}, folder),
+        materials=Materials({}, folder),
         layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, budget),)),
         controls=[("uniform-nf4", LAYOUT.uniform("nf4"))],

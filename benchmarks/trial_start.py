@@ -40,7 +40,7 @@ from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import checkpoint_config, load_dense
 from qpruner.models.memory import freeze_libraries
 from qpruner.quantization.assembly import PlanAssembler, attach_adapters
-from qpruner.quantization.bank import build_entry
+from qpruner.quantization.bank import BankSource, build_entry, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import packed_layer
 
@@ -70,14 +70,17 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
     """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
-    checkpoint, bank, quantize = run / "cuts" / next(iter(config.prune.cuts)), run / "bank", config.quantize
+    checkpoint, offered = run / "cuts" / next(iter(config.prune.cuts)), banked_formats(config, run)
+    bank = BankSource(run / "starts", checkpoint, config.quantize.group, config.model.dtype, config.lora, config.seed)
     freeze_libraries()
     generator = random.Random(turn)
-    offered = banked_formats(bank) | {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}
+    offered |= {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}
     first, second = ({name: generator.choice(levels) for name, levels in offered.items()} for _ in range(2))
     if not banked:
         return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
-    bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, config.lora)
+    for plan in (first, second):
+        read_plan(bank, plan)  # makes its entries
+    bench = PlanAssembler(bank)
     return {
         kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
         for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))
@@ -125,10 +128,10 @@ def measure_rows(count: int, repeats: int) -> None:
     print(json.dumps({"rows": count, "repeats": repeats, **columns}))
 
 
-def banked_formats(bank: Path) -> dict[str, list[str]]:
+def banked_formats(config: RunConfig, run: Path) -> dict[str, list[str]]:
     """The packed formats of each group in a block."""
     found: dict[str, list[str]] = {}
-    for path in sorted(bank.glob("*/layers.*.safetensors")):
+    for path in sorted((run / "banks" / next(iter(config.prune.cuts))).glob("*/layers.*.safetensors")):
         found.setdefault(path.stem, []).append(path.parent.name)
     return found
 
@@ -164,7 +167,7 @@ def main() -> None:
             middle = statistics.median(column)
             told = f"{middle:7.2f} {name} ({min(column):.2f} to {max(column):.2f})"
             print(f"{kind:22} {told:44} {scratch / middle:6.1f}x")
-    groups = len(banked_formats(arguments.run / "bank"))
+    groups = len(banked_formats(arguments.run))
     print(json.dumps({"groups": groups, "repeats": arguments.repeats, "seconds": found}))
 
 

@@ -76,10 +76,13 @@ def fresh(tiny_model: Path) -> Callable[..., Any]:
     """Return a function that builds the same unquantized model with plain adapters each time."""
     from qpruner.config.schema import LoraConfig
     from qpruner.quantization.assembly import assemble, attach_adapters
+    from qpruner.quantization.bank import BankSource
 
     def build(dtype: str = "bfloat16", dropout: float = 0.0) -> Any:
-        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": "bf16", "layers.1": "bf16"}, dtype)
-        return attach_adapters(model, starts, LoraConfig(rank=4, dropout=dropout, init="plain"), "block", seed=3)
+        lora = LoraConfig(rank=4, dropout=dropout, init="plain")
+        bank = BankSource(tiny_model, tiny_model, "block", dtype, lora, seed=3)
+        model, starts = assemble(bank, {"layers.0": "bf16", "layers.1": "bf16"})
+        return attach_adapters(model, starts, lora, "block", seed=3)
 
     return build
 

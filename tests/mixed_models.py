@@ -1,10 +1,10 @@
-"""Make mixed-precision models as the pipeline does: pack groups into a bank, then assemble a plan from it."""
+"""Make mixed-precision models as the pipeline does: assemble a plan from a bank."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,14 +13,15 @@ import qpruner.hf  # noqa: F401
 from qpruner.config.schema import LoraConfig, RunConfig
 from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.layout import group_linears, table_paths
+from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer
+from qpruner.pipeline.context import Context
 from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.quantization.bank import INDEX, BankIndex, GroupJob, IndexEntry, build_group
+from qpruner.quantization.bank import BankSource
 from qpruner.quantization.formats import DENSE
+from qpruner.runs.records import PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import children, file_digest, write_json
 from qpruner.training.table_rows import Candidate, CandidateJob
 
 if TYPE_CHECKING:
@@ -34,33 +35,25 @@ PATTERN = (*LEVELS, DENSE)
 """Formats of successive groups."""
 
 
-def fill_bank(
-    checkpoint: Path,
-    bank: Path,
-    lora: LoraConfig = LORA,
-    dtype: str = DTYPE,
-    group: str = GROUP,
-    levels: tuple[str, ...] = LEVELS,
-    tables: tuple[str, ...] = (),
-) -> list[str]:
-    """Pack all groups of a checkpoint in each of some formats, embeddings and head in `tables`; return the blocks'."""
-    config = AutoConfig.from_pretrained(checkpoint)
-    groups = group_linears(config, group)
-    for name, paths in groups.items():
-        build_group(GroupJob(name, paths, levels, checkpoint, bank, dtype, lora, seed=0))
-    for name, path in table_paths(config).items():
-        build_group(GroupJob(name, (path,), tables, checkpoint, bank, dtype, None, seed=0))
-    seal(bank)
-    return list(groups)
+def bank_source(
+    checkpoint: Path, folder: Path, lora: LoraConfig = LORA, dtype: str = DTYPE, group: str = GROUP
+) -> BankSource:
+    """Describe a bank of a checkpoint; its entries are made when a plan needs them."""
+    return BankSource(folder, checkpoint, group, dtype, lora, seed=0)
 
 
-def seal(bank: Path) -> None:
-    """Write an index of all files in a bank."""
-    files = {str(path.relative_to(bank)): file_digest(path) for path in sorted(bank.glob("*/*.safetensors"))}
-    entries = {
-        name: IndexEntry(inputs="test", sha256=sha256, residual_ratio=1.0, error=0.0) for name, sha256 in files.items()
-    }
-    write_json(bank / INDEX, BankIndex(digest="test", files=entries))
+def groups_of(bank: BankSource) -> list[str]:
+    """Name the groups of the blocks."""
+    return list(group_linears(AutoConfig.from_pretrained(bank.checkpoint), bank.grouping))
+
+
+def bank_of_run(config: RunConfig) -> BankSource:
+    """Return the bank of a run's last cut."""
+    run_dir = RunDir(config.output)
+    prepared, pruned = run_dir.read_record("prepare", PrepareRecord), run_dir.read_record("prune", PruneRecord)
+    assert pruned
+    records, unknown = Results(prepare=prepared, prune=pruned), cast(Any, None)
+    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(list(pruned.cuts)[-1])
 
 
 def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
@@ -70,15 +63,14 @@ def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
 
 def row_job(config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0) -> CandidateJob:
     """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
-    run_dir = RunDir(config.output)
-    names = [name.removesuffix(".safetensors") for name in children(run_dir.stage("bank") / LEVELS[0])]
-    places = run_dir.cut("cut-20"), run_dir.stage("bank")
-    row = Candidate("searched", "searched", *places, mixed_plan(names, pattern), folder, seed)
-    return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
+    bank = bank_of_run(config)
+    plan = mixed_plan(groups_of(bank), pattern)
+    row = Candidate("searched", "searched", bank, plan, folder, seed, cut=bank.folder.name)
+    return CandidateJob(config, row, RunDir(config.output).stage("prepare") / "data", threads=1)
 
 
-def mixed_model(checkpoint: Path, bank: Path, plan: Mapping[str, str]) -> PreTrainedModel:
-    return assemble(checkpoint, bank, GROUP, plan, DTYPE)[0].eval()
+def mixed_model(bank: BankSource, plan: Mapping[str, str]) -> PreTrainedModel:
+    return assemble(bank, plan)[0].eval()
 
 
 def token_ids() -> torch.Tensor:
@@ -94,9 +86,8 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 def final_model(tiny_model: Path, root: Path) -> Path:
     """Write a final model of several formats, embeddings too, with an adapter on every layer; return its folder."""
-    names = fill_bank(tiny_model, root / "bank", tables=("int8",))
-    plan = mixed_plan(names, PATTERN) | {EMBEDDINGS: "int8"}
-    model, starts = assemble(tiny_model, root / "bank", GROUP, plan, DTYPE)
+    bank = bank_source(tiny_model, root / "bank")
+    model, starts = assemble(bank, mixed_plan(groups_of(bank), PATTERN) | {EMBEDDINGS: "int8"})
     save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
     adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from qpruner.config.pruning import DataSource as DataSource
 from qpruner.config.pruning import Named, Positive
 from qpruner.config.pruning import PruneConfig as PruneConfig
 from qpruner.config.section import Section
-from qpruner.quantization.formats import ALIASES, DENSE, by_size, double_quantized
+from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
 
 Bits = Literal[4, 8, 16]
 AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
@@ -102,7 +102,8 @@ class QuantizeConfig(Section):
     @property
     def levels(self) -> tuple[str, ...]:
         """The formats to choose from for groups of decoder layers, smallest first."""
-        return by_size(tuple(map(double_quantized, self.named)) if self.double_quant else self.named)
+        doubled = (format_of(name).doubled or name for name in self.named)
+        return by_size(tuple(doubled) if self.double_quant else self.named)
 
     @property
     def embedding_levels(self) -> tuple[str, ...]:

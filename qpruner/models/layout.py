@@ -40,6 +40,11 @@ def table_paths(config: Any) -> dict[str, str]:
     return tables if config.tie_word_embeddings else tables | {HEAD: family.head}
 
 
+def group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
+    """Map each group, embeddings and head included, to the paths of its layers."""
+    return group_linears(config, grouping) | {name: (path,) for name, path in table_paths(config).items()}
+
+
 def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
     """Map each group to the modules at its end, whose outputs are its output: a block, or q, k and v for `qkv`."""
     return {name: outputs for name, _, outputs in _groups(config, grouping)}

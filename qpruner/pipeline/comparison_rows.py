@@ -18,7 +18,7 @@ from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import BankRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.runs.records import SearchRecord, SensitivityRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
 from qpruner.search.choice import random_plans, seed_origin, seed_plan, uniform_plans
 from qpruner.search.trial_records import objective
@@ -117,23 +117,16 @@ def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidat
 def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]) -> list[Candidate]:
     """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed (None: untuned)."""
     config, run = context.config, context.run_dir
-    banked, searched = context.record(BankRecord), context.record(SearchRecord)
-    # Everything that a fine-tune depends on.
-    length = (config.finetune.steps, config.finetune.epochs)
-    inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
-    return [
-        Candidate(
-            name=name,
-            title=title_of(name, searched),
-            checkpoint=context.model_folder(plan.cut),
-            bank=context.bank_of(plan.cut),
-            plan=plan.as_dict(),
-            folder=run.candidates / digest_of(*inputs, plan.cut, plan.as_dict(), seed),
-            seed=seed,
-            cut=plan.cut,
-        )
-        for name, plan, seed in wanted
-    ]
+    searched, length = context.record(SearchRecord), (config.finetune.steps, config.finetune.epochs)
+    settings = (config.lora, config.training, length, config.seed, config.evaluate.batch_size)
+    found = []
+    for name, plan, seed in wanted:
+        bank, formats = context.bank_of(plan.cut), plan.as_dict()
+        # Everything that a fine-tune depends on.
+        digest = digest_of(bank.inputs, bank.digests(formats.values()), *settings, plan.cut, formats, seed)
+        folder, title = run.candidates / digest, title_of(name, searched)
+        found.append(Candidate(name, title, bank, formats, folder, seed, cut=plan.cut))
+    return found
 
 
 def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:

@@ -99,7 +99,6 @@ def _candidate(stage: Stage[Any], trial: TrialRecord, seed: int, folder: Path) -
     return Candidate(
         name=trial.origin,
         title=f"trial {trial.index}",
-        checkpoint=context.checkpoint_of(trial.cut),
         bank=context.bank_of(trial.cut),
         plan=trial.plan,
         folder=folder,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
@@ -27,6 +27,9 @@ from qpruner.runs.records import PrepareRecord, PruneRecord, Record, Results, di
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
+
+if TYPE_CHECKING:
+    from qpruner.quantization.bank import BankSource
 
 Job = TypeVar("Job")
 RecordType = TypeVar("RecordType", bound=Record)
@@ -47,7 +50,7 @@ class Context:
     assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
     records: Results = field(default_factory=Results)
-    _layouts: dict[str, Layout] = field(default_factory=dict)
+    _layouts: dict[str, Layout] = field(default_factory=dict, init=False)
 
     def record(self, kind: type[RecordType]) -> RecordType:
         """Return the record of this class, which an earlier stage has made."""
@@ -83,9 +86,18 @@ class Context:
             return self.run_dir.base_model(self.record(PrepareRecord))
         return self.run_dir.cut(cut)
 
-    def bank_of(self, cut: str) -> Path:
-        """Return the folder of a cut's bank; the entries of cuts but the reference are made on first use."""
-        return self.run_dir.stage("bank") if cut == self.reference else self.run_dir.bank(cut)
+    def bank_of(self, cut: str) -> BankSource:
+        """Describe the bank of a cut; its entries depend on all that `inputs` is a digest of, and on their formats."""
+        from qpruner.quantization.bank import VERSION, BankSource
+
+        config, quantize, made = self.config, self.config.quantize, self.record(PruneRecord).cuts[cut]
+        starts = config.lora.model_copy(update={"dropout": 0.0})
+        uses_grams = quantize.rounding == "gptq"
+        calibration = (config.calibration, self.record(PrepareRecord).digest) if uses_grams else ()
+        settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
+        inputs = digest_of(cut, made.digest, made.weights, *settings)
+        places = (self.run_dir.bank(cut), self.model_folder(cut))
+        return BankSource(*places, quantize.group, config.model.dtype, config.lora, config.seed, inputs, uses_grams)
 
     @cached_property
     def worker_config(self) -> RunConfig:

@@ -9,7 +9,6 @@ from typing import Any
 
 from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import candidates_for, job_progress, run_jobs, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import setting_aside_damaged_adapter
@@ -46,7 +45,6 @@ class Evaluate(Stage[EvalRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs = self.context, self.jobs
-        add_entries(self, [PrecisionPlan.from_dict(dict(job.plan), job.cut) for job in jobs])
         about, text = held_out_text(context, scratch / "text")
         inspection, settings = context.inspection, self.config.evaluate
         questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
@@ -138,8 +136,8 @@ def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[Infe
     context = stage.context
     # Fine-tunes of a plan that differ only in the training seed are measured once.
     models: dict[tuple[Any, ...], list[Candidate]] = {}
-    for job in sorted(jobs, key=lambda job: str(job.checkpoint)):
-        models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
+    for job in sorted(jobs, key=lambda job: job.cut):
+        models.setdefault((job.cut, *job.plan.items()), []).append(job)
     resources, _ = context.task_resources(1)
     alone = tuple(same[0] for same in models.values())
     stage.notify(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")

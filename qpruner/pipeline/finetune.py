@@ -11,11 +11,9 @@ from typing import Any
 
 from qpruner.cluster.executor import ModelCache
 from qpruner.cluster.slots import worker_resources
-from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer, reporting_tensors
-from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import distinct, job_keys, job_progress, jobs_of, run_jobs, winner_row
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import loading_progress
@@ -75,7 +73,7 @@ class Finetune(Stage[FinetuneRecord]):
         [winner] = self.jobs
         context.forget(self.name)  # because the final folder is about to be overwritten
         before = context.gpu_time.seconds
-        write = partial(write_final, self.config, winner, context.run_dir.root / "final")
+        write = partial(write_final, winner, context.run_dir.root / "final")
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             context.executor.run(write, context.emit)
         context.executor.close()
@@ -101,7 +99,6 @@ def have_rows(jobs: Iterable[Candidate]) -> bool:
 def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRecord]:
     """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
     context, models = stage.context, distinct(jobs)
-    add_entries(stage, [PrecisionPlan.from_dict(dict(job.plan), job.cut) for job in models])
     found: dict[Path, CandidateRecord] = {}
     for job, each in zip(models, storage.for_each(_recorded, [job.folder for job in models]), strict=True):
         if isinstance(each, CandidateRecord):
@@ -185,17 +182,16 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
         raise StageError(stage, f"{error}; {state}", remedy) from error
 
 
-def write_final(config: RunConfig, winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
+def write_final(winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
-    on_progress, group, dtype = loading_progress(emit, "finetune"), config.quantize.group, config.model.dtype
-    checkpoint, adapter = storage.fetch(winner.checkpoint), storage.fetch(winner.adapter)
+    on_progress, adapter = loading_progress(emit, "finetune"), storage.fetch(winner.adapter)
     with reporting_tensors(on_progress):
-        model, _ = assemble(checkpoint, winner.bank, group, winner.plan, dtype)
+        model, _ = assemble(winner.bank, winner.plan)
     scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)
     with storage.writing_folder(scratch):
-        save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, on_progress)
+        save_checkpoint(model, load_tokenizer(str(winner.bank.checkpoint)), scratch, on_progress)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)
     storage.storage_at(folder).publish(scratch)

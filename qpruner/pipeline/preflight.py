@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, cut_title, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.quantization.formats import Capability, format_of, formats
 from qpruner.runs.storage import run_root
@@ -27,6 +27,7 @@ from qpruner.runs.storage import run_root
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,9 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     def checked(settings: PruneConfig) -> Cut:
         cut = _planned(settings, model_config, key)
-        if works_here and packs:
-            check_cut(capability, config, model_config, cut)
-        return cut
+        return check_cut(capability, config, model_config, cut) if works_here and packs else cut
 
-    cuts, left_out = _made(cuts_in_effect(config.prune, model_config), checked)
+    cuts, left_out = makeable(cuts_in_effect(config.prune, model_config), checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
     reference = next(iter(layouts.values()))
     budget = budget_bytes(config.quantize, reference, config.search.pareto)
@@ -129,19 +128,22 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
-def _made(
-    wanted: Mapping[str, PruneConfig], make: Callable[[PruneConfig], Cut]
-) -> tuple[dict[str, Cut], dict[str, str]]:
+def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Cut]) -> tuple[dict[str, Cut], dict[str, str]]:
     """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
     cuts, errors = dict[str, Cut](), dict[str, UserError]()
-    for name, settings in wanted.items():
+    for name, asked in wanted.items():
         try:
-            cuts[name] = make(settings)
+            cuts[name] = make(asked)
         except UserError as error:
             errors[name] = error
     if not cuts:
         raise next(iter(errors.values()))
     return cuts, {name: str(error) for name, error in errors.items()}
+
+
+def left_out_text(name: str, reason: str) -> str:
+    """Say that a cut is left out, and why."""
+    return f"{cut_title(name)} is left out: {reason}"
 
 
 def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
@@ -293,8 +295,8 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
         check_gpu(config, capability)
 
 
-def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> None:
-    """Raise an error if a cut leaves widths that the formats cannot hold on this device."""
+def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> Cut:
+    """Return the cut; raise an error if it leaves widths that the formats cannot hold on this device."""
     on_gpu = capability is not None
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
@@ -305,6 +307,7 @@ def check_cut(capability: Capability | None, config: RunConfig, model_config: An
         if cut.settings.is_off:
             raise
         raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
+    return cut
 
 
 def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:

@@ -38,7 +38,7 @@ from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
 from qpruner.runs.records import PruneRecord, Results, RunState, StageState
 from qpruner.runs.run_dir import LOG, RunDir
-from qpruner.runs.storage import CACHE, Storage, exists, progress_seconds
+from qpruner.runs.storage import CACHE, exists, progress_seconds
 from qpruner.runs.version import describe
 from qpruner.wording import as_called
 
@@ -72,11 +72,10 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
-        inspection = replace(
-            inspection, warnings=(*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
-        )
+        warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
+        inspection = replace(context.inspection, warnings=warnings)
         done = recorded(context)
         if context.records.prune:
             inspection = replace(
@@ -157,10 +156,7 @@ def _check_room(context: Context) -> tuple[int, int]:
     free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(sizes.values())
     if free < needed:  # subtract existing files, which takes time to find
         shares = recorded(context)
-        left = {name: round(size * (1 - shares[name])) for name, size in sizes.items()}
-        for name in left:
-            with contextlib.suppress(FileNotFoundError):  # another driver may remove files
-                left[name] -= sum(Storage(run.scratch_path(name)).files().values())
+        left = {stage.name: sizes[stage.name] - stage(context).disk_used(shares[stage.name]) for stage in wanted}
         needed = SMALL_FILES + sum(max(0, size) for size in left.values())
     if free < needed:
         other = "" if run.storage.fills_this_disk else f" by {CACHE}"

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline.bank import add_entries
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.confirm_seeds import with_further_seeds
 from qpruner.pipeline.context import Context
@@ -113,6 +112,7 @@ class Search(Stage[SearchRecord]):
         return digest_of(
             "trials",
             context.record(BankRecord).digest,
+            {cut: context.bank_of(cut).inputs for cut in self._cuts},
             context.layout_of(context.reference).offered,
             config.training,
             config.lora,
@@ -121,6 +121,11 @@ class Search(Stage[SearchRecord]):
             (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
             "" if settings.reuse_trials else self.search_digest,
         )
+
+    @property
+    def _cuts(self) -> tuple[str, ...]:
+        """The cuts of all trials: the candidates, and the base model, which controls use."""
+        return tuple(dict.fromkeys((*self.context.cuts, UNPRUNED)))
 
     @property
     def folder(self) -> Path:
@@ -183,7 +188,6 @@ class Search(Stage[SearchRecord]):
         job = self._job()
         # With a given plan the controls do not run, but controls of an earlier search are recognized.
         job_with_controls = replace(job, controls=[*self.controls, *job.controls]) if self.given else job
-        add_entries(self, [plan for _, plan in job.controls])
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
@@ -246,7 +250,6 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        cuts = dict.fromkeys((*context.cuts, UNPRUNED))
         groups = [group.name for group in context.layout_of(context.reference).groups]
         in_base = dict(zip(groups, context.base_groups_of(context.reference), strict=True))
         error = context.record(BankRecord).error
@@ -263,12 +266,8 @@ class Search(Stage[SearchRecord]):
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials(
-                {cut: context.checkpoint_of(cut) for cut in cuts},
-                {cut: context.bank_of(cut) for cut in cuts},
-                context.data,
-            ),
-            layouts={cut: context.layout_of(cut) for cut in cuts},
+            materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
+            layouts={cut: context.layout_of(cut) for cut in self._cuts},
             space=space,
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors=priors,
@@ -391,7 +390,6 @@ def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: Sear
     found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
     context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
-    add_entries(stage, [plan_of(finalists[position]) for position in left])
     candidates, held = [_candidate(context, finalists[position], job) for position in left], list[float]()
     for number, score in run_jobs(context, confirm_trial, candidates, on_held=held.append):
         position = left[number]
@@ -405,8 +403,8 @@ def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidat
     """Describe the last checkpoint of a finished trial as a job for `run_jobs`."""
     checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
     assert checkpoint is not None, "a finished trial has a checkpoint"
-    model, bank = context.checkpoint_of(trial.cut), context.bank_of(trial.cut)
-    return Candidate(trial.origin, title, model, bank, trial.plan, checkpoint, context.config.seed, cut=trial.cut)
+    bank = context.bank_of(trial.cut)
+    return Candidate(trial.origin, title, bank, trial.plan, checkpoint, context.config.seed, cut=trial.cut)
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:

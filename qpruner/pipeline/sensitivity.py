@@ -115,9 +115,7 @@ def _scored(
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
         groups=context.layout_of(context.reference).groups,
-        grouping=config.quantize.group,
         bank=context.bank_of(context.reference),
-        scaling=config.lora.alpha / config.lora.rank,
     )
     few_rows = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples])
     measured = replace(subject, samples=few_rows.by_length)

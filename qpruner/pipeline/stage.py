@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,7 +15,7 @@ from qpruner.errors import CorruptFile
 from qpruner.pipeline.context import Context
 from qpruner.runs.events import Message
 from qpruner.runs.records import Record, digest_of
-from qpruner.runs.storage import FILES, files_in, quarantine, read_json, storage_at
+from qpruner.runs.storage import FILES, Storage, files_in, quarantine, read_json, storage_at
 
 RecordType = TypeVar("RecordType", bound=Record)
 FileType = TypeVar("FileType", bound=BaseModel)
@@ -93,6 +94,10 @@ class Stage(ABC, Generic[RecordType]):
         """Estimate how many bytes the stage leaves on this machine."""
         return 0
 
+    def disk_used(self, share: float) -> int:
+        """Estimate how many of the `disk_bytes` are taken, if this share of the stage is done."""
+        return round(self.disk_bytes() * share) + disk_bytes_in(self.context.run_dir.scratch_path(self.name))
+
     def matching_record(self, digest: str) -> RecordType | None:
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
         run = self.context.run_dir
@@ -123,3 +128,10 @@ class Stage(ABC, Generic[RecordType]):
     def notify(self, text: str) -> None:
         """Emit a message of this stage."""
         self.context.emit(Message(self.name, text))
+
+
+def disk_bytes_in(folder: Path) -> int:
+    """Count the bytes of the files in a folder of this machine."""
+    with suppress(FileNotFoundError):  # another driver may remove files
+        return sum(Storage(folder).files().values())
+    return 0

@@ -1,15 +1,13 @@
 """Assemble the model of a plan (a format for every group of layers), and add LoRA adapters.
 
-This module packs no weight: packed weights come from the bank, unpacked weights from the checkpoint.
+Packed weights come from the bank, unpacked weights from the checkpoint.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +16,14 @@ from qpruner.config.schema import LoraConfig
 from qpruner.models import cpu, ragged
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
-from qpruner.models.layout import group_linears, table_paths
+from qpruner.models.layout import group_linears, group_paths, table_paths
 from qpruner.models.loading import device
+from qpruner.models.memory import release
 from qpruner.plans.plan import HEAD
-from qpruner.quantization.bank import INDEX, BankIndex, read_plan
+from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import DENSE, format_of, formats
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, flag_for_peft, layer_tensors, packed_layer
-from qpruner.runs.storage import OnPiece, read_json
+from qpruner.runs.storage import OnPiece, fetch
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -35,24 +34,20 @@ ADAPTER = "default"
 
 
 def assemble(
-    checkpoint: Path,
-    bank: Path,
-    grouping: str,
-    formats_by_group: Mapping[str, str],
-    dtype: str,
-    on_piece: OnPiece = lambda: None,
+    bank: BankSource, formats_by_group: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of the plan `formats_by_group`, where `grouping` (`quantize.group`) defines the groups.
+    """Build the model of the plan `formats_by_group`; make the entries that the bank lacks.
 
     Embeddings and head are unpacked if the plan does not name them. Also return the initial adapters:
     `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
+    checkpoint = fetch(bank.checkpoint, on_piece)
     config = AutoConfig.from_pretrained(checkpoint)
     ragged.install(family_of(config))
     cpu.install()
-    paths = _group_paths(config, grouping)
+    paths = group_paths(config, bank.grouping)
     formats = {path: name for group, name in formats_by_group.items() for path in paths[group]}
     packed_paths = {path for path, name in formats.items() if format_of(name).is_packed}
     starts, packed = _split(read_plan(bank, formats_by_group, on_piece))
@@ -64,16 +59,11 @@ def assemble(
         config.quantization_config = MixedPrecisionConfig(formats).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=getattr(torch, dtype)
+        None, config=config, state_dict=state, dtype=getattr(torch, bank.dtype)
     )
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return _placed(model), starts
-
-
-def _group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
-    """Map each group, embeddings and head included, to the paths of its layers."""
-    return group_linears(config, grouping) | {name: (path,) for name, path in table_paths(config).items()}
 
 
 def _is_tied(config: Any) -> bool:
@@ -144,9 +134,8 @@ class PlanAssembler:
     Every plan resets all adapters and the random state, so it gives the same model as in a fresh process.
     """
 
-    def __init__(self, checkpoint: Path, bank: Path, grouping: str, dtype: str, lora: LoraConfig) -> None:
-        self._checkpoint, self._bank, self._grouping = checkpoint, bank, grouping
-        self._dtype, self._lora = dtype, lora
+    def __init__(self, bank: BankSource) -> None:
+        self.bank = bank
         self._peft_model: PeftModel | None = None
         self._plan: dict[str, str] = {}
         self._starts: dict[str, torch.Tensor] = {}
@@ -156,8 +145,8 @@ class PlanAssembler:
         # Forget the model first: if replacing its groups fails half way, the next plan is assembled from scratch.
         current, self._peft_model = self._peft_model, None
         if current is None:
-            model, self._starts = assemble(self._checkpoint, self._bank, self._grouping, plan, self._dtype, on_piece)
-            current = attach_adapters(model, self._starts, self._lora, self._grouping, seed)
+            model, self._starts = assemble(self.bank, plan, on_piece)
+            current = attach_adapters(model, self._starts, self.bank.lora, self.bank.grouping, seed)
         else:
             self._exchange(current, plan, seed, on_piece)
         self._plan, self._peft_model = dict(plan), current
@@ -167,30 +156,31 @@ class PlanAssembler:
         model = current.get_base_model()
         model.disable_input_require_grads()
         current.enable_adapter_layers()  # an evaluation may have disabled them
-        paths, blocks = _group_paths(model.config, self._grouping), group_linears(model.config, self._grouping)
+        grouping = self.bank.grouping
+        paths, blocks = group_paths(model.config, grouping), group_linears(model.config, grouping)
         whole = dict.fromkeys(paths, DENSE) | dict(plan)
         changed = {name: each for name, each in whole.items() if each != self._plan.get(name, DENSE)}
-        starts, packed = _split(read_plan(self._bank, changed, on_piece))
+        starts, packed = _split(read_plan(self.bank, changed, on_piece))
         changed_paths = {path for name in changed for path in paths[name]}
         same = {name: start for name, start in self._starts.items() if name.rpartition(".")[0] not in changed_paths}
         self._starts = same | starts
         wanted = {path: each for name, each in changed.items() for path in paths[name]}
         layers = self._layers(model, wanted, packed, on_piece)
         adapted = {path: layers.pop(path) for name in changed.keys() & blocks.keys() for path in paths[name]}
-        for path, layer in _with_adapters(adapted, self._lora).items():
+        for path, layer in _with_adapters(adapted, self.bank.lora).items():
             model.set_submodule(path, layer)
         for path, layer in layers.items():
             _replace_table(model, path, layer)
         in_blocks = [path for each in blocks.values() for path in each]
-        _set_adapters(current, self._starts, self._lora, in_blocks, seed)
+        _set_adapters(current, self._starts, self.bank.lora, in_blocks, seed)
 
     def _layers(
         self, model: Any, formats: Mapping[str, str], packed: Mapping[str, torch.Tensor], on_piece: OnPiece
     ) -> dict[str, torch.nn.Module]:
         """Build the layers at some paths anew, from packed tensors or from the checkpoint."""
         unpacked = {f"{path}.weight" for path, name in formats.items() if not format_of(name).is_packed}
-        dense = read_tensors(self._checkpoint, unpacked.__contains__, on_piece) if unpacked else {}
-        dtype = getattr(torch, self._dtype)
+        dense = read_tensors(self.bank.checkpoint, unpacked.__contains__, on_piece) if unpacked else {}
+        dtype = getattr(torch, self.bank.dtype)
         layers: dict[str, torch.nn.Module] = {}
         for path, name in formats.items():
             old: Any = model.get_submodule(path)
@@ -243,15 +233,17 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
     return found
 
 
-def plan_assembler(checkpoint: Path, bank: Path, grouping: str, dtype: str, lora: LoraConfig) -> PlanAssembler:
-    """Return an assembler for a model and a bank; it is cached, so that a worker loads the model only once."""
-    index = read_json(bank / INDEX, BankIndex)
-    return _kept_assembler(index and index.digest, checkpoint, bank, grouping, dtype, lora)
+def plan_assembler(bank: BankSource) -> PlanAssembler:
+    """Return an assembler for a bank; this process keeps one, so that a worker loads a cut's model only once."""
+    if _kept and _kept[0].bank != bank:
+        _kept.clear()
+        release()
+    if not _kept:
+        _kept.append(PlanAssembler(bank))
+    return _kept[0]
 
 
-@functools.lru_cache(maxsize=1)
-def _kept_assembler(digest: str | None, *settings: Any) -> PlanAssembler:
-    return PlanAssembler(*settings)
+_kept: list[PlanAssembler] = []
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,28 +1,35 @@
-"""Build and read the bank: packed weights and initial adapters of every (group, format), computed once for all trials.
+"""Make and read the bank: packed weights and initial adapters of every (group, format), shared by all trials.
 
-An entry depends on its group and format only, not on the rest of a plan. Each entry is a safetensors file with the
-packed tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`. The index `bank.json` has the sha256
-of each file. A process checks the sha256 when it first reads a file.
+An entry depends on its group and format only, not on the rest of a plan. It is a safetensors file with the packed
+tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`; its `EntryRecord` lies beside it. Whoever
+reads an entry that is missing or damaged makes it (`read_plan`). Two processes may make the same entry at once: each
+file is replaced as a whole, and their bytes are equal.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.models.checkpoint import read_tensors
-from qpruner.models.loading import device
-from qpruner.quantization.formats import Format, format_of
+from qpruner.models.layout import group_linears, group_paths
+from qpruner.models.loading import checkpoint_config, device
+from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.quantization.formats import Format, format_of, formats
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors
 from qpruner.quantization.rounding import change_size, pack
@@ -33,34 +40,99 @@ from qpruner.runs.storage import OnPiece
 
 VERSION = 3
 """Version of the entries: raise it when the same inputs give different tensors."""
-INDEX = "bank.json"
+GRAMS = "grams"
+"""Subfolder with the Gram matrices of layers' inputs, a file for each block."""
 FEW_WEIGHTS = 10_000_000
 """A model with fewer weights is packed without Ray, because starting Ray would take longer than packing."""
 
+Tensors = dict[str, torch.Tensor]
+Kind = TypeVar("Kind", bound="FileRecord")
 
-class IndexEntry(Recorded):
-    """A file of the bank: its `entry_digest`, sha256, and what is left of the weights' error."""
+logger = logging.getLogger(__name__)
+
+
+class FileRecord(Recorded):
+    """What a tensor file of a bank was made from (a digest), and its sha256."""
 
     inputs: str
     sha256: str
+
+
+class EntryRecord(FileRecord):
+    """The same of an entry, and what is left of the weights' error."""
+
     residual_ratio: float
     """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided by that without."""
     error: float
     """Squared norm of that error, divided by that of the weights (or outputs)."""
 
 
-class BankIndex(Recorded):
-    """Contents of `bank.json`: the digest of the inputs of the bank stage, and an entry for each file name."""
+@dataclass(frozen=True)
+class BankSource:
+    """Where the bank of a cut is, and what its entries are made from; the paths are the same on every node."""
 
-    digest: str
-    files: dict[str, IndexEntry]
+    folder: Path
+    checkpoint: Path
+    grouping: str
+    """`quantize.group`."""
+    dtype: str
+    lora: LoraConfig
+    seed: int
+    inputs: str = ""
+    """Digest of all that the entries depend on besides their formats."""
+    uses_grams: bool = False
+    """Whether GPTQ rounds the blocks' weights, by the Gram matrices in `GRAMS`."""
+
+    def file(self, group: str, level: str) -> Path:
+        """Return the path of the entry of a (group, format)."""
+        return self.folder / level / f"{group}.safetensors"
+
+    def digest(self, level: str) -> str:
+        """Compute the digest of all that an entry depends on: of the inputs, and of what packs its format."""
+        packing = format_of(level)
+        return digest_of(self.inputs, level, packing.version, version(packing.package) if packing.package else "")
+
+    def digests(self, levels: Iterable[str]) -> list[str]:
+        """List the `digest` of each packed format among `levels`."""
+        return [self.digest(level) for level in sorted(set(levels)) if format_of(level).is_packed]
+
+    def entry(self, group: str, level: str) -> EntryRecord | None:
+        """Read the record of an entry; None if it is missing, damaged or of other inputs."""
+        found = _read_record(self.file(group, level), EntryRecord)
+        return found if found and found.inputs == self.digest(level) else None
+
+    def grams_of(self, block: str) -> Path:
+        """Return the path of the Gram matrices of a block, such as `model.layers.3`."""
+        return self.file(block, GRAMS)
+
+    def has_grams(self) -> bool:
+        """Return True if no Gram matrices are used, or if those of all blocks are intact."""
+        if not self.uses_grams:
+            return True
+        groups = group_linears(checkpoint_config(storage.fetch(self.checkpoint)), self.grouping)
+        blocks = sorted({block_of(paths[0]) for paths in groups.values()})
+        return all(storage.for_each(lambda block: self._is_intact(self.grams_of(block)), blocks))
+
+    def _is_intact(self, path: Path) -> bool:
+        record = _read_record(path, FileRecord)
+        with suppress(FileNotFoundError):
+            return record is not None and record.inputs == self.inputs and storage.file_digest(path) == record.sha256
+        return False
+
+    def is_current(self, path: Path) -> bool:
+        """Return True if a file in the folder is an entry of the present inputs, or Gram matrices."""
+        level, group = path.parent.name, path.stem
+        if level == GRAMS:
+            record = _read_record(path, FileRecord)
+            return record is not None and record.inputs == self.inputs
+        return level in formats() and not format_of(level).missing() and self.entry(group, level) is not None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The tensors of one (group, format), and the errors of `IndexEntry`."""
+    """The tensors of one (group, format), and the errors of `EntryRecord`."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     residual_ratio: float
     error: float
 
@@ -76,7 +148,7 @@ def build_entry(
 
     `grams` has the Gram matrix of the inputs ``(columns, columns)`` of layers that GPTQ is to round.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
     total, plain, left = 0.0, 0.0, 0.0
     for path, weight in weights.items():
         gram = grams.get(path) if grams else None
@@ -94,143 +166,85 @@ def build_entry(
     return Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
 
 
-def entry_digest(inputs: str, level: str) -> str:
-    """Compute the digest of all that an entry depends on: of its `inputs`, and of what packs its format."""
-    packing = format_of(level)
-    return digest_of(inputs, level, packing.version, version(packing.package) if packing.package else "")
-
-
-def entry_file(bank: Path, group: str, level: str) -> Path:
-    """Return the path of the file of one (group, format)."""
-    return bank / level / f"{group}.safetensors"
-
-
-def write_entry(bank: Path, group: str, level: str, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write the tensors of one (group, format) to a file and return its path."""
-    path = entry_file(bank, group, level)
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable for the owner only
-
-    storage.retry_storage(write, path)
-    return path
-
-
-@dataclass(frozen=True)
-class GroupJob:
-    """A group of layers (one entry of a plan) to pack in each of `levels`, in this process or on a worker."""
-
-    group: str
-    paths: tuple[str, ...]
-    """Paths of the group's layers in the model."""
-    levels: tuple[str, ...]
-    """Formats to pack in."""
-    checkpoint: Path
-    bank: Path
-    dtype: str
-    lora: LoraConfig | None
-    """None for embeddings and head, which have no adapter."""
-    seed: int
-    inputs: str = ""
-    """Digest of all that the entries depend on besides their formats."""
-    grams: Path | None = None
-    """File with the Gram matrices of the layers' inputs, if GPTQ rounds them."""
-    threads: int | None = None
-
-
-def build_group(job: GroupJob) -> dict[str, IndexEntry]:
-    """Pack a group, write a file for each format, and return index entries by file name."""
-    if job.threads and not torch.cuda.is_available():
-        torch.set_num_threads(job.threads)
-    names = {f"{path}.weight": path for path in job.paths}
-    stored = read_tensors(storage.fetch(job.checkpoint), names.__contains__)
+def make_entries(
+    bank: BankSource, group: str, levels: Sequence[str], on_piece: OnPiece = lambda: None
+) -> Iterator[tuple[EntryRecord, Tensors]]:
+    """Pack a group in each of some formats on this process's device, write the entries, and yield them in order."""
+    checkpoint = storage.fetch(bank.checkpoint, on_piece)
+    paths = group_paths(checkpoint_config(checkpoint), bank.grouping)[group]
+    names = {f"{path}.weight": path for path in paths}
+    stored = read_tensors(checkpoint, names.__contains__, on_piece)
     for name in names:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
-    weights = {names[name]: tensor.to(device(), getattr(torch, job.dtype)) for name, tensor in stored.items()}
-    grams = read_grams(job.grams, job.paths) if job.grams else None
-    built = {}
-    for level in job.levels:
-        entry = build_entry(weights, format_of(level), job.lora, job.seed, grams)
-        file = write_entry(storage.storage_at(job.bank).staging, job.group, level, entry.tensors)
-        sha256 = storage.put_file(file, entry_file(job.bank, job.group, level))
-        name = str(entry_file(Path(), job.group, level))
-        errors = {"residual_ratio": entry.residual_ratio, "error": entry.error}
-        built[name] = IndexEntry(inputs=entry_digest(job.inputs, level), sha256=sha256, **errors)
-    return built
+    weights = {names[name]: tensor.to(device(), getattr(torch, bank.dtype)) for name, tensor in stored.items()}
+    is_in_block = group not in (EMBEDDINGS, HEAD)
+    grams = _read_grams(bank, paths) if bank.uses_grams and is_in_block else None
+    for level in levels:
+        entry = build_entry(weights, format_of(level), bank.lora if is_in_block else None, bank.seed, grams)
+        yield write_entry(bank, group, level, entry), entry.tensors
+        on_piece()
 
 
-def write_grams(file: Path, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
+def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> EntryRecord:
+    """Write an entry, then its record, which makes it count."""
+    path, errors = bank.file(group, level), {"residual_ratio": entry.residual_ratio, "error": entry.error}
+    record = EntryRecord(inputs=bank.digest(level), sha256=_write_tensors(path, entry.tensors), **errors)
+    storage.write_json(record_path(path), record)
+    return record
+
+
+def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
     """Write the Gram matrices of a block, each under the paths of the layers that share the input."""
+    path = bank.grams_of(block_of(next(iter(grams))[0]))
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
-    storage.retry_storage(lambda: save_file(named, file), file)
+    storage.write_json(record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named)))
 
 
-def read_grams(file: Path, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Read the Gram matrices of the inputs of some layers, float32 ``(columns, columns)``."""
-    stored = load_file(storage.fetch(file.parent) / file.name)
-    by_path = {path: gram for names, gram in stored.items() for path in names.split()}
-    return {path: by_path[path].to(device()) for path in paths}
-
-
-def read_index(bank: Path) -> BankIndex:
-    """Read the index of a bank; raise `CorruptFile` if it is missing or damaged."""
-    index = storage.read_json(bank / INDEX, BankIndex)
-    if index is None:
-        raise CorruptFile(f"bank {storage.display_name(bank)} has no {INDEX}; repeat the command to rebuild it", bank)
-    return index
-
-
-def intact_files(bank: Path, expected: Mapping[str, str]) -> list[str]:
-    """List the files of a bank that exist and have the expected sha256."""
-    existing = storage.files_in(bank)
-    names = [name for name in expected if name in existing]
-    found = storage.for_each(storage.file_digest, [bank / name for name in names])
-    return [name for name, sha256 in zip(names, found, strict=True) if sha256 == expected[name]]
-
-
-def read_plan(bank: Path, plan: Mapping[str, str], on_piece: OnPiece = lambda: None) -> dict[str, torch.Tensor]:
-    """Read the tensors of all groups that a plan packs; raise `CorruptFile` if a file is missing or damaged."""
-    wanted = {group: level for group, level in plan.items() if format_of(level).is_packed}
-    if not wanted:
-        return {}
-    index = read_index(bank)
-    tensors: dict[str, torch.Tensor] = {}
-    for group, level in wanted.items():
-        path = entry_file(bank, group, level)
-        entry = index.files.get(str(path.relative_to(bank)))
-        remedy = "repeat the command to rebuild it"
-        try:
-            read = functools.partial(_verified, path, entry.sha256 if entry else "", on_piece)
-            source = storage.retry_storage(read, path, was_there=True)
-            if source is None:
-                raise CorruptFile(f"bank file {storage.display_name(path)} does not match {INDEX}; {remedy}", path)
-            tensors |= storage.retry_storage(functools.partial(load_file, source), path)
-            on_piece()
-        except (FileNotFoundError, SafetensorError) as error:
-            raise CorruptFile(
-                f"bank file {storage.display_name(path)} cannot be read: {error}; {remedy}", path
-            ) from error
+def read_plan(bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None) -> Tensors:
+    """Read the tensors of all groups that a plan packs; make the entries that are missing or damaged."""
+    tensors: Tensors = {}
+    made = 0
+    for group, level in plan.items():
+        if not format_of(level).is_packed:
+            continue
+        found = _read_tensors(bank.file(group, level), bank.digest(level), EntryRecord, on_piece)
+        if found is None:
+            ((_, found),) = make_entries(bank, group, (level,), on_piece)
+            made += 1
+        tensors |= found
+        on_piece()
+    if made:
+        logger.info("%d entries of %s were made", made, storage.display_name(bank.folder))
     return tensors
+
+
+def block_of(path: str) -> str:
+    """Name the block that a layer is in, such as `model.layers.3`."""
+    parts = path.split(".")
+    return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def record_path(path: Path) -> Path:
+    """Return the path of the record of a tensor file."""
+    return path.with_suffix(".json")
 
 
 class Starts:
     """Initial weights of trials: unpacked, with the adapter added, for every group and packed format.
 
     The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight only. `groups` maps
-    each group to the paths of its layers, `offered` to the formats that it takes; `scaling` is LoRA's alpha / rank.
+    each group to the paths of its layers, `offered` to the formats that it takes.
     """
 
     def __init__(
-        self, bank: Path, groups: Mapping[str, Sequence[str]], offered: Mapping[str, Sequence[str]], scaling: float
+        self, bank: BankSource, groups: Mapping[str, Sequence[str]], offered: Mapping[str, Sequence[str]]
     ) -> None:
         self.groups = groups
         self.offered = {
             group: tuple(level for level in levels if format_of(level).is_packed) for group, levels in offered.items()
         }
-        self._scaling = scaling
+        self._scaling = bank.lora.alpha / bank.lora.rank
         self._entries = {
             (group, level): read_plan(bank, {group: level}) for group in groups for level in self.offered[group]
         }
@@ -244,6 +258,49 @@ class Starts:
         if lora_a is None or lora_b is None:  # no adapter, or `lora.init: plain`
             return weight
         return weight.addmm_(lora_b, lora_a, alpha=self._scaling)
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> str:
+    """Write a tensor file, which a reader sees as a whole or not at all; return its sha256."""
+    data = save(tensors)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.storage_at(path).write(data, durable=False)  # its sha256 shows what a crash loses
+
+    storage.retry_storage(write, path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
+    try:
+        return storage.read_json(record_path(path), kind)
+    except CorruptFile as error:  # without its record the file does not count
+        logger.warning("%s", error)
+        return None
+
+
+def _read_grams(bank: BankSource, paths: Sequence[str]) -> Tensors:
+    """Read the Gram matrices of the inputs of some layers of a block, float32 ``(columns, columns)``."""
+    path = bank.grams_of(block_of(paths[0]))
+    stored = _read_tensors(path, bank.inputs, FileRecord)
+    if stored is None:
+        raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing or damaged", path)
+    by_path = {path: gram for names, gram in stored.items() for path in names.split()}
+    return {path: by_path[path].to(device()) for path in paths}
+
+
+def _read_tensors(path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None) -> Tensors | None:
+    """Read a tensor file of these inputs; None if it is missing, and also if it is damaged, which is logged."""
+    record = _read_record(path, kind)
+    if record is None or record.inputs != inputs:
+        return None
+    with suppress(FileNotFoundError, SafetensorError):
+        if source := storage.retry_storage(functools.partial(_verified, path, record.sha256, on_piece), path):
+            tensors: Tensors = storage.retry_storage(functools.partial(load_file, source), path)
+            return tensors
+    logger.warning("%s is damaged and made again", storage.display_name(path))
+    return None
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:

@@ -31,13 +31,12 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         with one_at_a_time:
             progress(0)
 
-    checkpoint, start = fetch(materials.checkpoints[job.cut], on_read), fetch(start) if start else None
-    # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
+    start = fetch(start) if start else None
     bank = materials.banks[job.cut]
-    assembler = plan_assembler(checkpoint, bank, config.quantize.group, config.model.dtype, config.lora)
-    peft_model = assembler.model(job.plan, config.seed, on_read)
+    # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
+    peft_model = plan_assembler(bank).model(job.plan, config.seed, on_read)
     progress(0)
-    tokenizer = load_tokenizer(str(checkpoint))
+    tokenizer = load_tokenizer(str(bank.checkpoint))
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(materials.data / "validation")
     rungs, done = config.search.rungs, 0

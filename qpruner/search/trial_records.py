@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -19,6 +20,9 @@ from qpruner.plans.plan import UNPRUNED
 from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 from qpruner.training import checkpoints
+
+if TYPE_CHECKING:
+    from qpruner.quantization.bank import BankSource
 
 SETTING_REMEDIES = {
     "diverged": "lower `training.learning_rate`",
@@ -46,10 +50,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Materials:
-    """The folders of the run that a trial reads; their paths are the same on every node."""
+    """What a trial reads of the run; the paths are the same on every node."""
 
-    checkpoints: Mapping[str, Path]  # cut -> its model and tokenizer
-    banks: Mapping[str, Path]  # cut -> its packed weights
+    banks: Mapping[str, BankSource]  # of each cut
     data: Path  # the encoded rows
 
 

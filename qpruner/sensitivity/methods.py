@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qpruner.config.schema import MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
-from qpruner.quantization.bank import Starts
+from qpruner.quantization.bank import BankSource, Starts
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.runs.records import MethodScores
 from qpruner.runs.storage import fetch
@@ -30,13 +30,11 @@ MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups with the formats that each may have, `quantize.group`, bank, and LoRA's alpha / rank."""
+    """Samples, groups with the formats that each may have, and the bank of the model."""
 
     samples: Samples
     groups: tuple[Group, ...]
-    grouping: str
-    bank: Path
-    scaling: float
+    bank: BankSource
     on_group: OnProgress = lambda done, total: None
     """Counts the groups that `by_information` has scored after its pass over the samples."""
 
@@ -55,7 +53,7 @@ class Subject:
     def starts(self) -> Starts:
         """Open the bank to read the initial weights of the groups."""
         groups = {group.name: tuple(linear.name for linear in group.linears) for group in self.groups}
-        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups}, self.scaling)
+        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups})
 
 
 def _packed(group: Group) -> tuple[str, ...]:
@@ -67,7 +65,8 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(model, subject.samples, subject.grouping, settings, seed, subject.on_group)
+    grouping = subject.bank.grouping
+    found = mutual_information.measure(model, subject.samples, grouping, settings, seed, subject.on_group)
     nats = dict.fromkeys((group.name for group in subject.groups), max(found))
     nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
     sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}

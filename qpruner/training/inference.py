@@ -49,7 +49,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     progress.write(0, num_turns)
     for turn in range(num_turns):
         position = turn % len(turns)
-        model = build(job.config, job.candidates[position])
+        model = build(job.candidates[position])
         load_adapter(model, job.candidates[position].adapter)
         turns[position].append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
         progress.write(turn + 1, num_turns)

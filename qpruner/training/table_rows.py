@@ -36,12 +36,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qpruner.data.losses import LossResult, Rows
+    from qpruner.quantization.bank import BankSource
     from qpruner.training.finetune import TrainingResult
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the final table: a checkpoint quantized by a plan; `folder` is for the fine-tune's files.
+    """A row of the final table: the model of a bank quantized by a plan; `folder` is for the fine-tune's files.
 
     `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed` sets data order and
     dropout of the fine-tune. A row without a seed is scored without a fine-tune, with its initial adapters.
@@ -49,8 +50,7 @@ class Candidate:
 
     name: str
     title: str
-    checkpoint: Path
-    bank: Path
+    bank: BankSource
     plan: Mapping[str, str]
     folder: Path
     seed: int | None
@@ -117,7 +117,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     if is_first:
         ownership.take()
     memory = PeakMemory()
-    model = build(config, candidate)
+    model = build(candidate)
     result, tracker_errors = _train(job, model, train, pad_id, ownership)
     peak = memory.bytes()
     cast_adapters(model)
@@ -177,7 +177,7 @@ def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
     started = time.monotonic()
     begin_job(job.threads)
     settings, candidate = job.config.evaluate, job.candidate
-    model = build(job.config, candidate)
+    model = build(candidate)
     if candidate.seed is not None:
         load_adapter(model, candidate.adapter)
     tokenizer, loss = _tokenizer(candidate), None
@@ -195,7 +195,7 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
     In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
     """
     begin_job(job.threads)
-    model = build(job.config, job.candidate)
+    model = build(job.candidate)
     load_adapter(model, job.candidate.folder)
     return _fresh_score(job, model)
 
@@ -216,7 +216,7 @@ def confirm_seed(job: CandidateJob) -> FinalistScore:
     job = replace(job, config=config.model_copy(update={"finetune": length, "training": training}))
     ownership = Ownership(candidate.folder / "owner.json")
     ownership.take()
-    model, tokenizer = build(config, candidate), _tokenizer(candidate)
+    model, tokenizer = build(candidate), _tokenizer(candidate)
     try:
         _train(job, model, load_encoded(job.data / "train"), int(tokenizer.pad_token_id), ownership)
     except TrainingDiverged:
@@ -242,13 +242,11 @@ def _fresh_score(job: CandidateJob, model: PeftModel) -> FinalistScore:
     return score.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})
 
 
-def build(config: RunConfig, candidate: Candidate) -> PeftModel:
+def build(candidate: Candidate) -> PeftModel:
     """Build the row's model with its initial adapters."""
     from qpruner.quantization.assembly import plan_assembler
 
-    checkpoint, group, dtype = fetch(candidate.checkpoint), config.quantize.group, config.model.dtype
-    assembler = plan_assembler(checkpoint, candidate.bank, group, dtype, config.lora)
-    return assembler.model(candidate.plan, config.seed)
+    return plan_assembler(candidate.bank).model(candidate.plan, candidate.bank.seed)
 
 
 class ProgressFile:
@@ -267,7 +265,7 @@ class ProgressFile:
 
 
 def _tokenizer(candidate: Candidate) -> Any:
-    return load_tokenizer(str(fetch(candidate.checkpoint)))
+    return load_tokenizer(str(fetch(candidate.bank.checkpoint)))
 
 
 def _rounded(loss: LossResult) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from qpruner.cluster.tasks import MAX_DEATHS
 from qpruner.config.schema import LoraConfig, TrainingConfig
 from qpruner.errors import TrainingDiverged, WorkerDied
 from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.quantization.bank import BankSource
 from qpruner.training.finetune import Listener, Schedule, Share, finetune
 
 pytestmark = pytest.mark.slow
@@ -51,8 +52,9 @@ class Training:
 def train(job: Training) -> Losses:
     """Train for real, in one process or several; return the loss of each step that this process took."""
     torch.set_num_threads(1)
-    model, starts = assemble(job.model, job.model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
     lora = LoraConfig(rank=4, dropout=job.dropout, init="plain")
+    bank = BankSource(job.model, job.model, "block", "float32", lora, seed=3)
+    model, starts = assemble(bank, {"layers.0": "bf16", "layers.1": "bf16"})
     peft_model = attach_adapters(model, starts, lora, "block", seed=3)
     passes = 0
 

@@ -260,11 +260,12 @@ from pathlib import Path
 from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 from qpruner.config.load import load_config
 from qpruner.runs.run_dir import RunDir
+sys.path.insert(0, "tests")
+from mixed_models import bank_of_run, groups_of
 config = load_config(Path(sys.argv[1]))
-run = RunDir(Path(config.output))
-names = sorted(path.stem for path in (run.stage("bank") / "nf4").iterdir())
-plan = {"embeddings": "bf16"} | {name: ("nf4", "int8")[position % 2] for position, name in enumerate(names)}
-row = Candidate("searched", "searched", run.cut("cut-20"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
+run, bank = RunDir(Path(config.output)), bank_of_run(config)
+plan = {"embeddings": "bf16"} | {name: ("nf4", "int8")[at % 2] for at, name in enumerate(groups_of(bank))}
+row = Candidate("searched", "searched", bank, plan, Path(sys.argv[2]), 0)
 done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
 print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}))
 """

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixed_models import GROUP, LORA, fill_bank, mixed_plan
+from mixed_models import GROUP, LORA, bank_source, groups_of, mixed_plan
 from tiny_families import family_model
 
 from qpruner.data.encoding import save_encoded
@@ -43,9 +43,8 @@ def pruned_model(
 
 def run_of(pruned: Path, root: Path, pattern: tuple[str, ...], table: str = "") -> Path:
     """Write the parts of a run that an export reads: groups have these formats in turn, every layer an adapter."""
-    names = fill_bank(pruned, root / "bank", levels=tuple(set(pattern) - {"bf16"}), tables=(table,) * bool(table))
-    plan = mixed_plan(names, pattern) | ({EMBEDDINGS: table} if table else {})
-    model, starts = assemble(pruned, root / "bank", GROUP, plan, "bfloat16")
+    bank = bank_source(pruned, root / "bank")
+    model, starts = assemble(bank, mixed_plan(groups_of(bank), pattern) | ({EMBEDDINGS: table} if table else {}))
     save_checkpoint(model, load_tokenizer(str(pruned)), root / "final")
     adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
     for name, parameter in adapted.named_parameters():

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+from mixed_models import bank_of_run
 from raylets import raylets
 
 from qpruner.cli.main import _guarded
@@ -130,7 +131,7 @@ SET_ASIDE = "repeat the command: the damaged file is set aside, and "
         ("search/best.json", "delete {run}/records/search.json, then repeat the command"),
         ("final/config.json", "delete {run}/final, then repeat the command"),
         # Deleting these would lose a plan, the intact entries of a bank, or a model that was only unreachable.
-        ("bank/nf4/layers.0.json", SET_ASIDE),
+        ("banks/cut-20/grams/model.layers.0.safetensors", SET_ASIDE),
         ("prune/model.safetensors", SET_ASIDE),
         ("trials/0123abcd/0003/trial.json", SET_ASIDE),
         ("trials/0123abcd/search-0123abcd.json", SET_ASIDE),
@@ -366,9 +367,8 @@ def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> Tri
     bank = RunDir(root).read_record("bank", BankRecord)
     assert bank is not None
     plan = dict.fromkeys(bank.residual_ratio["nf4"], "nf4")
-    return TrialJob(
-        validate_config(raw), Materials({CUT: root / "cuts" / CUT}, {CUT: root / "bank"}, root / data), plan, CUT
-    )
+    config = validate_config(raw)
+    return TrialJob(config, Materials({CUT: bank_of_run(config)}, root / data), plan, CUT)
 
 
 def test_a_diverging_trial_names_step_and_learning_rate(banked: Path, tiny_raw: dict[str, Any]) -> None:

@@ -88,7 +88,12 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
     assert report["standing"] == "Finished; resumed 1 time after a command that did not finish."
     keys = store.keys(KILLED)
-    for part in ("prune/model.safetensors", "bank/bank.json", "final/adapter_model.safetensors", "report.html"):
+    for part in (
+        "cuts/cut-20/model.safetensors",
+        "banks/cut-20/nf4/layers.0.o.json",
+        "final/adapter_model.safetensors",
+        "report.html",
+    ):
         assert part in keys
     assert any(key.startswith("tensorboard/trial-0000") for key in keys) and "qpruner.log" in keys
     assert "driver.lock" not in keys and not any("checkpoints/" in key for key in keys)
@@ -115,18 +120,19 @@ def test_verbs_for_finished_runs_accept_a_uri(store: Store, taken_up: TakenUp, t
 def test_only_damaged_objects_are_set_aside_and_made_again(
     store: Store, taken_up: TakenUp, tiny_model: Path, tmp_path: Path
 ) -> None:
-    run, entry = "damaged/run", "bank/nf4/layers.0.o.safetensors"
-    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "records", "run.json"))
-    for name in ("prune/model.safetensors", entry):
+    run, entry = "damaged/run", "banks/cut-20/nf4/layers.0.o.safetensors"
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "records", "run.json"))
+    for name in ("cuts/cut-20/model.safetensors", entry):
         store.damage(f"{run}/{name}")
-    said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), "bank").said()
+    store.delete(f"{run}/records/sensitivity.json")
+    said = ended(config_at(store.uri(run), tmp_path / "a", tiny_model), "sensitivity").said()
     (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
     assert "[prepare] already recorded" in said and "[prune] done" in said
-    assert f"s3://runs/{run}/prune/model.safetensors is damaged" in said
+    assert f"s3://runs/{run}/cuts/cut-20/model.safetensors is damaged" in said
     assert f"set aside in s3://runs/{run}/damaged/{aside.partition('/')[0]}" in said
-    assert f"s3://runs/{run}/{entry} is missing or damaged; only this file is built again" in said
-    assert "1 entries to build" in said
-    for name in ("prune/model.safetensors", entry):
+    assert "[bank] already recorded" in said
+    assert f"s3://runs/{run}/{entry} is damaged and made again" in said
+    for name in ("cuts/cut-20/model.safetensors", entry):
         assert store.read(f"{run}/{name}") == store.read(f"{KILLED}/{name}")
 
 
@@ -135,7 +141,7 @@ def test_a_server_away_is_waited_for_then_reported(
     comes_back: bool, store: Store, taken_up: TakenUp, undisturbed: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = f"away-{comes_back}/run"
-    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "sensitivity", "records", "run.json"))
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "sensitivity", "records", "run.json"))
     for name in ("search", "finetune", "evaluate"):
         store.delete(f"{run}/records/{name}.json")
     config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)

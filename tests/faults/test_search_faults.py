@@ -36,8 +36,8 @@ from real_driver import (
 from safetensors.torch import load_file, save_file
 
 from qpruner.cluster.tune.driver import MAX_KILLS
-from qpruner.quantization.bank import INDEX, read_index
-from qpruner.runs.storage import file_digest, write_json
+from qpruner.quantization.bank import EntryRecord, record_path
+from qpruner.runs.storage import file_digest, read_json, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -239,23 +239,21 @@ def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_m
 # ---- numbers
 
 
-def spoil(bank: Path, name: str) -> None:
-    """Make the initial adapters in one file of a bank far too large, and update the index of the bank."""
-    path = bank / name
+def spoil(path: Path) -> None:
+    """Make the initial adapters in one file of a bank far too large, and update its record."""
     tensors = load_file(path)
     save_file({key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path)
-    index = read_index(bank)
-    spoilt = index.files[name].model_copy(update={"sha256": file_digest(path)})
-    write_json(bank / INDEX, index.model_copy(update={"files": index.files | {name: spoilt}}))
+    record = read_json(record_path(path), EntryRecord)
+    assert record
+    write_json(record_path(path), record.model_copy(update={"sha256": file_digest(path)}))
 
 
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
     keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
     config = search_config(tiny_model, config.parent, **keys)
-    bank = ended(config, "bank").run / "bank"
-    name = next(name for name in read_index(bank).files if name.startswith("nf4/"))
-    spoil(bank, name)
-    group = Path(name).stem
+    path = next((ended(config, "bank").run / "banks" / "cut-20" / "nf4").glob("*.safetensors"))
+    spoil(path)
+    group = path.stem
     with driver(config) as process:
         record = finished(process)
     trials = trials_of(process.run)

@@ -5,7 +5,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from mixed_models import GROUP, fill_bank, mixed_plan
+from mixed_models import GROUP, bank_source, groups_of, mixed_plan
 from tiny_families import FAMILY_NAMES, MIXTURES, family_model, kept_of, logits_of, prompt, with_output_biases
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,7 @@ from qpruner.pipeline.preflight import check_quantizable
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
-from qpruner.quantization.bank import read_plan
+from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear
 from qpruner.quantization.mixed import layer_tensors
@@ -30,12 +30,8 @@ NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
 """Separate and fused projections, biases, norms; the linear layers of other families are like these."""
 
 
-def with_unpacked(folder: Path, plan: dict[str, str], formats: dict[str, str]) -> torch.nn.Module:
-    """Load the model that a plan packs, with the weights that packed tensors stand for."""
-    model, tensors = (
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
-        read_plan(folder / "bank", plan),
-    )
+def with_unpacked(bank: BankSource, plan: dict[str, str], formats: dict[str, str]) -> torch.nn.Module:
+    model, tensors = AutoModelForCausalLM.from_pretrained(bank.checkpoint, dtype=torch.float32), read_plan(bank, plan)
     for path, level in formats.items():
         parts = {key: each for key, each in layer_tensors(tensors, path).items() if not key.startswith("lora_")}
         weight = model.get_submodule(path).weight
@@ -53,10 +49,10 @@ def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> N
     family = name.removesuffix(OUTPUT_BIASES)
     dense = cut(family_model(family) if name == family else with_output_biases(family), kept_of(family))
     dense.save_pretrained(tmp_path / "model")
-    names = fill_bank(tmp_path / "model", tmp_path / "bank", LORA, DTYPE, tables=("int8",))
+    bank = bank_source(tmp_path / "model", tmp_path / "bank", LORA, DTYPE)
     tables = table_paths(dense.config)
-    plan = {EMBEDDINGS: "int8"} | mixed_plan(names, PATTERN) | dict.fromkeys(tables, "int8")
-    model, starts = assemble(tmp_path / "model", tmp_path / "bank", GROUP, plan, DTYPE)
+    plan = {EMBEDDINGS: "int8"} | mixed_plan(groups_of(bank), PATTERN) | dict.fromkeys(tables, "int8")
+    model, starts = assemble(bank, plan)
     model.eval()
     groups = group_linears(dense.config, GROUP)
     linears = {path: plan[group] for group, paths in groups.items() for path in paths}
@@ -64,7 +60,7 @@ def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> N
     formats = {path: level for path, level in linears.items() if level != DENSE} | dict.fromkeys(
         tables.values(), "int8"
     )
-    unpacked = with_unpacked(tmp_path, plan, formats)
+    unpacked = with_unpacked(bank, plan, formats)
     packed = {f"{path}.weight" for path in formats}
     others = {key: each for key, each in dense.named_parameters() if key not in packed}
     assert dict(model.named_parameters()).keys() == others.keys() | packed
@@ -99,17 +95,15 @@ def test_embeddings_and_head_are_packed(name: str, tied: bool, tmp_path: Path) -
     tables = table_paths(dense.config)
     assert dense.get_submodule(tables[EMBEDDINGS]) is dense.get_input_embeddings()
     assert (HEAD in tables) is not tied
-    whole = dict.fromkeys(
-        fill_bank(tmp_path / "model", tmp_path / "bank", LORA, DTYPE, levels=(), tables=("int8",)), DENSE
-    )
+    lora = LORA.model_copy(update={"init": "plain"})
+    bank = bank_source(tmp_path / "model", tmp_path / "bank", lora, DTYPE)
+    whole = dict.fromkeys(groups_of(bank), DENSE)
     plan = whole | dict.fromkeys(tables, "int8")
-    expected = logits_of(with_unpacked(tmp_path, plan, dict.fromkeys(tables.values(), "int8")))
-    assembler = PlanAssembler(
-        tmp_path / "model", tmp_path / "bank", GROUP, DTYPE, LORA.model_copy(update={"init": "plain"})
-    )
+    expected = logits_of(with_unpacked(bank, plan, dict.fromkeys(tables.values(), "int8")))
+    assembler = PlanAssembler(bank)
     assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
     exchanged = assembler.model(plan, seed=0).get_base_model().eval()
-    model = assemble(tmp_path / "model", tmp_path / "bank", GROUP, plan, DTYPE)[0].eval()
+    model = assemble(bank, plan)[0].eval()
     model.save_pretrained(tmp_path / "saved")
     for each in (model, exchanged, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
         head, table = each.get_output_embeddings(), each.get_input_embeddings()

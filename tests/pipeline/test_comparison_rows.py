@@ -39,7 +39,7 @@ def test_seed_rows_are_the_best_of_the_winners_bytes(context: Context) -> None:
     space, methods = context.space.spaces[0], context.record(SensitivityRecord).methods
     assert space.groups == context.record(SensitivityRecord).groups
     offered = [[space.levels[at] for at in levels] for levels in space.offered]
-    every = [PrecisionPlan(space.groups, formats) for formats in itertools.product(*offered)]
+    every = [PrecisionPlan(space.groups, formats, space.cut) for formats in itertools.product(*offered)]
 
     def gain(plan: PrecisionPlan, method: str) -> float:
         low, high = (np.nan_to_num(np.array(methods[method].values[name], dtype=float)) for name in ("nf4", "int8"))

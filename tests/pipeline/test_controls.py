@@ -38,5 +38,6 @@ def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
     first, *others = context.layout_of(UNPRUNED).groups[1:]
     narrow = replace(first, linears=tuple(replace(linear, columns=48) for linear in first.linears), formats=("nf4",))
     groups = (context.layout_of(UNPRUNED).groups[0], narrow, *others)
-    odd = {UNPRUNED: replace(context.layout_of(UNPRUNED), groups=groups)}
-    assert unpruned_controls(replace(context, _layouts={**context._layouts, **odd})) == []
+    odd = replace(context)
+    odd._layouts[UNPRUNED] = replace(context.layout_of(UNPRUNED), groups=groups)
+    assert unpruned_controls(odd) == []

@@ -50,14 +50,14 @@ def test_files_of_finished_stages_need_no_more_room(raw: dict[str, Any]) -> None
     """A disk that is too small for a second copy of the run is large enough to finish the run."""
     whole = needed(raw)
     run(validate_config(raw), ignore, until="bank")
-    written = sum(path.stat().st_size for path in Path(raw["output"], "bank").rglob("*.safetensors"))
+    written = sum(path.stat().st_size for path in Path(raw["output"], "banks").rglob("*.safetensors"))
     left = needed(raw)
     assert left < whole - written
     with with_free(raw, left + MIB // 10):
         check(validate_config(raw), ignore)
         run(validate_config(raw), ignore, until="bank")
     other = with_key(raw, "prune.rate", 0.3)
-    assert needed(other) > left + written // 2, "another model needs all of its room"
+    assert needed(other) > left, "another model needs room until it replaces this one"
 
 
 def test_the_scratch_folder_of_a_killed_stage_counts_as_room(raw: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ignore, with_key
-from searched_runs import searched_record, with_records, with_winner
+from searched_runs import with_winner
 
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
@@ -18,15 +17,12 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import unpruned_controls
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import folder_digests
 from qpruner.training.table_rows import evaluate_candidate, finetune_candidate
 
 
@@ -60,25 +56,6 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget(context: Context) -> None:
     for stage in (Finetune, Evaluate, Comparison):
         context.run_dir.forget(stage.name)
-
-
-@pytest.mark.usefixtures("faked")
-def test_a_lost_bank_of_the_base_model_is_built_again(context: Context) -> None:
-    """It is lost after the fine-tune, so evaluation has to build it."""
-    [*_, (_, plan)] = unpruned_controls(context)
-    searched = searched_record(plan).model_copy(update={"best_cut": UNPRUNED})
-    context = with_records(replace(context), search=searched)
-    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
-    bank = context.bank_of(UNPRUNED)
-    try:
-        run_stage(Finetune(context))
-        before = folder_digests(bank)
-        shutil.rmtree(bank)
-        run_stage(Evaluate(context))
-        assert before and folder_digests(bank) == before
-    finally:
-        forget(context)
-        shutil.rmtree(bank)
 
 
 @pytest.mark.usefixtures("faked")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from conftest import disk_of
+from mixed_models import bank_of_run
 from plain_transformers import run_python
 from real_driver import search_record, trials_of
 from whole_runs import has_claim
@@ -137,12 +138,12 @@ def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None
     """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
     *_, trial = (trial for trial in trials_of(undisturbed).values() if trial["cut"] == "cut-20")
     threads = torch.get_num_threads()
-    checkpoint, bank = {"cut-20": undisturbed / "cuts" / "cut-20"}, {"cut-20": undisturbed / "bank"}
-    materials = Materials(checkpoint, bank, undisturbed / "prepare" / "data")
     rungs: list[RungResult] = []
     torch.set_num_threads(1)
     try:
-        job = TrialJob(load_config(undisturbed.parent / "config.yaml"), materials, trial["plan"], trial["cut"])
+        config = load_config(undisturbed.parent / "config.yaml")
+        materials = Materials({"cut-20": bank_of_run(config)}, undisturbed / "prepare" / "data")
+        job = TrialJob(config, materials, trial["plan"], "cut-20")
         run_trial(job, None, lambda rung, _: rungs.append(rung))
     finally:
         torch.set_num_threads(threads)

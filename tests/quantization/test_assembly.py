@@ -1,11 +1,12 @@
 """Assembling plans one after another gives the same models as assembling each in a fresh process."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, token_ids
+from mixed_models import DTYPE, GROUP, LORA, bank_source, groups_of, logits_of, mixed_plan, token_ids
 from transformers import AutoConfig, PreTrainedModel
 
 from qpruner.errors import CorruptFile
@@ -14,9 +15,9 @@ from qpruner.models.loading import load_dense
 from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization import assembly
 from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters
-from qpruner.quantization.bank import read_plan
+from qpruner.quantization.bank import BankSource, read_plan
 
-Banked = tuple[Path, list[str]]
+Banked = tuple[BankSource, list[str]]
 Plan = dict[str, str]
 PATTERNS = [("nf4",), ("bf16",), ("nf4", "int8", "bf16", "nf4_double"), ("int8",), ("bf16", "nf4", "int8")]
 TABLES = [{}, {EMBEDDINGS: "int8"}, {EMBEDDINGS: "int8"}, {EMBEDDINGS: "bf16"}, {EMBEDDINGS: "int8"}]
@@ -24,16 +25,16 @@ TABLES = [{}, {EMBEDDINGS: "int8"}, {EMBEDDINGS: "int8"}, {EMBEDDINGS: "bf16"}, 
 
 @pytest.fixture(scope="module")
 def banked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Banked:
-    folder = tmp_path_factory.mktemp("bank")
-    return folder, fill_bank(tiny_model, folder, levels=("nf4", "nf4_double", "int8"), tables=("int8",))
+    bank = bank_source(tiny_model, tmp_path_factory.mktemp("bank"))
+    return bank, groups_of(bank)
 
 
-def assembler_of(tiny_model: Path, banked: Banked) -> PlanAssembler:
-    return PlanAssembler(tiny_model, banked[0], GROUP, DTYPE, LORA)
+def assembler_of(banked: Banked) -> PlanAssembler:
+    return PlanAssembler(banked[0])
 
 
-def fresh_model(tiny_model: Path, banked: Banked, plan: Plan, seed: int) -> torch.nn.Module:
-    model, starts = assemble(tiny_model, banked[0], GROUP, plan, DTYPE)
+def fresh_model(banked: Banked, plan: Plan, seed: int) -> torch.nn.Module:
+    model, starts = assemble(banked[0], plan)
     peft_model: torch.nn.Module = attach_adapters(model, starts, LORA, GROUP, seed)
     return peft_model
 
@@ -56,10 +57,10 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 
 def test_the_next_plan_gives_the_model_of_a_fresh_process(tiny_model: Path, banked: Banked) -> None:
     """Before and after training, even if the previous model was trained and its adapters were disabled."""
-    assembler = assembler_of(tiny_model, banked)
+    assembler = assembler_of(banked)
     for pattern, tables in zip(PATTERNS, TABLES, strict=True):
         plan = mixed_plan(banked[1], pattern) | tables
-        expected = fresh_model(tiny_model, banked, plan, seed=3)
+        expected = fresh_model(banked, plan, seed=3)
         state = torch.get_rng_state()
         found = assembler.model(plan, seed=3)
         assert torch.equal(torch.get_rng_state(), state)
@@ -71,7 +72,7 @@ def test_the_next_plan_gives_the_model_of_a_fresh_process(tiny_model: Path, bank
 
 
 def test_only_groups_of_other_formats_are_replaced(tiny_model: Path, banked: Banked) -> None:
-    assembler, names = assembler_of(tiny_model, banked), banked[1]
+    assembler, names = assembler_of(banked), banked[1]
     plan = mixed_plan(names, ("nf4", "int8"))
     before = dict(assembler.model(plan, seed=0).named_parameters())
     after = dict(assembler.model({**plan, names[2]: "int8"}, seed=0).named_parameters())
@@ -85,7 +86,7 @@ def test_every_grouped_layer_gets_its_initial_adapter(tiny_model: Path, banked: 
     plain, read = [], read_plan(banked[0], plan)
     for seed in (0, 1):
         torch.manual_seed(11 + seed)
-        model = fresh_model(tiny_model, banked, plan, seed)
+        model = fresh_model(banked, plan, seed)
         for name, paths in group_linears(model.config, GROUP).items():
             for path in paths:
                 layer = model.base_model.model.get_submodule(path)
@@ -104,7 +105,7 @@ def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, banked: Banked, tm
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     os.truncate(shard, 100)
     with pytest.raises(CorruptFile, match=shard.name):
-        fresh_model(tmp_path, banked, mixed_plan(banked[1], ("bf16",)), seed=0)
+        fresh_model((replace(banked[0], checkpoint=tmp_path), []), mixed_plan(banked[1], ("bf16",)), seed=0)
 
 
 def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,9 +121,9 @@ def test_groups_are_replaced_in_a_model_over_several_gpus(
     tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = mixed_plan(banked[1], ("nf4", "bf16", "int8")) | {EMBEDDINGS: "int8"}
-    expected = assembler_of(tiny_model, banked).model(plan, seed=0)
+    expected = assembler_of(banked).model(plan, seed=0)
     monkeypatch.setattr(assembly, "_placed", spread_over_hooks)
-    assembler = assembler_of(tiny_model, banked)
+    assembler = assembler_of(banked)
     first = assembler.model(mixed_plan(banked[1], ("int8", "nf4")), seed=0)
     assert any(hasattr(module, "_hf_hook") for module in first.modules())
     train_a_little(first)
@@ -144,7 +145,7 @@ def test_a_trial_over_several_gpus_matches_a_single_gpu(
     logits = []
     for number in (2, 1):
         monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
-        assembler = assembler_of(tiny_model, banked)
+        assembler = assembler_of(banked)
         for plan in (
             mixed_plan(names, ("nf4", "int8")),
             mixed_plan(names, ("int8", "bf16", "nf4")) | {EMBEDDINGS: "int8"},

@@ -1,26 +1,40 @@
-"""The bank: every trial reads exactly the tensors that were packed, and a damaged file is named."""
+"""The bank: every trial reads exactly the tensors that were packed; what is missing or damaged is made on first use."""
 
+import fcntl
+import multiprocessing
 import os
-from collections.abc import Callable
+import select
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import disk_of, flip_a_byte
-from mixed_models import DTYPE, GROUP, LEVELS, LORA, seal
+from conftest import disk_of, fill, flip_a_byte
+from mixed_models import DTYPE, LEVELS, LORA, bank_source, groups_of, mixed_plan
 
-from qpruner.errors import CorruptFile, StorageError
+from qpruner.errors import StorageError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
-from qpruner.quantization.bank import Entry, GroupJob, build_entry, build_group, entry_file, read_plan, write_entry
+from qpruner.quantization.bank import BankSource, Entry, build_entry, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import layer_tensors
 from qpruner.runs.run_dir import BANK_CACHE
-from qpruner.runs.storage import file_digest
+from qpruner.runs.storage import file_digest, folder_digests
 
 Tensors = dict[str, torch.Tensor]
-MLP, QKV = "layers.0.mlp", "layers.0.qkv"
+DOWN, QKV = "layers.0.down", "layers.0.qkv"
+DOWN_NF4 = (DOWN, "nf4")
+FIRST = {DOWN: "nf4"}
+PLAN = {DOWN: "nf4", QKV: "int8"}
+
+
+@pytest.fixture
+def bank(tiny_model: Path, tmp_path: Path) -> BankSource:
+    return bank_source(tiny_model, tmp_path / "bank")
 
 
 def weights() -> Tensors:
@@ -40,18 +54,23 @@ def same(first: Tensors, second: Tensors) -> bool:
 
 
 @pytest.mark.parametrize("init", ["loftq", "plain"])
-def test_read_plan_returns_the_written_tensors(tmp_path: Path, init: str) -> None:
-    entries = {level: entry_of(level, init=init) for level in ("nf4", "int8")}
-    for level, entry in entries.items():
-        write_entry(tmp_path, MLP, level, entry.tensors)
-    with pytest.raises(CorruptFile, match=r"has no bank\.json"):
-        read_plan(tmp_path, {MLP: "nf4"})
-    seal(tmp_path)
-    for level, entry in entries.items():
-        assert same(read_plan(tmp_path, {MLP: level}), entry.tensors)
-        has_adapters = any("lora" in name for name in entry.tensors)
-        assert (entry.residual_ratio < 1) == has_adapters == (init == "loftq")
-    assert read_plan(tmp_path, {MLP: DENSE}) == {}
+def test_an_entry_is_made_once_and_then_read(bank: BankSource, init: str) -> None:
+    """It is that of the layers of its group in the files of the checkpoint."""
+    bank = replace(bank, lora=LORA.model_copy(update={"init": init}))
+    model = load_dense(str(bank.checkpoint), DTYPE)
+    paths = group_linears(model.config, bank.grouping)[DOWN]
+    for level in LEVELS:
+        expected = entry_of(level, {path: model.get_submodule(path).weight for path in paths}, init=init)
+        made = read_plan(bank, {DOWN: level})
+        written = bank.file(DOWN, level).stat().st_ino
+        assert same(made, expected.tensors) and same(read_plan(bank, {DOWN: level}), expected.tensors)
+        assert bank.file(DOWN, level).stat().st_ino == written
+        record = bank.entry(DOWN, level)
+        assert record and record.sha256 == file_digest(bank.file(DOWN, level))
+        assert (record.residual_ratio, record.error) == (expected.residual_ratio, expected.error)
+        has_adapters = any("lora" in name for name in made)
+        assert (record.residual_ratio < 1) == has_adapters == (init == "loftq")
+    assert read_plan(bank, {DOWN: DENSE}) == {}
 
 
 def test_an_entry_depends_on_weights_format_and_seed_only() -> None:
@@ -93,56 +112,111 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, Path.unlink], ids=["truncated", "flipped", "missing"])
-def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    write_entry(tmp_path, QKV, "int8", entry_of("int8").tensors)
-    path = write_entry(tmp_path, MLP, "nf4", entry_of().tensors)
-    seal(tmp_path)
-    assert read_plan(tmp_path, {MLP: "nf4"})
-    damage(path)
-    with pytest.raises(CorruptFile, match=str(path)):
-        read_plan(tmp_path, {QKV: "int8", MLP: "nf4"})
-    assert read_plan(tmp_path, {QKV: "int8"})
+def test_only_a_damaged_entry_is_made_again(
+    bank: BankSource, damage: Callable[[Path], None], suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, plan = read_plan(bank, PLAN), dict(PLAN)
+    digests, (path, other) = folder_digests(bank.folder), (bank.file(*each) for each in plan.items())
+    untouched = other.stat().st_mtime_ns
+    damage(path.with_suffix(suffix))
+    assert same(read_plan(bank, plan), before)
+    assert folder_digests(bank.folder) == digests and other.stat().st_mtime_ns == untouched
+    told = "\n".join(record.message for record in caplog.records)
+    assert (str(path.with_suffix(suffix)) in told) == (damage is not Path.unlink or suffix == ".safetensors"), told
 
 
-def test_a_machine_caches_the_files_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, cache = tmp_path / "bank", tmp_path / "cache"
-    monkeypatch.setenv(BANK_CACHE, str(cache))
-    tensors = entry_of().tensors
-    path = write_entry(bank, MLP, "nf4", tensors)
-    seal(bank)
-    assert same(read_plan(bank, {MLP: "nf4"}), tensors)
+@pytest.mark.parametrize("change", [{"inputs": "others"}, {"lora": LORA.model_copy(update={"rank": 2})}])
+def test_an_entry_of_other_inputs_is_not_read(bank: BankSource, change: dict[str, Any]) -> None:
+    read_plan(bank, PLAN)
+    other = replace(bank, inputs="others", **{key: each for key, each in change.items() if key != "inputs"})
+    before = bank.file(*DOWN_NF4).stat().st_ino
+    read_plan(other, FIRST)
+    assert bank.file(*DOWN_NF4).stat().st_ino != before
+    assert other.entry(*DOWN_NF4) and not bank.entry(*DOWN_NF4) and bank.entry(QKV, "int8")
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def make(bank: BankSource, plan: dict[str, str], may_begin: Any) -> None:
+    torch.set_num_threads(1)  # the threads of the parent are not here
+    may_begin.wait()
+    read_plan(bank, plan)
+
+
+@contextmanager
+def maker(bank: BankSource, plan: dict[str, str]) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """A process that reads a plan once the function is called."""
+    process = FORK.Process(target=make, args=(bank, plan, may_begin := FORK.Event()))
+    process.start()
+    try:
+        yield process, may_begin.set
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_two_processes_may_make_the_same_entries(bank: BankSource, tmp_path: Path) -> None:
+    plan = mixed_plan(groups_of(bank), LEVELS)
+    expected = read_plan(replace(bank, folder=tmp_path / "alone"), plan)
+    with maker(bank, plan) as (one, begin_one), maker(bank, plan) as (other, begin_other):
+        begin_one()
+        begin_other()
+        assert same(read_plan(bank, plan), expected)
+        for each in (one, other):
+            each.join(60)
+            assert each.exitcode == 0
+    assert folder_digests(bank.folder) == folder_digests(tmp_path / "alone")
+
+
+def test_a_process_killed_while_it_makes_an_entry_leaves_none(bank: BankSource, tmp_path: Path) -> None:
+    """It is killed while it writes to the file, here a pipe that holds less than the file."""
+    path = bank.file(*DOWN_NF4)
+    path.parent.mkdir(parents=True)
+    with maker(bank, FIRST) as (process, begin):
+        os.mkfifo(part := path.with_name(f".{path.name}.{process.pid}"))
+        pipe = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+        begin()
+        while not select.select([pipe], [], [], 0.01)[0] or not os.read(pipe, 1):
+            assert process.is_alive()
+    os.close(pipe)
+    assert process.exitcode == -signal.SIGKILL
+    assert bank.entry(*DOWN_NF4) is None and not path.exists()
+    assert same(read_plan(bank, FIRST), read_plan(replace(bank, folder=tmp_path / "other"), FIRST))
+
+
+def test_a_full_disk_keeps_no_part_of_an_entry(bank: BankSource, tmp_path: Path) -> None:
+    with disk_of("160k", tmp_path / "disk") as disk:
+        full = replace(bank, folder=disk)
+        read_plan(full, {QKV: "int8"})
+        fill(disk, 4096)
+        with pytest.raises(StorageError, match=f"no space left for {disk}/nf4/"):
+            read_plan(full, PLAN)
+        assert set(folder_digests(disk)) - {"filler"} == {f"int8/{QKV}.{kind}" for kind in ("json", "safetensors")}
+        (disk / "filler").unlink()
+        assert same(read_plan(full, PLAN), read_plan(bank, PLAN))
+
+
+def test_a_machine_caches_the_files_it_reads(bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tensors, path = read_plan(bank, FIRST), bank.file(*DOWN_NF4)
+    monkeypatch.setenv(BANK_CACHE, str(cache := tmp_path / "cache"))
+    assert same(read_plan(bank, FIRST), tensors)
     (copy,) = cache.glob("*.safetensors")
     path.write_bytes(b"no longer read")
-    assert same(read_plan(bank, {MLP: "nf4"}), tensors)
+    assert same(read_plan(bank, FIRST), tensors) and path.read_bytes() == b"no longer read"
     copy.write_bytes(b"damaged")
-    with pytest.raises(CorruptFile, match=r"layers\.0\.mlp"):
-        read_plan(bank, {MLP: "nf4"})
-    write_entry(bank, MLP, "nf4", tensors)
-    assert same(read_plan(bank, {MLP: "nf4"}), tensors)
+    assert same(read_plan(bank, FIRST), tensors), "both are damaged"
+    assert same(read_plan(bank, FIRST), tensors)
     assert [file.name for file in cache.glob("*.safetensors")] == [copy.name]
 
 
-def test_a_full_cache_keeps_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_entry(tmp_path, MLP, "int8", entry_of("int8").tensors)
-    seal(tmp_path)
-    with disk_of("16k", tmp_path / "cache") as cache:
+def test_a_full_cache_keeps_no_partial_file(bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read_plan(bank, PLAN)
+    with disk_of("8k", tmp_path / "cache") as cache:
         monkeypatch.setenv(BANK_CACHE, str(cache))
         with pytest.raises(StorageError, match=f"no space left for {cache}/[0-9a-f]+.safetensors"):
-            read_plan(tmp_path, {MLP: "int8"})
+            read_plan(bank, PLAN)
         assert {file.suffix for file in cache.iterdir()} <= {".lock"}
-
-
-def test_a_worker_builds_the_same_group(tiny_model: Path, tmp_path: Path) -> None:
-    """A worker reads the layers of its group from the checkpoint's files, without loading the model."""
-    model = load_dense(str(tiny_model), DTYPE)
-    name, paths = next(iter(group_linears(model.config, GROUP).items()))
-    built = build_group(GroupJob(name, paths, LEVELS, tiny_model, tmp_path, DTYPE, LORA, seed=0))
-    seal(tmp_path)
-    for level in LEVELS:
-        entry = entry_of(level, {path: model.get_submodule(path).weight for path in paths})
-        assert same(read_plan(tmp_path, {name: level}), entry.tensors)
-        file = entry_file(tmp_path, name, level)
-        listed = built[str(file.relative_to(tmp_path))]
-        found = (listed.sha256, listed.residual_ratio, listed.error)
-        assert found == (file_digest(file), entry.residual_ratio, entry.error)

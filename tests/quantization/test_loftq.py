@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import DTYPE, GROUP, LEVELS, LORA, PATTERN, fill_bank, logits_of, mixed_plan
+from mixed_models import DTYPE, GROUP, LEVELS, LORA, PATTERN, bank_source, groups_of, logits_of, mixed_plan
 
 from qpruner.config.schema import LoraConfig
 from qpruner.models.loading import load_dense
@@ -141,9 +141,9 @@ def test_with_a_gram_the_outputs_start_closer(name: str) -> None:
 def test_the_whole_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Path) -> None:
     dense, distance = logits_of(load_dense(str(tiny_model), DTYPE).eval()), {}
     for init in ("plain", "loftq"):
-        lora, bank = LORA.model_copy(update={"init": init, "rank": 16, "alpha": 16.0}), tmp_path / init
-        plan = mixed_plan(fill_bank(tiny_model, bank, lora=lora), LEVELS)
-        model, starts = assemble(tiny_model, bank, GROUP, plan, DTYPE)
+        lora = LORA.model_copy(update={"init": init, "rank": 16, "alpha": 16.0})
+        bank = bank_source(tiny_model, tmp_path / init, lora)
+        model, starts = assemble(bank, mixed_plan(groups_of(bank), LEVELS))
         adapted = attach_adapters(model, starts, lora, GROUP, seed=0).eval()
         distance[init] = float((logits_of(adapted) - dense).float().norm())
     assert distance["loftq"] < 0.9 * distance["plain"]
@@ -151,9 +151,9 @@ def test_the_whole_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_pa
 
 def test_adapters_learn_equally_fast_in_all_formats(tiny_model: Path, tmp_path: Path) -> None:
     """The first update of B is proportional to A, so a norm of A that depends on bits would favour some formats."""
-    names = fill_bank(tiny_model, tmp_path)
+    bank = bank_source(tiny_model, tmp_path)
     for name in PATTERN:
-        model, starts = assemble(tiny_model, tmp_path, GROUP, mixed_plan(names, (name,)), DTYPE)
+        model, starts = assemble(bank, mixed_plan(groups_of(bank), (name,)))
         adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
         rows = torch.cat([value.norm(dim=1) for name, value in adapted.named_parameters() if "lora_A" in name])
         assert torch.allclose(rows.float(), torch.ones_like(rows).float(), atol=4e-3)

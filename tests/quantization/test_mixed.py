@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import GROUP, LORA, PATTERN, fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import (
+    LORA,
+    PATTERN,
+    bank_source,
+    final_model,
+    groups_of,
+    logits_of,
+    mixed_model,
+    mixed_plan,
+    token_ids,
+)
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from plain_transformers import run_python
@@ -42,9 +52,9 @@ def test_a_saved_model_loads_bit_for_bit(
     tiny_model: Path, pattern: tuple[str, ...], tables: str, tmp_path: Path
 ) -> None:
     levels = tuple(name for name in by_size(("nf4", "nf4_double", "int8")) if name in pattern)
-    names = fill_bank(tiny_model, tmp_path / "bank", levels=levels, tables=("int8",))
-    plan = {EMBEDDINGS: tables} | mixed_plan(names, pattern)
-    model = mixed_model(tiny_model, tmp_path / "bank", plan)
+    bank = bank_source(tiny_model, tmp_path / "bank")
+    plan = {EMBEDDINGS: tables} | mixed_plan(groups_of(bank), pattern)
+    model = mixed_model(bank, plan)
     paths = {EMBEDDINGS: ("model.embed_tokens",)} | group_linears(model.config, "projection")
     formats = {path: plan[name] for name in plan for path in paths[name]}
     for path, name in formats.items():
@@ -75,8 +85,8 @@ def test_a_saved_model_loads_bit_for_bit(
 
 def test_weights_are_loaded_in_the_type_that_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     """The base model's files may have another type than `model.dtype`."""
-    names = fill_bank(tiny_model, tmp_path / "bank")
-    model = assemble(tiny_model, tmp_path / "bank", GROUP, mixed_plan(names, PATTERN), "float32")[0]
+    bank = bank_source(tiny_model, tmp_path / "bank", dtype="float32")
+    model = assemble(bank, mixed_plan(groups_of(bank), PATTERN))[0]
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     for each, dtype in ((model, torch.float32), (loaded, torch.bfloat16)):
@@ -95,8 +105,8 @@ def test_weights_are_loaded_in_the_type_that_is_asked_for(tiny_model: Path, tmp_
 def test_a_format_that_cannot_be_loaded_is_named(
     tiny_model: Path, changed: dict[str, str] | None, message: str, tmp_path: Path
 ) -> None:
-    names = fill_bank(tiny_model, tmp_path / "bank")
-    mixed_model(tiny_model, tmp_path / "bank", mixed_plan(names, PATTERN)).save_pretrained(tmp_path / "saved")
+    bank = bank_source(tiny_model, tmp_path / "bank")
+    mixed_model(bank, mixed_plan(groups_of(bank), PATTERN)).save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "config.json"
     config = json.loads(file.read_text())
     settings = config["quantization_config"]
@@ -143,9 +153,10 @@ def live_inputs(model: Any, checkpointing: bool) -> int:
 @pytest.mark.parametrize("name", ["nf4", "int8", "bf16"])
 def test_gradient_checkpointing_frees_activations(tiny_model: Path, name: str, tmp_path: Path) -> None:
     """Layers that keep their input, as bitsandbytes' 8-bit layers do, would cost a gigabyte with Llama-2-7B."""
-    plan = mixed_plan(fill_bank(tiny_model, tmp_path / "bank"), (name,))
-    assert live_inputs(mixed_model(tiny_model, tmp_path / "bank", plan), checkpointing=False) > 0
-    assert live_inputs(mixed_model(tiny_model, tmp_path / "bank", plan), checkpointing=True) == 0
+    bank = bank_source(tiny_model, tmp_path / "bank")
+    plan = mixed_plan(groups_of(bank), (name,))
+    assert live_inputs(mixed_model(bank, plan), checkpointing=False) > 0
+    assert live_inputs(mixed_model(bank, plan), checkpointing=True) == 0
 
 
 def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_path: Path) -> None:
@@ -156,9 +167,8 @@ def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_
     final = final_model(base, tmp_path)
     kept = GenerationConfig.from_pretrained(final)
     assert (kept.eos_token_id, kept.do_sample, kept.temperature) == ([1, 7], True, 0.25)
-    names = list(group_linears(AutoModelForCausalLM.from_pretrained(base).config, "projection"))
-    plan = mixed_plan(names, PATTERN) | {EMBEDDINGS: "int8"}
-    model = mixed_model(base, tmp_path / "bank", plan)
+    bank = bank_source(base, tmp_path / "bank")
+    model = mixed_model(bank, mixed_plan(groups_of(bank), PATTERN) | {EMBEDDINGS: "int8"})
     without = logits_of(model)
     expected = logits_of(PeftModel.from_pretrained(model, str(final)))
     written = run_python(FRESH_PROCESS, str(final), json.dumps(token_ids().tolist()), folder=tmp_path)

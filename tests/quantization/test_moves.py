@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import PATTERN, fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import PATTERN, bank_source, final_model, groups_of, logits_of, mixed_model, mixed_plan, token_ids
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,12 +15,11 @@ Model = torch.nn.Module
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Model:
-    names = fill_bank(tiny_model, tmp_path / "bank", tables=("int8",))
-    return mixed_model(tiny_model, tmp_path / "bank", mixed_plan(names, PATTERN) | {EMBEDDINGS: "int8"})
+    bank = bank_source(tiny_model, tmp_path / "bank")
+    return mixed_model(bank, mixed_plan(groups_of(bank), PATTERN) | {EMBEDDINGS: "int8"})
 
 
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
-    """Simulate a move to another device: copy the tensor and clear the original codes."""
     moved = tensor.clone()
     if not tensor.is_floating_point():
         tensor.zero_()
@@ -28,7 +27,6 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_codes_move_with_their_model(model: Model, tmp_path: Path) -> None:
-    """The moved model gives the same logits and saves the same tensors."""
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "before")  # type: ignore[operator]
     with torch.no_grad():

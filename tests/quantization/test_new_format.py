@@ -93,7 +93,7 @@ def test_a_format_in_one_file_is_searched_and_loaded(tiny_model: Path, tmp_path:
         return done.stdout
 
     python("-m", "qpruner", "run", "config.yaml")
-    assert (run / "bank" / "five" / "layers.0.safetensors").exists()
+    assert (run / "banks" / "cut-20" / "five" / "layers.0.safetensors").exists()
     trials = [json.loads(path.read_text()) for path in run.glob("trials/*/*/trial.json")]
     assert any(set(trial["plan"].values()) == {"five", "int8"} for trial in trials)
     assert all(trial["plan"]["embeddings"] == "five" for trial in trials if trial["status"] == "finished")

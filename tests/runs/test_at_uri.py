@@ -171,12 +171,7 @@ def written_in(folder: Path) -> dict[str, float]:
 def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_path: Path) -> None:
     job = machine("fifth")
     candidate = job.candidate
-    trial = TrialJob(
-        job.config,
-        Materials({candidate.cut: candidate.checkpoint}, {candidate.cut: candidate.bank}, job.data),
-        candidate.plan,
-        candidate.cut,
-    )
+    trial = TrialJob(job.config, Materials({candidate.cut: candidate.bank}, job.data), candidate.plan, candidate.cut)
     told: list[RungResult] = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))
     assert [result.step for result in told] == [1, 2, 4]

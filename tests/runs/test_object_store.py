@@ -34,11 +34,9 @@ from qpruner.runs.storage import (
     display_name,
     exclusive,
     fetch,
-    file_digest,
     files_in,
     objects,
     published_folders,
-    put_file,
     read_json,
     read_progress,
     storage_at,
@@ -192,9 +190,8 @@ def test_written_files_are_uploaded_and_not_downloaded(run: RunDir, store: Store
     assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json", "records/prune.json"}
     assert run.begin("prune") == target
     assert run.read_record("prune", BankRecord) is None, "the old record goes before the old files"
-    entry = run.stage("bank") / "4bit" / "q.safetensors"
-    (file := tmp_path / "q.safetensors").write_text("codes")
-    assert put_file(file, entry) == file_digest(entry) and not file.exists()
+    entry = run.bank("base") / "nf4" / "q.safetensors"
+    storage_at(entry).write(b"codes", durable=False)
     assert store.read(key_of(entry)) == b"codes"
     with pytest.raises(FileNotFoundError), writing_folder(target) as folder:
         (folder / "weights").read_text()

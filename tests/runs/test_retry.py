@@ -16,17 +16,13 @@ from types import FrameType
 import pytest
 import torch
 from conftest import away, full, full_until_noticed
-from mixed_models import seal
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from qpruner.cluster.node_check import check_node, versions
-from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
-from qpruner.quantization.bank import build_entry, read_plan, write_entry
-from qpruner.quantization.formats import format_of
 from qpruner.runs.records import SearchClock
 from qpruner.runs.storage import (
     exists,
@@ -45,18 +41,14 @@ from qpruner.runs.storage import (
 
 
 def test_files_that_a_trial_reads_first_are_waited_for(disk: Path) -> None:
-    """These are the id of the run, the rows, and the tensors of the plan."""
+    """These are the id of the run and the rows."""
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
     save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
-    entry = build_entry({"mlp": torch.randn(8, 64)}, format_of("int8"), LoraConfig(), seed=0)
-    file = write_entry(disk / "bank", "mlp", "int8", entry.tensors)
-    seal(disk / "bank")
     storage = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
         (disk / "run", lambda: check_node(versions(), storage)),
         (disk / "rows", lambda: load_encoded(disk / "rows")),
-        (file.parent, lambda: read_plan(disk / "bank", {"mlp": "int8"})),
     ):
         with away(place) as end:  # type: ignore[attr-defined]
             threading.Timer(0.3, end).start()

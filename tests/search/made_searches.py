@@ -76,7 +76,7 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
     return SearchJob(
         config=validate_config(with_keys(raw_config(Path("model"), folder / "run"), **keys)),
         trial=run_trial,
-        materials=Materials({UNPRUNED: folder}, {UNPRUNED: folder}, folder),
+        materials=Materials({}, folder),
         layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),)),
         controls=CONTROLS,

@@ -23,6 +23,7 @@ from search_tables import LORA, Evaluator, Job, build_bank  # noqa: E402
 
 from qpruner.data.losses import mean_loss  # noqa: E402
 from qpruner.quantization.assembly import PlanAssembler  # noqa: E402
+from qpruner.quantization.bank import BankSource  # noqa: E402
 
 LEVELS = ("nf4", "int8")
 MAIN = [0.03, 0.005, 0.08, 0.06, 0.02]
@@ -38,7 +39,7 @@ def test_plans_that_share_blocks_get_their_own_loss(tiny_model: Path, tmp_path: 
     evaluator = Evaluator(job)
     found = {plan: loss for prefix in itertools.product(LEVELS) for plan, loss in evaluator.every_plan(prefix)}
     assert list(found) == list(itertools.product(LEVELS, repeat=2)) and len(set(found.values())) == 4
-    assembler = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", LORA)
+    assembler = PlanAssembler(BankSource(tmp_path / "bank", folder, "block", "bfloat16", LORA, 0))
     for plan, loss in found.items():
         model = assembler.model(job.formats(plan), seed=0)
         assert loss == pytest.approx(mean_loss(model, job.validation(), 0, 16).mean, abs=3e-3)

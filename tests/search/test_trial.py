@@ -21,7 +21,7 @@ def job(context: Context) -> TrialJob:
     config = context.config.model_copy(update={"search": search})
     plan = context.space.spaces[0].smallest()
     cut = plan.cut
-    materials = Materials({cut: context.checkpoint_of(cut)}, {cut: context.bank_of(cut)}, context.data)
+    materials = Materials({cut: context.bank_of(cut)}, context.data)
     return TrialJob(config, materials, plan.as_dict(), cut, save_seconds=0.0)
 
 
@@ -52,8 +52,8 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
     config, materials = job.config, job.materials
 
     def candidate(folder: Path, seed: int, size: int | None = None) -> CandidateJob:
-        places = materials.checkpoints[job.cut], materials.banks[job.cut]
-        each = Candidate("gp", "trial 0", *places, job.plan, folder, seed, micro_batch_size=size)
+        bank = materials.banks[job.cut]
+        each = Candidate("gp", "trial 0", bank, job.plan, folder, seed, micro_batch_size=size)
         longer = config.model_copy(update={"finetune": config.finetune.model_copy(update={"steps": 50})})
         return CandidateJob(longer, each, materials.data, threads=1)
 

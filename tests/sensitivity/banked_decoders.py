@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mixed_models import seal
+from mixed_models import bank_source
 from tiny_decoders import PAD, rows_of, tiny
 
 from qpruner.config.schema import BudgetConfig, LoraConfig, QuantizeConfig
 from qpruner.data.calibration import Samples
 from qpruner.models.layout import layout_of
-from qpruner.plans.plan import EMBEDDINGS, HEAD
-from qpruner.quantization.bank import GroupJob, Starts, build_group
-from qpruner.quantization.formats import format_of
+from qpruner.quantization.bank import Starts
 from qpruner.sensitivity.methods import Subject
 
 if TYPE_CHECKING:
@@ -69,15 +67,10 @@ def banked(
     embeddings: tuple[str, ...] = ("bf16",),
     **options: Any,
 ) -> Banked:
-    """Save a tiny decoder in the subfolder `model`, and pack all its groups in all formats."""
+    """Save a tiny decoder in the subfolder `model`; its groups are packed when their starts are read."""
     model = tiny(name, **WIDE | options)
     model.save_pretrained(folder / "model")
     quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings, budget=BUDGET)
     groups = layout_of(model.config, quantize, 4, LORA.rank, on_gpu=False).groups
-    for each in groups:
-        lora = None if each.name in (EMBEDDINGS, HEAD) else LORA.model_copy(update={"init": init})
-        packed = tuple(level for level in each.formats if format_of(level).is_packed)
-        paths = tuple(linear.name for linear in each.linears)
-        build_group(GroupJob(each.name, paths, packed, folder / "model", folder, "float32", lora, seed=0))
-    seal(folder)
-    return Banked(model, Subject(samples_of(), groups, group, folder, LORA.alpha / LORA.rank))
+    bank = bank_source(folder / "model", folder, LORA.model_copy(update={"init": init}), "float32", group)
+    return Banked(model, Subject(samples_of(), groups, bank))

@@ -82,7 +82,7 @@ def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str
     kl, loss = (dict(zip(found.pairs, found.mean(sums).tolist(), strict=True)) for sums in (found.kl, found.loss))
     for chosen in (("layers.1", level), ("embeddings", "int8")):
         plan = dict.fromkeys(subject.starts.groups, "bf16") | dict([chosen])
-        model, starts = assemble(tmp_path / "model", tmp_path, "block", plan, "float32")
+        model, starts = assemble(subject.subject.bank, plan)
         trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
         expected = rises(predictions(subject.model, samples), predictions(trial, samples))
         assert (kl[chosen], loss[chosen]) == pytest.approx(expected, rel=1e-2, abs=2e-6)

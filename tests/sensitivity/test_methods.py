@@ -66,7 +66,7 @@ def test_embeddings_and_head_are_scored_as_measured(scores: dict[str, MethodScor
 
 
 def test_a_separate_process_measures_the_same(phi: Banked, scores: dict[str, MethodScores]) -> None:
-    found = measure_share(phi.subject.bank / "model", "float32", threads=1, subject=phi.subject)
+    found = measure_share(phi.subject.bank.checkpoint, "float32", threads=1, subject=phi.subject)
     again = by_measurement(found, phi.subject.groups, seconds=1.0)
     assert again["kl"].values["nf4"][1:-1] == pytest.approx(scores["kl"].values["nf4"][1:-1], rel=1e-4)
 

@@ -72,13 +72,13 @@ def copied(tuned: Tuned, tmp_path: Path) -> CandidateJob:
 
 
 def tuned_model(job: CandidateJob) -> PeftModel:
-    model = build(job.config, job.candidate)
+    model = build(job.candidate)
     load_adapter(model, job.candidate.adapter)
     return model
 
 
 def tokenizer_of(job: CandidateJob) -> Any:
-    return load_tokenizer(str(job.candidate.checkpoint))
+    return load_tokenizer(str(job.candidate.bank.checkpoint))
 
 
 def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
@@ -92,13 +92,13 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
     rows = load_encoded(job.data / "validation")
     assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.validation_loss, abs=1e-6)
-    assert outcome.validation_loss < loss_on(job, build(job.config, job.candidate), rows).mean
+    assert outcome.validation_loss < loss_on(job, build(job.candidate), rows).mean
     left = sorted(path.name for path in job.candidate.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
     kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
     assert kept == ["checkpoint-4", "checkpoint-4.files.json"]
     assert outcome.steps == 4
-    model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
+    model_config = AutoConfig.from_pretrained(job.candidate.bank.checkpoint)
     layout = layout_of(model_config, job.config.quantize, 2, job.config.lora.rank, on_gpu=False)
     plan = PrecisionPlan.from_dict({group.name: job.candidate.plan.get(group.name, "bf16") for group in layout.groups})
     assert outcome.measured_bytes == layout.plan_bytes(plan)
@@ -119,7 +119,7 @@ def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     job, outcome = tuned
     other = changed(job, folder=tmp_path / "other", seed=1)
     assert finetune_candidate(other)[0]["validation_loss"] != outcome.validation_loss
-    starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
+    starts = [build(each.candidate).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
@@ -181,9 +181,9 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     job = tuned[0]
     started = changed(job, seed=None)
     dense = row_job(config, job.candidate.folder, pattern=("bf16",), seed=None)
-    start = build(job.config, job.candidate)
+    start = build(job.candidate)
     assert "nf4" in job.candidate.plan.values()
-    whole = load_dense(str(dense.candidate.checkpoint), "bfloat16")
+    whole = load_dense(str(dense.candidate.bank.checkpoint), "bfloat16")
     settings, losses = job.config.evaluate, []
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
         found = SimpleNamespace(**evaluate_candidate(row)[0])
@@ -231,7 +231,7 @@ def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     for each in (packed, full):
         assert len(each.prefill_tokens_per_second) == len(each.decode_tokens_per_second) == 3
         assert min(each.prefill_tokens_per_second) > 0 and min(each.decode_tokens_per_second) > 0
-    model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
+    model_config = AutoConfig.from_pretrained(job.candidate.bank.checkpoint)
     layout = layout_of(model_config, job.config.quantize, 2, 4, on_gpu=False)
     assert packed.memory_bytes >= tuned[1].measured_bytes
     assert full.memory_bytes >= layout.plan_bytes(layout.dense())

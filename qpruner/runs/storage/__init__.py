@@ -173,14 +173,6 @@ def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
         raise
 
 
-def put_file(file: Path, target: Path) -> str:
-    """Move a file of this machine to its path in the run, and return its sha256."""
-    sha256 = retry_storage(lambda: storage_at(target).put(file), target)
-    if file != target:
-        file.unlink()
-    return sha256
-
-
 def children(folder: Path) -> list[str]:
     """List the names in a folder, sorted; empty if there is no folder."""
     return retry_storage(storage_at(folder).names, folder)

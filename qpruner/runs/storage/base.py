@@ -219,17 +219,20 @@ class Storage:
 
     def write(self, data: bytes, durable: bool = True) -> None:
         """Write the file; a reader sees the old or the new contents, never a part; if `durable`, also after a crash."""
-        if not durable:
-            new = self.path.with_suffix(".new")
-            new.write_bytes(data)
-            new.replace(self.path)
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        new.write_bytes(data)
-        sync(new)
+        if durable:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.write_bytes(data)
+            if durable:
+                sync(new)
+        except OSError:
+            with contextlib.suppress(OSError):  # a full disk has room again
+                new.unlink()
+            raise
         rename(new, self.path)
-        sync(self.path.parent)
+        if durable:
+            sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
         """Set the time of change to now; `data` must be the present contents, which an object store must rewrite."""
