@@ -133,5 +133,14 @@ def _row(title: str, found: list[FineTune]) -> Row:
     )
 
 
+def speed_text(turns: Sequence[float] | None) -> str:
+    """Format speeds: the median and, in brackets, minimum and maximum; `-` if none was measured."""
+    if not turns:
+        return "-"
+    figures = (statistics.median(turns), min(turns), max(turns))
+    median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
+    return f"{median} ({least}-{most})"
+
+
 def _speed(values: Sequence[float]) -> Speed | None:
     return (statistics.median(values), min(values), max(values)) if values else None
