@@ -87,8 +87,9 @@ class Slots:
         if most < 1:
             number = counted(len(self.nodes), "machine")
             number += " and of those that the autoscaler may start" if self.workers else ""
-            has = f"the largest of {number} has {self.largest}: ask for less, or add a larger machine"
-            raise UserError(f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but {has}")
+            asked, remedy = f"asks for {dict(resources)}", "ask for less, or add a larger machine"
+            has = f"on one machine, but the largest of {number} has {self.largest}"
+            raise UserError(f"`search.resources_per_trial` {asked} {has}: {remedy}")
         return min(most, limit or most)
 
 

@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qpruner.config.pruning import RATES
-from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
+from qpruner.config.schema import BudgetConfig, PruneConfig, RunConfig
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, read_plan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, cut_title, read_plan
 from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
 from qpruner.quantization.formats import Capability, format_of, formats
 from qpruner.runs.storage import run_root
@@ -27,6 +27,9 @@ from qpruner.runs.storage import run_root
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
+FLOPS_MARGIN = 0.02
+"""Share of the base model's multiply-adds by which a cut may differ from what its shapes let expect."""
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,11 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     def checked(settings: PruneConfig) -> Cut:
         cut = _planned(settings, model_config, key)
-        if works_here and packs:
-            check_cut(capability, config, model_config, cut)
-        return cut
+        return check_cut(capability, config, model_config, cut) if works_here and packs else cut
 
-    cuts, left_out = _made(cuts_in_effect(config.prune, model_config), checked)
+    cuts, left_out = makeable(cuts_in_effect(config.prune, model_config), checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
-    reference = next(iter(layouts.values()))
-    budget = budget_bytes(config.quantize, reference, config.search.pareto)
+    budget = budget_bytes(config, _fast_enough(config, layouts, base))
     settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
@@ -129,19 +129,42 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
-def _made(
-    wanted: Mapping[str, PruneConfig], make: Callable[[PruneConfig], Cut]
-) -> tuple[dict[str, Cut], dict[str, str]]:
+def _fast_enough(config: RunConfig, layouts: Mapping[str, Layout], base: Layout) -> dict[str, Layout]:
+    """Leave out cuts above `budget.flops_fraction`, as far as shapes tell; raise an error if none is below it."""
+    limit = config.quantize.budget.flops_fraction or 1.0
+    shares = {cut: layout.multiply_adds / base.multiply_adds for cut, layout in layouts.items()}
+    # Widths that depend on scores may differ a little: only what is far above the limit is left out here.
+    kept = {cut: layouts[cut] for cut, share in shares.items() if share <= limit + FLOPS_MARGIN}
+    if not kept:
+        raise too_many_flops(config, shares.values())
+    return kept
+
+
+def too_many_flops(config: RunConfig, shares: Iterable[float]) -> UserError:
+    """Return the error for cuts that all take too many multiply-adds; `shares` are those of the base model's."""
+    return UserError(
+        f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
+        f"{min(shares):.3g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune "
+        "more (`prune.rates`)"
+    )
+
+
+def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Cut]) -> tuple[dict[str, Cut], dict[str, str]]:
     """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
     cuts, errors = dict[str, Cut](), dict[str, UserError]()
-    for name, settings in wanted.items():
+    for name, asked in wanted.items():
         try:
-            cuts[name] = make(settings)
+            cuts[name] = make(asked)
         except UserError as error:
             errors[name] = error
     if not cuts:
         raise next(iter(errors.values()))
     return cuts, {name: str(error) for name, error in errors.items()}
+
+
+def left_out_text(name: str, reason: str) -> str:
+    """Say that a cut is left out, and why."""
+    return f"{cut_title(name)} is left out: {reason}"
 
 
 def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
@@ -164,16 +187,14 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
     trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} plans to beat (uniform, unpruned, by sensitivity) run first and may leave none of "
-            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer "
-            "`sensitivity.methods`"
+            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of "
+            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer `prune.rates`"
         )
 
 
 def most_controls(config: RunConfig) -> int:
-    """Count the plans to beat: uniform ones that may fit, a seed plan per method, two unpruned ones, the paper's."""
-    uniform = max(1, len(config.quantize.levels) - 1)
-    return uniform + len(config.measured_methods) + (0 if config.prune.is_off else 2) + 1
+    """Count the plans to beat: two of the base model and of each cut, and the paper's."""
+    return 2 * len({UNPRUNED, *config.prune.cuts}) + 1
 
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
@@ -220,30 +241,37 @@ def check_quantizable(model_config: Any) -> None:
         )
 
 
-def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """Return the budget in bytes; raise an error if the budget leaves no choice between plans."""
-    budget, smallest, largest = quantize.budget, layout.smallest(), layout.largest()
-    lowest, highest = layout.plan_bytes(smallest), layout.plan_bytes(largest)
-    size = _asked_bytes(budget, layout)
-    name, value = next((name, value) for name, value in budget if value is not None)
-    of_groups = zip(*map(layout.group_bytes, layout.levels), strict=True)
+def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
+    """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
+
+    `fraction` and `mean_bits` are those of the only cut.
+    """
+    budget, [first, *_] = config.quantize.budget, layouts.values()
+    size = _asked_bytes(budget, first)
+    name, value = budget.size
+    most_pruned = min(layouts.values(), key=lambda each: each.plan_bytes(each.smallest()))
+    smallest, largest = most_pruned.smallest(), first.largest()
+    lowest, highest = most_pruned.plan_bytes(smallest), first.plan_bytes(largest)
+    of_groups = list(zip(*map(first.group_bytes, first.levels), strict=True))
     sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
-    choice = lowest + min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
+    choice = lowest
+    if len(layouts) == 1:
+        choice += min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
     has_equal = any(len(set(each)) < len(each) for each in sizes)  # then there is a choice at any size
     key = f"`quantize.budget.{name}`"
     least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
         state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} {state} the pruned model with every group in its smallest format, {', '.join(used(smallest))} "
-            f"({lowest} bytes): {least}, got {value}; raise it, or prune more"
+            f"{key} {state} the most pruned model with every group in its smallest format, "
+            f"{', '.join(used(smallest))} ({lowest} bytes): {least}, got {value}; raise it, or prune more"
         )
-    if size >= highest and quantize.has_choice and not pareto and not has_equal:
+    if size >= highest and config.has_choice and not config.search.pareto and not has_equal:
         most = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
-            f"{key} leaves nothing to choose, because every group fits in its largest format, "
-            f"{', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find the best "
-            "plan of every size"
+            f"{key} leaves nothing to choose, because every group of the least pruned model fits in its largest "
+            f"format, {', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find "
+            "the best plan of every size"
         )
     return size
 
@@ -293,8 +321,8 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
         check_gpu(config, capability)
 
 
-def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> None:
-    """Raise an error if a cut leaves widths that the formats cannot hold on this device."""
+def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> Cut:
+    """Return the cut; raise an error if it leaves widths that the formats cannot hold on this device."""
     on_gpu = capability is not None
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
@@ -305,6 +333,7 @@ def check_cut(capability: Capability | None, config: RunConfig, model_config: An
         if cut.settings.is_off:
             raise
         raise UserError(f"{error} (to prune without quantizing, use `qpruner prune`)") from error
+    return cut
 
 
 def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:

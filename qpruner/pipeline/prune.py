@@ -22,7 +22,7 @@ from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import multiply_adds
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights
-from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, uncut
+from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, left_out_text, uncut
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, cut_title
@@ -83,7 +83,7 @@ class Prune(Stage[PruneRecord]):
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
     def warnings(self) -> Iterable[str]:
-        return [_left_out_text(*each) for each in self.context.inspection.left_out.items()]
+        return [left_out_text(*each) for each in self.context.inspection.left_out.items()]
 
     def inputs(self) -> tuple[Any, ...]:
         return ({name: each.digest for name, each in self._wanted().items()},)
@@ -133,7 +133,7 @@ class Prune(Stage[PruneRecord]):
         if not made.keys() & self.context.inspection.cuts.keys():
             raise UserError(next(iter(left_out.values())))
         for name, reason in left_out.items():
-            self.notify(f"warning: {_left_out_text(name, reason)}")
+            self.notify(f"warning: {left_out_text(name, reason)}")
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
@@ -200,10 +200,6 @@ def read_cut(folder: Path) -> CutRecord | None:
     with suppress(CorruptFile):
         return read_json(folder / CUT_FILE, CutRecord) if storage_at(folder).read_list() else None
     return None
-
-
-def _left_out_text(name: str, reason: str) -> str:
-    return f"{cut_title(name)} is left out: {reason}"
 
 
 def make_and_save(

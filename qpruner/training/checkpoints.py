@@ -7,10 +7,9 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from qpruner.errors import CorruptFile, TakenOver
 from qpruner.runs import storage
+from qpruner.runs.records import Recorded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,10 +37,8 @@ class SaveClock:
         self._pause = max(self._seconds, COST * (self._last - since))
 
 
-class _Owner(BaseModel):
+class _Owner(Recorded):
     """The file that names the owner of a fine-tune: its latest process or, in a group, the process of rank 0."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     worker: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 from qpruner.config.load import validate_config
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import UserError
-from qpruner.pipeline.preflight import check_cut, check_device, inspect
+from qpruner.pipeline.preflight import check_cut, check_device, inspect, makeable
 from qpruner.pruning.prune import planned_cut
 from qpruner.pruning.settings import settled
 
@@ -46,6 +47,14 @@ def test_heads_that_a_cpu_would_decode_wrongly_are_refused(tmp_path: Path) -> No
     check_on_cpu(model_config, config_of(tmp_path, [4], layer_rate=0.5, units=units, round_to=64))
     with pytest.raises(UserError, match=r"o_proj: .* 288 columns .* `prune\.units: \[mlp\]`"):
         check_on_cpu(model_config, config_of(tmp_path, [4], layer_rate=0.25, units=units, round_to=64))
+
+
+def test_a_cut_that_the_device_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    model_config = AutoConfig.for_model("phi3", **SHAPES, **PHI)
+    config = config_of(tmp_path, [4], rates=[0, 0.1], selection="global")
+    cuts = {name: planned_cut(model_config, settings) for name, settings in config.prune.cuts.items()}
+    kept, refused = makeable(cuts, partial(check_cut, None, config, model_config))
+    assert list(kept) == ["base"] and list(refused) == ["cut-10"] and "96 columns" in refused["cut-10"]
 
 
 def test_a_block_that_loses_nothing_keeps_its_width(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from raylets import Raylets, raylets
 
 import qpruner
 from qpruner.cluster.connect import connect, disconnect
-from qpruner.cluster.executor import ClusterExecutor, GpuTime
 from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import search
@@ -95,14 +94,6 @@ def as_task(resources: dict[str, float], check_node: bytes, scratch: Path) -> in
     return found
 
 
-def in_executor(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
-    place = ClusterExecutor(resources, GpuTime(), check_node)
-    try:
-        return place.run(lambda cache, emit: 1, lambda event: None)
-    finally:
-        place.close()
-
-
 def in_group(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
     from qpruner.cluster.group import run_groups
 
@@ -110,7 +101,7 @@ def in_group(resources: dict[str, float], check_node: bytes, scratch: Path) -> i
     return found
 
 
-EVERY: tuple[Work, ...] = (as_task, in_executor, in_group)
+EVERY: tuple[Work, ...] = (as_task, in_group)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +113,7 @@ EVERY: tuple[Work, ...] = (as_task, in_executor, in_group)
         (
             with_a_gpu_that_torch_does_not_see,
             "a GPU is reserved for work there, but torch",
-            (as_task, in_executor),
+            (as_task,),
             HELD,
         ),
     ],
