@@ -49,6 +49,8 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
             for each in facts["stages"]
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
+        for name, why in facts["left_out"].items():
+            terminal.say(f"left out      {cut_title(name)}: {why}")
         for line in (*_search_lines(snapshot, facts), *filter(None, [facts["to_compare"]])):
             terminal.say(line)
     return {"status": "ok", **facts}

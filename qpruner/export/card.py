@@ -10,11 +10,9 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from qpruner.hf import PEFT_BASE
 
 Form = Literal["packed", "peft", "merged", "merged and plain", "merged with code"]
-"""The final folder, a peft export, a merged model that needs qpruner, one that needs nothing, and one whose blocks have
-different widths, which the file `modeling_ragged.py` beside the weights builds."""
-
+"""The final folder, a peft export, and merged models that need qpruner, nothing, or the file beside the weights."""
 STATED = {"base_model": "base model", "license": "licence", "datasets": "datasets"}
-"""Keys of a card's metadata, which are also keys of the configuration section `card`, and their names in messages."""
+"""Keys of a card's metadata and of the configuration section `card`, with their names in messages."""
 TITLE = "## Load it"
 _SECTION = re.compile(rf"^{TITLE}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 _NEEDS_US = (
@@ -69,14 +67,12 @@ def missing_remark(keys: Sequence[str]) -> str | None:
 
 def loading_section(form: Form, place: str = "this folder") -> str:
     """Return the section of a card with the code that loads the model from a folder or repository."""
-    merged = _MERGED if form.startswith("merged") else ""
-    options = ""
-    if form == "merged and plain":
-        lead, imports = f"{merged} Plain transformers loads them.\n", ""
-    elif form == "merged with code":
-        lead, imports, options = f"{merged} {_CODE_BESIDE}", "", ", trust_remote_code=True"
-    else:
-        lead, imports = f"{merged} {_NEEDS_US}".lstrip(), _IMPORT
+    how = {"merged and plain": "Plain transformers loads them.\n", "merged with code": _CODE_BESIDE}.get(
+        form, _NEEDS_US
+    )
+    lead = f"{_MERGED} {how}" if form.startswith("merged") else how
+    imports = _IMPORT if how == _NEEDS_US else ""
+    options = ", trust_remote_code=True" if form == "merged with code" else ""
     code = (_PEFT_CODE if form == "peft" else _CODE).format(place=place, options=options)
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
     return f"{TITLE}\n\n{lead}\n```python\n{imports}{code}{tokenizer}```\n"

@@ -21,6 +21,8 @@ from filelock import FileLock, Timeout
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
 from qpruner.export.compare import Compared, compare, log_probabilities, loss_of
+from qpruner.export.gguf import architectures
+from qpruner.export.gguf.llama_cpp import library_path
 from qpruner.export.recode import (
     ADAPTER_FILES,
     NewFormat,
@@ -31,6 +33,8 @@ from qpruner.export.recode import (
     recode,
     tensor_bytes,
 )
+from qpruner.export.vllm import checking as in_vllm
+from qpruner.export.vllm import writing as for_vllm
 from qpruner.hf import PEFT_BASE, load
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
@@ -66,19 +70,12 @@ class Exported(Compared):
 def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
     """Say why a model cannot be exported in a form, and what would work; None if it can (see `architecture_of`)."""
     if form.startswith("gguf"):
-        from qpruner.export.gguf import architectures
-        from qpruner.export.gguf.llama_cpp import library_path
-
         if reason := architectures.refusal(config, ragged, biases):
             return reason
         if importlib.util.find_spec("gguf") is None:
             return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'
         library_path()
-    if form.startswith("vllm"):
-        from qpruner.export.vllm import checking, writing
-
-        return writing.refusal(config) or checking.missing()
-    return None
+    return (for_vllm.refusal(config) or in_vllm.missing()) if form.startswith("vllm") else None
 
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
@@ -190,15 +187,13 @@ def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
 
 def _merged(work: _Work) -> Exported:
     """Write a dense model; if its blocks differ, with the file that builds them in plain transformers."""
-    from qpruner.export.vllm import checking, writing
-
     recode(work.final, work.folder, dense, True, work.on_progress)
     config = checkpoint_config(work.folder)
     found: Compared = compare(work.final, work.folder, work.samples, work.on_progress)
-    if writing.needs_modeling(config):
+    if for_vllm.needs_modeling(config):
         described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
-        retry_storage(lambda: writing.write_config(described, config, work.folder), work.folder)
-        checking.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
+        retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
+        in_vllm.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
     return work.exported(found)
 
 
@@ -213,7 +208,7 @@ def _peft(work: _Work) -> Exported:
 
 def _gguf(work: _Work) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
-    from qpruner.export.gguf import architectures, checking, same_tokens, writing
+    from qpruner.export.gguf import checking, same_tokens, writing
     from qpruner.export.gguf.modelfile import modelfile
     from qpruner.export.gguf.vocabulary import stop_ids
 
@@ -235,10 +230,8 @@ def _gguf(work: _Work) -> Exported:
 
 def _vllm(work: _Work) -> Exported:
     """Write a checkpoint of compressed-tensors."""
-    from qpruner.export.vllm import checking, writing
-
-    fixed = writing.dense_paths(checkpoint_config(work.final))
-    checkpoint, recoded = work.recoded(writing.vllm_format, fixed)
-    writing.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
-    found = checking.check(checkpoint, work.folder, work.samples, work.on_progress)
+    fixed = for_vllm.dense_paths(checkpoint_config(work.final))
+    checkpoint, recoded = work.recoded(for_vllm.vllm_format, fixed)
+    for_vllm.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
+    found = in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress)
     return work.exported(found, checkpoint, recoded)

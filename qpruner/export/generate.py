@@ -127,7 +127,7 @@ class Source:
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     """Find the models of a run that `which` names (all if `which` is empty), or the single model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
-        raise UserError(f"models are loaded from a folder, not from a URI: name the folder that `{command}` downloads")
+        raise UserError(f"models are loaded from a folder: download the final model with `{command}`, then name FOLDER")
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
+from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.runs.storage import retry_storage
@@ -83,8 +85,6 @@ def formats_of(config: Any) -> dict[str, str]:
 
 def columns_of(config: Any) -> dict[str, int]:
     """Map the paths of all layers to the columns of their weights."""
-    from qpruner.models.layout import skeleton
-
     parameters = skeleton(config).named_parameters()
     suffix = ".weight"
     return {name.removesuffix(suffix): each.shape[-1] for name, each in parameters if name.endswith(suffix)}
@@ -140,8 +140,6 @@ def copy_adapter(final: Path, folder: Path, base: Path) -> None:
 
 def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write tensors as transformers names their files, with an index if there are several."""
-    from huggingface_hub import save_torch_state_dict
-
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 
 

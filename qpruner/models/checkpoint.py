@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from qpruner.config.schema import ModelConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.loading import (
     OnWork,
@@ -26,8 +27,6 @@ from qpruner.runs.storage import OnPiece, retry_storage
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from qpruner.config.schema import ModelConfig
 
 
 RENAMED = "embed_out.", "lm_head."

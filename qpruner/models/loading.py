@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from qpruner.config.schema import HUB_ID
+from qpruner.config.schema import HUB_ID, ModelConfig
 from qpruner.errors import CorruptFile, UserError, first_line
 from qpruner.models import ragged
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from qpruner.config.schema import ModelConfig
 
 
 CONVERT = "convert them with transformers' save_pretrained (transformers 4: with `safe_serialization=True`)"
@@ -113,11 +111,9 @@ def check_hub_files(model: ModelConfig) -> None:
         return
     names = [file.rfilename for file in listed or ()]
     if listed is not None and not any(name.endswith(".safetensors") and "/" not in name for name in names):
-        raise UserError(
-            f"`model.source`: {model.source} on the hub has no .safetensors weights in revision "
-            f"{model.revision or 'main'} (pickled .bin weights are not read); name a revision that has them in "
-            f"`model.revision`, or {CONVERT} and name the new folder"
-        )
+        lacks = f"has no .safetensors weights in revision {model.revision or 'main'}"
+        remedy = f"name one that has them in `model.revision`, or {CONVERT} and name the new folder"
+        raise UserError(f"`model.source`: {model.source} on the hub {lacks}; {remedy}")
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -163,11 +159,9 @@ def check_reachable(model: PreTrainedModel) -> None:
     unreachable = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
         if place in unreachable:
-            raise UserError(
-                f"`model.device_map`: auto left {name or 'the model'} on {place}, because the devices have no room for "
-                "it, but weights there cannot be scored or cut; use more or larger GPUs, or hide all GPUs "
-                "(`CUDA_VISIBLE_DEVICES=`) and prune on a CPU with enough memory"
-            )
+            left = f"{name or 'the model'} on {place}, where weights cannot be scored or cut"
+            remedy = "use more or larger GPUs, or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
+            raise UserError(f"`model.device_map`: auto left {left}, as the devices have no room; {remedy}")
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Free the memory of dropped models, detect shortages, and measure free memory and peaks."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -11,12 +9,9 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qpruner.errors import OutOfMemory, first_line
-
-if TYPE_CHECKING:
-    import torch
 
 STATUS, VMSTAT = Path("/proc/self/status"), Path("/proc/vmstat")
 # oneDNN reports a shortage as a primitive that it could not create; of unsupported ones it names the descriptor.
@@ -47,13 +42,13 @@ def freeze_libraries() -> None:
     gc.freeze()
 
 
-def read_weights(model: torch.nn.Module) -> None:
+def read_weights(model: Any) -> None:
     """Read every weight once, because a memory-mapped .safetensors file takes memory only when first read."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
-def copy_weights(model: torch.nn.Module) -> None:
+def copy_weights(model: Any) -> None:
     """Copy weights out of a memory-mapped .safetensors file, which takes memory until its last tensor is freed."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":

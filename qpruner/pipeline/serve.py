@@ -106,7 +106,7 @@ class Serve(Stage[ServeRecord]):
         executor.close()  # frees the memory of a model that an earlier stage has kept
         measured = executor.run(partial(serve, job), context.emit)
         executor.close()
-        return vars(measured)
+        return measured
 
     def summary(self, record: ServeRecord) -> str:
         found = [row for row in record.rows if row.name == SEARCHED]

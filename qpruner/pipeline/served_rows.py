@@ -43,14 +43,6 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """All rows with their figures, and how these were measured."""
-
-    rows: list[ServedRow]
-    setting: ServeSetting
-
-
-@dataclass(frozen=True)
 class ServeJob:
     """The work of the stage: the run folder `root`, folders of the base model and of the rows, and the winner."""
 
@@ -64,20 +56,20 @@ class ServeJob:
     winner: CandidateRecord
 
 
-def serve(job: ServeJob, cache: ModelCache, emit: Emit) -> Measured:
-    """Write every form and the base model, then measure them."""
+def serve(job: ServeJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
+    """Write every form and the base model, then measure them; return fields of `ServeRecord`."""
     from qpruner.export.gguf.isolation import isolated
 
     on_progress, settings = loading_progress(emit, "serve"), job.config.serve
     forms = [_export(job, form, emit, on_progress) for form in settings.to]
     if not settings.uses_llama_cpp:
         setting = ServeSetting(threads=job.threads, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
-        return Measured([each.row for each in forms], setting)
+        return {"rows": [each.row for each in forms], "setting": setting}
     work = storage_at(job.scratch / "base").staging
     try:
         rows = (*write_base(job.config, fetch(job.base), empty_folder(work), on_progress), *forms)
         for each in isolated(measure_in_turns, job, rows):
-            if isinstance(each, Measured):
+            if isinstance(each, dict):
                 return each
             emit(Progress("serve", *each, "turns of loss and speed"))
     finally:
@@ -164,7 +156,7 @@ def _packed_formats(config: Any, name: str) -> dict[str, str]:
 # ---- measurement
 
 
-def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | Measured]:
+def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | dict[str, Any]]:
     """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers too runs on the CPU
     import torch
@@ -192,7 +184,7 @@ def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[
         found[id(each)] = each.row.model_copy(update={"loss": losses[0], **speeds})
     about = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "num_rows": len(judging)}
     setting = ServeSetting(threads=job.threads, build=build(), **about)
-    yield Measured([found.get(id(each), each.row) for each in served], setting)
+    yield {"rows": [found.get(id(each), each.row) for each in served], "setting": setting}
 
 
 def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[Any]) -> Turn:

@@ -4,6 +4,14 @@ Taylor and magnitude use every matrix that a unit owns part of. They sum a salie
 of the unit, and reduce the scores of all matrices to one by `reduction` (LLM-Pruner, arXiv 2305.11627, section 3.2).
 Fluctuation (FLAP) and activation norm (Wanda) use the inputs of the output projections (o, down). Biases and norms are
 cut with their unit but not scored, as in LLM-Pruner.
+
+Taylor estimates how the loss changes when the weights of a unit are zero (LLM-Pruner, eqs. 3 to 5). Salience is ``s = w
+g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq. 4). With ``s`` of the
+mean loss over all N samples and ``s_j`` of sample j alone, a unit sums ``|s|`` (`first`), ``1/N sum_j s_j^2``
+(`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries. `second` uses the diagonal Fisher information
+for the Hessian, without the factor 1/2, as LLM-Pruner's code does; with `vector` it is that of a mask on the row (arXiv
+2204.09656, eq. 7). LLM-Pruner runs all samples in one backward pass, to which `vector` is equal with any number of
+batches; `element` sums ``|.|`` over batches, which changes `first` and `mixed`.
 """
 
 from __future__ import annotations
@@ -55,28 +63,11 @@ def score(
             scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
     else:
         order = "second" if importance == "fisher" else settings.order
-        scores = _taylor(model, kinds, samples, order, settings.aggregation)
+        scores = (_by_vector if settings.aggregation == "vector" else _by_element)(model, kinds, samples, order)
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
-def _taylor(
-    model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str = "first", aggregation: str = "element"
-) -> UnitScores:
-    """Estimate how the loss changes when the weights of a unit are set to zero (LLM-Pruner, eqs. 3 to 5).
-
-    Salience is ``s = w g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq.
-    4). Let ``s`` use the gradient of the mean loss over all N samples, and ``s_j`` that of sample j alone. A unit
-    sums ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries.
-    `second` uses the diagonal Fisher information for the Hessian, without the factor 1/2, as the code of LLM-Pruner
-    does; with `vector` it is the Fisher information of a mask on the row (arXiv 2204.09656, eq. 7).
-
-    LLM-Pruner runs all samples in one backward pass. `vector` gives the same scores with any number of batches.
-    `element` takes ``s`` of each batch and sums ``|.|`` over batches, which changes `first` and `mixed`.
-    """
-    return (_taylor_by_vector if aggregation == "vector" else _taylor_by_element)(model, kinds, samples, order)
-
-
-def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
+def _by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
     """Score by the gradients of masks on rows and columns, in one pass for any `order`."""
     scores = UnitScores(model, kinds)
     dims = scores.dims.items()
@@ -101,7 +92,7 @@ def _taylor_by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, or
     return scores
 
 
-def _taylor_by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
+def _by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
     """Score by the weight gradients, with one gradient at a time in memory."""
     scores = UnitScores(model, kinds)
     mean_squares: dict[str, torch.Tensor] = {}
@@ -233,7 +224,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
         for index, some in unit_kinds_of(model.config, layers).items():
             has_experts = any(kind.name == EXPERT for kind in some)
             kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
-        by_unit = _taylor(model, kinds, samples).reduce("sum")
+        by_unit = _by_element(model, kinds, samples, "first").reduce("sum")
         scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")

@@ -56,16 +56,13 @@ def select_rate(
                 left = f"{size.count - count} of the {size.count} {name} units of block {index}"
                 raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves {left}, at least {size.least} must stay")
             if uniform and size.plain and size.count - count not in size.plain:
-                raise UserError(
-                    f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {size.count - count} key/value groups in a "
-                    f"block, but this model loads without qpruner only with {', '.join(map(str, size.plain))} of them: "
-                    "give `prune.rate` instead, which keeps one of these numbers, or set `prune.uniform: false`"
-                )
+                left = f"{size.count - count} key/value groups in a block, not {' or '.join(map(str, size.plain))}"
+                why = f"`layer_rate` {layer_rate:g} leaves {left}, with which the model loads without qpruner"
+                raise UserError(f"`prune.uniform`: {why}: give `prune.rate` instead, or set `prune.uniform: false`")
     if not any(count for of_block in removed.values() for count in of_block.values()):
-        raise UserError(
-            f"`prune.layer_rate` {layer_rate:g} removes no unit, because only whole units can be removed, and channels "
-            "in multiples of `prune.round_to`: raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
-        )
+        remedy = "raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
+        whole = "as only whole ones, and channels in multiples of `prune.round_to`, can be"
+        raise UserError(f"`prune.layer_rate` {layer_rate:g} removes no unit, {whole}: {remedy}")
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
 

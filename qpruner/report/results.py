@@ -10,12 +10,19 @@ from typing import Any
 
 from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
-from qpruner.runs.records import GIVEN, PAPER, CandidateRecord, Results, RowScores, SearchRecord, StandardError
+from qpruner.runs.records import (
+    GIVEN,
+    PAPER,
+    CandidateRecord,
+    Results,
+    RowScores,
+    SearchRecord,
+    StandardError,
+    is_control,
+)
 
-BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
-UNIFORM = "uniform"
-"""Origin of the rows that give all groups the same format."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
@@ -75,11 +82,11 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def control_title(name: str) -> str:
-    """Return a control's name in reports, such as `10 % pruned, uniform`; other names stay."""
+    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
+    if name == PAPER:
+        return "the paper's flow"
     cut, _, kind = name.rpartition("-")
-    if kind in ("uniform", "knapsack"):
-        return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}"
-    return "the paper's flow" if name == PAPER else name
+    return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
@@ -124,6 +131,15 @@ def _row(title: str, found: list[FineTune]) -> Row:
         decode_tokens_per_second=_speed([turn for each in timings for turn in each.decode_tokens_per_second]),
         **spread,
     )
+
+
+def speed_text(turns: Sequence[float] | None) -> str:
+    """Format speeds: the median and, in brackets, minimum and maximum; `-` if none was measured."""
+    if not turns:
+        return "-"
+    figures = (statistics.median(turns), min(turns), max(turns))
+    median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
+    return f"{median} ({least}-{most})"
 
 
 def _speed(values: Sequence[float]) -> Speed | None:

@@ -64,6 +64,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
         "has_begun": successor is None,
         "seconds_since_sign_of_life": max(0.0, now - run.liveness.last_sign),
         "stages": stages,
+        "left_out": run.results.prune.left_out if run.results.prune else {},
         "search": _search_status(run),
         "to_compare": run.how_to_compare,
     }

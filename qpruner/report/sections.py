@@ -67,7 +67,8 @@ def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
     yield first
     if table := served(results):
         yield table
-        yield Items(tuple(served_text(results)))
+        if texts := served_text(results):
+            yield Items(tuple(texts))
     yield from others
     yield tables.legend(results)
 
@@ -160,7 +161,8 @@ def _unfinished_search(run: Snapshot) -> list[str]:
 def _pruning(run: Snapshot) -> Iterator[Part]:
     if record := run.results.prune:
         yield tables.cuts(record)
-        yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in record.left_out.items()))
+        if record.left_out:
+            yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in record.left_out.items()))
         if len(record.cuts) > 1:
             yield kept_by_block(record.cuts)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from qpruner.report.content import Table
-from qpruner.report.results import BASE, SEARCHED, title_of
+from qpruner.report.results import BASE, SEARCHED, speed_text, title_of
 from qpruner.runs.records import Results, ServedRow, ServeRecord
 from qpruner.wording import counted
 
@@ -37,9 +37,9 @@ def served(results: Results) -> Table | None:
             f"{row.file_bytes / 1e6:.1f} MB",
             f"{row.mean_bits:.2f}",
             "-" if row.loss is None else f"{row.loss:.4f}",
-            _speed(row.prefill_tokens_per_second),
-            _speed(row.decode_tokens_per_second),
-            _times(_over_transformers(record, row)),
+            speed_text(row.prefill_tokens_per_second),
+            speed_text(row.decode_tokens_per_second),
+            "-" if (ratio := _over_transformers(record, row)) is None else f"{ratio:.2f}",
         )
         for row in record.rows
     ]
@@ -61,20 +61,6 @@ def form_text(row: ServedRow) -> str:
     if row.form == "transformers":
         return f"transformers, {row.format}"
     return f"GGUF {row.format.upper()}" if row.name == BASE else FORMS[row.form]
-
-
-def _speed(turns: tuple[float, ...]) -> str:
-    if not turns:
-        return "-"
-    median, least, most = (
-        f"{value:.1f}" if value < 100 else f"{value:.0f}"
-        for value in (statistics.median(turns), min(turns), max(turns))
-    )
-    return f"{median} ({least}-{most})"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def _decode(row: ServedRow) -> float | None:

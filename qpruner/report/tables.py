@@ -13,7 +13,7 @@ from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
 from qpruner.report.finalists import finalists, formats_text
-from qpruner.report.results import RANDOM, SEARCHED, Row, Speed, rows, title_of
+from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import plan_of, score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
@@ -124,8 +124,8 @@ def cells(row: Row) -> dict[str, str]:
         "parameters": f"{row.num_parameters / 1e6:.1f} M",
         "peak memory": f"{row.peak_memory_bytes / 1e6:.0f} MB",
         "inference memory": "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
-        "prefill tokens/s": _speed_text(row.prefill_tokens_per_second),
-        "decode tokens/s": _speed_text(row.decode_tokens_per_second),
+        "prefill tokens/s": speed_text(row.prefill_tokens_per_second),
+        "decode tokens/s": speed_text(row.decode_tokens_per_second),
     }
 
 
@@ -146,14 +146,6 @@ def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
     shown = tuple(f"test {name}" if heading == TEST_ACCURACY else heading for heading in headings)
     body = [cells(row) for row in rows(results)]
     return Table(caption, shown, [tuple(line[heading] for heading in headings) for line in body])
-
-
-def _speed_text(figures: Speed | None) -> str:
-    """Format a speed: the median and, in brackets, minimum and maximum; `-` if it was not measured."""
-    if figures is None:
-        return "-"
-    median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
-    return f"{median} ({least}-{most})"
 
 
 def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:

@@ -86,6 +86,14 @@ def test_status_names_the_winner(over: Path) -> None:
     assert "trial 1 (unpruned-knapsack), a control that no searched plan beat; " in lines()[-1]
 
 
+def test_status_tells_which_cut_was_left_out(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, until="search")
+    made.change("prune", left_out={"cut-30": "24 channels are no multiple of 32"})
+    assert "\nleft out      30 % pruned: 24 channels are no multiple of 32\n" in printed("status", tmp_path / "run")
+    lines = [line.split()[3:5] for line in printed("trials", tmp_path / "run").splitlines()]
+    assert lines[0] == ["cut", "status"] and lines[1] == ["20", "%"]
+
+
 def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     """Trial 5 reports a step beyond its last rung; trial 6 has a slot but no worker yet; trial 7 has no slot."""
     folder = run / "trials" / TRIALS

@@ -20,7 +20,6 @@ DAMAGES = {
 
 
 def damaged(run: Path, folder: Path, damage: str) -> Path:
-    """Break an export; return the checkpoint that it was made from."""
     if damage == "no adapter":
         file = folder / "adapter" / "adapter_model.safetensors"
         save_file({name: each.zero_() if "lora_B" in name else each for name, each in load_file(file).items()}, file)

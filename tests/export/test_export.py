@@ -45,7 +45,6 @@ def test_a_merged_model_predicts_the_same(finished: Path) -> None:
 
 
 def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
-    """The export of a pruned model has the final model's predictions where qpruner cannot be imported."""
     prune = {"rate": 0.2, "uniform": True, "importance": "magnitude"}
     raw = raw_config(tiny_model, tmp_path / "cut") | {"prune": prune}
     run_pipeline(validate_config(raw), lambda event: None, until="prune")
@@ -84,7 +83,6 @@ def faint(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared_with(run: Path, tensor: str, value: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> None:
-    """Compare a final model with its merged export after one tensor of the export was changed."""
     shutil.copytree(run / "merged", folder)
     weights = load_file(folder / "model.safetensors")
     weights[tensor] = value(weights[tensor])

@@ -39,7 +39,6 @@ export(RunDir(sys.argv[1]), "gguf_merged", Path(sys.argv[1], "out"), on_progress
 
 @pytest.fixture(scope="module")
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run searched in formats of llama.cpp."""
     root = tmp_path_factory.mktemp("searched")
     return run_of(pruned_model("llama", tiny_model, root / "pruned", True), root / "demo", ("q4_0", "q8_0"), "q8_0")
 

@@ -35,7 +35,6 @@ PROMPT = "Question: which of these"
 
 
 def scale_layers(model: Path, factor: float, folder: Path) -> Path:
-    """Copy a model and scale the outputs of every block."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     for name in weights:
@@ -53,7 +52,6 @@ def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three different models."""
     root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
     scale_layers(lively, -0.5, root / "cuts" / "cut-20")
     record = PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={})
@@ -64,7 +62,6 @@ def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(*arguments: object) -> dict[str, str]:
-    """Return the answer of each model to the prompt, from `qpruner generate`."""
     done = command("generate", *arguments, "--prompt", PROMPT, "--max-tokens", 12, "--json")
     assert done.exit_code == 0, done.output
     return {answer["model"]: answer["text"] for answer in json.loads(done.stdout)["answers"]}
@@ -72,14 +69,12 @@ def answers(*arguments: object) -> dict[str, str]:
 
 @functools.cache
 def plain(folder: Path) -> Any:
-    """Load a model or a peft export with transformers and peft."""
     if not (folder / "base").is_dir():
         return AutoModelForCausalLM.from_pretrained(folder)
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
 
 
 def expected(folder: Path, prompt: str = PROMPT) -> str:
-    """Return the greedy answer of plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     model = plain(folder)

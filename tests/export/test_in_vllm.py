@@ -15,6 +15,7 @@ import pytest
 import torch
 from broken_exports import DAMAGES, ROWS, damaged
 from final_models import pruned_model, run_of
+from served_models import continued
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpruner.errors import StageError
@@ -48,7 +49,6 @@ if __name__ == "__main__":
 
 
 def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
-    """Continue by 32 tokens in vLLM."""
     program, into = tmp_path / "generate.py", tmp_path / "tokens.json"
     program.write_text(GENERATE)
     arguments = json.dumps([str(folder), ids, str(into)])
@@ -60,14 +60,6 @@ def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
     return tokens
 
 
-def continued(model: Any, ids: list[int]) -> list[int]:
-    """Continue by 32 tokens in transformers."""
-    model.generation_config.eos_token_id = None
-    made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=32, do_sample=False)
-    tokens: list[int] = made[0, len(ids) :].tolist()
-    return tokens
-
-
 @pytest.mark.parametrize(
     ("family", "is_ragged"),
     [
@@ -76,7 +68,6 @@ def continued(model: Any, ids: list[int]) -> list[int]:
     ],
 )
 def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tiny_model: Path, tmp_path: Path) -> None:
-    """The adapter is a LoRA module of vLLM; ragged blocks have biases too."""
     pruned = pruned_model(family, tiny_model, tmp_path / "pruned", is_ragged)
     run = run_of(pruned, tmp_path / "run", ("w4", "bf16"))
     done = export(RunDir(run), "vllm", tmp_path / "out")
@@ -88,7 +79,6 @@ def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tin
 
 @pytest.fixture(scope="module")
 def in_four_bits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of different widths, exported."""
     root = tmp_path_factory.mktemp("four-bits")
     run = run_of(pruned_model("llama", tiny_model, root / "pruned", True), root / "run", ("w4", "bf16"))
     export(RunDir(run), "vllm", run / "exported")
@@ -128,5 +118,5 @@ def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -
     save_checkpoint(model, tokenizer, folder)
     write_config(json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder), folder)
     ids = tokenizer("The capital of France is")["input_ids"]
-    expected = continued(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    expected = continued(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids, 32)
     assert generated(folder, ids, tmp_path) == expected

@@ -27,7 +27,6 @@ REPO = "someone/mine"
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a final model, its card and a peft export."""
     root = finished_run(tiny_model, tmp_path_factory.mktemp("push") / "run")
     (root / "final" / "README.md").write_text(CARD)
     export(RunDir(root), "peft", root / "export" / "peft")
@@ -36,13 +35,11 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """An empty hub server that all clients use, with a valid token set."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with serving() as served:
         changes = {
@@ -65,7 +62,6 @@ def push(run: Path, *options: str, code: int = 0) -> Result:
 
 
 def loaded(card: bytes) -> Any:
-    """Run the Python code of a model card and return the model that it loads."""
     [code] = re.findall(r"```python\n(.*?)```", card.decode(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)

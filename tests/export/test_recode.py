@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qpruner.export import recode as recoding
-from qpruner.export.recode import ADAPTER_FILES, dense, recode
+from qpruner.export.recode import ADAPTER_FILES, recode
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import layer_tensors
 
@@ -76,9 +76,3 @@ def test_an_adapter_is_merged_into_packed_weights(final: Path, name: str, tmp_pa
         assert torch.equal(found, expected if is_packed else exact.bfloat16().float())
     if name == "q8_0":
         assert off_by(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), final) < 0.05
-
-
-def test_a_merged_model_is_dense(final: Path, tmp_path: Path) -> None:
-    recode(final, tmp_path / "new", dense, merge=True)
-    assert "quantization_config" not in json.loads((tmp_path / "new" / "config.json").read_text())
-    assert {tensor.dtype for tensor in load_file(tmp_path / "new" / "model.safetensors").values()} == {torch.bfloat16}

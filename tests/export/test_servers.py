@@ -30,7 +30,6 @@ Export = Callable[[Form, str], None]
 
 
 def documented(start: str) -> list[str]:
-    """Return the command of the page that starts so; skip where its program is missing."""
     lines = [line for each in blocks() if each.page == "docs/serve.md" for line in each.text.splitlines()]
     (line,) = [line for line in lines if line.startswith(f"{start} ")]
     words = shlex.split(line, comments=True)
@@ -58,7 +57,6 @@ def exported(is_ragged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @contextmanager
 def serving(command: Sequence[str], path: str = "/health", **others: str) -> Iterator[str]:
-    """Start a server; yield its address once it answers."""
     port = others.pop("port", str(free_port()))
     address = f"http://127.0.0.1:{port}"
     with open("server.log", "w+") as log:

@@ -26,7 +26,6 @@ from qpruner.runs.run_dir import RunDir
 
 
 def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: Path, tmp_path: Path) -> None:
-    """Blocks of different widths, with biases on their outputs."""
     folders = []
     for family in SERVED:
         folder = pruned_model(family, tiny_model, tmp_path / family, True)
@@ -64,7 +63,6 @@ def test_formats_of_vllm_stay_and_others_become_the_nearest() -> None:
 
 @pytest.fixture(scope="module")
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of different widths, searched in formats of vLLM."""
     pytest.importorskip("compressed_tensors")
     root = tmp_path_factory.mktemp("searched")
     pruned = pruned_model("llama", tiny_model, root / "pruned", True)

@@ -51,7 +51,6 @@ ALIKE = {"qwen3_moe": {"mlp_only_layers": []}}
 
 
 def pruned(name: str, **options: Any) -> PreTrainedModel:
-    """Prune a tiny model whose blocks are alike by magnitude."""
     settings = PruneConfig.model_validate({"rate": 0.25, "importance": "magnitude", "round_to": 8} | options)
     samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
     return prune(family_model(name, **ALIKE.get(name, {})), settings, samples).model
@@ -87,7 +86,6 @@ def cut_models() -> dict[str, PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def root(cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save every model in the folder of its name."""
     root, tokenizer = tmp_path_factory.mktemp("pruned"), load_tokenizer(str(tiny_model))
     for name, model in cut_models.items():
         save_checkpoint(model, tokenizer, root / name)
@@ -187,7 +185,6 @@ def test_a_truncated_weight_file_is_named(llama: Path, tmp_path: Path) -> None:
 
 
 def of_hub(endpoint: str, home: Path, code: str) -> list[str]:
-    """Run code that loads the hub model `me/mine` in a new process, and return the lines that it prints."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.errors import UserError\nfrom qpruner.models.checkpoint import prepare_base\n"

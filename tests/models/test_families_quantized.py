@@ -31,7 +31,6 @@ NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
 
 
 def with_unpacked(bank: BankSource, plan: dict[str, str], formats: dict[str, str]) -> torch.nn.Module:
-    """Load the model that a plan packs, with the weights that packed tensors stand for."""
     model, tensors = AutoModelForCausalLM.from_pretrained(bank.checkpoint, dtype=torch.float32), read_plan(bank, plan)
     for path, level in formats.items():
         parts = {key: each for key, each in layer_tensors(tensors, path).items() if not key.startswith("lora_")}

@@ -84,7 +84,6 @@ MODEL_NAMES = (*FAMILY_NAMES, *VARIANTS)
 
 
 def family_name(name: str) -> str:
-    """Return the `model_type` of a name in `MODEL_NAMES`."""
     return VARIANTS[name][0] if name in VARIANTS else name
 
 
@@ -148,7 +147,6 @@ def kept_experts(name: str) -> Kept:
 
 
 def stacked_channels(seed: int, experts: Sequence[int], count: int) -> tuple[int, ...]:
-    """List `count` channels of each expert in `experts`, different channels for each."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         expert * EXPERT_CHANNELS + channel
@@ -158,7 +156,6 @@ def stacked_channels(seed: int, experts: Sequence[int], count: int) -> tuple[int
 
 
 def has_experts(name: str, index: int) -> bool:
-    """Return True if block `index` of an uncut tiny model has experts."""
     dense = {"qwen3_moe": (2,), "qwen3_moe, every second block": (0, 2), "qwen3_moe, weights sum to one": (2,)}
     return family_name(name) in MIXTURES and index not in dense.get(name, ())
 
@@ -167,7 +164,6 @@ def has_experts(name: str, index: int) -> bool:
 
 
 def blocks_of(model: PreTrainedModel) -> Any:
-    """Return the list of blocks of a model."""
     return model.get_submodule(BLOCKS.get(model.config.model_type, "model.layers"))
 
 
@@ -208,7 +204,6 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
 
 
 def skip_blocks(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
-    """Make the blocks `gone` of an uncut model return their input, in place."""
     for index in gone:
         blocks_of(model)[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
     return model
@@ -219,7 +214,6 @@ def _removed(kept: Sequence[int], count: int) -> list[int]:
 
 
 def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
-    """Make an RMS norm over all heads average over the kept heads only."""
     stays = torch.ones(units, norm.weight.numel() // units)
     stays[list(gone)] = 0
     mask = stays.flatten()
@@ -248,7 +242,6 @@ def _never_route_to(router: Any, gone: Sequence[int]) -> None:
 
 
 def prompt() -> torch.Tensor:
-    """Return token ids ``(2, 9)``."""
     return torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(5))
 
 

@@ -30,13 +30,11 @@ NAMES = ("llama", "gemma2", "olmo2", "phi3", "opt", "gpt_neox")
 
 
 def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """Build a decoder with four key/value heads of size eight."""
     grouped = "num_key_value_heads" in FAMILIES[name]
     return tiny(name, seed, **({"num_key_value_heads": 4} if grouped else {}))
 
 
 def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.Tensor]]:
-    """List block, path and kept columns of each output projection that is cut, in model order."""
     attention, mlp = OUTPUTS.get(name, LLAMA_OUTPUTS)
     found = []
     for index, kinds in KEPT.items():
@@ -49,7 +47,6 @@ def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.
 
 
 def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
-    """Make the query and key norms of one OLMo 2 block average over the kept heads only."""
     if name == "olmo2":
         attention = model.model.layers[index].self_attn
         for norm in (attention.q_norm, attention.k_norm):

@@ -42,7 +42,6 @@ def samples() -> Samples:
 
 
 def units_of(matrix: str, salience: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """Sum the salience of a matrix over each unit, head by head and channel by channel."""
     by_line = salience.sum(dim=0 if matrix in COLUMNS_OF_UNIT else 1)
     return by_line if matrix.startswith("mlp") else by_line.view(model.config.num_key_value_heads, -1).sum(1)
 
@@ -50,7 +49,6 @@ def units_of(matrix: str, salience: torch.Tensor, model: PreTrainedModel) -> tor
 def by_unit(
     model: PreTrainedModel, salience: dict[str, torch.Tensor], reduce: Any = lambda parts: parts.sum(0)
 ) -> Scores:
-    """Reduce the matrices of each unit to one score, by default their sum."""
     scores: Scores = {index: {} for index in LAYERS}
     for index, (kind, matrices) in itertools.product(LAYERS, MATRICES.items()):
         parts = [units_of(matrix, salience[f"model.layers.{index}.{matrix}.weight"], model) for matrix in matrices]

@@ -47,7 +47,6 @@ def removed_by(kept: Kept, sizes: Sizes) -> int:
 
 
 def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
-    """Return the largest difference between two blocks."""
     numbers = [kinds[kind] for kinds in counts.values()]
     return max(numbers) - min(numbers)
 

@@ -57,7 +57,6 @@ def settings_of(**options: Any) -> PruneConfig:
 
 
 def rows_of(lengths: Sequence[int], seed: int = 1) -> list[dict[str, list[int]]]:
-    """Make random rows of the given lengths with labels on all tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
     return [{"input_ids": row, "labels": row} for row in ids]

@@ -20,7 +20,6 @@ def model(tiny_model: Path, tmp_path: Path) -> Model:
 
 
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
-    """Simulate a move to another device: copy the tensor and clear the original codes."""
     moved = tensor.clone()
     if not tensor.is_floating_point():
         tensor.zero_()
@@ -28,7 +27,6 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_codes_move_with_their_model(model: Model, tmp_path: Path) -> None:
-    """The moved model gives the same logits and saves the same tensors."""
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "before")  # type: ignore[operator]
     with torch.no_grad():

@@ -25,7 +25,6 @@ def inputs_of(tokens: int = TOKENS, columns: int = COLUMNS) -> torch.Tensor:
 
 
 def output_error(each: Format, packed: dict[str, torch.Tensor], weight: torch.Tensor, inputs: torch.Tensor) -> float:
-    """Compute the relative squared error of the outputs."""
     change = each.unpack(packed, weight.shape[1], torch.float32) - weight
     return float((inputs @ change.T).square().sum() / (inputs @ weight.T).square().sum())
 

@@ -270,7 +270,7 @@ def test_one_more_random_plan_seems_different_in_5_percent(spread: float, num_ra
     fine-tune.
     """
     generator = np.random.default_rng(num_random + num_seeds)
-    plans, number = num_random + 1, 2000
+    plans, number = num_random + 1, 700
 
     def margins(count: int) -> np.ndarray[Any, Any]:
         of_all = [(spread, (plans, 1, 1)), (0.04, (1, num_seeds, 1)), (0.03, (plans, num_seeds, 1))]
@@ -289,4 +289,4 @@ def test_one_more_random_plan_seems_different_in_5_percent(spread: float, num_ra
         spoke.update({measure: each.verdict != SAME for measure, each in found.items()})
     assert set(spoke) == {"acc", "answer loss", "confirmation loss"}
     shares = {measure: count / number for measure, count in spoke.items()}
-    assert all(0.04 <= share <= 0.06 for share in shares.values()), shares
+    assert all(0.03 <= share <= 0.07 for share in shares.values()), shares

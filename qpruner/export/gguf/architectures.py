@@ -61,7 +61,8 @@ def query_scale(config: Any, architecture: str) -> float:
 def context_length(config: Any) -> int:
     """Return the longest context that llama.cpp computes alike: it has sliding windows for Gemma only."""
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    is_limited = window and (types is None or "sliding_attention" in types) and not _is_gemma(config)
+    is_limited = window and (types is None or "sliding_attention" in types)
+    is_limited = is_limited and not config.model_type.startswith("gemma")
     return min(config.max_position_embeddings, window) if is_limited else int(config.max_position_embeddings)
 
 
@@ -105,10 +106,6 @@ def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | No
         return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
     others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
     return next(itertools.chain(_width_reasons(config, architecture, biases), others), None)
-
-
-def _is_gemma(config: Any) -> bool:
-    return families()[config.model_type].gguf.startswith("gemma")
 
 
 def _has_output_biases(config: Any) -> bool:

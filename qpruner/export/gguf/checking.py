@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy
 import torch
 
 from qpruner.data.losses import hooked
@@ -42,9 +44,6 @@ def check(
 
 def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress: OnWork = ignore_progress) -> None:
     """Read the files again, and compare types and bytes of all tensors with the checkpoint."""
-    import gguf
-    import numpy
-
     config = checkpoint_config(checkpoint)
     for file, tensors in ((model, base_tensors), *([(adapter, adapter_tensors)] if adapter else [])):
         found = {each.name: each for each in gguf.GGUFReader(file).tensors}

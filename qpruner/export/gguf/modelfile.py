@@ -6,12 +6,13 @@ Modelfile has a template in Ollama's language wherever one exists that writes th
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-Turn = Mapping[str, str]
+Turn = tuple[str, str]  # role and content
 SYSTEM, USER, ANSWER, AGAIN = "Be\x01brief", "Who\x02is it", "Only\x03me", "What\x04now"
 CONTEXT = 4096  # most tokens of context asked for: the memory for more is the user's decision
 
@@ -46,8 +47,8 @@ class _Shape(NamedTuple):
 
     def chat(self, turns: Sequence[Turn]) -> str:
         """Write a chat as Ollama does with the template."""
-        start = "" if turns[0]["role"] == "system" else self.start
-        return start + "".join(turn["content"].join(self.around[turn["role"]]) for turn in turns) + self.ask
+        start = "" if turns[0][0] == "system" else self.start
+        return start + "".join(content.join(self.around[role]) for role, content in turns) + self.ask
 
     def template(self) -> str:
         user, assistant = ("{{ .Content }}".join(self.around[role]) for role in ("user", "assistant"))
@@ -65,22 +66,20 @@ def ollama_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     shape = _shape(tokenizer) if tokenizer.chat_template and not is_dated else None
     if shape is None:
         return None
-    systems = [[], [_turn("system", "Use few words.")]] if "system" in shape.around else [[]]
-    answered = [_turn("user", "Is it 1 or 2?"), _turn("assistant", "It is 2.")]
-    chats = [[*system, *answered * count, _turn("user", "Why?")] for count in (1, 2, 3) for system in systems]
-    for chat in chats:
-        text = _rendered(tokenizer, chat)
-        if text != shape.chat(chat) or "{{" in text or '"""' in text:
-            return None
-    return shape.template()
+    systems = [[], [("system", "Use few words.")]] if "system" in shape.around else [[]]
+    answered = [("user", "Is it 1 or 2?"), ("assistant", "It is 2.")]
+    chats = [[*system, *answered * count, ("user", "Why?")] for count in (1, 2, 3) for system in systems]
+    texts = [_rendered(tokenizer, chat) for chat in chats]
+    is_same = texts == [shape.chat(chat) for chat in chats]
+    return shape.template() if is_same and not any(sign in text for text in texts for sign in ("{{", '"""')) else None
 
 
 def _shape(tokenizer: PreTrainedTokenizerBase) -> _Shape | None:
     """Take a rendered chat apart at what is said in it; None: that is not all there, once, in its order."""
-    longer = [_turn("user", USER), _turn("assistant", ANSWER), _turn("user", AGAIN)]
+    longer = [("user", USER), ("assistant", ANSWER), ("user", AGAIN)]
     several, plain = _rendered(tokenizer, longer), _rendered(tokenizer, longer, asks=False)
     cut = _cut(several, USER, ANSWER, AGAIN)
-    if several is None or plain is None or cut is None or not several.startswith(plain):
+    if cut is None or not plain or not several.startswith(plain):
         return None
     before, to_answer, between, end = cut
     ask = several[len(plain) :]
@@ -93,29 +92,24 @@ def _shape(tokenizer: PreTrainedTokenizerBase) -> _Shape | None:
         return None
     around = {"user": (opening, closing)}
     around["assistant"] = to_answer.removeprefix(closing), between.removesuffix(opening)
-    system = _cut(_rendered(tokenizer, [_turn("system", SYSTEM), _turn("user", USER)]), SYSTEM, USER)
+    system = _cut(_rendered(tokenizer, [("system", SYSTEM), ("user", USER)]), SYSTEM, USER)
     if system and system[1].endswith(opening):  # Gemma's and Mistral's templates put it into a user's turn
         around["system"] = system[0], system[1].removesuffix(opening)
     return _Shape(before.removesuffix(opening), around, ask)
 
 
-def _turn(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
-
-
-def _cut(text: str | None, *said: str) -> list[str] | None:
-    match = re.fullmatch("(.*?)".join(["", *map(re.escape, said), ""]), text, re.DOTALL) if text is not None else None
+def _cut(text: str, *said: str) -> list[str] | None:
+    match = re.fullmatch("(.*?)".join(["", *map(re.escape, said), ""]), text, re.DOTALL)
     return list(match.groups()) if match else None
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], asks: bool = True) -> str | None:
-    """Render a chat without the first token that llama.cpp adds itself; None: the template refuses the chat."""
-    from jinja2 import TemplateError
-
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], asks: bool = True) -> str:
+    """Render a chat without the first token that llama.cpp adds itself; empty if the template refuses the chat."""
     try:
-        text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=asks)
+        turns = [{"role": role, "content": content} for role, content in chat]
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
     except TemplateError:
-        return None
+        return ""
     begin = tokenizer.bos_token
     adds = begin is not None and tokenizer.bos_token_id in tokenizer("").input_ids
     return text.removeprefix(begin) if adds else text

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.export.gguf.llama_cpp import Llama
@@ -77,8 +78,6 @@ def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
 
 def _chat(tokenizer: PreTrainedTokenizerBase, said: list[str], has_system: bool) -> str:
     """Render a chat; if it is the user's turn that is last, it asks for an answer."""
-    from jinja2 import TemplateError
-
     first = [{"role": "system", "content": said[0]}] if has_system else []
     turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said[1:])]
     options = {"tokenize": False, "add_generation_prompt": len(turns) % 2 == 1}

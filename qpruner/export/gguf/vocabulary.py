@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import UserError
-from qpruner.models.loading import load_tokenizer
 
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
@@ -45,12 +45,6 @@ _SPECIAL = """
 """
 TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
-
-
-def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Write the tokenizer of a folder; `vocab_size` is the number of rows of the embedding."""
-    for name, value in vocabulary(load_tokenizer(str(folder)), vocab_size, stop_ids(folder)).items():
-        getattr(writer, f"add_{name}")(value)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:
@@ -160,8 +154,6 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], vocab_size: int, special: set[int]
 ) -> tuple[list[str], list[int]]:
     """List the text and the type of each row; `special` are ids that the file names."""
-    from gguf import TokenType
-
     tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
     known, is_spm = definition["model"]["vocab"], definition["model"]["byte_fallback"]
     added = {token["content"] for token in definition["added_tokens"]}

@@ -4,17 +4,17 @@ Packed weights keep their bytes. llama.cpp rotates neighbouring rows of q and k 
 rows are packed one by one, so that no byte changes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import gguf
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.gguf.architectures import (
@@ -27,16 +27,13 @@ from qpruner.export.gguf.architectures import (
     query_scale,
     rope_parameters,
 )
-from qpruner.export.gguf.vocabulary import add_vocabulary
+from qpruner.export.gguf.vocabulary import stop_ids, vocabulary
 from qpruner.export.recode import formats_of
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
-from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
+from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.quantization.formats import format_of
 from qpruner.runs.storage import retry_storage
-
-if TYPE_CHECKING:
-    import gguf
 
 FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_S"}
 """Names of file types other than `MOSTLY_` and the type of most weights."""
@@ -56,8 +53,6 @@ class Tensor(NamedTuple):
 
 def write_gguf(checkpoint: Path, file: Path, name: str, on_progress: OnWork = ignore_progress) -> None:
     """Write a checkpoint without its adapter; `name` is that of the model in the metadata."""
-    import gguf
-
     config = checkpoint_config(checkpoint)
     tensors = list(base_tensors(checkpoint, config))
     (most, _), *_ = Counter(each.type_name for each in tensors if each.data.ndim > 1).most_common()
@@ -69,15 +64,14 @@ def write_gguf(checkpoint: Path, file: Path, name: str, on_progress: OnWork = ig
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
         _add_sizes(writer, config)
         _add_rope(writer, config)
-        add_vocabulary(writer, checkpoint, config.vocab_size)
+        for key, value in vocabulary(load_tokenizer(str(checkpoint)), config.vocab_size, stop_ids(checkpoint)).items():
+            getattr(writer, f"add_{key}")(value)
 
     _write(file, config, describe, tensors, on_progress)
 
 
 def write_adapter(checkpoint: Path, file: Path, on_progress: OnWork = ignore_progress) -> None:
     """Write the adapter of a checkpoint, to be loaded with the file that `write_gguf` writes."""
-    import gguf
-
     config = checkpoint_config(checkpoint)
     settings = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
 
@@ -94,7 +88,6 @@ def _write(
     file: Path, config: Any, describe: Callable[[Any], None], tensors: Sequence[Tensor], on_progress: OnWork
 ) -> None:
     """Write metadata, then the tensors one by one; begin again while the storage is full or away."""
-    import gguf
 
     def write() -> None:
         with closing(gguf.GGUFWriter(file, architecture_of(config))) as writer:
@@ -144,9 +137,6 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
     """Write how queries and keys are rotated by position, and how that is stretched to longer contexts."""
-    import gguf
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     found, local = rope_parameters(config), rope_parameters(config, "sliding_attention")
     writer.add_rope_freq_base(found["rope_theta"])
     if local is not found:
@@ -163,8 +153,6 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _frequency_factors(config: Any) -> torch.Tensor:
     """Compute by how much the scaling `llama3` lowers each frequency, float32 ``(head size / 2,)``."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
     factors: torch.Tensor = 1.0 / (rope_parameters(config)["rope_theta"] ** exponents) / scaled
@@ -231,8 +219,6 @@ class _Renaming:
     """Names of llama.cpp's tensors, and what changes in the tensors."""
 
     def __init__(self, config: Any) -> None:
-        import gguf
-
         self._config, self._architecture = config, architecture_of(config)
         number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture)
         self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)

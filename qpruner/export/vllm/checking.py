@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from qpruner.errors import UserError
@@ -83,8 +84,6 @@ def _in_its_type(model: Any) -> Iterator[None]:
 
 def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
     """Run `outside.py`; return its predictions for each row, and the programs that made them with their versions."""
-    import numpy as np
-
     python = (_python_of_vllm() if asked["server"] == "vllm" else None) or sys.executable
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "predictions.npz"

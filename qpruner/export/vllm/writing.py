@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.recode import (
     ADAPTER_FILES,
@@ -120,8 +122,6 @@ def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str
 def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
     """Write config.json, and `modeling_ragged.py` with its entry there if blocks differ or have biases of their own."""
     if needs_modeling(config):
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
         names = {
             auto: f"Ragged{mapping[type(config)].__name__}"
             for auto, mapping in (("AutoModel", MODEL_MAPPING), ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING))

@@ -23,8 +23,6 @@ def family_of(config: Any) -> Family:
     """Return the family of a transformers config; raise `UserError` if it is not supported."""
     family = families().get(config.model_type)
     if family is None:
-        raise UserError(
-            f"`model.source`: architecture `{config.model_type}` is not supported; supported: {', '.join(families())}. "
-            "To add a family, see docs/families.md"
-        )
+        known = f"supported: {', '.join(families())}. To add a family, see docs/families.md"
+        raise UserError(f"`model.source`: architecture `{config.model_type}` is not supported; {known}")
     return family

@@ -3,18 +3,13 @@
 After a cut the norms average over the kept heads only; `Olmo2.as_cut` makes them do so before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.models.families.family import ATTENTION, Family, UnitKind, UnitSlice
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Olmo2(Family):
         return replace(kind, slices=(*norms, *kind.slices))
 
     @contextmanager
-    def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
+    def as_cut(self, block: Any, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
         """Make the query and key norms average over the kept heads only."""
         with ExitStack() as hooks:
             for item in kind.slices[:2] if kind.name == ATTENTION else ():
@@ -38,11 +33,11 @@ class Olmo2(Family):
             yield
 
 
-def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, stays: list[int]) -> torch.Tensor:
+def _normed_over(norm: Any, args: tuple[Any], output: Any, stays: list[int]) -> Any:
     """Compute an RMS norm whose mean is over the entries `stays` only."""
     hidden = args[0].float()
     mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
-    normed: torch.Tensor = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)
+    normed = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)
     return normed.to(output.dtype)
 
 

@@ -6,21 +6,9 @@ import pkgutil
 from collections.abc import Callable
 
 from qpruner.errors import UserError
-from qpruner.quantization.formats.format import Capability, Format, GridFormat
-
-__all__ = [
-    "ALIASES",
-    "DENSE",
-    "PAPER",
-    "Capability",
-    "Format",
-    "GridFormat",
-    "by_size",
-    "double_quantized",
-    "format_of",
-    "formats",
-    "nearest_format",
-]
+from qpruner.quantization.formats.format import Capability as Capability
+from qpruner.quantization.formats.format import Format as Format
+from qpruner.quantization.formats.format import GridFormat as GridFormat
 
 DENSE = "bf16"  # the format of unpacked weights, which have the type `model.dtype`
 ALIASES = {4: "nf4", 8: "int8", 16: DENSE}  # format for each bit-width of `quantize.bits`
@@ -56,11 +44,6 @@ def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) 
     size = wanted.packed_bytes(rows, columns, 2)
     found = min(reversed(taken), key=lambda each: abs(each.packed_bytes(rows, columns, 2) - size), default=None)
     return found.name if found else DENSE
-
-
-def double_quantized(name: str) -> str:
-    """Return the name of the same format with quantized scales; the name itself if there is none."""
-    return format_of(name).doubled or name
 
 
 def by_size(names: tuple[str, ...]) -> tuple[str, ...]:

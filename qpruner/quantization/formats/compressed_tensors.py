@@ -14,12 +14,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Capability, GridFormat, read_as, row_parts
+from qpruner.quantization.formats.format import Capability, GridFormat, Tensors, read_as, row_parts
 
 if TYPE_CHECKING:
     import torch
-
-    from qpruner.quantization.formats.format import Tensors
 
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))
 """Scales tried by `*_hqq`, relative to the one that spans a group's range."""

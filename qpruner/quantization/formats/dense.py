@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Format
+from qpruner.quantization.formats.format import Format, Tensors
 
 if TYPE_CHECKING:
     import torch
-
-    from qpruner.quantization.formats.format import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from qpruner.quantization.formats.format import (
     Capability,
     Format,
     GridFormat,
+    Tensors,
     decode_rows,
     inverse_of,
     over_127,
@@ -18,8 +19,6 @@ from qpruner.quantization.formats.format import (
 
 if TYPE_CHECKING:
     import torch
-
-    from qpruner.quantization.formats.format import Tensors
 
 BLOCK_SIZE = 32
 BELOW_HALF = 0.49999997  # largest float32 below 0.5; added to a number, it rounds halves away from zero as C's roundf

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import GridFormat, decode_rows, inverse_of, over_127, read_as
+from qpruner.quantization.formats.format import GridFormat, Tensors, decode_rows, inverse_of, over_127, read_as
 
 if TYPE_CHECKING:
     import torch
-
-    from qpruner.quantization.formats.format import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import row_parts
+from qpruner.quantization.formats.format import Tensors, row_parts
 from qpruner.quantization.formats.ggml import Blocks, float16
 
 if TYPE_CHECKING:
     import torch
-
-    from qpruner.quantization.formats.format import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

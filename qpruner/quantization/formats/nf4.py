@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qpruner.quantization.formats.format import Capability, Format
+from qpruner.quantization.formats.format import Capability, Format, Tensors
 
 if TYPE_CHECKING:
     import torch
-
-    from qpruner.quantization.formats.format import Tensors
 
 BLOCK_SIZE = 64  # weights that share one scale
 NESTED_BLOCK_SIZE = 256  # scales that share one nested scale under double quantization

@@ -39,7 +39,6 @@ def built(kind: str, name: str, **others: Any) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
-    """Save a model with the tokenizer of another."""
     model.save_pretrained(folder)
     for file in tokenizer.glob("*token*"):
         shutil.copy(file, folder)
@@ -47,7 +46,6 @@ def saved(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
 
 
 def written(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
-    """Save a model, and write it as a GGUF file."""
     write_gguf(saved(model, tokenizer, folder), folder / "model.gguf", "tiny")
     return folder / "model.gguf"
 
@@ -57,17 +55,16 @@ def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: in
     with Llama(file, adapter) as llama:
         found = torch.from_numpy(llama.logits(IDS))
         llama.prefill(IDS)
-        assert llama.decode(num_tokens) == continued(model, num_tokens)
+        assert llama.decode(num_tokens) == continued(model, IDS, num_tokens)
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0].float()
     return float((found - expected).norm() / expected.norm())
 
 
-def continued(model: Any, num_tokens: int) -> list[int]:
-    """Continue by the most likely tokens in transformers, past the token of the end."""
+def continued(model: Any, ids: list[int], num_tokens: int) -> list[int]:
     if not num_tokens:
         return []
     model.generation_config.eos_token_id = None
-    ids = model.generate(input_ids=torch.tensor([IDS]), max_new_tokens=num_tokens, do_sample=False)
-    found: list[int] = ids[0, len(IDS) :].tolist()
+    made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False)
+    found: list[int] = made[0, len(ids) :].tolist()
     return found

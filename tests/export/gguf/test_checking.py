@@ -40,7 +40,6 @@ def final(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(final: Path) -> Path:
-    """The model in formats of llama.cpp, with its files."""
     folder = final.parent / "checkpoint"
     recode(final, folder, llama_cpp_format, merge=False)
     write_gguf(folder, folder / "model.gguf", "tiny")
@@ -49,7 +48,6 @@ def checkpoint(final: Path) -> Path:
 
 
 def damaged(file: Path, target: Path, damage: Callable[[Tensors], None]) -> Path:
-    """Copy a GGUF file, and change tensors in the copy."""
     shutil.copy(file, target)
     reader = gguf.GGUFReader(target, "r+")
     damage({each.name: each.data for each in reader.tensors})

@@ -134,7 +134,6 @@ def few_merges(trained: Tokenizer) -> None:
 
 
 def having(**parts: Any) -> Callable[[Tokenizer], None]:
-    """Return a function that gives a tokenizer other parts."""
     return lambda trained: [setattr(trained, name, part) for name, part in parts.items()].clear()
 
 

@@ -46,7 +46,6 @@ CASES = [
     params=[None, pytest.param("QPRUNER_TEST_LIBLLAMA", marks=pytest.mark.serve)], ids=["xllamacpp", "other"]
 )
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library of xllamacpp, and another build's libllama.so."""
     if request.param and request.param not in os.environ:
         pytest.skip("`bash launch/serve_tests.sh` sets where another build is")
     if request.param:
@@ -117,7 +116,6 @@ def test_an_adapter_does_what_it_does_in_transformers(
 
 
 def packed_model(model: Any, tokenizer: Path, root: Path) -> Path:
-    """Write a model with layers in llama.cpp's formats; return its folder."""
     checkpoint = saved(model.bfloat16(), tokenizer, root / "pruned")
     bank, tables = bank_source(checkpoint, root / "bank"), dict.fromkeys(table_paths(model.config), "q8_0")
     packed, _ = assemble(bank, mixed_plan(groups_of(bank), ("q4_0", "q8_0", "bf16")) | tables)

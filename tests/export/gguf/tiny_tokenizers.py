@@ -85,7 +85,6 @@ def sentencepiece(spaces: str) -> Tokenizer:
 
 
 def saved(trained: Tokenizer, folder: Path, chat_template: Any = None, **others: Any) -> Path:
-    """Save as transformers does."""
     names = {"bos_token": "<s>", "eos_token": "</s>"} | others
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, **names)
     tokenizer.chat_template = chat_template
@@ -94,7 +93,6 @@ def saved(trained: Tokenizer, folder: Path, chat_template: Any = None, **others:
 
 
 def piece(llama: Llama, token: int) -> bytes:
-    """Return the bytes that llama.cpp prints for a token."""
     buffer = ctypes.create_string_buffer(1024)
     function = ctypes.CDLL(str(llama_cpp.library_path())).llama_token_to_piece
     count = function(ctypes.c_void_p(llama._vocab), token, buffer, len(buffer), 0, True)
@@ -102,7 +100,6 @@ def piece(llama: Llama, token: int) -> bytes:
 
 
 def vocabulary_file(folder: Path, vocab_size: int) -> Path:
-    """Write the tokenizer of a folder, with a Llama of one small block."""
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = family_model("llama", vocab_size=vocab_size, num_hidden_layers=1, **ends)
     model.config.save_pretrained(folder)

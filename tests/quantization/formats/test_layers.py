@@ -29,7 +29,6 @@ def weight_of(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def both(name: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> Linears:
-    """Make a packed layer, and one with the weights that it stands for."""
     linear = torch.nn.Linear(COLUMNS, ROWS, bias, dtype=dtype).requires_grad_(False)
     tensors = formats()[name].pack(weight_of(dtype))
     packed = packed_layer(linear, name, tensors, dtype)
@@ -44,7 +43,6 @@ def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def step(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute outputs, and the gradient of the inputs for some gradient of the outputs."""
     out = layer(x)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
     return out, torch.autograd.grad(out, x, grad)[0]
