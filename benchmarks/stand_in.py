@@ -40,6 +40,7 @@ LAYOUT = Layout(
     adapter_bytes=300,
     element_bytes=2,
     num_parameters=10**6,
+    multiply_adds=10**6,
 )
 SIGMA = 1.0
 STEPS, FIRST_RUNG = 16, 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpruner.runs.records import PAPER, Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord
-from qpruner.runs.records.search import CONTROLS
+from qpruner.runs.records import Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord
+from qpruner.runs.records.search import is_control
 
 
 def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
@@ -28,8 +28,8 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """Make a finalist, which is a control if its origin is the name of one."""
-    is_control = origin == PAPER or origin.startswith(CONTROLS)
-    fields: dict[str, Any] = {"control": is_control, "cut": "cut-20", "reused": False, "stderr": 0.0625}
+    control = is_control(origin)
+    fields: dict[str, Any] = {"control": control, "cut": "cut-20", "reused": False, "stderr": 0.0625}
     fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 

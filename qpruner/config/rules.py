@@ -54,7 +54,7 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
 
 
 def _budget_rules(budget: schema.BudgetConfig) -> Iterator[str]:
-    given = [name for name, value in budget if value is not None]
+    given = [name for name, value in budget if value is not None and name != "flops_fraction"]
     if len(given) != 1:
         named = [f"quantize.budget.{name}" for name in given]
         remedy = f"{', '.join(given)}: {take_out(*named)}" if given else "none"
@@ -84,12 +84,6 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
         if len(set(names)) < len(names):
             by = " with `double_quant`" if len(set(named[key])) == len(names) else ""
             yield f"`{key}` names a format twice{by}, got {', '.join(names)}: name each once"
-    relative = next((key for key in ("fraction", "mean_bits") if getattr(quantize.budget, key) is not None), None)
-    if relative and quantize.embedding_levels != (DENSE,):
-        yield (
-            f"`budget.{relative}` has no one meaning if embeddings are packed too (`embeddings`: "
-            f"{', '.join(quantize.embeddings)}): give `budget.bytes` or `budget.gib`"
-        )
 
 
 def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
@@ -157,6 +151,13 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
         yield (
             f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
             "must use tasks that the search has not seen"
+        )
+    (size, value), several = run.quantize.budget.size, len(run.prune.cuts) > 1
+    if size in ("fraction", "mean_bits") and (several or run.quantize.embedding_levels != (DENSE,)):
+        which = "several cuts (`prune.rates`)" if several else "packed embeddings (`quantize.embeddings`)"
+        yield (
+            f"`quantize.budget.{size}` has no one meaning with {which}, got {value:g}: give the size that you want, "
+            "`quantize.budget.gib` or `quantize.budget.bytes`"
         )
     workers, asked = run.finetune.num_workers, run.search.resources_per_trial
     if training.batch_size % (workers * training.micro_batch_size):
@@ -238,7 +239,10 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)
     measured = (f"sensitivity.{key}" for key in schema.SensitivityConfig.model_fields)
-    return ((not run.quantize.has_choice, only, (*searched, *measured)),)
+    return (
+        (not run.has_choice, only, tuple(searched)),
+        (not run.quantize.has_choice, only, tuple(measured)),
+    )
 
 
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune
@@ -252,7 +256,7 @@ schema.ResourcesConfig.rules = _resources_rules
 schema.SearchConfig.rules, schema.SearchConfig.idle_keys = _search_rules, _idle_in_search
 schema.FinetuneConfig.rules = _finetune_rules
 schema.FinetuneConfig.idle_keys = lambda own: (
-    (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),
+    (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans")),
 )
 schema.EvaluateConfig.rules = _evaluate_rules
 schema.ServeConfig.rules = _serve_rules

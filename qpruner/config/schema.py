@@ -62,7 +62,7 @@ class DataConfig(Section):
 
 
 class BudgetConfig(Section):
-    """The size that a plan may have; give exactly one key."""
+    """The size that a plan may have (give exactly one of the first four keys), and its multiply-adds."""
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """0: the size with every group in its smallest format; 1: in its largest; linear between."""
@@ -72,6 +72,14 @@ class BudgetConfig(Section):
     """Gibibytes of the whole model, adapters included."""
     bytes: Positive | None = None
     """Bytes of the whole model, adapters included."""
+    flops_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Beside the size: most multiply-adds per token, as a share of the base model's. Only pruning lowers them: cuts
+    above it are not searched, and their plans cannot win."""
+
+    @property
+    def size(self) -> tuple[str, float]:
+        """The key that gives the size, and its value."""
+        return next((name, value) for name, value in self if value is not None and name != "flops_fraction")
 
 
 class QuantizeConfig(Section):
@@ -196,7 +204,7 @@ class SearchConfig(Section):
     """gp is a Gaussian process over plans (BoTorch). hyperopt (TPE) and bayesopt (bayesian-optimization) run through
     Ray's searchers. random is the control."""
     max_trials: Positive = 16
-    """The search ends after this many trials, uniform and seed plans included."""
+    """The search ends after this many trials, controls included."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """The search ends after this many hours, interrupted sessions included; running trials finish."""
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
@@ -227,7 +235,7 @@ class SearchConfig(Section):
     limit: Positive | None = None
     """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose the winner."""
     confirm: Positive = 3
-    """Number of best trials to score on fresh rows, beside uniform and seed plans; with `pareto` the front too."""
+    """Number of best trials to score on fresh rows, beside the controls; with `pareto` the front too."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 1
     """Further training seeds for the finalists that cannot be told apart from the best on fresh rows: each is trained
     again, and the lowest mean over all its seeds wins."""
@@ -283,18 +291,15 @@ class FinetuneConfig(Section):
     save_steps: Positive = 50
     """Steps between checkpoints."""
     compare: bool = False
-    """After the report on the winner, give the base and pruned models, and uniform, seed and random plans, the same
+    """After the report on the winner, give the base and pruned models, the controls and random plans the same
     fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) for the searched plan, the best seed plan and the random
+    """With `compare`: training seeds (data order and dropout) for the searched plan, the best control and the random
     plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
-    seed_rows: Literal["best", "all"] = "best"
-    """With `compare`: the seed plans in the table. `best`: the best one on fresh rows, under all `seeds`. `all`: also
-    the others, under the first seed only."""
 
 
 class EvaluateConfig(Section):
@@ -377,9 +382,14 @@ class RunConfig(Section):
         return self.sensitivity.methods if self.quantize.has_choice else ()
 
     @property
+    def has_choice(self) -> bool:
+        """Whether plans can differ, in formats or cuts."""
+        return self.quantize.has_choice or len(self.prune.cuts) > 1
+
+    @property
     def is_searched(self) -> bool:
         """Whether plans are searched: no plan is given, and there are several formats or cuts."""
-        return self.search.plan is None and (self.quantize.has_choice or len(self.prune.cuts) > 1)
+        return self.search.plan is None and self.has_choice
 
     @property
     def num_trials(self) -> int:

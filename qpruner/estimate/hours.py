@@ -119,18 +119,11 @@ def num_confirmed_again(config: RunConfig) -> int:
 
 def num_compared(config: RunConfig) -> int:
     """Count the fine-tunes that `finetune.compare` adds to the first one of the winner; equal plans share one."""
-    methods, settings, levels = config.measured_methods, config.finetune, config.quantize.levels
-    has_best = bool(methods) and config.is_searched
-    shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
-    # With `all` the best seed plan is not counted here but under all `seeds` below.
-    seed_rows = len(shown) - (has_best and settings.seed_rows == "all")
-    is_own_row = not config.quantize.has_choice or config.search.plan_method in shown
-    paper, unpruned = "mutual_information" in methods, 0 if config.prune.is_off else 2
-    uniform = sum(format_of(name).is_packed for name in levels)
-    once = 2 + uniform + paper + unpruned + seed_rows - is_own_row
-    drawn = settings.random_plans if config.quantize.has_choice else 0
-    # The best control, which is one of these rows, gets the other training seeds too.
-    return once + config.is_searched * (settings.seeds - 1) + (1 + has_best + drawn) * settings.seeds - 1
+    settings = config.finetune
+    drawn = settings.random_plans if config.has_choice else 0
+    # Base and pruned model, and the controls, the best of which gets the other training seeds too.
+    once = 2 + most_controls(config) + config.is_searched * (settings.seeds - 1)
+    return once + (1 + drawn) * settings.seeds - 1
 
 
 class _Tokens:

@@ -89,6 +89,7 @@ def layout_of(
         adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted) * element_bytes,
         element_bytes=element_bytes,
         num_parameters=num_parameters,
+        multiply_adds=multiply_adds(model),
         cut=cut,
     )
 

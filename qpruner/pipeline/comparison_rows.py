@@ -16,11 +16,11 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
-from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, UNIFORM, title_of
+from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import SearchRecord, SensitivityRecord, digest_of
+from qpruner.runs.records import SearchRecord, digest_of
 from qpruner.runs.storage import for_each, read_progress
-from qpruner.search.choice import random_plans, seed_origin, seed_plan, uniform_plans
+from qpruner.search.choice import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
@@ -51,15 +51,12 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Seed plans (each the best plan by one sensitivity) and random plans have about the bytes of the winner, if it is a
-    plan of the pruned model. The winner, the best other control, the best seed plan and the random plans get
-    `finetune.seeds` different training seeds each, the other rows get one.
+    Random plans have about the bytes and the cut of the winner. The winner, the best other control and the random plans
+    get `finetune.seeds` different training seeds each, the other rows get one.
     """
-    config, space, winner = context.config, context.space.spaces[0], winner_row(context)
-    measured, searched = context.record(SensitivityRecord), context.record(SearchRecord)
+    config, winner, searched = context.config, winner_row(context), context.record(SearchRecord)
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
-    equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan) if plan in space else space.budget_bytes)
     rivals = [
         each for each in searched.confirmations if each.control and each.fits and each.index != searched.best_index
     ]
@@ -68,50 +65,29 @@ def table_rows(context: Context) -> list[Row]:
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))
 
-    def seed_row(name: str, method: str, under: Iterable[int]) -> Row:
-        origin = f"{seed_origin(method)} at the {'winner' if plan in space else 'budget'}'s bytes"
-        return same(name, origin, seed_plan(measured.methods[method].values, equal_bytes), under)
-
     def control_row(origin: str, plan: PrecisionPlan) -> Row:
         is_best = rival is not None and (rival.cut, rival.plan) == (plan.cut, plan.as_dict())
-        return same(origin, UNIFORM if origin.startswith("uniform-") else origin, plan, seeds if is_best else seeds[:1])
+        return same(origin, origin, plan, seeds if is_best else seeds[:1])
 
-    pruned = context.layout_of(context.reference).dense()
-    rows = [same(BASE, "unquantized", context.layout_of(UNPRUNED).dense())]
-    rows.append(same(PRUNED, "unquantized", pruned))
-    own = [(f"uniform-{level}", plan) for level, plan in uniform_plans(space).items()]
-    others = [each for each in controls(context) if not each[0].startswith(("seed-", "uniform-"))]
-    rows += [control_row(*each) for each in [*own, *others] if each[1] != pruned]
-    best = _method_of_best_seed_plan(context)
-    for method in measured.methods:
-        if config.finetune.seed_rows == "all" and method != best:
-            rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
-    if best:
-        rows.append(seed_row(BEST_SEED, best, seeds))
+    rows = [same(name, "unquantized", each) for name, each in _unquantized(context, plan)]
+    dense = {each for row in rows for _, each in row.plans}
+    rows += [control_row(*each) for each in controls(context) if each[1] not in dense]
+    space = context.space_of(plan.cut)
     drawn = random_plans(space, plan, config.finetune.random_plans, config.seed) if plan in space else []
     if drawn:
         rows.append(Row(RANDOM, counted(len(drawn), "random plan"), tuple(itertools.product(seeds, drawn))))
     return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
 
 
-def _method_of_best_seed_plan(context: Context) -> str | None:
-    """Return the method whose seed plan (best plan by its scores) did best among the finalists; None without any."""
-    searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
-    names = {seed_origin(method): method for method in measured.methods}
-    tried = controls(context)
-    # Equal control plans ran as a single trial, under one of their names.
-    of_plan = {plan: names[origin] for origin, plan in reversed(tried) if origin in names}
-    methods = {origin: of_plan[plan] for origin, plan in tried if plan in of_plan}
-    seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
-    best = min(seeds, key=lambda each: (objective(each, context.config), each.index), default=None)
-    return methods[best.origin] if best else None
+def _unquantized(context: Context, winner: PrecisionPlan) -> list[tuple[str, PrecisionPlan]]:
+    """List the base model, and the pruned model that the winner quantizes, without formats."""
+    rows = [(BASE, context.layout_of(UNPRUNED).dense())]
+    return rows if winner.cut == UNPRUNED else [*rows, (PRUNED, context.layout_of(winner.cut).dense())]
 
 
 def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
-    base, pruned = context.layout_of(UNPRUNED), context.layout_of(context.reference)
-    dense = [(BASE, base.dense(), None), (PRUNED, pruned.dense(), None)]
-    return candidates_for(context, [*dense, (SEARCHED, winner, None)])
+    return candidates_for(context, [(*each, None) for each in (*_unquantized(context, winner), (SEARCHED, winner))])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]) -> list[Candidate]:

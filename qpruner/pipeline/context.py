@@ -159,23 +159,43 @@ class Context:
 
     @cached_property
     def space(self) -> SearchSpace:
-        """All plans of the cuts that are searched, within the budget."""
+        """All plans within the budget, of the cuts that have one and may win."""
         return self.space_with({})
 
     def space_with(self, error: Mapping[str, Mapping[str, float]]) -> SearchSpace:
-        """Return all plans of the cuts that have one in the budget; `error` is measured, see `PlanSpace.of`."""
-        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
-        budget = preflight.budget_bytes(self.config.quantize, layouts[self.reference], self.config.search.pareto)
-        spaces = [PlanSpace.of(layout, budget, error, self.base_groups_of(cut)) for cut, layout in layouts.items()]
+        """Return the same with the measured error of weights, see `PlanSpace.of`."""
+        spaces = (self.space_of(cut, error=error) for cut in self.cuts if self.may_win(cut))
+        losses = {cut: made.loss for cut, made in self.record(PruneRecord).cuts.items()}
+        return SearchSpace(tuple(space for space in spaces if space.is_feasible(space.smallest())), losses)
+
+    def space_of(
+        self, cut: str, layout: Layout | None = None, error: Mapping[str, Mapping[str, float]] | None = None
+    ) -> PlanSpace:
+        """Return all plans of a cut within the budget; `layout` if other formats are offered than those of the run."""
+        return PlanSpace.of(layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut))
+
+    @cached_property
+    def budget_bytes(self) -> int:
+        """The bytes that a plan may have."""
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts if self.may_win(cut)}
+        if not layouts:
+            shares = [self._flops_fraction(cut) for cut in self.cuts]
+            raise preflight.too_many_flops(self.config, shares)
+        return preflight.budget_bytes(self.config, layouts)
+
+    def may_win(self, cut: str) -> bool:
+        """Return True if a token takes no more multiply-adds on this cut than `budget.flops_fraction` allows."""
+        return self._flops_fraction(cut) <= (self.config.quantize.budget.flops_fraction or 1.0)
+
+    def _flops_fraction(self, cut: str) -> float:
         made = self.record(PruneRecord).cuts
-        fitting = tuple(space for space in spaces if space.is_feasible(space.smallest()))
-        return SearchSpace(fitting, {cut: made[cut].loss for cut in layouts})
+        return made[cut].multiply_adds / made[UNPRUNED].multiply_adds
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
         layouts = {cut: self.layout_of(cut) for cut in self.cuts}
-        return preflight.plan_in_file(self.config, layouts, self.space.budget_bytes)
+        return preflight.plan_in_file(self.config, layouts, self.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from qpruner.config.pruning import RATES
-from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
+from qpruner.config.schema import BudgetConfig, PruneConfig, RunConfig
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import layout_of, refusals
@@ -27,6 +27,8 @@ from qpruner.runs.storage import run_root
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
+FLOPS_MARGIN = 0.02
+"""Share of the base model's multiply-adds by which a cut may differ from what its shapes let expect."""
 Asked = TypeVar("Asked")
 
 
@@ -118,14 +120,33 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     cuts, left_out = makeable(cuts_in_effect(config.prune, model_config), checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
-    reference = next(iter(layouts.values()))
-    budget = budget_bytes(config.quantize, reference, config.search.pareto)
+    budget = budget_bytes(config, _fast_enough(config, layouts, base))
     settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
     plan = plan_in_file(config, layouts, None if is_estimate else budget) if are_groups_known else None
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
+
+
+def _fast_enough(config: RunConfig, layouts: Mapping[str, Layout], base: Layout) -> dict[str, Layout]:
+    """Leave out cuts above `budget.flops_fraction`, as far as shapes tell; raise an error if none is below it."""
+    limit = config.quantize.budget.flops_fraction or 1.0
+    shares = {cut: layout.multiply_adds / base.multiply_adds for cut, layout in layouts.items()}
+    # Widths that depend on scores may differ a little: only what is far above the limit is left out here.
+    kept = {cut: layouts[cut] for cut, share in shares.items() if share <= limit + FLOPS_MARGIN}
+    if not kept:
+        raise too_many_flops(config, shares.values())
+    return kept
+
+
+def too_many_flops(config: RunConfig, shares: Iterable[float]) -> UserError:
+    """Return the error for cuts that all take too many multiply-adds; `shares` are those of the base model's."""
+    return UserError(
+        f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
+        f"{min(shares):.3g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune "
+        "more (`prune.rates`)"
+    )
 
 
 def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Cut]) -> tuple[dict[str, Cut], dict[str, str]]:
@@ -166,16 +187,14 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
     trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} plans to beat (uniform, unpruned, by sensitivity) run first and may leave none of "
-            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer "
-            "`sensitivity.methods`"
+            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of "
+            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer `prune.rates`"
         )
 
 
 def most_controls(config: RunConfig) -> int:
-    """Count the plans to beat: uniform ones that may fit, a seed plan per method, two unpruned ones, the paper's."""
-    uniform = max(1, len(config.quantize.levels) - 1)
-    return uniform + len(config.measured_methods) + (0 if config.prune.is_off else 2) + 1
+    """Count the plans to beat: two of the base model and of each cut, and the paper's."""
+    return 2 * len({UNPRUNED, *config.prune.cuts}) + 1
 
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
@@ -222,30 +241,37 @@ def check_quantizable(model_config: Any) -> None:
         )
 
 
-def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """Return the budget in bytes; raise an error if the budget leaves no choice between plans."""
-    budget, smallest, largest = quantize.budget, layout.smallest(), layout.largest()
-    lowest, highest = layout.plan_bytes(smallest), layout.plan_bytes(largest)
-    size = _asked_bytes(budget, layout)
-    name, value = next((name, value) for name, value in budget if value is not None)
-    of_groups = zip(*map(layout.group_bytes, layout.levels), strict=True)
+def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
+    """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
+
+    `fraction` and `mean_bits` are those of the only cut.
+    """
+    budget, [first, *_] = config.quantize.budget, layouts.values()
+    size = _asked_bytes(budget, first)
+    name, value = budget.size
+    most_pruned = min(layouts.values(), key=lambda each: each.plan_bytes(each.smallest()))
+    smallest, largest = most_pruned.smallest(), first.largest()
+    lowest, highest = most_pruned.plan_bytes(smallest), first.plan_bytes(largest)
+    of_groups = list(zip(*map(first.group_bytes, first.levels), strict=True))
     sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
-    choice = lowest + min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
+    choice = lowest
+    if len(layouts) == 1:
+        choice += min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
     has_equal = any(len(set(each)) < len(each) for each in sizes)  # then there is a choice at any size
     key = f"`quantize.budget.{name}`"
     least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
     if size < choice:
         state = "is below" if size < lowest else "leaves no choice but"
         raise UserError(
-            f"{key} {state} the pruned model with every group in its smallest format, {', '.join(used(smallest))} "
-            f"({lowest} bytes): {least}, got {value}; raise it, or prune more"
+            f"{key} {state} the most pruned model with every group in its smallest format, "
+            f"{', '.join(used(smallest))} ({lowest} bytes): {least}, got {value}; raise it, or prune more"
         )
-    if size >= highest and quantize.has_choice and not pareto and not has_equal:
+    if size >= highest and config.has_choice and not config.search.pareto and not has_equal:
         most = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
         raise UserError(
-            f"{key} leaves nothing to choose, because every group fits in its largest format, "
-            f"{', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find the best "
-            "plan of every size"
+            f"{key} leaves nothing to choose, because every group of the least pruned model fits in its largest "
+            f"format, {', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find "
+            "the best plan of every size"
         )
     return size
 

@@ -84,7 +84,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
                 layouts={cut: context.layout_of(cut) for cut in context.cuts},
                 left_out=context.records.prune.left_out,
                 is_estimate=False,
-                budget_bytes=context.space.budget_bytes,
+                budget_bytes=context.budget_bytes,
                 plan=context.plan_in_file,
             )
         resources = context.trial_resources

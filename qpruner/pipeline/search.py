@@ -20,7 +20,7 @@ from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.confirm_seeds import with_further_seeds
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import controls
+from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.runs.events import Progress, SearchPlanned
@@ -75,12 +75,12 @@ class Search(Stage[SearchRecord]):
     @cached_property
     def given(self) -> PrecisionPlan | None:
         """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
-        space, method = self.context.space, self.config.search.plan_method
+        space, method = self.context.space.spaces[0], self.config.search.plan_method
         if method:
-            return choice.seed_plan(self.context.record(SensitivityRecord).methods[method].values, space.spaces[0])
-        if self.context.plan_in_file or self.config.is_searched:
+            return choice.seed_plan(shared(self.context, method, space.base_groups, space.levels), space)
+        if self.context.plan_in_file or self.config.has_choice:
             return self.context.plan_in_file
-        return space.spaces[0].smallest()
+        return space.smallest()
 
     @cached_property
     def controls(self) -> list[tuple[str, PrecisionPlan]]:
@@ -96,7 +96,8 @@ class Search(Stage[SearchRecord]):
         settings = self.config.search
         return digest_of(
             self.context.record(SensitivityRecord).digest,
-            self.context.space.budget_bytes,
+            self.config.quantize.budget,
+            self.context.budget_bytes,
             settings.searcher,
             settings.metric,
             settings.pareto,
@@ -168,7 +169,7 @@ class Search(Stage[SearchRecord]):
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
-            budget_bytes=context.space.budget_bytes,
+            budget_bytes=context.budget_bytes,
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
@@ -181,7 +182,7 @@ class Search(Stage[SearchRecord]):
     def detail(self) -> str:
         settings = self.config.search
         trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
-        budget = self.context.space.budget_bytes / 1e6
+        budget = self.context.budget_bytes / 1e6
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -215,7 +216,7 @@ class Search(Stage[SearchRecord]):
             "searcher": self.config.search.searcher if self.config.is_searched else "none",
             "metric": self._metric,
             "metrics": self.context.inspection.metrics["search"],
-            "budget_bytes": self.context.space.budget_bytes,
+            "budget_bytes": self.context.budget_bytes,
             "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
@@ -250,27 +251,20 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        groups = [group.name for group in context.layout_of(context.reference).groups]
-        in_base = dict(zip(groups, context.base_groups_of(context.reference), strict=True))
-        error = context.record(BankRecord).error
-        space = context.space_with({level: {in_base[name]: of[name] for name in of} for level, of in error.items()})
-        at = {name: position for position, name in enumerate(in_base.values())}
-        methods = context.record(SensitivityRecord).methods
-        priors = {
-            name: {
-                level: [values[at[group]] if group in at else None for group in space.groups]
-                for level, values in method.values.items()
-            }
-            for name, method in methods.items()
-        }
+        error, space = {}, context.space
+        if context.record(BankRecord).error:
+            values = shared(context, None, space.groups, space.levels)
+            error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
+        measured = context.record(SensitivityRecord).methods
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
             layouts={cut: context.layout_of(cut) for cut in self._cuts},
-            space=space,
+            space=context.space_with(error),
+            may_win=[cut for cut in self._cuts if context.may_win(cut)],
             controls=[(GIVEN, self.given)] if self.given else self.controls,
-            priors=priors,
+            priors={method: shared(context, method, space.groups, space.levels) for method in measured},
             trials=self.folder,
             scratch=context.run_dir.tune,
             digest=self.trials_digest,
@@ -341,7 +335,7 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
     points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
-    fit = [size <= job.space.budget_bytes for size, _ in points]
+    fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
     front = choice.non_dominated(points) if job.config.search.pareto else []
     return [finished[position] for position in sorted({*chosen, *front})]
@@ -367,7 +361,7 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
             cut=trial.cut,
             plan=trial.plan,
             plan_bytes=trial.plan_bytes,
-            fits=trial.plan_bytes <= job.space.budget_bytes,
+            fits=job.fits(trial.cut, trial.plan_bytes),
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"

@@ -132,6 +132,7 @@ class Layout:
     adapter_bytes: int  # LoRA matrices as they are served, see `trained_bytes`
     element_bytes: int  # bytes of one unquantized weight
     num_parameters: int  # without adapters
+    multiply_adds: int  # per token
     cut: str = UNPRUNED
 
     @property

@@ -10,12 +10,19 @@ from typing import Any
 
 from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
-from qpruner.runs.records import GIVEN, PAPER, CandidateRecord, Results, RowScores, SearchRecord, StandardError
+from qpruner.runs.records import (
+    GIVEN,
+    PAPER,
+    CandidateRecord,
+    Results,
+    RowScores,
+    SearchRecord,
+    StandardError,
+    is_control,
+)
 
-BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
-UNIFORM = "uniform"
-"""Origin of the rows that give all groups the same format."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """The record of one fine-tune, and the scores of its model."""
@@ -75,11 +82,11 @@ def title_of(name: str, search: SearchRecord | None) -> str:
 
 
 def control_title(name: str) -> str:
-    """Return a control's name in reports, such as `10 % pruned, uniform`; other names stay."""
+    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
+    if name == PAPER:
+        return "the paper's flow"
     cut, _, kind = name.rpartition("-")
-    if kind in ("uniform", "knapsack"):
-        return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}"
-    return "the paper's flow" if name == PAPER else name
+    return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:

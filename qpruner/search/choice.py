@@ -6,13 +6,14 @@ The replays in `benchmarks/` call these functions too, so they choose plans as a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from qpruner.data import measures
-from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace
+from qpruner.runs.records import OF_EVERY_CUT
 from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
@@ -21,11 +22,6 @@ SCALE = 1e3
 """Largest gain given to the solver, far above its absolute tolerance of 1e-6."""
 Point = tuple[float, float]
 """The bytes of a plan and its score; both are minimized."""
-
-
-def seed_origin(method: str) -> str:
-    """Return the name that trials and tables use for the seed plan of a method."""
-    return f"seed-{method.replace('_', '-')}"
 
 
 def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
@@ -102,15 +98,16 @@ def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
     return min(fitting, key=rise, default=min(plans, key=space.plan_bytes))
 
 
-def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
-    """Return the plans that each sensitivity suggests without a search, and the uniform plans that fit.
+def controls_of(space: PlanSpace, rises: Prior) -> list[tuple[str, PrecisionPlan]]:
+    """Return what one would try of a cut without a search: its best uniform plan, and its best plan by a sensitivity.
 
-    If no uniform plan fits, the smallest is there, over budget.
+    `rises` are as in `seed_plan`. If no plan fits the budget, the uniform plan is over it, and alone.
     """
-    best = best_uniform(space)
-    uniform = [(f"uniform-{name}", plan) for name, plan in uniform_plans(space).items()]
-    seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in sensitivities.items()]
-    return [*seeds, *(each for each in uniform if each[1] == best or space.is_feasible(each[1]))]
+    name = "unpruned" if space.cut == UNPRUNED else space.cut
+    found = [(f"{name}{OF_EVERY_CUT[0]}", best_uniform(space, rises))]
+    if space.is_feasible(space.smallest()):
+        found.append((f"{name}{OF_EVERY_CUT[1]}", seed_plan(rises, space)))
+    return found
 
 
 def finalist_positions(

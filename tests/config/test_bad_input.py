@@ -69,7 +69,10 @@ RULES = [
         "`formats` names a format twice with `double_quant`, got nf4_double, nf4_double: name each once",
     ),
     ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
-    ("quantize.embeddings=[int8]", "`budget.fraction` has no one meaning ... embeddings ... `budget.bytes`"),
+    (
+        "quantize.embeddings=[int8]",
+        "`quantize.budget.fraction` has no one meaning ... `quantize.budget.bytes`",
+    ),
     (
         "quantize.rounding=gptq; quantize.bits=[4]; lora.init=plain",
         "`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats nf4: take one of ... int8",

@@ -15,7 +15,7 @@ from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.plans.plan import cut_title
 
 DEMO = Path(__file__).parents[2] / "tune_configs" / "demo_smollm2_cpu.yaml"
-WITHOUT_COMPARE = "`finetune.seed_rows` has no effect: `finetune.compare` is false"
+WITHOUT_COMPARE = "`finetune.random_plans` has no effect: `finetune.compare` is false"
 BLOCKS, ONE_LEVEL = "prune.units=[block]; ", "quantize.bits=[4]; sensitivity={}; "
 IDLE = [
     ("prune.order=second", "prune.order", "`prune.importance` is fisher"),
@@ -105,7 +105,7 @@ def test_in_effect_resets_keys_without_effect() -> None:
 def test_verbs_functions_and_the_log_name_the_key_once(
     tiny_raw: dict[str, Any], write_yaml: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_yaml(with_key(tiny_raw, "finetune", {"steps": 4, "seed_rows": "all"}))
+    file = write_yaml(with_key(tiny_raw, "finetune", {"steps": 4, "random_plans": 2}))
     for verb in (["check"], ["prune", "--dry-run"]):
         done = command(*verb, file)
         assert done.exit_code == 0 and done.output.count(WITHOUT_COMPARE) == 1, done.output

@@ -28,9 +28,10 @@ from qpruner.runs.run_dir import RunDir
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
     """Make the record of a search that `plan` won; `losses` are the losses of its confirmed controls."""
-    fresh = enumerate((losses or {"seed-fisher": 2.0}).items())
+    fresh = enumerate((losses or {"cut-20-knapsack": 2.0}).items())
     confirmations = tuple(made_confirmation(index, origin, loss) for index, (origin, loss) in fresh)
-    return made_search(plan.as_dict(), best_cut=plan.cut, digest="0" * 16, confirmations=confirmations, best_control=0)
+    about = {"digest": "0" * 16, "best_cut": plan.cut, "confirmations": confirmations, "best_control": 0}
+    return made_search(plan.as_dict(), **about)
 
 
 def with_winner(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> Context:
@@ -44,9 +45,8 @@ def with_records(context: Context, **records: Record) -> Context:
 
 def a_winner(context: Context) -> PrecisionPlan:
     """Return a plan that is no control."""
-    return PrecisionPlan(
-        context.space.groups, ("bf16", *(("nf4", "int8")[at] for at in (0, 1, 1, 0, 0, 1, 0, 0))), context.reference
-    )
+    formats = ("bf16", *(("nf4", "int8")[at] for at in (0, 1, 1, 0, 0, 1, 0, 0)))
+    return PrecisionPlan(context.space.groups, formats, context.reference)
 
 
 def told(events: Sequence[Event], stage: str) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import with_keys
 from searched_runs import a_winner, folders, progress_of, rows_of, searched_record, with_records, with_winner
@@ -26,53 +25,12 @@ from qpruner.pipeline.comparison_rows import (
     winner_row,
 )
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.pipeline.controls import controls
 from qpruner.runs.events import Event
 from qpruner.runs.records import GIVEN, SensitivityRecord
 from qpruner.search.choice import seed_plan
 
-CONTROLS = ("uniform-nf4", "uniform-int8", "paper", "unpruned-uniform", "unpruned-knapsack")
-
-
-def test_seed_rows_are_the_best_of_the_winners_bytes(context: Context) -> None:
-    """A seed plan may use only the bytes of the winner, for a fair comparison."""
-    space, methods = context.space.spaces[0], context.record(SensitivityRecord).methods
-    assert space.groups == context.record(SensitivityRecord).groups
-    offered = [[space.levels[at] for at in levels] for levels in space.offered]
-    every = [PrecisionPlan(space.groups, formats, space.cut) for formats in itertools.product(*offered)]
-
-    def gain(plan: PrecisionPlan, method: str) -> float:
-        low, high = (np.nan_to_num(np.array(methods[method].values[name], dtype=float)) for name in ("nf4", "int8"))
-        return float((low - high) @ (np.array(plan.formats) == "int8"))
-
-    below_budget = 0
-    for winner in np.random.default_rng(0).choice(len(every), 6, replace=False):
-        size = space.plan_bytes(every[winner])
-        below_budget += size < space.budget_bytes
-        found = rows_of(context, every[winner])
-        assert found["searched"].plans == tuple((seed, every[winner]) for seed in (1, 2, 3))
-        (seed,) = {plan for _, plan in found["best seed"].plans}
-        assert space.plan_bytes(seed) <= size
-        best = max(gain(plan, "fisher") for plan in every if space.plan_bytes(plan) <= size)
-        assert gain(seed, "fisher") == pytest.approx(best)
-    assert below_budget, "some winners must leave bytes unused for this to say anything"
-
-
-@pytest.mark.parametrize(
-    ("losses", "method"),
-    [
-        ({"uniform-nf4": 1.0, "seed-fisher": 2.0, "seed-mutual-information": 2.1}, "seed-fisher"),
-        ({"uniform-nf4": 1.0, "seed-fisher": 2.2, "seed-mutual-information": 2.1}, "seed-mutual-information"),
-        ({"uniform-nf4": 1.0}, None),
-    ],
-)
-def test_the_best_seed_is_the_best_confirmed_one(
-    losses: dict[str, float], method: str | None, context: Context
-) -> None:
-    found = rows_of(context, a_winner(context), losses)
-    origins = {name: row.origin for name, row in found.items()}
-    assert origins.get("best seed") == (f"{method} at the winner's bytes" if method else None)
-    assert found["searched"].origin == "gp, trial 7"
+CONTROLS = ("unpruned-uniform", "unpruned-knapsack", "cut-20-uniform", "cut-20-knapsack", "paper")
 
 
 def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: Callable[[str, Any], Context]) -> None:
@@ -90,52 +48,31 @@ def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: 
 
 def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any], Context]) -> None:
     context = changed("finetune.seeds", 2)
-    found = rows_of(context, a_winner(context))
+    best, plan = controls(context)[3]
+    searched = searched_record(a_winner(context), {"unpruned-uniform": 2.1, best: 2.0})
+    rival = searched.confirmations[1].model_copy(update={"plan": plan.as_dict(), "cut": plan.cut})
+    searched = searched.model_copy(update={"confirmations": (searched.confirmations[0], rival)})
+    found = {row.name: row for row in table_rows(with_records(context, search=searched))}
     assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), "as `check` counts"
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
-    assert {name for name, each in seeds.items() if each == {1, 2}} == {"best seed", "random", "searched"}
-    assert {name for name, each in seeds.items() if each == {1}} == {*("base", "pruned", *CONTROLS)}
-
-
-def test_all_seed_plans_are_rows_on_request(changed: Callable[[str, Any], Context]) -> None:
-    """The best seed plan has its own row, with all training seeds."""
-    context = changed("finetune.seed_rows", "all")
-    methods = ("mutual_information", "fisher", "kl")
-    config = context.config
-    sensitivity = config.sensitivity.model_copy(update={"methods": methods})
-    context = replace(context, config=config.model_copy(update={"sensitivity": sensitivity}))
-    measured = context.record(SensitivityRecord)
-    fisher = measured.methods["fisher"]
-    backwards = fisher.model_copy(update={"values": {bits: each[::-1] for bits, each in fisher.values.items()}})
-    measured = measured.model_copy(update={"methods": {**measured.methods, "kl": backwards}})
-
-    def seed_rows(best: str) -> dict[str, int]:
-        searched = searched_record(a_winner(context), {f"seed-{best}": 2.0})
-        rows = table_rows(with_records(context, search=searched, sensitivity=measured))
-        assert sum(len(row.plans) for row in rows) <= 1 + num_compared(context.config), "as check counts"
-        return {row.name: len(row.plans) for row in rows if row.origin.startswith("seed-")}
-
-    information = "mutual-information seed"
-    assert seed_rows("fisher") == {information: 1, "kl seed": 1, "best seed": 3}
-    assert seed_rows("kl") == {information: 1, "fisher seed": 1, "best seed": 3}
-    assert seed_rows("mutual-information") == {"fisher seed": 1, "kl seed": 1, "best seed": 3}
+    assert {name for name, each in seeds.items() if each == {1, 2}} == {"random", "searched", best}
+    assert {name for name, each in seeds.items() if each == {1}} == {"base", "pruned", *CONTROLS} - {best}
 
 
 @pytest.mark.parametrize(
-    ("changes", "method", "number"),
+    ("changes", "method"),
     [
-        ({"quantize.bits": [4]}, None, 6),
-        ({"quantize.bits": [16]}, None, 5),
-        ({"search.plan": "mutual_information"}, "mutual_information", 18),
-        ({"search.plan": "fisher", "finetune.seed_rows": "all"}, "fisher", 19),
-        ({"search.plan": "plan.yaml"}, None, 19),
+        ({"quantize.bits": [4]}, None),
+        ({"quantize.bits": [16]}, None),
+        ({"search.plan": "mutual_information"}, "mutual_information"),
+        ({"search.plan": "plan.yaml"}, None),
     ],
     ids=str,
 )
 def test_check_counts_the_fine_tunes_without_a_search(
-    changes: dict[str, Any], method: str | None, number: int, context: Context, sensed_raw: dict[str, Any]
+    changes: dict[str, Any], method: str | None, context: Context, sensed_raw: dict[str, Any]
 ) -> None:
-    """A given plan may equal the plan of another row, and no seed plan was confirmed."""
+    """A given plan may equal the plan of another row."""
     config = validate_config(with_keys(sensed_raw, **changes))
     given, measured = replace(context, config=config), context.record(SensitivityRecord)
     space = given.space.spaces[0]
@@ -145,16 +82,16 @@ def test_check_counts_the_fine_tunes_without_a_search(
     measured = measured.model_copy(update={"methods": methods})
     given = with_records(given, search=searched_record(winner, {"given": 2.0}), sensitivity=measured)
     rows = table_rows(given)
-    assert len(distinct(jobs_of(given, rows))) - 1 <= num_compared(given.config) == number
+    assert len(distinct(jobs_of(given, rows))) - 1 <= num_compared(given.config) <= 19
 
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
     """A winner that is a control shares the fine-tune of the row of that control."""
-    winner = context.space.spaces[0].uniform("int8")
+    winner = dict(controls(context))["cut-20-uniform"]
     rows = rows_of(context, winner)
     assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
     found = folders(context, rows)
-    assert found["searched", 1] == found["uniform-int8", 1]
+    assert found["searched", 1] == found["cut-20-uniform", 1]
     assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
     assert found["base", 1] != found["pruned", 1]
     untuned = {each.folder for each in untuned_candidates(context, winner)}
@@ -165,7 +102,7 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     ("found", "title"),
     [
         ({}, "searched"),
-        ({"best_origin": "seed-fisher", "control_won": True}, "winner (seed-fisher)"),
+        ({"best_origin": "cut-20-knapsack", "control_won": True}, "winner (20 % pruned, knapsack)"),
         ({"best_origin": GIVEN}, "given plan"),
     ],
 )

@@ -16,6 +16,7 @@ from qpruner.config.load import load_config
 from qpruner.pipeline.flow import STAGES
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message
+from qpruner.runs.records import is_control
 
 
 def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
     assert {index: after[index] for index in before} == before, "reused trials stay unchanged"
     assert len({tuple(trial["plan"].values()) for trial in after.values()}) == len(after) == len(before) + 3
     controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
-    assert controls["uniform-4"]["reused"]
+    assert controls["cut-20-uniform"]["reused"]
     losses = {each["index"]: each["loss"] for each in second["confirmations"]}
     assert losses[second["best_index"]] == min(losses.values())
 
@@ -90,7 +91,7 @@ def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: 
     assert "--set finetune.compare=true" in said(config, "--set", "finetune.compare=false")
     before = written()
     assert {each["index"] for each in search_record(root)["confirmations"] if each["control"]} == {
-        index for index, trial in trials_of(root).items() if trial["origin"].startswith(("uniform-", "seed-"))
+        index for index, trial in trials_of(root).items() if is_control(trial["origin"])
     }, "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
     assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
     kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 3, signal.SIGKILL, *compared)

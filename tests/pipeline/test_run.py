@@ -18,7 +18,7 @@ from whole_runs import has_claim
 from qpruner.config.load import load_config
 from qpruner.pipeline.run import SMALL_FILES, check, run
 from qpruner.runs.events import Event, Message, StageSkipped
-from qpruner.runs.records import RungResult
+from qpruner.runs.records import RungResult, is_control
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 
@@ -28,10 +28,10 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     report = json.loads((root / "results.json").read_text())
     table, records, claim = report["table"], report["records"], report["claim"]
     names = [row["name"] for row in table]
-    controls = ["uniform-nf4", "uniform-int8", "unpruned-uniform", "unpruned-knapsack", "paper"]
+    controls = ["unpruned-uniform", "unpruned-knapsack", "cut-20-uniform", "cut-20-knapsack", "paper"]
     # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of equal bytes.
     random = ["random"] if "random" in names else []
-    assert names == ["base", "pruned", *controls, "best seed", *random, "searched"]
+    assert names == ["base", "pruned", *controls, *random, "searched"]
     instead = [each["origin"] for each in records["search"]["confirmations"] if each["control"]]
     assert {"unpruned-uniform", "paper"} <= set(instead)
     assert told["status"] == "ok" and told["claim"] == claim
@@ -60,7 +60,7 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
     assert len(plans) == len(set(plans)) == search["num_trials"]
     fits = [trial for trial in trials if not trial["origin"].startswith(("unpruned-", "paper"))]
     assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in fits)
-    controls = [trial for trial in trials if trial["origin"].startswith(("uniform-", "seed-", "unpruned-", "paper"))]
+    controls = [trial for trial in trials if is_control(trial["origin"])]
     assert controls and all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
     confirmed = {each["index"] for each in search["confirmations"]}
     assert {trial["index"] for trial in controls} <= confirmed, "and scored again on fresh rows with the finalists"

@@ -24,6 +24,7 @@ def layout_of(
         adapter_bytes=rest // 2,
         element_bytes=2,
         num_parameters=rest + sum(group.num_weights for group in groups),
+        multiply_adds=sum(group.num_weights for group in groups),
         cut=cut,
     )
 

@@ -26,7 +26,7 @@ BITS = {"nf4": 4, "int8": 8, "bf16": 16}
 GROUPS = tuple(
     Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),), ("nf4", "int8")) for index in range(6)
 )
-LAYOUT = Layout(GROUPS, 1000, 300, 2, num_parameters=10**5)
+LAYOUT = Layout(GROUPS, 1000, 300, 2, num_parameters=10**5, multiply_adds=10**5)
 
 
 def plan_of(text: str) -> PrecisionPlan:

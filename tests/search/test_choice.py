@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from made_searches import BITS, masked_space, plans_in
 from scipy import stats
 
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.search.choice import (
@@ -164,15 +165,16 @@ def test_the_best_uniform_plan_fits() -> None:
         assert set(best_uniform(space_of_families(levels, budget), rises).formats) == {best}
 
 
-def test_a_uniform_plan_is_a_control_whatever_the_budget() -> None:
-    """The smallest one, over budget; without a common format, blocks get their next larger one."""
-    few = PlanSpace(("layers.0", "layers.1"), ("nf4", "int8"), ((4, 8), (None, 8)), 0, 12)
-    assert [(origin, str(plan)) for origin, plan in controls_of(few, {})] == [("uniform-int8", "88")]
-    apart = PlanSpace(("layers.0", "layers.1"), ("w3", "nf4", "int8"), ((3, None, 8), (None, 4, None)), 0, 12)
-    assert [(origin, str(plan)) for origin, plan in controls_of(apart, {})] == [
-        ("uniform-w3", "34"),
-        ("uniform-nf4", "84"),
+def test_controls_are_named_by_their_cut() -> None:
+    """If no plan fits, the uniform plan is over the budget, and alone."""
+    rises = {"nf4": (0.3, 0.1), "int8": (0.1, 0.0)}
+    few = PlanSpace(("layers.0", "layers.1"), ("nf4", "int8"), ((4, 8), (4, 8)), 0, 12, "cut-10")
+    assert [(origin, str(plan)) for origin, plan in controls_of(few, rises)] == [
+        ("cut-10-uniform", "44"),
+        ("cut-10-knapsack", "84"),
     ]
+    base = replace(few, budget_bytes=7, cut=UNPRUNED)
+    assert [(origin, str(plan)) for origin, plan in controls_of(base, rises)] == [("unpruned-uniform", "44")]
 
 
 # ---- groups that are not offered every format
@@ -204,17 +206,16 @@ def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
 
     def uniform(budget: int) -> dict[str, str]:
         space = PlanSpace(groups, whole.levels, sizes, 0, budget)
-        assert best_uniform(space) == controls_of(space, {})[-1][1]
-        return {origin: str(plan) for origin, plan in controls_of(space, {})}
+        return {name: str(plan) for name, plan in uniform_plans(space).items() if space.is_feasible(plan)}
 
     small, large = (sum(each[at] or 0 for each in sizes[1:]) for at in (0, 1))
     low, high = sizes[0][1] or 0, sizes[0][2] or 0
-    assert uniform(small + low - 1) == {"uniform-nf4": "8444444"}, "the smallest, over budget"
-    assert uniform(small + low) == {"uniform-nf4": "8444444"}
-    assert uniform(small + high) == {"uniform-nf4": "F444444"}
+    assert uniform(small + low - 1) == {}
+    assert uniform(small + low) == {"nf4": "8444444"}
+    assert uniform(small + high) == {"nf4": "F444444"}
     assert uniform(large + low) == {
-        "uniform-nf4": ("F" if large + low >= small + high else "8") + "444444",
-        "uniform-int8": "8888888",
+        "nf4": ("F" if large + low >= small + high else "8") + "444444",
+        "int8": "8888888",
     }
     assert list(uniform_plans(masked_space())) == ["int8"], "all blocks must take it"
 

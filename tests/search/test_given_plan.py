@@ -13,7 +13,8 @@ from real_driver import config_file, search_record
 from whole_runs import said
 
 ENDED = "only one plan was to be tried (`search.plan`, or a single one is possible)"
-SEED, UNIFORM = 1, 2
+CONTROLS = ["unpruned-uniform", "cut-20-uniform", "cut-20-knapsack"]
+UNIFORM, SEED = 1, 2
 """The numbers of the trials of that search, after the unpruned control, which exceeds the budget."""
 
 
@@ -51,12 +52,12 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     listed = json.loads(said(run, "--json", verb="trials"))["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
-        ("unpruned-uniform", "another"), ("seed-first-order", "another"), ("uniform-nf4", "another"), ("given", "this"),
+        *((origin, "another") for origin in CONTROLS), ("given", "this"),
     ]  # fmt: skip
     confirmed = {each["origin"]: each for each in record["confirmations"]}
     controls = [origin for origin, each in confirmed.items() if each["control"]]
     assert (controls, list(confirmed)) == (
-        ["unpruned-uniform", "seed-first-order", "uniform-nf4"],
+        CONTROLS,
         [*controls, "given"],
     )
     controls = [origin for origin in controls if confirmed[origin]["fits"]]
@@ -67,7 +68,6 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     tuned = {row["name"]: row for row in comparison_rows(run)}
     assert tuned["searched"]["plan"] == changed
     assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
-    assert tuned["best seed"]["origin"] == "seed-first-order at the winner's bytes"
 
     said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
@@ -84,7 +84,6 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     said(searched, "--plan", str(file), verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_index"], record["best_origin"]) == (0, SEED, "given")
-    assert "seed-first-order" in {each["origin"] for each in record["confirmations"]}, "the best seed may be itself"
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -132,10 +131,10 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
-    assert rows == ["base", "pruned", "uniform-nf4", "unpruned-uniform", "searched"], (
-        "there is no other plan to draw or to seed"
+    assert rows == ["base", "pruned", "unpruned-uniform", "cut-20-uniform", "searched"], (
+        "there is no other plan to draw"
     )
-    assert "given plan (uniform-nf4)" in (run / "report.md").read_text()
+    assert "given plan (cut-20-uniform)" in (run / "report.md").read_text()
 
 
 @pytest.mark.slow

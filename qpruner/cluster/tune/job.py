@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class SearchJob:
     materials: Materials
     layouts: Mapping[str, Layout]  # by cut
     space: SearchSpace
+    may_win: Collection[str]  # cuts, of which controls may have further ones
     controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): see `pipeline/controls.py`
     priors: Mapping[str, Prior]  # sensitivities by method
     trials: Path  # contains a folder for each trial
@@ -48,6 +49,10 @@ class SearchJob:
     def control_of(self, plan: PrecisionPlan) -> str | None:
         """Return the name of the control that has this plan, such as `uniform-nf4`; None if no control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
+
+    def fits(self, cut: str, plan_bytes: int) -> bool:
+        """Return True if a plan of a cut with these bytes may win."""
+        return cut in self.may_win and plan_bytes <= self.space.budget_bytes
 
     def may_run(self, plan: PrecisionPlan) -> bool:
         """Return True if the plan is a control, or a plan of the space within the budget."""

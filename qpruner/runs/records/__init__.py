@@ -15,6 +15,7 @@ from qpruner.runs.records.base import StandardError as StandardError
 from qpruner.runs.records.base import digest_of as digest_of
 from qpruner.runs.records.base import flat as flat
 from qpruner.runs.records.search import GIVEN as GIVEN
+from qpruner.runs.records.search import OF_EVERY_CUT as OF_EVERY_CUT
 from qpruner.runs.records.search import PAPER as PAPER
 from qpruner.runs.records.search import Begun as Begun
 from qpruner.runs.records.search import Confirmation as Confirmation
@@ -28,6 +29,7 @@ from qpruner.runs.records.search import SearchClock as SearchClock
 from qpruner.runs.records.search import SearchRecord as SearchRecord
 from qpruner.runs.records.search import TrialPulse as TrialPulse
 from qpruner.runs.records.search import TrialRecord as TrialRecord
+from qpruner.runs.records.search import is_control as is_control
 from qpruner.runs.records.serving import ServedForm as ServedForm
 from qpruner.runs.records.serving import ServedRow as ServedRow
 from qpruner.runs.records.serving import ServeRecord as ServeRecord

@@ -22,8 +22,14 @@ GIVEN = "given"
 """Origin of a plan that the user gave in place of a search."""
 PAPER = "paper"
 """Origin of the plan that the paper's flow gives at the same bytes."""
-CONTROLS = ("uniform-", "seed-", "unpruned-")
-"""Beginnings of the origins of all other controls: one format, from a sensitivity, of the model before pruning."""
+OF_EVERY_CUT = ("-uniform", "-knapsack")
+"""Ends of the origins of all other controls, which begin with their cut (`unpruned` for the base): one format, and the
+best plan by a sensitivity."""
+
+
+def is_control(origin: str) -> bool:
+    """Return True for the origin of a plan that users would try instead of a search."""
+    return origin == PAPER or origin.endswith(OF_EVERY_CUT)
 
 
 class Begun(Recorded):
@@ -47,7 +53,7 @@ class TrialRecord(Recorded):
     search: str
     """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
     origin: str
-    """Name of the searcher, or of a control (see `is_control`): `uniform-nf4`, `seed-mutual-information`, ..."""
+    """Name of the searcher, or of a control (see `is_control`): `unpruned-uniform`, `cut-10-knapsack`, ..."""
     expected_improvement: float | None = None
     """Expected improvement of the score over the best plan known at the time, if the searcher has a model."""
     noise: float | None = None
@@ -129,7 +135,7 @@ class TrialRecord(Recorded):
     @property
     def is_control(self) -> bool:
         """Whether no searcher proposed the plan: it is one that users would try instead, or that they gave."""
-        return self.is_given or self.origin == PAPER or self.origin.startswith(CONTROLS)
+        return self.is_given or is_control(self.origin)
 
     @property
     def plan_failed(self) -> bool:
