@@ -22,6 +22,7 @@ from qpruner.quantization.bank import BankSource
 from qpruner.quantization.formats import DENSE
 from qpruner.runs.records import PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import fetch
 from qpruner.training.table_rows import Candidate, CandidateJob
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def bank_source(
 
 def groups_of(bank: BankSource) -> list[str]:
     """Name the groups of the blocks."""
-    return list(group_linears(AutoConfig.from_pretrained(bank.checkpoint), bank.grouping))
+    return list(group_linears(AutoConfig.from_pretrained(fetch(bank.checkpoint)), bank.grouping))
 
 
 def bank_of_run(config: RunConfig) -> BankSource:

@@ -213,7 +213,8 @@ def test_stages_share_the_only_gpu_of_a_cluster(one_gpu: str, tiny_model: Path, 
     assert there.prune and here.prune and there.bank and here.bank and there.sensitivity and here.sensitivity
     for record in (there.prune, there.bank, there.sensitivity):
         assert 0 < record.gpu_seconds <= record.seconds, "one GPU is held while work runs"
-    assert there.prune.layers == here.prune.layers and there.bank.files == here.bank.files
+    widths = [{name: cut.layers for name, cut in record.cuts.items()} for record in (there.prune, here.prune)]
+    assert widths[0] == widths[1] and there.bank.files == here.bank.files
     for name, method in here.sensitivity.methods.items():
         for level, values in method.values.items():
             assert there.sensitivity.methods[name].values[level] == pytest.approx(values, rel=1e-4, abs=1e-6)
