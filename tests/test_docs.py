@@ -51,7 +51,7 @@ NOT_RUN = {
     ("docs/cluster.md", "bash launch/up.sh cluster.yaml"): AWS,
     ("docs/cluster.md", "bash launch/down.sh cluster.yaml"): AWS,
     ("docs/cluster.md", "source aws_ids.sh"): RECIPE,
-    ("docs/cluster.md", "cp tune_configs/smollm2_135m_p20.yaml"): HUB,
+    ("docs/cluster.md", "cp tune_configs/smollm2_135m.yaml"): HUB,
     ("docs/cluster.md", "export HF_HOME=/shared/hf"): SLURM,
     ("docs/cluster.md", "bash launch/up.sh launch/cluster_onprem.yaml"): MACHINES,
     ("docs/cluster.md", "ray list nodes"): CLUSTER,

@@ -81,9 +81,9 @@ def _cut_name(rate: float) -> str:
 class PruneConfig(Section):
     """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels, experts."""
 
-    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = None
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = (0.0, 0.1, 0.2)
     """Shares of *all* parameters to remove, ascending: each is a cut that the search may choose; 0 is no cut."""
-    rate: Rate | None = 0.2
+    rate: Rate | None = None
     """Instead of `rates`: a single share; 0 skips the cut."""
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to

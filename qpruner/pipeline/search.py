@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qpruner.config.pruning import RATES
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.comparison_rows import run_jobs
@@ -23,6 +24,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.quantization.formats import PAPER
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
@@ -96,6 +98,7 @@ class Search(Stage[SearchRecord]):
         settings = self.config.search
         return digest_of(
             self.context.record(SensitivityRecord).digest,
+            self.context.cuts,
             self.config.quantize.budget,
             self.context.budget_bytes,
             settings.searcher,
@@ -107,14 +110,18 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that a trial's result depends on; includes `search_digest` if `reuse_trials` is off."""
+        """Digest of everything that a trial's result depends on, but the cut and formats of its plan.
+
+        So a further cut starts from the trials of the others. It includes `search_digest` if `reuse_trials` is off.
+        """
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
+        quantize, base = config.quantize, context.bank_of(UNPRUNED)
+        levels = sorted({*quantize.levels, *quantize.embedding_levels, *PAPER})
         return digest_of(
             "trials",
-            context.record(BankRecord).digest,
-            {cut: context.bank_of(cut).inputs for cut in self._cuts},
-            context.layout_of(context.reference).offered,
+            [base.digest(level) for level in levels],
+            config.prune.model_copy(update=dict.fromkeys(RATES)),
             config.training,
             config.lora,
             config.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -186,28 +185,23 @@ def summary(run: Snapshot) -> dict[str, Any]:
 
 
 def _final(results: Results) -> dict[str, float | str | None]:
-    """Return the winner's figures after its fine-tune; empty if the fine-tune is not recorded."""
-    tuned = [each for each in results.candidates if each.name == SEARCHED]
-    if not tuned:
+    """Return the winner's figures after its fine-tune; empty before it is evaluated."""
+    if not results.evaluate:
         return {}
-    facts: dict[str, float | str | None] = {
-        "final_validation_loss": statistics.fmean(each.validation_loss for each in tuned),
-        "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),
+    row = next(each for each in rows(results) if each.name == SEARCHED)
+    speeds = {name: getattr(row, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
+    return {
+        "final_validation_loss": row.validation_loss,
+        "final_confirmation_loss": row.confirmation_loss,
+        "test_metric": accuracy_in_full(results.evaluate.metrics),
+        "test_accuracy": row.accuracy,
+        "test_accuracy_spread": row.accuracy_spread,
+        "test_accuracy_stderr": row.accuracy_stderr,
+        "test_answer_loss": row.answer_loss,
+        "perplexity": row.perplexity,
+        "inference_memory_bytes": row.inference_memory_bytes,
+        **{name: turns[0] if turns else None for name, turns in speeds.items()},
     }
-    if results.evaluate:
-        row = next(each for each in rows(results) if each.name == SEARCHED)
-        turns = {name: getattr(row, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
-        facts |= {
-            "test_metric": accuracy_in_full(results.evaluate.metrics),
-            "test_accuracy": row.accuracy,
-            "test_accuracy_spread": row.accuracy_spread,
-            "test_accuracy_stderr": row.accuracy_stderr,
-            "test_answer_loss": row.answer_loss,
-            "perplexity": row.perplexity,
-            "inference_memory_bytes": row.inference_memory_bytes,
-            **{name: figures[0] if figures else None for name, figures in turns.items()},
-        }
-    return facts
 
 
 def differing_settings(runs: Sequence[Snapshot]) -> dict[str, list[Any]]:

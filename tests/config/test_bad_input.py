@@ -54,7 +54,7 @@ RULES = [
     ("prune={rates: [0, 0.2], rate: 0.1}", "give one of `rates`, `rate` and `layer_rate`, got several: take one out"),
     ("prune={rates: [0.2, 0.1]}", "`rates` must be different shares in ascending order, got [0.2, 0.1]"),
     ("prune={rates: [0, 0.95]}", "`prune.rates.1` ... less than or equal to 0.9, got 0.95"),
-    ("prune={rate: null}", "`prune`: give one of `rates`, `rate` and `layer_rate`, got none"),
+    ("prune={rates: null}", "`prune`: give one of `rates`, `rate` and `layer_rate`, got none"),
     ("prune={layer_rate: 0.2, units: [block, mlp]}", "`layer_rate` applies to ... take `block` out of `units`"),
     ("prune={layer_rate: 0.2, selection: global}", "`layer_rate` needs `selection: per_layer` ... got global"),
     ("prune={uniform: true, selection: global}", "`uniform` needs `selection: per_layer` ... got global: take"),
@@ -181,7 +181,8 @@ def test_overrides_remove_keys_and_change_list_items(write_yaml: Callable[..., P
 
     assert load("finetune.random_plans=").finetune.random_plans == 3, "the default"
     assert load("prune.rate=", "prune.layer_rate=0.2").prune.rate is None, "null with `layer_rate`"
-    assert load("prune.rate=").prune.rate == 0.2, "the default"
+    budget = "quantize.budget={bytes: 1000}"
+    assert load("prune.rate=", budget).prune.rates == (0.0, 0.1, 0.2), "the default"
     data = load("data.validation.0.split=train[:3]", "data.train.0.limit=8").data
     assert (data.validation[0].split, data.train[0].limit) == ("train[:3]", 8)
     assert data.train[0].source == raw["data"]["train"][0]["source"], "the item's other keys stay"

@@ -79,7 +79,7 @@ def test_keys_with_an_effect_are_not_named(change: str) -> None:
 
 
 def test_a_key_is_named_once_and_never_at_its_default() -> None:
-    config = config_of("prune={units: [block], importance: magnitude, order: second, norm: l2}")
+    config = config_of("prune={rate: 0.2, units: [block], importance: magnitude, order: second, norm: l2}")
     assert [warning.split("`")[1] for warning in config.warnings] == ["prune.importance", "prune.order"]
     whole = validate_config(config_of("finetune={steps: 4}").model_dump(mode="json"))
     assert whole.warnings == (), "a file with every key, as `check --show-config` prints it"

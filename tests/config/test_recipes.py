@@ -62,7 +62,7 @@ def test_a_header_states_the_memory_that_check_estimates(path: Path) -> None:
 
 def test_the_large_recipes_fit_24_or_80_gib() -> None:
     """The comparison trains the unquantized base model, which fits 24 GiB only with checkpointing."""
-    for path in (PAPER / "llama2_7b_bayesian.yaml", ROOT / "tune_configs" / "qwen3_8b_p20.yaml"):
+    for path in (PAPER / "llama2_7b_bayesian.yaml", ROOT / "tune_configs" / "qwen3_8b.yaml"):
         assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], path
         peaks = RECIPES["peaks"](load_config(path, ["finetune.compare=true", "training.gradient_checkpointing=true"]))
         assert "comparison" in peaks and max(peaks.values()) < 0.95 * 24 * 2**30, path
