@@ -99,8 +99,7 @@ class PruneConfig(Section):
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
     """How blocks are ranked: by how little they change their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
-    """How units are ranked: Fisher information (Taylor of second order), Taylor expansion of the loss (LLM-Pruner),
-    weights, fluctuation of the output projection's inputs (FLAP), their norm (Wanda), or at random as a control."""
+    """How units are ranked, see [pruning](pruning.md#how-units-are-ranked)."""
     order: Literal["first", "second", "mixed"] = "first"
     """Taylor only: gradient, squared gradient, or both."""
     aggregation: Literal["element", "vector"] = "element"
@@ -116,9 +115,9 @@ class PruneConfig(Section):
     """Cut the same share of every block, or the least important units of the whole model. `layer_rate` and `uniform`
     change the default to `per_layer`."""
     compensation: Literal["none", "bias", "least_squares"] | None = None
-    """How the output projections (o, down) compensate for the cut: not at all, by a bias (FLAP), or by weights that are
-    solved for on the calibration samples. Null: `least_squares`, but `none` if it cannot be solved: for stacked
-    experts, and for whole blocks alone in a family with experts or a norm after the MLP."""
+    """How the output projections (o, down) compensate for the cut: not at all, by a bias (FLAP), or by weights solved
+    for on the calibration samples. Null: `least_squares`, or `none` for stacked experts, and for whole blocks alone in
+    a family with experts or a norm after the MLP."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: strength of the pull to the original weights, relative to the inputs' mean square."""
     steps: Positive | None = None

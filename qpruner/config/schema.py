@@ -168,12 +168,10 @@ MEASUREMENT = ("kl", "loss")
 
 
 class SensitivityConfig(Section):
-    """Scores how much each group suffers in a smaller format, for seed plans (tried first) and the searcher's prior."""
+    """Scores how much each group suffers in a smaller format, for the controls and the searcher's prior."""
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
-    """Methods to measure; each gives a seed plan: mutual information with the prediction (as in the paper), gradient
-    times quantization error, Fisher-weighted squared error, the sum of these two, and the change of the predictions
-    (KL) or of the loss if one group is quantized."""
+    """Methods to measure, on the least pruned cut; see [the search](search.md#before-the-first-trial)."""
     batch_size: Positive = 4
     """Samples per pass. Scores do not depend on it, except for rounding; memory grows with it."""
     num_measured_samples: Positive = 32
@@ -324,9 +322,9 @@ class ServeConfig(Section):
     """Files of the final model for other servers."""
 
     to: tuple[Literal["gguf", "gguf_merged", "vllm", "vllm_merged"], ...] = ()
-    """Forms to write to `serve/` in the run folder and to measure beside the base model: gguf for llama.cpp and Ollama,
-    vllm for vLLM, with the adapter in a file of its own or merged into the weights, as `qpruner export` writes them.
-    `--set serve.to=[gguf]` adds this to a finished run."""
+    """Forms to write to `serve/` in the run folder, as `qpruner export` does: gguf for llama.cpp and Ollama, measured
+    beside the base model, vllm for vLLM; with the adapter in its own file or merged. `--set serve.to=[gguf]` adds this
+    to a finished run."""
     threads: Positive | None = None
     """CPU threads of every measured row; null takes the cores of a trial (`search.resources_per_trial`)."""
 
