@@ -33,7 +33,7 @@ from qpruner.config.schema import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.quantization.formats import ALIASES, by_size
-from qpruner.search.choice import controls_of, finalist_positions, winner_position
+from qpruner.search.choice import BEST_FIRST, controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
 
 NUM_TRIALS = 64
@@ -438,7 +438,8 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     table = Table.read(task.path)
     space = table.space(task.fraction)
     whole = SearchSpace((space,))
-    found = controls_of(space, table.sensitivities) if task.seeded else []
+    method = next((name for name in BEST_FIRST if name in table.sensitivities), None)
+    found = controls_of(space, table.sensitivities[method]) if task.seeded and method else []
     controls = [each for each in found if space.is_feasible(each[1])]
     plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}

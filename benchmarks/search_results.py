@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 from search_replay import NUM_TRIALS, Replay, Table
 
-from qpruner.search.choice import controls_of, seed_origin
+from qpruner.search.choice import seed_plan
 
 FRACTIONS = (0.5, 0.25, 0.75)
 """Budgets, the middle one first."""
@@ -290,7 +290,6 @@ def ablation(path: Path) -> list[dict[str, Any]]:
     """
     table = Table.read(path)
     space = table.space(FRACTIONS[0])
-    seeds = dict(controls_of(space, table.sensitivities))
     before, after = (0, table.steps[-1]) if table.is_surrogate else (min(table.losses), table.steps[-1])
     best, worst = table.limits(space)
     inside = [] if table.is_surrogate else sorted(table.score(plan.formats, after) for plan in table.feasible(space))
@@ -299,7 +298,7 @@ def ablation(path: Path) -> list[dict[str, Any]]:
     for method, values in table.sensitivities.items():
         top = np.array(values.get(table.levels[-1], np.zeros(len(space.groups))))
         predicted = np.concatenate([np.array(values[level]) - top for level in table.levels[:-1]])
-        loss = table.score(seeds[seed_origin(method)].formats, after)
+        loss = table.score(seed_plan(values, space).formats, after)
         found.append(
             {
                 "table": table.name,

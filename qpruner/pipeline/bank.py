@@ -158,7 +158,8 @@ class Bank(Stage[BankRecord]):
         return f"{size}; relative error of the weights with adapters: {left}" if left else size
 
     def disk_used(self, share: float) -> int:
-        return disk_bytes_in(self.context.run_dir.root / "banks")
+        # After a search the entries are there that its plans need, not all that could be needed.
+        return self.disk_bytes() if self.context.records.search else disk_bytes_in(self.context.run_dir.root / "banks")
 
     def disk_bytes(self) -> int:
         from qpruner.pruning.grams import gram_bytes

@@ -274,6 +274,7 @@ def test_a_disk_that_fills_up_fails_only_that_stage(
 def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: dict[str, Any]) -> None:
     raw = with_key(tiny_raw, "output", str(disk / "run"))
     raw["prune"] = {"rates": [0.1, 0.2], "compensation": "none"}
+    raw["quantize"]["budget"] = {"bytes": 200_000}
 
     def fill_after_one(event: Event) -> None:
         if isinstance(event, Message) and event.text.startswith("20 % pruned:"):

@@ -21,7 +21,7 @@ from qpruner.runs.records import is_control
 
 def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
     """Only the cuts that are missing are made again."""
-    rates = {"prune": {"rates": [0.1, 0.2], "compensation": "none"}}
+    rates = {"prune": {"rates": [0.1, 0.2], "compensation": "none"}, "quantize.budget": {"bytes": 200_000}}
     undisturbed, killed = (config_file(tiny_model, tmp_path / name, **rates) for name in ("undisturbed", "killed"))
     kill_when(killed, (killed.parent / "run" / "cuts" / "cut-20" / "cut.json").exists)
     events: list[Event] = []

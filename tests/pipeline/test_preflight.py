@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import changed_by, raw_config, with_key
+from conftest import changed_by, raw_config, with_key, with_keys
 from transformers import AutoConfig
 
 from qpruner.config.load import validate_config
@@ -25,7 +25,7 @@ PHI = {"hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4, "
 
 def config_of(folder: Path, bits: list[int], **prune: Any) -> RunConfig:
     raw = with_key(raw_config(folder, folder / "run"), "prune", {"compensation": "none", **prune})
-    return validate_config(with_key(raw, "quantize.bits", bits))
+    return validate_config(with_keys(raw, **{"quantize.bits": bits, "quantize.budget": {"bytes": 10**6}}))
 
 
 def check_on_cpu(model_config: Any, config: RunConfig) -> None:

@@ -186,6 +186,7 @@ def measured(events: list[Event]) -> list[str]:
 
 def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Path) -> None:
     """A further rate in the folder of one cut costs only what is missing."""
+    raw = with_key(raw, "quantize.budget", {"bytes": 300_000})
     several = with_key(raw, "prune", {**raw["prune"], "rates": [0, 0.1, 0.3], "compensation": "least_squares"})
     del several["prune"]["rate"]
     alone = changed(with_key(raw, "output", str(tmp_path / "alone")), rate=0.1, compensation="least_squares")
@@ -209,7 +210,7 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
 
 def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
     """Only block 1 may be cut, which has fewer parameters than the second rate asks for."""
-    raw = changed(raw, rate=None, rates=[0.1, 0.6], first_layer=1)
+    raw = changed(with_key(raw, "quantize.budget", {"bytes": 300_000}), rate=None, rates=[0.1, 0.6], first_layer=1)
     told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rates`: 0.6\)"
     assert re.search(told, command("check", write_yaml(raw)).output.replace("\n", " "))
     record, folder, events = pruned(raw)

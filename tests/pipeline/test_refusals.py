@@ -79,10 +79,10 @@ MODEL = [
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate`: 0.2"),
     ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
     ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest budget that works ... got 1000"),
-    ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the pruned model with"),
+    ("quantize.budget={bytes: 1000}; quantize.bits=[4]", "`quantize.budget.bytes` is below the most pruned model with"),
     ("quantize.budget={fraction: 0}", "`quantize.budget.fraction` ... no choice but ... smallest format ... got 0.0"),
-    ("quantize.budget={fraction: 1}", "every group fits in its largest format, int8, bf16 ... `search.pareto`"),
-    ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... every group fits in its largest format ... got 1.0"),
+    ("quantize.budget={fraction: 1}", "least pruned model fits in its largest format, int8, bf16 ... `search.pareto`"),
+    ("quantize.budget={gib: 1}", "`quantize.budget.gib` ... fits in its largest format ... got 1.0"),
     ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the bits of ... 4 and 8, got 9"),
     ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name"),
     ("output=TMP/empty.jsonl/run", "`output` ... empty.jsonl ... is a file ... name"),
@@ -379,7 +379,7 @@ def warned(inspected: Any) -> Callable[[str | dict[str, Any], str], list[str]]:
         (
             "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=3",
             "`search.max_trials`",
-            "up to 6 plans to beat ... none of 3 trials ... `sensitivity.methods`",
+            "up to 5 plans to beat ... none of 3 trials ... `prune.rates`",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
         ({"layer_rate": 0.2, "round_to": 32, "query_heads": "served"}, {"round_to": 32, "query_heads": "served"}),
         ({"layer_rate": 0.2, "importance": "fluctuation"}, {"query_heads": "served", "num_steps": 1}),
         ({"rate": 0.2, "layer_rate": None, "importance": "taylor"}, {"query_heads": "served"}),
-        ({"uniform": True}, {"rate": 0.2, "selection": "per_layer"}),
+        ({"uniform": True}, {"rates": (0.0, 0.1, 0.2), "selection": "per_layer"}),
         ({"uniform": False}, {"selection": "global", "num_steps": 1}),
         ({"units": ["block"], "rate": 0.5}, {"compensates_by": "least_squares", "num_steps": 1}),
         ({"rate": 0.1 * 3}, {"num_steps": 2}),

@@ -34,7 +34,7 @@ def plan_of(text: str) -> PrecisionPlan:
 
 
 SEED_PLAN = "884444"
-CONTROLS = [("uniform-nf4", plan_of("444444")), ("seed-kl", plan_of(SEED_PLAN))]
+CONTROLS = [("unpruned-uniform", plan_of("444444")), ("unpruned-knapsack", plan_of(SEED_PLAN))]
 
 
 def space_of(
@@ -79,6 +79,7 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
         materials=Materials({}, folder),
         layouts={UNPRUNED: LAYOUT},
         space=SearchSpace((PlanSpace.of(LAYOUT, LAYOUT.plan_bytes(plan_of("888444"))),)),
+        may_win=(UNPRUNED,),
         controls=CONTROLS,
         priors={},
         trials=folder / "trials",

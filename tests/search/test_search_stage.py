@@ -167,14 +167,17 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
     job = job_of(tmp_path, max_trials=4)
     search = Searching(
         job,
-        trial(0, "444444", [3.4, 3.3, 3.2], ANOTHER, origin="uniform-nf4"),
-        trial(1, "888844", [3.0, 2.9, 2.8], ANOTHER, origin="seed-kl"),
+        trial(0, "444444", [3.4, 3.3, 3.2], ANOTHER, origin="unpruned-uniform"),
+        trial(1, "888844", [3.0, 2.9, 2.8], ANOTHER, origin="unpruned-knapsack"),
         trial(2, "484444", [3.5], ANOTHER),
     )
     scores = [(item.index, item.step, item.score) for item in search.ledger.history().observations]
     assert scores == [(0, 1, 3.4), (0, 2, 3.3), (0, 4, 3.2), (1, 1, 3.0), (1, 2, 2.9), (1, 4, 2.8), (2, 1, 3.5)]
     found = search.rest()
-    assert [(index, origin) for index, origin, _ in found] == [(3, "seed-kl"), *((n, "random") for n in (4, 5, 6))]
+    assert [(index, origin) for index, origin, _ in found] == [
+        (3, "unpruned-knapsack"),
+        *((n, "random") for n in (4, 5, 6)),
+    ]
     assert {plan for *_, plan in found}.isdisjoint({"444444", "888844", "484444"})
     assert all(job.space.is_feasible(plan_of(plan)) for *_, plan in found)
 
@@ -182,9 +185,9 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
 def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
     job = job_of(tmp_path, max_trials=3)
     search = Searching(job, trial(0, "444444", [3.4, 3.3, 3.2]), trial(1, SEED_PLAN, [3.5], ANOTHER))
-    assert search.rest()[0] == (1, "seed-kl", SEED_PLAN)
+    assert search.rest()[0] == (1, "unpruned-knapsack", SEED_PLAN)
     record = read_trials(job.trials)[1]
-    assert (record.search, record.origin, record.status) == (MINE, "seed-kl", "running")
+    assert (record.search, record.origin, record.status) == (MINE, "unpruned-knapsack", "running")
     # Killed before it went on, and once it is done, the search is the same: that trial and one more.
     assert len(Searching(job).rest()) == 2
     assert [index for index, *_ in Searching(job, record.model_copy(update={"status": "finished"})).rest()] == [2]
@@ -226,7 +229,7 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", ["diverged", "infeasible"])
 def test_the_searcher_learns_of_a_plan_that_cannot_be_trained(failure: str, tmp_path: Path) -> None:
     """It counts as a bad plan, in the session in which it failed and in the next one."""
-    search = Searching(job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-nf4"))
+    search = Searching(job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="unpruned-uniform"))
     search.suggest("a")
     search.fail("a", failure=failure)
     for each in (search, Searching(search.job)):
@@ -347,7 +350,7 @@ def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None
     search = Searching(job)
     assert [search.suggest(name) for name in "ab"] == [0, 1]
     begin_session(job.trials, job.search)
-    finished = trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-nf4", times=(1.0, 2.0), worker="theirs")
+    finished = trial(0, "444444", [3.5, 3.4, 3.3], origin="unpruned-uniform", times=(1.0, 2.0), worker="theirs")
     goes_on = trial(1, SEED_PLAN, [3.5], status="running", worker="theirs")
     for record in (finished, goes_on):
         write_trial(job.trials, record)
@@ -409,7 +412,7 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
     assert [record.index for record in read_trials(job.trials)] == [0] and TrialWithdrawn(1) in search.events
     assert search.suggest("c") == "FINISHED"
     more = Searching(job_of(tmp_path, max_hours=2.0)).rest()
-    assert more[:2] == [(0, "uniform-nf4", "444444"), (1, "seed-kl", SEED_PLAN)]
+    assert more[:2] == [(0, "unpruned-uniform", "444444"), (1, "unpruned-knapsack", SEED_PLAN)]
 
 
 # ---- damaged files
@@ -419,7 +422,7 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
 def test_a_damaged_record_is_set_aside_and_its_trial_rerun(copy: str, tmp_path: Path) -> None:
     """It is rerun with its own plan if the copy of its first record can be read."""
     job = job_of(tmp_path)
-    for record in (trial(0, "444444", [3, 3, 3], origin="uniform-nf4"), trial(1, "484444", [3, 3, 3])):
+    for record in (trial(0, "444444", [3, 3, 3], origin="unpruned-uniform"), trial(1, "484444", [3, 3, 3])):
         begin_trial(job.trials, record.model_copy(update={"rungs": (), "status": "running"}))
         write_trial(job.trials, record)
     path = job.trials / "0001" / "trial.json"
@@ -444,7 +447,7 @@ def test_a_damaged_record_is_set_aside_and_its_trial_rerun(copy: str, tmp_path: 
         set_aside_damaged(job.trials, job.search, messages.append)
         assert Searching(job).rest()[0] == first, "and so it is a second time"
     else:
-        assert "its number gets another plan" in messages[0] and first == (1, "seed-kl", SEED_PLAN)
+        assert "its number gets another plan" in messages[0] and first == (1, "unpruned-knapsack", SEED_PLAN)
 
 
 @pytest.mark.parametrize("text", ['{"sec', '{"seconds": 9.0, "record_digest": "0"}'])
@@ -466,7 +469,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     checkpoint = trials / "0000" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"w" * 1000)
-    running = trial(0, "444444", [3.5, 3.4], origin="uniform-nf4", status="running", times=(1.0, 2.0, 3.0))
+    running = trial(0, "444444", [3.5, 3.4], origin="unpruned-uniform", status="running", times=(1.0, 2.0, 3.0))
     running = running.model_copy(update={"checkpoint": folder_digests(checkpoint)})
     write_trial(trials, running)
     if damage in ("away", None):
@@ -493,8 +496,8 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
 def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
     """Whether a trial is a control depends on its plan at this budget, not on its origin."""
     trials = [
-        trial(0, "444444", [3, 3, 3.9], origin="uniform-nf4"),
-        trial(1, "448444", [3, 3, 3.8], ANOTHER, origin="seed-kl"),
+        trial(0, "444444", [3, 3, 3.9], origin="unpruned-uniform"),
+        trial(1, "448444", [3, 3, 3.8], ANOTHER, origin="unpruned-knapsack"),
         trial(2, SEED_PLAN, [3, 3, 3.7], ANOTHER, origin="random"),
         trial(3, "488444", [3, 3, 3.2]),
         trial(4, "848444", [3, 3, 3.1]),
@@ -518,7 +521,7 @@ def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:
 
 def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> None:
     for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
-        confirmed = [made_confirmation(4, "gp", searched), made_confirmation(5, "seed-kl", 3.0)]
+        confirmed = [made_confirmation(4, "gp", searched), made_confirmation(5, "unpruned-knapsack", 3.0)]
         best = best_of(confirmed, job_of(tmp_path))
         assert best is not None and best.index == winner
 

@@ -13,7 +13,7 @@ from made_searches import blocks, masked_space, plans_in, space_of
 
 from qpruner.cluster.tune import make_proposer
 from qpruner.errors import UserError
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search import searchers
 from qpruner.search.searchers import (
@@ -43,7 +43,7 @@ PROPOSERS = pytest.mark.parametrize("make", [maker(name) for name in NAMES], ids
 
 def controls_of(space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
     gains = [[0.0, float(index)] + [float(index)] * (len(space.levels) - 2) for index in range(len(space.groups))]
-    return [("uniform-nf4", space.uniform("nf4")), ("seed-mutual-information", space.best_by_gain(gains))]
+    return [("unpruned-uniform", space.uniform("nf4")), ("seed-mutual-information", space.best_by_gain(gains))]
 
 
 def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: int = 12) -> Ledger:
@@ -240,8 +240,8 @@ def test_no_searcher_proposes_what_a_group_is_not_offered(name: str, pareto: boo
 def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -> None:
     """They run first, whatever they are; the searcher sees those of its own cut alone, and none is proposed."""
     space = space_of(blocks(6), share=0.3)
-    other = replace(space.uniform("nf4"), cut=UNPRUNED)
-    controls = [("unpruned", other), ("uniform-int8", space.uniform("int8")), ("uniform-nf4", space.uniform("nf4"))]
+    other = replace(space.uniform("nf4"), cut="cut-20")
+    controls = [("paper", other), *((f"uniform-{name}", space.uniform(name)) for name in ("int8", "nf4"))]
     with_other, without = (Ledger(SearchSpace((space,)), make(space, 0), each, 40) for each in (controls, controls[1:]))
     suggestions = run(with_other)
     assert [(item.origin, item.plan) for item in suggestions[:3]] == controls
@@ -256,7 +256,7 @@ def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -
 
 def test_a_ruined_plan_of_another_cut_is_not_learned_from() -> None:
     space = space_of(blocks(4))
-    other = replace(space.uniform("nf4"), cut=UNPRUNED)
+    other = replace(space.uniform("nf4"), cut="cut-20")
     whole = SearchSpace((space,))
     ledger = Ledger(whole, RandomProposer(whole, 0), [("unpruned", other)], 4)
     ruined, good = begin(ledger, 2, finished=(1,))

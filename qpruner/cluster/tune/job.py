@@ -47,7 +47,7 @@ class SearchJob:
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the name of the control that has this plan, such as `uniform-nf4`; None if no control has it."""
+        """Return the name of the control that has this plan, such as `unpruned-uniform`; None if no control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
 
     def fits(self, cut: str, plan_bytes: int) -> bool:
