@@ -9,8 +9,6 @@ the errors of the weights. Losses are those of the configuration's validation ro
 judge, adapters rounded to 16 bits as they are saved. One bank is built in OUT and used again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

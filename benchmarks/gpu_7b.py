@@ -11,8 +11,6 @@ index), a GPU with 24 GB and 25 GB of disk; no Ray, no datasets, no download: we
 JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

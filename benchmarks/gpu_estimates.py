@@ -1,7 +1,5 @@
 """A part of `gpu_7b.py`: what `qpruner check` expects of memory and seconds, beside what the other parts measured."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -8,8 +8,6 @@ all else comes in the versions that are installed here. There: `bash install.sh`
 Needs a package index here. Refuses a kit of more than 60 MB.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

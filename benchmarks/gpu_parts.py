@@ -5,8 +5,6 @@
 A part is a function of the setup that returns figures. It finds what it needs of earlier ones in the work folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Shared by the parts of `gpu_7b.py`: shapes, settings, rows, paths of the work folder, a clock."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """Parts of `gpu_7b.py`: speed and memory of a fine-tune beside Trainer with peft's QLoRA, and beside LLM-Pruner's."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -11,8 +11,6 @@ query heads, 3 key/value heads), and with the key/value heads repeated, so that 
 A line a run and criterion, then one JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

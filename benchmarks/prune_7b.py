@@ -10,8 +10,6 @@ of weight files that are mapped.
 Prints peaks and seconds of each step, then one JSON line. Takes 27 GB of disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

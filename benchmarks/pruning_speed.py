@@ -15,8 +15,6 @@ A line a model and workload, then one JSON line. Ratios are of neighbours in tim
 `fastest` is that of the fastest quarter of the turns.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -7,8 +7,6 @@ Python. Every tensor of the run and every number of its records is compared bit 
 and words are not. Prints what differs, then counts. Exits 1 where a number or tensor of both differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -10,8 +10,6 @@ the driver's processor time and memory a trial, and the seconds in which a new p
 the orchestrator's own. Prints a table and a JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

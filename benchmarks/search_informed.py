@@ -5,8 +5,6 @@ the sensitivities; its variance is that of the true effects around it. How far t
 goals are out of reach on a table, whatever the searcher.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

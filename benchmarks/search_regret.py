@@ -18,8 +18,6 @@ a table whose trials share their training seed has none. Prints tables, the goal
 against trials.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -1,7 +1,5 @@
 """What replays say: regret of the plan that is returned, rows over seeds, goals, and what sensitivities are worth."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence

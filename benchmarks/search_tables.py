@@ -14,8 +14,6 @@ table's `loss_noise` is 0: trials share seed and data order, and a repeat is the
 Text is cut into windows: the first for training, then validation, then calibration of the sensitivities (disjoint).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

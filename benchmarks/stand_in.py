@@ -4,8 +4,6 @@ Plans of 64 groups, scored by a loss that adds up over the groups. Lengths are l
 takes 3.1 times the mean or more), the same for the same plan. A trial writes down when it slept: only that is work.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

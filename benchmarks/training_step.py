@@ -9,8 +9,6 @@ the epoch's random order (`random order`, where an optimizer batch has several).
 step or pass; tokens are means over the whole training set. Prints a table and a JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

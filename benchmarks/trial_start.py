@@ -11,8 +11,6 @@ With `--rows` it makes a training set with lengths like Alpaca's (110 tokens in 
 every repeat loads it and pads the first batch of 64 rows. Memory is what the process has more of after that.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -10,8 +10,6 @@ share counts from the moment at which every slot has been busy at once to the la
 tail after it are told apart. Prints a table and a JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

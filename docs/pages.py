@@ -3,8 +3,6 @@
 The site's root is that of the repository with `docs/` laid into it, so links between the two lose their folder.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ through the view that `qpruner run` has. For `tensorboard.png` Chromium opens th
 run, for `report.png`, `pareto.png` and `plans.png` its report.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

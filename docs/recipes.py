@@ -4,8 +4,6 @@ Under every `# Command:` of a recipe for GPUs a line `# Memory:` has the peak of
 counts it, and the smallest card that it fits. Shapes alone decide it: neither weights nor rows are read.
 """
 
-from __future__ import annotations
-
 import itertools
 import shlex
 import tempfile

@@ -1,7 +1,5 @@
 """Write the pages that are made from the code, `configuration.md` and `commands.md`: `python docs/reference.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Each cell is an export of a tiny random model with an adapter, loaded again and 
 if another environment has it (`QPRUNER_VLLM_PYTHON`, see `launch/serve_tests.sh`), else transformers does.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import sys
 import tempfile

@@ -4,8 +4,6 @@ From Python, `run` runs a configuration; `stages.prune`, `stages.search` and so 
 reads a run folder. Each returns a `Snapshot` of the recorded results.
 """
 
-from __future__ import annotations
-
 import logging
 
 from qpruner import api as stages

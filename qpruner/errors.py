@@ -1,7 +1,5 @@
 """Define the errors that users can meet: a `UserError` (exit code 2) is a mistake in the input; others exit with 1."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -4,8 +4,6 @@
 a CPU without bfloat16 instructions, matrix products are computed in float32.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
 
-PEFT_BASE = "base"
-"""Folder of the quantized model inside a peft export."""
+PEFT_BASE = "base"  # folder of the quantized model inside a peft export
 
 ragged.install()
 cpu.install()

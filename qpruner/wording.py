@@ -1,7 +1,5 @@
 """Format numbers, hints and the command of this process for messages."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import shlex

@@ -1,7 +1,5 @@
 """Copy this checkout, for tests that build, install or run it as a new user would."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Find the fenced code blocks of README, docs and the other pages of the project."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

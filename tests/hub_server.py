@@ -1,7 +1,5 @@
 """A local model hub with the endpoints that huggingface_hub uses to create, commit to and read a repository."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

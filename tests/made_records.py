@@ -1,7 +1,5 @@
 """Records of a search and of pruning as stages write them; tests change single fields."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from qpruner.runs.records import Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord

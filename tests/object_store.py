@@ -1,7 +1,5 @@
 """A real S3 server on loopback (moto), in a process of its own, that keeps everything in memory."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Run programs in new processes, and load model folders where qpruner cannot be imported."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Several raylets on loopback, each a node that tests can kill; their GPUs exist only as numbers."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

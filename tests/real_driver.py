@@ -1,7 +1,5 @@
 """Run a real `qpruner` process, send it signals, and read its run folder meanwhile."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

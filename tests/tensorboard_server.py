@@ -1,7 +1,5 @@
 """Run the real TensorBoard."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 import urllib.request

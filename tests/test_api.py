@@ -1,7 +1,5 @@
 """qpruner from Python: stages as functions, the log of a run, and unexpected errors."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

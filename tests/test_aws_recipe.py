@@ -3,8 +3,6 @@
 The simulation has roles, networks, machines and buckets, but checks no permissions and starts no machines.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The benchmark of pruning: which rows it measures, and the demo text it uses without public data."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

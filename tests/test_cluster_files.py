@@ -1,7 +1,5 @@
 """The cluster files as Ray reads them, and the checks of the launch scripts before `ray up`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The demo as `launch/demo.sh` runs it: a real pretrained model through the whole flow, in minutes."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

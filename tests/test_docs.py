@@ -4,8 +4,6 @@
 with the code.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """`benchmarks/gpu_7b.py` and its kit with a tiny model on the CPU, through the same functions as on a GPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

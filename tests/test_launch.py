@@ -1,7 +1,5 @@
 """The launch scripts fail early with a clear message on unprepared machines."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Installations from a wheel, a source archive and a checkout, with only the dependencies."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import shutil

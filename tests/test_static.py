@@ -1,7 +1,5 @@
 """Mistyped commands, the version, the schema and the reference pages."""
 
-from __future__ import annotations
-
 import re
 import runpy
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reads rows of ../shared/evaldata for the task file beside this one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The verb `qpruner check`: validate a configuration and estimate what its run would need."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import starmap
 from typing import Any

@@ -1,7 +1,5 @@
 """The verbs that run stages: all stages up to a given one, and a preview of the cut."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

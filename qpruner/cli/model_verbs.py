@@ -1,7 +1,5 @@
 """The verbs that load models: `generate` and `export`; control characters in answers are replaced."""
 
-from __future__ import annotations
-
 import re
 import signal
 import time

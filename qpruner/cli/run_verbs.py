@@ -3,8 +3,6 @@
 Every docstring but that of `report` is the help of its verb. The figures come from `report.run_views`.
 """
 
-from __future__ import annotations
-
 import csv
 import operator
 import sys
@@ -33,8 +31,7 @@ SHOWN = (
     *("trial", "winner", "from", "cut", "status", "failure", "bytes", "mean_bits", "step"),
     *("loss", "accuracy", "seconds", "search", "plan"),
 )
-MOST_LINES = 10
-"""Maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all."""
+MOST_LINES = 10  # maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all
 
 
 def status(run: str, as_json: bool) -> dict[str, Any]:

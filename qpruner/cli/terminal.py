@@ -28,13 +28,11 @@ from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import duration
 
-SILENCE_SECONDS = 30.0
-"""Without a live view, a progress line is printed after this many seconds without output."""
+SILENCE_SECONDS = 30.0  # without a live view, a progress line is printed after this many seconds without output
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
 """The time left is estimated from the steps of the last 10 minutes: one step of a large model may take a minute."""
-LINES_ABOVE = 10
-"""Approximate number of lines of the live view above the list of running trials."""
+LINES_ABOVE = 10  # approximate number of lines of the live view above the list of running trials
 FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
 """Options of rich that wrap text in a narrow window; without them a live view cuts the text off."""
 

@@ -1,7 +1,5 @@
 """Starts Ray on this machine, or joins a Ray cluster."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

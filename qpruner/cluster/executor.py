@@ -103,8 +103,7 @@ class ClusterExecutor:
         """Do nothing: a process ends with its work."""
 
 
-ModelExecutor = LocalExecutor | ClusterExecutor
-"""Runs work on one model, and passes on its events and errors unchanged."""
+ModelExecutor = LocalExecutor | ClusterExecutor  # runs work on one model, and passes on its events and errors unchanged
 
 
 def _stream(work: Work[Result], torch_threads: int) -> Generator[Event, None, Result]:

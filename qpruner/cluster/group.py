@@ -3,8 +3,6 @@
 A group that runs again resumes from the files that the function itself has saved.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid

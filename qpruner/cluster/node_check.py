@@ -4,8 +4,6 @@ The code of the checks is sent to the node, where another qpruner or none may be
 qpruner, except to reach the storage, and returns plain data.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -23,8 +21,7 @@ from qpruner.cluster.slots import Node, size_of
 from qpruner.runs.records import RUN_ID
 from qpruner.runs.run_dir import RunDir
 
-ANSWER_SECONDS = 120.0
-"""Time for a node to answer; importing torch from a cold network file system can take a minute."""
+ANSWER_SECONDS = 120.0  # time for a node to answer; importing torch from a cold network file system can take a minute
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "

@@ -1,7 +1,5 @@
 """All private names of Ray that qpruner uses (Ray 2.60), each imported at its first use: some modules are slow."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may start."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +10,7 @@ from qpruner.errors import UserError
 from qpruner.runs.events import Emit, Message, SlotsFound
 from qpruner.wording import counted
 
-LOOK_SECONDS = 2.0
-"""Time between two counts of the machines during a search."""
+LOOK_SECONDS = 2.0  # time between two counts of the machines during a search
 
 
 @dataclass(frozen=True)

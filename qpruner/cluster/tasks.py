@@ -1,7 +1,5 @@
 """Runs functions as Ray tasks, and runs a task again if its worker or node dies."""
 
-from __future__ import annotations
-
 import logging
 import math
 import socket
@@ -33,12 +31,9 @@ Result = TypeVar("Result")
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
 """Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
-MAX_DEATHS = 3
-"""Deaths of workers in a row, on machines that stay and without progress, that fail a job."""
-QUIET_SECONDS = 20.0
-"""Time for a worker process to start; after it the user is told that the work waits for a machine."""
-ANSWER_SECONDS = 2.0
-"""A machine that accepts no connection within this time counts as gone."""
+MAX_DEATHS = 3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
+QUIET_SECONDS = 20.0  # time for a worker process to start; after it the user is told that the work waits for a machine
+ANSWER_SECONDS = 2.0  # a machine that accepts no connection within this time counts as gone
 
 
 def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,5 @@
 """Load a configuration: read YAML, apply overrides, and report all problems at once."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ A rule yields a sentence with the key, the value, the rule and the remedy. It ru
 so that all problems of a file are reported at once. A key without effect gives a warning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from qpruner.config import schema

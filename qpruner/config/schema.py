@@ -4,8 +4,6 @@ Rules between keys are in `qpruner.config.rules`, loading and overrides in `qpru
 field is its text in `docs/configuration.md` and in the JSON schema (`qpruner schema`).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args

@@ -1,7 +1,5 @@
 """The base of every section of a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Row = dict[str, list[int]]
-"""`input_ids` and `labels` of a sample."""
-IGNORED_LABEL = -100
-"""Label of tokens that are excluded from the loss, as in torch's cross entropy."""
+Row = dict[str, list[int]]  # `input_ids` and `labels` of a sample
+IGNORED_LABEL = -100  # label of tokens that are excluded from the loss, as in torch's cross entropy
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"

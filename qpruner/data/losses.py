@@ -1,7 +1,5 @@
 """Compute losses and logits at the positions whose next token has a label; the head runs only there."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

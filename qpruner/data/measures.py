@@ -5,8 +5,6 @@ the same weight: the mean of means, and ``sqrt(sum stderr^2) / T``. For several 
 question, for a comparison the difference. Rows of text are the questions of a single task.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,8 +12,7 @@ from typing import NamedTuple
 
 Z_95 = 1.96
 ACCURACY = "accuracy"
-Answers = Sequence[Sequence[float]]
-"""For each task, one value per question."""
+Answers = Sequence[Sequence[float]]  # for each task, one value per question
 
 
 class Estimate(NamedTuple):

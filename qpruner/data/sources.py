@@ -1,7 +1,5 @@
 """Read rows from data files and from the hub, and map their columns to those of a row format (`COLUMNS`)."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

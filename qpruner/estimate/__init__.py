@@ -1,7 +1,5 @@
 """Estimate the memory of a run by part and, if steps were timed, its hours by stage, without loading the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -22,12 +22,10 @@ from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.pipeline.serve import Serve
 from qpruner.quantization.formats import format_of
 
-CHOICES = 4
-"""Assumed number of answers to choose from in each question of a task."""
+CHOICES = 4  # assumed number of answers to choose from in each question of a task
 PADDING = 1.2
 """Tokens of a micro-batch relative to its rows, as rows of a batch are sorted by length: 1 to 1.3 for real texts."""
-UNTUNED = 3
-"""Number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
+UNTUNED = 3  # number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ within 15 % of this (tests/estimate), within 25 % on a CPU without bfloat16. Wit
 keeps its input, and one block all of this. Packed layers keep no input, and unpack their weight in each pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

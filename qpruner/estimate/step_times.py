@@ -3,8 +3,6 @@
 Models of one and of five blocks, with adapters and packed random weights, give the time of a block and of the rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import time
@@ -30,8 +28,7 @@ Batch = dict[str, torch.Tensor]
 FEW, MORE = 1, 5
 """Numbers of blocks of the two timed models."""
 REPEATS = 3
-TABLE_ROWS = 1024
-"""Rows of a packed table, which are repeated."""
+TABLE_ROWS = 1024  # rows of a packed table, which are repeated
 
 
 def measure(

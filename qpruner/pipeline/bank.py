@@ -29,10 +29,8 @@ from qpruner.runs.storage import files_in, for_each, remove
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankSource, EntryRecord
 
-Wanted = Mapping[str, tuple[str, ...]]
-"""Group -> formats to pack it in."""
-Made = dict[tuple[str, str], "EntryRecord"]
-"""(group, format) -> its entry."""
+Wanted = Mapping[str, tuple[str, ...]]  # group -> formats to pack it in
+Made = dict[tuple[str, str], "EntryRecord"]  # (group, format) -> its entry
 
 
 class Bank(Stage[BankRecord]):

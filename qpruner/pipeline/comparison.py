@@ -1,7 +1,5 @@
 """The comparison stage: fine-tune and score baselines in the same way as the winning plan."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A row has one or more fine-tunes, which differ in training seed or plan; each fi
 named by the digest of everything that the job depends on. Equal jobs share a folder, and later commands reuse it.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace

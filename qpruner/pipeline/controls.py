@@ -7,8 +7,6 @@
 The base and the paper's flow are tried with their fewest bytes if the budget cannot hold them; they cannot win.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The evaluate stage: measure accuracies on held-out tasks, memory and speed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder `final`."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Each stage leaves a record. A stage is skipped if the digest in its record equal
 `qpruner run` can be repeated after any crash. Subcommands, API functions, `status` and estimates derive from `STAGES`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

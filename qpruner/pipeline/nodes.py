@@ -3,8 +3,6 @@
 Nodes that join later are checked when work starts on them (`cluster.node_check.check_node`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import uuid
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 `qpruner check` prints the result of `inspect`, and `qpruner run` starts with this check.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +25,7 @@ from qpruner.runs.storage import run_root
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
-FLOPS_MARGIN = 0.02
-"""Share of the base model's multiply-adds by which a cut may differ from what its shapes let expect."""
+FLOPS_MARGIN = 0.02  # share of the base model's multiply-adds by which a cut may differ from what its shapes let expect
 Asked = TypeVar("Asked")
 
 
@@ -38,14 +35,10 @@ class Shapes:
 
     model_config: Any
     base: Layout
-    cuts: Mapping[str, Cut]
-    """The cuts that the search may choose, by name, the one that removes least first."""
-    layouts: Mapping[str, Layout]
-    """The groups of each of these cuts."""
-    left_out: Mapping[str, str]
-    """Name of a cut that cannot be made -> the reason."""
-    is_estimate: bool
-    """Whether the pruned shapes depend on scores, as with global selection or dropped blocks."""
+    cuts: Mapping[str, Cut]  # the cuts that the search may choose, by name, the one that removes least first
+    layouts: Mapping[str, Layout]  # the groups of each of these cuts
+    left_out: Mapping[str, str]  # name of a cut that cannot be made -> the reason
+    is_estimate: bool  # whether the pruned shapes depend on scores, as with global selection or dropped blocks
     budget_bytes: int
     plan: PrecisionPlan | None
     """The plan of the file in `search.plan`; None without a file or if the names of the groups depend on scores."""

@@ -1,7 +1,5 @@
 """Check the rows and questions of a run: they exist, do not overlap between uses, and can be encoded."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,12 +15,10 @@ from qpruner.models.loading import absolute_source, check_source, load_tokenizer
 from qpruner.training.evaluate import TaskQuestions, task_questions
 from qpruner.wording import counted
 
-CHARACTERS_A_TOKEN = 4
-"""Estimated characters of a token in English."""
+CHARACTERS_A_TOKEN = 4  # estimated characters of a token in English
 ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
 """Number of tokens that the template adds to an instruction, and to a question."""
-TEMPLATE_END = 8
-"""Maximum number of tokens that a template appends to a response."""
+TEMPLATE_END = 8  # maximum number of tokens that a template appends to a response
 SPLITS = ("train", "validation", "confirmation")
 MOST_LOST = 0.05
 """Maximum share of rows that may lose their whole response without a warning. Losing a part is common: at 256 tokens,
@@ -41,8 +37,7 @@ class Rows:
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
-    num_questions: dict[str, dict[str, int]]
-    """Number of questions by use (`search`, `fresh`, `test`) and task."""
+    num_questions: dict[str, dict[str, int]]  # number of questions by use (`search`, `fresh`, `test`) and task
     metrics: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
 

@@ -1,7 +1,5 @@
 """The prepare stage: provide the base model in a folder and encode the data."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

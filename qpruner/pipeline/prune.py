@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from qpruner.data.losses import Rows
     from qpruner.pruning.prune import Pruned
 
-CUT_FILE = "cut.json"
-"""Name of the record in the folder of a cut, which is written last."""
+CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is written last
 
 
 @dataclass(frozen=True)

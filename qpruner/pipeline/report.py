@@ -1,7 +1,5 @@
 """The report stage: write `report.html`, `report.md` and `results.json` from the records."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from pathlib import Path

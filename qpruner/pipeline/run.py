@@ -1,7 +1,5 @@
 """Run a command: check the configuration, hold the lock of the run folder, keep `run.json`, and run the flow."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -44,8 +42,7 @@ from qpruner.wording import as_called
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
-SMALL_FILES = 2**20
-"""Bytes that every command needs for records, log and report."""
+SMALL_FILES = 2**20  # bytes that every command needs for records, log and report
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The base class of the stages."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,18 +25,13 @@ class Stage(ABC, Generic[RecordType]):
     The command line imports every stage, so torch, transformers and Ray are imported inside functions only.
     """
 
-    name: ClassVar[str]
-    """Name of the stage and of its folder, record, subcommand and API function."""
-    help: ClassVar[str] = ""
-    """Help text of the subcommand; empty if the stage has none."""
-    record: type[RecordType] | None = None
-    """Class of the record; None for a stage that always runs."""
-    keeps_scratch: ClassVar[bool] = False
-    """Whether the stage reuses the scratch folder of a killed command."""
+    name: ClassVar[str]  # name of the stage and of its folder, record, subcommand and API function
+    help: ClassVar[str] = ""  # help text of the subcommand; empty if the stage has none
+    record: type[RecordType] | None = None  # class of the record; None for a stage that always runs
+    keeps_scratch: ClassVar[bool] = False  # whether the stage reuses the scratch folder of a killed command
     repairs_files: ClassVar[bool] = False
     """Whether the stage verifies the checksums of its files at the start of a command and rebuilds damaged files."""
-    starts_ray: ClassVar[bool] = True
-    """Whether the stage may start Ray on this machine."""
+    starts_ray: ClassVar[bool] = True  # whether the stage may start Ray on this machine
     trains: ClassVar[bool] = False
     """Whether the stage trains; only then may training settings be the cause of a loss that is NaN or infinite."""
     memory_keys: ClassVar[str] = (

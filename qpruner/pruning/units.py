@@ -1,7 +1,5 @@
 """List the units of a model that may be cut: their blocks, their sizes, and how many must stay."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +7,9 @@ from typing import Any
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of, owned_parameters
 
-Kept = dict[int, dict[str, tuple[int, ...]]]
-"""Block index -> kind of unit -> indices of the units that stay, ascending."""
+Kept = dict[int, dict[str, tuple[int, ...]]]  # block index -> kind of unit -> indices of the units that stay, ascending
 
-Values = Mapping[int, Mapping[str, Sequence[float]]]
-"""Block index -> kind of unit -> importance of each unit."""
+Values = Mapping[int, Mapping[str, Sequence[float]]]  # block index -> kind of unit -> importance of each unit
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,7 @@ class KindSize:
         return self.count - self.least
 
 
-Sizes = Mapping[int, Mapping[str, KindSize]]
-"""Block index -> kind of unit -> number and size of these units."""
+Sizes = Mapping[int, Mapping[str, KindSize]]  # block index -> kind of unit -> number and size of these units
 
 
 class RateTooHigh(UserError):

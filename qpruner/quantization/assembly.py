@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-ADAPTER = "default"
-"""Name that peft gives to a model's only adapter."""
+ADAPTER = "default"  # name that peft gives to a model's only adapter
 
 
 def assemble(

@@ -6,8 +6,6 @@ reads an entry that is missing or damaged makes it (`read_plan`). Two processes 
 file is replaced as a whole, and their bytes are equal.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging
@@ -38,10 +36,8 @@ from qpruner.runs.records import Recorded, digest_of
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import OnPiece
 
-VERSION = 3
-"""Version of the entries: raise it when the same inputs give different tensors."""
-GRAMS = "grams"
-"""Subfolder with the Gram matrices of layers' inputs, a file for each block."""
+VERSION = 3  # version of the entries: raise it when the same inputs give different tensors
+GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
 """A model with fewer weights is packed without Ray, because starting Ray would take longer than packing."""
 
@@ -63,8 +59,7 @@ class EntryRecord(FileRecord):
 
     residual_ratio: float
     """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided by that without."""
-    error: float
-    """Squared norm of that error, divided by that of the weights (or outputs)."""
+    error: float  # squared norm of that error, divided by that of the weights (or outputs)
 
 
 @dataclass(frozen=True)
@@ -73,15 +68,12 @@ class BankSource:
 
     folder: Path
     checkpoint: Path
-    grouping: str
-    """`quantize.group`."""
+    grouping: str  # `quantize.group`
     dtype: str
     lora: LoraConfig
     seed: int
-    inputs: str = ""
-    """Digest of all that the entries depend on besides their formats."""
-    uses_grams: bool = False
-    """Whether GPTQ rounds the blocks' weights, by the Gram matrices in `GRAMS`."""
+    inputs: str = ""  # digest of all that the entries depend on besides their formats
+    uses_grams: bool = False  # whether GPTQ rounds the blocks' weights, by the Gram matrices in `GRAMS`
 
     def file(self, group: str, level: str) -> Path:
         """Return the path of the entry of a (group, format)."""

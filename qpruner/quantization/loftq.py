@@ -20,8 +20,6 @@ unpacked model: 1.886; the last two columns are GPTQ's):
 Principal directions alone: 1.878, 1.921, 1.931 and 2.225. More iterations fit the calibration text.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +28,7 @@ from qpruner.config.schema import LoraConfig
 from qpruner.quantization.formats import Format
 from qpruner.quantization.rounding import change_size, gram_root, pack
 
-OVERSAMPLING = 8
-"""Directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)."""
+OVERSAMPLING = 8  # directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,11 @@ class LoftqStart:
     """A packed weight and the initial adapter that approximates its quantization error."""
 
     packed: dict[str, torch.Tensor]
-    lora_a: torch.Tensor
-    """Float32 ``(rank, columns)``."""
-    lora_b: torch.Tensor
-    """Float32 ``(rows, rank)``."""
-    size: float
-    """Norm of W; with a Gram matrix this and the errors are norms of the outputs they make (`change_size`)."""
-    plain_error: float
-    """Norm of ``W - dequantize(quantize(W))``."""
-    error: float
-    """Norm of ``W - dequantize(Q) - scaling * B A``."""
+    lora_a: torch.Tensor  # float32 ``(rank, columns)``
+    lora_b: torch.Tensor  # float32 ``(rows, rank)``
+    size: float  # norm of W; with a Gram matrix this and the errors are norms of the outputs they make (`change_size`)
+    plain_error: float  # norm of ``W - dequantize(quantize(W))``
+    error: float  # norm of ``W - dequantize(Q) - scaling * B A``
 
 
 def loftq_start(

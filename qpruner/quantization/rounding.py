@@ -5,8 +5,6 @@ the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each time c
 rounded so that they make up for its error.
 """
 
-from __future__ import annotations
-
 import torch
 
 from qpruner.errors import TrainingDiverged
@@ -14,8 +12,7 @@ from qpruner.quantization.formats import Format, GridFormat
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)
 """Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
-BLOCK = 128
-"""Columns whose errors are carried to all later columns in one product."""
+BLOCK = 128  # columns whose errors are carried to all later columns in one product
 
 
 def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

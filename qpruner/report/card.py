@@ -1,7 +1,5 @@
 """Writes the model card `final/README.md`, which hubs show, once the final model is evaluated."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +19,7 @@ from qpruner.runs.records import GIVEN
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
-METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
-"""Metric's name in lm-eval -> its name on the hub."""
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}  # metric's name in lm-eval -> its name on the hub
 
 
 def model_card(run: Snapshot) -> str:

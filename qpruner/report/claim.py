@@ -1,7 +1,5 @@
 """Writes the claim: how the winner compares with others, as far as the measured spread allows a verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -14,8 +14,7 @@ NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].{0,40})?|-|")
 """A number with a unit or an interval, not a sentence that begins with a number."""
 
 
-Cell = str | PrecisionPlan
-"""What a table shows in a cell; a plan is drawn as a bar, or written with a letter per group."""
+Cell = str | PrecisionPlan  # what a table shows in a cell; a plan is drawn as a bar, or written with a letter per group
 
 
 @dataclass(frozen=True)

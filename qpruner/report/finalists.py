@@ -1,7 +1,5 @@
 """Compares the winner of a search with the other finalists, trials of equally many steps, on fresh rows."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Computes the rows of a run's final table from its records."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,8 +22,7 @@ from qpruner.runs.records import (
 BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
 MUTUAL_INFORMATION = "mutual_information"
-FineTune = tuple[CandidateRecord, RowScores]
-"""The record of one fine-tune, and the scores of its model."""
+FineTune = tuple[CandidateRecord, RowScores]  # the record of one fine-tune, and the scores of its model
 Speed = tuple[float, float, float]
 """Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
 

@@ -1,7 +1,5 @@
 """Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run, without heavy imports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Computes the progress of a search from its trials' records: counts, best scores and the time left."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

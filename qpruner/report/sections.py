@@ -1,7 +1,5 @@
 """Builds the sections of a run's report, which both `report.html` and `report.md` show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import yaml

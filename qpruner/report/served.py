@@ -1,7 +1,5 @@
 """Tells of a run's files for other servers: their size, loss and speed as served, and the commands that use them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import statistics

@@ -26,13 +26,10 @@ if TYPE_CHECKING:
 
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
 RUNNING = "running"
-CUT_OFF = "cut off"
-"""Outcome of a command whose process ended without recording its outcome."""
-GONE = "most likely gone"
-"""Outcome of a command on another machine whose heartbeat has stopped."""
+CUT_OFF = "cut off"  # outcome of a command whose process ended without recording its outcome
+GONE = "most likely gone"  # outcome of a command on another machine whose heartbeat has stopped
 LACKING = {"comparison": "its comparison is", "serve": "the files to serve it are"}
-MOMENT_SECONDS = 0.3
-"""Longest expected time between a driver's change of the run's state and its change of the lock."""
+MOMENT_SECONDS = 0.3  # longest expected time between a driver's change of the run's state and its change of the lock
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ Models are paired by training seed, their scores by test question or by row of `
 `qpruner.data.measures` computes means and standard errors over tasks and questions.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -21,8 +19,7 @@ SAME = "not distinguishable"
 ANSWER_LOSS, CONFIRMATION_LOSS = "answer loss", "confirmation loss"
 LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS)
 """The measures in nats, for which lower is better; all other measures are accuracies."""
-Pair = tuple[FineTune, FineTune]
-"""One fine-tune of each of two rows, with the same training seed."""
+Pair = tuple[FineTune, FineTune]  # one fine-tune of each of two rows, with the same training seed
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Builds the tables of a run's figures, which the terminal, `report.md` and `report.html` show."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -8,8 +8,6 @@ appended, and an open TensorBoard shows them. After a crash, repeating the comma
 tensorboardX's `SummaryWriter` sets its own times and file names and only appends, so this module makes the messages.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil
@@ -34,15 +32,13 @@ from qpruner.runs.records import SearchState, TrialRecord
 logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
-FILE = "events.out.tfevents"
-"""Prefix by which TensorBoard recognizes event files."""
+FILE = "events.out.tfevents"  # prefix by which TensorBoard recognizes event files
 TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
 """Values of DataType and Status in the HParams plugin's api.proto."""
 RUNGS = "validation by rung"
 """Tag group of the HParams table's metrics; in Scalars its name sorts after the groups of the curves."""
 BEST = "search/best so far"
-MOST_POINTS = 1000
-"""Maximum number of training losses in a trial's file, which keeps the file below 200 kB."""
+MOST_POINTS = 1000  # maximum number of training losses in a trial's file, which keeps the file below 200 kB
 
 
 class Board:

@@ -1,7 +1,5 @@
 """Events that the stages report while they work, as plain data for the terminal, the log and the tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,8 +46,7 @@ class Progress(Event):
     detail: str = ""
 
 
-COMMAND = "run"
-"""Value of `Message.stage` in messages of the command itself, which belong to no stage."""
+COMMAND = "run"  # value of `Message.stage` in messages of the command itself, which belong to no stage
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ measured here, since clocks may differ. `filelock` lets one process at a time ju
 machine (pyarrow 26 has no conditional put): of two that take it at once, the first heartbeat ends one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -28,19 +26,16 @@ from qpruner.runs.storage import Storage, display_name, exclusive, retry_storage
 
 NAME = "driver.lock"
 HEARTBEAT_SECONDS = 10.0
-STALE_BEATS = 6
-"""Missed heartbeats after which a driver on another machine counts as dead."""
+STALE_BEATS = 6  # missed heartbeats after which a driver on another machine counts as dead
 
 
 class Holder(Recorded):
     """The contents of a lock file: the process that holds the lock of a run."""
 
     host: str
-    machine: str
-    """Boot id and process namespace: processes with the same value see each other's process ids."""
+    machine: str  # boot id and process namespace: processes with the same value see each other's process ids
     pid: int
-    started: int
-    """Start of the process in clock ticks since boot, because process ids are reused."""
+    started: int  # start of the process in clock ticks since boot, because process ids are reused
     since: str
 
 
@@ -48,8 +43,7 @@ class Driver(NamedTuple):
     """The process that holds the lock of a run; the next command takes the lock unless the process is alive."""
 
     holder: Holder
-    beat: float
-    """Last heartbeat, in Unix seconds by the clock of the storage."""
+    beat: float  # last heartbeat, in Unix seconds by the clock of the storage
     state: Literal["alive", "dead", "silent"]
     """`dead`: ended on this machine. `silent`: on another machine, without a heartbeat for a minute."""
 

@@ -1,7 +1,5 @@
 """Write and upload the log of a run and its TensorBoard files; keep other libraries off the terminal."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -3,8 +3,6 @@
 The record of a stage is written after the files of the stage, so the files are complete once the record exists.
 """
 
-from __future__ import annotations
-
 import uuid
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The version and commit of this code. `setup.py` runs this file, so it imports only the standard library."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

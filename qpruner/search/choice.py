@@ -3,8 +3,6 @@
 The replays in `benchmarks/` call these functions too, so they choose plans as a run does.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 
@@ -18,14 +16,12 @@ from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
-SCALE = 1e3
-"""Largest gain given to the solver, far above its absolute tolerance of 1e-6."""
+SCALE = 1e3  # largest gain given to the solver, far above its absolute tolerance of 1e-6
 BEST_FIRST = ("fisher", "kl", "second_order", "loss", "first_order", "mutual_information")
 """Sensitivities that may choose the plans of controls; the first that is measured does."""
 # Rank correlation between SmolLM2 as it is and cut by 10 % (30 blocks, 128 rows, 2026-11): fisher 0.98, mutual
 # information 0.84, kl 0.66 (q4_0) to 0.91 (q8_0), loss 0.16 to 0.44.
-Point = tuple[float, float]
-"""The bytes of a plan and its score; both are minimized."""
+Point = tuple[float, float]  # the bytes of a plan and its score; both are minimized
 
 
 def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:

@@ -3,8 +3,6 @@
 ASHA stops trials on this belief. Two cuts may recover from pruning at unlike speeds, so it has to be shown for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -6,8 +6,6 @@ already by the nearest new feasible plan, and keeps the results. Suggestion k de
 results known when it is asked for.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import itertools
 from collections.abc import Collection, Mapping, Sequence

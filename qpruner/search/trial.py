@@ -1,7 +1,5 @@
 """Run one trial: fine-tune a plan for a few steps and score it at every rung. Nothing here knows of Ray."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any

@@ -39,8 +39,7 @@ REMEDIES = SETTING_REMEDIES | {
     "run's `records/search.json`, then repeat the command",
 }
 """What to do about each kind of failure."""
-SUGGESTED = "suggested.json"
-"""The name of the file with a copy of a trial's first record."""
+SUGGESTED = "suggested.json"  # the name of the file with a copy of a trial's first record
 
 Report = Callable[[RungResult | None, Path], None]
 """Callback that gets a checkpoint and the result of its rung, None between rungs; may raise to stop the trial."""

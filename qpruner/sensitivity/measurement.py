@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Floats = npt.NDArray[np.float64]
-Pair = tuple[str, str]
-"""A group and a packed format that it may have."""
-POSITIONS = 256
-"""Positions compared at once; each needs a float32 row of the size of the vocabulary."""
+Pair = tuple[str, str]  # a group and a packed format that it may have
+POSITIONS = 256  # positions compared at once; each needs a float32 row of the size of the vocabulary
 
 
 @dataclass(frozen=True)

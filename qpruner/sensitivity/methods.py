@@ -22,8 +22,7 @@ from qpruner.sensitivity.measurement import Measurement, Pair, measure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Rises = Mapping[Pair, float]
-"""Predicted rise for each pair of a group and a packed format."""
+Rises = Mapping[Pair, float]  # predicted rise for each pair of a group and a packed format
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
 """Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear layers is blind."""
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SECONDS = 30.0
-"""Seconds of training after which it is saved, unless saving takes more than one part in `COST` of them."""
+SECONDS = 30.0  # seconds of training after which it is saved, unless saving takes more than one part in `COST` of them
 COST = 20
 
 

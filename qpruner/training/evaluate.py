@@ -21,8 +21,7 @@ from qpruner.runs.records import MetricScore, TaskScore
 if TYPE_CHECKING:
     from qpruner.data.calibration import OnProgress
 
-METRICS: tuple[str, ...] = get_args(AccuracyMetric)
-"""lm-eval's accuracy metrics, in order of preference."""
+METRICS: tuple[str, ...] = get_args(AccuracyMetric)  # lm-eval's accuracy metrics, in order of preference
 
 
 @dataclass(frozen=True)

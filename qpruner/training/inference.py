@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 16, 16
-NUM_TURNS = 3
-"""Number of timed generations per row of the final table."""
+NUM_TURNS = 3  # number of timed generations per row of the final table
 
 
 @dataclass(frozen=True)

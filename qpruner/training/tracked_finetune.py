@@ -1,7 +1,5 @@
 """Log a fine-tune to the trackers with transformers' callbacks, as one run in each tracker."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

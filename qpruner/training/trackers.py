@@ -3,8 +3,6 @@
 A tracker's address and key come from environment variables, which workers get, and which are never recorded.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

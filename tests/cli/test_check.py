@@ -1,7 +1,5 @@
 """`qpruner check`: the sizes, memory, hours and warnings that it prints before a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`qpruner status`, `trials`, `plan` and `compare`, which read only the files of a run."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """The output of a running command: a live view on a terminal, plain lines in a pipe."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty

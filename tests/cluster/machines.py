@@ -5,8 +5,6 @@ the file system. A bridge connects them. One machine stands for the user's lapto
 are child processes that die with this process, so nothing remains after a test.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ The head is a simulated machine. The workers are raylets on it, which a test pro
 GPUs on them that do not exist. The cluster file is the one that `ray up` would write on the head.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """How many trials run at once on a cluster, and which cluster a run joins."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Work behaves the same on a cluster and in this process: events arrive at once, errors keep their type."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os

@@ -1,7 +1,5 @@
 """A group of processes trains as one process does, and its job runs again if a process dies."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

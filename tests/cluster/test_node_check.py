@@ -1,7 +1,5 @@
 """The check of nodes on a real cluster: nodes with other storage, another qpruner, or no answer."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

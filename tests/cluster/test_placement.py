@@ -1,7 +1,5 @@
 """A real search with trials that only record where they run: every GPU of every node runs one trial at a time."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -5,8 +5,6 @@ Different from a real cluster, /shared is another folder, the packages are alrea
 for trials, so that all trials run on workers.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

@@ -3,8 +3,6 @@
 SLURM counts eight cores and one GPU on each node; in truth the nodes share this machine's cores, and trials use CPUs.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

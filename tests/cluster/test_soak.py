@@ -3,8 +3,6 @@
 `pytest -m cluster tests/cluster/test_soak.py -s` prints the numbers of kills and the time.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

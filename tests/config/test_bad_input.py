@@ -3,8 +3,6 @@
 Mistakes about the model, its rows, tasks or device are tested in `tests/pipeline/test_preflight.py`.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

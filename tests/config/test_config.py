@@ -1,7 +1,5 @@
 """Keys without effect are named in a warning and do not change anything else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The recipes of `tune_configs/` are complete, and the commands and figures of their headers are right."""
 
-from __future__ import annotations
-
 import re
 import runpy
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run writes no token of the environment to its records, logs or TensorBoard files, or to Ray's files."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

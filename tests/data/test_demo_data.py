@@ -1,7 +1,5 @@
 """The demo's data are sound: the numbers in the README depend on them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import combinations
 from typing import Any

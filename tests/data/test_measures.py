@@ -1,7 +1,5 @@
 """Means, standard errors and intervals over tasks and questions."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Rows have the right columns, defects of files are named, and training rows are not used for scoring."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """The estimates of memory and hours are compared with autograd, ASHA and a real fine-tune; real steps are timed."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

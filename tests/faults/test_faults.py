@@ -1,7 +1,5 @@
 """Real faults while stages run: damaged files, a full disk, NaN in weights and losses."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

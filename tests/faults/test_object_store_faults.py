@@ -3,8 +3,6 @@
 The S3 server is a real one on loopback. The results are compared with those of an undisturbed run in a folder.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 The results of a disturbed search are compared with those of one undisturbed search.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

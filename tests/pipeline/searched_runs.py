@@ -3,8 +3,6 @@
 `tests/conftest.py` loads the fixtures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The bank stage: it makes what is missing only, and whoever reads a damaged entry makes that one again."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rows of the final table: their plans, training seeds and jobs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The plans to beat: what one would do with the base model and with each cut, and the paper's flow."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from qpruner.pipeline.context import Context

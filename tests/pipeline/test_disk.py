@@ -1,7 +1,5 @@
 """Free room on a real file system: a run needs room only for files that it has not written yet."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

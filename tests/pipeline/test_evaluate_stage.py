@@ -1,7 +1,5 @@
 """The evaluate stage: its GPU seconds, and the text for perplexity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

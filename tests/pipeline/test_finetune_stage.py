@@ -1,7 +1,5 @@
 """The fine-tunes of the winner and of other rows: none runs twice, and the final folder holds the winner."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The flow is one tuple of stages, and no other list of stages exists."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 from collections.abc import Callable

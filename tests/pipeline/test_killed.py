@@ -1,7 +1,5 @@
 """A run that is killed at any time and repeated has the same plans, losses and report."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

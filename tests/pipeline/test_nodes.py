@@ -1,7 +1,5 @@
 """Problems of a node, found in its report without Ray."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of shapes and sample lengths before weights are read."""
 
-from __future__ import annotations
-
 import shutil
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`run.json` describes the latest command that started a stage; other commands leave it alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A row has a change of a valid configuration and the parts of the message: key, v
 configuration alone causes: `tests/config/test_bad_input.py`.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

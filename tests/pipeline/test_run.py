@@ -1,7 +1,5 @@
 """A whole `qpruner run` on the two-layer model with real Ray, bitsandbytes and lm-eval."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

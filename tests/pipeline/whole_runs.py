@@ -3,8 +3,6 @@
 `tests/conftest.py` loads the fixtures.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

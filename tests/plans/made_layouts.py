@@ -1,7 +1,5 @@
 """Layouts of small models, for the tests of plans and of their spaces."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

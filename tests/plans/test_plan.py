@@ -1,7 +1,5 @@
 """Sizes of plans, and plan files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

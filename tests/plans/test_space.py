@@ -1,7 +1,5 @@
 """The best plans in a budget, which models must not exceed; also with formats of groups' own, and of several cuts."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

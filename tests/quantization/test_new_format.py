@@ -16,8 +16,6 @@ import qpruner
 FIVE_BITS = '''
 """Five bits with a scale for every 32 weights: eight codes in five bytes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ folder of a long search: by default 30 blocks, 200 trials, two tasks, and random
 `recorded_run` writes the folder of a search of six trials, whose figures are written out here.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import socket

@@ -1,7 +1,5 @@
 """The model card: hubs read from it what the run knows and what the user states."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The claim never states a gain that the measurements do not support."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The report shows first what a user would do instead of a search, and never hides that it is better."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page: self-contained, small, escaped, and written for unfinished runs, too."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

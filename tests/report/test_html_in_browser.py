@@ -1,7 +1,5 @@
 """The page in a real browser: no errors, plots drawn, readable in any theme and in print."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections import Counter

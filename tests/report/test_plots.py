@@ -1,7 +1,5 @@
 """The plots show what was measured."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Every record can be turned into a table with one row per item of its list."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

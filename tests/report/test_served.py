@@ -1,7 +1,5 @@
 """Tells of files as they are served: the table, the ratios, the first tile and the commands."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which process works on a run, according to its lock: real processes that run, are stopped or killed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

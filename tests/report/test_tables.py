@@ -1,7 +1,5 @@
 """The tables show the figures that were measured."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """TensorBoard shows a search: files are read back with its own reader; the last test opens it in a browser."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

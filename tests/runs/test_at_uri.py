@@ -1,7 +1,5 @@
 """The work of a worker for a run at a URI, on machines without local copies; without Ray, on a real S3 server."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

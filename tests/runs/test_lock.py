@@ -1,7 +1,5 @@
 """One driver a run: who is refused, and which locks are stale."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

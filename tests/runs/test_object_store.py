@@ -1,7 +1,5 @@
 """A run at a URI: folders are complete or missing on every machine. The S3 server is a real one on loopback."""
 
-from __future__ import annotations
-
 import json
 import logging
 import signal

@@ -1,7 +1,5 @@
 """A full or missing storage is waited for, then reported with the remedy; written files stay complete."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

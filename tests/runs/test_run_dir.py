@@ -1,7 +1,5 @@
 """Records and folders of a run, in a folder and at a URI, are complete even if their writer is killed (SIGKILL)."""
 
-from __future__ import annotations
-
 import math
 import os
 import random

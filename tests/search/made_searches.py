@@ -1,7 +1,5 @@
 """Searches on six small groups, their trials, and spaces of plans, for several files of tests."""
 
-from __future__ import annotations
-
 import itertools
 import pickle
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Ray's own ASHA code runs here, on stand-ins for trials that have an id and a plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Random plans of equal bytes are equally likely, Pareto fronts non-dominated, and seed plans the best predicted."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from dataclasses import replace

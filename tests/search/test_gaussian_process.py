@@ -1,7 +1,5 @@
 """The searcher `gp`: what its model learns from scores, rungs and sensitivities, and which plans it proposes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace

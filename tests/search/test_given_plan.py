@@ -1,7 +1,5 @@
 """`qpruner run CONFIG --plan FILE` as a user types it: a plan changed by hand becomes the model, without a search."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 No work is done there, no trial counts as failed, and the error names the node.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

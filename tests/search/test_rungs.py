@@ -1,7 +1,5 @@
 """How well a rung orders trials, within and across cuts."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats

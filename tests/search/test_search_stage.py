@@ -3,8 +3,6 @@
 Most tests call a part of it on records as trials write them. The last one runs the whole stage with real Ray.
 """
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time

@@ -1,7 +1,5 @@
 """The benchmark of searchers: tables of measured plans, replays of searches on them, and the figures of replays."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

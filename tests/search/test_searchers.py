@@ -1,7 +1,5 @@
 """Proposals: no plan twice, none over budget, and the same ones when a search is resumed."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Collection
 from dataclasses import replace

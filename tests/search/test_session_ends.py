@@ -1,7 +1,5 @@
 """Faults at which Tune alone would wait for ever or end without a message: real Ray, with stand-ins for trials."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A trial resumed between two rungs, or trained again for the choice of the winner, is the same training."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

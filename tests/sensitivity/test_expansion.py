@@ -1,7 +1,5 @@
 """Compare predicted rises with plain autograd of the same loss, sample by sample."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

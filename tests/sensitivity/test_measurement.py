@@ -1,7 +1,5 @@
 """Compare measured rises with models whose weights were replaced, and with the initial model of a trial."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare the peak memory of sensitivities, scoring and GPTQ's inputs with the prediction of `qpruner check`."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The scores of all methods have the same shape, and the stage computes only the configured methods."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Scores of real lm-eval tasks: which metrics are recorded, and which metric tables and searches use."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

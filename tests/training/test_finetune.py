@@ -1,7 +1,5 @@
 """The training loop: a resumed training gives the same result as an uninterrupted one."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """If memory runs out in a command without stages, its message gives a remedy and does not report a defect."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Rows of the final table, on real files: a row is scored with its own adapter, or not at all."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

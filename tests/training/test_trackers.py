@@ -1,7 +1,5 @@
 """Real Weights & Biases and MLflow: what was logged to them is read back by their own packages."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -6,8 +6,6 @@ from their last checkpoint, and the rungs of ASHA are filled again. Tune's snaps
 would lose the trials that finished after it (measured, Ray 2.60).
 """
 
-from __future__ import annotations
-
 import os
 import re
 

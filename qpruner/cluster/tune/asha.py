@@ -1,7 +1,5 @@
 """ASHA of Ray Tune, resumed from recorded trials; for a Pareto front, a plan competes with none of more bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Callbacks of Ray Tune that end a search early and kill the workers of trials that hang."""
 
-from __future__ import annotations
-
 import re
 import signal
 import threading

@@ -39,8 +39,7 @@ from qpruner.search.searchers import Ledger, Observation, Suggestion
 MAX_KILLS = 3
 """Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that stay. Deaths for memory
 are counted apart, because they say that the plan is infeasible."""
-MAX_ERRORS = 3
-"""Trials in a row with an error on one machine, after which the machine counts as broken."""
+MAX_ERRORS = 3  # trials in a row with an error on one machine, after which the machine counts as broken
 KERNEL_SECONDS = 20.0
 """Time for a machine to report its kernel's kills: it was just out of memory, and has to start a process."""
 

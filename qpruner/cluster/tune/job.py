@@ -1,7 +1,5 @@
 """The inputs and the outcome of a search under Ray Tune, and how a search resumes from the records."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +14,7 @@ from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Sugge
 from qpruner.search.trial_records import Materials, Trial, objective, read_trials, remove_old_checkpoints, write_trial
 from qpruner.training import checkpoints
 
-METRIC = "score"
-"""The name of the score that Tune minimizes: the validation loss, or one minus the accuracy."""
+METRIC = "score"  # the name of the score that Tune minimizes: the validation loss, or one minus the accuracy
 TIME = "step"
 
 

@@ -4,8 +4,6 @@ Ray's classes accept scores only of plans that they have proposed themselves. So
 seeded from (seed, index). The known plans are its `points_to_evaluate`: it proposes these first and gets their scores.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

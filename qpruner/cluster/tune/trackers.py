@@ -21,8 +21,7 @@ from qpruner.training.trackers import Guard, Trackers
 
 FIGURES = (METRIC, "loss", "accuracy", "accuracy_stderr", "train_loss")
 """The values of a rung that are logged; those that Ray adds, such as clocks and host names, are left out."""
-UPLOAD_SECONDS = 120
-"""Time that the end of a search waits for uploads."""
+UPLOAD_SECONDS = 120  # time that the end of a search waits for uploads
 
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:

@@ -1,7 +1,5 @@
 """Runs one trial in a Ray worker, and writes its record before each report to Tune and at its end."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

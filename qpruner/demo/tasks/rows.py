@@ -1,7 +1,5 @@
 """Reads the demo's questions for the lm-eval tasks beside this file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

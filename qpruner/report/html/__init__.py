@@ -4,8 +4,6 @@ Vega-Lite draws the plots. Its runtime (0.9 MB), bundled by vl-convert, is part 
 a content security policy keeps the page from loading anything.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Colours are variables of the page's style sheet (``var(--searched)``), so that a
 print themes. `Chart.png` replaces them by the light theme's values. Formats have one colour in all themes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

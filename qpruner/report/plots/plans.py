@@ -1,7 +1,5 @@
 """Plots of the plans, a bar per group coloured by format, and of what each cut kept of every block."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

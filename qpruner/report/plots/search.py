@@ -1,7 +1,5 @@
 """Plots a search: score against bytes, the trials coloured by their cut."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 
@@ -17,8 +15,7 @@ SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan",
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 CUT_COLORS = ("#4477aa", "#ee6677", "#228833", "#b8860b", "#aa3377", "#0f9d9d")
 """Colours of the cuts, the least pruned first, which light and dark pages show well."""
-REACH = 6.0
-"""Length of the score axis, in multiples of the distance from the best to the median score."""
+REACH = 6.0  # length of the score axis, in multiples of the distance from the best to the median score
 
 
 def score_by_bytes(run: Snapshot) -> Chart | None:

@@ -4,8 +4,6 @@ The record of a stage is written last, so its presence shows that the files of t
 identifies all inputs of the stage: while they stay the same, the stage is skipped.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import RUN_ID as RUN_ID

@@ -1,7 +1,5 @@
 """Records of the search: trials, finalists and the outcome."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
 from qpruner.runs.records.base import Record, Recorded, StandardError

@@ -1,7 +1,5 @@
 """The record of stage serve: the files for other servers, their size, loss and speed."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 from qpruner.runs.records.base import Record, Recorded

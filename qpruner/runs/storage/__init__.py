@@ -3,8 +3,6 @@
 Every file has a path on this machine; for a run in an object store it holds a local copy of the object.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

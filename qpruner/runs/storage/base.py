@@ -1,7 +1,5 @@
 """The storage of a run in a folder, and the lists of digests that show whether a folder is complete."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -24,13 +22,11 @@ from qpruner.runs.storage.retry import FULL, Result, retry_storage
 
 Item = TypeVar("Item")
 
-FILES = ".files.json"
-"""Suffix of the file list of a folder, such as `prune.files.json` next to `prune/`."""
+FILES = ".files.json"  # suffix of the file list of a folder, such as `prune.files.json` next to `prune/`
 PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
 """Bytes per read when copying, and fewer when digesting: many threads digest at once while memory is measured."""
 WAITING_SECONDS = 0.1
-CONCURRENT = 16
-"""Number of files that are read, uploaded or downloaded at once."""
+CONCURRENT = 16  # number of files that are read, uploaded or downloaded at once
 OnPiece = Callable[[], object]
 """Called from any thread after each piece read, and while waiting for another process, to show progress."""
 

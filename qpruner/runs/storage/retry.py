@@ -1,7 +1,5 @@
 """Retry operations that fail because a storage is full or away, then raise an error with the remedy."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os
