@@ -64,7 +64,11 @@ def check(
 
 
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    layout, asked = inspection.reference, {*config.quantize.levels, *config.quantize.embedding_levels}
+    layout, plan, asked = (
+        inspection.reference,
+        inspection.plan,
+        {*config.quantize.levels, *config.quantize.embedding_levels},
+    )
     levels = by_size(tuple(asked))
     return {
         "num_groups": len(layout.groups),
@@ -81,7 +85,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "formats": {name: _offered(config, layout, name) for name in levels},
         **{f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels},
         "bytes_budget": inspection.budget_bytes,
-        "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
+        "bytes_plan": None if plan is None else inspection.layouts[plan.cut].plan_bytes(plan),
         "concurrent_trials": min(slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
@@ -122,7 +126,7 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     search, size = config.search, facts["bytes_plan"]
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
-    if not facts["num_choices"]:
+    if not facts["num_choices"] and len(facts["cuts"]) == 1:
         return ["your plan:   every group in the only format that it may have"]
     if search.plan is None:
         return []

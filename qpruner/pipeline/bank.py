@@ -39,6 +39,7 @@ class Bank(Stage[BankRecord]):
     name = "bank"
     help = "Run up to the bank of packed weights and adapter starts."
     record = BankRecord
+    keeps_files = False
 
     @property
     def _layout(self) -> Layout:
@@ -84,7 +85,8 @@ class Bank(Stage[BankRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, layout = self.context, self._layout
-        check_offers(self.config, layout, context.on_gpu)
+        for cut in context.cuts:
+            check_offers(self.config, context.layout_of(cut), context.on_gpu)
         for bank in self._banks:
             _remove_stale(bank)
             if not bank.has_grams():
@@ -92,11 +94,9 @@ class Bank(Stage[BankRecord]):
         bank, entries = self._bank, self._fill()
         files = {str(bank.file(*key).relative_to(bank.folder)): entry.sha256 for key, entry in entries.items()}
         sizes = files_in(bank.folder)
-        by_level: dict[str, dict[str, EntryRecord]] = {level: {} for level in self._levels}
-        for (group, level), entry in entries.items():
-            by_level[level][group] = entry
-        packed = {level: layout.group_bytes(level) for level in layout.levels}
-        groups = [group.name for group in layout.groups]
+        by_level = {
+            level: {group: each for (group, name), each in entries.items() if name == level} for level in self._levels
+        }
         return {
             "cut": context.reference,
             "files": files,
@@ -106,8 +106,12 @@ class Bank(Stage[BankRecord]):
             },
             "error": {level: {name: each.error for name, each in of.items()} for level, of in by_level.items()},
             "group_bytes": {
-                level: {name: size for name, size in zip(groups, sizes, strict=True) if size is not None}
-                for level, sizes in packed.items()
+                level: {
+                    group.name: size
+                    for group, size in zip(layout.groups, layout.group_bytes(level), strict=True)
+                    if size is not None
+                }
+                for level in layout.levels
             },
         }
 
@@ -116,10 +120,10 @@ class Bank(Stage[BankRecord]):
         bank, wanted = self._bank, [(group, level) for group, levels in self._wanted.items() for level in levels]
         found = for_each(lambda key: bank.entry(*key), wanted)
         entries: Made = {key: entry for key, entry in zip(wanted, found, strict=True) if entry}
-        jobs = []
-        for group, levels in self._wanted.items():
-            if missing := tuple(level for level in levels if (group, level) not in entries):
-                jobs.append(FillJob(bank, group, missing))
+        missing = {
+            group: tuple(each for each in of if (group, each) not in entries) for group, of in self._wanted.items()
+        }
+        jobs = [FillJob(bank, group, levels) for group, levels in missing.items() if levels]
         if jobs:
             self.notify(f"{len(wanted) - len(entries)} entries to make")
         for done, (job, made) in enumerate(self._filled(jobs), 1):
@@ -132,15 +136,11 @@ class Bank(Stage[BankRecord]):
         from qpruner.quantization.bank import FEW_WEIGHTS
 
         context = self.context
-
-        def fill_here(job: FillJob) -> list[EntryRecord]:
-            return context.executor.run(lambda cache, emit: fill(job), context.emit)
-
         is_small = sum(group.num_weights for group in self._layout.groups) < FEW_WEIGHTS and not context.address
         resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
         if concurrent <= 1:
             for job in jobs:
-                yield job, fill_here(job)
+                yield job, context.executor.run(partial(fill, job), context.emit)
             return
         if context.address:
             # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
@@ -162,11 +162,11 @@ class Bank(Stage[BankRecord]):
     def disk_bytes(self) -> int:
         from qpruner.pruning.grams import gram_bytes
 
-        inspection, size = self.context.inspection, bank_bytes(self.config, self.context.inspection)
+        found, size = self.context.inspection, bank_bytes(self.config, self.context.inspection)
         if self.config.quantize.rounding == "gptq":
-            size += sum(gram_bytes(inspection.base, inspection.model_config))
-            for name in inspection.cuts.keys() - {UNPRUNED}:
-                size += sum(gram_bytes(inspection.layouts[name], inspection.cuts[name].expected))
+            of_cuts = {name: (found.layouts[name], cut.expected) for name, cut in found.cuts.items()}
+            of_cuts[UNPRUNED] = (found.base, found.model_config)
+            size += sum(sum(gram_bytes(*each)) for each in of_cuts.values())
         return size
 
 
@@ -198,8 +198,8 @@ class FillJob:
     threads: int | None = None
 
 
-def fill(job: FillJob) -> list[EntryRecord]:
-    """Make the entries of a job, and return their records."""
+def fill(job: FillJob, *_: ModelCache | Emit) -> list[EntryRecord]:
+    """Make the entries of a job, and return their records; an executor's cache and events are not needed."""
     import torch
 
     from qpruner.quantization.bank import make_entries

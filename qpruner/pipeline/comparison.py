@@ -20,6 +20,7 @@ class Comparison(Stage[ComparisonRecord]):
 
     name = "comparison"
     record = ComparisonRecord
+    keeps_files = False
     trains = True
 
     @classmethod

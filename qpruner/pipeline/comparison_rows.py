@@ -5,7 +5,7 @@ named by the digest of everything that the job depends on. Equal jobs share a fo
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import SearchRecord, digest_of
-from qpruner.runs.storage import for_each, read_progress
+from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.training.table_rows import Candidate, CandidateJob
@@ -120,27 +120,37 @@ def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
 
 
 def run_jobs(
-    context: Context,
+    stage: Stage[Any],
     function: Callable[[CandidateJob], Result],
-    jobs: list[Candidate],
+    jobs: Sequence[Candidate],
+    found: Collection[Path],
+    unit: str,
     num_workers: int = 1,
     text: Path | None = None,  # folder of encoded text for perplexity
     own_process: bool = False,
     **more: Any,
-) -> Iterator[tuple[int, Result]]:
-    """Run a function on jobs in parallel, each in `num_workers` processes; yield positions and results as jobs end."""
-    if not jobs:
-        return
-    resources, concurrent = context.task_resources(len(jobs), num_workers)
-    threads = int(resources.get("cpu", 1))
-    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
-    if num_workers == 1:
-        yield from context.run_tasks(function, tasks, resources, concurrent, own_process, **more)
-        return
-    from qpruner.cluster.group import run_groups
+) -> Iterator[tuple[Candidate, Result]]:
+    """Run a function in parallel on the jobs whose folders are not in `found`, each in `num_workers` processes.
 
-    scratch = context.run_dir.scratch("train")
-    yield from run_groups(function, tasks, resources, num_workers, concurrent, scratch, context.check_node, **more)
+    Yield each job with its result as it ends, and emit the progress of all in `unit`.
+    """
+    context, left = stage.context, [job for job in jobs if job.folder not in found]
+    if not left:
+        return
+    more["on_tick"] = job_progress(stage, [job.progress for job in left], len(jobs), unit)
+    more["progress"] = lambda position: sorted(published_folders(left[position].checkpoints))
+    resources, concurrent = context.task_resources(len(left), num_workers)
+    threads = int(resources.get("cpu", 1))
+    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in left]
+    if num_workers == 1:
+        results = context.run_tasks(function, tasks, resources, concurrent, own_process, **more)
+    else:
+        from qpruner.cluster.group import run_groups
+
+        scratch, check = context.run_dir.scratch("train"), context.check_node
+        results = run_groups(function, tasks, resources, num_workers, concurrent, scratch, check, **more)
+    for position, result in results:
+        yield left[position], result
 
 
 def job_progress(stage: Stage[Any], files: list[Path], num_jobs: int, unit: str) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Train the finalists that cannot be told apart again, under further seeds, before one of them wins."""
+"""Score finalists on fresh rows; train those that cannot be told apart under further seeds before one of them wins."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qpruner.data.measures import over_questions
-from qpruner.pipeline.comparison_rows import job_progress, run_jobs
+from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.stage import Stage
+from qpruner.runs.events import Progress
 from qpruner.runs.records import Confirmation, FinalistScore, KeptScore, TrialRecord, digest_of
-from qpruner.runs.storage import for_each, published_folders, remove, write_json
+from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.search import choice
 from qpruner.search.trial_records import objective, trial_folder
-from qpruner.training.table_rows import Candidate, confirm_seed
+from qpruner.training.table_rows import Candidate, confirm_seed, confirm_trial
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob
+
+FINALISTS = "scoring finalists on fresh rows"
 
 
 def with_further_seeds(
@@ -43,14 +46,21 @@ def with_further_seeds(
         f"{counted(len(chosen), 'finalist')} cannot be told apart: each is trained again under "
         f"{counted(len(seeds), 'further seed')} (`search.confirm_seeds`)"
     )
-    wanted = list(itertools.product((trials[confirmations[at].index] for at in chosen), seeds))
-    found = iter(_scores(stage, wanted, job))
-    confirmed, gpu_seconds = list(confirmations), 0.0
+    wanted = {}
+    for trial, seed in itertools.product((trials[confirmations[at].index] for at in chosen), seeds):
+        folder = trial_folder(job.trials, trial.index) / f"seed-{seed}"
+        wanted[folder.with_suffix(".json")] = (candidate_of(stage, trial, folder, seed), (trial.cut, trial.plan, seed))
+    found = kept_scores(stage, wanted, trains=True)
+    confirmed, left = list(confirmations), iter(found)
     for at in chosen:
-        more = list(itertools.islice(found, len(seeds)))
-        gpu_seconds += sum(each.gpu_seconds for each in more)
-        confirmed[at] = _averaged(confirmations[at], more)
-    return confirmed, gpu_seconds
+        confirmed[at] = _averaged(confirmations[at], list(itertools.islice(left, len(seeds))))
+    return confirmed, sum(each.gpu_seconds for each in found)
+
+
+def candidate_of(stage: Stage[Any], trial: TrialRecord, folder: Path, seed: int) -> Candidate:
+    """Describe a finalist as a job for `run_jobs`."""
+    about = (trial.origin, f"trial {trial.index}", stage.context.bank_of(trial.cut), trial.plan, folder, seed)
+    return Candidate(*about, cut=trial.cut, micro_batch_size=trial.micro_batch_size)
 
 
 def _averaged(finalist: Confirmation, more: Sequence[KeptScore]) -> Confirmation:
@@ -69,40 +79,33 @@ def _averaged(finalist: Confirmation, more: Sequence[KeptScore]) -> Confirmation
     return finalist.model_copy(update=update)
 
 
-def _scores(stage: Stage[Any], wanted: Sequence[tuple[TrialRecord, int]], job: SearchJob) -> list[KeptScore]:
-    """Train each trial's plan under a seed, and score it on fresh rows; reuse the scores of an earlier command."""
-    context, folders = stage.context, [trial_folder(job.trials, trial.index) / f"seed-{seed}" for trial, seed in wanted]
-    paths = [folder.with_suffix(".json") for folder in folders]
-    # The name of the trials folder is a digest of what else the scores depend on.
+def kept_scores(
+    stage: Stage[Any], wanted: Mapping[Path, tuple[Candidate, tuple[Any, ...]]], trains: bool = False
+) -> list[KeptScore]:
+    """Score candidates on fresh rows, after a training or not, and keep each score in its file in a trial's folder.
+
+    A score that an earlier command kept is reused if it depends on the same: the values beside the candidate, metric
+    and questions. The name of the trials folder is a digest of what else the scores depend on.
+    """
+    context, files = stage.context, {job.folder: file for file, (job, _) in wanted.items()}
     asked = (context.config.search.metric, context.inspection.questions["fresh"])
-    digests = [digest_of(trial.cut, trial.plan, seed, *asked) for trial, seed in wanted]
-    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "the finalist is trained again"), paths)
-    found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
-    left = [at for at in range(len(wanted)) if at not in found]
-    jobs, held = [_candidate(stage, *wanted[at], folders[at]) for at in left], list[float]()
-    ticks = job_progress(stage, [each.progress for each in jobs], len(wanted), "steps of finalists")
+    digests = {job.folder: digest_of(*inputs, *asked) for job, inputs in wanted.values()}
 
-    def saved(position: int) -> list[Path]:
-        return sorted(published_folders(jobs[position].checkpoints))
+    def read(file: Path) -> KeptScore | None:
+        return stage.read_intact(file, KeptScore, file.parents[1], "the finalist is scored again")
 
-    for number, score in run_jobs(context, confirm_seed, jobs, on_held=held.append, on_tick=ticks, progress=saved):
-        at = left[number]
-        found[at] = KeptScore(**score.model_dump(), digest=digests[at], gpu_seconds=held[-1])
-        write_json(paths[at], found[at])
-        remove(folders[at])
-        stage.notify(f"finalist: {jobs[number].label}, selection loss {score.loss:.4f}")
-    return [found[at] for at in range(len(wanted))]
-
-
-def _candidate(stage: Stage[Any], trial: TrialRecord, seed: int, folder: Path) -> Candidate:
-    context = stage.context
-    return Candidate(
-        name=trial.origin,
-        title=f"trial {trial.index}",
-        bank=context.bank_of(trial.cut),
-        plan=trial.plan,
-        folder=folder,
-        seed=seed,
-        cut=trial.cut,
-        micro_batch_size=trial.micro_batch_size,
-    )
+    kept = zip(files, for_each(read, list(wanted)), strict=True)
+    found = {folder: score for folder, score in kept if score and score.digest == digests[folder]}
+    jobs, held = [job for job, _ in wanted.values()], list[float]()
+    if not trains:
+        context.emit(Progress(stage.name, len(found), len(files), FINALISTS))
+    function, unit = (confirm_seed, "steps of finalists") if trains else (confirm_trial, FINALISTS)
+    for job, score in run_jobs(stage, function, jobs, found, unit, on_held=held.append):
+        found[job.folder] = KeptScore(**score.model_dump(), digest=digests[job.folder], gpu_seconds=held[-1])
+        write_json(files[job.folder], found[job.folder])
+        if trains:
+            remove(job.folder)
+            stage.notify(f"finalist: {job.label}, selection loss {score.loss:.4f}")
+        else:
+            context.emit(Progress(stage.name, len(found), len(files), FINALISTS))
+    return [found[folder] for folder in files]

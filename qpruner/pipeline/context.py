@@ -177,25 +177,20 @@ class Context:
     @cached_property
     def budget_bytes(self) -> int:
         """The bytes that a plan may have."""
-        layouts = {cut: self.layout_of(cut) for cut in self.cuts if self.may_win(cut)}
-        if not layouts:
-            shares = [self._flops_fraction(cut) for cut in self.cuts]
-            raise preflight.too_many_flops(self.config, shares)
-        return preflight.budget_bytes(self.config, layouts)
+        return preflight.budget_bytes(self.config, self._layouts_of_cuts, self.inspection.base)
 
     def may_win(self, cut: str) -> bool:
         """Return True if a token takes no more multiply-adds on this cut than `budget.flops_fraction` allows."""
-        return self._flops_fraction(cut) <= (self.config.quantize.budget.flops_fraction or 1.0)
+        return preflight.is_fast(self.config, self.layout_of(cut), self.inspection.base)
 
-    def _flops_fraction(self, cut: str) -> float:
-        made = self.record(PruneRecord).cuts
-        return made[cut].multiply_adds / made[UNPRUNED].multiply_adds
+    @property
+    def _layouts_of_cuts(self) -> dict[str, Layout]:
+        return {cut: self.layout_of(cut) for cut in self.cuts}
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
-        return preflight.plan_in_file(self.config, layouts, self.budget_bytes)
+        return preflight.plan_in_file(self.config, self._layouts_of_cuts, self.inspection.base, self.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:

@@ -38,16 +38,16 @@ def controls(context: Context) -> list[Control]:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's flow on the least pruned cut on which it fits; None if it cannot be made.
+    """Return the plan of the paper's flow on the least pruned cut on which it may win; None if it cannot be made.
 
-    It needs the mutual information, a cut, and widths that nf4 and int8 take. Embeddings stay unpacked. If it fits on
-    no cut, it is the smallest plan of the most pruned one.
+    It needs the mutual information, a cut, and widths that nf4 and int8 take. Embeddings stay unpacked. If it may win
+    on no cut, it is the smallest plan of the most pruned one.
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None
     spaces = [space for cut in context.cuts if cut != UNPRUNED and (space := _paper_space(context, cut))]
     for space in spaces:
-        if space.is_feasible(space.smallest()):
+        if context.may_win(space.cut) and space.is_feasible(space.smallest()):
             level = space.levels[0]  # the information is the same in all formats
             shares = shared(context, MUTUAL_INFORMATION, space.base_groups, (level,), factor_per_bit=1.0)[level]
             nothing = [0.0] * len(shares)

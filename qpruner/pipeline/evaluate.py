@@ -102,12 +102,9 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
         record = stage.read_intact(file, RowScores, place, f"{job.label} is scored again")
         if record and record.digest == digest:
             found[job.folder] = record
-    left = [job for job in jobs if job.folder not in found]
-    files = [job.progress for job in left]
-    for_each(remove, files)  # files of an interrupted command
-    on_tick = job_progress(stage, files, len(jobs), "answers")
-    for position, (scores, seconds) in run_jobs(context, evaluate_candidate, left, text=text, on_tick=on_tick):
-        job, held = left[position], seconds * context.gpus_held()
+    for_each(remove, [job.progress for job in jobs if job.folder not in found])  # files of an interrupted command
+    for job, (scores, seconds) in run_jobs(stage, evaluate_candidate, jobs, found, "answers", text=text):
+        held = seconds * context.gpus_held()
         record = RowScores(digest=digest, name=job.name, seed=job.seed, gpu_seconds=held, **scores)
         write_json(job.folder / "scores.json", record)
         found[job.folder] = record

@@ -12,7 +12,7 @@ from qpruner.cluster.slots import worker_resources
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer, reporting_tensors
-from qpruner.pipeline.comparison_rows import distinct, job_keys, job_progress, jobs_of, run_jobs, winner_row
+from qpruner.pipeline.comparison_rows import distinct, job_keys, jobs_of, run_jobs, winner_row
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
@@ -33,6 +33,7 @@ class Finetune(Stage[FinetuneRecord]):
     name = "finetune"
     help = "Run up to the final fine-tune."
     record = FinetuneRecord
+    keeps_files = False
     trains = True
 
     @cached_property
@@ -106,20 +107,13 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
             stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned again")
     # A killed driver may have left checkpoints of recorded fine-tunes.
     storage.for_each(storage.remove, [job.checkpoints for job in models if job.folder in found])
-    left = [job for job in models if job.folder not in found]
-    for job in left:
+    for job in (job for job in models if job.folder not in found):
         for checkpoint in filter(is_damaged, storage.published_folders(job.checkpoints)):
             where = storage.quarantine(checkpoint, job.folder.parent)
             stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not resume from it")
-    on_tick = job_progress(stage, [job.progress for job in left], len(models), "steps")
-
-    def saved(position: int) -> list[Path]:
-        return sorted(storage.published_folders(left[position].checkpoints))
-
     num_workers = context.config.finetune.num_workers
-    tuned = run_jobs(context, finetune_candidate, left, num_workers, own_process=True, on_tick=on_tick, progress=saved)
-    for position, (measured, tracker_errors) in tuned:
-        job = left[position]
+    tuned = run_jobs(stage, finetune_candidate, models, found, "steps", num_workers, own_process=True)
+    for job, (measured, tracker_errors) in tuned:
         record = found[job.folder] = _record_of(context, job, measured)
         storage.write_json(job.folder / "record.json", record)
         storage.remove(job.checkpoints)

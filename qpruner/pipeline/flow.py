@@ -75,7 +75,7 @@ def run_stage(stage: Stage[Any]) -> None:
             fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
             record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
             context.check_lock(stage.name)
-            run.commit(stage.name, scratch, record)
+            run.commit(stage.name, scratch, record, stage.keeps_files)
             context.add_record(stage.name, record)
     seconds = record.seconds if record else time.monotonic() - started
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))

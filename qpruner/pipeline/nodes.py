@@ -39,7 +39,7 @@ def look_at_nodes(context: Context) -> None:
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
         check_device(None, config, inspection.packs)
         if inspection.packs:
-            check = partial(check_cut, None, config, inspection.model_config)
+            check = partial(check_cut, False, config, inspection.model_config)
             cuts, refused = makeable(inspection.cuts, check)
             layouts = {name: inspection.layouts[name] for name in cuts}
             for each in refused.items():

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -109,37 +109,23 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     def checked(settings: PruneConfig) -> Cut:
         cut = _planned(settings, model_config, key)
-        return check_cut(capability, config, model_config, cut) if works_here and packs else cut
+        return check_cut(on_gpu, config, model_config, cut) if packs else cut
 
-    cuts, left_out = makeable(cuts_in_effect(config.prune, model_config), checked)
+    asked = {UNPRUNED: uncut(config.prune)} if is_pruned(model_config) else config.prune.cuts
+    cuts, left_out = makeable(asked, checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
-    budget = budget_bytes(config, _fast_enough(config, layouts, base))
+    budget = budget_bytes(config, layouts, base, FLOPS_MARGIN)
     settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
-    plan = plan_in_file(config, layouts, None if is_estimate else budget) if are_groups_known else None
+    plan = plan_in_file(config, layouts, base, None if is_estimate else budget) if are_groups_known else None
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
-def _fast_enough(config: RunConfig, layouts: Mapping[str, Layout], base: Layout) -> dict[str, Layout]:
-    """Leave out cuts above `budget.flops_fraction`, as far as shapes tell; raise an error if none is below it."""
-    limit = config.quantize.budget.flops_fraction or 1.0
-    shares = {cut: layout.multiply_adds / base.multiply_adds for cut, layout in layouts.items()}
-    # Widths that depend on scores may differ a little: only what is far above the limit is left out here.
-    kept = {cut: layouts[cut] for cut, share in shares.items() if share <= limit + FLOPS_MARGIN}
-    if not kept:
-        raise too_many_flops(config, shares.values())
-    return kept
-
-
-def too_many_flops(config: RunConfig, shares: Iterable[float]) -> UserError:
-    """Return the error for cuts that all take too many multiply-adds; `shares` are those of the base model's."""
-    return UserError(
-        f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
-        f"{min(shares):.3g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune "
-        "more (`prune.rates`)"
-    )
+def is_fast(config: RunConfig, layout: Layout, base: Layout, margin: float = 0.0) -> bool:
+    """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction` allows."""
+    return layout.multiply_adds <= ((config.quantize.budget.flops_fraction or 1.0) + margin) * base.multiply_adds
 
 
 def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Cut]) -> tuple[dict[str, Cut], dict[str, str]]:
@@ -160,12 +146,23 @@ def left_out_text(name: str, reason: str) -> str:
     return f"{cut_title(name)} is left out: {reason}"
 
 
-def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
-    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget."""
+def plan_in_file(
+    config: RunConfig, layouts: Mapping[str, Layout], base: Layout, budget_bytes: int | None
+) -> PrecisionPlan | None:
+    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget.
+
+    Without `budget_bytes` the shapes are estimates.
+    """
     file = config.search.plan_file
     if file is None:
         return None
     plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()})
+    if not is_fast(config, layouts[plan.cut], base, FLOPS_MARGIN if budget_bytes is None else 0.0):
+        raise PlanRefused(
+            f"the plan in {file} is of the cut {plan.cut}, which takes more multiply-adds than "
+            f"{config.quantize.budget.flops_fraction:g} of the base model's: name a cut that is pruned more, or raise "
+            "`quantize.budget.flops_fraction`"
+        )
     if budget_bytes is not None and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
@@ -200,11 +197,6 @@ def is_pruned(model_config: Any) -> bool:
     return bool(model_config.is_heterogeneous)
 
 
-def cuts_in_effect(settings: PruneConfig, model_config: Any) -> dict[str, PruneConfig]:
-    """Return the cuts of the configuration; for a model that was pruned earlier the one that removes nothing."""
-    return {UNPRUNED: uncut(settings)} if is_pruned(model_config) else settings.cuts
-
-
 def uncut(settings: PruneConfig) -> PruneConfig:
     """Return the settings with a rate of 0."""
     return settings.model_copy(update={"rates": None, "rate": 0.0, "layer_rate": None})
@@ -234,15 +226,23 @@ def check_quantizable(model_config: Any) -> None:
         )
 
 
-def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
-    """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
+def budget_bytes(config: RunConfig, cuts: Mapping[str, Layout], base: Layout, margin: float = 0.0) -> int:
+    """Return the budget in bytes; raise an error if no cut is fast enough, no plan fits, or no choice is left.
 
-    `fraction` and `mean_bits` are those of the only cut.
+    `fraction` and `mean_bits` are those of the only cut. `margin` is added to `flops_fraction`, because widths that
+    depend on scores may differ from the expected ones.
     """
-    budget, [first, *_] = config.quantize.budget, layouts.values()
+    budget, layouts = config.quantize.budget, [each for each in cuts.values() if is_fast(config, each, base, margin)]
+    if not layouts:
+        share = min(each.multiply_adds for each in cuts.values()) / base.multiply_adds
+        raise UserError(
+            f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
+            f"{share:.3g} of the base model's, got {budget.flops_fraction:g}; raise it, or prune more (`prune.rates`)"
+        )
+    first = layouts[0]
     size = _asked_bytes(budget, first)
     name, value = budget.size
-    most_pruned = min(layouts.values(), key=lambda each: each.plan_bytes(each.smallest()))
+    most_pruned = min(layouts, key=lambda each: each.plan_bytes(each.smallest()))
     smallest, largest = most_pruned.smallest(), first.largest()
     lowest, highest = most_pruned.plan_bytes(smallest), first.plan_bytes(largest)
     of_groups = list(zip(*map(first.group_bytes, first.levels), strict=True))
@@ -314,9 +314,8 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
         check_gpu(config, capability)
 
 
-def check_cut(capability: Capability | None, config: RunConfig, model_config: Any, cut: Cut) -> Cut:
-    """Return the cut; raise an error if it leaves widths that the formats cannot hold on this device."""
-    on_gpu = capability is not None
+def check_cut(on_gpu: bool, config: RunConfig, model_config: Any, cut: Cut) -> Cut:
+    """Return the cut; raise an error if it leaves widths that the formats cannot hold on a GPU or CPU."""
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
         if cut.settings.selection == "global" and not cut.settings.is_off:

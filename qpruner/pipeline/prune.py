@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +60,8 @@ class Wanted:
     folder: Path | None
 
 
-@dataclass
-class Cuts:
-    """Records of the cuts that were made, and reasons why the others could not be made, by name."""
-
-    made: dict[str, CutRecord] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+Made = tuple[dict[str, CutRecord], dict[str, str]]
+"""Records of the cuts that were made, and reasons why the others could not be made, by name."""
 
 
 class Prune(Stage[PruneRecord]):
@@ -77,6 +73,7 @@ class Prune(Stage[PruneRecord]):
     name = "prune"
     help = "Run up to the pruned checkpoints."
     record = PruneRecord
+    keeps_files = False
     repairs_files = True
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
@@ -114,25 +111,24 @@ class Prune(Stage[PruneRecord]):
         self._report_earlier_cut()
         made = self._made_earlier(wanted)
         missing = {name: each for name, each in wanted.items() if name not in made}
-        cuts = Cuts()
+        left_out = dict[str, str]()
         if missing:
-            base = context.run_dir.base_model(context.record(PrepareRecord))
             saved = [context.run_dir.cut(name) for name in made if name != UNPRUNED]
-            work = partial(make_and_save, self.config, base, context.data, missing, saved)
-            cuts = context.executor.run(work, context.emit)
-        for name in cuts.made.keys() - {UNPRUNED}:
-            require_arrived(context.run_dir.cut(name))
-        found = made | cuts.made
-        self._check_left_out(found, cuts.left_out)
-        left_out = {**context.inspection.left_out, **cuts.left_out}
-        return {"cuts": {name: found[name] for name in wanted if name in found}, "left_out": left_out}
+            work = partial(make_and_save, self.config, context.model_folder(UNPRUNED), context.data, missing, saved)
+            new, left_out = context.executor.run(work, context.emit)
+            for name in new.keys() - {UNPRUNED}:
+                require_arrived(context.run_dir.cut(name))
+            made |= new
+        return self._fields(made, left_out)
 
-    def _check_left_out(self, made: Mapping[str, CutRecord], left_out: Mapping[str, str]) -> None:
-        """Tell which cuts could not be made; raise the error if no cut that the search may choose is left."""
+    def _fields(self, made: Mapping[str, CutRecord], left_out: Mapping[str, str]) -> dict[str, Any]:
+        """Return the fields of the record; raise an error if no cut that the search may choose could be made."""
         if not made.keys() & self.context.inspection.cuts.keys():
             raise UserError(next(iter(left_out.values())))
         for name, reason in left_out.items():
             self.notify(f"warning: {left_out_text(name, reason)}")
+        cuts = {name: made[name] for name in self._asked() if name in made}
+        return {"cuts": cuts, "left_out": {**self.context.inspection.left_out, **left_out}}
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
@@ -162,15 +158,13 @@ class Prune(Stage[PruneRecord]):
         return record if all(read_cut(self.context.run_dir.cut(name)) == cut for name, cut in cuts.items()) else None
 
     def is_complete(self, folder: Path) -> bool:
-        names = self.context.inspection.cuts.keys() - {UNPRUNED}
-        folders = [folder, *(self.context.run_dir.cut(name) for name in names)]
-        are_intact = [super(Prune, self).is_complete(each) for each in folders]  # each damaged one is set aside
+        cuts = [self.context.run_dir.cut(name) for name in self.context.inspection.cuts if name != UNPRUNED]
+        are_intact = [super(Prune, self).is_complete(each) for each in cuts]  # each damaged one is set aside
         return all(are_intact)
 
     def share_done(self) -> float:
-        wanted = {each.folder: each.digest for each in self._wanted().values() if each.folder}
-        made = [folder for folder, digest in wanted.items() if (cut := read_cut(folder)) and cut.digest == digest]
-        return len(made) / max(len(wanted), 1)
+        wanted = [each for each in self._wanted().values() if each.folder]
+        return sum(made_cut(each) is not None for each in wanted) / max(len(wanted), 1)
 
     def disk_bytes(self) -> int:
         layouts = self.context.inspection.layouts.values()
@@ -182,12 +176,9 @@ class Prune(Stage[PruneRecord]):
         context.emit(StageStarted(self.name, f"{self.detail()}; nothing is written"))
         self._report_earlier_cut()
         examples = {name: context.inspection.examples[name] for name in ("calibration", "train")}
-        cuts = context.executor.run(
-            partial(make_in_memory, context.worker_config, self._asked(), examples), context.emit
-        )
-        self._check_left_out(cuts.made, cuts.left_out)
-        left_out = {**context.inspection.left_out, **cuts.left_out}
-        return PruneRecord(digest="", seconds=time.monotonic() - started, cuts=cuts.made, left_out=left_out)
+        work = partial(make_in_memory, context.worker_config, self._asked(), examples)
+        fields = self._fields(*context.executor.run(work, context.emit))
+        return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
 
     def _report_earlier_cut(self) -> None:
         if is_pruned(self.context.inspection.model_config):
@@ -201,6 +192,12 @@ def read_cut(folder: Path) -> CutRecord | None:
     return None
 
 
+def made_cut(wanted: Wanted) -> CutRecord | None:
+    """Read the record of a saved cut; None if it was not made, or under other inputs."""
+    record = read_cut(wanted.folder) if wanted.folder else None
+    return record if record and record.digest == wanted.digest else None
+
+
 def make_and_save(
     config: RunConfig,
     base: Path,
@@ -209,15 +206,12 @@ def make_and_save(
     saved: Sequence[Path],
     cache: ModelCache,
     emit: Emit,
-) -> Cuts:
-    """Make the cuts of the base model, each in its folder; `saved` has cuts whose importances are used again."""
+) -> Made:
+    """Make the cuts of the base model, each in its folder; the importances in the folders `saved` are used again."""
     source = str(fetch(base))
     # Lists, because a stored exception would keep a mapped file open.
     samples, rows = (list(load_encoded(data / name)) for name in ("importance", "sensitivity"))
-    cutter = Cutter(config, source, samples, rows, cache, emit)
-    for folder in saved:
-        cutter.take_importances(folder)
-    return cutter.make(wanted)
+    return Cutter(config, source, samples, rows, cache, emit, saved).make(wanted)
 
 
 def make_in_memory(
@@ -226,7 +220,7 @@ def make_in_memory(
     examples: Mapping[str, list[Example]],
     cache: ModelCache,
     emit: Emit,
-) -> Cuts:
+) -> Made:
     """Make the cuts of the base model without saving them."""
     with tempfile.TemporaryDirectory() as scratch:
         source = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune")).path
@@ -241,56 +235,59 @@ class Cutter:
     """Makes cuts of a base model, one after the other; one model is in memory."""
 
     def __init__(
-        self, config: RunConfig, source: str, samples: Rows, rows: Rows, cache: ModelCache, emit: Emit
+        self,
+        config: RunConfig,
+        source: str,
+        samples: Rows,
+        rows: Rows,
+        cache: ModelCache,
+        emit: Emit,
+        saved: Sequence[Path] = (),
     ) -> None:
         from qpruner.data.calibration import Samples
-        from qpruner.pruning.prune import FirstScores
+        from qpruner.pruning.prune import FirstScores, load_importance
 
         self._config, self._source, self._rows, self._cache, self._emit = config, source, rows, cache, emit
         self._tokenizer, self._on_work = load_tokenizer(source), loading_progress(emit, "prune")
         self._pad_id = int(self._tokenizer.pad_token_id)
         self._samples = Samples(samples, self._pad_id, config.calibration.batch_size)
+        self._made, self._left_out = dict[str, CutRecord](), dict[str, str]()
         self._first = FirstScores()
+        for folder in saved:
+            if record := read_cut(folder):
+                self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
 
-    def take_importances(self, folder: Path) -> None:
-        """Take the importances that a cut saved, so that they are not measured again."""
-        from qpruner.pruning.prune import load_importance
-
-        if record := read_cut(folder):
-            self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
-
-    def make(self, wanted: Mapping[str, Wanted]) -> Cuts:
+    def make(self, wanted: Mapping[str, Wanted]) -> Made:
         """Make the cuts that can be made, the one that removes least last, so that its model stays in the cache."""
-        cuts = Cuts()
-        for name in [each for each in reversed(list(wanted)) if each != UNPRUNED] or list(wanted):
-            self._make(name, wanted, cuts)
-        return cuts
+        for name in reversed(list(wanted)):  # the base comes last, if no cut has measured it
+            if name not in self._made:
+                self._make(name, wanted)
+        return self._made, self._left_out
 
-    def _make(self, name: str, wanted: Mapping[str, Wanted], cuts: Cuts) -> None:
+    def _make(self, name: str, wanted: Mapping[str, Wanted]) -> None:
         """Load the base model, measure its loss if that is wanted, and make one cut."""
         config, folder = self._config, wanted[name].folder
-        if folder and (made := read_cut(folder)) and made.digest == wanted[name].digest:  # by a process that has died
-            cuts.made[name] = made
+        if made := made_cut(wanted[name]):  # by a process that has died
+            self._made[name] = made
             return
         self._cache.clear()
         model = load_dense(self._source, config.model.dtype, config.model, self._on_work)
         copy_weights(model)
-        if UNPRUNED in wanted and UNPRUNED not in cuts.made:
-            cuts.made[UNPRUNED] = CutRecord(**self._cut(model, wanted[UNPRUNED])[1])
+        if UNPRUNED in wanted and UNPRUNED not in self._made:
+            self._made[UNPRUNED] = self._cut(model, wanted[UNPRUNED])[1]
         if name == UNPRUNED:
             return
         try:
-            pruned, fields = self._cut(model, wanted[name])
+            pruned, record = self._cut(model, wanted[name])
         except UserError as error:
-            cuts.left_out[name] = str(error)
+            self._left_out[name] = str(error)
             return
         if folder:
-            fields["weights"] = self._save(pruned, folder)
+            record = record.model_copy(update={"weights": self._save(pruned, folder)})
             self._cache.keep(folder, pruned.model)
-        cuts.made[name] = CutRecord(**fields)
-        if folder:
-            write_json(folder / CUT_FILE, cuts.made[name])
-        after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {fields['loss']:.4f}"
+            write_json(folder / CUT_FILE, record)
+        self._made[name] = record
+        after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {record.loss:.4f}"
         self._emit(Message("prune", f"{cut_title(name)}: {after}"))
 
     def _save(self, pruned: Pruned, folder: Path) -> str:
@@ -306,8 +303,8 @@ class Cutter:
         assert listed, "writing_folder wrote the list"
         return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
 
-    def _cut(self, model: PreTrainedModel, wanted: Wanted) -> tuple[Pruned, dict[str, Any]]:
-        """Cut a model in place; return the result of `prune` and the fields of the record."""
+    def _cut(self, model: PreTrainedModel, wanted: Wanted) -> tuple[Pruned, CutRecord]:
+        """Cut a model in place; return the result of `prune` and the record."""
         from qpruner.data.losses import mean_loss
         from qpruner.pruning.prune import block_sizes, prune
 
@@ -322,26 +319,26 @@ class Cutter:
             self._emit(Message("prune", f"warning: nothing was cut: {why}"))
         loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
-        return pruned, {
-            "digest": wanted.digest,
-            "seconds": time.monotonic() - started,
-            "importance": settings.criterion,
-            "selection": settings.selection,
-            "compensation": settings.compensates_by,
-            "target": target_text(settings),
-            "target_rate": settings.rate,
-            "achieved_rate": (pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
-            "parameters_before": pruned.parameters_before,
-            "parameters_after": pruned.parameters_after,
-            "bytes_before": pruned.parameters_before * element_bytes,
-            "bytes_after": pruned.parameters_after * element_bytes,
-            "peak_memory_bytes": peak_bytes,
-            "memory_counter": memory.counter,
-            "dropped_blocks": pruned.dropped_blocks,
-            "layers": layer_widths(base_config, pruned, block_parameters),
-            "multiply_adds": multiply_adds(pruned.model),
-            "loss": loss,
-        }
+        return pruned, CutRecord(
+            digest=wanted.digest,
+            seconds=time.monotonic() - started,
+            importance=settings.criterion,
+            selection=settings.selection,
+            compensation=settings.compensates_by,
+            target=target_text(settings),
+            target_rate=settings.rate,
+            achieved_rate=(pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
+            parameters_before=pruned.parameters_before,
+            parameters_after=pruned.parameters_after,
+            bytes_before=pruned.parameters_before * element_bytes,
+            bytes_after=pruned.parameters_after * element_bytes,
+            peak_memory_bytes=peak_bytes,
+            memory_counter=memory.counter,
+            dropped_blocks=pruned.dropped_blocks,
+            layers=layer_widths(base_config, pruned, block_parameters),
+            multiply_adds=multiply_adds(pruned.model),
+            loss=loss,
+        )
 
 
 def describe(settings: PruneConfig) -> str:
@@ -367,7 +364,7 @@ def target_text(settings: PruneConfig) -> str:
     return f"target {settings.rate or 0:.2%} of all parameters"
 
 
-def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
+def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWidths, ...]:
     """List the kept units (indices) and parameters of each block; `before` has their parameters before the cut."""
     from qpruner.pruning.prune import block_sizes
 
@@ -397,4 +394,4 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
                 kept_parameters=0 if is_dropped else after[position[index]],
             )
         )
-    return layers
+    return tuple(layers)

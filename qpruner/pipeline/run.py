@@ -72,18 +72,13 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
-        inspection = replace(context.inspection, warnings=warnings)
-        done = recorded(context)
-        if context.records.prune:
-            inspection = replace(
-                inspection,
-                cuts={cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts},
-                layouts={cut: context.layout_of(cut) for cut in context.cuts},
-                left_out=context.records.prune.left_out,
-                is_estimate=False,
-                budget_bytes=context.budget_bytes,
-                plan=context.plan_in_file,
-            )
+        inspection, done, known = context.inspection, recorded(context), dict[str, Any]()
+        if pruned := context.records.prune:
+            cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
+            layouts = {cut: context.layout_of(cut) for cut in context.cuts}
+            known |= {"cuts": cuts, "layouts": layouts, "left_out": pruned.left_out, "is_estimate": False}
+            known |= {"budget_bytes": context.budget_bytes, "plan": context.plan_in_file}
+        inspection = replace(inspection, warnings=warnings, **known)
         resources = context.trial_resources
         slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
         return Checked(inspection, slots, resources, done, disk)

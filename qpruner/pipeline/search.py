@@ -18,29 +18,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpruner.config.pruning import RATES
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline.comparison_rows import run_jobs
-from qpruner.pipeline.confirm_seeds import with_further_seeds
-from qpruner.pipeline.context import Context
+from qpruner.pipeline.confirm_seeds import candidate_of, kept_scores, with_further_seeds
 from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.quantization.formats import PAPER
-from qpruner.runs.events import Progress, SearchPlanned
+from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
     Confirmation,
-    FreshScore,
     FrontPoint,
-    KeptScore,
-    RungAgreement,
     SearchRecord,
     SearchState,
     SensitivityRecord,
     TrialRecord,
     digest_of,
 )
-from qpruner.runs.storage import for_each, write_json
+from qpruner.runs.storage import write_json
 from qpruner.search import choice
 from qpruner.search.rungs import agreements
 from qpruner.search.searchers import check_searcher
@@ -54,14 +49,12 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
     trial_folder,
 )
-from qpruner.training.table_rows import Candidate, confirm_trial
 from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
 
-FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "fix the cause, delete the folders of those trials in the run's `trials`"
 """Advice if all trials failed, for different reasons or for an unknown reason."""
 
@@ -131,9 +124,9 @@ class Search(Stage[SearchRecord]):
         )
 
     @property
-    def _cuts(self) -> tuple[str, ...]:
-        """The cuts of all trials: the candidates, and the base model, which controls use."""
-        return tuple(dict.fromkeys((*self.context.cuts, UNPRUNED)))
+    def _too_slow(self) -> tuple[str, ...]:
+        cuts = dict.fromkeys((UNPRUNED, *self.context.cuts))
+        return tuple(cut for cut in cuts if not self.context.may_win(cut))
 
     @property
     def folder(self) -> Path:
@@ -177,6 +170,7 @@ class Search(Stage[SearchRecord]):
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
             budget_bytes=context.budget_bytes,
+            too_slow=self._too_slow,
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
@@ -209,21 +203,23 @@ class Search(Stage[SearchRecord]):
             confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
             gpu_seconds += more_gpu_seconds
         fitting = [each for each in confirmations if each.fits]
-        best = best_of([each for each in fitting if self.given in (None, plan_of(by_index[each.index]))], job)
+        best = best_of([each for each in fitting if self.given in (None, plan_of(each))], job)
         best_control = best_of([each for each in fitting if each.control], job)
         if best is None:
             raise StageError(
                 "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
             )
         write_json(scratch / "best.json", by_index[best.index])
-        front = front_of(fitting, by_index, job) if self.config.search.pareto else ()
-        statuses = [trial.status for trial in outcome.trials]
+        front = front_of(fitting, job) if self.config.search.pareto else ()
+        statuses, all_trials = [trial.status for trial in outcome.trials], (*outcome.trials, *outcome.reused)
+        scores = ((each.cut, {rung.step: objective(rung, self.config) for rung in each.rungs}) for each in all_trials)
         return {
             "trials_digest": self.trials_digest,
             "searcher": self.config.search.searcher if self.config.is_searched else "none",
             "metric": self._metric,
             "metrics": self.context.inspection.metrics["search"],
             "budget_bytes": self.context.budget_bytes,
+            "too_slow": self._too_slow,
             "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
@@ -237,20 +233,16 @@ class Search(Stage[SearchRecord]):
             "sessions": outcome.sessions,
             "confirmation_gpu_seconds": gpu_seconds,
             "confirmations": confirmations,
-            "rungs": self._rung_agreements([*outcome.trials, *outcome.reused]),
+            "rungs": agreements(scores, self.config.search.steps),
             "best_index": best.index,
             "best_origin": GIVEN if self.given else best.origin,
-            "best_plan": by_index[best.index].plan,
-            "best_cut": by_index[best.index].cut,
+            "best_plan": best.plan,
+            "best_cut": best.cut,
             "best_control": best_control.index if best_control else None,
             "control_won": best.control and not self.given,
             "front": front,
             "resumed": resumed,
         }
-
-    def _rung_agreements(self, trials: Sequence[TrialRecord]) -> tuple[RungAgreement, ...]:
-        scores = ((trial.cut, {rung.step: objective(rung, self.config) for rung in trial.rungs}) for trial in trials)
-        return agreements(scores, self.config.search.steps)
 
     def _job(self) -> SearchJob:
         """Collect everything that the trials need."""
@@ -258,7 +250,7 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        error, space = {}, context.space
+        error, space, cuts = {}, context.space, dict.fromkeys((*context.cuts, UNPRUNED))  # controls use the base
         if context.record(BankRecord).error:
             values = shared(context, None, space.groups, space.levels)
             error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
@@ -266,10 +258,10 @@ class Search(Stage[SearchRecord]):
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
-            layouts={cut: context.layout_of(cut) for cut in self._cuts},
+            materials=Materials({cut: context.bank_of(cut) for cut in cuts}, context.data),
+            layouts={cut: context.layout_of(cut) for cut in cuts},
             space=context.space_with(error),
-            may_win=[cut for cut in self._cuts if context.may_win(cut)],
+            may_win=cuts.keys() - set(self._too_slow),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors={method: shared(context, method, space.groups, space.levels) for method in measured},
             trials=self.folder,
@@ -319,8 +311,8 @@ class Search(Stage[SearchRecord]):
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
-def plan_of(trial: TrialRecord) -> PrecisionPlan:
-    """Return the plan of a trial."""
+def plan_of(trial: TrialRecord | Confirmation) -> PrecisionPlan:
+    """Return the plan of a trial or finalist."""
     return PrecisionPlan.from_dict(trial.plan, trial.cut)
 
 
@@ -344,8 +336,9 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
     fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
-    front = choice.non_dominated(points) if job.config.search.pareto else []
-    return [finished[position] for position in sorted({*chosen, *front})]
+    able = [position for position, fits in enumerate(fit) if fits]
+    front = choice.non_dominated([points[position] for position in able]) if job.config.search.pareto else []
+    return [finished[position] for position in sorted({*chosen, *(able[position] for position in front)})]
 
 
 def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
@@ -357,7 +350,13 @@ def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, jo
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
     """Score the finalists on rows that no trial has used; return the scores and the GPU seconds that scoring used."""
-    confirmations, scores = [], _fresh_scores(stage, finalists, job)
+    context, confirmations, wanted = stage.context, [], {}
+    for trial in finalists:
+        checkpoint = checkpoint_of(job.trials, trial)
+        assert checkpoint is not None, "a finished trial has a checkpoint"
+        candidate = candidate_of(stage, trial, checkpoint, context.config.seed)
+        wanted[trial_folder(job.trials, trial.index) / "fresh.json"] = (candidate, (trial.checkpoint,))
+    scores = kept_scores(stage, wanted)
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
         each = Confirmation(
@@ -374,38 +373,11 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
         text += error_text(each.stderr, 4)
         if each.accuracy is not None:
-            name = accuracy_name(stage.context.inspection.metrics["search"])
+            name = accuracy_name(context.inspection.metrics["search"])
             text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
         stage.notify(text)
         confirmations.append(each)
     return confirmations, sum(score.gpu_seconds for score in scores)
-
-
-def _fresh_scores(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Score each finalist on rows that no trial has used; reuse the scores of an earlier command."""
-    context, paths = stage.context, [trial_folder(job.trials, trial.index) / "fresh.json" for trial in finalists]
-    # The name of the trials folder is a digest that includes the rows.
-    asked = (context.config.search.metric, context.inspection.questions["fresh"])
-    digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
-    kept = for_each(lambda path: stage.read_intact(path, KeptScore, job.trials, "the finalist is scored again"), paths)
-    found = {at: score for at, score in enumerate(kept) if score and score.digest == digests[at]}
-    context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
-    left = [position for position in range(len(finalists)) if position not in found]
-    candidates, held = [_candidate(context, finalists[position], job) for position in left], list[float]()
-    for number, score in run_jobs(context, confirm_trial, candidates, on_held=held.append):
-        position = left[number]
-        found[position] = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
-        write_json(paths[position], found[position])
-        context.emit(Progress(stage.name, len(found), len(finalists), FINALISTS))
-    return [found[position] for position in range(len(finalists))]
-
-
-def _candidate(context: Context, trial: TrialRecord, job: SearchJob) -> Candidate:
-    """Describe the last checkpoint of a finished trial as a job for `run_jobs`."""
-    checkpoint, title = checkpoint_of(job.trials, trial), f"trial {trial.index}"
-    assert checkpoint is not None, "a finished trial has a checkpoint"
-    bank = context.bank_of(trial.cut)
-    return Candidate(trial.origin, title, bank, trial.plan, checkpoint, context.config.seed, cut=trial.cut)
 
 
 def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
@@ -416,19 +388,8 @@ def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmati
     return None if position is None else confirmations[position]
 
 
-def front_of(
-    confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
-) -> tuple[FrontPoint, ...]:
+def front_of(confirmations: Sequence[Confirmation], job: SearchJob) -> tuple[FrontPoint, ...]:
     """List the finalists that are non-dominated in bytes and score, by rising bytes."""
-    points = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
-    return tuple(
-        FrontPoint(
-            index=each.index,
-            origin=each.origin,
-            plan=trials[each.index].plan,
-            cut=trials[each.index].cut,
-            plan_bytes=trials[each.index].plan_bytes,
-            **each.model_dump(include=set(FreshScore.model_fields)),
-        )
-        for each in (confirmations[position] for position in choice.non_dominated(points))
-    )
+    points = [(each.plan_bytes, objective(each, job.config)) for each in confirmations]
+    front = [confirmations[position] for position in choice.non_dominated(points)]
+    return tuple(FrontPoint(**each.model_dump(include=set(FrontPoint.model_fields))) for each in front)

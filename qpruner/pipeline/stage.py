@@ -28,6 +28,7 @@ class Stage(ABC, Generic[RecordType]):
     name: ClassVar[str]  # name of the stage and of its folder, record, subcommand and API function
     help: ClassVar[str] = ""  # help text of the subcommand; empty if the stage has none
     record: type[RecordType] | None = None  # class of the record; None for a stage that always runs
+    keeps_files: ClassVar[bool] = True  # whether the stage leaves a folder of its name
     keeps_scratch: ClassVar[bool] = False  # whether the stage reuses the scratch folder of a killed command
     repairs_files: ClassVar[bool] = False
     """Whether the stage verifies the checksums of its files at the start of a command and rebuilds damaged files."""
@@ -95,7 +96,7 @@ class Stage(ABC, Generic[RecordType]):
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
-        is_there = not run.storage.fills_this_disk or run.stage(self.name).is_dir()  # a store keeps no empty folder
+        is_there = not self.keeps_files or not run.storage.fills_this_disk or run.stage(self.name).is_dir()
         return record if record and record.digest == digest and is_there else None
 
     def is_complete(self, folder: Path) -> bool:

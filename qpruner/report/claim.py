@@ -52,12 +52,13 @@ def _best_control(results: Results) -> str | None:
     """Name the row of the control in the budget with the least validation loss, by which nothing is claimed."""
     assert results.search
     by_name = {name: tuned[0][0] for name, tuned in fine_tunes(results).items()}
-    winner, budget = by_name[SEARCHED], results.search.budget_bytes
+    winner, budget, too_slow = by_name[SEARCHED], results.search.budget_bytes, results.search.too_slow
     losses = {
         name: record.validation_loss
         for name, record in by_name.items()
         if name not in (BASE, PRUNED, RANDOM)
         and record.plan_bytes <= budget
+        and record.cut not in too_slow
         and (record.cut, record.plan) != (winner.cut, winner.plan)
     }
     return min(losses, key=losses.__getitem__, default=None)

@@ -54,8 +54,8 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def fits(trial: TrialRecord, search: SearchState) -> bool:
-    """Return True if a trial's plan is within the budget; only some controls are not."""
-    return trial.plan_bytes <= search.budget_bytes
+    """Return True if a trial's plan may win; only some controls may not."""
+    return trial.plan_bytes <= search.budget_bytes and trial.cut not in search.too_slow
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:

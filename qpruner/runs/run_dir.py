@@ -96,11 +96,14 @@ class RunDir:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def commit(self, name: str, written: Path, record: BaseModel) -> None:
-        """Publish the files that a stage wrote, then write its record."""
+    def commit(self, name: str, written: Path, record: BaseModel, keeps_files: bool = True) -> None:
+        """Publish the files that a stage wrote, unless it keeps none, then write its record."""
         if written != self.stage(name):
             self.forget(name)
-            storage.storage_at(self.stage(name)).publish(written)
+            if keeps_files:
+                storage.storage_at(self.stage(name)).publish(written)
+            else:
+                storage.for_each(storage.remove, [written, self.stage(name)])
         self.write_record(name, record)
 
     def write_record(self, name: str, record: BaseModel) -> None:

@@ -1,7 +1,13 @@
 """The plans to beat: what one would do with the base model and with each cut, and the paper's flow."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+from searched_runs import with_records
+
+from qpruner.errors import PlanRefused
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, shared
 from qpruner.plans.plan import UNPRUNED
@@ -41,14 +47,30 @@ def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
     assert not [origin for origin, _ in controls(odd) if origin.startswith("unpruned")]
 
 
-def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context) -> None:
-    pruned = context.record(PruneRecord)
+def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path: Path) -> None:
+    """It is not searched, has controls, and is not the paper's cut; no plan of it can be given."""
+    pruned, inspection = context.record(PruneRecord), context.inspection
     share = pruned.cuts["cut-20"].multiply_adds / pruned.cuts[UNPRUNED].multiply_adds
     budget = context.config.quantize.budget.model_copy(update={"flops_fraction": share})
     quantize = context.config.quantize.model_copy(update={"budget": budget})
-    limited = replace(context, config=context.config.model_copy(update={"quantize": quantize}))
+    slow = {"cut-5": pruned.cuts[UNPRUNED]}
+    limited = replace(
+        with_records(context, prune=pruned.model_copy(update={"cuts": {**slow, **pruned.cuts}})),
+        config=context.config.model_copy(update={"quantize": quantize}),
+        inspection=replace(inspection, cuts={"cut-5": inspection.cuts["cut-20"], **inspection.cuts}),
+    )
+    limited._layouts["cut-5"] = replace(context.layout_of(UNPRUNED), cut="cut-5")
+    assert limited.cuts == ("cut-5", "cut-20")
     assert limited.may_win("cut-20") and not limited.may_win(UNPRUNED)
     assert limited.space.cuts == ("cut-20",)
+    found = dict(controls(limited))
+    assert found["cut-5-uniform"].cut == "cut-5" and found["paper"].cut == "cut-20"
+    plan = {"cut": "cut-5", "plan": limited.layout_of("cut-5").smallest().as_dict()}
+    (file := tmp_path / "plan.json").write_text(json.dumps(plan))
+    search = limited.config.search.model_copy(update={"plan": str(file)})
+    limited.config = limited.config.model_copy(update={"search": search})
+    with pytest.raises(PlanRefused, match=r"of the cut cut-5, which takes more multiply-adds than 0\.\d+ of"):
+        _ = limited.plan_in_file
 
 
 def test_what_the_reference_measured_counts_for_groups_of_any_cut(context: Context) -> None:

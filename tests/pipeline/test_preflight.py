@@ -28,7 +28,7 @@ def config_of(folder: Path, bits: list[int], **prune: Any) -> RunConfig:
 
 def check_on_cpu(model_config: Any, config: RunConfig) -> None:
     check_device(None, config, packs=True)
-    check_cut(None, config, model_config, planned_cut(model_config, config.prune))
+    check_cut(False, config, model_config, planned_cut(model_config, config.prune))
 
 
 def test_heads_that_a_cpu_would_decode_wrongly_are_refused(tmp_path: Path) -> None:
@@ -51,8 +51,16 @@ def test_a_cut_that_the_device_cannot_hold_is_left_out(tmp_path: Path) -> None:
     model_config = AutoConfig.for_model("phi3", **SHAPES, **PHI)
     config = config_of(tmp_path, [4], rates=[0, 0.1], selection="global")
     cuts = {name: planned_cut(model_config, settings) for name, settings in config.prune.cuts.items()}
-    kept, refused = makeable(cuts, partial(check_cut, None, config, model_config))
+    kept, refused = makeable(cuts, partial(check_cut, False, config, model_config))
     assert list(kept) == ["base"] and list(refused) == ["cut-10"] and "96 columns" in refused["cut-10"]
+
+
+def test_a_width_that_no_device_takes_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    """Also where other machines are to run the trials."""
+    keys = {"prune": {"rates": [0, 0.1], "round_to": 1, "selection": "per_layer"}, "quantize.bits": None}
+    keys |= {"quantize.formats": ["q4_0", "q8_0"], "quantize.budget": {"bytes": 200_000}}
+    found = inspect(validate_config(with_keys(raw_config(tiny_model, tmp_path / "run"), **keys)), works_here=False)
+    assert list(found.cuts) == ["base"] and "columns do not divide by 32" in found.left_out["cut-10"]
 
 
 def test_a_block_that_loses_nothing_keeps_its_width(tmp_path: Path) -> None:

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import command, raw_config, with_key
+from conftest import command, ignore, raw_config, with_key
 from plain_transformers import plain_transformers_answers
 
+from qpruner.cluster.executor import ModelCache
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.models.loading import load_dense
 from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.prepare import Prepare
-from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.prune import Prune, make_and_save
 from qpruner.pipeline.run import preview, run
+from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.records import CutRecord, PrepareRecord, PruneRecord
 from qpruner.runs.run_dir import RunDir
@@ -75,8 +78,8 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 def test_the_folder_holds_what_the_record_says(raw: Raw, tiny_model: Path) -> None:
     """The recorded indices are enough to repeat the cut on the base model."""
     record, folder, events = pruned(changed(raw, rate=0.3, steps=2))
-    recorded = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert recorded and recorded.cuts["cut-30"] == record == read_json(folder / "cut.json", CutRecord)
+    written = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert written and written.cuts["cut-30"] == record == read_json(folder / "cut.json", CutRecord)
     base, cut = load_dense(str(tiny_model), "bfloat16"), load_dense(str(folder), "bfloat16")
     assert [layer.layer for layer in record.layers] == [0, 1]
     for layer in record.layers:
@@ -206,6 +209,22 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
     work = [cut.multiply_adds for cut in known[0].values()]
     assert work == sorted(work, reverse=True) and work[0] > work[-1]
     assert stages(pruned(several)[2]) == {"prepare": False, "prune": False}
+    assert not RunDir(several["output"]).stage("prune").exists(), "its files are in `cuts`"
+
+
+def test_the_base_is_measured_after_a_worker_died(raw: Raw) -> None:
+    """The worker had made every cut, but what it knew of the base is lost."""
+    pruned(raw)
+    config = validate_config(raw)
+    context = Context(config, run_dir := RunDir(config.output), ignore, None, preflight.inspect(config, packs=False))
+    recorded(context)
+    record, wanted = context.record(PruneRecord), Prune(context)._wanted()
+    run_dir.forget("prune")
+    again, left_out = make_and_save(
+        config, context.model_folder(UNPRUNED), context.data, wanted, [], ModelCache(), ignore
+    )
+    assert not left_out and again["cut-20"] == record.cuts["cut-20"]
+    assert again[UNPRUNED].loss == record.cuts[UNPRUNED].loss
 
 
 def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
@@ -216,8 +235,8 @@ def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[R
     record, folder, events = pruned(raw)
     assert folder.name == "cut-10" and record.target_rate == 0.1
     assert any(re.search(told, event.text) for event in events if isinstance(event, Message))
-    recorded = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert recorded and list(recorded.left_out) == ["cut-60"]
+    written = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert written and list(written.left_out) == ["cut-60"]
     with pytest.raises(UserError, match=r"the highest rate is 0\.\d+"):
         pruned(changed(raw, rates=[0.6, 0.7]))
 
@@ -269,8 +288,8 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     first, _, events = pruned(raw)
     assert stages(events) == {"prepare": True, "prune": True}
     assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
-    before, recorded = digests(raw), RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert recorded and before[1] == recorded.digest and first.digest != before[1]
+    before, record = digests(raw), RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert record and before[1] == record.digest and first.digest != before[1]
     later = {"lora.rank": 8, "quantize.budget.fraction": 0.75, "training.learning_rate": 0.5, "evaluate.limit": 4}
     for key, value in later.items():
         assert digests(with_key(raw, key, value)) == before, key
@@ -328,9 +347,9 @@ def test_the_command_ends_with_a_table_of_the_blocks(
     raw = raw_config(tiny_model, tmp_path / "run")
     done = command("prune", write_yaml(raw))
     assert done.exit_code == 0, done.output
-    recorded = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert recorded
-    record = recorded.cuts["cut-20"]
+    written = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert written
+    record = written.cuts["cut-20"]
     lines = [re.split(" {2,}", line) for line in done.output.splitlines()]
     start = lines.index(["block", "query heads", "key/value heads", "MLP channels", "kept parameters"]) + 1
     table = lines[start : start + 2]

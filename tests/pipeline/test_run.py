@@ -37,6 +37,8 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     assert table[-1]["measured_bytes"] <= records["search"]["budget_bytes"]
     text = (root / "report.md").read_text()
     assert all(f"| {row['title']} |" in text for row in table)
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    assert all(any(path.iterdir()) for path in folders), folders
     steps = [(row["name"], row["seed"]) for row in records["evaluate"]["rows"]]
     assert steps == [*((name, None) for name in ("base", *pruned, "searched")), ("searched", 1)]
     assert f"| {table[-1]['title']} (no fine-tune) | " in text

@@ -119,6 +119,16 @@ def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     assert "trials:      1, 1 at once" in said and facts["bytes_plan"] is None
 
 
+def test_check_knows_which_cut_a_plan_is_of(uniform: Path) -> None:
+    """With one format the search chooses the cut."""
+    size = checked(uniform)[1]["bytes_all_nf4"]
+    cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", f"quantize.budget={{bytes: {size}}}")
+    several = [option for key in cuts for option in ("--set", key)]
+    assert "your plan" not in checked(uniform, *several)[0]
+    (file := uniform.parent / "cut.yaml").write_text("{cut: cut-20, plan: {}}")
+    assert checked(uniform, *several, "--plan", file)[1]["bytes_plan"] == size
+
+
 @pytest.mark.slow
 def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     """The first variant of the paper: the report has no sensitivities, and fewer comparisons."""

@@ -25,8 +25,9 @@ from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
+from qpruner.pipeline.confirm_seeds import FINALISTS
 from qpruner.pipeline.run import run
-from qpruner.pipeline.search import FINALISTS, best_of, choose_finalists, front_of
+from qpruner.pipeline.search import best_of, choose_finalists, front_of
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
@@ -506,8 +507,10 @@ def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
 
 
 def test_finalists_of_a_front_are_all_plans_on_it(tmp_path: Path) -> None:
+    """A plan that may not win, such as one of a cut of too many multiply-adds, takes no other off the front."""
     plans = {"888444": 3.0, "484444": 3.5, "448444": 3.4, "448484": 3.6, "444444": 3.9}
     trials = [trial(index, plan, [3, 3, loss]) for index, (plan, loss) in enumerate(plans.items())]
+    trials.append(trial(5, "444444", [3, 3, 2.0], cut="too-slow"))
     assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
 
 
@@ -525,13 +528,14 @@ def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> No
 
 
 def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
-    """The middle plan is on the front by the scores of the trials, but the small one beats it on fresh rows."""
-    plans = {"884444": 3.0, "844444": 3.2, "444444": 3.4}
-    trials = {index: trial(index, plan, [3, 3, loss]) for index, (plan, loss) in enumerate(plans.items())}
-    fresh = [made_confirmation(index, "gp", loss) for index, loss in enumerate((3.1, 3.5, 3.3))]
-    job = job_of(tmp_path, pareto=True)
-    front = front_of(fresh, trials, job)
-    smallest, larger = (LAYOUT.plan_bytes(plan_of(plan)) for plan in ("444444", "884444"))
+    """The middle plan may be on the front by the scores of the trials, but the small one beats it on fresh rows."""
+    sizes = [LAYOUT.plan_bytes(plan_of(plan)) for plan in ("884444", "844444", "444444")]
+    fresh = [
+        made_confirmation(index, "gp", loss, plan_bytes=size)
+        for index, (loss, size) in enumerate(zip((3.1, 3.5, 3.3), sizes, strict=True))
+    ]
+    front = front_of(fresh, job_of(tmp_path, pareto=True))
+    larger, _, smallest = sizes
     assert [(point.index, point.loss, point.plan_bytes) for point in front] == [(2, 3.3, smallest), (0, 3.1, larger)]
 
 

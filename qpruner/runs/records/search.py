@@ -250,6 +250,8 @@ class SearchRecord(Record):
     metrics: dict[str, str] = {}
     """Task -> lm-eval metric; `accuracy` is the mean of these."""
     budget_bytes: int
+    too_slow: tuple[str, ...] = ()
+    """Cuts that may not win, because a token takes more multiply-adds than `budget.flops_fraction` allows."""
     steps: int = 0
     """Training steps of a finished trial."""
     num_trials: int
