@@ -53,12 +53,13 @@ def _best_control(results: Results) -> str | None:
     assert results.search
     by_name = {name: tuned[0][0] for name, tuned in fine_tunes(results).items()}
     winner, budget = by_name[SEARCHED], results.search.budget_bytes
+    unfit = [(each.cut, each.plan) for each in results.search.confirmations if not each.fits]
     losses = {
         name: record.validation_loss
         for name, record in by_name.items()
         if name not in (BASE, PRUNED, RANDOM)
         and record.plan_bytes <= budget
-        and (record.cut, record.plan) != (winner.cut, winner.plan)
+        and (record.cut, record.plan) not in [(winner.cut, winner.plan), *unfit]
     }
     return min(losses, key=losses.__getitem__, default=None)
 

@@ -18,7 +18,7 @@ class Finalist:
     """A finalist, as a trial of `SearchRecord.steps` steps scored on fresh rows.
 
     `name` is its origin, which `title` puts into words, `trial` its number. `control` says whether users would try it
-    instead of a search. `formats` says how many groups have which format. `fits` is False if `plan_bytes` exceed the
+    instead of a search. `formats` says how many groups have which format. `fits` is False for a plan over a
     budget. `loss` is in nats per token. `more_loss` is by how much it exceeds the winner's, and `half_width` half of
     the 95 % interval, paired by row. `verdict` is `better` or `worse` if the interval excludes zero; null for the
     winner.

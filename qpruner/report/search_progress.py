@@ -55,7 +55,7 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 def fits(trial: TrialRecord, search: SearchState) -> bool:
     """Return True if a trial's plan is within the budget; only some controls are not."""
-    return trial.plan_bytes <= search.budget_bytes
+    return trial.plan_bytes <= search.budget_bytes and trial.cut not in search.too_slow
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:

@@ -10,7 +10,7 @@ from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
-from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.finalists import Finalist, finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import plan_of, score, score_title
 from qpruner.report.served import tile
@@ -291,7 +291,7 @@ def fresh_scores(search: SearchRecord) -> Table:
             f"{each.trial}",
             cut_title(each.cut),
             each.formats,
-            f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
+            f"{each.plan_bytes / 1e6:.1f} MB{_excess(each, search)}",
             f"{each.loss:.4f}",
             *_more_scores(scores[each.trial]),
             "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
@@ -311,6 +311,13 @@ def fresh_scores(search: SearchRecord) -> Table:
         *("loss minus the winner's", "verdict", "on the front"),
     )
     return Table(caption, headings, body).without_empty_columns()
+
+
+def _excess(each: Finalist, search: SearchRecord) -> str:
+    """Say which budget a plan exceeds; empty if none."""
+    if each.fits:
+        return ""
+    return ", exceeds the budget" if each.plan_bytes > search.budget_bytes else ", too many multiply-adds"
 
 
 def _more_scores(score: Confirmation) -> tuple[str, str]:
