@@ -57,7 +57,7 @@ class TrialRecord(Recorded):
     noise: float | None = None
     """Standard deviation of a repeated score, as estimated by the model of the searcher."""
     cut: str = "base"
-    """Name of the model that the plan quantizes: `pruned`, or `base` for the model before pruning."""
+    """Name of the cut that the plan quantizes; `base` is the model before pruning."""
     plan: dict[str, str]
     """Group -> name of its format."""
     plan_bytes: int
