@@ -10,7 +10,7 @@ from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
-from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.finalists import Finalist, finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
 from qpruner.report.served import tile
@@ -292,7 +292,7 @@ def fresh_scores(search: SearchRecord) -> Table:
             f"{each.trial}",
             cut_title(each.cut),
             each.formats,
-            f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
+            _megabytes(each.plan_bytes) + _why_not(each, search),
             f"{each.loss:.4f}",
             f"{len(scores[each.trial].seed_losses) or '-'}",
             _accuracy_with_error(scores[each.trial]),
@@ -313,6 +313,12 @@ def fresh_scores(search: SearchRecord) -> Table:
         *("loss minus the winner's", "verdict", "on the front"),
     )
     return Table(caption, headings, body).without_empty_columns()
+
+
+def _why_not(each: Finalist, search: SearchRecord) -> str:
+    if each.fits:
+        return ""
+    return ", exceeds the budget" if each.plan_bytes > search.budget_bytes else ", computes more than the budget"
 
 
 def _accuracy_with_error(score: Confirmation) -> str:

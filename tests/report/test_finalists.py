@@ -134,7 +134,9 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
     computes_too_much = KNAPSACK.model_copy(update={"fits": False})
     confirmed = {"confirmations": (finalist(11, "gp", WINNER), computes_too_much)}
-    assert [each.other for each in comparisons(results_of([*rivals, *searched_row([1.5])], **confirmed))] == ["paper"]
+    limited = results_of([*rivals, *searched_row([1.5])], **confirmed)
+    assert [each.other for each in comparisons(limited)] == ["paper"]
+    assert tables.fresh_scores(limited.search).rows[1][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]
     lead, item = claim(results).splitlines()
     rival = "the best control in the budget (not pruned, knapsack)"
     assert f" It is not distinguishable from {rival}. Over 3 comparisons" in lead
