@@ -23,7 +23,7 @@ from qpruner.pipeline.confirm_seeds import with_further_seeds
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
 from qpruner.quantization.formats import PAPER
 from qpruner.runs.events import Progress, SearchPlanned
 from qpruner.runs.records import (
@@ -179,7 +179,7 @@ class Search(Stage[SearchRecord]):
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
             budget_bytes=context.budget_bytes,
-            too_slow=tuple(cut for cut in self._cuts if not context.may_win(cut)),
+            may_win=tuple(filter(context.may_win, self._cuts)),
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
@@ -272,7 +272,7 @@ class Search(Stage[SearchRecord]):
             materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
             layouts={cut: context.layout_of(cut) for cut in self._cuts},
             space=context.space_with(error),
-            may_win=[cut for cut in self._cuts if context.may_win(cut)],
+            may_win=list(filter(context.may_win, self._cuts)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors={method: shared(context, method, space.groups, space.levels) for method in measured},
             trials=self.folder,
@@ -320,11 +320,6 @@ class Search(Stage[SearchRecord]):
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
-
-
-def plan_of(trial: TrialRecord) -> PrecisionPlan:
-    """Return the plan of a trial."""
-    return PrecisionPlan.from_dict(trial.plan, trial.cut)
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:

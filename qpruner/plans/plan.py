@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import html
 import itertools
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qpruner.config.load import parse_yaml
 from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
+from qpruner.runs.records import Confirmation, TrialRecord
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 """Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
@@ -114,6 +116,18 @@ class PrecisionPlan:
     def __str__(self) -> str:
         """Return the plan as one character per group: the letter of its format."""
         return "".join(format_of(name).letter for name in self.formats)
+
+
+def plan_of(record: TrialRecord | Confirmation) -> PrecisionPlan:
+    """Return a trial's plan."""
+    return PrecisionPlan.from_dict(record.plan, record.cut)
+
+
+def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) -> tuple[str, ...]:
+    """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped` shift numbers."""
+    kept = sorted(set(range(num_blocks)) - set(dropped))
+    names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
+    return tuple(re.sub(r"\d+", lambda found: names[f"{int(found[0])}"], name, count=1) for name in groups)
 
 
 def next_format(name: str, offered: Sequence[str]) -> str:

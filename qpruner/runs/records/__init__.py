@@ -326,8 +326,8 @@ class SearchState(Recorded):
     metrics: dict[str, str] = {}
     pareto: bool = False
     budget_bytes: int
-    too_slow: tuple[str, ...] = ()
-    """Cuts above `quantize.budget.flops_fraction`, whose plans cannot win."""
+    may_win: tuple[str, ...] = ()
+    """Cuts whose plans may win (see `quantize.budget.flops_fraction`); empty: all."""
     max_trials: int
     steps: int
     slots: int | None = None
