@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan, in_base
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
@@ -150,12 +149,8 @@ class Context:
     def base_groups_of(self, cut: str) -> tuple[str, ...]:
         """Return the groups of a cut by their names in the base model: blocks that were dropped shift numbers."""
         count = int(self.inspection.model_config.num_hidden_layers)
-        kept = sorted(set(range(count)) - set(self.record(PruneRecord).cuts[cut].dropped_blocks))
-
-        def in_base(found: re.Match[str]) -> str:
-            return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
-
-        return tuple(re.sub(r"\d+", in_base, group.name, count=1) for group in self.layout_of(cut).groups)
+        groups = [group.name for group in self.layout_of(cut).groups]
+        return in_base(groups, count, self.record(PruneRecord).cuts[cut].dropped_blocks)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -177,20 +172,21 @@ class Context:
     @cached_property
     def budget_bytes(self) -> int:
         """The bytes that a plan may have."""
-        return preflight.budget_bytes(self.config, self._layouts_of_cuts, self.inspection.base)
+        return preflight.budget_bytes(self.config, self._fast_enough)
 
     def may_win(self, cut: str) -> bool:
         """Return True if a token takes no more multiply-adds on this cut than `budget.flops_fraction` allows."""
         return preflight.is_fast(self.config, self.layout_of(cut), self.inspection.base)
 
     @property
-    def _layouts_of_cuts(self) -> dict[str, Layout]:
-        return {cut: self.layout_of(cut) for cut in self.cuts}
+    def _fast_enough(self) -> dict[str, Layout]:
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
+        return preflight.fast_enough(self.config, layouts, self.inspection.base)
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        return preflight.plan_in_file(self.config, self._layouts_of_cuts, self.inspection.base, self.budget_bytes)
+        return preflight.plan_in_file(self.config, self._fast_enough, self.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:

@@ -114,18 +114,37 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     asked = {UNPRUNED: uncut(config.prune)} if is_pruned(model_config) else config.prune.cuts
     cuts, left_out = makeable(asked, checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
-    budget = budget_bytes(config, layouts, base, FLOPS_MARGIN)
+    fast = fast_enough(config, layouts, base, FLOPS_MARGIN)
+    budget = budget_bytes(config, fast)
     settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
-    plan = plan_in_file(config, layouts, base, None if is_estimate else budget) if are_groups_known else None
+    plan = plan_in_file(config, fast, None if is_estimate else budget) if are_groups_known else None
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
 def is_fast(config: RunConfig, layout: Layout, base: Layout, margin: float = 0.0) -> bool:
     """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction` allows."""
     return layout.multiply_adds <= ((config.quantize.budget.flops_fraction or 1.0) + margin) * base.multiply_adds
+
+
+def fast_enough(
+    config: RunConfig, layouts: Mapping[str, Layout], base: Layout, margin: float = 0.0
+) -> dict[str, Layout]:
+    """Leave out cuts above `budget.flops_fraction`; raise an error if none is below it.
+
+    `margin` is added to it, because widths that depend on scores may differ from the expected ones.
+    """
+    kept = {cut: layout for cut, layout in layouts.items() if is_fast(config, layout, base, margin)}
+    if not kept:
+        share = min(layout.multiply_adds for layout in layouts.values()) / base.multiply_adds
+        raise UserError(
+            f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
+            f"{share:.5g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune more "
+            "(`prune.rates`)"
+        )
+    return kept
 
 
 def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Cut]) -> tuple[dict[str, Cut], dict[str, str]]:
@@ -146,23 +165,15 @@ def left_out_text(name: str, reason: str) -> str:
     return f"{cut_title(name)} is left out: {reason}"
 
 
-def plan_in_file(
-    config: RunConfig, layouts: Mapping[str, Layout], base: Layout, budget_bytes: int | None
-) -> PrecisionPlan | None:
+def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
     """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget.
 
-    Without `budget_bytes` the shapes are estimates.
+    `layouts` are those of the cuts within `budget.flops_fraction`.
     """
     file = config.search.plan_file
     if file is None:
         return None
     plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()})
-    if not is_fast(config, layouts[plan.cut], base, FLOPS_MARGIN if budget_bytes is None else 0.0):
-        raise PlanRefused(
-            f"the plan in {file} is of the cut {plan.cut}, which takes more multiply-adds than "
-            f"{config.quantize.budget.flops_fraction:g} of the base model's: name a cut that is pruned more, or raise "
-            "`quantize.budget.flops_fraction`"
-        )
     if budget_bytes is not None and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
@@ -226,23 +237,15 @@ def check_quantizable(model_config: Any) -> None:
         )
 
 
-def budget_bytes(config: RunConfig, cuts: Mapping[str, Layout], base: Layout, margin: float = 0.0) -> int:
-    """Return the budget in bytes; raise an error if no cut is fast enough, no plan fits, or no choice is left.
+def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
+    """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
 
-    `fraction` and `mean_bits` are those of the only cut. `margin` is added to `flops_fraction`, because widths that
-    depend on scores may differ from the expected ones.
+    `fraction` and `mean_bits` are those of the only cut.
     """
-    budget, layouts = config.quantize.budget, [each for each in cuts.values() if is_fast(config, each, base, margin)]
-    if not layouts:
-        share = min(each.multiply_adds for each in cuts.values()) / base.multiply_adds
-        raise UserError(
-            f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
-            f"{share:.3g} of the base model's, got {budget.flops_fraction:g}; raise it, or prune more (`prune.rates`)"
-        )
-    first = layouts[0]
+    budget, [first, *_] = config.quantize.budget, layouts.values()
     size = _asked_bytes(budget, first)
     name, value = budget.size
-    most_pruned = min(layouts, key=lambda each: each.plan_bytes(each.smallest()))
+    most_pruned = min(layouts.values(), key=lambda each: each.plan_bytes(each.smallest()))
     smallest, largest = most_pruned.smallest(), first.largest()
     lowest, highest = most_pruned.plan_bytes(smallest), first.plan_bytes(largest)
     of_groups = list(zip(*map(first.group_bytes, first.levels), strict=True))

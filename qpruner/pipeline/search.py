@@ -21,7 +21,7 @@ from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.confirm_seeds import candidate_of, kept_scores, with_further_seeds
 from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
 from qpruner.quantization.formats import PAPER
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
@@ -47,6 +47,7 @@ from qpruner.search.trial_records import (
     read_trials,
     restart_if_damaged,
     set_aside_damaged,
+    set_aside_others,
     trial_folder,
 )
 from qpruner.training.trackers import check_trackers
@@ -91,19 +92,19 @@ class Search(Stage[SearchRecord]):
         settings = self.config.search
         return digest_of(
             self.context.record(SensitivityRecord).digest,
-            self.context.cuts,
+            [self.context.bank_of(cut).inputs for cut in self.context.cuts],
             self.config.quantize.budget,
             self.context.budget_bytes,
             settings.searcher,
             settings.metric,
             settings.pareto,
             self.config.seed,
-            *([given.as_dict()] if given else []),
+            *([given.cut, given.as_dict()] if given else []),
         )
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that a trial's result depends on, but the cut and formats of its plan.
+        """Digest of everything that a trial's result depends on, but its plan and `TrialRecord.model`.
 
         So a further cut starts from the trials of the others. It includes `search_digest` if `reuse_trials` is off.
         """
@@ -124,9 +125,9 @@ class Search(Stage[SearchRecord]):
         )
 
     @property
-    def _too_slow(self) -> tuple[str, ...]:
-        cuts = dict.fromkeys((UNPRUNED, *self.context.cuts))
-        return tuple(cut for cut in cuts if not self.context.may_win(cut))
+    def _cuts(self) -> tuple[str, ...]:
+        """The cuts of all trials: the candidates, and the base model, which controls use."""
+        return tuple(dict.fromkeys((*self.context.cuts, UNPRUNED)))
 
     @property
     def folder(self) -> Path:
@@ -157,6 +158,7 @@ class Search(Stage[SearchRecord]):
         # The trials need the memory of the executor.
         context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.notify)
+        set_aside_others(self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
         with contextlib.suppress(CorruptFile):  # `run_stage` reports it
@@ -170,7 +172,7 @@ class Search(Stage[SearchRecord]):
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
             budget_bytes=context.budget_bytes,
-            too_slow=self._too_slow,
+            may_win=tuple(filter(context.may_win, self._cuts)),
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
@@ -219,7 +221,6 @@ class Search(Stage[SearchRecord]):
             "metric": self._metric,
             "metrics": self.context.inspection.metrics["search"],
             "budget_bytes": self.context.budget_bytes,
-            "too_slow": self._too_slow,
             "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
@@ -250,7 +251,7 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        error, space, cuts = {}, context.space, dict.fromkeys((*context.cuts, UNPRUNED))  # controls use the base
+        error, space = {}, context.space
         if context.record(BankRecord).error:
             values = shared(context, None, space.groups, space.levels)
             error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
@@ -258,10 +259,10 @@ class Search(Stage[SearchRecord]):
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials({cut: context.bank_of(cut) for cut in cuts}, context.data),
-            layouts={cut: context.layout_of(cut) for cut in cuts},
+            materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
+            layouts={cut: context.layout_of(cut) for cut in self._cuts},
             space=context.space_with(error),
-            may_win=cuts.keys() - set(self._too_slow),
+            may_win=list(filter(context.may_win, self._cuts)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors={method: shared(context, method, space.groups, space.levels) for method in measured},
             trials=self.folder,
@@ -311,11 +312,6 @@ class Search(Stage[SearchRecord]):
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
-def plan_of(trial: TrialRecord | Confirmation) -> PrecisionPlan:
-    """Return the plan of a trial or finalist."""
-    return PrecisionPlan.from_dict(trial.plan, trial.cut)
-
-
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
     """Choose the best finished trials, all controls (plans that need no search) and, for `search.pareto`, the front."""
     if not trials:
@@ -332,13 +328,12 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"{remedy} and repeat the command",
         )
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
-    points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
     fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
-    able = [position for position, fits in enumerate(fit) if fits]
-    front = choice.non_dominated([points[position] for position in able]) if job.config.search.pareto else []
-    return [finished[position] for position in sorted({*chosen, *(able[position] for position in front)})]
+    able = [position for position, fits in enumerate(fit) if fits and job.config.search.pareto]
+    front = choice.non_dominated([(finished[position].plan_bytes, scores[position]) for position in able])
+    return [finished[position] for position in sorted({*chosen, *(able[at] for at in front)})]
 
 
 def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:

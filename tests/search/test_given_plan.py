@@ -54,10 +54,7 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     ]  # fmt: skip
     confirmed = {each["origin"]: each for each in record["confirmations"]}
     controls = [origin for origin, each in confirmed.items() if each["control"]]
-    assert (controls, list(confirmed)) == (
-        CONTROLS,
-        [*controls, "given"],
-    )
+    assert (controls, list(confirmed)) == (CONTROLS, [*controls, "given"])
     controls = [origin for origin in controls if confirmed[origin]["fits"]]
     best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
     assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
@@ -119,14 +116,10 @@ def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     assert "trials:      1, 1 at once" in said and facts["bytes_plan"] is None
 
 
-def test_check_knows_which_cut_a_plan_is_of(uniform: Path) -> None:
-    """With one format the search chooses the cut."""
+def test_check_names_no_plan_if_the_cut_is_searched(uniform: Path) -> None:
     size = checked(uniform)[1]["bytes_all_nf4"]
     cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", f"quantize.budget={{bytes: {size}}}")
-    several = [option for key in cuts for option in ("--set", key)]
-    assert "your plan" not in checked(uniform, *several)[0]
-    (file := uniform.parent / "cut.yaml").write_text("{cut: cut-20, plan: {}}")
-    assert checked(uniform, *several, "--plan", file)[1]["bytes_plan"] == size
+    assert "your plan" not in checked(uniform, *(option for key in cuts for option in ("--set", key)))[0]
 
 
 @pytest.mark.slow

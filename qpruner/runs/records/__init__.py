@@ -326,8 +326,8 @@ class SearchState(Recorded):
     metrics: dict[str, str] = {}
     pareto: bool = False
     budget_bytes: int
-    too_slow: tuple[str, ...] = ()
-    """Cuts that may not win, because a token takes more multiply-adds than `budget.flops_fraction` allows."""
+    may_win: tuple[str, ...] = ()
+    """Cuts whose plans may win (see `quantize.budget.flops_fraction`); empty: all."""
     max_trials: int
     steps: int
     slots: int | None = None
