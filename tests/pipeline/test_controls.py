@@ -70,7 +70,7 @@ def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path:
     (file := tmp_path / "plan.json").write_text(json.dumps(plan))
     search = limited.config.search.model_copy(update={"plan": str(file)})
     limited.config = limited.config.model_copy(update={"search": search})
-    with pytest.raises(PlanRefused, match="got cut-5: .*, of cut-20"):
+    with pytest.raises(PlanRefused, match=r"got cut-5: .*, of cut-20"):
         _ = limited.plan_in_file
 
 
