@@ -48,18 +48,26 @@ class Summary(BaseModel):
 
     format: Literal[1] = 1
     """Version of this file's format. It changes when a field is removed or changes its meaning."""
-    standing: str  # how far the run has come, in one or two sentences
-    claim: str | None  # how the winner compares with what users would do instead, and with random plans of equal bytes
+    standing: str
+    """How far the run has come, in one or two sentences."""
+    claim: str | None
+    """How the winner compares with what users would do instead, and with random plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
     """The comparisons behind the claim: of the winner with the best control and with random plans."""
-    table: tuple[Row, ...]  # the final table: means over training seeds, with losses in nats per token
+    table: tuple[Row, ...]
+    """The final table: means over training seeds, with losses in nats per token."""
     finalists: tuple[Finalist, ...]
     """The winner of the search, the best trials and the controls, as trials scored on fresh rows."""
-    records: Results  # the records of all stages
-    trials: tuple[TrialRecord, ...]  # all trials in the search's folder, in the order in which they were suggested
-    state: RunState  # the state of the run's latest command
-    config: dict[str, Any]  # the configuration with every key
-    environment: dict[str, str]  # the software versions and the hardware of the run
+    records: Results
+    """The records of all stages."""
+    trials: tuple[TrialRecord, ...]
+    """All trials in the search's folder, in the order in which they were suggested."""
+    state: RunState
+    """The state of the run's latest command."""
+    config: dict[str, Any]
+    """The configuration with every key."""
+    environment: dict[str, str]
+    """The software versions and the hardware of the run."""
 
 
 def summary_text(run: Snapshot) -> str:
