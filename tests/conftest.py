@@ -119,7 +119,7 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
         "lora": {"rank": 4, "alpha": 8},
         "training": {"learning_rate": 0.001, "batch_size": 4, "micro_batch_size": 4},
         "search": {"max_trials": 5, "steps": 4, "first_rung": 1, "confirm": 2, "confirm_seeds": 0},
-        "finetune": {"steps": 4, "compare": True, "save_steps": 2},
+        "finetune": {"steps": 4, "compare": True},
         "evaluate": {
             "tasks": ["qpruner_everyday_test"],
             "include_path": "package:qpruner/demo/tasks",

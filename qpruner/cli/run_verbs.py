@@ -16,9 +16,9 @@ import yaml
 
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
-from qpruner.plans.plan import budget_text, cut_title
+from qpruner.plans.plan import budget_text, cut_title, plan_of
 from qpruner.report import run_views
-from qpruner.report.search_progress import plan_of, score_title, score_with_step, search_lines, search_progress
+from qpruner.report.search_progress import score_title, score_with_step, search_lines, search_progress
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.records import BankRecord

@@ -19,11 +19,11 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from qpruner.plans.plan import PrecisionPlan, cut_title
+from qpruner.plans.plan import PrecisionPlan, cut_title, plan_of
 from qpruner.quantization.formats import format_of
 from qpruner.report import search_progress as trials_now
 from qpruner.report.content import Cell
-from qpruner.report.search_progress import event_line, plan_of, score, score_title
+from qpruner.report.search_progress import event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import duration

@@ -284,8 +284,6 @@ class FinetuneConfig(Section):
     """Optimizer steps."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training rows."""
-    save_steps: Positive = 50
-    """Steps between checkpoints."""
     compare: bool = False
     """After the report on the winner, give the base and pruned models, the controls and random plans the same
     fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""

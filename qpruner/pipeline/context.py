@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
-from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan, in_base
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
@@ -150,12 +149,8 @@ class Context:
     def base_groups_of(self, cut: str) -> tuple[str, ...]:
         """Return the groups of a cut by their names in the base model: blocks that were dropped shift numbers."""
         count = int(self.inspection.model_config.num_hidden_layers)
-        kept = sorted(set(range(count)) - set(self.record(PruneRecord).cuts[cut].dropped_blocks))
-
-        def in_base(found: re.Match[str]) -> str:
-            return f"{kept[int(found[0])]:0{len(str(count - 1))}d}"
-
-        return tuple(re.sub(r"\d+", in_base, group.name, count=1) for group in self.layout_of(cut).groups)
+        groups = [group.name for group in self.layout_of(cut).groups]
+        return in_base(groups, count, self.record(PruneRecord).cuts[cut].dropped_blocks)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -194,7 +189,7 @@ class Context:
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts if self.may_win(cut)}
         return preflight.plan_in_file(self.config, layouts, self.budget_bytes)
 
     @cached_property

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import html
 import itertools
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qpruner.config.load import parse_yaml
 from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
+from qpruner.runs.records import Confirmation, TrialRecord
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 """Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
@@ -116,6 +118,18 @@ class PrecisionPlan:
         return "".join(format_of(name).letter for name in self.formats)
 
 
+def plan_of(record: TrialRecord | Confirmation) -> PrecisionPlan:
+    """Return a trial's plan."""
+    return PrecisionPlan.from_dict(record.plan, record.cut)
+
+
+def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) -> tuple[str, ...]:
+    """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped` shift numbers."""
+    kept = sorted(set(range(num_blocks)) - set(dropped))
+    names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
+    return tuple(re.sub(r"\d+", lambda found: names[f"{int(found[0])}"], name, count=1) for name in groups)
+
+
 def next_format(name: str, offered: Sequence[str]) -> str:
     """Return the format itself if it is among `offered` (smallest first), else the next larger, else the largest."""
     order = list(formats())
@@ -208,8 +222,8 @@ def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]]) ->
     only = next(iter(offered)) if len(offered) == 1 else ""
     cut = str(raw.pop("cut", only)) if isinstance(raw, dict) else only
     if cut not in offered:
-        got = f"got {cut or 'none'}"
-        raise PlanRefused(f"{path} must name one of the cuts of this run, {got}: `cut: NAME`, of {', '.join(offered)}")
+        got = f"got {cut or 'none'}: `cut: NAME`, of {', '.join(offered)}"
+        raise PlanRefused(f"{path} must name one of the cuts of this run that `quantize.budget` allows, {got}")
     of_groups = offered[cut]
     plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(plan, dict):

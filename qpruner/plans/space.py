@@ -71,13 +71,12 @@ class PlanSpace:
         levels, groups = layout.levels, tuple(group.name for group in layout.groups)
         group_bytes = tuple(zip(*map(layout.group_bytes, levels), strict=True))
         fixed_bytes = layout.ungrouped_bytes + layout.adapter_bytes
-        damage: tuple[tuple[float | None, ...], ...] = ()
-        if error:
-            damage = tuple(
-                tuple(_error_of(level, name, error) if level in group.formats else None for level in levels)
-                for group, name in zip(layout.groups, base_groups or groups, strict=True)
-            )
-        return cls(groups, levels, group_bytes, fixed_bytes, budget_bytes, layout.cut, damage, base_groups)
+        known, damage = error or {}, []
+        for group, name in zip(layout.groups, base_groups or groups, strict=True) if known else ():
+            of_packed = {level: known.get(level, {}).get(name) for level in group.formats}
+            of_group = {level: each if format_of(level).is_packed else 0.0 for level, each in of_packed.items()}
+            damage.append(tuple(map(of_group.get, levels)))
+        return cls(groups, levels, group_bytes, fixed_bytes, budget_bytes, layout.cut, tuple(damage), base_groups)
 
     @cached_property
     def offered(self) -> tuple[tuple[int, ...], ...]:
@@ -150,10 +149,7 @@ class PlanSpace:
         # The byte terms of all groups sum to less than one, so they only break ties between equally near plans.
         limit = 1.0 + sum(max(offered.values()) for offered in self._formats)
         gains = [
-            [
-                (1.0 if level == wanted else 0.0) + (size or 0) / limit
-                for level, size in zip(self.levels, sizes, strict=True)
-            ]
+            [(level == wanted) + (size or 0) / limit for level, size in zip(self.levels, sizes, strict=True)]
             for wanted, sizes in zip(plan.formats, self.group_bytes, strict=True)
         ]
         # Excluding plans makes the problem larger, and most proposals do not need it: solve it without them first.
@@ -217,10 +213,6 @@ class PlanSpace:
                 "form fewer groups (`quantize.group`)"
             )
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))
-
-
-def _error_of(level: str, group: str, error: Mapping[str, Mapping[str, float]]) -> float | None:
-    return error.get(level, {}).get(group) if format_of(level).is_packed else 0.0
 
 
 @dataclass(frozen=True)

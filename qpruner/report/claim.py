@@ -10,13 +10,12 @@ from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, control_title
 from qpruner.report.statistics import (
     SAME,
     Difference,
-    difference_text,
+    differences_text,
     more_bytes,
     over_confirmation_rows,
     over_questions,
     paired,
     seeds_of,
-    seeds_text,
 )
 from qpruner.runs.records import Results
 
@@ -53,10 +52,11 @@ def _best_control(results: Results) -> str | None:
     assert results.search
     by_name = {name: tuned[0][0] for name, tuned in fine_tunes(results).items()}
     winner, budget = by_name[SEARCHED], results.search.budget_bytes
+    may_not_win = {each.origin for each in results.search.confirmations if not each.fits}  # by bytes or multiply-adds
     losses = {
         name: record.validation_loss
         for name, record in by_name.items()
-        if name not in (BASE, PRUNED, RANDOM)
+        if name not in (BASE, PRUNED, RANDOM, *may_not_win)
         and record.plan_bytes <= budget
         and (record.cut, record.plan) != (winner.cut, winner.plan)
     }
@@ -138,5 +138,5 @@ def _rival(found: Comparison) -> str:
 
 
 def _item(found: Comparison) -> str:
-    against = f"Against {_rival(found)} ({found.origin}, {found.more_bytes:+.2%} bytes), {seeds_text(found.seeds)}"
-    return f"{against}: {'; '.join(map(difference_text, found.differences))}."
+    against = f"Against {_rival(found)} ({found.origin}, {found.more_bytes:+.2%} bytes)"
+    return f"{against}, {differences_text(found.seeds, found.differences)}."

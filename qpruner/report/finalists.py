@@ -17,11 +17,10 @@ from qpruner.wording import counted
 class Finalist:
     """A finalist, as a trial of `SearchRecord.steps` steps scored on fresh rows.
 
-    `name` is its origin, which `title` puts into words, `trial` its number. `control` says whether users would try it
-    instead of a search. `formats` says how many groups have which format. `fits` is False if `plan_bytes` exceed the
-    budget. `loss` is in nats per token. `more_loss` is by how much it exceeds the winner's, and `half_width` half of
-    the 95 % interval, paired by row. `verdict` is `better` or `worse` if the interval excludes zero; null for the
-    winner.
+    `name` is its origin, which `title` puts into words, `trial` its number; users would try a `control` instead of a
+    search. `fits` says whether it may win. `more_loss` is by how much `loss` (nats per token) exceeds the winner's,
+    `half_width` half of the 95 % interval, paired by row. `verdict` is `better` or `worse` if the interval excludes
+    zero; null for the winner.
     """
 
     name: str

@@ -33,8 +33,7 @@ class Row:
 
     Figures are means over these fine-tunes with their standard deviations, `..._spread`; memory is a maximum. Losses
     are in nats per token, answer losses in nats per answer (None if a task has no choices). `accuracy_stderr` is the
-    standard error over questions. Records use `name`, reports use `title`. `cut` is `pruned`, or `base` if the model is
-    not pruned. Each plan has one character per group.
+    standard error over questions. Records use `name`, reports use `title`. Each plan has one character per group.
     """
 
     name: str

@@ -6,27 +6,20 @@ from typing import Any
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
+from qpruner.plans.plan import plan_of
 from qpruner.report.results import SEARCHED, fine_tunes, rows
-from qpruner.report.search_progress import (
-    best_so_far,
-    in_order_of_end,
-    plan_of,
-    score,
-    score_title,
-    search_progress,
-)
+from qpruner.report.search_progress import best_so_far, in_order_of_end, score, score_title, search_progress
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
-    difference_text,
+    differences_text,
     more_bytes,
     over_confirmation_rows,
     over_questions,
     paired,
     seeds_of,
-    seeds_text,
 )
-from qpruner.runs.records import Results, SearchRecord, TrialRecord, flat
+from qpruner.runs.records import Results, TrialRecord, flat
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
@@ -71,6 +64,7 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
     search, record = run.state.search, run.results.search
     if search is None:
         return None
+    fresh = record.confirmations if record else ()
     now = search_progress(search, run.trials)
     return {
         **search.model_dump(),
@@ -86,12 +80,8 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
-        "confirmations": _confirmations(record) if record else [],
+        "confirmations": [each.model_dump(exclude={"losses", "plan"}) for each in fresh],
     }
-
-
-def _confirmations(record: SearchRecord) -> list[dict[str, Any]]:
-    return [each.model_dump(exclude={"losses", "plan"}) for each in record.confirmations]
 
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
@@ -249,5 +239,4 @@ def against_text(found: Against) -> str:
     """Describe the differences between two runs in one line."""
     if found.no_figures:
         return f"nothing to compare, {found.no_figures}"
-    differences = "; ".join(map(difference_text, found.differences))
-    return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}"
+    return f"{found.more_bytes:+.2%} bytes, {differences_text(found.seeds, found.differences)}"

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
-from qpruner.plans.plan import PrecisionPlan, cut_title
+from qpruner.plans.plan import cut_title, plan_of
 from qpruner.runs import events
-from qpruner.runs.records import Confirmation, FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
+from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
 from qpruner.wording import counted, duration
 
 Line = tuple[str, TrialRecord | None]
@@ -54,8 +54,8 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def fits(trial: TrialRecord, search: SearchState) -> bool:
-    """Return True if a trial's plan is within the budget; only some controls are not."""
-    return trial.plan_bytes <= search.budget_bytes
+    """Return True if a trial's plan may win; only some controls may not."""
+    return trial.plan_bytes <= search.budget_bytes and trial.cut in (search.may_win or (trial.cut,))
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -130,11 +130,6 @@ def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:
 def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Return the trials that are over, in the order in which they ended."""
     return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
-
-
-def plan_of(trial: TrialRecord | Confirmation) -> PrecisionPlan:
-    """Return a trial's plan; as text it has one character per group, the letter of its format."""
-    return PrecisionPlan.from_dict(trial.plan, trial.cut)
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:

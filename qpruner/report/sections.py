@@ -1,18 +1,19 @@
 """Builds the sections of a run's report, which both `report.html` and `report.md` show."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import yaml
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.plans.plan import cut_title
+from qpruner.plans.plan import cut_title, in_base, plan_of
 from qpruner.report import tables
 from qpruner.report.claim import claim
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.finalists import best_control_text, finalists
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
-from qpruner.report.search_progress import plan_of, search_lines, search_progress
+from qpruner.report.search_progress import search_lines, search_progress
 from qpruner.report.served import served, served_text
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
@@ -87,8 +88,17 @@ def _plans(run: Snapshot) -> Iterator[Part]:
         found = (("best so far", now.best), ("best control", now.best_control))
         shown = {f"{trial.index}: {title}": plan_of(trial) for title, trial in found if trial}
     if shown:
-        cuts = run.results.prune.cuts.values() if run.results.prune else ()
-        yield plan_bars(shown, run.sensitivity, any(cut.dropped_blocks for cut in cuts))
+        measured, bank = run.sensitivity, run.results.bank
+        if measured and bank:
+            measured = measured.model_copy(update={"groups": _in_base(run, bank.cut, measured.groups)})
+        named = {name: replace(plan, groups=_in_base(run, plan.cut, plan.groups)) for name, plan in shown.items()}
+        yield plan_bars(named, measured)
+
+
+def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
+    """Name a cut's groups by the base model's block numbers."""
+    made = run.results.prune.cuts.get(cut) if run.results.prune else None
+    return in_base(groups, len(made.layers), made.dropped_blocks) if made and made.dropped_blocks else tuple(groups)
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
@@ -117,7 +127,6 @@ def search_text(search: SearchRecord) -> list[str]:
     )
     if search.num_reused:
         text += f" It reused {counted(search.num_reused, 'trial')} of earlier searches."
-    text += rungs_text(search)
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
         text += f" It ran in {search.sessions} sessions; the last began with {before} already recorded."
@@ -134,26 +143,13 @@ def search_text(search: SearchRecord) -> list[str]:
     return [text, f"{best} {best_control_text(search)}".strip()]
 
 
-def rungs_text(search: SearchRecord) -> str:
-    """Say how well each rung orders the finished trials, within and across cuts; empty if no two have finished."""
-    parts = []
-    for rung in search.rungs:
-        known = {"within": rung.within, "across": rung.across}
-        values = [f"{value:+.2f} {name} cuts" for name, value in known.items() if value is not None]
-        parts += [f"{' and '.join(values)} at step {rung.step}"] if values else []
-    return f" Agreement of rungs with the last one (Kendall's tau): {', '.join(parts)}." if parts else ""
-
-
 def _unfinished_search(run: Snapshot) -> list[str]:
     assert run.state.search
     is_running = run.liveness.outcome == RUNNING
     now = search_progress(run.state.search, run.trials)
     lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
-    return (
-        [*lines, "The best so far were chosen by the rows that score them, so this is optimistic."]
-        if now.best
-        else lines
-    )
+    remark = "The best so far were chosen by the rows that score them, so this is optimistic."
+    return [*lines, remark] if now.best else lines
 
 
 def _pruning(run: Snapshot) -> Iterator[Part]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from qpruner.errors import UserError
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
 from qpruner.report.claim import how_to_compare
 from qpruner.report.search_progress import best_of, fits
 from qpruner.runs.lock import Driver, Holder, driver_of
@@ -106,23 +106,21 @@ class Snapshot:
         return how_to_compare(self.state.command) if is_finished else None
 
     @property
-    def best_plan(self) -> dict[str, str] | None:
-        """The winner's plan; before the search is over, the plan of the best finished trial."""
-        if self.results.search:
-            return self.results.search.best_plan
-        return self.best_trial.plan if self.best_trial else None
+    def plan(self) -> PrecisionPlan | None:
+        """The plan of the winner or, before the search is over, of the best finished trial; notebooks draw it."""
+        if record := self.results.search:
+            return PrecisionPlan.from_dict(record.best_plan, record.best_cut)
+        return plan_of(self.best_trial) if self.best_trial else None
 
     @property
-    def plan(self) -> PrecisionPlan | None:
-        """`best_plan` as a `PrecisionPlan`, which notebooks show with one cell per group."""
-        return PrecisionPlan.from_dict(self.best_plan, self.best_cut) if self.best_plan else None
+    def best_plan(self) -> dict[str, str] | None:
+        """`plan` as a mapping of groups to formats."""
+        return self.plan.as_dict() if self.plan else None
 
     @property
     def best_cut(self) -> str:
-        """The cut that `best_plan` quantizes; `base` is the model before pruning."""
-        if self.results.search:
-            return self.results.search.best_cut
-        return self.best_trial.cut if self.best_trial else UNPRUNED
+        """The cut of `plan`; `base` is the model before pruning."""
+        return self.plan.cut if self.plan else UNPRUNED
 
     @property
     def best_trial(self) -> TrialRecord | None:

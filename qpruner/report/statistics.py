@@ -85,8 +85,7 @@ def paired_losses(one: FinalistScore, other: FinalistScore) -> Estimate | None:
     return measures.over_questions(_less(one.losses, other.losses))
 
 
-def difference_text(found: Difference) -> str:
-    """Describe a difference with its interval and verdict."""
+def _text(found: Difference) -> str:
     unit = " nats" if found.measure in LOSSES else ""
     about = []
     if found.spread is not None:
@@ -99,11 +98,12 @@ def difference_text(found: Difference) -> str:
     return f"{found.measure} {found.mean:+.4f}{unit} ({', '.join(about)}), {found.verdict}"
 
 
-def seeds_text(seeds: Sequence[int]) -> str:
-    """Describe the training seeds over which differences are paired."""
+def differences_text(seeds: Sequence[int], differences: Sequence[Difference]) -> str:
+    """Describe differences that are paired over these training seeds."""
+    how = "one training seed (the intervals lack the spread over seeds), paired by question and row"
     if len(seeds) > 1:
-        return f"{len(seeds)} training seeds, paired"
-    return "one training seed (the intervals lack the spread over seeds), paired by question and row"
+        how = f"{len(seeds)} training seeds, paired"
+    return f"{how}: {'; '.join(map(_text, differences))}"
 
 
 def _less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

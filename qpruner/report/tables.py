@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qpruner.data import measures
-from qpruner.plans.plan import UNPRUNED, cut_title
+from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Table
-from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.finalists import Finalist, finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
-from qpruner.report.search_progress import plan_of, score, score_title
+from qpruner.report.search_progress import score, score_title
 from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import (
@@ -56,7 +56,8 @@ TERMS = {
     "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
     "token), a mean over tasks. Lower is better; it shows smaller differences than the accuracy.",
     "validation loss": "in nats per token, on the rows that score trials.",
-    "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows.",
+    "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows. With "
+    "seeds, the finalist was trained under several, and its figures are means over them.",
     "confirmation loss": "in nats per token, on the other half of the confirmation rows, by which nothing was chosen.",
     "perplexity": "the exponential of the mean loss per token on `evaluate.text`.",
     "interval": "against the best control, the wider of Student's interval over seeds and the paired interval over "
@@ -291,9 +292,10 @@ def fresh_scores(search: SearchRecord) -> Table:
             f"{each.trial}",
             cut_title(each.cut),
             each.formats,
-            f"{each.plan_bytes / 1e6:.1f} MB{'' if each.fits else ', exceeds the budget'}",
+            _megabytes(each.plan_bytes) + _why_not(each, search),
             f"{each.loss:.4f}",
-            *_more_scores(scores[each.trial]),
+            f"{len(scores[each.trial].seed_losses) or '-'}",
+            _accuracy_with_error(scores[each.trial]),
             "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
             each.verdict or "-",
             "yes" if each.trial in front else "-",
@@ -307,17 +309,20 @@ def fresh_scores(search: SearchRecord) -> Table:
     )
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
     headings = (
-        *("row", "trial", "cut", "formats", "bytes", "selection loss", "mean over seeds", accuracy),
+        *("row", "trial", "cut", "formats", "bytes", "selection loss", "seeds", accuracy),
         *("loss minus the winner's", "verdict", "on the front"),
     )
     return Table(caption, headings, body).without_empty_columns()
 
 
-def _more_scores(score: Confirmation) -> tuple[str, str]:
-    """Format a finalist's mean loss over training seeds, if it was trained again, and its accuracy, if it has one."""
-    losses = (score.loss, *score.seed_losses)
-    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
-    return f"{statistics.fmean(losses):.4f} ({len(losses)} seeds)" if len(losses) > 1 else "-", accuracy
+def _why_not(each: Finalist, search: SearchRecord) -> str:
+    if each.fits:
+        return ""
+    return ", exceeds the budget" if each.plan_bytes > search.budget_bytes else ", computes more than the budget"
+
+
+def _accuracy_with_error(score: Confirmation) -> str:
+    return "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
 
 
 def rungs(search: SearchRecord) -> Table:

@@ -25,7 +25,8 @@ from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.report.search_progress import best_so_far, in_order_of_end, plan_of, score_name, shown_together
+from qpruner.plans.plan import plan_of
+from qpruner.report.search_progress import best_so_far, in_order_of_end, score_name, shown_together
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 

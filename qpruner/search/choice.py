@@ -27,20 +27,12 @@ Point = tuple[float, float]  # the bytes of a plan and its score; both are minim
 def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
     """Return the plan in the budget with the smallest predicted rise of the loss, by an exact knapsack.
 
-    `values` maps formats to the predicted rise of every group, in any unit; see `knapsack_plan`.
-    """
-    return knapsack_plan(space, list(zip(*(values[name] for name in space.levels), strict=True)))
-
-
-def knapsack_plan(space: PlanSpace, rises: Sequence[Sequence[float | None]]) -> PrecisionPlan:
-    """Return the plan in the budget with the smallest sum of `rises` ``(groups, levels)``, by an exact knapsack.
-
-    Bytes that are left go to formats that are predicted no worse. Only the rises of levels that a group is offered
-    matter; None there counts as its smallest format's.
+    `values` maps formats to the predicted rise of every group, in any unit; None counts as that of the group's smallest
+    format. Bytes that are left go to formats that are predicted no worse.
     """
     gains = np.zeros((len(space.groups), len(space.levels)))
-    for group, (offered, rise) in enumerate(zip(space.offered, rises, strict=True)):
-        of_levels = np.array([rise[at] for at in offered], dtype=float)
+    for group, offered in enumerate(space.offered):
+        of_levels = np.array([values[space.levels[at]][group] for at in offered], dtype=float)
         gains[group, offered] = np.nan_to_num(of_levels[0] - of_levels)
     largest = gains.max() or np.abs(gains).max() or 1.0
     scaled = gains.clip(min=-largest) * (SCALE / largest)  # much worse is as bad as worse: the smallest format is there
@@ -114,9 +106,8 @@ def finalist_positions(
     scores: Sequence[float], are_controls: Sequence[bool], confirm: int, can_win: Sequence[bool] | None = None
 ) -> list[int]:
     """Return the trials to score on new rows, by position: the `confirm` lowest that `can_win`, and all controls."""
-    allowed = [position for position in range(len(scores)) if can_win is None or can_win[position]]
-    ranked = sorted(allowed, key=lambda position: (scores[position], position))
-    return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
+    ranked = sorted((at for at in range(len(scores)) if can_win is None or can_win[at]), key=scores.__getitem__)
+    return sorted({*ranked[:confirm], *(at for at, control in enumerate(are_controls) if control)})
 
 
 def contenders(
@@ -130,12 +121,10 @@ def contenders(
     """
     ranked = sorted(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at))
     chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}
-
-    def is_told_apart(at: int) -> bool:
+    for at in sorted(chosen - {*ranked[:1]}) if losses else ():
         more = measures.over_questions([one - best for one, best in zip(losses[at], losses[ranked[0]], strict=True)])
-        return more.mean > measures.Z_95 * more.stderr
-
-    return sorted(at for at in chosen if not losses or at == ranked[0] or not is_told_apart(at))
+        chosen -= {at} if more.mean > measures.Z_95 * more.stderr else set()
+    return sorted(chosen)
 
 
 def winner_position(

@@ -197,18 +197,11 @@ class Plans:
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
-        # A level that a group is not offered has the bytes of the group's last level.
-        filled = [
-            [
-                [sizes[offered[-1]] if size is None else size for size in sizes]
-                for sizes, offered in zip(each.group_bytes, each.offered, strict=True)
-            ]
-            for each in space.aligned
-        ]
-        self.bytes = torch.tensor(filled)  # (cuts, groups, levels)
-        self.is_offered = torch.tensor(
-            [[[size is not None for size in sizes] for sizes in each.group_bytes] for each in space.aligned]
-        )
+        sizes = torch.tensor(np.array([each.group_bytes for each in space.aligned], dtype=float))
+        last = torch.tensor([[offered[-1] for offered in each.offered] for each in space.aligned])
+        self.is_offered = ~sizes.isnan()  # (cuts, groups, levels)
+        self.bytes = sizes.where(self.is_offered, sizes.gather(2, last[:, :, None])).long()
+        """A level that a group is not offered has the bytes of the group's last level."""
         self._fixed = torch.tensor([each.fixed_bytes for each in space.aligned])
         self.capacity = space.budget_bytes
         self._rows, self._cuts = torch.arange(len(space.groups)), torch.arange(len(space.cuts))

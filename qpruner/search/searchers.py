@@ -1,9 +1,6 @@
-"""Proposers of plans, and the ledger that turns proposals into new plans inside the budget.
+"""Proposers of plans, and the ledger that turns proposals into new plans inside the budget; Ray is not used here.
 
-Nothing here knows of Ray. A `Proposer` proposes a plan from the history. The `Ledger` first hands out the controls
-(plans to beat, also of a cut that is not searched, or over budget). It replaces a proposal that is over budget or known
-already by the nearest new feasible plan, and keeps the results. Suggestion k depends only on the seed, k and the
-results known when it is asked for.
+Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
 
 import importlib.metadata
@@ -142,10 +139,11 @@ class ScalarizedProposer:
 
 @dataclass
 class Ledger:
-    """Suggests the plans of a search one by one, and keeps their scores.
+    """Suggests the plans of a search one by one, the controls first, and keeps their scores.
 
-    A plan that diverges or does not fit in memory counts as bad, not as unknown. It gets a score at the last step that
-    any plan has reached: the worst score there plus the range of scores there; if all are equal, the score plus 1 %.
+    A proposal over budget or known already gives way to the nearest new feasible plan. A plan that diverges or does not
+    fit in memory counts as bad, not as unknown: at the last step that any plan has reached, it gets the worst score
+    there plus the range of scores there; if all are equal, the score plus 1 %.
     """
 
     space: SearchSpace

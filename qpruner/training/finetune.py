@@ -37,12 +37,11 @@ DIVERGED_BY = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, else `epochs`), and when to save: at `rungs`, every `save_steps` and by time."""
+    """How long to train (`steps`, else `epochs`), and when to save beside the last step: at `rungs` and by time."""
 
     steps: int | None
     epochs: float | None = None
     rungs: Sequence[int] = ()
-    save_steps: int | None = None
     save_seconds: float = SECONDS
 
 
@@ -50,9 +49,8 @@ class Schedule:
 class Listener:
     """Callbacks of a training. All processes call `on_save`; the first process alone calls the others.
 
-    `on_rung` gets step, checkpoint folder and training loss, and may raise to stop the training. `on_step` gets step,
-    total steps and training loss. `before_save` may raise to prevent the save. `on_save` gets the folder of every
-    checkpoint, also of a rung before `on_rung` does.
+    `on_rung` gets step, checkpoint folder and training loss, `on_step` gets step, total steps and training loss, and
+    `on_save` the folder of every checkpoint, before `on_rung`. An error of `on_rung` or `before_save` ends it.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
@@ -215,10 +213,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
 def _arguments(
     settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
 ) -> TrainingArguments:
-    saving = {"save_strategy": "steps", "save_steps": schedule.save_steps}
-    chosen: dict[str, Any] = saving if schedule.save_steps else {"save_strategy": "no"}
     # The length that is not set stays at transformers' default.
-    chosen |= {"num_train_epochs": schedule.epochs} if schedule.steps is None else {"max_steps": schedule.steps}
+    length = {"num_train_epochs": schedule.epochs} if schedule.steps is None else {"max_steps": schedule.steps}
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.micro_batch_size,
@@ -243,15 +239,16 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=[],
+        save_strategy="no",  # the callback says when
         save_total_limit=2,
         disable_tqdm=True,
-        **chosen,
+        **length,
     )
 
 
 @dataclass(eq=False)
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Sets the epoch, saves at rungs and by time, calls the listener, and stops a diverging training.
+    """Sets the epoch, saves at rungs, by time and at the end, calls the listener, and stops a diverging training.
 
     Loss and gradient norm are over all processes, so all processes stop at the same step. The first process has the
     clock for all.
@@ -272,8 +269,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         self.stepped, is_due = time.monotonic(), [self.clock.is_due()]
         if Share.own().processes > 1:
             distributed.broadcast_object_list(is_due, src=0)
-        if state.global_step in self.rungs or is_due[0]:
-            control.should_save = True
+        control.should_save = is_due[0] or state.global_step in (*self.rungs, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:

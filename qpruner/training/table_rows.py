@@ -23,13 +23,7 @@ from qpruner.models.memory import PeakMemory, release
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
-from qpruner.training.checkpoints import (
-    Ownership,
-    keep_checkpoint,
-    latest_checkpoint,
-    load_adapter,
-    publish_adapter,
-)
+from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -150,7 +144,7 @@ def _train(
     candidate, config, settings = job.candidate, job.config, job.config.finetune
     assert candidate.seed is not None
     checkpoints, progress = candidate.checkpoints, ProgressFile(candidate.progress)
-    schedule = Schedule(settings.steps, settings.epochs, save_steps=settings.save_steps)
+    schedule = Schedule(settings.steps, settings.epochs)
     listener = Listener(
         on_step=lambda step, total, loss: progress.write(step, total),
         before_save=ownership.check,

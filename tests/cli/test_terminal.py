@@ -15,8 +15,8 @@ from rich.console import Console
 
 from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
+from qpruner.plans.plan import plan_of
 from qpruner.report import tables
-from qpruner.report.search_progress import plan_of
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
 from qpruner.runs.records import StageState

@@ -182,7 +182,7 @@ def test_two_workers_fine_tune_what_one_does(
     found = {}
     for workers in (2, 1):
         whole = with_key(sensed_raw, "training.micro_batch_size", 2)
-        config = validate_config(with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers}))
+        config = validate_config(with_key(whole, "finetune", {"steps": 14, "num_workers": workers}))
         context = replace(changed("finetune", {"steps": 14}), config=config)
         plan = a_winner(context)
         try:

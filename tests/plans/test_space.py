@@ -6,15 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_layouts import LEVELS, layout_of, mixed_layout, random_layout
+from made_searches import plans_in
 
 from qpruner.errors import SolverFailed
 from qpruner.plans import space as space_module
 from qpruner.plans.plan import UNPRUNED, Layout, PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
-
-
-def all_plans(space: PlanSpace) -> list[PrecisionPlan]:
-    return [space.plan_of(indices) for indices in itertools.product(*space.offered)]
 
 
 def space_of(layout: Layout, share: float) -> PlanSpace:
@@ -36,7 +33,7 @@ def test_the_knapsack_finds_the_best_plan(levels: tuple[str, ...], seed: int) ->
 
     found = space.best_by_gain(gains.tolist())
     assert layout.plan_bytes(found) <= space.budget_bytes
-    assert total(found) == pytest.approx(max(map(total, filter(space.is_feasible, all_plans(space)))), abs=1e-9)
+    assert total(found) == pytest.approx(max(map(total, filter(space.is_feasible, plans_in(space)))), abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 51])
@@ -113,7 +110,7 @@ def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[str, ...], s
     space = space_of(layout, float(generator.uniform(0.2, 0.8)))
     plans = [space.plan_of(each) for each in itertools.product(range(len(space.levels)), repeat=len(space.groups))]
     feasible = list(filter(space.is_feasible, plans))
-    assert set(feasible) == set(filter(space.is_feasible, all_plans(space)))
+    assert set(feasible) == set(filter(space.is_feasible, plans_in(space)))
 
     def agreement(plan: PrecisionPlan) -> int:
         return sum(bits == other for bits, other in zip(plan.formats, wanted.formats, strict=True))
@@ -193,7 +190,7 @@ def test_a_plan_of_any_cut_is_a_row_of_indices() -> None:
     assert space.cuts == (UNPRUNED, "cut-10", "layers-25")
     assert space.levels == ("nf4", "int8", "bf16") and len(space.groups) == 4
     for at, each in enumerate(space.spaces):
-        for plan in all_plans(each):
+        for plan in plans_in(each):
             row = space.indices_of(plan)
             assert space.plan_of(row) == plan and row[-1] == at and plan in space
             assert space.aligned[at].plan_bytes(space.aligned[at].plan_of(row[:-1])) == space.plan_bytes(plan)
@@ -212,7 +209,7 @@ def test_a_cut_without_new_plans_hands_on_to_the_next() -> None:
     wanted = space.spaces[1].uniform("bf16")
     while (found := space.nearest_feasible(wanted, known)) is not None:
         known.append(found)
-    every = [list(filter(each.is_feasible, all_plans(each))) for each in space.spaces]
+    every = [list(filter(each.is_feasible, plans_in(each))) for each in space.spaces]
     assert len(known) == len(set(known)) and set(known) == {plan for plans in every for plan in plans}
     order = [len(every[1]), len(every[2]), len(every[0])]
     assert [plan.cut for plan in known] == ["cut-10"] * order[0] + ["layers-25"] * order[1] + [UNPRUNED] * order[2]

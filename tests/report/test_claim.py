@@ -29,7 +29,7 @@ from qpruner.report.results import RANDOM, SEARCHED, rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
 from qpruner.report.tables import by_task
-from qpruner.runs.records import GIVEN, Results, RungAgreement
+from qpruner.runs.records import GIVEN, Results
 
 
 def line_about(results: Results, other: str) -> str:
@@ -67,15 +67,6 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     assert alone[1] == "Trial 7 is the plan that was given, the only one scored on fresh rows."
     beside = made_search(PLAN, best_origin=GIVEN)
     assert "given, scored on fresh rows beside 1 control that a search had tried." in search_text(beside)[1]
-
-
-def test_the_agreement_of_rungs_is_told_in_one_sentence() -> None:
-    rungs = [(4, 3, 0.5, -1.0), (8, 3, 1.0, 0.25), (16, 1, None, None)]
-    names = ("step", "num_trials", "within", "across")
-    known = tuple(RungAgreement(**dict(zip(names, rung, strict=True))) for rung in rungs)
-    told = "+0.50 within cuts and -1.00 across cuts at step 4, +1.00 within cuts and +0.25 across cuts at step 8."
-    assert told in search_text(made_search(PLAN, rungs=known))[0]
-    assert "Agreement" not in search_text(made_search(PLAN, rungs=known[2:]))[0]
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,13 @@ def test_the_winner_stands_beside_every_finalist() -> None:
 
 def test_the_front_and_scored_accuracies_have_columns() -> None:
     point = FrontPoint(index=9, origin="gp", plan=PLAN, plan_bytes=90_000_000, loss=4.15, stderr=0.25)
-    again = {"seed_losses": (4.0, 4.25), "seed_accuracies": (0.5, 0.25)}
-    scored = SECOND.model_copy(update={"accuracy": 0.5, "accuracy_stderr": 0.1, "reused": True, **again})
+    measured = {"accuracy": 0.5, "accuracy_stderr": 0.1, "seed_losses": (4.0, 4.25, 4.2)}
+    scored = Confirmation(**SECOND.model_dump() | measured | {"reused": True})
     found = tables.fresh_scores(searched(scored, front=(point,)).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert [each["on the front"] for each in told] == ["-", "yes"] and told[1]["row"] == "gp, reused"
-    assert told[1]["mean over seeds"] == f"{(scored.loss + 8.25) / 3:.4f} (3 seeds)"
+    assert (told[1]["selection loss"], told[1]["seeds"]) == (f"{scored.loss:.4f}", "3"), "the loss is their mean"
 
 
 def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:
@@ -132,6 +132,11 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     results = results_of([*rivals, *searched_row([1.5])], confirmations=(finalist(11, "gp", WINNER),))
     [found] = comparisons(results)
     assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
+    computes_too_much = KNAPSACK.model_copy(update={"fits": False})
+    confirmed = {"confirmations": (finalist(11, "gp", WINNER), computes_too_much)}
+    limited = results_of([*rivals, *searched_row([1.5])], **confirmed)
+    assert [each.other for each in comparisons(limited)] == ["paper"]
+    assert tables.fresh_scores(limited.search).rows[1][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]
     lead, item = claim(results).splitlines()
     rival = "the best control in the budget (not pruned, knapsack)"
     assert f" It is not distinguishable from {rival}. Over 3 comparisons" in lead

@@ -19,6 +19,7 @@ from qpruner.report.claim import claim
 from qpruner.report.files import summary_schema, summary_text, write_report
 from qpruner.report.finalists import best_control_text
 from qpruner.report.html import render
+from qpruner.report.plots.chart import Chart
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import StageState
@@ -112,6 +113,16 @@ def test_the_table_of_trials_marks_the_best_in_words(until: str, mark: str, tmp_
     assert tables.trials(read_snapshot(made.run)).headings[-1] == "plan", "no column of dashes"
 
 
+def test_a_cut_that_computes_too_much_is_never_the_best(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=9, num_blocks=2, until="sensitivity")
+    best = read_snapshot(made.run).best_trial
+    assert best
+    made.write(best, cut="base")
+    made.change_search(may_win=("cut-20",))
+    run = read_snapshot(made.run)
+    assert run.best_trial and run.best_trial.index != best.index
+
+
 def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     root = tmp_path / "run"
     made = MadeRun(root, num_trials=4, num_blocks=2, model=HOSTILE, task=HOSTILE, outcome="failed", error=HOSTILE)
@@ -183,10 +194,9 @@ def test_every_stage_has_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
     assert set(held(MadeRun(tmp_path / "without", num_trials=4, num_blocks=2)).values()) == {"-"}
 
 
-def test_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
+def test_blocks_are_numbered_as_in_the_base_model(tmp_path: Path) -> None:
     """If block 1 was removed, the plan's block 2 is the base's block 3."""
     made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=3)
-    assert "numbered as in" not in words(page_now(made))
     cuts = made.record("prune").cuts
     layers = list(cuts["cut-20"].layers)
     layers.insert(1, layers[0].model_copy(update={"kept_kv_groups": (), "kept_mlp_channels": ()}))
@@ -195,7 +205,11 @@ def test_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
     made.change("prune", cuts={**cuts, "cut-20": changed})
     found = [row[:2] for row in tables.kept_of_blocks(changed).rows]
     assert found == [("0", "0"), ("1", "-"), ("2", "1"), ("3", "2")]
-    assert "Blocks are numbered as in the cut." in words(page_now(made))
+    [chart] = [part for each in sections(read_snapshot(made.run)) if each.name == "plans" for part in each.parts]
+    assert isinstance(chart, Chart)
+    for panel in chart.spec["vconcat"]:
+        groups = {value["group"] for value in panel["data"]["values"]}
+        assert groups == {f"layers.{block}.{part}" for block in (0, 2, 3) for part in ("attention", "mlp")}
 
 
 def test_a_notebook_shows_the_answer_and_the_plan(long_run: Path) -> None:

@@ -9,18 +9,7 @@ from typing import Any
 import pytest
 from chromium import chromium
 from conftest import disk_of, fill
-from made_run import (
-    GROUPS,
-    RUNGS,
-    SEARCH,
-    STARTED,
-    config_of,
-    planned,
-    recorded_run,
-    search_state,
-    trial,
-    trials,
-)
+from made_run import GROUPS, RUNGS, SEARCH, STARTED, config_of, planned, recorded_run, search_state, trial, trials
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 from tensorboard_server import serving

@@ -37,6 +37,8 @@ Machine = Callable[[str], CandidateJob]
 
 FINETUNE = """
 import sys
+from qpruner.training import checkpoints
+checkpoints.SECONDS = checkpoints.COST = 0
 from test_at_uri import job_of
 from qpruner.training.table_rows import finetune_candidate
 finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
@@ -68,8 +70,7 @@ def config_file(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPat
         talk_to(store, patch)
         patch.setenv(objects.CACHE, str(folder / "first"))
         raw = with_key(raw_config(tiny_model, folder), "output", store.uri("run"))
-        raw = with_key(with_key(raw, "finetune.steps", 12), "finetune.save_steps", 2)
-        config = validate_config(raw)
+        config = validate_config(with_key(raw, "finetune.steps", 12))
         run(config, lambda event: None, until="bank")
         (folder / "config.json").write_text(config.model_dump_json())
         yield folder / "config.json"

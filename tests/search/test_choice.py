@@ -211,10 +211,7 @@ def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
     assert uniform(small + low - 1) == {}
     assert uniform(small + low) == {"nf4": "8444444"}
     assert uniform(small + high) == {"nf4": "F444444"}
-    assert uniform(large + low) == {
-        "nf4": ("F" if large + low >= small + high else "8") + "444444",
-        "int8": "8888888",
-    }
+    assert uniform(large + low) == {"nf4": ("F" if large + low >= small + high else "8") + "444444", "int8": "8888888"}
     assert list(uniform_plans(masked_space())) == ["int8"], "all blocks must take it"
 
 

@@ -54,10 +54,7 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     ]  # fmt: skip
     confirmed = {each["origin"]: each for each in record["confirmations"]}
     controls = [origin for origin, each in confirmed.items() if each["control"]]
-    assert (controls, list(confirmed)) == (
-        CONTROLS,
-        [*controls, "given"],
-    )
+    assert (controls, list(confirmed)) == (CONTROLS, [*controls, "given"])
     controls = [origin for origin in controls if confirmed[origin]["fits"]]
     best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
     assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"

@@ -108,12 +108,7 @@ EVERY: tuple[Work, ...] = (as_task, in_group)
         (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here", EVERY, CPU),
         (with_a_folder_of_its_own, "`output`: {run} is not shared", EVERY, CPU),
         # Work there would run on the CPU for days. A group needs no check: its processes could not connect.
-        (
-            with_a_gpu_that_torch_does_not_see,
-            "a GPU is reserved for work there, but torch",
-            (as_task,),
-            HELD,
-        ),
+        (with_a_gpu_that_torch_does_not_see, "a GPU is reserved for work there, but torch", (as_task,), HELD),
     ],
 )
 def test_no_work_is_done_on_a_node_that_joins_late_and_differs(

@@ -29,13 +29,7 @@ from qpruner.quantization.assembly import measured_bytes
 from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.inference import InferenceJob, measure_inference, take_turn
-from qpruner.training.table_rows import (
-    CandidateJob,
-    build,
-    confirm_trial,
-    evaluate_candidate,
-    finetune_candidate,
-)
+from qpruner.training.table_rows import CandidateJob, build, confirm_trial, evaluate_candidate, finetune_candidate
 
 Tuned = tuple[CandidateJob, SimpleNamespace]
 ADAPTER = "adapter_model.safetensors"

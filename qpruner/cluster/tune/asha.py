@@ -11,7 +11,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from qpruner.cluster.ray_private import AshaBracket
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan, plan_of
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.rungs import Rungs
@@ -21,10 +21,8 @@ from qpruner.search.trial_records import objective
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
-    The best trial of each cut continues as long as cuts cannot be compared, see `Rungs.protects`. Plans outside the
-    space or over the budget, which only controls have, do not compete. `is_cancelled` returns True for the id of a
-    waiting trial that must not start. `on_error` gets the id of a trial and the text of its error, before the searcher
-    learns of the error.
+    Plans outside the space or over the budget, which only controls have, do not compete. `is_cancelled` says whether a
+    waiting trial must not start, by its id. `on_error` gets a trial's id and error before the searcher does.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._brackets = [bracket]
         self._rungs = Rungs(space.cuts, settings.steps)
         for record in recorded:
-            if not space.is_feasible(PrecisionPlan.from_dict(record.plan, record.cut)):
+            if not space.is_feasible(plan_of(record)):
                 continue
             bracket.sizes[record.index] = record.plan_bytes
             # A resumed trial reports its last rung again.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.plans.plan import Layout, PrecisionPlan
+from qpruner.plans.plan import Layout, PrecisionPlan, plan_of
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
@@ -98,7 +98,7 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
     """Return the score of a trial at every rung that it reached."""
-    plan = PrecisionPlan.from_dict(record.plan, record.cut)
+    plan = plan_of(record)
     return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]
 
 
@@ -114,7 +114,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
-        known = (PrecisionPlan.from_dict(record.plan, record.cut), record.expected_improvement, record.noise)
+        known = (plan_of(record), record.expected_improvement, record.noise)
         suggestion = Suggestion(*known, index=record.index, origin=record.origin)
         ledger.recall(suggestion, observations_of(record, job.config), counts=job.owns(record))
         if job.owns(record) and not record.is_over:
@@ -129,7 +129,7 @@ def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
 
     A search resumes trials cut off or to be retried, and its controls that ASHA stopped in another search.
     """
-    plan = PrecisionPlan.from_dict(record.plan, record.cut)
+    plan = plan_of(record)
     control = job.control_of(plan)
     cut_off = record.status == "running" or record.should_retry
     if not job.may_run(plan) or not (cut_off or (control and record.status == "stopped")):

@@ -13,22 +13,26 @@ WIDTH, ROW_HEIGHT, COST_HEIGHT = 760, 22, 70
 NO_TITLE = {"title": None, "labelLimit": 320}
 
 
-def plan_bars(
-    plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | None, is_renumbered: bool = False
-) -> Chart:
-    """Draw plans below each other by their names, and above them what each sensitivity predicts of every group."""
+def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | None) -> Chart:
+    """Draw plans below each other by their names, and above them what each sensitivity predicts of every group.
+
+    Groups have their names in the base model, so that the same block of two cuts is in one column.
+    """
     bars = [
         {"plan": f"{name}, {cut_title(plan.cut)}", "group": group, "format": format_name}
         for name, plan in plans.items()
         for group, format_name in plan.as_dict().items()
     ]
-    groups = list(dict.fromkeys(bar["group"] for bar in bars))
+    longest = sorted(plans.values(), key=lambda plan: -len(plan.groups))  # in which no block is lacking
+    groups = list(dict.fromkeys(group for plan in longest for group in plan.groups))
     color = {"color": by_format(bar["format"] for bar in bars), "tooltip": tooltip(group="group", format="format")}
     rows = {"field": "plan", "type": "ordinal", "sort": None, "axis": NO_TITLE}
     mark = {"type": "rect", "stroke": "var(--page)", "strokeWidth": 0.5}
     drawn = _panel(bars, {"step": ROW_HEIGHT}, mark, {"x": _along(groups), "y": rows} | color)
-    caption = "A row per plan: a bar per group in model order, in the colour of its format, and the cut beside it."
-    caption += " Blocks are numbered as in the cut." if is_renumbered else ""
+    caption = (
+        "A row per plan: a bar per group in model order, in the colour of its format, and the cut beside it. Blocks "
+        "are numbered as in the base model."
+    )
     methods = measured.methods if measured else {}
     if measured is None or not methods:
         return Chart("plans", "Formats by group", caption, {"vconcat": [drawn]})

@@ -3,10 +3,10 @@
 import itertools
 import statistics
 
-from qpruner.plans.plan import cut_title
+from qpruner.plans.plan import cut_title, plan_of
 from qpruner.report.finalists import formats_text
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
-from qpruner.report.search_progress import cost, plan_of, score, score_title
+from qpruner.report.search_progress import cost, score, score_title
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import TrialRecord
 from qpruner.search.choice import non_dominated

@@ -326,6 +326,8 @@ class SearchState(Recorded):
     metrics: dict[str, str] = {}
     pareto: bool = False
     budget_bytes: int
+    may_win: tuple[str, ...] = ()
+    """Cuts whose plans may win (see `quantize.budget.flops_fraction`); empty: all."""
     max_trials: int
     steps: int
     slots: int | None = None
