@@ -64,14 +64,18 @@ def check(
 
 
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    layout, asked = inspection.reference, {*config.quantize.levels, *config.quantize.embedding_levels}
-    levels = by_size(tuple(asked))
+    layout, plan, base = inspection.reference, inspection.plan, inspection.base
+    levels = by_size(tuple({*config.quantize.levels, *config.quantize.embedding_levels}))
     return {
         "num_groups": len(layout.groups),
         "num_choices": sum(len(group.formats) - 1 for group in layout.groups),
-        "parameters_base": inspection.base.num_parameters,
+        "parameters_base": base.num_parameters,
         "cuts": {
-            name: {"parameters": inspection.layouts[name].num_parameters, "blocks": cut.expected.num_hidden_layers}
+            name: {
+                "parameters": inspection.layouts[name].num_parameters,
+                "blocks": cut.expected.num_hidden_layers,
+                "multiply_adds": inspection.layouts[name].multiply_adds / base.multiply_adds,
+            }
             for name, cut in inspection.cuts.items()
         },
         "left_out": dict(inspection.left_out),
@@ -81,7 +85,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "formats": {name: _offered(config, layout, name) for name in levels},
         **{f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels},
         "bytes_budget": inspection.budget_bytes,
-        "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
+        "bytes_plan": None if plan is None else inspection.layouts[plan.cut].plan_bytes(plan),
         "concurrent_trials": min(slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
@@ -122,7 +126,7 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     search, size = config.search, facts["bytes_plan"]
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
-    if not facts["num_choices"]:
+    if not config.has_choice:
         return ["your plan:   every group in the only format that it may have"]
     if search.plan is None:
         return []
@@ -159,12 +163,15 @@ def _questions(by_task: dict[str, int]) -> str:
     return f"{counted(sum(by_task.values()), 'question')} ({text})"
 
 
-def _cut_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Format the parameters, and the blocks if some are dropped, of each cut."""
+def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
+    """Format the parameters of each cut, the blocks if some are dropped, and multiply-adds if they have a limit."""
     for name, cut in facts["cuts"].items():
         kept = f"{facts['parameters_base'] / 1e6:.1f} M -> {cut['parameters'] / 1e6:.1f} M"
         if cut["blocks"] < facts["blocks_base"]:
             kept += f", {facts['blocks_base']} -> {cut['blocks']} blocks"
+        if limit is not None:
+            kept += f", {cut['multiply_adds']:.1%} of the multiply-adds"
+            kept += ", too many to win" if cut["multiply_adds"] > limit else ""
         yield f"parameters:  {kept} ({PRUNED_EARLIER if facts['is_pruned_earlier'] else cut_title(name)})"
 
 
@@ -179,7 +186,7 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"formats:     {'; '.join(starmap(_format_text, facts['formats'].items()))}",
-        *_cut_lines(facts),
+        *_cut_lines(facts, config.quantize.budget.flops_fraction),
         *_row_lines(config, facts),
         f"trials:      {trials}",
         *estimate.memory_text(facts),

@@ -149,7 +149,7 @@ class _Tokens:
         search, (_, rungs) = self._config.search, expected_steps(self._config)
         rung = self.split("validation") + self._questions("search")
         # A given plan is the only finalist to score: an earlier search has already scored the controls.
-        best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
+        best = min(search.max_trials, search.confirm + most_controls(self._config))
         finalists = (best if self._config.is_searched else 1) + num_confirmed_again(self._config)
         return rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 

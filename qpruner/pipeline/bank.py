@@ -138,7 +138,7 @@ class Bank(Stage[BankRecord]):
 
         is_small = sum(group.num_weights for group in self._layout.groups) < FEW_WEIGHTS and not context.address
         resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
-        if concurrent <= 1:
+        if concurrent <= 1 and not context.address:  # on a cluster every work of the executor has a new process
             for job in jobs:
                 yield job, fill_here(job)
             return

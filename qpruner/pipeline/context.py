@@ -189,7 +189,7 @@ class Context:
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
+        layouts = {cut: self.layout_of(cut) for cut in self.cuts if self.may_win(cut)}
         return preflight.plan_in_file(self.config, layouts, self.budget_bytes)
 
     @cached_property

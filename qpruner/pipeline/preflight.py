@@ -113,12 +113,13 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     cuts, left_out = makeable(cuts_in_effect(config.prune, model_config), checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
-    budget = budget_bytes(config, _fast_enough(config, layouts, base))
+    fast_enough = _fast_enough(config, layouts, base)
+    budget = budget_bytes(config, fast_enough)
     settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
-    plan = plan_in_file(config, layouts, None if is_estimate else budget) if are_groups_known else None
+    plan = plan_in_file(config, fast_enough, None if is_estimate else budget) if are_groups_known else None
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
@@ -137,7 +138,7 @@ def too_many_flops(config: RunConfig, shares: Iterable[float]) -> UserError:
     """Return the error for cuts that all take too many multiply-adds; `shares` are those of the base model's."""
     return UserError(
         f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
-        f"{min(shares):.3g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune "
+        f"{min(shares):.5g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune "
         "more (`prune.rates`)"
     )
 
@@ -161,7 +162,10 @@ def left_out_text(name: str, reason: str) -> str:
 
 
 def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
-    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget."""
+    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget.
+
+    `layouts` are those of the cuts within `budget.flops_fraction`.
+    """
     file = config.search.plan_file
     if file is None:
         return None

@@ -52,6 +52,7 @@ from qpruner.search.trial_records import (
     read_trials,
     restart_if_damaged,
     set_aside_damaged,
+    set_aside_others,
     trial_folder,
 )
 from qpruner.training.table_rows import Candidate, confirm_trial
@@ -98,19 +99,19 @@ class Search(Stage[SearchRecord]):
         settings = self.config.search
         return digest_of(
             self.context.record(SensitivityRecord).digest,
-            self.context.cuts,
+            [self.context.bank_of(cut).inputs for cut in self.context.cuts],
             self.config.quantize.budget,
             self.context.budget_bytes,
             settings.searcher,
             settings.metric,
             settings.pareto,
             self.config.seed,
-            *([given.as_dict()] if given else []),
+            *([given.cut, given.as_dict()] if given else []),
         )
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that a trial's result depends on, but the cut and formats of its plan.
+        """Digest of everything that a trial's result depends on, but its plan and `TrialRecord.model`.
 
         So a further cut starts from the trials of the others. It includes `search_digest` if `reuse_trials` is off.
         """
@@ -164,6 +165,7 @@ class Search(Stage[SearchRecord]):
         # The trials need the memory of the executor.
         context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.notify)
+        set_aside_others(self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
         with contextlib.suppress(CorruptFile):  # `run_stage` reports it
@@ -336,12 +338,12 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"{remedy} and repeat the command",
         )
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
-    points = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
     fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
-    front = choice.non_dominated(points) if job.config.search.pareto else []
-    return [finished[position] for position in sorted({*chosen, *front})]
+    able = [position for position, fits in enumerate(fit) if fits and job.config.search.pareto]
+    front = choice.non_dominated([(finished[position].plan_bytes, scores[position]) for position in able])
+    return [finished[position] for position in sorted({*chosen, *(able[at] for at in front)})]
 
 
 def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:

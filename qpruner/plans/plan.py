@@ -222,8 +222,8 @@ def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]]) ->
     only = next(iter(offered)) if len(offered) == 1 else ""
     cut = str(raw.pop("cut", only)) if isinstance(raw, dict) else only
     if cut not in offered:
-        got = f"got {cut or 'none'}"
-        raise PlanRefused(f"{path} must name one of the cuts of this run, {got}: `cut: NAME`, of {', '.join(offered)}")
+        got = f"got {cut or 'none'}: `cut: NAME`, of {', '.join(offered)}"
+        raise PlanRefused(f"{path} must name one of the cuts of this run that `quantize.budget` allows, {got}")
     of_groups = offered[cut]
     plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(plan, dict):

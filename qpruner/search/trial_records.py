@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.runs import storage
 from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 from qpruner.training import checkpoints
@@ -53,6 +53,10 @@ class Materials:
 
     banks: Mapping[str, BankSource]  # of each cut
     data: Path  # the encoded rows
+
+    def model_of(self, cut: str) -> str:
+        """Return the digest of a cut's weights and of what its bank is made by."""
+        return self.banks[cut].inputs if cut in self.banks else ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,18 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
     except CorruptFile as error:
         where = storage.quarantine(_clock_path(folder, search), folder)
         notify(f"{error}; set aside in {where}, and the search's hours count from zero")
+
+
+def set_aside_others(folder: Path, models: Mapping[str, str], notify: Callable[[str], None]) -> None:
+    """Move trials of other weights into `damaged/`: a cut that was made again may differ, as on another machine.
+
+    `models` maps cuts to their present digests (see `TrialRecord.model`).
+    """
+    for record in read_trials(folder):
+        if record.model and record.model != models.get(record.cut, record.model):
+            where = storage.quarantine(trial_folder(folder, record.index), folder)
+            about = f"its cut, {cut_title(record.cut)}, has other weights now"
+            notify(f"trial {record.index} is set aside in {where}: {about}")
 
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:

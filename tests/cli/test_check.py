@@ -193,3 +193,17 @@ def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[s
     told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
     over = inspection.reference.plan_bytes(inspection.reference.uniform("int8")) - inspection.budget_bytes
     assert told and 0 <= float(told[1]) * 1e6 - over < 101, "rounded up, never down"
+
+
+def test_a_plan_s_bytes_are_those_of_its_cut(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+    """A cut that takes too many multiply-adds is told, and no plan of it is taken."""
+    budget = {"bytes": 200_000, "flops_fraction": 0.9}
+    keys = {"prune__rate": None, "prune__rates": [0, 0.2], "prune__selection": "per_layer"}
+    raw = changed(tiny_raw, **keys, quantize__budget=budget)
+    layout, plan = preflight.inspect(validate_config(raw)).layouts["cut-20"], tmp_path / "plan.yaml"
+    small = layout.smallest()
+    plan.write_text(yaml.safe_dump({"cut": "cut-20", **small.as_dict()}))
+    assert facts(raw, "--set", f"search.plan={plan}")["bytes_plan"] == layout.plan_bytes(small)
+    assert re.search(r"100\.0% of the multiply-adds, too many to win \(not pruned\)", check(raw))
+    plan.write_text(yaml.safe_dump({"cut": "base", **small.as_dict()}))
+    assert "got base: `cut: NAME`, of cut-20" in check(raw, "--set", f"search.plan={plan}", code=2).replace("\n", " ")

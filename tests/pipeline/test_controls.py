@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, shared
+from qpruner.pipeline.search import Search
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import PruneRecord, SensitivityRecord
 
@@ -58,3 +59,13 @@ def test_what_the_reference_measured_counts_for_groups_of_any_cut(context: Conte
     assert measured["nf4"][1:] == list(values["nf4"][1:]) and set(measured["bf16"]) == {0.0}
     [of_group] = shared(context, "fisher", space.base_groups[1:2], ("w3",))["w3"]
     assert of_group == 4 * values["nf4"][1]
+
+
+def test_the_same_formats_of_another_cut_are_another_given_plan(context: Context) -> None:
+    """Else the record of the first would be taken for that of the second."""
+    plan, found = context.space.spaces[0].smallest(), set[str]()
+    for cut in ("cut-20", UNPRUNED):
+        given = replace(context)
+        given.__dict__["plan_in_file"] = replace(plan, cut=cut)
+        found.add(Search(given).digest)
+    assert len(found) == 2

@@ -41,6 +41,7 @@ from qpruner.search.trial_records import (
     read_trials,
     restart_if_damaged,
     set_aside_damaged,
+    set_aside_others,
     write_pulse,
     write_seconds,
     write_trial,
@@ -509,6 +510,26 @@ def test_finalists_of_a_front_are_all_plans_on_it(tmp_path: Path) -> None:
     plans = {"888444": 3.0, "484444": 3.5, "448444": 3.4, "448484": 3.6, "444444": 3.9}
     trials = [trial(index, plan, [3, 3, loss]) for index, (plan, loss) in enumerate(plans.items())]
     assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
+
+
+def test_a_cut_that_may_not_win_keeps_no_plan_off_the_front(tmp_path: Path) -> None:
+    """A control of the base takes too many multiply-adds, and has fewer bytes and a lower loss than all others."""
+    control = trial(0, "444444", [3, 3, 2.9], origin="unpruned-uniform")
+    plans = {1: ("484444", 3.2), 2: ("448844", 3.1)}
+    others = [trial(at, plan, [3, 3, loss], cut="cut-20") for at, (plan, loss) in plans.items()]
+    job = replace(job_of(tmp_path, confirm=1, pareto=True), may_win=("cut-20",))
+    assert [each.index for each in choose_finalists([control, *others], job)] == [0, 1, 2]
+
+
+def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> None:
+    """A cut that was lost and made again, on another machine, may keep other units."""
+    for at, model in enumerate(("old", "new", "")):
+        begin_trial(tmp_path, trial(at, "444444", [3.0], model=model, cut="cut-20"))
+    begin_trial(tmp_path, trial(3, "444444", [3.0], model="old", cut="cut-30"))
+    messages: list[str] = []
+    set_aside_others(tmp_path, {"cut-20": "new"}, messages.append)
+    assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3], "no cut-30 is among those of this command"
+    assert len(messages) == 1 and "20 % pruned, has other weights now" in messages[0]
 
 
 def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:

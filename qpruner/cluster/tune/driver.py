@@ -104,6 +104,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             expected_improvement=suggestion.expected_improvement,
             noise=suggestion.noise,
             cut=suggestion.plan.cut,
+            model=job.materials.model_of(suggestion.plan.cut),
             plan=suggestion.plan.as_dict(),
             plan_bytes=layout.plan_bytes(suggestion.plan),
             mean_bits=layout.mean_bits(suggestion.plan),

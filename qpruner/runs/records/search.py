@@ -47,7 +47,7 @@ class TrialRecord(Recorded):
     index: int
     """Position among the proposed plans, from 0."""
     digest: str
-    """Digest of everything that the result of the trial depends on; equal to `SearchRecord.trials_digest`."""
+    """Digest of all that the result depends on but the plan and `model`; equal to `SearchRecord.trials_digest`."""
     search: str
     """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
     origin: str
@@ -58,6 +58,8 @@ class TrialRecord(Recorded):
     """Standard deviation of a repeated score, as estimated by the model of the searcher."""
     cut: str = "base"
     """Name of the cut that the plan quantizes; `base` is the model before pruning."""
+    model: str = ""
+    """Digest of the cut's weights and of what they are packed by."""
     plan: dict[str, str]
     """Group -> name of its format."""
     plan_bytes: int
@@ -97,7 +99,7 @@ class TrialRecord(Recorded):
         """Return one row, with `loss at STEP` and perhaps `accuracy at STEP` for each rung."""
         shown = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
         [row] = super(TrialRecord, shown).table_rows()
-        for name in ("digest", "rungs", "saved_between", "times", "begun"):
+        for name in ("digest", "model", "rungs", "saved_between", "times", "begun"):
             del row[name]
         for rung in self.rungs:
             row[f"loss at {rung.step}"] = rung.loss
