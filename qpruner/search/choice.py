@@ -122,8 +122,8 @@ def contenders(
     ranked = sorted(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at))
     chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}
     for at in sorted(chosen - {*ranked[:1]}) if losses else ():
-        more = measures.over_questions([one - best for one, best in zip(losses[at], losses[ranked[0]], strict=True)])
-        chosen -= {at} if more.mean > measures.Z_95 * more.stderr else set()
+        more = measures.paired(losses[at], losses[ranked[0]])
+        chosen -= {at} if more and more.mean > measures.Z_95 * more.stderr else set()
     return sorted(chosen)
 
 
