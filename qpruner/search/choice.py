@@ -20,7 +20,7 @@ SCALE = 1e3  # largest gain given to the solver, far above its absolute toleranc
 BEST_FIRST = ("fisher", "kl", "second_order", "loss", "first_order", "mutual_information")
 """Sensitivities that may choose the plans of controls; the first that is measured does."""
 # Rank correlation of SmolLM2 as it is with its cuts of 10 and 20 % (benchmarks/shared_sensitivities.py, 2026-11):
-# fisher 0.98 and 0.96, mutual information 0.84 and 0.88, kl 0.66 to 0.94, second order 0.29 to 0.65, loss -0.07 to 0.48.
+# fisher 0.98 and 0.96, mutual information 0.84 and 0.88, kl 0.66 to 0.94, second order 0.29 to 0.65, loss under 0.48.
 Point = tuple[float, float]  # the bytes of a plan and its score; both are minimized
 
 
