@@ -11,14 +11,8 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields: dict[str, Any] = {"digest": "c" * 16, "trials_digest": "1" * 16, "searcher": "gp", "metric": "loss"}
     fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
     fields |= {"num_trials": 9, "num_finished": 6, "num_stopped": 2, "num_failed": 1, "num_reused": 0, "resumed": 0}
-    fields |= {
-        "best_index": 7,
-        "best_origin": "gp",
-        "best_plan": plan,
-        "best_cut": "cut-20",
-        "best_control": 2,
-        "control_won": False,
-    }
+    fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_cut": "cut-20"}
+    fields |= {"best_control": 2, "control_won": False}
     finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625))
     ended = "all 9 trials were spent (`search.max_trials`)"
     return SearchRecord(**fields | {"ended": ended, "confirmations": finalists, "front": ()} | changes)

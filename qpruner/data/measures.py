@@ -32,6 +32,13 @@ def over_questions(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(squares / (count - 1) / count))
 
 
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Estimate | None:
+    """Average ours minus theirs, question by question; None without the values of both, or for a single question."""
+    if not len(ours) == len(theirs) > 1:
+        return None
+    return over_questions([one - other for one, other in zip(ours, theirs, strict=True)])
+
+
 def over_tasks(tasks: Answers) -> Estimate:
     """Average the means of all tasks with equal weights."""
     each = [over_questions(values) for values in tasks]

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qpruner.data.measures import Z_95
+from qpruner.data.measures import Z_95, paired
 from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import by_size
 from qpruner.report.results import SEARCHED, title_of
-from qpruner.report.statistics import SAME, paired_losses
+from qpruner.report.statistics import SAME
 from qpruner.runs.records import Confirmation, SearchRecord
 from qpruner.wording import counted
 
@@ -84,7 +84,7 @@ def formats_text(plan: Mapping[str, str]) -> str:
 
 def _compared(each: Confirmation, best: Confirmation, search: SearchRecord) -> Finalist:
     is_best = each == best
-    apart = None if is_best else paired_losses(each, best)
+    apart = None if is_best else paired(each.losses, best.losses)
     more = None if is_best else apart.mean if apart else each.loss - best.loss
     half_width, verdict = Z_95 * apart.stderr if apart else None, None if is_best else SAME
     if more is not None and half_width and abs(more) > half_width:

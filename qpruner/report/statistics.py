@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.data import measures
-from qpruner.data.measures import Answers, Estimate
+from qpruner.data.measures import Answers
 from qpruner.report.results import FineTune
-from qpruner.runs.records import FinalistScore
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
@@ -76,13 +75,6 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
     both = [(ours.confirmation_losses, theirs.confirmation_losses) for (ours, _), (theirs, _) in pairs]
     by_pair = [[_less(ours, theirs)] for ours, theirs in both] if all(all(each) for each in both) else []
     return _difference(CONFIRMATION_LOSS, pairs, values, by_pair)
-
-
-def paired_losses(one: FinalistScore, other: FinalistScore) -> Estimate | None:
-    """Return mean and standard error of one finalist's loss minus another's, row by row; None without losses by row."""
-    if not len(one.losses) == len(other.losses) > 1:
-        return None
-    return measures.over_questions(_less(one.losses, other.losses))
 
 
 def _text(found: Difference) -> str:

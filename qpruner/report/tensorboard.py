@@ -81,12 +81,13 @@ class Board:
         """Write the curve of the best score, the HParams columns and `config`."""
         config, trials = self._config, in_order_of_end(self._trials.values())
         over = shown_together(search, trials)
-        found = [_text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")]
+        told = f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```"
+        found: list[Any] = [Event(wall_time=0.0, summary=text_summary("config", told))]
         if trials:  # all trials have the same columns; without trials there is no table
             found.append(_experiment(_columns(search, trials[0]), _metrics(search, config)))
         for count, (value, trial) in enumerate(zip(best_so_far(over, search.metric), over, strict=True), 1):
             if value is not None:
-                found.append(_scalar(BEST, value, count, _end(trial)))
+                found.append(_scalar(BEST, value, count, trial.times[-1] if trial.times else 0.0))
         write_events(self._folder / "search", found)
 
 
@@ -118,10 +119,6 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
 def run_name(trial: TrialRecord) -> str:
     """Return the name of a trial's run in TensorBoard, such as `trial-0007-cut-10-gp`."""
     return f"trial-{trial.index:04d}-{trial.cut}-{trial.origin.removeprefix(f'{trial.cut}-')}"
-
-
-def _end(trial: TrialRecord) -> float:
-    return trial.times[-1] if trial.times else 0.0
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
@@ -179,10 +176,6 @@ def _framed(messages: Sequence[Any]) -> bytes:
             writer.write(message.SerializeToString(deterministic=True))
         writer.close()
         return file.read_bytes()
-
-
-def _text(tag: str, markup: str) -> Any:
-    return Event(wall_time=0.0, summary=text_summary(tag, markup))
 
 
 def _scalar(tag: str, value: float, step: int, time: float) -> Any:

@@ -48,7 +48,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
         assert row["inference_memory_bytes"] >= row["measured_bytes"]
         assert 0 < row["decode_tokens_per_second"][1] < row["prefill_tokens_per_second"][0], "reading is faster"
         assert row["perplexity"] > 1
-    assert "| decode tokens/s |" in text and "on `evaluate.text` in" in text
+    assert "| decode tokens/s |" in text and "on `evaluate.text`" in text
     candidates = records["comparison"]["candidates"]
     assert records["finetune"]["candidates"] == candidates[-1:], "the winner's is one and the same"
     assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), "the formula is the packed tensors"

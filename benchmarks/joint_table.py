@@ -1,0 +1,170 @@
+"""Fine-tune every plan of a small space of cuts and formats as a trial of a run would, for replays of a search.
+
+    .venv/bin/qpruner sensitivity CONFIG                                      # makes cuts, bank and sensitivities
+    .venv/bin/python benchmarks/joint_table.py CONFIG --groups 3 --out T.json [--processes 2] [--again 0.1]
+
+A plan of the table is a cut, a format for each of `--groups` runs of consecutive blocks, and one for the embeddings:
+with the demo's configuration 3 cuts x 3 formats in 3 runs and in the embeddings are 243 fine-tunes. Every plan is run
+by `run_trial`, with its validation loss at every rung; a share `--again` of them a second time, under the next seed (of
+data order and dropout), for the noise of a score. What is measured goes to `OUT.lines` as it comes: a build that was
+interrupted goes on there.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import shared
+from qpruner.pipeline.flow import recorded
+from qpruner.pipeline.preflight import inspect
+from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.runs.records import PruneRecord, RungResult, SensitivityRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.search.trial import run_trial
+from qpruner.search.trial_records import Materials, TrialJob
+
+Plan = tuple[str, ...]  # a cut, and a format for each of the table's groups
+
+
+def opened(config: RunConfig) -> Context:
+    """Open a run that has its sensitivities."""
+    context = Context(
+        config, RunDir(config.output, create=False), lambda event: None, None, inspect(config), writes=False
+    )
+    recorded(context)
+    context.record(SensitivityRecord)
+    return context
+
+
+def members(context: Context, groups: int) -> dict[str, tuple[str, ...]]:
+    """Map each group of the table to the run's groups in it: consecutive blocks, and embeddings with the head."""
+    names = [group.name for group in context.layout_of(context.reference).groups]
+    blocks = [name for name in names if name not in (EMBEDDINGS, HEAD)]
+    parts = [part.tolist() for part in np.array_split(np.array(blocks), groups)]
+    found = {f"{part[0]}-{part[-1].rpartition('.')[2]}": tuple(part) for part in parts}
+    return found | {EMBEDDINGS: tuple(name for name in names if name in (EMBEDDINGS, HEAD))}
+
+
+def every_plan(context: Context, of: dict[str, tuple[str, ...]]) -> Iterator[Plan]:
+    """List the plans of the table: all cuts with all formats."""
+    quantize = context.config.quantize
+    levels = [quantize.embedding_levels if name == EMBEDDINGS else quantize.levels for name in of]
+    yield from itertools.product(context.cuts, *levels)
+
+
+def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines: str) -> None:
+    """Run each (plan, seed) as a trial on one thread, and append its losses to `lines`."""
+    import torch
+
+    torch.set_num_threads(1)
+    context = opened(config)
+    of = members(context, groups)
+    materials = Materials({cut: context.bank_of(cut) for cut in context.cuts}, context.data)
+    for plan, seed in todo:
+        cut, *levels = plan
+        formats = {name: level for each, level in zip(of.values(), levels, strict=True) for name in each}
+        ordered = {name: formats[name] for name in (group.name for group in context.layout_of(cut).groups)}
+        losses, started = dict[int, float](), time.monotonic()
+
+        def report(result: RungResult | None, checkpoint: Path, losses: dict[int, float] = losses) -> None:
+            if result:
+                losses[result.step] = result.loss
+
+        own = context.worker_config.model_copy(update={"seed": config.seed + seed})
+        run_trial(TrialJob(own, materials, ordered, cut), None, report)
+        found = {"plan": plan, "seed": seed, "losses": losses, "seconds": time.monotonic() - started}
+        with open(lines, "a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+def read_lines(path: Path) -> dict[tuple[Plan, int], dict[str, Any]]:
+    """Read what was measured so far."""
+    found = map(json.loads, path.read_text().splitlines()) if path.exists() else iter(())
+    return {(tuple(each["plan"]), each["seed"]): each for each in found}
+
+
+def table(
+    context: Context, of: dict[str, tuple[str, ...]], found: dict[tuple[Plan, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """Put the measured losses and the bytes of all plans into one record."""
+    first = {plan: each["losses"] for (plan, seed), each in found.items() if seed == 0}
+    apart = [
+        each["losses"][str(context.config.search.steps)] - first[plan][str(context.config.search.steps)]
+        for (plan, seed), each in found.items()
+        if seed
+    ]
+    names, levels, sizes = list(of), sorted({level for plan in first for level in plan[1:]}), dict[str, Any]()
+    for cut in context.cuts:
+        layout = context.layout_of(cut)
+        by_name = {group.name: group for group in layout.groups}
+
+        def packed(
+            names: tuple[str, ...], level: str, by_name: Any = by_name, element: int = layout.element_bytes
+        ) -> int:
+            return sum(by_name[name].packed_bytes(level, element) for name in names)
+
+        sizes[cut] = {
+            "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
+            "group_bytes": {level: [packed(each, level) for each in of.values()] for level in levels},
+        }
+    blocks = [name for each in of.values() for name in each]
+    rises = {method: shared(context, method, blocks, levels) for method in context.record(SensitivityRecord).methods}
+    at = {name: position for position, name in enumerate(blocks)}
+    return {
+        "groups": names,
+        "cuts": {cut: sizes[cut] for cut in context.cuts},
+        "after_cut": {cut: made.loss for cut, made in context.record(PruneRecord).cuts.items()},
+        "plans": list(first),
+        "rungs": {step: [losses[step] for losses in first.values()] for step in next(iter(first.values()))},
+        "loss_noise": statistics.stdev(apart) / 2**0.5 if len(apart) > 1 else None,
+        "sensitivities": {
+            method: {level: [sum(values[level][at[name]] for name in each) for each in of.values()] for level in levels}
+            for method, values in rises.items()
+        },
+        "seconds": statistics.fmean(each["seconds"] for each in found.values()),
+    }
+
+
+def main() -> None:
+    """Measure what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--again", type=float, default=0.1)
+    asked = parser.parse_args()
+    config = load_config(asked.config, asked.overrides)
+    context, lines = opened(config), asked.out.with_suffix(".lines")
+    of = members(context, asked.groups)
+    plans = list(every_plan(context, of))
+    again = np.random.default_rng(0).permutation(len(plans))[: round(asked.again * len(plans))]
+    wanted = [*((plan, 0) for plan in plans), *((plans[at], 1) for at in again)]
+    # At random, so that a table that was interrupted covers all cuts and formats alike.
+    order = np.random.default_rng(1).permutation(len(wanted))
+    known = read_lines(lines)
+    todo = [wanted[at] for at in order if wanted[at] not in known]
+    print(f"{len(wanted)} fine-tunes, {len(todo)} to measure", flush=True)
+    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+        parts = [todo[start :: asked.processes] for start in range(asked.processes)]
+        for done in [pool.submit(measure, config, asked.groups, part, str(lines)) for part in parts if part]:
+            done.result()
+    asked.out.write_text(json.dumps(table(context, of, read_lines(lines))))
+
+
+if __name__ == "__main__":
+    main()
