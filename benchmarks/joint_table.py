@@ -109,23 +109,16 @@ def table(
     names, levels, sizes = list(of), sorted({level for plan in first for level in plan[1:]}), dict[str, Any]()
     for cut in context.cuts:
         layout = context.layout_of(cut)
-        by_name = {group.name: group for group in layout.groups}
-
-        def packed(
-            names: tuple[str, ...], level: str, by_name: Any = by_name, element: int = layout.element_bytes
-        ) -> int:
-            return sum(by_name[name].packed_bytes(level, element) for name in names)
-
-        sizes[cut] = {
-            "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
-            "group_bytes": {level: [packed(each, level) for each in of.values()] for level in levels},
-        }
+        sizes[cut] = {"fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes, "group_bytes": {}}
+        for level in levels:
+            packed = {group.name: group.packed_bytes(level, layout.element_bytes) for group in layout.groups}
+            sizes[cut]["group_bytes"][level] = [sum(packed[name] for name in each) for each in of.values()]
     blocks = [name for each in of.values() for name in each]
     rises = {method: shared(context, method, blocks, levels) for method in context.record(SensitivityRecord).methods}
     at = {name: position for position, name in enumerate(blocks)}
     return {
         "groups": names,
-        "cuts": {cut: sizes[cut] for cut in context.cuts},
+        "cuts": sizes,
         "after_cut": {cut: made.loss for cut, made in context.record(PruneRecord).cuts.items()},
         "plans": list(first),
         "rungs": {step: [losses[step] for losses in first.values()] for step in next(iter(first.values()))},

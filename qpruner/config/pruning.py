@@ -144,7 +144,7 @@ class PruneConfig(Section):
 
     @property
     def is_off(self) -> bool:
-        """Whether no cut removes anything."""
+        """Whether nothing is pruned: the only rate is 0."""
         return set(self.rates or (self.rate,)) == {0.0}
 
     @property

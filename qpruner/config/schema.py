@@ -377,12 +377,12 @@ class RunConfig(Section):
 
     @property
     def has_choice(self) -> bool:
-        """Whether plans can differ, in formats or cuts."""
+        """Whether there are several formats or several cuts."""
         return self.quantize.has_choice or len(self.prune.cuts) > 1
 
     @property
     def is_searched(self) -> bool:
-        """Whether plans are searched: no plan is given, and there are several formats or cuts."""
+        """Whether plans are searched: several are possible, and none is given."""
         return self.search.plan is None and self.has_choice
 
     @property

@@ -1,4 +1,4 @@
-"""Write a final model with other formats, or with its adapter merged: every export starts from such a checkpoint."""
+"""Rewrite a final model in other formats, or with its adapter merged. Every export starts from such a checkpoint."""
 
 import json
 import shutil

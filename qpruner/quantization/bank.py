@@ -48,14 +48,14 @@ logger = logging.getLogger(__name__)
 
 
 class FileRecord(Recorded):
-    """What a tensor file of a bank was made from (a digest), and its sha256."""
+    """Identifies a tensor file of a bank: the digest of its inputs, and its sha256."""
 
     inputs: str
     sha256: str
 
 
 class EntryRecord(FileRecord):
-    """The same of an entry, and what is left of the weights' error."""
+    """Identifies an entry, and says how much error its packed weights have left."""
 
     residual_ratio: float
     """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided by that without."""

@@ -117,7 +117,7 @@ def contenders(
 
     They are the `confirm` lowest scores on fresh rows and the best control, as far as they cannot be told apart from
     the lowest: the 95 % interval of the difference of `losses` ``(finalists, rows)``, paired by row, has zero in it.
-    Without losses, as in a search by accuracy, none is told apart.
+    Without losses, as in a search by accuracy, all of them are returned.
     """
     ranked = sorted(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at))
     chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}

@@ -237,9 +237,9 @@ class RungAgreement(Recorded):
     step: int
     num_trials: int
     within: float | None
-    """Over pairs of trials of one cut; null without such a pair."""
+    """Tau over pairs of trials of the same cut; null without such a pair."""
     across: float | None
-    """Over pairs of trials of unlike cuts; null without such a pair."""
+    """Tau over pairs of trials of different cuts; null without such a pair."""
 
 
 class SearchRecord(Record):
@@ -271,7 +271,7 @@ class SearchRecord(Record):
     confirmation_gpu_seconds: float = 0.0
     """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
     rungs: tuple[RungAgreement, ...] = ()
-    """What each rung before the last says of the last one, over the finished trials of this and reused searches."""
+    """How well each earlier rung predicts the order at the last one, over finished trials, reused ones included."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
