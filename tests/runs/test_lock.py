@@ -29,7 +29,8 @@ from qpruner.runs.storage import run_path
 try:
     with hold_run(run_path(sys.argv[1]), lambda text: print(text, flush=True), float(sys.argv[2])):
         print("held", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # one long sleep would miss a signal that arrives just before it begins
+            time.sleep(0.1)
 except UserError:
     print("refused", flush=True)
 """
