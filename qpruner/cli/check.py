@@ -20,7 +20,6 @@ from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text, cut_title
 from qpruner.quantization.formats import by_size
-from qpruner.report.card import other_base_remark
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
 from qpruner.wording import counted
@@ -41,7 +40,7 @@ def check(
     free, disk = free_bytes() if is_here else None, dict(zip(("disk_needed", "disk_free"), found.disk, strict=True))
     estimated = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
     facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | estimated
-    driver, remark = driver_text(RunDir(config.output, create=False)), other_base_remark(config)
+    driver = driver_text(RunDir(config.output, create=False))
     warnings = facts["warnings"] = [*config.warnings, *inspection.warnings]
     if driver:
         warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
@@ -50,8 +49,6 @@ def check(
             f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
             "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
         )
-    if remark:
-        warnings.append(remark)
     if show_config:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if not quiet:
