@@ -213,16 +213,11 @@ def kept_of_blocks(record: CutRecord) -> Table:
 def block_cells(layer: LayerWidths) -> tuple[str, ...]:
     """Return a table row: a block and its kept query heads, key/value heads, MLP channels and share of parameters."""
     groups, heads = len(layer.kept_kv_groups), layer.heads_per_group
-    channels, base = len(layer.kept_mlp_channels), layer.base_mlp_channels
-    mlp = f"{channels} of {base}"
-    if layer.base_experts:
-        kept = len(layer.kept_experts or ())
-        mlp = f"{kept} x {channels // max(kept, 1)} of {layer.base_experts} x {base // layer.base_experts}"
     return (
         str(layer.layer),
         f"{groups * heads} of {layer.base_kv_groups * heads}",
         f"{groups} of {layer.base_kv_groups}",
-        mlp,
+        f"{len(layer.kept_mlp_channels)} of {layer.base_mlp_channels}",
         f"{layer.kept_parameters / layer.base_parameters:.1%}",
     )
 
