@@ -3,9 +3,6 @@
 Every docstring but that of `report` is the help of its verb. The figures come from `report.run_views`.
 """
 
-import csv
-import operator
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -95,25 +92,18 @@ def _failed(trial: dict[str, Any]) -> str:
     return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
-def trials(run: str, sort: str, descending: bool, as_csv: bool, as_json: bool) -> dict[str, Any]:
+def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
     columns = list(rows[0] if rows else SHOWN)
-    search = snapshot.state.search
-    key = search.metric if search and sort == "score" else sort
-    if key not in columns:
+    if sort not in columns:
         rest = [name for name in columns if not name.startswith("format ")]
-        raise UserError(f"no column `{key}`; {nearest(key, rest, 'there are')}")
-    known = [row for row in rows if row[key] is not None]
+        raise UserError(f"no column `{sort}`; {nearest(sort, rest, 'there are')}")
     # Trials without a value in the column come last.
-    rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
+    rows.sort(key=lambda row: (row[sort] is None, row[sort] or 0))
     if as_json:
         pass
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     elif not rows:
         click.echo("there are no trials yet")
     else:

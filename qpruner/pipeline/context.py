@@ -44,7 +44,6 @@ class Context:
     emit: Emit
     address: str | None  # of the Ray cluster to join
     inspection: preflight.Inspection
-    writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)  # GPU seconds used outside the trials
     assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
@@ -234,7 +233,7 @@ class Context:
         """A pickled function that checks a node; every process on the cluster calls this function first."""
         if not self.address:
             return packed_check({}, None)
-        return packed_check(versions(), self.run_dir if self.writes else None)
+        return packed_check(versions(), self.run_dir)
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:

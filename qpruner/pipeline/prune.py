@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import PruneConfig, RunConfig
-from qpruner.data.encoding import importance_samples, load_encoded, sensitivity_samples
-from qpruner.data.sources import Example
+from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, UserError
-from qpruner.models.checkpoint import prepare_base, save_checkpoint
+from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import multiply_adds
 from qpruner.models.loading import load_dense, load_tokenizer
@@ -27,7 +25,7 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.pruning.settings import settled
-from qpruner.runs.events import Emit, Message, StageStarted
+from qpruner.runs.events import Emit, Message
 from qpruner.runs.records import CutRecord, LayerWidths, PrepareRecord, PruneRecord, digest_of
 from qpruner.runs.storage import (
     Storage,
@@ -170,16 +168,6 @@ class Prune(Stage[PruneRecord]):
         layouts = self.context.inspection.layouts.values()
         return sum(each.num_parameters * each.element_bytes for each in layouts if each.cut != UNPRUNED)
 
-    def preview(self) -> PruneRecord:
-        """Make the cuts in memory and return the record; nothing is written."""
-        context, started = self.context, time.monotonic()
-        context.emit(StageStarted(self.name, f"{self.detail()}; nothing is written"))
-        self._report_earlier_cut()
-        examples = {name: context.inspection.examples[name] for name in ("calibration", "train")}
-        work = partial(make_in_memory, context.worker_config, self._asked(), examples)
-        fields = self._fields(*context.executor.run(work, context.emit))
-        return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
-
     def _report_earlier_cut(self) -> None:
         if is_pruned(self.context.inspection.model_config):
             self.notify(f"the model was {PRUNED_EARLIER}")
@@ -214,23 +202,6 @@ def make_and_save(
     return Cutter(config, source, samples, rows, cache, emit, saved).make(wanted)
 
 
-def make_in_memory(
-    config: RunConfig,
-    asked: Mapping[str, PruneConfig],
-    examples: Mapping[str, list[Example]],
-    cache: ModelCache,
-    emit: Emit,
-) -> Made:
-    """Make the cuts of the base model without saving them."""
-    with tempfile.TemporaryDirectory() as scratch:
-        source = prepare_base(config.model, Path(scratch), on_progress=loading_progress(emit, "prune")).path
-        tokenizer = load_tokenizer(source)
-        samples = importance_samples(config, examples["calibration"], tokenizer)
-        rows = sensitivity_samples(config, examples["train"], tokenizer)
-        wanted = {name: Wanted(settings, "", None) for name, settings in asked.items()}
-        return Cutter(config, source, samples, rows, cache, emit).make(wanted)
-
-
 class Cutter:
     """Makes cuts of a base model, one after the other; one model is in memory."""
 
@@ -242,7 +213,7 @@ class Cutter:
         rows: Rows,
         cache: ModelCache,
         emit: Emit,
-        saved: Sequence[Path] = (),
+        saved: Sequence[Path],
     ) -> None:
         from qpruner.data.calibration import Samples
         from qpruner.pruning.prune import FirstScores, load_importance

@@ -23,7 +23,7 @@ from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, n
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_until
+from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
@@ -34,7 +34,7 @@ from qpruner.runs import events
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
-from qpruner.runs.records import PruneRecord, Results, RunState, StageState
+from qpruner.runs.records import Results, RunState, StageState
 from qpruner.runs.run_dir import LOG, RunDir
 from qpruner.runs.storage import CACHE, exists, progress_seconds
 from qpruner.runs.version import describe
@@ -52,7 +52,6 @@ class Checked:
     inspection: preflight.Inspection  # describes the recorded pruned model, if there is one
     slots: int  # trials or fine-tunes that run at once
     resources: dict[str, float]  # of one trial
-    done: dict[str, float]  # recorded share of each stage, from 0 to 1
     disk: tuple[int, int]  # needed bytes at most, and free bytes
 
 
@@ -72,7 +71,8 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
-        inspection, done, known = context.inspection, recorded(context), dict[str, Any]()
+        recorded(context)  # adds the records to the context
+        inspection, known = context.inspection, dict[str, Any]()
         if pruned := context.records.prune:
             cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
             layouts = {cut: context.layout_of(cut) for cut in context.cuts}
@@ -81,7 +81,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         inspection = replace(inspection, warnings=warnings, **known)
         resources = context.trial_resources
         slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
-        return Checked(inspection, slots, resources, done, disk)
+        return Checked(inspection, slots, resources, disk)
 
 
 def run(
@@ -127,16 +127,6 @@ def run(
         if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             on_event(Message(Report.name, report_unfinished(run_dir)))
         return results
-
-
-def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
-    """Prune the model in memory and return the record that the prune stage would write."""
-    inspection = preflight.inspect(config, works_here=address is None, packs=False)
-    run_dir = RunDir(config.output, create=False)
-    with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
-        _warn_and_check(context, [Prune])
-        with explained(Prune):
-            return Prune(context).preview()
 
 
 def _check_room(context: Context) -> tuple[int, int]:

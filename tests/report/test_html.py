@@ -203,8 +203,6 @@ def test_blocks_are_numbered_as_in_the_base_model(tmp_path: Path) -> None:
     numbered = tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(layers))
     changed = cuts["cut-20"].model_copy(update={"layers": numbered, "dropped_blocks": (1,)})
     made.change("prune", cuts={**cuts, "cut-20": changed})
-    found = [row[:2] for row in tables.kept_of_blocks(changed).rows]
-    assert found == [("0", "0"), ("1", "-"), ("2", "1"), ("3", "2")]
     [chart] = [part for each in sections(read_snapshot(made.run)) if each.name == "plans" for part in each.parts]
     assert isinstance(chart, Chart)
     for panel in chart.spec["vconcat"]:
