@@ -58,8 +58,7 @@ def _headline(facts: dict[str, Any]) -> str:
     if facts["outcome"] == "failed":
         return f"{text}: {facts['error']}"
     if facts["outcome"] == RUNNING:
-        begun = "" if facts["has_begun"] else "; no stage has started yet; below is the previous command"
-        return f"{text} {process}, last sign of life {quiet} ago{begun}"
+        return f"{text} {process}, last sign of life {quiet} ago"
     if facts["outcome"] == GONE:
         text = f"{facts['run']}: no sign of life for {quiet} {process}: {GONE}"
     return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
@@ -69,7 +68,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
     state, search = run.state.search, facts["search"]
     if state is None:
         return []
-    is_running = facts["outcome"] == RUNNING and facts["has_begun"]
+    is_running = facts["outcome"] == RUNNING
     lines = [
         f"{line} [{plan_of(best)}]" if best else line
         for line, best in search_lines(state, search_progress(state, run.trials), is_running)
