@@ -226,17 +226,6 @@ def _planned(settings: PruneConfig, model_config: Any, key: str) -> Cut:
         raise UserError(f"{error} (`prune.{key}`: {rate:g})") from error
 
 
-def check_quantizable(model_config: Any) -> None:
-    """Raise an error if the weights of the model cannot be packed."""
-    family = family_of(model_config)
-    if family.unquantizable:
-        raise UserError(
-            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter "
-            f"({family.unquantizable[0]}), which packed layers cannot hold: such a model can be pruned "
-            "(`qpruner prune`), not quantized"
-        )
-
-
 def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
     """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
 
@@ -358,8 +347,8 @@ def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool
 def _check_any_width(config: RunConfig, model_config: Any, index: int, on_gpu: bool) -> None:
     """Raise an error if global selection may leave a block with a width that no format can hold."""
     family, prune, levels = family_of(model_config), config.prune, config.quantize.levels
-    for kind in family.unit_kinds(model_config.per_layer_config[index], index):
-        if kind.name not in prune.width_units or not kind.output_linear:
+    for kind in family.unit_kinds(model_config.per_layer_config[index]):
+        if kind.name not in prune.width_units:
             continue
         columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
         multiple = prune.round_to if kind.name == MLP else 1
