@@ -172,7 +172,6 @@ def _final(results: Results) -> dict[str, float | str | None]:
     if not results.evaluate:
         return {}
     row = next(each for each in rows(results) if each.name == SEARCHED)
-    speeds = {name: getattr(row, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
     return {
         "final_validation_loss": row.validation_loss,
         "final_confirmation_loss": row.confirmation_loss,
@@ -182,8 +181,6 @@ def _final(results: Results) -> dict[str, float | str | None]:
         "test_accuracy_stderr": row.accuracy_stderr,
         "test_answer_loss": row.answer_loss,
         "perplexity": row.perplexity,
-        "inference_memory_bytes": row.inference_memory_bytes,
-        **{name: turns[0] if turns else None for name, turns in speeds.items()},
     }
 
 
