@@ -13,7 +13,7 @@ from qpruner.config.schema import LoraConfig, QuantizeConfig
 from qpruner.models.layout import group_linears, layout_of, table_paths
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.pruning.surgery import cut
-from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
+from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes, plan_model
 from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear
@@ -98,14 +98,11 @@ def test_embeddings_and_head_are_packed(name: str, tied: bool, tmp_path: Path) -
     whole = dict.fromkeys(groups_of(bank), DENSE)
     plan = whole | dict.fromkeys(tables, "int8")
     expected = logits_of(with_unpacked(bank, plan, dict.fromkeys(tables.values(), "int8")))
-    assembler = PlanAssembler(bank)
-    assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
-    exchanged = assembler.model(plan, seed=0).get_base_model().eval()
+    assert torch.equal(logits_of(plan_model(bank, whole, seed=0).eval()), logits_of(dense))
     model = assemble(bank, plan)[0].eval()
     model.save_pretrained(tmp_path / "saved")
-    for each in (model, exchanged, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+    for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
         head, table = each.get_output_embeddings(), each.get_input_embeddings()
         assert isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding)
         assert (head.weight is table.weight) is tied
         assert distance(logits_of(each), expected) < 1e-5
-    assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
