@@ -189,7 +189,7 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
         (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
-        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share", "depth_importance")),
+        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share",)),
         (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
         (prune.importance != "taylor", importance, ("order",)),
         (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),

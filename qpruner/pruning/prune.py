@@ -89,11 +89,11 @@ class Criteria:
         self._step, self._first, self._dropped = 0, first or FirstScores(), tuple[int, ...]()
 
     def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
-        """Score the blocks in `layers` by `prune.depth_importance`."""
+        """Score the blocks in `layers`."""
         if (samples := self._samples_for("importance of blocks")) is None:
             return {index: -float(index) for index in layers}
         if not self._first.blocks:
-            self._first.blocks = block_importance(model, layers, self._settings.depth_importance, samples)
+            self._first.blocks = block_importance(model, layers, samples)
         return self._first.blocks
 
     def compensate_blocks(self, model: PreTrainedModel, dropped: Collection[int], layers: Sequence[int]) -> None:
@@ -280,7 +280,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
     if len(sizes) < 2:
         raise UserError(
             "`prune.units` names `block`, but only one block may be dropped, and one of those that may must stay: "
-            "allow more (`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block`"
+            "allow more (`prune.first_layer`, `prune.last_layer`), or remove `block`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""

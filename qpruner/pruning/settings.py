@@ -35,7 +35,7 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
-    """List the blocks that may be cut; raise `UserError` if a named block does not exist, or no block is left."""
+    """List the blocks that may be cut; raise `UserError` if a named block does not exist."""
     count, first, last = model_config.num_hidden_layers, settings.first_layer, settings.last_layer
     end = last if last >= 0 else count + last
     if not 0 <= first <= end < count:
@@ -43,19 +43,7 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
             f"`prune.first_layer` {first} and `prune.last_layer` {last} must be a range within the model's {count} "
             f"blocks, 0 to {count - 1}"
         )
-    for index in settings.protected_layers:
-        if not -count <= index < count:
-            raise UserError(
-                f"`prune.protected_layers`: there is no block {index}; the model has blocks 0 to {count - 1}"
-            )
-    kept_whole = {index % count for index in settings.protected_layers}
-    layers = tuple(index for index in range(first, end + 1) if index not in kept_whole)
-    if not layers:
-        raise UserError(
-            "`prune.protected_layers` leaves no block that may be cut: name fewer blocks there, or allow more by "
-            "`prune.first_layer` and `prune.last_layer`"
-        )
-    return layers
+    return tuple(range(first, end + 1))
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
@@ -93,7 +81,7 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
     if len(layers) < count and settings.width_units:
         raise UserError(
             f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be cut: leave "
-            "`prune.first_layer`, `prune.last_layer` and `prune.protected_layers` out, or set `uniform: false`"
+            "`prune.first_layer` and `prune.last_layer` out, or set `uniform: false`"
         )
     if not are_alike(model_config):
         raise UserError("`prune.uniform`: the blocks of the base model already differ: set `uniform: false`")

@@ -58,12 +58,7 @@ class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
     A head that is tied to a packed embedding is not listed.
     """
 
-    def __init__(self, formats: Mapping[str, str] | None = None, quant_method: str = METHOD, **others: Any) -> None:
-        if formats is None:
-            raise UserError(
-                "this model's `quantization_config` lists no `formats`: an earlier version of qpruner wrote it (it "
-                f"lists {', '.join(others)}); use that version, or repeat the run"
-            )
+    def __init__(self, formats: Mapping[str, str], quant_method: str = METHOD, **_: Any) -> None:
         self.quant_method = quant_method
         self.formats = {path: name for path, name in formats.items() if _known(name, path).is_packed}
 

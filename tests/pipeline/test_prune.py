@@ -295,7 +295,7 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     solved, depth = {"compensation": "least_squares"}, {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8}
     others = [
         *({"rate": 0.3}, {"importance": "magnitude"}, {"order": "second"}, {"selection": "global"}, {"round_to": 64}),
-        *(solved, solved | {"ridge": 0.1}, depth, depth | {"depth_importance": "taylor"}, {"protected_layers": [0]}),
+        *(solved, solved | {"ridge": 0.1}, depth),
     ]
     found = [digests(changed(raw, **keys)) for keys in others]
     assert {prepared for prepared, _ in found} == {before[0]}

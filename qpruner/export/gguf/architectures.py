@@ -17,8 +17,6 @@ LLAMAS = ("llama", "deci")
 biases on every linear layer, and a factor for each frequency of RoPE."""
 ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 """Activation that llama.cpp computes in the MLP; SiLU where it is not listed."""
-BETAS = {"beta_fast": 32, "beta_slow": 1}
-"""Bounds of YaRN's ramp. llama.cpp reads other values for few architectures, none of them ours."""
 # llama.cpp knows 27B models of Gemma by their number of blocks, and scales their attention by another rule.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 UNIFORM = "set `prune.uniform: true`, so that all blocks have the same widths"
@@ -150,9 +148,5 @@ def _rope_reasons(architecture: str, rope: dict[str, Any], local: dict[str, Any]
         yield f"layers with a sliding window have RoPE scaling `{local['rope_type']}`"
     if kind == "llama3" and architecture not in LLAMAS:
         yield f"llama.cpp's architecture `{architecture}` has no RoPE scaling `llama3`"
-    if kind == "yarn":
-        has_others = any((rope.get(key) or value) != value for key, value in BETAS.items())
-        if has_others or rope.get("truncate") is False or rope["factor"] is None:
-            yield "its YaRN has other parameters than llama.cpp's (beta_fast 32, beta_slow 1, truncated)"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        yield f"RoPE scaling `{kind}` is not written (default, linear, llama3 and yarn are)"
+    if kind not in ("default", "linear", "llama3"):
+        yield f"RoPE scaling `{kind}` is not written (default, linear and llama3 are)"

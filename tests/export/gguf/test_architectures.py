@@ -45,8 +45,7 @@ def test_a_cut_is_refused_before_it_is_made() -> None:
 @pytest.mark.parametrize(
     ("rope", "why"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "RoPE scaling `dynamic`"),
-        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}, "YaRN has other parameters"),
+        ({"rope_type": "yarn", "factor": 2.0}, "RoPE scaling `yarn`"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "no RoPE scaling"),
     ],
 )
