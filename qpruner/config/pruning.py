@@ -111,9 +111,9 @@ class PruneConfig(Section):
     selection: Literal["per_layer", "global"] = "global"
     """Cut the same share of every block, or the least important units of the whole model. `layer_rate` and `uniform`
     change the default to `per_layer`."""
-    compensation: Literal["none", "bias", "least_squares"] | None = None
-    """How the output projections (o, down) compensate for the cut: not at all, by a bias (FLAP), or by weights solved
-    for on the calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a family with a norm
+    compensation: Literal["none", "least_squares"] | None = None
+    """How the output projections (o, down) compensate for the cut: not at all, or by weights solved for on the
+    calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a family with a norm
     after the MLP."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: strength of the pull to the original weights, relative to the inputs' mean square."""
@@ -158,7 +158,7 @@ class PruneConfig(Section):
         return self.importance if self.width_units else "block_influence"
 
     @property
-    def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
+    def compensates_by(self) -> Literal["none", "least_squares"]:
         """The key `compensation` or, if it is null, its default `least_squares`."""
         return self.compensation or "least_squares"
 

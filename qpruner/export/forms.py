@@ -67,10 +67,10 @@ class Exported(Compared):
     plan_bytes: int  # of weights and adapter of the final model
 
 
-def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
+def refusal(form: Form, config: Any, ragged: bool = False) -> str | None:
     """Say why a model cannot be exported in a form, and what would work; None if it can (see `architecture_of`)."""
     if form.startswith("gguf"):
-        if reason := architectures.refusal(config, ragged, biases):
+        if reason := architectures.refusal(config, ragged):
             return reason
         if importlib.util.find_spec("gguf") is None:
             return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'

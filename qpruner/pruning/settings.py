@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, MLP, family_of
-from qpruner.models.layout import skeleton
 from qpruner.pruning.units import plain_counts, unit_kinds_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,6 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         _check_uniform(model_config, settings, layers)
 
 
-def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
-    """List the output projections to which compensation adds a bias that the family does not have."""
-    if settings.compensates_by != "bias":
-        return []
-    block = model.get_submodule(family_of(model.config).block_path(layers[0]))
-    (kinds,) = unit_kinds_of(model.config, layers[:1], settings.width_units).values()
-    linears = (kind.output_linear for kind in kinds)
-    return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
-
-
 def are_alike(model_config: Any) -> bool:
     """Return True if all blocks of a model have units of the same kinds, numbers and shapes."""
     first, *others = unit_kinds_of(model_config, range(model_config.num_hidden_layers)).values()
@@ -89,9 +75,4 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
         raise UserError(
             f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer heads, because all heads "
             f"together are as wide as its hidden states: set `prune.units: [{MLP}]`, or `uniform: false`"
-        )
-    if new_biases(skeleton(model_config), settings, layers):
-        raise UserError(
-            f"`prune.compensation`: without qpruner (`prune.uniform`) a {family.model_type} model cannot have output "
-            "biases: use least_squares or none"
         )

@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from mixed_models import GROUP, bank_source, groups_of, mixed_plan
-from tiny_families import FAMILY_NAMES, family_model, kept_of, logits_of, prompt, with_output_biases
+from tiny_families import FAMILY_NAMES, family_model, kept_of, logits_of, prompt
 from transformers import AutoModelForCausalLM
 
 from qpruner.config.schema import LoraConfig, QuantizeConfig
@@ -23,8 +23,7 @@ DTYPE, LORA = "float32", LoraConfig(rank=12, alpha=24)
 LAYERS = {"nf4": bnb.nn.Linear4bit, "int8": PackedLinear, "bf16": torch.nn.Linear}
 PATTERN = ("nf4", "int8", "bf16", "int8", "nf4")
 """Five formats over four projections per block, so that each projection gets other formats in each block."""
-OUTPUT_BIASES = ", output biases"
-NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
+NAMES = ("llama", "gpt_neox", "opt", "phi3", "llama, biases")
 """Separate and fused projections, biases, norms; the linear layers of other families are like these."""
 
 
@@ -44,8 +43,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> None:
     """A bias, norm or embedding left at its initial value would cost accuracy without an error."""
-    family = name.removesuffix(OUTPUT_BIASES)
-    dense = cut(family_model(family) if name == family else with_output_biases(family), kept_of(family))
+    dense = cut(family_model(name), kept_of(name))
     dense.save_pretrained(tmp_path / "model")
     bank = bank_source(tmp_path / "model", tmp_path / "bank", LORA, DTYPE)
     tables = table_paths(dense.config)
