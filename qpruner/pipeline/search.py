@@ -167,7 +167,6 @@ class Search(Stage[SearchRecord]):
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
-            beside=self._digest_of_search(None) if self.given else None,
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,

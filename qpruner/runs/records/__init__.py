@@ -39,8 +39,6 @@ class PrepareRecord(Record):
 
     model_path: str
     converted: bool
-    source_bytes: int | None = None
-    """Size of the .gguf file that the weights of the base model were converted from."""
     num_rows: dict[str, int]
 
 
@@ -129,8 +127,6 @@ class BankRecord(Record):
     """Format -> group -> norm of W - Q - BA (under GPTQ, of the outputs it makes), divided by that of W - Q."""
     error: dict[str, dict[str, float]] = {}
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
-    group_bytes: dict[str, dict[str, int]] = {}
-    """Format -> group -> bytes of the packed weights, for all formats of the search."""
 
 
 class CandidateRecord(Record):
@@ -268,8 +264,6 @@ class SearchState(Recorded):
     trials_digest: str
     search: str
     """Digest of the search, as in `TrialRecord.search`."""
-    beside: str | None = None
-    """If the user gave a plan: digest of the search without that plan, whose trials are shown for comparison."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
     pareto: bool = False
