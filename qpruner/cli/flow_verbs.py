@@ -41,7 +41,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             for text in served_text(results):
                 terminal.say(text, is_prose=True)
             terminal.say(claim(results), is_prose=True)
-            if how := read_snapshot(RunDir(config.output)).how_to_compare:
+            if how := read_snapshot(RunDir(config.output, create=False)).how_to_compare:
                 terminal.say(how)
             terminal.say(where_next(root))
             for command in served_commands(results.serve, storage_at(root).address):
