@@ -1,4 +1,4 @@
-"""The verbs that run stages: all stages up to a given one, and a preview of the cut."""
+"""The verbs that run stages: all stages up to a given one."""
 
 import shlex
 from pathlib import Path
@@ -55,14 +55,6 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
         figures["table"] = [vars(row) for row in rows(results)]
         figures["finalists"] = [vars(row) for row in finalists(results.search)] if results.search else []
     return figures
-
-
-def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, Any]:
-    """Print how much of each block the cut would keep, and write nothing."""
-    with Terminal(quiet=quiet) as terminal:
-        record = pipeline.preview(config, terminal.emit, address)
-    _print_layers(record, terminal)
-    return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
 
 
 def _print_layers(record: PruneRecord, terminal: Terminal) -> None:

@@ -20,7 +20,6 @@ from qpruner.cli import run_verbs
 from qpruner.config.load import config_schema, load_config
 from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
 from qpruner.pipeline.flow import STAGES, stages_until
-from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.stage import Stage
@@ -136,7 +135,6 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         as_json: bool,
         quiet: bool,
         plan_file: Path | None = None,
-        dry_run: bool = False,
     ) -> dict[str, Any]:
         if name == Report.name and not (Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")):
             if overrides or plan_file or address:
@@ -146,14 +144,10 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         loaded = _load(config, overrides, plan_file)
         from qpruner.cli import flow_verbs
 
-        if dry_run:
-            return flow_verbs.preview(loaded, address, quiet)
         return flow_verbs.run(loaded, address, last.name, quiet)
 
     metavar = "RUN_OR_CONFIG" if name == Report.name else "CONFIG"
     options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY, metavar)]
-    if last is Prune:
-        options.append(click.option("--dry-run", is_flag=True, help="Show what the cut would keep; write nothing."))
     if Search in stages_until(last.name):
         options.append(_plan_option("Use this plan instead of searching for one"))
     _verb(*options, name=name, help=text)(verb)

@@ -105,6 +105,8 @@ def _resources_rules(resources: schema.ResourcesConfig) -> Iterator[str]:
 def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
     if search.first_rung > search.steps:
         yield f"`first_rung` must be at most `steps` ({search.steps}), got {search.first_rung}"
+    if search.pareto and search.searcher != "gp":
+        yield f"`pareto` needs `searcher: gp`, which alone looks for a front, got {search.searcher}"
     if search.by_accuracy and not search.tasks:
         yield f"`metric: {search.metric}` needs at least one task under `tasks`"
     elif search.by_accuracy and (search.limit is None or search.limit < 2):

@@ -212,7 +212,7 @@ class SearchConfig(Section):
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
     pareto: bool = False
-    """Search for the Pareto front of `metric` and bytes instead of one best plan inside the budget."""
+    """Search for the Pareto front of `metric` and bytes instead of one best plan inside the budget, by gp."""
     reuse_trials: bool = True
     """Start from the trials of an earlier search in this run folder, with another budget or searcher."""
     max_concurrent: Positive | None = None

@@ -80,10 +80,9 @@ def stage_times(
     search = count.training(steps) * rates.training + count.search_scores() * rates.scoring
     # The base model in transformers and in three files, and every form; speeds take as long as losses.
     served = 2 * (4 + len(config.serve.to)) * judged * rates.scoring
-    is_shared = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
     times: dict[Any, tuple[float, int]] = {
         Prune: (count.prune() * rates.scoring, 1),
-        Sensitivity: (count.sensitivity() * rates.scoring, slots if is_shared else 1),
+        Sensitivity: (count.sensitivity() * rates.scoring, 1),
         Search: (search, min(slots, config.num_trials)),
         Finetune: (finetune, workers),
         Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),

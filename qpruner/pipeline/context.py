@@ -44,7 +44,6 @@ class Context:
     emit: Emit
     address: str | None  # of the Ray cluster to join
     inspection: preflight.Inspection
-    writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)  # GPU seconds used outside the trials
     assumed: Slots | None = None  # planned for instead of this machine
     holds_run: Callable[[], bool] = lambda: True  # False after another driver took the run over
@@ -234,7 +233,7 @@ class Context:
         """A pickled function that checks a node; every process on the cluster calls this function first."""
         if not self.address:
             return packed_check({}, None)
-        return packed_check(versions(), self.run_dir if self.writes else None)
+        return packed_check(versions(), self.run_dir)
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:
@@ -287,8 +286,6 @@ class Context:
         self.run_dir.forget(stage)
 
     def close(self) -> None:
-        """Free the memory of the model, and disconnect from the cluster unless the caller had connected before."""
-        if "executor" in self.__dict__:
-            self.executor.close()
+        """Disconnect from the cluster, unless the caller had connected before."""
         if "cluster" in self.__dict__ and not self.cluster.was_joined:
             disconnect()

@@ -7,7 +7,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.cluster.slots import worker_resources
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
@@ -75,7 +74,6 @@ class Finetune(Stage[FinetuneRecord]):
         write = partial(write_final, winner, context.run_dir.root / "final")
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             context.executor.run(write, context.emit)
-        context.executor.close()
         # An earlier command may have run the fine-tune.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
@@ -174,7 +172,7 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
         raise StageError(stage, f"{error}; {state}", remedy) from error
 
 
-def write_final(winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
+def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 

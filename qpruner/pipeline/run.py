@@ -23,7 +23,7 @@ from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, n
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.flow import STAGES, explained, recorded, run_flow, stages_until
+from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
@@ -34,7 +34,7 @@ from qpruner.runs import events
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
 from qpruner.runs.logs import Uploader
-from qpruner.runs.records import PruneRecord, Results, RunState, StageState
+from qpruner.runs.records import Results, RunState, StageState
 from qpruner.runs.run_dir import LOG, RunDir
 from qpruner.runs.storage import CACHE, exists, progress_seconds
 from qpruner.runs.version import describe
@@ -127,16 +127,6 @@ def run(
         if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             on_event(Message(Report.name, report_unfinished(run_dir)))
         return results
-
-
-def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
-    """Prune the model in memory and return the record that the prune stage would write."""
-    inspection = preflight.inspect(config, works_here=address is None, packs=False)
-    run_dir = RunDir(config.output, create=False)
-    with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
-        _warn_and_check(context, [Prune])
-        with explained(Prune):
-            return Prune(context).preview()
 
 
 def _check_room(context: Context) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,10 +85,7 @@ class Search(Stage[SearchRecord]):
     @cached_property
     def search_digest(self) -> str:
         """Digest of everything that the proposed plans depend on, including a given plan."""
-        return self._digest_of_search(self.given)
-
-    def _digest_of_search(self, given: PrecisionPlan | None) -> str:
-        settings = self.config.search
+        settings, given = self.config.search, self.given
         return digest_of(
             self.context.record(SensitivityRecord).digest,
             [self.context.bank_of(cut).inputs for cut in self.context.cuts],
@@ -155,8 +151,6 @@ class Search(Stage[SearchRecord]):
     def begin(self) -> None:
         """Emit the recorded trials; delete the record of the search if one of its trials was damaged."""
         context, settings = self.context, self.config.search
-        # The trials need the memory of the executor.
-        context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         set_aside_others(self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify)
         trials = read_trials(self.folder)
@@ -167,7 +161,6 @@ class Search(Stage[SearchRecord]):
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
-            beside=self._digest_of_search(None) if self.given else None,
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
             pareto=settings.pareto,
@@ -190,22 +183,20 @@ class Search(Stage[SearchRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
-        # With a given plan the controls do not run, but controls of an earlier search are recognized.
-        job_with_controls = replace(job, controls=[*self.controls, *job.controls]) if self.given else job
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
             self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
         if others := own.count(False):
             self.notify(f"starting with {counted(others, 'trial')} of earlier searches")
-        outcome, finalists = self._finalists(job, job_with_controls)
-        confirmations, gpu_seconds = confirm(self, finalists, job_with_controls)
+        outcome, finalists = self._finalists(job)
+        confirmations, gpu_seconds = confirm(self, finalists, job)
         by_index = {trial.index: trial for trial in finalists}
         if self.given is None and not self.config.search.pareto:
             confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
             gpu_seconds += more_gpu_seconds
         fitting = [each for each in confirmations if each.fits]
-        best = best_of([each for each in fitting if self.given in (None, plan_of(each))], job)
+        best = best_of(fitting, job)
         best_control = best_of([each for each in fitting if each.control], job)
         if best is None:
             raise StageError(
@@ -236,11 +227,11 @@ class Search(Stage[SearchRecord]):
             "confirmations": confirmations,
             "rungs": agreements(scores, self.config.search.steps),
             "best_index": best.index,
-            "best_origin": GIVEN if self.given else best.origin,
+            "best_origin": best.origin,
             "best_plan": best.plan,
             "best_cut": best.cut,
             "best_control": best_control.index if best_control else None,
-            "control_won": best.control and not self.given,
+            "control_won": best.control,
             "front": front,
             "resumed": resumed,
         }
@@ -273,8 +264,8 @@ class Search(Stage[SearchRecord]):
             check_node=context.check_node,
         )
 
-    def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials, then choose finalists, also controls of `job_with_controls`; repeat if a file is damaged."""
+    def _finalists(self, job: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
+        """Run the trials, then choose finalists; repeat if a file is damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -283,14 +274,8 @@ class Search(Stage[SearchRecord]):
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.notify(f"ended: {outcome.ended}")
-            earlier = [trial for trial in outcome.reused if job_with_controls.may_run(plan_of(trial))]
-            usable = [*outcome.trials, *earlier]
-            if self.given:
-                finalists = finalists_with_given(usable, self.given, job_with_controls)
-            else:
-                # A plan that replaced an earlier search may not win.
-                eligible = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
-                finalists = choose_finalists(eligible, job)
+            usable = [each for each in (*outcome.trials, *outcome.reused) if job.may_run(plan_of(each))]
+            finalists = choose_finalists([each for each in usable if self.given in (None, plan_of(each))], job)
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.notify)]:
                 return outcome, finalists
 
@@ -334,13 +319,6 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     able = [position for position, fits in enumerate(fit) if fits and job.config.search.pareto]
     front = choice.non_dominated([(finished[position].plan_bytes, scores[position]) for position in able])
     return [finished[position] for position in sorted({*chosen, *(able[at] for at in front)})]
-
-
-def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan (see `Search.given`) and all finished trials of controls (see the module)."""
-    tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
-    controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
-    return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:

@@ -59,9 +59,8 @@ def fits(trial: TrialRecord, search: SearchState) -> bool:
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return a search's trials; for `--plan`, also those of other given plans and of the same search without one."""
-    beside = (search.search, search.beside)
-    return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
+    """Return a search's trials."""
+    return [trial for trial in records if trial.search == search.search]
 
 
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:

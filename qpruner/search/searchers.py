@@ -108,35 +108,6 @@ class RandomProposer:
         return Proposal(self.space.plan_of((*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut)))
 
 
-@dataclass(frozen=True)
-class ScalarizedProposer:
-    """Searches the Pareto front of score and bytes with a single-objective searcher, as ParEGO does (Knowles 2006).
-
-    Each suggestion draws a weight of score against bytes. The searcher learns from augmented Chebyshev distances.
-    """
-
-    inner: Proposer
-    space: SearchSpace
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Return the inner searcher's name."""
-        return self.inner.name
-
-    def propose(self, index: int, history: History) -> Proposal:
-        """Propose a plan with the weight drawn for this suggestion."""
-        seen = history.observations
-        if seen:
-            weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
-            both = np.array([[item.score, self.space.plan_bytes(item.plan)] for item in seen])
-            width = np.ptp(both, axis=0)
-            weighted = (both - both.min(axis=0)) / np.where(width > 0, width, 1.0) * np.array([weight, 1 - weight])
-            distances = weighted.max(axis=1) + 0.05 * (weighted[:, 0] + weighted[:, 1])
-            seen = tuple(replace(item, score=float(at)) for item, at in zip(seen, distances, strict=True))
-        return replace(self.inner.propose(index, replace(history, observations=seen)), expected_improvement=None)
-
-
 @dataclass
 class Ledger:
     """Suggests the plans of a search one by one, the controls first, and keeps their scores.

@@ -126,8 +126,6 @@ def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any]
     again = changed(raw, output="again", model__source="run/cuts/cut-20")
     said = check(again)
     assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
-    said = check(again, "--dry-run", verb="prune")
-    assert "pruned earlier: the cut is skipped" in said and re.search(r"not pruned +0.00%", said)
 
 
 def all_in(name: str, groups: list[str]) -> dict[str, str]:

@@ -104,7 +104,7 @@ def test_verbs_functions_and_the_log_name_the_key_once(
     tiny_raw: dict[str, Any], write_yaml: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_yaml(with_key(tiny_raw, "finetune", {"steps": 4, "random_plans": 2}))
-    for verb in (["check"], ["prune", "--dry-run"]):
+    for verb in (["check"], ["prune"]):
         done = command(*verb, file)
         assert done.exit_code == 0 and done.output.count(WITHOUT_COMPARE) == 1, done.output
     qpruner.run(file, until="prepare")

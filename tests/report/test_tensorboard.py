@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chromium import chromium
 from conftest import disk_of, fill
-from made_run import GROUPS, RUNGS, SEARCH, STARTED, config_of, planned, recorded_run, search_state, trial, trials
+from made_run import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, search_state, trial, trials
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 from tensorboard_server import serving
@@ -145,18 +145,6 @@ def test_a_new_search_shows_nothing_of_the_last_one(shown: Path) -> None:
     show(shown, planned([]), StageSkipped("search", "best: trial 2", 1.0), max_trials=4)
     assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search"}
     assert read(shown, "search").Tags()["scalars"] == [] and "max_trials: 4" in config_text(shown)
-
-
-def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
-    known = trials()
-    for index, plan, last in ((6, "844448", 3.05), (7, "484448", 2.95)):
-        given = trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
-        show(shown, planned(known, search=given.search, beside=SEARCH, max_trials=1), TrialChanged(given))
-        known.append(given)
-    assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
-    assert [row(shown, run_name(record))["search"] for record in (known[2], known[-1])] == ["another", "this"]
-    show(shown, planned(known))
-    assert points(shown, "search", BEST) == [(5, 2.9)], "the search itself is as it was"
 
 
 def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:

@@ -18,10 +18,8 @@ from qpruner.search.searchers import (
     History,
     Ledger,
     Observation,
-    Proposal,
     Proposer,
     RandomProposer,
-    ScalarizedProposer,
     Suggestion,
     check_searcher,
 )
@@ -182,25 +180,6 @@ def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
     assert [item.index for item in rest] == [7, 8, 9] and rest == run(ledger)
 
 
-def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
-    """Of two plans with equal scores the smaller one is the better."""
-    scores = []
-
-    class Listener(RandomProposer):
-        def propose(self, index: int, history: History) -> Proposal:
-            scores.append([item.score for item in history.observations])
-            return super().propose(index, history)
-
-    space = space_of(blocks(6), share=1.0)
-    observations = tuple(Observation(at, space.uniform(name), 8, 2.0) for at, name in enumerate(("nf4", "int8")))
-    whole = SearchSpace((space,))
-    proposer = ScalarizedProposer(Listener(whole, 0), whole, 0)
-    for index in range(5):
-        proposer.propose(index, History(observations))
-    assert all(small < large for small, large in scores)
-    assert len({large for _, large in scores}) == 5
-
-
 @pytest.mark.parametrize("version", [None, "2.0.3"])
 def test_a_searcher_whose_package_is_missing_names_the_command(
     version: str | None, monkeypatch: pytest.MonkeyPatch
@@ -220,8 +199,7 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
 # ---- groups that are not offered every format, plans of another cut, controls over budget
 
 
-@pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
-@pytest.mark.parametrize("pareto", [False, True])
+@pytest.mark.parametrize(("name", "pareto"), [*((name, False) for name in (*NAMES, "bayesopt")), ("gp", True)])
 def test_no_searcher_proposes_what_a_group_is_not_offered(name: str, pareto: bool) -> None:
     space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
     whole = SearchSpace((space,))

@@ -16,7 +16,7 @@ from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure
-from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, measure_share, table_rises
+from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, table_rises
 
 Raw = dict[str, Any]
 
@@ -61,12 +61,6 @@ def test_embeddings_and_head_are_scored_as_measured(scores: dict[str, MethodScor
         assert packed["first_order"][at] == packed["loss"][at]
         assert packed["fisher"][at] == packed["second_order"][at] == packed["kl"][at] > 0
         assert packed["mutual_information"][at] == max(packed["mutual_information"][1:-1])
-
-
-def test_a_separate_process_measures_the_same(phi: Banked, scores: dict[str, MethodScores]) -> None:
-    found = measure_share(phi.subject.bank.checkpoint, "float32", threads=1, subject=phi.subject)
-    again = by_measurement(found, phi.subject.groups, seconds=1.0)
-    assert again["kl"].values["nf4"][1:-1] == pytest.approx(scores["kl"].values["nf4"][1:-1], rel=1e-4)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from qpruner.errors import StageError
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.storage import retry_storage, storage_error
-from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
+from qpruner.search.searchers import Prior, Proposer, RandomProposer, check_searcher
 from qpruner.search.trial_records import REMEDIES, begin_session, read_clock, read_trials, wait_for_storage
 from qpruner.training.trackers import Trackers
 
@@ -165,8 +165,8 @@ def make_proposer(
 ) -> Proposer:
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
-    Only `gp` uses `priors`, the sensitivities by method. With `pareto` the searcher looks for the Pareto front of score
-    and bytes instead of the best score. A searcher whose package is missing raises `UserError`.
+    Only `gp` uses `priors`, the sensitivities by method, and `pareto`, which asks for the Pareto front of score and
+    bytes instead of the best score. A searcher whose package is missing raises `UserError`.
     """
     check_searcher(name)
     if name == "gp":  # imported here, because every worker imports this module and it is slow to import
@@ -175,5 +175,4 @@ def make_proposer(
         return GaussianProcessProposer(space, seed, priors, pareto)
     kinds: dict[str, Callable[[SearchSpace, int], Proposer]]
     kinds = {"bayesopt": BayesOptProposer, "hyperopt": HyperOptProposer, "random": RandomProposer}
-    proposer = kinds[name](space, seed)
-    return ScalarizedProposer(proposer, space, seed) if pareto else proposer
+    return kinds[name](space, seed)

@@ -320,8 +320,6 @@ class SearchState(Recorded):
     trials_digest: str
     search: str
     """Digest of the search, as in `TrialRecord.search`."""
-    beside: str | None = None
-    """If the user gave a plan: digest of the search without that plan, whose trials are shown for comparison."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
     pareto: bool = False
