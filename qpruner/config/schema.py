@@ -213,8 +213,6 @@ class SearchConfig(Section):
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
     pareto: bool = False
     """Search for the Pareto front of `metric` and bytes instead of one best plan inside the budget, by gp."""
-    reuse_trials: bool = True
-    """Start from the trials of an earlier search in this run folder, with another budget or searcher."""
     max_concurrent: Positive | None = None
     """Maximum trials at once; null: as many as fit on the cluster, including machines an autoscaler may start."""
     steps: Positive = 16

@@ -20,9 +20,6 @@ ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
 """Number of tokens that the template adds to an instruction, and to a question."""
 TEMPLATE_END = 8  # maximum number of tokens that a template appends to a response
 SPLITS = ("train", "validation", "confirmation")
-MOST_LOST = 0.05
-"""Maximum share of rows that may lose their whole response without a warning. Losing a part is common: at 256 tokens,
-as published, 9 of 102 rows of cleaned Alpaca do; `check` counts such rows."""
 FEW_TOKENS = 500
 """A mean loss over fewer tokens is too noisy: on 143 tokens 8 bits were worse than 4 bits (LOG.md, 2026-11-27)."""
 FEW_QUESTIONS = 40
@@ -59,7 +56,7 @@ def check_rows(config: RunConfig) -> Rows:
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
-    doubtful = (*_doubtful_questions(questions), *_doubtful_rows(config, examples), *_few_tokens(config, examples))
+    doubtful = (*_doubtful_questions(questions), *_doubtful_rows(examples), *_few_tokens(config, examples))
     return Rows(examples, questions, numbers, metrics, (*skipped, *doubtful))
 
 
@@ -95,9 +92,8 @@ def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
     ]
 
 
-def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn about rows without a response, and about prompts that leave no room for a response."""
-    longest = config.data.max_length
+def _doubtful_rows(examples: dict[str, list[Example]]) -> Iterator[str]:
+    """Warn about rows without a response."""
     for split in SPLITS:
         rows = examples[split]
         empty = [row for row in rows if row.format != "text" and not row.response.strip()]
@@ -105,12 +101,6 @@ def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Ite
             yield (
                 f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, such as "
                 f"{empty[0].prompt[:90]!r}: they train the model to say nothing; add responses or remove the rows"
-            )
-        lost = sum(about_tokens(row)[0] >= longest for row in rows)
-        if lost > MOST_LOST * len(rows):
-            yield (
-                f"about {lost} of {counted(len(rows), 'row')} of `data.{split}` lose their whole response: their "
-                f"prompts have {longest} tokens (`data.max_length`) or more; raise that limit"
             )
 
 
@@ -156,12 +146,7 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
 
 
 def _doubtful_questions(questions: dict[str, list[str]]) -> Iterator[str]:
-    """Warn if questions both score and choose plans, or are too few for accuracies to tell models apart."""
-    if repeated := set(questions["search"]) & set(questions["fresh"]):
-        yield (
-            f"`search.tasks`: {counted(len(repeated), 'question')}, such as {min(repeated)[:90]!r}, would both score "
-            "trials and choose the winner; another `search.limit` may separate them"
-        )
+    """Warn if questions are too few for accuracies to tell models apart."""
     uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
     for section, use in uses.items():
         asked = len(questions[section])

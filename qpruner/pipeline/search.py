@@ -102,7 +102,7 @@ class Search(Stage[SearchRecord]):
     def trials_digest(self) -> str:
         """Digest of everything that a trial's result depends on, but its plan and `TrialRecord.model`.
 
-        So a further cut starts from the trials of the others. It includes `search_digest` if `reuse_trials` is off.
+        So a further cut starts from the trials of the others.
         """
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
@@ -117,7 +117,6 @@ class Search(Stage[SearchRecord]):
             config.seed,
             scored,
             (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
-            "" if settings.reuse_trials else self.search_digest,
         )
 
     @property

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DEMO_DATA, changed_by, demo_rows, said, with_key, with_keys
+from conftest import DEMO_DATA, changed_by, said, with_key, with_keys
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import DataSource, RunConfig
-from qpruner.data.sources import load_examples, normalized
+from qpruner.data.sources import load_examples
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
 from qpruner.pipeline.preflight import Inspection, inspect
@@ -277,14 +277,6 @@ def test_a_task_without_accuracy_is_refused(section: str, demo_tasks: Path, tiny
     refused_with(f"`{section}.tasks` ... {message}", change, tiny_raw)
 
 
-def test_a_task_whose_answer_is_no_choice_is_refused(demo_tasks: Path, tiny_raw: dict[str, Any]) -> None:
-    """The task file counts the positions of answers from one instead of zero."""
-    task = demo_tasks / f"{TEST_TASK}.yaml"
-    task.write_text(task.read_text().replace("choices.label.index(answerKey)", "choices.label.index(answerKey) + 1"))
-    message = f"`evaluate.tasks`: question ... of task `{TEST_TASK}` has the answer 4 ... its 4 choices ... 0 to 3"
-    refused_with(message, {"evaluate.include_path": str(demo_tasks)}, tiny_raw)
-
-
 def test_a_task_s_rows_that_are_no_json_are_refused(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     """The error of the JSON reader is shown, not only that the data set could not be made."""
     (tmp_path / "questions.jsonl").write_text('{"question": "a"}\n{"question": }\n')
@@ -347,21 +339,14 @@ def test_enough_to_tell_plans_apart_is_no_warning(warned: Any) -> None:
 
 
 def test_rows_without_a_response_are_a_warning(warned: Any, tmp_path: Path) -> None:
-    """The response is an empty cell, missing, or cut off behind a long prompt."""
-    rows = [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(37)]
-    (tmp_path / "cut.jsonl").write_text(jsonl(*rows))
-    rows += [{"instruction": f"Say {number} " * 150, "output": "it"} for number in range(3)]
+    """The response is an empty cell, or missing."""
+    rows = [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(40)]
     rows[3], rows[7] = {"instruction": "Explain tea.", "output": " "}, {"instruction": "Explain salt."}
-    (tmp_path / "lost.jsonl").write_text(jsonl(*rows))
-    cut, lost = (
-        {"data.train": [{"source": f"{tmp_path}/{name}.jsonl"}], "data.max_length": 256} for name in ("cut", "lost")
-    )
-    empty, too_long = warned(lost, "`data.train`")
+    (tmp_path / "rows.jsonl").write_text(jsonl(*rows))
+    source = f"{tmp_path}/rows.jsonl"
+    [empty] = warned({"data.train": [{"source": source}], "data.max_length": 256}, "`data.train`")
     assert said("2 rows of `data.train` of 40 ... 'Explain tea.' ... remove the rows", empty)
-    assert said("about 3 of 40 rows ... 256 tokens (`data.max_length`) or more; raise that limit", too_long)
-    assert len(warned(lost | {"data.max_length": 512}, "`data.train`")) == 1
-    assert warned(cut, "`data.train`") == [], "rows that lose only their ends are counted by `check`"
-    assert num_cut(load_examples([DataSource(source=f"{tmp_path}/cut.jsonl")], "data.train"), 256) == 37
+    assert num_cut(load_examples([DataSource(source=source)], "data.train"), 256) == 38, "as `check` tells"
 
 
 def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) -> None:
@@ -371,11 +356,3 @@ def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) 
     found = inspected({"data.confirmation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}]})
     assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
     assert said("3 rows of `data.confirmation` skipped as repeated ... 'one and one'", found.warnings[0])
-
-
-def test_a_question_that_scores_and_chooses_is_a_warning(inspected: Any, demo_tasks: Path) -> None:
-    questions = demo_rows("questions_validation.jsonl")[:4]
-    questions[3] = questions[0]
-    (demo_tasks.parent / "data" / "questions_validation.jsonl").write_text(jsonl(*questions))
-    warning = inspected(f"{BY_ACCURACY}2; evaluate.include_path={demo_tasks}").warnings[0]
-    assert said(f"1 question ... {normalized(questions[0]['question'])} ... `search.limit`", warning)

@@ -115,7 +115,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if exists(path):  # neither read at the start nor written by this process
             self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
             return None
-        trial_records.begin_trial(job.trials, record)
+        trial_records.write_trial(job.trials, record)
         self._recorded.add(record.index)
         return record
 
