@@ -15,7 +15,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields |= {"best_control": 2, "control_won": False}
     finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625))
     ended = "all 9 trials were spent (`search.max_trials`)"
-    return SearchRecord(**fields | {"ended": ended, "confirmations": finalists, "front": ()} | changes)
+    return SearchRecord(**fields | {"ended": ended, "confirmations": finalists} | changes)
 
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:

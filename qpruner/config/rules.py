@@ -14,7 +14,7 @@ from qpruner.quantization.formats import DENSE, GridFormat, formats
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
 ENDS = ("max_trials", "max_hours", "max_gpu_hours", "patience")
-OF_SEARCHING = ("searcher", *ENDS, "pareto", "confirm", "confirm_seeds")
+OF_SEARCHING = ("searcher", *ENDS, "confirm", "confirm_seeds")
 """Keys of `search` that apply only if several plans are tried."""
 
 
@@ -105,8 +105,6 @@ def _resources_rules(resources: schema.ResourcesConfig) -> Iterator[str]:
 def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
     if search.first_rung > search.steps:
         yield f"`first_rung` must be at most `steps` ({search.steps}), got {search.first_rung}"
-    if search.pareto and search.searcher != "gp":
-        yield f"`pareto` needs `searcher: gp`, which alone looks for a front, got {search.searcher}"
     if search.by_accuracy and not search.tasks:
         yield f"`metric: {search.metric}` needs at least one task under `tasks`"
     elif search.by_accuracy and (search.limit is None or search.limit < 2):
@@ -224,8 +222,6 @@ def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, .
 def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
     return (
         (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
-        (search.pareto, "`search.pareto` is true", ("patience",)),
-        (search.pareto and search.confirm_seeds > 0, "`search.pareto` is true", ("confirm_seeds",)),
         (not search.tasks, "`search.tasks` is empty", ("limit",)),
     )
 

@@ -27,7 +27,6 @@ from qpruner.runs.records import (
     GIVEN,
     BankRecord,
     Confirmation,
-    FrontPoint,
     SearchRecord,
     SearchState,
     SensitivityRecord,
@@ -93,7 +92,6 @@ class Search(Stage[SearchRecord]):
             self.context.budget_bytes,
             settings.searcher,
             settings.metric,
-            settings.pareto,
             self.config.seed,
             *([given.cut, given.as_dict()] if given else []),
         )
@@ -162,7 +160,6 @@ class Search(Stage[SearchRecord]):
             search=self.search_digest,
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
-            pareto=settings.pareto,
             budget_bytes=context.budget_bytes,
             may_win=tuple(filter(context.may_win, self._cuts)),
             max_trials=self.config.num_trials,
@@ -191,7 +188,7 @@ class Search(Stage[SearchRecord]):
         outcome, finalists = self._finalists(job)
         confirmations, gpu_seconds = confirm(self, finalists, job)
         by_index = {trial.index: trial for trial in finalists}
-        if self.given is None and not self.config.search.pareto:
+        if self.given is None:
             confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
             gpu_seconds += more_gpu_seconds
         fitting = [each for each in confirmations if each.fits]
@@ -202,7 +199,6 @@ class Search(Stage[SearchRecord]):
                 "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
             )
         write_json(scratch / "best.json", by_index[best.index])
-        front = front_of(fitting, job) if self.config.search.pareto else ()
         statuses, all_trials = [trial.status for trial in outcome.trials], (*outcome.trials, *outcome.reused)
         scores = ((each.cut, {rung.step: objective(rung, self.config) for rung in each.rungs}) for each in all_trials)
         return {
@@ -231,7 +227,6 @@ class Search(Stage[SearchRecord]):
             "best_cut": best.cut,
             "best_control": best_control.index if best_control else None,
             "control_won": best.control,
-            "front": front,
             "resumed": resumed,
         }
 
@@ -279,9 +274,8 @@ class Search(Stage[SearchRecord]):
                 return outcome, finalists
 
     def summary(self, record: SearchRecord) -> str:
-        front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
-            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
+            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; "
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan, record.best_cut)}] "
             f"({record.best_origin})"
         )
@@ -297,7 +291,7 @@ class Search(Stage[SearchRecord]):
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials, all controls (plans that need no search) and, for `search.pareto`, the front."""
+    """Choose the best finished trials, all controls (plans that need no search)."""
     if not trials:
         cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
         raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
@@ -315,9 +309,7 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
     fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
-    able = [position for position, fits in enumerate(fit) if fits and job.config.search.pareto]
-    front = choice.non_dominated([(finished[position].plan_bytes, scores[position]) for position in able])
-    return [finished[position] for position in sorted({*chosen, *(able[at] for at in front)})]
+    return [finished[position] for position in chosen]
 
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
@@ -358,10 +350,3 @@ def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmati
     num_seeds = [len(each.seed_losses) for each in confirmations]
     position = choice.winner_position(scores, [each.control for each in confirmations], num_seeds)
     return None if position is None else confirmations[position]
-
-
-def front_of(confirmations: Sequence[Confirmation], job: SearchJob) -> tuple[FrontPoint, ...]:
-    """List the finalists that are non-dominated in bytes and score, by rising bytes."""
-    points = [(each.plan_bytes, objective(each, job.config)) for each in confirmations]
-    front = [confirmations[position] for position in choice.non_dominated(points)]
-    return tuple(FrontPoint(**each.model_dump(include=set(FrontPoint.model_fields))) for each in front)

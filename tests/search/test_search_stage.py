@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import away, disk_of, flipped, with_keys
 from made_records import made_confirmation
-from made_searches import ANOTHER, LAYOUT, MINE, SEED_PLAN, job_of, plan_of, trial
+from made_searches import ANOTHER, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
 from ray.tune.experiment import Trial
 
@@ -27,7 +27,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.confirm_seeds import FINALISTS
 from qpruner.pipeline.run import run
-from qpruner.pipeline.search import best_of, choose_finalists, front_of
+from qpruner.pipeline.search import best_of, choose_finalists
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
@@ -492,21 +492,6 @@ def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
     assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
 
 
-def test_finalists_of_a_front_are_all_plans_on_it(tmp_path: Path) -> None:
-    plans = {"888444": 3.0, "484444": 3.5, "448444": 3.4, "448484": 3.6, "444444": 3.9}
-    trials = [trial(index, plan, [3, 3, loss]) for index, (plan, loss) in enumerate(plans.items())]
-    assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
-
-
-def test_a_cut_that_may_not_win_keeps_no_plan_off_the_front(tmp_path: Path) -> None:
-    """A control of the base takes too many multiply-adds, and has fewer bytes and a lower loss than all others."""
-    control = trial(0, "444444", [3, 3, 2.9], origin="unpruned-uniform")
-    plans = {1: ("484444", 3.2), 2: ("448844", 3.1)}
-    others = [trial(at, plan, [3, 3, loss], cut="cut-20") for at, (plan, loss) in plans.items()]
-    job = replace(job_of(tmp_path, confirm=1, pareto=True), may_win=("cut-20",))
-    assert [each.index for each in choose_finalists([control, *others], job)] == [0, 1, 2]
-
-
 def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> None:
     """A cut that was lost and made again, on another machine, may keep other units."""
     for at, model in enumerate(("old", "new", "")):
@@ -529,18 +514,6 @@ def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> No
         confirmed = [made_confirmation(4, "gp", searched), made_confirmation(5, "unpruned-knapsack", 3.0)]
         best = best_of(confirmed, job_of(tmp_path))
         assert best is not None and best.index == winner
-
-
-def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
-    """The middle plan may be on the front by the scores of the trials, but the small one beats it on fresh rows."""
-    sizes = [LAYOUT.plan_bytes(plan_of(plan)) for plan in ("884444", "844444", "444444")]
-    fresh = [
-        made_confirmation(index, "gp", loss, plan_bytes=size)
-        for index, (loss, size) in enumerate(zip((3.1, 3.5, 3.3), sizes, strict=True))
-    ]
-    front = front_of(fresh, job_of(tmp_path, pareto=True))
-    larger, _, smallest = sizes
-    assert [(point.index, point.loss, point.plan_bytes) for point in front] == [(2, 3.3, smallest), (0, 3.1, larger)]
 
 
 # ---- the whole stage
@@ -576,12 +549,11 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
 
 
 @pytest.mark.slow
-def test_a_front_by_accuracy(tiny_raw: dict[str, Any]) -> None:
-    search = {"max_trials": 6, "searcher": "gp", "first_rung": 2, "pareto": True, "metric": "acc", "limit": 8}
+def test_a_search_by_accuracy(tiny_raw: dict[str, Any]) -> None:
+    search = {"max_trials": 6, "searcher": "gp", "first_rung": 2, "metric": "acc", "limit": 8}
     keys = {f"search.{key}": value for key, value in search.items()} | {
         "search.tasks": ["qpruner_everyday_validation"],
         "sensitivity.methods": ["mutual_information"],
-        "quantize.budget": {"fraction": 1.0},
     }
     events: list[Event] = []
     found = run(validate_config(with_keys(tiny_raw, **keys)), events.append, until="search").search
@@ -590,8 +562,4 @@ def test_a_front_by_accuracy(tiny_raw: dict[str, Any]) -> None:
     assert found.ended == "all 6 trials were spent (`search.max_trials`)"
     finalists = [(each.done, each.total) for each in events if isinstance(each, Progress) and each.detail == FINALISTS]
     assert finalists == [(done, len(found.confirmations)) for done in range(len(found.confirmations) + 1)]
-    sizes, accuracies = zip(*((point.plan_bytes, point.accuracy) for point in found.front), strict=True)
-    assert list(sizes) == sorted(set(sizes)) and sizes[-1] <= found.budget_bytes
-    assert list(accuracies) == sorted(set(accuracies))
-    assert found.best_plan == found.front[-1].plan, "the best is the front's best inside the budget"
     assert all(each.accuracy is not None for each in found.confirmations)

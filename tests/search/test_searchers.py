@@ -199,11 +199,11 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
 # ---- groups that are not offered every format, plans of another cut, controls over budget
 
 
-@pytest.mark.parametrize(("name", "pareto"), [*((name, False) for name in (*NAMES, "bayesopt")), ("gp", True)])
-def test_no_searcher_proposes_what_a_group_is_not_offered(name: str, pareto: bool) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
+def test_no_searcher_proposes_what_a_group_is_not_offered(name: str) -> None:
     space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
     whole = SearchSpace((space,))
-    ledger = Ledger(whole, make_proposer(name, whole, 0, {}, pareto), [], number)
+    ledger = Ledger(whole, make_proposer(name, whole, 0, {}), [], number)
     proposed = [ledger.proposer.propose(index, History()).plan for index in range(100, 103)]
     suggestions = run(ledger)
     assert len({item.plan for item in suggestions}) == number

@@ -109,8 +109,8 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     and do not count towards `max_trials`.
     """
     settings = job.config.search
-    patience, proposes = None if settings.pareto else settings.patience, job.config.is_searched
-    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, patience, proposes)
+    proposes = job.config.is_searched
+    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, settings.patience, proposes)
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:

@@ -19,7 +19,6 @@ from qpruner.runs.records.search import Begun as Begun
 from qpruner.runs.records.search import Confirmation as Confirmation
 from qpruner.runs.records.search import FinalistScore as FinalistScore
 from qpruner.runs.records.search import FreshScore as FreshScore
-from qpruner.runs.records.search import FrontPoint as FrontPoint
 from qpruner.runs.records.search import KeptScore as KeptScore
 from qpruner.runs.records.search import RungAgreement as RungAgreement
 from qpruner.runs.records.search import RungResult as RungResult
@@ -322,7 +321,6 @@ class SearchState(Recorded):
     """Digest of the search, as in `TrialRecord.search`."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
-    pareto: bool = False
     budget_bytes: int
     may_win: tuple[str, ...] = ()
     """Cuts whose plans may win (see `quantize.budget.flops_fraction`); empty: all."""
